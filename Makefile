@@ -1,0 +1,46 @@
+# The project's commands: `make` lists them.
+.DEFAULT_GOAL := help
+.PHONY: help image demo test lint build install lock clean
+PYTHON ?= python3
+VERSION = $(shell sed -n "s/^default_version = '\(.*\)'/\1/p" extension/autoembed.control)
+PYTHON_SOURCES = $(wildcard plpy_src build.py tests bench)
+SHELL_SCRIPTS = $(wildcard .ci/run docker/*.sh docker/*/*.sh demo/*.sh)
+
+help: ## list the commands
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+image: build ## build the image autoembed, with what it takes: a Docker engine, a base image (or name one: BASE_IMAGE=)
+	@docker/engine.sh
+	base=$${BASE_IMAGE:-$$(docker/base.sh)} && docker build -f Dockerfile.postgres --build-arg BASE_IMAGE=$$base --build-arg VERSION=$(VERSION) -t autoembed .
+
+demo: image ## build the image, start it, and watch it embed and search real text
+	demo/run.sh
+
+test: lint image ## run every check and test
+	TESTCONTAINERS_RYUK_DISABLED=true TESTCONTAINERS_HOST_OVERRIDE=127.0.0.1 .venv/bin/pytest
+
+lint: .venv/stamp ## check style and types
+	.venv/bin/ruff check && .venv/bin/ruff format --check
+	.venv/bin/mypy --strict $(PYTHON_SOURCES)
+	.venv/bin/shellcheck $(SHELL_SCRIPTS)
+
+build: ## make the extension's SQL script out of sql/ and plpy_src/
+	$(PYTHON) build.py
+
+install: build ## install the extension into the PostgreSQL that pg_config names
+	install -m 644 extension/autoembed.control extension/autoembed--*.sql "$$(pg_config --sharedir)/extension/"
+
+lock: ## choose the tests' packages anew: requirements-dev.txt from requirements-dev.in
+	$(PYTHON) -m venv .venv/lock && .venv/lock/bin/pip install --quiet uv
+	.venv/lock/bin/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --generate-hashes --upgrade --constraint docker/requirements.txt --custom-compile-command 'make lock' -o requirements-dev.txt requirements-dev.in
+
+clean: ## remove the demo's container, our images and .venv
+	docker rm --force --volumes autoembed-demo
+	-docker rmi autoembed autoembed-base:17-trixie autoembed-base:rootfs && docker image prune --force --filter label=autoembed
+	rm -rf .venv
+
+# Debian's own Python keeps venv in a package apart.
+.venv/stamp: requirements-dev.txt
+	$(PYTHON) -c 'import ensurepip' 2>/dev/null || { apt-get update -qq && apt-get install -qq -y python3-venv; }
+	rm -rf .venv && $(PYTHON) -m venv .venv && .venv/bin/pip install --quiet --require-hashes -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Prints the name of the image to build on: the official one, or where no registry gives it, a stand-in from Debian's archive.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+official=postgres:17-trixie
+standin=autoembed-base:17-trixie
+
+# The machine's own certificate authorities go into the stand-in, so that pip works during the build.
+shopt -s nullglob
+authorities=(/usr/local/share/ca-certificates/*.crt)
+hooks=()
+if ((${#authorities[@]})); then hooks=(--customize-hook='copy-in /usr/local/share/ca-certificates /usr/local/share'); fi
+recipe=$(cat base.sh standin/* "${authorities[@]}" | sha256sum | cut -d ' ' -f 1)
+
+is_here() { docker image inspect "$1" > /dev/null 2>&1; }
+
+build_standin() {
+    # setsid, because mmdebstrap ends its whole process group when it fails.
+    # shellcheck disable=SC2016 # mmdebstrap's own shell expands $1, the root filesystem.
+    setsid --wait mmdebstrap --quiet --variant=minbase --include=ca-certificates,gosu,less,locales,postgresql-17 \
+        --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/doc/*' \
+        --dpkgopt='path-include=/usr/share/doc/*/copyright' \
+        --essential-hook='mkdir "$1/etc/postgresql-common"' \
+        --essential-hook='echo "create_main_cluster = false" > "$1/etc/postgresql-common/createcluster.conf"' \
+        "${hooks[@]}" trixie | docker import - autoembed-base:rootfs
+    docker build --quiet --label "autoembed=$recipe" --tag "$standin" standin
+}
+
+if is_here "$official"; then
+    echo "$official"
+elif [[ $(docker image inspect --format '{{.Config.Labels.autoembed}}' "$standin" 2> /dev/null) == "$recipe" ]]; then
+    echo "$standin"
+# An engine gives up an unreachable registry by itself; the limit is for one that stalls.
+elif refusal=$(timeout 600 docker pull --quiet "$official" 2>&1 > /dev/null); then
+    echo "$official"
+else
+    echo "docker pull $official: ${refusal:-no answer in time}" >&2
+    if ! command -v mmdebstrap > /dev/null; then
+        if [[ $(id -u) != 0 ]] || ! command -v apt-get > /dev/null; then
+            echo "There is no base image: make 'docker pull $official' work, or name another image in BASE_IMAGE." >&2
+            exit 1
+        fi
+        { apt-get update -qq && apt-get install -qq -y mmdebstrap; } >&2
+    fi
+    echo "Building a stand-in base from Debian's archive, about a minute" >&2
+    build_standin >&2
+    echo "$standin"
+fi

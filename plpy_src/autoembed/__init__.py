@@ -1,0 +1,1 @@
+"""The Python of autoembed that runs inside the database server."""

@@ -1,0 +1,99 @@
+"""Where SQL enters Python: each function is the body of the SQL function of the same name."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from typing import Any
+
+from autoembed import database, worker
+from autoembed.errors import InvalidInput, ProviderTrouble, Trouble
+from autoembed.flight import Flight
+from autoembed.model import Model
+from autoembed.network import Network
+from autoembed.providers import provider_of
+
+# A plan without an index calls embed() for every row, a search page for every page.
+QUERY_CACHE_SIZE = 100
+QUERY_TIMEOUT_SECONDS = 60.0
+
+_network = Network(max_connections=32)
+_queries: OrderedDict[tuple[Model, str], str] = OrderedDict()
+
+
+def process(batch_size: int, max_requests: int, timeout_milliseconds: int) -> dict[str, Any]:
+    options = _options(batch_size, max_requests, timeout_milliseconds)
+    here = database.Database(commits=False)
+    report = worker.run_pass(here, _network, options)
+    here.warn_of_blocked_pipelines()
+    return {**vars(report), "failed_jobs": json.dumps(report.failed_jobs)}
+
+
+def work(run_seconds: float, batch_size: int, max_requests: int, timeout_milliseconds: int) -> None:
+    options = _options(batch_size, max_requests, timeout_milliseconds)
+    try:
+        worker.work(database.Database(commits=True), _network, options, run_seconds)
+    except database.Error:
+        # DROP EXTENSION while the lane ran is no error.
+        if database.is_installed():
+            raise
+
+
+def embed(content: str | None, model_name: str | None) -> str | None:
+    if content is None:
+        return None
+    here = database.Database(commits=False)
+    model = here.model(model_name)
+    vector = _queries.get((model, content))
+    if vector is None:
+        if not content.strip():
+            database.raise_error(InvalidInput("a blank text has no embedding", hint="Give embed() some words."))
+        vector = _queries[model, content] = _embed_query(here, model, content)
+        if len(_queries) > QUERY_CACHE_SIZE:
+            _queries.popitem(last=False)
+    _queries.move_to_end((model, content))
+    return vector
+
+
+def check_model(name: str) -> None:
+    model = database.Database(commits=False).model(name)
+    try:
+        provider_of(model).check(model)
+    except InvalidInput as error:
+        database.raise_error(error)
+    except ProviderTrouble as trouble:
+        database.warn(f'model "{name}" cannot be used yet: {trouble}', "It is tried again by itself once this is mended.")
+
+
+def _embed_query(here: database.Database, model: Model, content: str) -> str:
+    def abort() -> None:
+        _network.abort()
+        provider_of(model).abort()
+
+    with Flight[None, Any](1, here.breathe, abort) as flight:
+        try:
+            provider = provider_of(model)
+            flight.submit(None, lambda: provider.embed(model, [content], _network, QUERY_TIMEOUT_SECONDS))
+            (_, outcome), *_ = flight.landed()
+            if isinstance(outcome, BaseException):
+                raise outcome
+        except InvalidInput as error:
+            database.raise_error(error)
+        except Trouble as trouble:
+            database.raise_error(
+                InvalidInput(f'model "{model.name}" gave no embedding: {trouble}', sqlstate="38000")
+            )
+    return database.literals(outcome)[0]
+
+
+def _options(batch_size: int, max_requests: int, timeout_milliseconds: int) -> worker.Options:
+    for name, value in (
+        ("batch_size", batch_size),
+        ("max_requests", max_requests),
+        ("timeout_milliseconds", timeout_milliseconds),
+    ):
+        if value is None or value < 1:
+            database.raise_error(
+                InvalidInput(f"{name} must be at least 1, not {value}", hint=f"Leave {name} out for its default.")
+            )
+    return worker.Options(batch_size, max_requests, timeout_milliseconds / 1000)

@@ -1,0 +1,134 @@
+"""What can go wrong, by whose fault and whether it passes: decided here, acted on in worker."""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import time
+from collections.abc import Mapping
+from datetime import timezone
+
+
+class InvalidInput(Exception):
+    """A mistake of the caller: becomes a PostgreSQL error with message, hint and SQLSTATE."""
+
+    def __init__(self, message: str, *, hint: str | None = None, sqlstate: str = "22023") -> None:
+        super().__init__(message)
+        self.hint = hint
+        self.sqlstate = sqlstate
+
+
+class Trouble(Exception):
+    """An embedding that could not be had; str() is one sentence for the operator, without secrets."""
+
+
+class Refused(Trouble):
+    """The provider refused this request but not the next: one of its texts is to blame."""
+
+
+class ProviderTrouble(Trouble):
+    """The provider is to blame, not the texts.
+
+    permanent: somebody must act (a wrong key, an unknown model); otherwise it passes by itself.
+    retry_after_seconds: what the provider asked for, if it did.
+    """
+
+    def __init__(self, message: str, *, permanent: bool = False, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.permanent = permanent
+        self.retry_after_seconds = retry_after_seconds
+
+
+class RowError(Exception):
+    """A statement failed by a row's fault: its data, or its owner's functions, triggers and constraints.
+
+    passes: somebody else was in the way, and the same statement may work in a moment.
+    """
+
+    def __init__(self, message: str, *, passes: bool) -> None:
+        super().__init__(message)
+        self.passes = passes
+
+
+# Classes of SQLSTATEs (PostgreSQL manual, appendix A): what a row and its owner's code can cause, and what passes by itself
+# (rollbacks for concurrency, locks that are not to be had). The rest (cancel, disk full, …) is nobody's row.
+ROW_CLASSES = {"09", "0A", "21", "22", "23", "27", "2F", "38", "39", "42", "44", "54", "P0", "XX"}
+PASSING_CLASSES = {"40", "55"}
+
+
+def row_error(sqlstate: str, message: str) -> RowError | None:
+    """The row error that a failed statement means; None if no row is to blame."""
+    if sqlstate[:2] in PASSING_CLASSES:
+        return RowError(message, passes=True)
+    if sqlstate[:2] in ROW_CLASSES:
+        return RowError(message, passes=False)
+    return None
+
+
+MAX_REST_SECONDS = 15.0
+MAX_PERMANENT_REST_SECONDS = 60.0
+MAX_RETRY_AFTER_SECONDS = 3600.0
+
+
+def rest_seconds(trouble: ProviderTrouble, failures: int, fraction: float) -> float:
+    """How long a model rests after its provider failed that many times before; fraction: random, from 0 to 1.
+
+    What the provider asks for, plus up to a second so that lanes do not come back all at once; else exponential backoff with
+    full jitter. Never long: one small request now and then is how we learn that the provider is back.
+    """
+    if trouble.retry_after_seconds is not None:
+        return min(trouble.retry_after_seconds, MAX_RETRY_AFTER_SECONDS) + fraction
+    if trouble.permanent:
+        return float(min(10.0 * 2 ** min(failures, 10), MAX_PERMANENT_REST_SECONDS))
+    return 0.2 + fraction * min(2.0 ** min(failures, 10), MAX_REST_SECONDS)
+
+
+# RFC 9110, section 15: what a client should make of a status. 409, 423, 425: a busy gateway.
+REFUSED = {400, 413, 414, 422}
+PASSING = {408, 409, 423, 425, 429}
+
+
+def trouble_of_answer(status: int, headers: Mapping[str, str], body: bytes, secret: str | None = None) -> Trouble:
+    """The trouble that an HTTP answer with a status other than 200 means."""
+    message = f"the provider answered {status}: {_message_in(body, secret)}"
+    if status in REFUSED:
+        return Refused(message)
+    if status == 429 and b"insufficient_quota" in body:
+        return ProviderTrouble(message, permanent=True)
+    if status in PASSING or status >= 500:
+        return ProviderTrouble(message, retry_after_seconds=retry_after_seconds(headers))
+    if 300 <= status < 400:
+        return ProviderTrouble(f"the provider answered {status}, a redirect, which is not followed", permanent=True)
+    return ProviderTrouble(message, permanent=True)
+
+
+def retry_after_seconds(headers: Mapping[str, str], now: float | None = None) -> float | None:
+    """Retry-After in seconds from now, given as seconds or as an HTTP date (RFC 9110, 10.2.3); None if absent or unreadable."""
+    value = headers.get("retry-after", "").strip()
+    if not value:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        moment = email.utils.parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=timezone.utc)
+    return max(0.0, moment.timestamp() - (time.time() if now is None else now))
+
+
+def _message_in(body: bytes, secret: str | None) -> str:
+    """The provider's own words, on one line of at most 300 characters, without the key it may echo."""
+    text = body[:10_000].decode("utf-8", "replace")
+    try:
+        answer = json.loads(text)
+        error = answer.get("error", answer)
+        text = str(error.get("message", error)) if isinstance(error, dict) else str(error)
+    except (ValueError, AttributeError):
+        pass
+    if secret:
+        text = text.replace(secret, "***")
+    return " ".join(text.split())[:300] or "no explanation"

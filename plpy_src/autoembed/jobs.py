@@ -1,0 +1,198 @@
+"""Jobs and messages: which rows a message is for, what became of each, and when the message can go."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from autoembed.database import Database, Message, Pipeline, Row
+
+
+class Address(NamedTuple):
+    """The rows that a message is for: their pipeline, None if it has to be found by names, and their keys as JSON arrays."""
+
+    pipeline_id: int | None
+    keys: list[str]
+    attempts: int
+
+
+def address_of(body: Any) -> Address:
+    """Reads a message of ours (pipeline, keys) or of the guide's form (id, schema, table, …); ValueError if it is neither."""
+    if not isinstance(body, dict):
+        raise ValueError("the message is not an object")
+    pipeline_id, keys, attempts = body.get("pipeline"), body.get("keys"), body.get("attempts", 0)
+    if keys is None:
+        if body.get("id") is None:
+            raise ValueError("the message lacks id")
+        keys = [[body["id"]]]
+    if not isinstance(keys, list) or not all(_is_key(key) for key in keys):
+        raise ValueError("the message's keys are not rows' keys")
+    if not isinstance(pipeline_id, int | None) or not isinstance(attempts, int):
+        raise ValueError("the message's pipeline or attempts is not a number")
+    return Address(pipeline_id, [json.dumps(key, ensure_ascii=False, separators=(",", ":")) for key in keys], attempts)
+
+
+def _is_key(key: Any) -> bool:
+    return isinstance(key, list) and len(key) > 0 and all(isinstance(value, str | int) for value in key)
+
+
+def isolate(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    """The messages to work on now, and those to set aside.
+
+    A message read before was never settled: its lane died, perhaps of it. The more often, the smaller the company it is tried in,
+    so that a deadly one takes few others with it.
+    """
+    worst = max(message.read_count for message in messages)
+    if worst == 1:
+        return messages, []
+    size = {2: 100, 3: 10}.get(worst, 1)
+    suspects = [message for message in messages if message.read_count == worst][:size]
+    chosen = {message.id for message in suspects}
+    return suspects, [message for message in messages if message.id not in chosen]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job; again_in_seconds: it goes back to the queue; released: as if it had never been read."""
+
+    again_in_seconds: float | None = None
+    attempts: int = 0
+    released: bool = False
+
+
+DONE = Outcome()
+RELEASED = Outcome(released=True)
+
+
+@dataclass(eq=False)
+class Job:
+    """One row to embed, as claimed by one or more messages."""
+
+    pipeline: Any  # Pipeline; None if it was dropped meanwhile
+    key: str
+    attempts: int
+    message_ids: list[int]
+    row: Row | None = None
+    digest: bytes = b""
+    truncated: bool = False
+    outcome: Outcome | None = None
+
+    @property
+    def content(self) -> str:
+        return (self.row.content if self.row else None) or ""
+
+    @property
+    def has_embedding(self) -> bool:
+        return self.row is not None and self.row.has_embedding
+
+
+@dataclass
+class Report:
+    """What a pass did, in jobs; failed_jobs has the guide's keys."""
+
+    read: int = 0
+    completed: int = 0
+    retried: int = 0
+    failed: int = 0
+    requests: int = 0
+    failed_jobs: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Ledger:
+    """Keeps what became of each job, and settles a message when all its jobs are dealt with."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._messages: dict[int, list[Job]] = defaultdict(list)
+        self.report = Report()
+
+    def open(self, job: Job) -> None:
+        self.report.read += 1
+        for message_id in job.message_ids:
+            self._messages[message_id].append(job)
+
+    def done(self, job: Job) -> None:
+        job.outcome = DONE
+        self.report.completed += 1
+
+    def retry(self, job: Job, delay_seconds: float, error: str | None = None, *, counts: bool = False) -> None:
+        """Back to the queue; counts: as an attempt."""
+        job.outcome = Outcome(delay_seconds, job.attempts + counts)
+        self.report.retried += 1
+        if error is not None:
+            self._note(job, error)
+
+    def release(self, job: Job, error: str) -> None:
+        """Back to the queue as it was: not the row's fault."""
+        if job.outcome is None:
+            job.outcome = RELEASED
+            self.report.retried += 1
+            self._note(job, error)
+
+    def fail(self, job: Job, reason: str, attempts: int | None = None) -> None:
+        job.outcome = DONE
+        self.report.failed += 1
+        self._note(job, reason)
+        self._database.fail(job.pipeline, job.key, reason, attempts or job.attempts + 1, job.content or None)
+
+    def fail_message(self, message: Message, reason: str) -> None:
+        self.report.read += 1
+        self.report.failed += 1
+        self.report.failed_jobs.append({"jobId": message.id, "message": message.body, "error": reason})
+        self._database.fail_message(message.body, reason, message.read_count)
+        self._database.settle([message.id])
+
+    def release_open(self) -> None:
+        for jobs in self._messages.values():
+            for job in jobs:
+                job.outcome = job.outcome or RELEASED
+
+    def open_message_ids(self) -> list[int]:
+        return list(self._messages)
+
+    def flush(self) -> None:
+        """Writes what is decided: messages whose jobs are all dealt with leave the queue or go back to it."""
+        decided = [
+            message_id
+            for message_id, jobs in self._messages.items()
+            if all(job.outcome is not None for job in jobs)
+        ]
+        released, settled = [], []
+        again: dict[tuple[int, int, float], dict[str, None]] = defaultdict(dict)
+        for message_id in decided:
+            jobs = self._messages.pop(message_id)
+            if all(job.outcome is RELEASED for job in jobs):
+                released.append(message_id)
+                continue
+            settled.append(message_id)
+            for job in jobs:
+                outcome = job.outcome
+                if outcome is RELEASED:
+                    again[job.pipeline.id, job.attempts, 0.0][job.key] = None
+                elif outcome is not None and outcome.again_in_seconds is not None:
+                    again[job.pipeline.id, outcome.attempts, outcome.again_in_seconds][job.key] = None
+        for (pipeline_id, attempts, delay_seconds), keys in again.items():
+            self._database.requeue(pipeline_id, list(keys), attempts, delay_seconds)
+        if released:
+            self._database.release(released)
+        if settled:
+            self._database.settle(settled)
+
+    def _note(self, job: Job, error: str) -> None:
+        pipeline: Pipeline = job.pipeline
+        key = json.loads(job.key)
+        self.report.failed_jobs.append(
+            {
+                "jobId": job.message_ids[0],
+                "id": key[0] if len(key) == 1 else key,
+                "schema": pipeline.schema_name,
+                "table": pipeline.table_name,
+                "contentFunction": pipeline.content_function,
+                "embeddingColumn": pipeline.embedding_column,
+                "error": error,
+            }
+        )

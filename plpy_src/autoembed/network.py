@@ -1,0 +1,179 @@
+"""The one door to the network: posts a body, returns the answer, and lets go when told to."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from autoembed.errors import ProviderTrouble
+
+if TYPE_CHECKING:
+    import requests
+
+CONNECT_TIMEOUT_SECONDS = 10.0
+# A full answer of OpenAI, 2,048 inputs of 3,072 dimensions as JSON numbers, has about 130 MB.
+MAX_ANSWER_BYTES = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An HTTP answer; header names are lower case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class Network:
+    """Connections that are kept from one request to the next. Threads may share it; abort() ends their requests at once."""
+
+    def __init__(self, max_connections: int) -> None:
+        self._max_connections = max_connections
+        self._session: requests.Session | None = None
+        self._sockets: dict[int, Any] = {}
+        self._lock = threading.Lock()
+
+    def post(self, url: str, headers: Mapping[str, str], body: bytes, timeout_seconds: float) -> Answer:
+        """The answer to a POST, whatever its status; ProviderTrouble if there is none in time.
+
+        Redirects are not followed, certificates are verified, answers above MAX_ANSWER_BYTES are refused.
+        """
+        # 0.2-0.3 s in a new backend, so not before there is something to send.
+        import requests
+
+        deadline = time.monotonic() + timeout_seconds
+        timeouts = (min(CONNECT_TIMEOUT_SECONDS, timeout_seconds), timeout_seconds)
+        try:
+            with self._connected().post(
+                url,
+                data=body,
+                headers=dict(headers),
+                timeout=timeouts,
+                allow_redirects=False,
+                stream=True,
+                # Anything, so that a .netrc of the server's user never replaces the key.
+                auth=lambda request: request,
+            ) as response:
+                chunks: list[bytes] = []
+                size = 0
+                for chunk in response.iter_content(1 << 20):
+                    chunks.append(chunk)
+                    size += len(chunk)
+                    if size > MAX_ANSWER_BYTES:
+                        raise ProviderTrouble(f"the provider's answer is larger than {MAX_ANSWER_BYTES >> 20} MiB")
+                    if time.monotonic() > deadline:
+                        raise ProviderTrouble(f"the provider's answer was not complete after {timeout_seconds:g} s")
+                lower = {name.lower(): value for name, value in response.headers.items()}
+                return Answer(response.status_code, lower, b"".join(chunks))
+        except requests.exceptions.SSLError as error:
+            raise ProviderTrouble(f"no trusted connection to {_host(url)}: {_cause(error)}", permanent=True) from error
+        except requests.exceptions.Timeout as error:
+            raise ProviderTrouble(f"{_host(url)} did not answer within {timeout_seconds:g} s") from error
+        except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema) as error:
+            raise ProviderTrouble(f"{url} is not a URL that can be called", permanent=True) from error
+        except requests.exceptions.RequestException as error:
+            raise ProviderTrouble(f"no answer from {_host(url)}: {_cause(error)}") from error
+
+    def abort(self) -> None:
+        """Ends every request that is under way; its thread sees a broken connection."""
+        with self._lock:
+            for connection in self._sockets.values():
+                try:
+                    connection.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass
+
+    def _watch(self, connection: Any) -> None:
+        with self._lock:
+            self._sockets[threading.get_ident()] = connection
+
+    def _connected(self) -> requests.Session:
+        with self._lock:
+            if self._session is None:
+                self._session = _session(self._max_connections, self._watch)
+            return self._session
+
+
+def _session(max_connections: int, watch: Callable[[Any], None]) -> requests.Session:
+    """A session that shows watch() each socket before a thread first waits on it."""
+    import requests
+    from requests.adapters import HTTPAdapter
+    from urllib3.connection import HTTPConnection, HTTPSConnection
+    from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+    class Watched:
+        def request(self, *args: Any, **kwargs: Any) -> Any:
+            if self.sock is not None:  # type: ignore[attr-defined]
+                watch(self.sock)  # type: ignore[attr-defined]
+            return super().request(*args, **kwargs)  # type: ignore[misc]
+
+        def _new_conn(self) -> Any:
+            return _connect(self._dns_host, self.port, self.timeout, self.socket_options, watch)  # type: ignore[attr-defined]
+
+    class WatchedHTTPConnection(Watched, HTTPConnection):
+        pass
+
+    class WatchedHTTPSConnection(Watched, HTTPSConnection):
+        pass
+
+    class WatchedHTTPPool(HTTPConnectionPool):
+        ConnectionCls = WatchedHTTPConnection
+
+    class WatchedHTTPSPool(HTTPSConnectionPool):
+        ConnectionCls = WatchedHTTPSConnection
+
+    class WatchedAdapter(HTTPAdapter):
+        def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+            super().init_poolmanager(*args, **kwargs)
+            self.poolmanager.pool_classes_by_scheme = {"http": WatchedHTTPPool, "https": WatchedHTTPSPool}
+
+    session = requests.Session()
+    adapter = WatchedAdapter(pool_maxsize=max_connections)
+    session.mount("https://", adapter)
+    session.mount("http://", adapter)
+    return session
+
+
+def _connect(host: str, port: int, timeout: Any, options: Any, watch: Callable[[Any], None]) -> Any:
+    """A connected socket; watch() sees it before it waits for the other side, so that connecting can be aborted too."""
+    from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
+
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        raise NameResolutionError(host, None, error) from error  # type: ignore[arg-type]
+    failure: OSError = OSError("no address")
+    for family, kind, protocol, _, address in addresses:
+        connection = socket.socket(family, kind, protocol)
+        watch(connection)
+        try:
+            for option in options or ():
+                connection.setsockopt(*option)
+            connection.settimeout(timeout)
+            connection.connect(address)
+            return connection
+        except OSError as error:
+            connection.close()
+            failure = error
+    if isinstance(failure, TimeoutError):
+        raise ConnectTimeoutError(None, f"connection to {host} timed out") from failure
+    raise NewConnectionError(None, str(failure)) from failure  # type: ignore[arg-type]
+
+
+def _host(url: str) -> str:
+    return url.split("://", 1)[-1].split("/", 1)[0].rsplit("@", 1)[-1]
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason, in one line: requests wraps it three times over."""
+    cause: BaseException = error
+    while True:
+        inner = getattr(cause, "reason", None) or cause.__cause__ or cause.__context__
+        if not isinstance(inner, BaseException) or inner is cause:
+            break
+        cause = inner
+    return " ".join(str(cause).split())[:200] or type(cause).__name__

@@ -1,0 +1,49 @@
+"""The ways to speak to a model: texts in, vectors out. One module each; nothing of one provider is known outside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from autoembed.errors import InvalidInput
+from autoembed.model import Model
+from autoembed.providers import local, openai
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from autoembed.network import Network
+
+
+class Provider(Protocol):
+    """What a provider's module offers."""
+
+    MAX_INPUTS_PER_REQUEST: int
+    MAX_TOKENS_PER_REQUEST: int
+    # None: the model truncates by its own tokenizer, so nothing is cut before.
+    MAX_TOKENS_PER_INPUT: int | None
+
+    @staticmethod
+    def check(model: Model) -> None:
+        """Raises InvalidInput if the model cannot work as defined, ProviderTrouble if something is not there yet."""
+
+    @staticmethod
+    def embed(model: Model, texts: Sequence[str], network: Network, timeout_seconds: float) -> np.ndarray:
+        """The vectors of the texts, in their order: (n, dimensions) float32, finite. Raises Trouble. Runs in a thread."""
+
+    @staticmethod
+    def abort() -> None:
+        """Ends what embed() is doing without the network."""
+
+
+PROVIDERS: dict[str, Provider] = {"openai": openai, "local": local}
+
+
+def provider_of(model: Model) -> Provider:
+    try:
+        return PROVIDERS[model.provider]
+    except KeyError:
+        raise InvalidInput(
+            f'model "{model.name}" names the provider "{model.provider}", which is not known',
+            hint=f"The providers are: {', '.join(sorted(PROVIDERS))}.",
+        ) from None

@@ -1,0 +1,75 @@
+"""A model that runs inside the backend: model.onnx and tokenizer.json in a folder on the server."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from autoembed.errors import InvalidInput, ProviderTrouble
+from autoembed.model import Model
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from autoembed.network import Network
+    from autoembed.onnx_model import OnnxModel
+
+MODELS_FOLDER = "/usr/local/share/autoembed/models"
+MAX_INPUTS_PER_REQUEST = 256
+MAX_TOKENS_PER_REQUEST = 1_000_000
+MAX_TOKENS_PER_INPUT: int | None = None
+DEFAULT_MAX_TOKENS = 256
+
+_loaded: dict[tuple[str, int], OnnxModel] = {}
+# One text batch at a time: it uses all cores already.
+_running = threading.Lock()
+_stopping = threading.Event()
+
+
+def folder_of(model: Model) -> str:
+    return model.base_url or os.path.join(MODELS_FOLDER, model.model_id)
+
+
+def check(model: Model) -> None:
+    if model.api_key is not None:
+        raise InvalidInput(f'model "{model.name}" runs inside the server and takes no api_key')
+    for name in ("model.onnx", "tokenizer.json"):
+        path = os.path.join(folder_of(model), name)
+        if not os.path.exists(path):
+            raise ProviderTrouble(f"the model's file {path} does not exist on the server", permanent=True)
+
+
+def embed(model: Model, texts: Sequence[str], network: Network, timeout_seconds: float) -> np.ndarray:
+    with _running:
+        _stopping.clear()
+        vectors = _onnx_model(model).embed(texts, _stop_if_told)
+    if vectors.shape[1] != model.dimensions:
+        raise ProviderTrouble(
+            f"the model's vectors have {vectors.shape[1]} dimensions, it is defined with {model.dimensions}", permanent=True
+        )
+    return vectors
+
+
+def abort() -> None:
+    _stopping.set()
+    for onnx_model in list(_loaded.values()):
+        onnx_model.stop()
+
+
+def _stop_if_told() -> None:
+    if _stopping.is_set():
+        raise ProviderTrouble("the local model was stopped")
+
+
+def _onnx_model(model: Model) -> OnnxModel:
+    from autoembed.onnx_model import OnnxModel
+
+    which = (folder_of(model), model.max_tokens_per_input or DEFAULT_MAX_TOKENS)
+    if which not in _loaded:
+        try:
+            _loaded[which] = OnnxModel(which[0], max_tokens=which[1])
+        except (OSError, ImportError) as error:
+            raise ProviderTrouble(f"the local model cannot be loaded: {error}", permanent=True) from error
+    return _loaded[which]

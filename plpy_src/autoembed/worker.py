@@ -1,0 +1,373 @@
+"""The path of a job: claim, embed, apply. Knows neither plpy nor requests: the database and the network are handed in."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from autoembed import batching
+from autoembed.errors import ProviderTrouble, Refused, RowError, rest_seconds
+from autoembed.flight import Flight
+from autoembed.jobs import Job, Ledger, Report, address_of, isolate
+from autoembed.model import Model
+from autoembed.providers import PROVIDERS, provider_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from autoembed.database import Database, Message, Pipeline
+    from autoembed.network import Network
+
+MAX_ATTEMPTS = 5
+# Beyond the time that a request may take: for the database's own work on a claim.
+LEASE_MARGIN_SECONDS = 60.0
+POLL_SECONDS = 0.2
+DEAD_LANES_SECONDS = 1.0
+# The change that overtook us has a job of its own, which comes first; this one makes sure.
+CHANGED_DELAY_SECONDS = 5.0
+LOCK_PATIENCE_SECONDS = 1.0
+LOCKED_DELAY_SECONDS = 1.0
+# A text that no model refuses, to tell a bad text from a bad request.
+PROBE = "autoembed"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a pass works: texts per request, requests at a time, seconds for each."""
+
+    batch_size: int
+    max_requests: int
+    timeout_seconds: float
+
+    @property
+    def max_rows(self) -> int:
+        return self.batch_size * self.max_requests
+
+    @property
+    def lease_seconds(self) -> float:
+        return self.timeout_seconds + LEASE_MARGIN_SECONDS
+
+
+def work(database: Database, network: Network, options: Options, run_seconds: float) -> None:
+    """A lane: passes until the time is up or somebody ends it, a look at the queue a few times a second while idle."""
+    end = time.monotonic() + run_seconds
+    look_for_dead_lanes = 0.0
+    database.enter_lane()
+    database.warn_of_blocked_pipelines()
+    database.commit()
+    try:
+        while time.monotonic() < end and database.lane_is_wanted():
+            if time.monotonic() >= look_for_dead_lanes:
+                database.free_dead_lanes()
+                look_for_dead_lanes = time.monotonic() + DEAD_LANES_SECONDS
+            if run_pass(database, network, options).read == 0:
+                database.commit()
+                time.sleep(POLL_SECONDS / 4)
+                for _ in range(3):
+                    database.breathe()
+                    time.sleep(POLL_SECONDS / 4)
+    finally:
+        database.leave_lane()
+        database.commit()
+
+
+def run_pass(database: Database, network: Network, options: Options) -> Report:
+    """Claims once, embeds what was claimed, applies it; commits after each step if the database can. Never raises for a bad
+    row, a bad answer or a dead provider: the report says so."""
+    messages = database.claim(options.max_rows, options.lease_seconds)
+    if not messages:
+        return Report()
+    ledger = Ledger(database)
+    try:
+        return _Pass(database, network, options, ledger).run(messages)
+    except BaseException:
+        # Cancelled or shut down: what is not done goes back to the queue at once.
+        ledger.release_open()
+        ledger.flush()
+        raise
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """Texts of one model that travel together."""
+
+    model: Model
+    texts: list[str]
+
+
+@dataclass
+class Outbox:
+    """What a pass knows of one model: its jobs by text, and whether it accepted anything yet."""
+
+    jobs: dict[str, list[Job]] = field(default_factory=lambda: defaultdict(list))
+    accepted: bool = False
+    # Refused requests, until it is known whether the model refuses everything.
+    suspended: list[Request] = field(default_factory=list)
+    failures: int = 0
+
+
+class _Pass:
+    def __init__(self, database: Database, network: Network, options: Options, ledger: Ledger) -> None:
+        self._database = database
+        self._network = network
+        self._options = options
+        self._ledger = ledger
+        self._outboxes: dict[Model, Outbox] = {}
+        self._locked: list[tuple[Job, Any]] = []
+        self._lease_ends = time.monotonic() + options.lease_seconds
+
+    def run(self, messages: list[Message]) -> Report:
+        for pipeline, jobs in self._jobs(messages):
+            self._take(pipeline, self._read(pipeline, jobs))
+        self._commit()
+        if self._outboxes:
+            with Flight[Request, "np.ndarray"](self._options.max_requests, self._breathe, self._abort) as flight:
+                for model in self._outboxes:
+                    self._send(flight, model)
+                for request, outcome in flight.landed():
+                    self._land(flight, request, outcome)
+                    self._commit()
+        self._write_locked()
+        self._commit()
+        return self._ledger.report
+
+    # Claim ---------------------------------------------------------------------------------------
+
+    def _jobs(self, messages: list[Message]) -> list[tuple[Pipeline, list[Job]]]:
+        """The claimed messages as jobs, one for each row, by pipeline. What cannot be a job is failed here."""
+        messages, set_aside = isolate(messages)
+        if set_aside:
+            self._database.release([message.id for message in set_aside])
+
+        rows: dict[tuple[int, str], tuple[int, list[Message]]] = {}
+        for message in messages:
+            try:
+                address = address_of(message.body)
+                pipeline_id = address.pipeline_id or self._database.resolve(message.body)
+            except (ValueError, RowError) as error:
+                self._ledger.fail_message(message, str(error))
+                continue
+            for key in address.keys:
+                attempts, holders = rows.setdefault((pipeline_id, key), (address.attempts, []))
+                rows[pipeline_id, key] = (max(attempts, address.attempts), [*holders, message])
+
+        pipelines = self._database.pipelines(sorted({pipeline_id for pipeline_id, _ in rows})) if rows else {}
+        by_pipeline: dict[int, list[Job]] = defaultdict(list)
+        for (pipeline_id, key), (attempts, holders) in rows.items():
+            job = Job(pipelines.get(pipeline_id), key, attempts, [message.id for message in holders])
+            self._ledger.open(job)
+            tries = min(message.read_count for message in holders)
+            if job.pipeline is None:
+                self._ledger.done(job)
+            elif job.pipeline.blocked is not None:
+                self._ledger.retry(job, 0, job.pipeline.blocked)
+            elif tries > MAX_ATTEMPTS:
+                self._ledger.fail(job, f"{tries - 1} lanes ended while they worked on it", tries - 1)
+            else:
+                by_pipeline[pipeline_id].append(job)
+        return [(pipelines[pipeline_id], jobs) for pipeline_id, jobs in by_pipeline.items()]
+
+    def _read(self, pipeline: Pipeline, jobs: list[Job]) -> list[Job]:
+        """The jobs whose row exists, their texts read. A row whose content function fails stands alone in the end."""
+        try:
+            rows = self._database.rows(pipeline, [job.key for job in jobs])
+        except RowError as error:
+            if len(jobs) > 1:
+                return [job for half in batching.halves(jobs) for job in self._read(pipeline, half)]
+            self._retry_or_fail(jobs[0], error)
+            return []
+        gone = [job for job in jobs if job.key not in rows]
+        self._forget(pipeline, gone)
+        for job in jobs:
+            job.row = rows.get(job.key)
+        return [job for job in jobs if job.row is not None]
+
+    def _take(self, pipeline: Pipeline, jobs: list[Job]) -> None:
+        """Puts each job where it belongs: done already, nothing to embed, or to be sent."""
+        if not jobs:
+            return
+        digests = self._database.digests(pipeline, [job.key for job in jobs])
+        blank = []
+        for job in jobs:
+            if not job.content.strip():
+                blank.append(job)
+                continue
+            job.digest = pipeline.model.digest(job.content)
+            if job.has_embedding and digests.get(job.key) == job.digest:
+                self._ledger.done(job)
+                continue
+            limit = pipeline.model.max_tokens_per_input or PROVIDERS[pipeline.model.provider].MAX_TOKENS_PER_INPUT
+            text = job.content if limit is None else batching.truncate(job.content, limit)
+            job.truncated = text is not job.content
+            outbox = self._outboxes.setdefault(pipeline.model, Outbox(failures=pipeline.failures))
+            outbox.jobs[text].append(job)
+        if blank:
+            self._write(pipeline, blank, None)
+
+    # Embed ---------------------------------------------------------------------------------------
+
+    def _send(self, flight: Flight[Request, np.ndarray], model: Model) -> None:
+        provider = provider_of(model)
+        requests = batching.pack(
+            list(self._outboxes[model].jobs),
+            min(self._options.batch_size, model.max_inputs_per_request or provider.MAX_INPUTS_PER_REQUEST),
+            model.max_tokens_per_request or provider.MAX_TOKENS_PER_REQUEST,
+        )
+        for texts in requests:
+            self._submit(flight, Request(model, texts))
+
+    def _submit(self, flight: Flight[Request, np.ndarray], request: Request) -> None:
+        provider = provider_of(request.model)
+        self._ledger.report.requests += 1
+        flight.submit(
+            request,
+            lambda: provider.embed(request.model, request.texts, self._network, self._options.timeout_seconds),
+        )
+
+    def _land(
+        self, flight: Flight[Request, np.ndarray], request: Request, outcome: np.ndarray | BaseException
+    ) -> None:
+        outbox = self._outboxes[request.model]
+        if isinstance(outcome, ProviderTrouble):
+            self._give_up_model(flight, request, outcome)
+        elif isinstance(outcome, Refused):
+            if request.texts == [PROBE]:
+                self._give_up_model(flight, request, ProviderTrouble(f"every request is refused: {outcome}", permanent=True))
+            elif outbox.accepted:
+                self._split(flight, request, outcome)
+            else:
+                outbox.suspended.append(request)
+                if len(outbox.suspended) == 1:
+                    self._submit(flight, Request(request.model, [PROBE]))
+        elif isinstance(outcome, BaseException):
+            raise outcome
+        else:
+            if outbox.failures:
+                self._database.resume_model(request.model.name)
+                outbox.failures = 0
+            self._apply(request, outcome)
+            if not outbox.accepted:
+                outbox.accepted = True
+                suspended, outbox.suspended = outbox.suspended, []
+                for refused in suspended:
+                    self._split(flight, refused, Refused("the provider refused the text"))
+
+    def _split(self, flight: Flight[Request, np.ndarray], request: Request, refusal: Refused) -> None:
+        """Finds the text that is to blame for a refusal: halves the request until it stands alone."""
+        if len(request.texts) > 1:
+            for half in batching.halves(request.texts):
+                self._submit(flight, Request(request.model, half))
+            return
+        for job in self._outboxes[request.model].jobs[request.texts[0]]:
+            self._ledger.fail(job, str(refusal))
+
+    def _give_up_model(self, flight: Flight[Request, np.ndarray], request: Request, trouble: ProviderTrouble) -> None:
+        """Lets the model rest, for all lanes, and puts back the jobs that were to be sent."""
+        outbox = self._outboxes[request.model]
+        seconds = rest_seconds(trouble, outbox.failures, random.random())
+        self._database.rest_model(request.model.name, seconds, trouble.permanent, str(trouble))
+        unsent = flight.withdraw(lambda other: other.model == request.model)
+        self._ledger.report.requests -= len(unsent)
+        for returned in [request, *unsent, *outbox.suspended]:
+            for text in returned.texts:
+                for job in outbox.jobs.get(text, []):
+                    self._ledger.release(job, str(trouble))
+        outbox.suspended = []
+
+    # Apply ---------------------------------------------------------------------------------------
+
+    def _apply(self, request: Request, vectors: np.ndarray) -> None:
+        by_pipeline: dict[int, list[tuple[Job, int]]] = defaultdict(list)
+        for index, text in enumerate(request.texts):
+            for job in self._outboxes[request.model].jobs.get(text, []):
+                by_pipeline[job.pipeline.id].append((job, index))
+        for matched in by_pipeline.values():
+            jobs = [job for job, _ in matched]
+            self._write(jobs[0].pipeline, jobs, vectors[[index for _, index in matched]])
+
+    def _write(self, pipeline: Pipeline, jobs: list[Job], vectors: np.ndarray | None) -> None:
+        """Writes the vectors (None: NULLs) of the rows that still say the same. A row that does not take its own stands alone in
+        the end."""
+        try:
+            outcomes = self._database.write(
+                pipeline, [job.key for job in jobs], [job.row.content for job in jobs], vectors
+            )
+        except RowError as error:
+            if len(jobs) > 1:
+                middle = len(jobs) // 2
+                self._write(pipeline, jobs[:middle], None if vectors is None else vectors[:middle])
+                self._write(pipeline, jobs[middle:], None if vectors is None else vectors[middle:])
+            else:
+                self._retry_or_fail(jobs[0], error, at_once=True)
+            return
+        by_outcome: dict[str, list[Job]] = defaultdict(list)
+        for index, job in enumerate(jobs):
+            by_outcome[outcomes[job.key]].append(job)
+            if outcomes[job.key] == "locked":
+                self._locked.append((job, None if vectors is None else vectors[index : index + 1]))
+        written = by_outcome["written"]
+        if vectors is None:
+            self._forget(pipeline, written)
+        elif written:
+            self._database.record_embedded(
+                pipeline,
+                [job.key for job in written],
+                [job.digest for job in written],
+                [job.truncated for job in written],
+            )
+        for job in written:
+            self._ledger.done(job)
+        for job in by_outcome["changed"]:
+            self._ledger.retry(job, CHANGED_DELAY_SECONDS)
+        self._forget(pipeline, by_outcome["gone"])
+
+    def _write_locked(self) -> None:
+        """Tries the rows that somebody had locked again for a moment: their vectors are paid for."""
+        end = time.monotonic() + LOCK_PATIENCE_SECONDS
+        while self._locked and time.monotonic() < end:
+            self._commit()
+            self._breathe()
+            time.sleep(0.05)
+            locked, self._locked = self._locked, []
+            for job, vector in locked:
+                self._write(job.pipeline, [job], vector)
+        for job, _ in self._locked:
+            self._ledger.retry(job, LOCKED_DELAY_SECONDS, "the row is locked by another transaction")
+
+    def _forget(self, pipeline: Pipeline, jobs: Sequence[Job]) -> None:
+        """Settles rows that need no embedding: deleted ones, and those without a text."""
+        if jobs:
+            self._database.forget(pipeline, [job.key for job in jobs])
+        for job in jobs:
+            self._ledger.done(job)
+
+    def _retry_or_fail(self, job: Job, error: RowError, *, at_once: bool = False) -> None:
+        if error.passes:
+            self._ledger.retry(job, LOCKED_DELAY_SECONDS, str(error))
+        elif at_once or job.attempts + 1 >= MAX_ATTEMPTS:
+            self._ledger.fail(job, str(error))
+        else:
+            self._ledger.retry(job, 2.0**job.attempts, str(error), counts=True)
+
+    # In between ----------------------------------------------------------------------------------
+
+    def _commit(self) -> None:
+        self._ledger.flush()
+        self._database.commit()
+
+    def _breathe(self) -> None:
+        self._database.breathe()
+        if self._lease_ends - time.monotonic() < self._options.timeout_seconds:
+            self._database.extend(self._ledger.open_message_ids(), self._options.lease_seconds)
+            self._database.commit()
+            self._lease_ends = time.monotonic() + self._options.lease_seconds
+
+    def _abort(self) -> None:
+        self._network.abort()
+        for provider in PROVIDERS.values():
+            provider.abort()

@@ -1,0 +1,211 @@
+-- 10_tables.sql: all state. Every other file holds functions and views.
+
+\echo Use "CREATE EXTENSION autoembed CASCADE" to load this file. \quit
+
+DO LANGUAGE plpython3u $python$
+    import importlib
+
+    for package in ("requests", "numpy", "orjson"):
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            plpy.error(
+                f"the Python package {package} is not installed on this server",
+                hint=f"Install it for the Python that PL/Python uses (on Debian: apt-get install python3-{package}).",
+                sqlstate="58P01",
+            )
+$python$;
+
+CREATE SCHEMA autoembed;
+COMMENT ON SCHEMA autoembed IS
+    'Keeps embeddings in step with their rows. Names that begin with _ are private.';
+
+CREATE FUNCTION autoembed._keep_restored()
+    RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+-- pg_restore loads rows that CREATE EXTENSION has already made; the restored ones win.
+BEGIN
+    IF TG_TABLE_NAME = 'model' THEN
+        DELETE FROM autoembed.model AS m WHERE m.name = NEW.name AND m.builtin;
+    ELSE
+        DELETE FROM pgmq.meta AS m WHERE m.queue_name = NEW.queue_name;
+    END IF;
+    RETURN NEW;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._keep_restored() IS
+    'Lets a restored dump replace the rows that CREATE EXTENSION made.';
+
+-- The queue ---------------------------------------------------------------------------------------
+
+SELECT pgmq.create('embedding_jobs');
+
+-- A claim picks the due messages of one pipeline; messages from elsewhere name none and sort under ''.
+CREATE INDEX q_embedding_jobs_pipeline_idx
+    ON pgmq.q_embedding_jobs ((coalesce(message ->> 'pipeline', '')), vt);
+
+SELECT pg_catalog.pg_extension_config_dump('pgmq.q_embedding_jobs', '');
+SELECT pg_catalog.pg_extension_config_dump('pgmq.q_embedding_jobs_msg_id_seq', '');
+
+CREATE TRIGGER autoembed_keep_restored
+    BEFORE INSERT ON pgmq.meta
+    FOR EACH ROW
+    WHEN (NEW.queue_name = 'embedding_jobs')
+    EXECUTE FUNCTION autoembed._keep_restored();
+
+-- Models ------------------------------------------------------------------------------------------
+
+CREATE TABLE autoembed.model (
+    name text PRIMARY KEY,
+    provider text NOT NULL,
+    model_id text NOT NULL,
+    dimensions integer NOT NULL CHECK (dimensions BETWEEN 1 AND 16000),
+    base_url text,
+    api_key text CHECK (api_key ~ '^(env|file):.'),
+    max_inputs_per_request integer CHECK (max_inputs_per_request > 0),
+    max_tokens_per_request integer CHECK (max_tokens_per_request > 0),
+    max_tokens_per_input integer CHECK (max_tokens_per_input > 0),
+    builtin boolean NOT NULL DEFAULT false
+);
+COMMENT ON TABLE autoembed.model IS 'The ways to embed a text; see create_model().';
+COMMENT ON COLUMN autoembed.model.name IS 'What pipelines and embed() call it.';
+COMMENT ON COLUMN autoembed.model.provider IS 'How it is spoken to: openai or local.';
+COMMENT ON COLUMN autoembed.model.model_id IS 'What the provider calls it.';
+COMMENT ON COLUMN autoembed.model.dimensions IS 'Length of its vectors.';
+COMMENT ON COLUMN autoembed.model.base_url IS
+    'Where it is: the URL before /embeddings, or the folder of a local model; NULL: the provider''s own.';
+COMMENT ON COLUMN autoembed.model.api_key IS
+    'Where its key is found, never the key: env:NAME or file:PATH on the database server.';
+COMMENT ON COLUMN autoembed.model.max_inputs_per_request IS 'Texts in one request; NULL: the provider''s limit.';
+COMMENT ON COLUMN autoembed.model.max_tokens_per_request IS 'Tokens in one request; NULL: the provider''s limit.';
+COMMENT ON COLUMN autoembed.model.max_tokens_per_input IS
+    'Tokens of one text, longer ones are truncated; NULL: the provider''s limit.';
+COMMENT ON COLUMN autoembed.model.builtin IS 'Came with the extension and was never changed.';
+
+INSERT INTO autoembed.model (name, provider, model_id, dimensions, api_key, builtin)
+VALUES ('all-MiniLM-L6-v2', 'local', 'all-MiniLM-L6-v2', 384, NULL, true),
+       ('text-embedding-3-small', 'openai', 'text-embedding-3-small', 1536, 'env:OPENAI_API_KEY', true);
+
+SELECT pg_catalog.pg_extension_config_dump('autoembed.model', 'WHERE NOT builtin');
+
+CREATE TRIGGER keep_restored
+    BEFORE INSERT ON autoembed.model
+    FOR EACH ROW
+    EXECUTE FUNCTION autoembed._keep_restored();
+
+CREATE TABLE autoembed.setting (
+    name text PRIMARY KEY CHECK (name IN ('default_model')),
+    value text NOT NULL
+);
+COMMENT ON TABLE autoembed.setting IS 'Settings of this database; what is not here has its default.';
+COMMENT ON COLUMN autoembed.setting.name IS 'default_model: for pipelines and embed() calls that name none.';
+COMMENT ON COLUMN autoembed.setting.value IS 'Its value.';
+
+SELECT pg_catalog.pg_extension_config_dump('autoembed.setting', '');
+
+CREATE TABLE autoembed.model_rest (
+    model text PRIMARY KEY REFERENCES autoembed.model (name) ON UPDATE CASCADE ON DELETE CASCADE,
+    until timestamptz NOT NULL,
+    failures integer NOT NULL,
+    needs_attention boolean NOT NULL,
+    reason text NOT NULL
+);
+COMMENT ON TABLE autoembed.model_rest IS
+    'Models whose provider is in trouble; no lane calls them before their time.';
+COMMENT ON COLUMN autoembed.model_rest.model IS 'The model that rests.';
+COMMENT ON COLUMN autoembed.model_rest.until IS 'When one request will try it again.';
+COMMENT ON COLUMN autoembed.model_rest.failures IS 'Failed tries in a row.';
+COMMENT ON COLUMN autoembed.model_rest.needs_attention IS
+    'Whether somebody must act (a wrong key, an unknown model), rather than wait.';
+COMMENT ON COLUMN autoembed.model_rest.reason IS 'What the provider answered last.';
+
+-- Pipelines ---------------------------------------------------------------------------------------
+
+CREATE TABLE autoembed.pipeline (
+    id integer PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
+    table_id regclass NOT NULL,
+    embedding_column name NOT NULL,
+    content_function text NOT NULL,
+    model text REFERENCES autoembed.model (name) ON UPDATE CASCADE,
+    built_from text,
+    UNIQUE (table_id, embedding_column, content_function)
+);
+COMMENT ON TABLE autoembed.pipeline IS
+    'One embedding column of one table: what is embedded there, with which model.';
+COMMENT ON COLUMN autoembed.pipeline.id IS 'Names it in jobs and in its two functions.';
+COMMENT ON COLUMN autoembed.pipeline.table_id IS 'The table; of a partitioned one the root.';
+COMMENT ON COLUMN autoembed.pipeline.embedding_column IS 'The vector or halfvec column that holds the embeddings.';
+COMMENT ON COLUMN autoembed.pipeline.content_function IS
+    'The function of a row that gives the text, as the trigger names it.';
+COMMENT ON COLUMN autoembed.pipeline.model IS 'Its model; NULL: the default model.';
+COMMENT ON COLUMN autoembed.pipeline.built_from IS
+    'What its functions were built from, to see when the table has changed.';
+
+SELECT pg_catalog.pg_extension_config_dump('autoembed.pipeline', '');
+SELECT pg_catalog.pg_extension_config_dump('autoembed.pipeline_id_seq', '');
+
+CREATE TABLE autoembed.embedded (
+    pipeline_id integer NOT NULL REFERENCES autoembed.pipeline (id) ON DELETE CASCADE,
+    key text NOT NULL,
+    digest bytea NOT NULL,
+    truncated boolean NOT NULL,
+    PRIMARY KEY (pipeline_id, key)
+);
+COMMENT ON TABLE autoembed.embedded IS
+    'Which text each embedding was made from, so that an unchanged text is never sent again.';
+COMMENT ON COLUMN autoembed.embedded.pipeline_id IS 'The pipeline.';
+COMMENT ON COLUMN autoembed.embedded.key IS 'The row''s key as a JSON array.';
+COMMENT ON COLUMN autoembed.embedded.digest IS 'BLAKE2b of the model and the text, 16 bytes.';
+COMMENT ON COLUMN autoembed.embedded.truncated IS 'Whether the text was longer than the model takes.';
+
+SELECT pg_catalog.pg_extension_config_dump('autoembed.embedded', '');
+
+-- What is going on, and what went wrong -----------------------------------------------------------
+
+CREATE TABLE autoembed.lane (
+    pid integer NOT NULL,
+    backend_start timestamptz NOT NULL,
+    claimed_at timestamptz,
+    message_ids bigint[] NOT NULL DEFAULT '{}',
+    stop boolean NOT NULL DEFAULT false,
+    PRIMARY KEY (pid, backend_start)
+);
+COMMENT ON TABLE autoembed.lane IS
+    'The lanes and what each holds; when its backend is gone, the next lane frees its jobs.';
+COMMENT ON COLUMN autoembed.lane.pid IS 'The lane''s process, as in pg_stat_activity.';
+COMMENT ON COLUMN autoembed.lane.backend_start IS 'When that process started: tells it from a later one of the same id.';
+COMMENT ON COLUMN autoembed.lane.claimed_at IS 'When it claimed what it holds.';
+COMMENT ON COLUMN autoembed.lane.message_ids IS 'The messages it holds.';
+COMMENT ON COLUMN autoembed.lane.stop IS 'Whether it was asked to stop.';
+
+CREATE TABLE autoembed.failure (
+    id bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
+    pipeline_id integer REFERENCES autoembed.pipeline (id) ON DELETE CASCADE,
+    key text,
+    message jsonb,
+    error_class text NOT NULL,
+    reason text NOT NULL,
+    attempts integer NOT NULL,
+    excerpt text,
+    first_failed_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    last_failed_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    UNIQUE (pipeline_id, key),
+    CHECK ((pipeline_id IS NULL) = (key IS NULL) AND (pipeline_id IS NULL) = (message IS NOT NULL))
+);
+COMMENT ON TABLE autoembed.failure IS
+    'What was given up: rows that cannot be embedded, and messages that name no row. See the view failed.';
+COMMENT ON COLUMN autoembed.failure.id IS 'Its number.';
+COMMENT ON COLUMN autoembed.failure.pipeline_id IS 'The pipeline; NULL for a message that names none.';
+COMMENT ON COLUMN autoembed.failure.key IS 'The row''s key as a JSON array.';
+COMMENT ON COLUMN autoembed.failure.message IS 'The message as it stood in the queue, where it names no row.';
+COMMENT ON COLUMN autoembed.failure.error_class IS 'row: the text or the table; message: the job itself.';
+COMMENT ON COLUMN autoembed.failure.reason IS 'What went wrong the last time.';
+COMMENT ON COLUMN autoembed.failure.attempts IS 'How often it was tried.';
+COMMENT ON COLUMN autoembed.failure.excerpt IS 'The first 200 characters of the text, where there was one.';
+COMMENT ON COLUMN autoembed.failure.first_failed_at IS 'When it was given up first.';
+COMMENT ON COLUMN autoembed.failure.last_failed_at IS 'When it was given up last.';
+
+SELECT pg_catalog.pg_extension_config_dump('autoembed.failure', '');
+SELECT pg_catalog.pg_extension_config_dump('autoembed.failure_id_seq', '');

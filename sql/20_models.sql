@@ -1,0 +1,218 @@
+-- 20_models.sql: create, change and drop models. Where a model is and where its key lies is an administrator's business.
+
+CREATE FUNCTION autoembed._default_model()
+    RETURNS text
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT coalesce((SELECT s.value FROM autoembed.setting AS s WHERE s.name = 'default_model'), 'all-MiniLM-L6-v2');
+$sql$;
+COMMENT ON FUNCTION autoembed._default_model() IS 'The model of pipelines and embed() calls that name none.';
+
+CREATE FUNCTION autoembed._model(name text)
+    RETURNS autoembed.model
+    LANGUAGE plpgsql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _name text := coalesce(_model.name, autoembed._default_model());
+    _found autoembed.model;
+BEGIN
+    SELECT m.* INTO _found FROM autoembed.model AS m WHERE m.name = _name;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'undefined_object',
+            MESSAGE = format('model "%s" does not exist', _name),
+            DETAIL = (SELECT 'The models are: ' || string_agg(m.name, ', ' ORDER BY m.name) || '.' FROM autoembed.model AS m),
+            HINT = 'Create it with autoembed.create_model().';
+    END IF;
+    RETURN _found;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._model(text) IS 'The model of that name, NULL for the default one; an error if there is none.';
+
+CREATE FUNCTION autoembed._check_model(name text)
+    RETURNS void
+    LANGUAGE plpython3u
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $python$
+    if GD.get("autoembed") != "@BUILD@":
+        plpy.execute("SELECT autoembed._load_python()")
+    from autoembed import doors
+    doors.check_model(name)
+$python$;
+COMMENT ON FUNCTION autoembed._check_model(text) IS
+    'Fails if the model cannot work as it is defined; warns if its key or folder is not there yet.';
+
+CREATE FUNCTION autoembed._check_api_key(api_key text)
+    RETURNS void
+    LANGUAGE plpgsql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    -- Not left to the table's CHECK: its error would print the row, and with it a key pasted by mistake.
+    IF api_key !~ '^(env|file):.' THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'api_key must say where the key is found, not what it is',
+            HINT = 'Use env:NAME for an environment variable of the server, or file:PATH for a file that it can read.';
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._check_api_key(text) IS 'Fails unless it is a reference to a key.';
+
+CREATE FUNCTION autoembed.create_model(
+    name text,
+    provider text,
+    dimensions integer,
+    model_id text DEFAULT NULL,
+    base_url text DEFAULT NULL,
+    api_key text DEFAULT NULL,
+    max_inputs_per_request integer DEFAULT NULL,
+    max_tokens_per_request integer DEFAULT NULL,
+    max_tokens_per_input integer DEFAULT NULL
+)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    PERFORM autoembed._check_api_key(create_model.api_key);
+    IF EXISTS (SELECT FROM autoembed.model AS m WHERE m.name = create_model.name) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'duplicate_object',
+            MESSAGE = format('model "%s" already exists', create_model.name),
+            HINT = 'Change it with autoembed.alter_model().';
+    END IF;
+    INSERT INTO autoembed.model (name, provider, model_id, dimensions, base_url, api_key,
+                                 max_inputs_per_request, max_tokens_per_request, max_tokens_per_input)
+    VALUES (create_model.name, create_model.provider, coalesce(create_model.model_id, create_model.name),
+            create_model.dimensions, create_model.base_url, create_model.api_key, create_model.max_inputs_per_request,
+            create_model.max_tokens_per_request, create_model.max_tokens_per_input);
+    PERFORM autoembed._check_model(create_model.name);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed.create_model(text, text, integer, text, text, text, integer, integer, integer) IS
+    'Defines a model: its provider (openai, local), the length of its vectors, what the provider calls it (default: its name), where it is, where its key is found (env:NAME or file:PATH), and limits below the provider''s own.';
+
+CREATE FUNCTION autoembed.alter_model(
+    name text,
+    provider text DEFAULT NULL,
+    dimensions integer DEFAULT NULL,
+    model_id text DEFAULT NULL,
+    base_url text DEFAULT NULL,
+    api_key text DEFAULT NULL,
+    max_inputs_per_request integer DEFAULT NULL,
+    max_tokens_per_request integer DEFAULT NULL,
+    max_tokens_per_input integer DEFAULT NULL
+)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    PERFORM autoembed._check_api_key(alter_model.api_key);
+    PERFORM autoembed._model(alter_model.name);
+    UPDATE autoembed.model AS m
+    SET provider = coalesce(alter_model.provider, m.provider),
+        dimensions = coalesce(alter_model.dimensions, m.dimensions),
+        model_id = coalesce(alter_model.model_id, m.model_id),
+        base_url = coalesce(alter_model.base_url, m.base_url),
+        api_key = coalesce(alter_model.api_key, m.api_key),
+        max_inputs_per_request = coalesce(alter_model.max_inputs_per_request, m.max_inputs_per_request),
+        max_tokens_per_request = coalesce(alter_model.max_tokens_per_request, m.max_tokens_per_request),
+        max_tokens_per_input = coalesce(alter_model.max_tokens_per_input, m.max_tokens_per_input),
+        builtin = false
+    WHERE m.name = alter_model.name;
+    PERFORM autoembed._check_model(alter_model.name);
+    PERFORM autoembed.resume_model(alter_model.name);
+    PERFORM autoembed._warn_of_blocked_pipelines();
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed.alter_model(text, text, integer, text, text, text, integer, integer, integer) IS
+    'Changes what is not NULL of a model, and ends its rest. Rows embedded before keep their vectors.';
+
+CREATE FUNCTION autoembed.drop_model(name text)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _used_by text;
+BEGIN
+    PERFORM autoembed._model(drop_model.name);
+    SELECT string_agg(format('%s.%I', p.table_id, p.embedding_column), ', ' ORDER BY p.id)
+    INTO _used_by
+    FROM autoembed.pipeline AS p
+    WHERE p.model = drop_model.name;
+    IF _used_by IS NOT NULL OR autoembed._default_model() = drop_model.name THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'dependent_objects_still_exist',
+            MESSAGE = format('model "%s" is in use', drop_model.name),
+            DETAIL = coalesce('It embeds ' || _used_by || '.', 'It is the default model.'),
+            HINT = 'Give these another model first; autoembed.set_default_model() changes the default one.';
+    END IF;
+    DELETE FROM autoembed.model AS m WHERE m.name = drop_model.name;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed.drop_model(text) IS 'Drops a model that nothing uses.';
+
+CREATE FUNCTION autoembed.set_default_model(name text)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    INSERT INTO autoembed.setting AS s (name, value)
+    VALUES ('default_model', (autoembed._model(set_default_model.name)).name)
+    ON CONFLICT ON CONSTRAINT setting_pkey DO UPDATE SET value = excluded.value;
+    PERFORM autoembed._check_model(set_default_model.name);
+    PERFORM autoembed._warn_of_blocked_pipelines();
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed.set_default_model(text) IS
+    'Makes it the model of all pipelines and embed() calls that name none.';
+
+CREATE FUNCTION autoembed.resume_model(name text)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    PERFORM autoembed._model(resume_model.name);
+    DELETE FROM autoembed.model_rest AS r WHERE r.model = resume_model.name;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed.resume_model(text) IS 'Ends a model''s rest: the next pass calls its provider again.';
+
+CREATE FUNCTION autoembed._rest_model(name text, seconds double precision, needs_attention boolean, reason text)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    INSERT INTO autoembed.model_rest AS r (model, until, failures, needs_attention, reason)
+    VALUES (_rest_model.name, clock_timestamp() + make_interval(secs => seconds), 1,
+            _rest_model.needs_attention, _rest_model.reason)
+    ON CONFLICT (model) DO UPDATE
+    SET until = greatest(r.until, excluded.until),
+        -- Requests side by side fail together: one failed try.
+        failures = r.failures + (r.until <= clock_timestamp())::integer,
+        needs_attention = excluded.needs_attention,
+        reason = excluded.reason;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._rest_model(text, double precision, boolean, text) IS
+    'Keeps all lanes from calling a model''s provider for so many seconds.';

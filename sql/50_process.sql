@@ -1,0 +1,335 @@
+-- 50_process.sql: the path of a job. First what the lane does to queue and state, one statement each; then the doors into Python.
+
+CREATE FUNCTION autoembed._claim(max_rows integer, lease_seconds double precision)
+    RETURNS TABLE (message_id bigint, read_count integer, message jsonb)
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+#variable_conflict use_column
+DECLARE
+    -- A parameter, unlike clock_timestamp() itself, can be looked up in an index.
+    _now timestamptz := clock_timestamp();
+BEGIN
+    IF NOT EXISTS (SELECT FROM pgmq.q_embedding_jobs AS q WHERE q.vt <= _now) THEN
+        RETURN;
+    END IF;
+    PERFORM autoembed._drop_orphaned_pipelines();
+    RETURN QUERY
+    WITH waiting AS MATERIALIZED (
+        SELECT w.pipeline
+        FROM (SELECT p.id::text AS pipeline FROM autoembed.pipeline AS p UNION ALL SELECT '') AS w
+        WHERE EXISTS (
+            SELECT FROM pgmq.q_embedding_jobs AS q
+            WHERE coalesce(q.message ->> 'pipeline', '') = w.pipeline AND q.vt <= _now
+        )
+    ),
+    ready AS MATERIALIZED (
+        SELECT w.pipeline, s.failures
+        FROM waiting AS w
+        LEFT JOIN autoembed._pipeline_state AS s ON s.id::text = w.pipeline
+        WHERE s.blocked IS NULL
+    ),
+    -- Every pipeline has its share, so that none holds up another; a provider that failed last time is tried with one row.
+    due AS (
+        SELECT q.msg_id
+        FROM ready AS r
+        CROSS JOIN LATERAL (
+            SELECT q.msg_id
+            FROM pgmq.q_embedding_jobs AS q
+            WHERE coalesce(q.message ->> 'pipeline', '') = r.pipeline AND q.vt <= _now
+            ORDER BY q.vt
+            LIMIT CASE WHEN r.failures > 0 THEN 1 ELSE greatest(1, max_rows / (SELECT count(*) FROM ready)) END
+            FOR UPDATE SKIP LOCKED
+        ) AS q
+    ),
+    claimed AS (
+        UPDATE pgmq.q_embedding_jobs AS q
+        SET vt = _now + make_interval(secs => lease_seconds), read_ct = q.read_ct + 1, last_read_at = _now
+        FROM due AS d
+        WHERE q.msg_id = d.msg_id
+        RETURNING q.msg_id, q.read_ct, q.message
+    ),
+    held AS (
+        UPDATE autoembed.lane AS l
+        SET claimed_at = _now, message_ids = (SELECT array_agg(c.msg_id) FROM claimed AS c)
+        WHERE l.pid = pg_backend_pid() AND EXISTS (SELECT FROM claimed)
+    )
+    SELECT c.msg_id, c.read_ct, c.message FROM claimed AS c ORDER BY c.msg_id;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._claim(integer, double precision) IS
+    'Takes due messages of the pipelines that can be embedded now, hides them for the lease, and counts the try.';
+
+CREATE FUNCTION autoembed._extend(message_ids bigint[], lease_seconds double precision)
+    RETURNS void
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    UPDATE pgmq.q_embedding_jobs AS q
+    SET vt = clock_timestamp() + make_interval(secs => lease_seconds)
+    WHERE q.msg_id = ANY (message_ids);
+$sql$;
+COMMENT ON FUNCTION autoembed._extend(bigint[], double precision) IS 'Hides claimed messages for longer.';
+
+CREATE FUNCTION autoembed._settle(message_ids bigint[])
+    RETURNS void
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    DELETE FROM pgmq.q_embedding_jobs AS q WHERE q.msg_id = ANY (message_ids);
+$sql$;
+COMMENT ON FUNCTION autoembed._settle(bigint[]) IS 'Deletes messages that are dealt with.';
+
+CREATE FUNCTION autoembed._release(message_ids bigint[])
+    RETURNS void
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    UPDATE pgmq.q_embedding_jobs AS q
+    SET vt = clock_timestamp(), read_ct = q.read_ct - 1
+    WHERE q.msg_id = ANY (message_ids);
+$sql$;
+COMMENT ON FUNCTION autoembed._release(bigint[]) IS 'Gives claimed messages back as if they had never been read.';
+
+CREATE FUNCTION autoembed._requeue(pipeline_id integer, keys jsonb, attempts integer, delay_seconds double precision)
+    RETURNS void
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    INSERT INTO pgmq.q_embedding_jobs (vt, message)
+    VALUES (clock_timestamp() + make_interval(secs => delay_seconds),
+            jsonb_build_object('pipeline', pipeline_id, 'keys', keys, 'attempts', attempts));
+$sql$;
+COMMENT ON FUNCTION autoembed._requeue(integer, jsonb, integer, double precision) IS
+    'Queues rows again, to be tried after the delay.';
+
+CREATE FUNCTION autoembed._resolve(message jsonb)
+    RETURNS integer
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _missing text;
+    _table oid;
+BEGIN
+    SELECT string_agg(k.key, ', ') INTO _missing
+    FROM unnest('{id,schema,table,contentFunction,embeddingColumn}'::text[]) AS k(key)
+    WHERE jsonb_typeof(message) IS DISTINCT FROM 'object' OR (message ->> k.key) IS NULL;
+    IF _missing IS NOT NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = format('the message lacks %s', _missing),
+            HINT = 'Messages are sent by the trigger autoembed.queue_embeddings().';
+    END IF;
+    SELECT c.oid INTO _table
+    FROM pg_class AS c
+    JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE n.nspname = message ->> 'schema' AND c.relname = message ->> 'table';
+    IF NOT FOUND THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'undefined_table',
+            MESSAGE = format('there is no table %I.%I', message ->> 'schema', message ->> 'table');
+    END IF;
+    RETURN autoembed._adopt(_table, message ->> 'embeddingColumn', message ->> 'contentFunction');
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._resolve(jsonb) IS
+    'The pipeline that a message of the guide''s form is for, made if it is new; an error if the message is of no use.';
+
+CREATE FUNCTION autoembed._pipelines(ids integer[])
+    RETURNS TABLE (id integer, schema_name text, table_name text, content_function text, embedding_column text,
+                   blocked text, hint text, sound boolean, failures integer, model jsonb)
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+#variable_conflict use_column
+BEGIN
+    PERFORM autoembed._build_pipeline(s.id) FROM autoembed._pipeline_state AS s WHERE s.id = ANY (ids) AND s.sound;
+    RETURN QUERY
+    SELECT s.id, n.nspname::text, c.relname::text, s.content_function, s.embedding_column::text,
+           s.blocked, s.hint, s.sound, s.failures, to_jsonb(autoembed._model(s.model))
+    FROM autoembed._pipeline_state AS s
+    LEFT JOIN pg_class AS c ON c.oid = s.table_id
+    LEFT JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE s.id = ANY (ids);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._pipelines(integer[]) IS
+    'What a pass needs to know of its pipelines, their functions made ready.';
+
+CREATE FUNCTION autoembed._digests(pipeline_id integer, keys text[])
+    RETURNS TABLE (key text, digest bytea)
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT e.key, e.digest FROM autoembed.embedded AS e WHERE e.pipeline_id = _digests.pipeline_id AND e.key = ANY (keys);
+$sql$;
+COMMENT ON FUNCTION autoembed._digests(integer, text[]) IS 'From which text the embeddings of these rows were made.';
+
+CREATE FUNCTION autoembed._record_embedded(pipeline_id integer, keys text[], digests bytea[], truncated boolean[])
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    INSERT INTO autoembed.embedded AS e (pipeline_id, key, digest, truncated)
+    SELECT _record_embedded.pipeline_id, s.key, s.digest, s.truncated
+    FROM unnest(keys, digests, _record_embedded.truncated) AS s(key, digest, truncated)
+    ORDER BY s.key
+    ON CONFLICT ON CONSTRAINT embedded_pkey DO UPDATE SET digest = excluded.digest, truncated = excluded.truncated;
+    DELETE FROM autoembed.failure AS f WHERE f.pipeline_id = _record_embedded.pipeline_id AND f.key = ANY (keys);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._record_embedded(integer, text[], bytea[], boolean[]) IS
+    'Notes from which text each embedding was made, and strikes the rows off the failed list.';
+
+CREATE FUNCTION autoembed._forget(pipeline_id integer, keys text[])
+    RETURNS void
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    DELETE FROM autoembed.embedded AS e WHERE e.pipeline_id = _forget.pipeline_id AND e.key = ANY (keys);
+    DELETE FROM autoembed.failure AS f WHERE f.pipeline_id = _forget.pipeline_id AND f.key = ANY (keys);
+$sql$;
+COMMENT ON FUNCTION autoembed._forget(integer, text[]) IS 'Forgets rows that were deleted.';
+
+CREATE FUNCTION autoembed._fail(pipeline_id integer, key text, reason text, attempts integer, excerpt text)
+    RETURNS void
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    INSERT INTO autoembed.failure AS f (pipeline_id, key, error_class, reason, attempts, excerpt)
+    VALUES (_fail.pipeline_id, _fail.key, 'row', _fail.reason, _fail.attempts, left(_fail.excerpt, 200))
+    ON CONFLICT (pipeline_id, key) DO UPDATE
+    SET reason = excluded.reason, attempts = excluded.attempts, excerpt = excluded.excerpt,
+        last_failed_at = excluded.last_failed_at;
+$sql$;
+COMMENT ON FUNCTION autoembed._fail(integer, text, text, integer, text) IS 'Puts a row on the failed list.';
+
+CREATE FUNCTION autoembed._fail_message(message jsonb, reason text, attempts integer)
+    RETURNS void
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    INSERT INTO autoembed.failure (message, error_class, reason, attempts)
+    VALUES (coalesce(_fail_message.message, 'null'), 'message', _fail_message.reason, _fail_message.attempts);
+$sql$;
+COMMENT ON FUNCTION autoembed._fail_message(jsonb, text, integer) IS
+    'Puts a message that names no row on the failed list.';
+
+CREATE FUNCTION autoembed._enter_lane()
+    RETURNS void
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    INSERT INTO autoembed.lane (pid, backend_start)
+    SELECT a.pid, a.backend_start FROM pg_stat_get_activity(pg_backend_pid()) AS a
+    ON CONFLICT DO NOTHING;
+$sql$;
+COMMENT ON FUNCTION autoembed._enter_lane() IS 'Signs this session on as a lane.';
+
+CREATE FUNCTION autoembed._leave_lane()
+    RETURNS void
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    DELETE FROM autoembed.lane AS l WHERE l.pid = pg_backend_pid();
+$sql$;
+COMMENT ON FUNCTION autoembed._leave_lane() IS 'Signs this session off.';
+
+CREATE FUNCTION autoembed._free_dead_lanes()
+    RETURNS void
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    WITH dead AS (
+        DELETE FROM autoembed.lane AS l
+        WHERE NOT EXISTS (
+            SELECT FROM pg_stat_get_activity(NULL) AS a
+            WHERE a.pid = l.pid AND a.backend_start = l.backend_start
+        )
+        RETURNING l.claimed_at, l.message_ids
+    )
+    UPDATE pgmq.q_embedding_jobs AS q
+    SET vt = clock_timestamp()
+    FROM dead AS d
+    CROSS JOIN LATERAL unnest(d.message_ids) AS m(id)
+    -- Unless another lane has them since.
+    WHERE q.msg_id = m.id AND q.last_read_at = d.claimed_at;
+$sql$;
+COMMENT ON FUNCTION autoembed._free_dead_lanes() IS
+    'Makes the jobs of lanes whose backend is gone visible at once; the try stays counted.';
+
+-- The doors ---------------------------------------------------------------------------------------
+
+CREATE FUNCTION autoembed.process(
+    batch_size integer DEFAULT 100,
+    max_requests integer DEFAULT 10,
+    timeout_milliseconds integer DEFAULT 300000,
+    OUT read integer,
+    OUT completed integer,
+    OUT retried integer,
+    OUT failed integer,
+    OUT requests integer,
+    OUT failed_jobs jsonb
+)
+    LANGUAGE plpython3u
+    VOLATILE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $python$
+    if GD.get("autoembed") != "@BUILD@":
+        plpy.execute("SELECT autoembed._load_python()")
+    from autoembed import doors
+    return doors.process(batch_size, max_requests, timeout_milliseconds)
+$python$;
+COMMENT ON FUNCTION autoembed.process(integer, integer, integer) IS
+    'Embeds waiting jobs once, in the caller''s transaction: up to max_requests requests of up to batch_size texts, each given timeout_milliseconds. Returns how many jobs were read, completed, put back to be tried again, and given up, and the requests sent; failed_jobs lists the jobs that did not complete, each with its error.';
+
+CREATE PROCEDURE autoembed.work(
+    run_seconds double precision DEFAULT 300,
+    batch_size integer DEFAULT 100,
+    max_requests integer DEFAULT 10,
+    timeout_milliseconds integer DEFAULT 300000
+)
+    LANGUAGE plpython3u
+AS $python$
+    if GD.get("autoembed") != "@BUILD@":
+        plpy.execute("SELECT autoembed._load_python()")
+    from autoembed import doors
+    doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds)
+$python$;
+COMMENT ON PROCEDURE autoembed.work(double precision, integer, integer, integer) IS
+    'A lane: embeds what waits, and what comes, for run_seconds; commits as it goes and holds no transaction while a request is in flight. schedule() has pg_cron call it.';
+
+CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
+    RETURNS @extschema:vector@.vector
+    LANGUAGE plpython3u
+    STABLE
+    PARALLEL RESTRICTED
+    SECURITY DEFINER
+    SET search_path = pg_catalog, @extschema:vector@, pg_temp
+AS $python$
+    if GD.get("autoembed") != "@BUILD@":
+        plpy.execute("SELECT autoembed._load_python()")
+    from autoembed import doors
+    return doors.embed(content, model)
+$python$;
+COMMENT ON FUNCTION autoembed.embed(text, text) IS
+    'The embedding of a search text by that model, NULL for the default one; NULL for NULL. Cast it to halfvec where the column is one and no index operator is found.';

@@ -1,0 +1,93 @@
+-- 60_schedule.sql: lanes as pg_cron jobs. Nothing else knows pg_cron.
+
+CREATE FUNCTION autoembed.unschedule()
+    RETURNS integer
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _lanes integer;
+BEGIN
+    IF to_regclass('cron.job') IS NULL THEN
+        RETURN 0;
+    END IF;
+    SELECT count(cron.unschedule(j.jobid)) INTO _lanes
+    FROM cron.job AS j
+    WHERE j.jobname LIKE 'autoembed-lane-%' AND j.database = current_database();
+    UPDATE autoembed.lane SET stop = true;
+    RETURN _lanes;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed.unschedule() IS
+    'Ends all lanes; returns how many were scheduled. A lane that runs stops after what it has in flight.';
+
+CREATE FUNCTION autoembed.schedule(lanes integer DEFAULT 1)
+    RETURNS integer
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF lanes IS NULL OR lanes NOT BETWEEN 1 AND 32 THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = format('lanes must be between 1 and 32, not %s', coalesce(lanes::text, 'NULL')),
+            HINT = 'autoembed.unschedule() ends all lanes.';
+    END IF;
+    IF to_regclass('cron.job') IS NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = format('pg_cron is not installed in database "%s"', current_database()),
+            DETAIL = 'pg_cron lives in one database of a server, the one that cron.database_name names.',
+            HINT = format(
+                'CREATE EXTENSION pg_cron here; or, in its database, SELECT cron.schedule_in_database(%L, %L, %L, %L).',
+                'autoembed-lane-1', '1 second', 'CALL autoembed.work()', current_database()
+            );
+    END IF;
+    PERFORM autoembed.unschedule();
+    PERFORM cron.schedule('autoembed-lane-' || n, '1 second', 'CALL autoembed.work()') FROM generate_series(1, lanes) AS n;
+    RETURN lanes;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed.schedule(integer) IS
+    'Has pg_cron run that many lanes side by side in this database, in place of those it ran before; returns their number.';
+
+-- DROP EXTENSION does not call us, and cron.job is not ours: so the lanes go before any extension is dropped, and come back
+-- if it was not this one.
+CREATE FUNCTION autoembed._unschedule_before_drop()
+    RETURNS event_trigger
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    PERFORM set_config('autoembed.lanes', autoembed.unschedule()::text, true);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._unschedule_before_drop() IS 'Takes the lanes out of pg_cron before an extension is dropped.';
+
+CREATE EVENT TRIGGER autoembed_unschedule_before_drop
+    ON ddl_command_start
+    WHEN TAG IN ('DROP EXTENSION', 'DROP OWNED')
+    EXECUTE FUNCTION autoembed._unschedule_before_drop();
+
+CREATE FUNCTION autoembed._schedule_after_drop()
+    RETURNS event_trigger
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _lanes integer := nullif(current_setting('autoembed.lanes', true), '');
+BEGIN
+    IF _lanes > 0 AND to_regclass('cron.job') IS NOT NULL THEN
+        PERFORM autoembed.schedule(_lanes);
+    END IF;
+    PERFORM set_config('autoembed.lanes', '', true);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._schedule_after_drop() IS 'Puts the lanes back if the extension dropped was another.';
+
+CREATE EVENT TRIGGER autoembed_schedule_after_drop
+    ON ddl_command_end
+    WHEN TAG IN ('DROP EXTENSION', 'DROP OWNED')
+    EXECUTE FUNCTION autoembed._schedule_after_drop();

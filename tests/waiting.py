@@ -1,0 +1,18 @@
+"""Waiting in tests: always for a condition, never for a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def wait_until(condition: Callable[[], T], seconds: float = 20) -> T:
+    """The first true value of a condition; fails when it stays false for so long."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, f"not true within {seconds} s"
+        time.sleep(0.02)
+    return value
