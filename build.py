@@ -31,7 +31,7 @@ def python_sources() -> dict[str, str]:
 
 def literal(sources: dict[str, str]) -> str:
     """The sources as lines of a Python dict of raw strings, for the body of _load_python()."""
-    return "\n".join(f'"{name}": r\'\'\'{source}\'\'\',' for name, source in sources.items())
+    return "\n".join(f"\"{name}\": r'''{source}'''," for name, source in sources.items())
 
 
 def extension_sql() -> str:

@@ -281,9 +281,7 @@ class Tenant:
         if not amend or "rate_limit" in order:
             limit = self.behaviour.rate_limit or RateLimit()
             rates = {"requests": limit.requests_per_minute, "tokens": limit.tokens_per_minute}
-            self.buckets = {
-                unit: Bucket(rate, limit.burst_seconds) for unit, rate in rates.items() if rate is not None
-            }
+            self.buckets = {unit: Bucket(rate, limit.burst_seconds) for unit, rate in rates.items() if rate is not None}
 
     def next_fault(self, texts: list[str]) -> Fault | None:
         for left in self.faults:
@@ -494,9 +492,7 @@ def _openai_error(refusal: Refusal) -> bytes:
     return json.dumps({"error": error}).encode()
 
 
-OPENAI = Protocol(
-    _bearer_key, _openai_texts, _openai_check, _openai_answer, _openai_usual_refusal, _openai_error
-)
+OPENAI = Protocol(_bearer_key, _openai_texts, _openai_check, _openai_answer, _openai_usual_refusal, _openai_error)
 PROTOCOLS = [(re.compile(r"/(?P<tenant>[^/]+)/v1/embeddings"), OPENAI)]
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_until(condition: Callable[[], T], seconds: float = 20) -> T:
+def wait_until(condition: Callable[[], T | None], seconds: float = 20) -> T:
     """The first true value of a condition; fails when it stays false for so long."""
     end = time.monotonic() + seconds
     while not (value := condition()):

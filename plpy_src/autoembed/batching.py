@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 
 def estimate_tokens(text: str) -> int:
@@ -43,7 +46,7 @@ def pack(texts: Sequence[str], max_inputs: int, max_tokens: int) -> list[list[st
     return requests
 
 
-def halves(texts: list[str]) -> tuple[list[str], list[str]]:
-    """A refused request, split, to find the text that is to blame."""
-    middle = len(texts) // 2
-    return texts[:middle], texts[middle:]
+def halves(items: list[Item]) -> tuple[list[Item], list[Item]]:
+    """What failed as a whole, split, to find the one that is to blame."""
+    middle = len(items) // 2
+    return items[:middle], items[middle:]

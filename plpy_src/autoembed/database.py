@@ -21,6 +21,7 @@ Error = plpy.SPIError
 
 _plans: dict[str, Any] = {}
 
+
 @dataclass(frozen=True)
 class Message:
     """A message of the queue: its number, how often it was read, and what it says."""
@@ -94,7 +95,9 @@ class Database:
 
     def extend(self, message_ids: Sequence[int], lease_seconds: float) -> None:
         self._run(
-            "SELECT autoembed._extend($1, $2)", ["bigint[]", "double precision"], [list(message_ids), lease_seconds]
+            "SELECT autoembed._extend($1, $2)",
+            ["bigint[]", "double precision"],
+            [list(message_ids), lease_seconds],
         )
 
     def settle(self, message_ids: Sequence[int]) -> None:
@@ -173,7 +176,11 @@ class Database:
         return {row["key"]: row["digest"] for row in rows}
 
     def write(
-        self, pipeline: Pipeline, keys: Sequence[str], contents: Sequence[str | None], vectors: np.ndarray | None
+        self,
+        pipeline: Pipeline,
+        keys: Sequence[str],
+        contents: Sequence[str | None],
+        vectors: np.ndarray | None,
     ) -> dict[str, str]:
         """Writes each vector (None: NULLs) whose row still says the text; what became of each key: written, changed, locked or gone.
 

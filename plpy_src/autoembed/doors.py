@@ -44,15 +44,21 @@ def embed(content: str | None, model_name: str | None) -> str | None:
         return None
     here = database.Database(commits=False)
     model = here.model(model_name)
-    vector = _queries.get((model, content))
-    if vector is None:
-        if not content.strip():
-            database.raise_error(InvalidInput("a blank text has no embedding", hint="Give embed() some words."))
-        vector = _queries[model, content] = _embed_query(here, model, content)
+    query = (model, content)
+    if query not in _queries:
+        try:
+            if not content.strip():
+                raise InvalidInput("a blank text has no embedding", hint="Give embed() some words.")
+            _queries[query] = _embed_query(here, model, content)
+        except InvalidInput as error:
+            database.raise_error(error)
+        except Trouble as trouble:
+            message = f'model "{model.name}" gave no embedding: {trouble}'
+            database.raise_error(InvalidInput(message, sqlstate="38000"))
         if len(_queries) > QUERY_CACHE_SIZE:
             _queries.popitem(last=False)
-    _queries.move_to_end((model, content))
-    return vector
+    _queries.move_to_end(query)
+    return _queries[query]
 
 
 def check_model(name: str) -> None:
@@ -62,27 +68,24 @@ def check_model(name: str) -> None:
     except InvalidInput as error:
         database.raise_error(error)
     except ProviderTrouble as trouble:
-        database.warn(f'model "{name}" cannot be used yet: {trouble}', "It is tried again by itself once this is mended.")
+        database.warn(
+            f'model "{name}" cannot be used yet: {trouble}',
+            "It is tried again by itself once this is mended.",
+        )
 
 
 def _embed_query(here: database.Database, model: Model, content: str) -> str:
+    provider = provider_of(model)
+
     def abort() -> None:
         _network.abort()
-        provider_of(model).abort()
+        provider.abort()
 
     with Flight[None, Any](1, here.breathe, abort) as flight:
-        try:
-            provider = provider_of(model)
-            flight.submit(None, lambda: provider.embed(model, [content], _network, QUERY_TIMEOUT_SECONDS))
-            (_, outcome), *_ = flight.landed()
-            if isinstance(outcome, BaseException):
-                raise outcome
-        except InvalidInput as error:
-            database.raise_error(error)
-        except Trouble as trouble:
-            database.raise_error(
-                InvalidInput(f'model "{model.name}" gave no embedding: {trouble}', sqlstate="38000")
-            )
+        flight.submit(None, lambda: provider.embed(model, [content], _network, QUERY_TIMEOUT_SECONDS))
+        [(_, outcome)] = flight.landed()
+    if isinstance(outcome, BaseException):
+        raise outcome
     return database.literals(outcome)[0]
 
 

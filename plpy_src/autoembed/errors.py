@@ -6,7 +6,7 @@ import email.utils
 import json
 import time
 from collections.abc import Mapping
-from datetime import timezone
+from datetime import UTC
 
 
 class InvalidInput(Exception):
@@ -116,7 +116,7 @@ def retry_after_seconds(headers: Mapping[str, str], now: float | None = None) ->
     except ValueError:
         return None
     if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=timezone.utc)
+        moment = moment.replace(tzinfo=UTC)
     return max(0.0, moment.timestamp() - (time.time() if now is None else now))
 
 

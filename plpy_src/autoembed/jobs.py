@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -82,8 +81,8 @@ class Job:
     outcome: Outcome | None = None
 
     @property
-    def content(self) -> str:
-        return (self.row.content if self.row else None) or ""
+    def content(self) -> str | None:
+        return self.row.content if self.row else None
 
     @property
     def has_embedding(self) -> bool:
@@ -137,7 +136,7 @@ class Ledger:
         job.outcome = DONE
         self.report.failed += 1
         self._note(job, reason)
-        self._database.fail(job.pipeline, job.key, reason, attempts or job.attempts + 1, job.content or None)
+        self._database.fail(job.pipeline, job.key, reason, attempts or job.attempts + 1, job.content)
 
     def fail_message(self, message: Message, reason: str) -> None:
         self.report.read += 1
@@ -157,9 +156,7 @@ class Ledger:
     def flush(self) -> None:
         """Writes what is decided: messages whose jobs are all dealt with leave the queue or go back to it."""
         decided = [
-            message_id
-            for message_id, jobs in self._messages.items()
-            if all(job.outcome is not None for job in jobs)
+            message_id for message_id, jobs in self._messages.items() if all(job.outcome is not None for job in jobs)
         ]
         released, settled = [], []
         again: dict[tuple[int, int, float], dict[str, None]] = defaultdict(dict)

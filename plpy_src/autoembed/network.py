@@ -73,7 +73,11 @@ class Network:
             raise ProviderTrouble(f"no trusted connection to {_host(url)}: {_cause(error)}", permanent=True) from error
         except requests.exceptions.Timeout as error:
             raise ProviderTrouble(f"{_host(url)} did not answer within {timeout_seconds:g} s") from error
-        except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema) as error:
+        except (
+            requests.exceptions.InvalidURL,
+            requests.exceptions.InvalidSchema,
+            requests.exceptions.MissingSchema,
+        ) as error:
             raise ProviderTrouble(f"{url} is not a URL that can be called", permanent=True) from error
         except requests.exceptions.RequestException as error:
             raise ProviderTrouble(f"no answer from {_host(url)}: {_cause(error)}") from error

@@ -1,12 +1,11 @@
-"""The path of a job: claim, embed, apply. Knows neither plpy nor requests: the database and the network are handed in."""
+"""The path of a job: claim, embed, apply. Knows neither plpy nor requests: database and network are handed in."""
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -77,8 +76,10 @@ def work(database: Database, network: Network, options: Options, run_seconds: fl
 
 
 def run_pass(database: Database, network: Network, options: Options) -> Report:
-    """Claims once, embeds what was claimed, applies it; commits after each step if the database can. Never raises for a bad
-    row, a bad answer or a dead provider: the report says so."""
+    """Claims once, embeds what was claimed, applies it; commits after each step if the database can.
+
+    Never raises for a bad row, a bad answer or a dead provider: the report says so.
+    """
     messages = database.claim(options.max_rows, options.lease_seconds)
     if not messages:
         return Report()
@@ -194,7 +195,7 @@ class _Pass:
         digests = self._database.digests(pipeline, [job.key for job in jobs])
         blank = []
         for job in jobs:
-            if not job.content.strip():
+            if job.content is None or not job.content.strip():
                 blank.append(job)
                 continue
             job.digest = pipeline.model.digest(job.content)
@@ -229,15 +230,15 @@ class _Pass:
             lambda: provider.embed(request.model, request.texts, self._network, self._options.timeout_seconds),
         )
 
-    def _land(
-        self, flight: Flight[Request, np.ndarray], request: Request, outcome: np.ndarray | BaseException
-    ) -> None:
+    def _land(self, flight: Flight[Request, np.ndarray], request: Request, outcome: np.ndarray | BaseException) -> None:
         outbox = self._outboxes[request.model]
         if isinstance(outcome, ProviderTrouble):
             self._give_up_model(flight, request, outcome)
         elif isinstance(outcome, Refused):
             if request.texts == [PROBE]:
-                self._give_up_model(flight, request, ProviderTrouble(f"every request is refused: {outcome}", permanent=True))
+                self._give_up_model(
+                    flight, request, ProviderTrouble(f"every request is refused: {outcome}", permanent=True)
+                )
             elif outbox.accepted:
                 self._split(flight, request, outcome)
             else:
@@ -291,12 +292,12 @@ class _Pass:
             self._write(jobs[0].pipeline, jobs, vectors[[index for _, index in matched]])
 
     def _write(self, pipeline: Pipeline, jobs: list[Job], vectors: np.ndarray | None) -> None:
-        """Writes the vectors (None: NULLs) of the rows that still say the same. A row that does not take its own stands alone in
-        the end."""
+        """Writes the vectors (None: NULLs) of the rows that still say the same.
+
+        A row that does not take its own stands alone in the end.
+        """
         try:
-            outcomes = self._database.write(
-                pipeline, [job.key for job in jobs], [job.row.content for job in jobs], vectors
-            )
+            outcomes = self._database.write(pipeline, [job.key for job in jobs], [job.content for job in jobs], vectors)
         except RowError as error:
             if len(jobs) > 1:
                 middle = len(jobs) // 2

@@ -1,145 +1,15 @@
-"""A server in a container of the built image, a fresh database for each test, and the fake API beside it."""
+"""A server for the session, a fresh database for each test, and the fake API beside it."""
 
 from __future__ import annotations
 
-import io
-import tarfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import psycopg
 import pytest
+
 from fake_api import FakeApi
-from psycopg.rows import namedtuple_row
-from pytest_postgresql.janitor import DatabaseJanitor
-from testcontainers.core.container import DockerContainer
-from waiting import wait_until
-
-TESTS = Path(__file__).resolve().parent.parent
-IMAGE = "autoembed"
-PASSWORD = "postgres"
-FAKE_API_PORT = 8000
-
-Connection = psycopg.Connection[Any]
-
-GUIDE_TABLE = """
-create table documents (
-  id integer primary key generated always as identity,
-  title text not null,
-  content text not null,
-  embedding halfvec({dimensions}),
-  created_at timestamp with time zone default now()
-);
-create index on documents using hnsw (embedding halfvec_cosine_ops);
-create or replace function embedding_input(doc documents)
-returns text
-language plpgsql
-immutable
-as $$
-begin
-  return '# ' || doc.title || E'\\n\\n' || doc.content;
-end;
-$$;
-"""
-
-GUIDE_TRIGGERS = """
-create trigger embed_documents_on_insert
-  after insert
-  on documents
-  for each row
-  execute function autoembed.queue_embeddings('embedding_input', 'embedding');
-create trigger embed_documents_on_update
-  after update of title, content
-  on documents
-  for each row
-  execute function autoembed.queue_embeddings('embedding_input', 'embedding');
-create trigger clear_document_embedding_on_update
-  before update of title, content
-  on documents
-  for each row
-  execute function autoembed.clear_column('embedding');
-"""
-
-
-@dataclass(frozen=True)
-class Server:
-    """A running container of the image."""
-
-    container: DockerContainer
-    host: str
-    port: int
-
-    def connect(self, dbname: str = "postgres", **options: Any) -> Connection:
-        return psycopg.connect(
-            host=self.host,
-            port=self.port,
-            user=options.pop("user", "postgres"),
-            password=PASSWORD,
-            dbname=dbname,
-            autocommit=True,
-            row_factory=namedtuple_row,
-            **options,
-        )
-
-    def janitor(self, dbname: str, template: str | None = None) -> DatabaseJanitor:
-        return DatabaseJanitor(
-            user="postgres",
-            host=self.host,
-            port=self.port,
-            dbname=dbname,
-            template_dbname=template,
-            password=PASSWORD,
-        )
-
-    def fake_api(self, tenant: str) -> FakeApi:
-        """A tenant of the fake API that runs in this container; the database reaches it on its own loopback."""
-        port = self.container.get_exposed_port(FAKE_API_PORT)
-        return FakeApi(f"http://{self.host}:{port}", f"http://127.0.0.1:{FAKE_API_PORT}/{tenant}/v1", tenant)
-
-
-def put_file(container: DockerContainer, source: Path, folder: str) -> None:
-    archive = io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w") as tar:
-        tar.add(source, arcname=source.name)
-    container.get_wrapped_container().put_archive(folder, archive.getvalue())
-
-
-def run_server(stack: ExitStack, *arguments: str, **environment: str) -> Server:
-    """Starts a container of the image, with the fake API in it, until the stack unwinds."""
-    container = DockerContainer(IMAGE).with_exposed_ports(5432, FAKE_API_PORT)
-    for name, value in {"POSTGRES_PASSWORD": PASSWORD, "OPENAI_API_KEY": "sk-test", **environment}.items():
-        container.with_env(name, value)
-    container.with_command(["postgres", "-c", "fsync=off", *arguments])
-    stack.enter_context(container)
-    host = container.get_container_host_ip()
-    server = Server(container, host, int(container.get_exposed_port(5432)))
-
-    def is_up() -> bool:
-        try:
-            server.connect().close()
-        except psycopg.OperationalError:
-            return False
-        return True
-
-    wait_until(is_up, 60)
-    put_file(container, TESTS / "fake_api.py", "/tmp")
-    container.get_wrapped_container().exec_run(
-        ["python3", "/tmp/fake_api.py", "--host", "0.0.0.0", "--port", str(FAKE_API_PORT)], detach=True
-    )
-
-    def api_is_up() -> bool:
-        try:
-            server.fake_api("up").counters()
-        except OSError:
-            return False
-        return True
-
-    wait_until(api_is_up, 20)
-    return server
+from harness import GUIDE_TABLE, GUIDE_TRIGGERS, Connection, Server, run_server
 
 
 @pytest.fixture(scope="session")
@@ -182,9 +52,7 @@ def db(connect: Callable[..., Connection]) -> Connection:
 def api(server: Server, db: Connection, dbname: str) -> FakeApi:
     """The fake API for this test alone; the default model text-embedding-3-small speaks to it."""
     api = server.fake_api(dbname)
-    db.execute(
-        "SELECT autoembed.alter_model('text-embedding-3-small', base_url => %s)", [api.base_url]
-    )
+    db.execute("SELECT autoembed.alter_model('text-embedding-3-small', base_url => %s)", [api.base_url])
     db.execute("SELECT autoembed.set_default_model('text-embedding-3-small')")
     return api
 

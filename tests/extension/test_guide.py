@@ -1,4 +1,4 @@
-"""The guide's Usage part, step by step as it stands but for the schema's name, run by pg_cron; then its Troubleshooting."""
+"""The guide's Usage part, step by step as it stands but for the schema's name, by pg_cron; then its Troubleshooting."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from contextlib import ExitStack
 
 import numpy as np
 import pytest
-from conftest import GUIDE_TABLE, GUIDE_TRIGGERS, Connection, Server, run_server
+
 from fake_api import FakeApi, embedding_of
+from harness import GUIDE_TABLE, GUIDE_TRIGGERS, Connection, Server, run_server
 from waiting import wait_until
 
 
@@ -121,7 +122,8 @@ def test_a_refused_connection_is_reported_and_the_job_kept(documents: Connection
     port = api.listen()
     api.refuse(port)
     documents.execute(
-        "SELECT autoembed.alter_model('text-embedding-3-small', base_url => %s)", [f"http://127.0.0.1:{port}/v1"]
+        "SELECT autoembed.alter_model('text-embedding-3-small', base_url => %s)",
+        [f"http://127.0.0.1:{port}/v1"],
     )
 
     failed = insert_and_process(documents)
@@ -138,7 +140,7 @@ def test_a_request_over_its_time_is_reported_and_the_job_kept(documents: Connect
     row = documents.execute("SELECT * FROM autoembed.process(timeout_milliseconds => 300)").fetchone()
 
     assert row is not None
-    assert [failed["error"] for failed in row.failed_jobs] == [f"127.0.0.1:8000 did not answer within 0.3 s"]
+    assert [failed["error"] for failed in row.failed_jobs] == ["127.0.0.1:8000 did not answer within 0.3 s"]
     assert documents.execute("SELECT count(*) FROM pgmq.q_embedding_jobs").fetchone() == (1,)
 
 
@@ -158,5 +160,10 @@ def test_an_empty_queue_is_no_error(db: Connection) -> None:
 
     assert row is not None
     assert row._asdict() == {
-        "read": 0, "completed": 0, "retried": 0, "failed": 0, "requests": 0, "failed_jobs": [],
+        "read": 0,
+        "completed": 0,
+        "retried": 0,
+        "failed": 0,
+        "requests": 0,
+        "failed_jobs": [],
     }

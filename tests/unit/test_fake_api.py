@@ -319,9 +319,7 @@ def test_delay_counts_per_request_and_per_input(session: requests.Session, api: 
     assert request["finished_at"] - request["started_at"] >= 0.1
 
 
-def test_requests_above_the_rate_are_refused_until_the_time_told(
-    session: requests.Session, api: FakeApi
-) -> None:
+def test_requests_above_the_rate_are_refused_until_the_time_told(session: requests.Session, api: FakeApi) -> None:
     api.behave(rate_limit={"requests_per_minute": 120, "burst_seconds": 1})  # two at once, then 2 a second
 
     first, second = ask(session, api, "a"), ask(session, api, "a")
@@ -471,9 +469,7 @@ def test_order_that_is_not_understood_is_refused_and_changes_nothing(
 
 
 @pytest.mark.parametrize(("method", "order"), [("PUT", "[]"), ("PUT", "{"), ("PATCH", "3")])
-def test_order_that_is_no_object_is_refused(
-    session: requests.Session, api: FakeApi, method: str, order: str
-) -> None:
+def test_order_that_is_no_object_is_refused(session: requests.Session, api: FakeApi, method: str, order: str) -> None:
     answer = session.request(method, f"{api.control_url}/control/{api.tenant}", data=order, timeout=10)
 
     assert answer.status_code == 400
@@ -504,8 +500,7 @@ def test_fault_for_a_text_meets_requests_with_that_text_only_and_forever(
     api.behave(faults=[{"status": 400, "match": "poison", "times": "forever"}])
 
     assert [
-        ask(session, api, texts).status_code
-        for texts in (["a"], ["a", "some poison"], ["b"], ["poison"], ["poison"])
+        ask(session, api, texts).status_code for texts in (["a"], ["a", "some poison"], ["b"], ["poison"], ["poison"])
     ] == [200, 400, 200, 400, 400]
 
 
@@ -533,9 +528,7 @@ def test_retry_after_is_sent_as_seconds_or_as_a_date(session: requests.Session, 
     assert 50 < left.total_seconds() <= 61
 
 
-def test_hanging_request_gets_no_answer_until_the_client_goes(
-    session: requests.Session, api: FakeApi
-) -> None:
+def test_hanging_request_gets_no_answer_until_the_client_goes(session: requests.Session, api: FakeApi) -> None:
     api.behave(faults=[{"hang": True}])
 
     with pytest.raises(requests.ReadTimeout):
@@ -552,9 +545,7 @@ def test_request_that_hangs_for_a_time_is_answered_then(session: requests.Sessio
     assert request["finished_at"] - request["started_at"] >= 0.1
 
 
-def test_closed_connection_is_an_error_and_the_next_request_works(
-    session: requests.Session, api: FakeApi
-) -> None:
+def test_closed_connection_is_an_error_and_the_next_request_works(session: requests.Session, api: FakeApi) -> None:
     api.behave(faults=[{"close": True}])
 
     with pytest.raises(requests.ConnectionError):
@@ -655,9 +646,7 @@ def test_wrong_dimensions_are_what_was_told(
 
 
 @pytest.mark.parametrize(("fault", "is_it"), [("nan", math.isnan), ("infinity", math.isinf)])
-def test_one_number_of_the_last_vector_is_none(
-    session: requests.Session, api: FakeApi, fault: str, is_it: Any
-) -> None:
+def test_one_number_of_the_last_vector_is_none(session: requests.Session, api: FakeApi, fault: str, is_it: Any) -> None:
     api.behave(faults=[{fault: True, "times": 2}])
 
     good, bad = vectors(ask(session, api, ["a", "b"]))
@@ -760,9 +749,7 @@ def test_max_in_flight_and_connections_count_concurrent_requests(api: FakeApi) -
     assert (counters["max_in_flight"], counters["connections"], counters["in_flight"]) == (5, 5, 0)
 
 
-def test_texts_are_not_kept_when_not_wanted_but_still_counted(
-    session: requests.Session, api: FakeApi
-) -> None:
+def test_texts_are_not_kept_when_not_wanted_but_still_counted(session: requests.Session, api: FakeApi) -> None:
     api.behave(keep_texts=False)
     ask(session, api, ["a", "b", "a"])
 
@@ -790,9 +777,7 @@ def test_tenants_are_apart(session: requests.Session, server: Server) -> None:
 # --- server ------------------------------------------------------------------------------------------
 
 
-def test_port_refuses_while_it_is_closed_and_keeps_its_tenants(
-    session: requests.Session, api: FakeApi
-) -> None:
+def test_port_refuses_while_it_is_closed_and_keeps_its_tenants(session: requests.Session, api: FakeApi) -> None:
     port = api.listen()
     elsewhere = FakeApi(api.control_url, f"http://127.0.0.1:{port}/{api.tenant}/v1", api.tenant)
     assert ask(session, elsewhere, "a").status_code == 200
@@ -892,9 +877,7 @@ def test_program_says_where_it_listens_and_serves() -> None:
             program.terminate()
 
 
-def test_small_answer_leaves_at_once_and_in_one_piece(
-    session: requests.Session, api: FakeApi, server: Server
-) -> None:
+def test_small_answer_leaves_at_once_and_in_one_piece(session: requests.Session, api: FakeApi, server: Server) -> None:
     body = ask(session, api, "a", encoding_format="base64").content
     ask_again = f"POST /{api.tenant}/v1/embeddings HTTP/1.1\r\nAuthorization: Bearer k\r\nContent-Length: "
     order = json.dumps({"model": MODEL, "input": "a", "encoding_format": "base64"})

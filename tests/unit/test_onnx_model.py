@@ -158,9 +158,7 @@ def test_no_text_gives_an_array_of_no_vectors(folder: Path) -> None:
 
 def test_more_texts_than_are_tokenized_at_once_keep_their_order(folder: Path) -> None:
     words = ["one", "two", "three"] * onnx_model.TOKENIZE_TEXTS
-    assert OnnxModel(str(folder)).embed(words) == pytest.approx(
-        np.array([expected(w) for w in words]), abs=1e-6
-    )
+    assert OnnxModel(str(folder)).embed(words) == pytest.approx(np.array([expected(w) for w in words]), abs=1e-6)
 
 
 def test_a_long_text_is_cut_at_max_tokens_with_the_special_ones_among_them(folder: Path) -> None:
@@ -185,9 +183,7 @@ def test_a_text_of_many_characters_has_the_tokens_of_the_whole_text(folder: Path
     assert vectors == pytest.approx(expected(*unknown, "three", "two", "one")[None], abs=1e-6)
 
 
-def test_only_the_beginning_of_a_huge_text_is_tokenized(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_beginning_of_a_huge_text_is_tokenized(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = OnnxModel(str(folder), max_tokens=256)
     tokenizer = model._tokenizer
     lengths: list[int] = []
@@ -277,9 +273,7 @@ def test_a_broken_file_is_named(folder: Path, name: str) -> None:
 
 def test_a_model_without_a_vector_for_each_token_is_refused(folder: Path) -> None:
     write_model(folder, LOOK_UP, output=value(12, "input_ids", INT64, ["texts", "tokens"]))
-    with pytest.raises(
-        ValueError, match="gives input_ids of shape .* where a vector for each token is needed"
-    ):
+    with pytest.raises(ValueError, match="gives input_ids of shape .* where a vector for each token is needed"):
         OnnxModel(str(folder))
 
 

@@ -23,16 +23,13 @@ class Provider(Protocol):
     # None: the model truncates by its own tokenizer, so nothing is cut before.
     MAX_TOKENS_PER_INPUT: int | None
 
-    @staticmethod
-    def check(model: Model) -> None:
+    def check(self, model: Model) -> None:
         """Raises InvalidInput if the model cannot work as defined, ProviderTrouble if something is not there yet."""
 
-    @staticmethod
-    def embed(model: Model, texts: Sequence[str], network: Network, timeout_seconds: float) -> np.ndarray:
-        """The vectors of the texts, in their order: (n, dimensions) float32, finite. Raises Trouble. Runs in a thread."""
+    def embed(self, model: Model, texts: Sequence[str], network: Network, timeout_seconds: float) -> np.ndarray:
+        """The vectors of the texts in order: (n, dimensions) float32, finite. Raises Trouble. Runs in a thread."""
 
-    @staticmethod
-    def abort() -> None:
+    def abort(self) -> None:
         """Ends what embed() is doing without the network."""
 
 

@@ -47,7 +47,8 @@ def embed(model: Model, texts: Sequence[str], network: Network, timeout_seconds:
         vectors = _onnx_model(model).embed(texts, _stop_if_told)
     if vectors.shape[1] != model.dimensions:
         raise ProviderTrouble(
-            f"the model's vectors have {vectors.shape[1]} dimensions, it is defined with {model.dimensions}", permanent=True
+            f"the model's vectors have {vectors.shape[1]} dimensions, it is defined with {model.dimensions}",
+            permanent=True,
         )
     return vectors
 

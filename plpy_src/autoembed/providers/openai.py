@@ -84,9 +84,9 @@ def vectors_in(body: bytes, count: int, dimensions: int) -> np.ndarray:
         raise ProviderTrouble(f"the provider answered with {len(vectors)} vectors for {count} texts")
     lengths = {len(vector) for vector in vectors.values()}
     if lengths != {dimensions}:
+        wrong = max(lengths - {dimensions})
         raise ProviderTrouble(
-            f"the provider's vectors have {max(lengths - {dimensions})} dimensions, the model is defined with {dimensions}",
-            permanent=True,
+            f"the provider's vectors have {wrong} dimensions, the model is defined with {dimensions}", permanent=True
         )
     ordered = np.stack([vectors[index] for index in range(count)])
     if not np.isfinite(ordered).all():
