@@ -41,7 +41,9 @@ else
             echo "There is no base image: make 'docker pull $official' work, or name another image in BASE_IMAGE." >&2
             exit 1
         fi
-        { apt-get update -qq && apt-get install -qq -y mmdebstrap; } >&2
+        echo "Installing mmdebstrap from Debian" >&2
+        apt-get update -qq
+        DEBIAN_FRONTEND=noninteractive apt-get install -qq -y mmdebstrap > /dev/null
     fi
     echo "Building a stand-in base from Debian's archive, about a minute" >&2
     build_standin >&2

@@ -238,6 +238,9 @@ AS $autoembed_python$
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 
 def estimate_tokens(text: str) -> int:
@@ -265,7 +268,10 @@ def truncate(text: str, max_tokens: int) -> str:
 
 
 def pack(texts: Sequence[str], max_inputs: int, max_tokens: int) -> list[list[str]]:
-    """The texts in order, in lists of at most max_inputs texts and, but for a single text, max_tokens estimated tokens."""
+    """The texts in order, in lists of at most max_inputs texts and max_tokens estimated tokens.
+
+    A text that has more tokens by itself gets a list of its own.
+    """
     requests: list[list[str]] = []
     tokens_left = 0
     for text in texts:
@@ -278,10 +284,10 @@ def pack(texts: Sequence[str], max_inputs: int, max_tokens: int) -> list[list[st
     return requests
 
 
-def halves(texts: list[str]) -> tuple[list[str], list[str]]:
-    """A refused request, split, to find the text that is to blame."""
-    middle = len(texts) // 2
-    return texts[:middle], texts[middle:]
+def halves(items: list[Item]) -> tuple[list[Item], list[Item]]:
+    """What failed as a whole, split, to find the one that is to blame."""
+    middle = len(items) // 2
+    return items[:middle], items[middle:]
 ''',
 "autoembed.database": r'''"""The one door to plpy: every statement that the Python side runs is a method here."""
 
@@ -305,6 +311,7 @@ if TYPE_CHECKING:
 Error = plpy.SPIError
 
 _plans: dict[str, Any] = {}
+
 
 @dataclass(frozen=True)
 class Message:
@@ -365,7 +372,7 @@ class Database:
 
     def lane_is_wanted(self) -> bool:
         """Whether nobody has asked the lane to stop."""
-        return not self._run("SELECT FROM autoembed.lane AS l WHERE l.pid = pg_backend_pid() AND l.stop")
+        return bool(self._run("SELECT autoembed._lane_is_wanted() AS wanted")[0]["wanted"])
 
     # The queue -----------------------------------------------------------------------------------
 
@@ -379,7 +386,9 @@ class Database:
 
     def extend(self, message_ids: Sequence[int], lease_seconds: float) -> None:
         self._run(
-            "SELECT autoembed._extend($1, $2)", ["bigint[]", "double precision"], [list(message_ids), lease_seconds]
+            "SELECT autoembed._extend($1, $2)",
+            ["bigint[]", "double precision"],
+            [list(message_ids), lease_seconds],
         )
 
     def settle(self, message_ids: Sequence[int]) -> None:
@@ -420,8 +429,7 @@ class Database:
 
     def model(self, name: str | None) -> Model:
         """The model of that name, the default one for None; an error of PostgreSQL's kind if there is none."""
-        row = self._run("SELECT to_jsonb(autoembed._model($1)) AS model", ["text"], [name])[0]
-        return Model.from_row(_loads(row["model"]))
+        return Model.from_row(self._run("SELECT m.* FROM autoembed._model($1) AS m", ["text"], [name])[0])
 
     def rest_model(self, name: str, seconds: float, needs_attention: bool, reason: str) -> None:
         self._run(
@@ -458,11 +466,16 @@ class Database:
         return {row["key"]: row["digest"] for row in rows}
 
     def write(
-        self, pipeline: Pipeline, keys: Sequence[str], contents: Sequence[str | None], vectors: np.ndarray | None
+        self,
+        pipeline: Pipeline,
+        keys: Sequence[str],
+        contents: Sequence[str | None],
+        vectors: np.ndarray | None,
     ) -> dict[str, str]:
-        """Writes each vector (None: NULLs) whose row still says the text; what became of each key: written, changed, locked or gone.
+        """Writes each vector (None: NULLs) whose row still says the text.
 
-        RowError if a row does not take its vector; then none was written.
+        Returns what became of each key: written, changed, locked or gone. RowError if a row does not take its
+        vector; then none was written.
         """
         embeddings = [None] * len(keys) if vectors is None else literals(vectors)
         with _row_errors():
@@ -516,7 +529,7 @@ def warn(message: str, hint: str) -> None:
 
 
 def is_installed() -> bool:
-    return bool(plpy.execute("SELECT FROM pg_catalog.pg_namespace AS n WHERE n.nspname = 'autoembed'"))
+    return bool(plpy.execute("SELECT FROM pg_catalog.pg_extension AS e WHERE e.extname = 'autoembed'"))
 
 
 @contextmanager
@@ -591,15 +604,21 @@ def embed(content: str | None, model_name: str | None) -> str | None:
         return None
     here = database.Database(commits=False)
     model = here.model(model_name)
-    vector = _queries.get((model, content))
-    if vector is None:
-        if not content.strip():
-            database.raise_error(InvalidInput("a blank text has no embedding", hint="Give embed() some words."))
-        vector = _queries[model, content] = _embed_query(here, model, content)
+    query = (model, content)
+    if query not in _queries:
+        try:
+            if not content.strip():
+                raise InvalidInput("a blank text has no embedding", hint="Give embed() some words.")
+            _queries[query] = _embed_query(here, model, content)
+        except InvalidInput as error:
+            database.raise_error(error)
+        except Trouble as trouble:
+            message = f'model "{model.name}" gave no embedding: {trouble}'
+            database.raise_error(InvalidInput(message, sqlstate="38000"))
         if len(_queries) > QUERY_CACHE_SIZE:
             _queries.popitem(last=False)
-    _queries.move_to_end((model, content))
-    return vector
+    _queries.move_to_end(query)
+    return _queries[query]
 
 
 def check_model(name: str) -> None:
@@ -609,27 +628,24 @@ def check_model(name: str) -> None:
     except InvalidInput as error:
         database.raise_error(error)
     except ProviderTrouble as trouble:
-        database.warn(f'model "{name}" cannot be used yet: {trouble}', "It is tried again by itself once this is mended.")
+        database.warn(
+            f'model "{name}" cannot be used yet: {trouble}',
+            "It is tried again by itself once this is mended.",
+        )
 
 
 def _embed_query(here: database.Database, model: Model, content: str) -> str:
+    provider = provider_of(model)
+
     def abort() -> None:
         _network.abort()
-        provider_of(model).abort()
+        provider.abort()
 
     with Flight[None, Any](1, here.breathe, abort) as flight:
-        try:
-            provider = provider_of(model)
-            flight.submit(None, lambda: provider.embed(model, [content], _network, QUERY_TIMEOUT_SECONDS))
-            (_, outcome), *_ = flight.landed()
-            if isinstance(outcome, BaseException):
-                raise outcome
-        except InvalidInput as error:
-            database.raise_error(error)
-        except Trouble as trouble:
-            database.raise_error(
-                InvalidInput(f'model "{model.name}" gave no embedding: {trouble}', sqlstate="38000")
-            )
+        flight.submit(None, lambda: provider.embed(model, [content], _network, QUERY_TIMEOUT_SECONDS))
+        [(_, outcome)] = flight.landed()
+    if isinstance(outcome, BaseException):
+        raise outcome
     return database.literals(outcome)[0]
 
 
@@ -653,7 +669,7 @@ import email.utils
 import json
 import time
 from collections.abc import Mapping
-from datetime import timezone
+from datetime import UTC
 
 
 class InvalidInput(Exception):
@@ -697,8 +713,8 @@ class RowError(Exception):
         self.passes = passes
 
 
-# Classes of SQLSTATEs (PostgreSQL manual, appendix A): what a row and its owner's code can cause, and what passes by itself
-# (rollbacks for concurrency, locks that are not to be had). The rest (cancel, disk full, …) is nobody's row.
+# Classes of SQLSTATEs (PostgreSQL manual, appendix A): what a row and its owner's code can cause, and what passes by
+# itself (rollbacks for concurrency, locks that are not to be had). The rest (cancel, disk full, …) is nobody's row.
 ROW_CLASSES = {"09", "0A", "21", "22", "23", "27", "2F", "38", "39", "42", "44", "54", "P0", "XX"}
 PASSING_CLASSES = {"40", "55"}
 
@@ -720,8 +736,8 @@ MAX_RETRY_AFTER_SECONDS = 3600.0
 def rest_seconds(trouble: ProviderTrouble, failures: int, fraction: float) -> float:
     """How long a model rests after its provider failed that many times before; fraction: random, from 0 to 1.
 
-    What the provider asks for, plus up to a second so that lanes do not come back all at once; else exponential backoff with
-    full jitter. Never long: one small request now and then is how we learn that the provider is back.
+    What the provider asks for, plus up to a second so that lanes do not come back all at once; else exponential backoff
+    with full jitter. Never long: one small request now and then is how we learn that the provider is back.
     """
     if trouble.retry_after_seconds is not None:
         return min(trouble.retry_after_seconds, MAX_RETRY_AFTER_SECONDS) + fraction
@@ -750,7 +766,7 @@ def trouble_of_answer(status: int, headers: Mapping[str, str], body: bytes, secr
 
 
 def retry_after_seconds(headers: Mapping[str, str], now: float | None = None) -> float | None:
-    """Retry-After in seconds from now, given as seconds or as an HTTP date (RFC 9110, 10.2.3); None if absent or unreadable."""
+    """Retry-After in seconds from now, given as such or as an HTTP date (RFC 9110, 10.2.3); None if there is none."""
     value = headers.get("retry-after", "").strip()
     if not value:
         return None
@@ -763,7 +779,7 @@ def retry_after_seconds(headers: Mapping[str, str], now: float | None = None) ->
     except ValueError:
         return None
     if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=timezone.utc)
+        moment = moment.replace(tzinfo=UTC)
     return max(0.0, moment.timestamp() - (time.time() if now is None else now))
 
 
@@ -808,7 +824,7 @@ def signals_blocked() -> Iterator[None]:
 
 
 class Flight(Generic[Tag, Result]):
-    """Up to max_calls calls at a time. Leaving the context ends those that still run: abort() is called, then they are joined."""
+    """Up to max_calls calls at a time. Leaving the context ends those that still run: abort() is called for that."""
 
     def __init__(self, max_calls: int, breathe: Callable[[], None], abort: Callable[[], None]) -> None:
         self._executor = ThreadPoolExecutor(max_calls, thread_name_prefix="autoembed")
@@ -853,7 +869,6 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -862,7 +877,7 @@ if TYPE_CHECKING:
 
 
 class Address(NamedTuple):
-    """The rows that a message is for: their pipeline, None if it has to be found by names, and their keys as JSON arrays."""
+    """The rows that a message is for: their pipeline (None: to be found by names) and their keys as JSON arrays."""
 
     pipeline_id: int | None
     keys: list[str]
@@ -870,7 +885,7 @@ class Address(NamedTuple):
 
 
 def address_of(body: Any) -> Address:
-    """Reads a message of ours (pipeline, keys) or of the guide's form (id, schema, table, …); ValueError if it is neither."""
+    """Reads a message of ours (pipeline, keys) or of the guide's form (id, schema, …); ValueError if it is neither."""
     if not isinstance(body, dict):
         raise ValueError("the message is not an object")
     pipeline_id, keys, attempts = body.get("pipeline"), body.get("keys"), body.get("attempts", 0)
@@ -892,8 +907,8 @@ def _is_key(key: Any) -> bool:
 def isolate(messages: list[Message]) -> tuple[list[Message], list[Message]]:
     """The messages to work on now, and those to set aside.
 
-    A message read before was never settled: its lane died, perhaps of it. The more often, the smaller the company it is tried in,
-    so that a deadly one takes few others with it.
+    A message read before was never settled: its lane died, perhaps of it. The more often, the smaller the company it
+    is tried in, so that a deadly one takes few others with it.
     """
     worst = max(message.read_count for message in messages)
     if worst == 1:
@@ -931,8 +946,8 @@ class Job:
     outcome: Outcome | None = None
 
     @property
-    def content(self) -> str:
-        return (self.row.content if self.row else None) or ""
+    def content(self) -> str | None:
+        return self.row.content if self.row else None
 
     @property
     def has_embedding(self) -> bool:
@@ -986,7 +1001,7 @@ class Ledger:
         job.outcome = DONE
         self.report.failed += 1
         self._note(job, reason)
-        self._database.fail(job.pipeline, job.key, reason, attempts or job.attempts + 1, job.content or None)
+        self._database.fail(job.pipeline, job.key, reason, attempts or job.attempts + 1, job.content)
 
     def fail_message(self, message: Message, reason: str) -> None:
         self.report.read += 1
@@ -1006,9 +1021,7 @@ class Ledger:
     def flush(self) -> None:
         """Writes what is decided: messages whose jobs are all dealt with leave the queue or go back to it."""
         decided = [
-            message_id
-            for message_id, jobs in self._messages.items()
-            if all(job.outcome is not None for job in jobs)
+            message_id for message_id, jobs in self._messages.items() if all(job.outcome is not None for job in jobs)
         ]
         released, settled = [], []
         again: dict[tuple[int, int, float], dict[str, None]] = defaultdict(dict)
@@ -1115,6 +1128,7 @@ class Model:
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -1142,7 +1156,7 @@ class Answer:
 
 
 class Network:
-    """Connections that are kept from one request to the next. Threads may share it; abort() ends their requests at once."""
+    """Connections, kept from one request to the next. Threads may share it; abort() ends their requests at once."""
 
     def __init__(self, max_connections: int) -> None:
         self._max_connections = max_connections
@@ -1186,7 +1200,11 @@ class Network:
             raise ProviderTrouble(f"no trusted connection to {_host(url)}: {_cause(error)}", permanent=True) from error
         except requests.exceptions.Timeout as error:
             raise ProviderTrouble(f"{_host(url)} did not answer within {timeout_seconds:g} s") from error
-        except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema) as error:
+        except (
+            requests.exceptions.InvalidURL,
+            requests.exceptions.InvalidSchema,
+            requests.exceptions.MissingSchema,
+        ) as error:
             raise ProviderTrouble(f"{url} is not a URL that can be called", permanent=True) from error
         except requests.exceptions.RequestException as error:
             raise ProviderTrouble(f"no answer from {_host(url)}: {_cause(error)}") from error
@@ -1195,10 +1213,8 @@ class Network:
         """Ends every request that is under way; its thread sees a broken connection."""
         with self._lock:
             for connection in self._sockets.values():
-                try:
+                with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass
 
     def _watch(self, connection: Any) -> None:
         with self._lock:
@@ -1495,16 +1511,13 @@ class Provider(Protocol):
     # None: the model truncates by its own tokenizer, so nothing is cut before.
     MAX_TOKENS_PER_INPUT: int | None
 
-    @staticmethod
-    def check(model: Model) -> None:
+    def check(self, model: Model) -> None:
         """Raises InvalidInput if the model cannot work as defined, ProviderTrouble if something is not there yet."""
 
-    @staticmethod
-    def embed(model: Model, texts: Sequence[str], network: Network, timeout_seconds: float) -> np.ndarray:
-        """The vectors of the texts, in their order: (n, dimensions) float32, finite. Raises Trouble. Runs in a thread."""
+    def embed(self, model: Model, texts: Sequence[str], network: Network, timeout_seconds: float) -> np.ndarray:
+        """The vectors of the texts in order: (n, dimensions) float32, finite. Raises Trouble. Runs in a thread."""
 
-    @staticmethod
-    def abort() -> None:
+    def abort(self) -> None:
         """Ends what embed() is doing without the network."""
 
 
@@ -1569,7 +1582,8 @@ def embed(model: Model, texts: Sequence[str], network: Network, timeout_seconds:
         vectors = _onnx_model(model).embed(texts, _stop_if_told)
     if vectors.shape[1] != model.dimensions:
         raise ProviderTrouble(
-            f"the model's vectors have {vectors.shape[1]} dimensions, it is defined with {model.dimensions}", permanent=True
+            f"the model's vectors have {vectors.shape[1]} dimensions, it is defined with {model.dimensions}",
+            permanent=True,
         )
     return vectors
 
@@ -1682,9 +1696,9 @@ def vectors_in(body: bytes, count: int, dimensions: int) -> np.ndarray:
         raise ProviderTrouble(f"the provider answered with {len(vectors)} vectors for {count} texts")
     lengths = {len(vector) for vector in vectors.values()}
     if lengths != {dimensions}:
+        wrong = max(lengths - {dimensions})
         raise ProviderTrouble(
-            f"the provider's vectors have {max(lengths - {dimensions})} dimensions, the model is defined with {dimensions}",
-            permanent=True,
+            f"the provider's vectors have {wrong} dimensions, the model is defined with {dimensions}", permanent=True
         )
     ordered = np.stack([vectors[index] for index in range(count)])
     if not np.isfinite(ordered).all():
@@ -1702,15 +1716,14 @@ def _vector(embedding: str | list[float]) -> np.ndarray:
             raise ValueError("invalid base64") from error
     return np.array(embedding, dtype=np.float32)
 ''',
-"autoembed.worker": r'''"""The path of a job: claim, embed, apply. Knows neither plpy nor requests: the database and the network are handed in."""
+"autoembed.worker": r'''"""The path of a job: claim, embed, apply. Knows neither plpy nor requests: database and network are handed in."""
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -1781,8 +1794,10 @@ def work(database: Database, network: Network, options: Options, run_seconds: fl
 
 
 def run_pass(database: Database, network: Network, options: Options) -> Report:
-    """Claims once, embeds what was claimed, applies it; commits after each step if the database can. Never raises for a bad
-    row, a bad answer or a dead provider: the report says so."""
+    """Claims once, embeds what was claimed, applies it; commits after each step if the database can.
+
+    Never raises for a bad row, a bad answer or a dead provider: the report says so.
+    """
     messages = database.claim(options.max_rows, options.lease_seconds)
     if not messages:
         return Report()
@@ -1898,7 +1913,7 @@ class _Pass:
         digests = self._database.digests(pipeline, [job.key for job in jobs])
         blank = []
         for job in jobs:
-            if not job.content.strip():
+            if job.content is None or not job.content.strip():
                 blank.append(job)
                 continue
             job.digest = pipeline.model.digest(job.content)
@@ -1933,15 +1948,15 @@ class _Pass:
             lambda: provider.embed(request.model, request.texts, self._network, self._options.timeout_seconds),
         )
 
-    def _land(
-        self, flight: Flight[Request, np.ndarray], request: Request, outcome: np.ndarray | BaseException
-    ) -> None:
+    def _land(self, flight: Flight[Request, np.ndarray], request: Request, outcome: np.ndarray | BaseException) -> None:
         outbox = self._outboxes[request.model]
         if isinstance(outcome, ProviderTrouble):
             self._give_up_model(flight, request, outcome)
         elif isinstance(outcome, Refused):
             if request.texts == [PROBE]:
-                self._give_up_model(flight, request, ProviderTrouble(f"every request is refused: {outcome}", permanent=True))
+                self._give_up_model(
+                    flight, request, ProviderTrouble(f"every request is refused: {outcome}", permanent=True)
+                )
             elif outbox.accepted:
                 self._split(flight, request, outcome)
             else:
@@ -1995,12 +2010,12 @@ class _Pass:
             self._write(jobs[0].pipeline, jobs, vectors[[index for _, index in matched]])
 
     def _write(self, pipeline: Pipeline, jobs: list[Job], vectors: np.ndarray | None) -> None:
-        """Writes the vectors (None: NULLs) of the rows that still say the same. A row that does not take its own stands alone in
-        the end."""
+        """Writes the vectors (None: NULLs) of the rows that still say the same.
+
+        A row that does not take its own stands alone in the end.
+        """
         try:
-            outcomes = self._database.write(
-                pipeline, [job.key for job in jobs], [job.row.content for job in jobs], vectors
-            )
+            outcomes = self._database.write(pipeline, [job.key for job in jobs], [job.content for job in jobs], vectors)
         except RowError as error:
             if len(jobs) > 1:
                 middle = len(jobs) // 2
@@ -2024,8 +2039,8 @@ class _Pass:
                 [job.digest for job in written],
                 [job.truncated for job in written],
             )
-        for job in written:
-            self._ledger.done(job)
+            for job in written:
+                self._ledger.done(job)
         for job in by_outcome["changed"]:
             self._ledger.retry(job, CHANGED_DELAY_SECONDS)
         self._forget(pipeline, by_outcome["gone"])
@@ -2095,7 +2110,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "ac57f998d81e89da"
+    GD["autoembed"] = "41120c6950dfd601"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -2143,7 +2158,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "ac57f998d81e89da":
+    if GD.get("autoembed") != "41120c6950dfd601":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -2826,19 +2841,27 @@ BEGIN
     END IF;
     PERFORM autoembed._drop_orphaned_pipelines();
     RETURN QUERY
-    WITH waiting AS MATERIALIZED (
-        SELECT w.pipeline
-        FROM (SELECT p.id::text AS pipeline FROM autoembed.pipeline AS p UNION ALL SELECT '') AS w
-        WHERE EXISTS (
-            SELECT FROM pgmq.q_embedding_jobs AS q
-            WHERE coalesce(q.message ->> 'pipeline', '') = w.pipeline AND q.vt <= _now
+    -- From one pipeline in the index to the next: a DISTINCT would read the whole queue.
+    WITH RECURSIVE queued AS (
+        (SELECT min(coalesce(q.message ->> 'pipeline', '')) AS pipeline FROM pgmq.q_embedding_jobs AS q)
+        UNION ALL
+        SELECT (
+            SELECT min(coalesce(q.message ->> 'pipeline', ''))
+            FROM pgmq.q_embedding_jobs AS q
+            WHERE coalesce(q.message ->> 'pipeline', '') > n.pipeline
         )
+        FROM queued AS n
+        WHERE n.pipeline IS NOT NULL
     ),
     ready AS MATERIALIZED (
-        SELECT w.pipeline, s.failures
-        FROM waiting AS w
-        LEFT JOIN autoembed._pipeline_state AS s ON s.id::text = w.pipeline
+        SELECT n.pipeline, s.failures
+        FROM queued AS n
+        LEFT JOIN autoembed._pipeline_state AS s ON s.id::text = n.pipeline
         WHERE s.blocked IS NULL
+          AND EXISTS (
+              SELECT FROM pgmq.q_embedding_jobs AS q
+              WHERE coalesce(q.message ->> 'pipeline', '') = n.pipeline AND q.vt <= _now
+          )
     ),
     -- Every pipeline has its share, so that none holds up another; a provider that failed last time is tried with one row.
     due AS (
@@ -3052,6 +3075,16 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._enter_lane() IS 'Signs this session on as a lane.';
 
+CREATE FUNCTION autoembed._lane_is_wanted()
+    RETURNS boolean
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT NOT EXISTS (SELECT FROM autoembed.lane AS l WHERE l.pid = pg_backend_pid() AND l.stop);
+$sql$;
+COMMENT ON FUNCTION autoembed._lane_is_wanted() IS 'Whether nobody has asked this lane to stop.';
+
 CREATE FUNCTION autoembed._leave_lane()
     RETURNS void
     LANGUAGE sql
@@ -3104,7 +3137,7 @@ CREATE FUNCTION autoembed.process(
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "ac57f998d81e89da":
+    if GD.get("autoembed") != "41120c6950dfd601":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -3120,7 +3153,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "ac57f998d81e89da":
+    if GD.get("autoembed") != "41120c6950dfd601":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds)
@@ -3136,7 +3169,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "ac57f998d81e89da":
+    if GD.get("autoembed") != "41120c6950dfd601":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)

@@ -16,19 +16,27 @@ BEGIN
     END IF;
     PERFORM autoembed._drop_orphaned_pipelines();
     RETURN QUERY
-    WITH waiting AS MATERIALIZED (
-        SELECT w.pipeline
-        FROM (SELECT p.id::text AS pipeline FROM autoembed.pipeline AS p UNION ALL SELECT '') AS w
-        WHERE EXISTS (
-            SELECT FROM pgmq.q_embedding_jobs AS q
-            WHERE coalesce(q.message ->> 'pipeline', '') = w.pipeline AND q.vt <= _now
+    -- From one pipeline in the index to the next: a DISTINCT would read the whole queue.
+    WITH RECURSIVE queued AS (
+        (SELECT min(coalesce(q.message ->> 'pipeline', '')) AS pipeline FROM pgmq.q_embedding_jobs AS q)
+        UNION ALL
+        SELECT (
+            SELECT min(coalesce(q.message ->> 'pipeline', ''))
+            FROM pgmq.q_embedding_jobs AS q
+            WHERE coalesce(q.message ->> 'pipeline', '') > n.pipeline
         )
+        FROM queued AS n
+        WHERE n.pipeline IS NOT NULL
     ),
     ready AS MATERIALIZED (
-        SELECT w.pipeline, s.failures
-        FROM waiting AS w
-        LEFT JOIN autoembed._pipeline_state AS s ON s.id::text = w.pipeline
+        SELECT n.pipeline, s.failures
+        FROM queued AS n
+        LEFT JOIN autoembed._pipeline_state AS s ON s.id::text = n.pipeline
         WHERE s.blocked IS NULL
+          AND EXISTS (
+              SELECT FROM pgmq.q_embedding_jobs AS q
+              WHERE coalesce(q.message ->> 'pipeline', '') = n.pipeline AND q.vt <= _now
+          )
     ),
     -- Every pipeline has its share, so that none holds up another; a provider that failed last time is tried with one row.
     due AS (
@@ -241,6 +249,16 @@ AS $sql$
     ON CONFLICT DO NOTHING;
 $sql$;
 COMMENT ON FUNCTION autoembed._enter_lane() IS 'Signs this session on as a lane.';
+
+CREATE FUNCTION autoembed._lane_is_wanted()
+    RETURNS boolean
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT NOT EXISTS (SELECT FROM autoembed.lane AS l WHERE l.pid = pg_backend_pid() AND l.stop);
+$sql$;
+COMMENT ON FUNCTION autoembed._lane_is_wanted() IS 'Whether nobody has asked this lane to stop.';
 
 CREATE FUNCTION autoembed._leave_lane()
     RETURNS void

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import tarfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import psycopg
 from psycopg.rows import namedtuple_row
 from pytest_postgresql.janitor import DatabaseJanitor
+from testcontainers.core.config import testcontainers_config
 from testcontainers.core.container import DockerContainer
 
 from fake_api import FakeApi
@@ -20,7 +22,12 @@ from waiting import wait_until
 TESTS = Path(__file__).resolve().parent
 IMAGE = "autoembed"
 PASSWORD = "postgres"
+# Ports are published on loopback only.
+HOST = "127.0.0.1"
 FAKE_API_PORT = 8000
+
+# The stack removes what it started; the reaper is an image from a registry that may be out of reach.
+testcontainers_config.ryuk_disabled = True
 
 Connection = psycopg.Connection[Any]
 
@@ -68,12 +75,11 @@ class Server:
     """A running container of the image."""
 
     container: DockerContainer
-    host: str
     port: int
 
     def connect(self, dbname: str = "postgres", **options: Any) -> Connection:
         return psycopg.connect(
-            host=self.host,
+            host=HOST,
             port=self.port,
             user=options.pop("user", "postgres"),
             password=PASSWORD,
@@ -86,7 +92,7 @@ class Server:
     def janitor(self, dbname: str, template: str | None = None) -> DatabaseJanitor:
         return DatabaseJanitor(
             user="postgres",
-            host=self.host,
+            host=HOST,
             port=self.port,
             dbname=dbname,
             template_dbname=template,
@@ -96,7 +102,7 @@ class Server:
     def fake_api(self, tenant: str) -> FakeApi:
         """A tenant of the fake API that runs in this container; the database reaches it on its own loopback."""
         port = self.container.get_exposed_port(FAKE_API_PORT)
-        return FakeApi(f"http://{self.host}:{port}", f"http://127.0.0.1:{FAKE_API_PORT}/{tenant}/v1", tenant)
+        return FakeApi(f"http://{HOST}:{port}", f"http://127.0.0.1:{FAKE_API_PORT}/{tenant}/v1", tenant)
 
 
 def put_file(container: DockerContainer, source: Path, folder: str) -> None:
@@ -108,13 +114,14 @@ def put_file(container: DockerContainer, source: Path, folder: str) -> None:
 
 def run_server(stack: ExitStack, *arguments: str, **environment: str) -> Server:
     """Starts a container of the image, with the fake API in it, until the stack unwinds."""
-    container = DockerContainer(IMAGE).with_exposed_ports(5432, FAKE_API_PORT)
+    container = DockerContainer(IMAGE)
+    published: dict[str, Any] = {f"{port}/tcp": (HOST, None) for port in (5432, FAKE_API_PORT)}
+    container.ports = published
     for name, value in {"POSTGRES_PASSWORD": PASSWORD, "OPENAI_API_KEY": "sk-test", **environment}.items():
         container.with_env(name, value)
     container.with_command(["postgres", "-c", "fsync=off", *arguments])
     stack.enter_context(container)
-    host = container.get_container_host_ip()
-    server = Server(container, host, int(container.get_exposed_port(5432)))
+    server = Server(container, int(container.get_exposed_port(5432)))
 
     def is_up() -> bool:
         try:
@@ -138,3 +145,16 @@ def run_server(stack: ExitStack, *arguments: str, **environment: str) -> Server:
 
     wait_until(api_is_up, 20)
     return server
+
+
+@contextmanager
+def warnings_of(connection: Connection) -> Iterator[list[str]]:
+    """The messages, with their hints, that a session is sent meanwhile."""
+    heard: list[str] = []
+
+    def listen(diagnostic: psycopg.errors.Diagnostic) -> None:
+        heard.append(f"{diagnostic.message_primary} {diagnostic.message_hint or ''}".strip())
+
+    connection.add_notice_handler(listen)
+    yield heard
+    connection.remove_notice_handler(listen)

@@ -33,7 +33,10 @@ def truncate(text: str, max_tokens: int) -> str:
 
 
 def pack(texts: Sequence[str], max_inputs: int, max_tokens: int) -> list[list[str]]:
-    """The texts in order, in lists of at most max_inputs texts and, but for a single text, max_tokens estimated tokens."""
+    """The texts in order, in lists of at most max_inputs texts and max_tokens estimated tokens.
+
+    A text that has more tokens by itself gets a list of its own.
+    """
     requests: list[list[str]] = []
     tokens_left = 0
     for text in texts:

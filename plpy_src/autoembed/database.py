@@ -81,7 +81,7 @@ class Database:
 
     def lane_is_wanted(self) -> bool:
         """Whether nobody has asked the lane to stop."""
-        return not self._run("SELECT FROM autoembed.lane AS l WHERE l.pid = pg_backend_pid() AND l.stop")
+        return bool(self._run("SELECT autoembed._lane_is_wanted() AS wanted")[0]["wanted"])
 
     # The queue -----------------------------------------------------------------------------------
 
@@ -138,8 +138,7 @@ class Database:
 
     def model(self, name: str | None) -> Model:
         """The model of that name, the default one for None; an error of PostgreSQL's kind if there is none."""
-        row = self._run("SELECT to_jsonb(autoembed._model($1)) AS model", ["text"], [name])[0]
-        return Model.from_row(_loads(row["model"]))
+        return Model.from_row(self._run("SELECT m.* FROM autoembed._model($1) AS m", ["text"], [name])[0])
 
     def rest_model(self, name: str, seconds: float, needs_attention: bool, reason: str) -> None:
         self._run(
@@ -182,9 +181,10 @@ class Database:
         contents: Sequence[str | None],
         vectors: np.ndarray | None,
     ) -> dict[str, str]:
-        """Writes each vector (None: NULLs) whose row still says the text; what became of each key: written, changed, locked or gone.
+        """Writes each vector (None: NULLs) whose row still says the text.
 
-        RowError if a row does not take its vector; then none was written.
+        Returns what became of each key: written, changed, locked or gone. RowError if a row does not take its
+        vector; then none was written.
         """
         embeddings = [None] * len(keys) if vectors is None else literals(vectors)
         with _row_errors():
@@ -238,7 +238,7 @@ def warn(message: str, hint: str) -> None:
 
 
 def is_installed() -> bool:
-    return bool(plpy.execute("SELECT FROM pg_catalog.pg_namespace AS n WHERE n.nspname = 'autoembed'"))
+    return bool(plpy.execute("SELECT FROM pg_catalog.pg_extension AS e WHERE e.extname = 'autoembed'"))
 
 
 @contextmanager

@@ -50,8 +50,8 @@ class RowError(Exception):
         self.passes = passes
 
 
-# Classes of SQLSTATEs (PostgreSQL manual, appendix A): what a row and its owner's code can cause, and what passes by itself
-# (rollbacks for concurrency, locks that are not to be had). The rest (cancel, disk full, …) is nobody's row.
+# Classes of SQLSTATEs (PostgreSQL manual, appendix A): what a row and its owner's code can cause, and what passes by
+# itself (rollbacks for concurrency, locks that are not to be had). The rest (cancel, disk full, …) is nobody's row.
 ROW_CLASSES = {"09", "0A", "21", "22", "23", "27", "2F", "38", "39", "42", "44", "54", "P0", "XX"}
 PASSING_CLASSES = {"40", "55"}
 
@@ -73,8 +73,8 @@ MAX_RETRY_AFTER_SECONDS = 3600.0
 def rest_seconds(trouble: ProviderTrouble, failures: int, fraction: float) -> float:
     """How long a model rests after its provider failed that many times before; fraction: random, from 0 to 1.
 
-    What the provider asks for, plus up to a second so that lanes do not come back all at once; else exponential backoff with
-    full jitter. Never long: one small request now and then is how we learn that the provider is back.
+    What the provider asks for, plus up to a second so that lanes do not come back all at once; else exponential backoff
+    with full jitter. Never long: one small request now and then is how we learn that the provider is back.
     """
     if trouble.retry_after_seconds is not None:
         return min(trouble.retry_after_seconds, MAX_RETRY_AFTER_SECONDS) + fraction
@@ -103,7 +103,7 @@ def trouble_of_answer(status: int, headers: Mapping[str, str], body: bytes, secr
 
 
 def retry_after_seconds(headers: Mapping[str, str], now: float | None = None) -> float | None:
-    """Retry-After in seconds from now, given as seconds or as an HTTP date (RFC 9110, 10.2.3); None if absent or unreadable."""
+    """Retry-After in seconds from now, given as such or as an HTTP date (RFC 9110, 10.2.3); None if there is none."""
     value = headers.get("retry-after", "").strip()
     if not value:
         return None

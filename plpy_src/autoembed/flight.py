@@ -26,7 +26,7 @@ def signals_blocked() -> Iterator[None]:
 
 
 class Flight(Generic[Tag, Result]):
-    """Up to max_calls calls at a time. Leaving the context ends those that still run: abort() is called, then they are joined."""
+    """Up to max_calls calls at a time. Leaving the context ends those that still run: abort() is called for that."""
 
     def __init__(self, max_calls: int, breathe: Callable[[], None], abort: Callable[[], None]) -> None:
         self._executor = ThreadPoolExecutor(max_calls, thread_name_prefix="autoembed")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Address(NamedTuple):
-    """The rows that a message is for: their pipeline, None if it has to be found by names, and their keys as JSON arrays."""
+    """The rows that a message is for: their pipeline (None: to be found by names) and their keys as JSON arrays."""
 
     pipeline_id: int | None
     keys: list[str]
@@ -20,7 +20,7 @@ class Address(NamedTuple):
 
 
 def address_of(body: Any) -> Address:
-    """Reads a message of ours (pipeline, keys) or of the guide's form (id, schema, table, …); ValueError if it is neither."""
+    """Reads a message of ours (pipeline, keys) or of the guide's form (id, schema, …); ValueError if it is neither."""
     if not isinstance(body, dict):
         raise ValueError("the message is not an object")
     pipeline_id, keys, attempts = body.get("pipeline"), body.get("keys"), body.get("attempts", 0)
@@ -42,8 +42,8 @@ def _is_key(key: Any) -> bool:
 def isolate(messages: list[Message]) -> tuple[list[Message], list[Message]]:
     """The messages to work on now, and those to set aside.
 
-    A message read before was never settled: its lane died, perhaps of it. The more often, the smaller the company it is tried in,
-    so that a deadly one takes few others with it.
+    A message read before was never settled: its lane died, perhaps of it. The more often, the smaller the company it
+    is tried in, so that a deadly one takes few others with it.
     """
     worst = max(message.read_count for message in messages)
     if worst == 1:

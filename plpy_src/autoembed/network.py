@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -29,7 +30,7 @@ class Answer:
 
 
 class Network:
-    """Connections that are kept from one request to the next. Threads may share it; abort() ends their requests at once."""
+    """Connections, kept from one request to the next. Threads may share it; abort() ends their requests at once."""
 
     def __init__(self, max_connections: int) -> None:
         self._max_connections = max_connections
@@ -86,10 +87,8 @@ class Network:
         """Ends every request that is under way; its thread sees a broken connection."""
         with self._lock:
             for connection in self._sockets.values():
-                try:
+                with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass
 
     def _watch(self, connection: Any) -> None:
         with self._lock:

@@ -321,8 +321,8 @@ class _Pass:
                 [job.digest for job in written],
                 [job.truncated for job in written],
             )
-        for job in written:
-            self._ledger.done(job)
+            for job in written:
+                self._ledger.done(job)
         for job in by_outcome["changed"]:
             self._ledger.retry(job, CHANGED_DELAY_SECONDS)
         self._forget(pipeline, by_outcome["gone"])

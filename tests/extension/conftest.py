@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import pytest
 
 from fake_api import FakeApi
-from harness import GUIDE_TABLE, GUIDE_TRIGGERS, Connection, Server, run_server
+from harness import GUIDE_TABLE, GUIDE_TRIGGERS, PASSWORD, Connection, Server, run_server
 
 
 @pytest.fixture(scope="session")
@@ -63,3 +63,19 @@ def documents(db: Connection, api: FakeApi) -> Connection:
     db.execute(GUIDE_TABLE.format(dimensions=1536))
     db.execute(GUIDE_TRIGGERS)
     return db
+
+
+@pytest.fixture
+def role(db: Connection, dbname: str) -> Iterator[Callable[[str], str]]:
+    """Makes login roles, named after the test's database, and drops them with all they own."""
+    made: list[str] = []
+
+    def make(name: str) -> str:
+        made.append(f"{name}_{dbname}")
+        db.execute(f"CREATE ROLE {made[-1]} LOGIN PASSWORD '{PASSWORD}'")
+        return made[-1]
+
+    yield make
+    for name in made:
+        db.execute(f"DROP OWNED BY {name} CASCADE")
+        db.execute(f"DROP ROLE {name}")

@@ -1,0 +1,137 @@
+#!/usr/bin/env bash
+# Starts the image as the container autoembed-demo, and has it embed and search real text.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+container=autoembed-demo
+password=demo
+
+bold='' cyan='' green='' reset=''
+if [[ -t 1 ]]; then bold=$'\e[1m' cyan=$'\e[36m' green=$'\e[32m' reset=$'\e[0m'; fi
+
+headline() { printf '\n%s%s%s\n\n' "$bold" "$*" "$reset"; }
+show() { printf '%s%s%s\n\n' "$cyan" "$*" "$reset"; }
+
+sql() {
+    docker exec --interactive "$container" \
+        psql --username=postgres --no-psqlrc --quiet --set=ON_ERROR_STOP=1 --pset=null=NULL --pset=footer=off "$@"
+}
+
+# Shows the SQL of a file without its comments, or the statement itself, and runs it.
+run_file() {
+    show "$(grep -v '^--' "$1")"
+    sql < "$1"
+}
+run() {
+    show "$1"
+    sql <<< "$1"
+}
+
+fail() {
+    local reason
+    reason=$(sql --no-align --tuples-only 2> /dev/null << SQL || true
+SELECT reason FROM (SELECT reason FROM autoembed.failed UNION ALL SELECT reason FROM autoembed.model_rest) AS r LIMIT 1;
+SQL
+    )
+    echo "$1: ${reason:-the server\'s log ends with: $(docker logs --tail 3 "$container" 2>&1)}" >&2
+    exit 1
+}
+
+start() {
+    local publish=127.0.0.1:5432:5432 tenths
+    if (: < /dev/tcp/127.0.0.1/5432) 2> /dev/null; then publish=127.0.0.1::5432; fi
+    docker rm --force --volumes "$container" > /dev/null 2>&1 || true
+    # As in compose.yaml: Docker's 64 MB of shared memory are too few for a parallel index build.
+    docker run --detach --pull=never --name "$container" --env POSTGRES_PASSWORD="$password" --publish "$publish" \
+        --shm-size=256m autoembed > /dev/null
+    for ((tenths = 0; tenths < 1200; tenths++)); do
+        # During its first start the server listens on the socket only.
+        if docker exec "$container" pg_isready --quiet --host=127.0.0.1 --username=postgres; then return; fi
+        if [[ $(docker inspect --format '{{.State.Running}}' "$container") != true ]]; then break; fi
+        sleep 0.1
+    done
+    fail "The server did not start"
+}
+
+# The state of a bulk load as a bar: embedded, rows, milliseconds.
+show_progress() {
+    local width=30 filled rate left='' full rest
+    filled=$((width * $1 / $2))
+    rate=$((1000 * $1 / ($3 + 1)))
+    if ((rate)); then left="$((($2 - $1) / rate)) s left"; fi
+    printf -v full '%*s' "$filled" ''
+    printf -v rest '%*s' "$((width - filled))" ''
+    printf '%s%s%s%s %5d / %d rows  %4d rows/s  %s' \
+        "$green" "${full// /#}" "$reset" "${rest// /.}" "$1" "$2" "$rate" "$left"
+}
+
+# Runs the SQL of stdin, then polls the table until all its rows have embeddings; sets rows and milliseconds.
+embed() {
+    local table=$1 interval_seconds=$2 with_bar=${3:-} line embedded=0 tenth=-1
+    rows=0 milliseconds=0
+    while IFS= read -r line; do
+        if [[ $line != @* ]]; then
+            echo "$line"
+            continue
+        fi
+        read -r _ embedded rows milliseconds <<< "$line"
+        if [[ -z $with_bar ]]; then continue; fi
+        if [[ -t 1 ]]; then
+            printf '\r%s\e[K' "$(show_progress "$embedded" "$rows" "$milliseconds")"
+        elif ((10 * embedded / rows > tenth)); then
+            tenth=$((10 * embedded / rows))
+            echo "$(show_progress "$embedded" "$rows" "$milliseconds")"
+        fi
+    done < <(cat - progress.sql | sql --set=table="$table" --set=interval="$interval_seconds")
+    if [[ -n $with_bar && -t 1 ]]; then echo; fi
+    if ((rows == 0 || embedded < rows)); then fail "$embedded of $rows rows of $table have embeddings after $milliseconds ms"; fi
+}
+
+headline "autoembed: starting the image as the container $container"
+start
+address=$(docker port "$container" 5432/tcp | head -n 1)
+echo "Ready after $SECONDS s. One lane runs inside the server: a pg_cron job that embeds what waits in the queue."
+
+headline "1. A table that keeps its own embeddings"
+run_file documents.sql
+echo "Six paragraphs go in. The INSERT returns at once, so their embeddings are still NULL:"
+show "INSERT INTO documents (title, content) VALUES (...) RETURNING id, title, embedding;"
+embed documents 0.01 < documents_rows.sql
+echo "$milliseconds ms later the lane has filled them, with the model all-MiniLM-L6-v2 inside the image:"
+run "SELECT id, title, left(embedding::text, 40) || '...' AS embedding FROM documents ORDER BY id;"
+
+echo "A row that changes loses its embedding in the same statement, for it no longer fits:"
+update="UPDATE documents
+SET content = content || ' Without it, tables grow and transaction IDs run out.'
+WHERE title = 'VACUUM'
+RETURNING id, title, embedding;"
+show "$update"
+embed documents 0.01 <<< "$update"
+echo "$milliseconds ms later it has the embedding of the new text:"
+run "SELECT id, title, left(embedding::text, 40) || '...' AS embedding FROM documents WHERE title = 'VACUUM';"
+
+echo "Search by meaning: the words of the question need not stand in the text."
+run "SELECT title, round((1 - (embedding <=> autoembed.embed('undo a mistake')))::numeric, 2) AS similarity
+FROM documents
+ORDER BY embedding <=> autoembed.embed('undo a mistake')
+LIMIT 3;"
+
+headline "2. What Postgres says of its own functions"
+sql < functions.sql
+echo "A table functions (name, arguments, description, embedding) with triggers of the same kind takes them in:"
+show "$(grep -v '^--' functions_rows.sql)"
+embed functions 0.5 with_bar < functions_rows.sql
+echo
+echo "$rows rows embedded in $((milliseconds / 1000)).$((milliseconds / 100 % 10)) s by one lane. After a bulk load comes the index:"
+run "CREATE INDEX ON functions USING hnsw (embedding halfvec_cosine_ops);"
+echo "Three searches by meaning, each in this form:"
+show "SELECT ... FROM functions ORDER BY embedding <=> autoembed.embed('...') LIMIT 5;"
+for query in 'cut a string into pieces' 'capital letters' 'stop a running query'; do
+    echo "$bold\"$query\"$reset"
+    sql --set=query="$query" < search.sql
+done
+
+headline "The container stays up"
+echo "Connect:  docker exec -it $container psql -U postgres"
+echo "     or:  psql postgresql://postgres:$password@$address/postgres"
+echo "Remove:   docker rm --force --volumes $container"

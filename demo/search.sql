@@ -1,0 +1,10 @@
+-- search.sql: the five functions whose descriptions come nearest to :query.
+SELECT row_number() OVER () AS rank, nearest.*
+FROM (
+    SELECT format('%s(%s)', name, arguments) AS function,
+           left(description, 60) AS description,
+           round((1 - (embedding <=> autoembed.embed(:'query')))::numeric, 2) AS similarity
+    FROM functions
+    ORDER BY embedding <=> autoembed.embed(:'query')
+    LIMIT 5
+) AS nearest;

@@ -1,0 +1,105 @@
+"""embed(): the embedding of a search text inside SQL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import psycopg
+import pytest
+
+from fake_api import FakeApi, embedding_of
+from harness import Connection
+
+
+def fill(db: Connection, rows: int) -> None:
+    db.execute(
+        "INSERT INTO documents (title, content) SELECT 't', 'text ' || n FROM generate_series(1, %s) AS n", [rows]
+    )
+    db.execute("SELECT autoembed.process()")
+
+
+def test_order_by_embed_uses_the_hnsw_index_and_ranks_by_it(documents: Connection, api: FakeApi) -> None:
+    fill(documents, 50)
+    query = (
+        "SELECT content FROM documents ORDER BY embedding <=> autoembed.embed('# t' || E'\\n\\n' || 'text 7') LIMIT 1"
+    )
+    documents.execute("SET enable_seqscan = off")
+
+    plan = "\n".join(row[0] for row in documents.execute(f"EXPLAIN {query}"))
+
+    assert "Index Scan using documents_embedding_idx" in plan
+    assert documents.execute(query).fetchall() == [("text 7",)]
+
+
+def test_a_vector_column_compares_without_a_cast(db: Connection, api: FakeApi) -> None:
+    db.execute("CREATE TABLE notes (embedding vector(1536))")
+    db.execute("INSERT INTO notes VALUES (autoembed.embed('a note'))")
+
+    assert db.execute("SELECT embedding <=> autoembed.embed('a note') FROM notes").fetchone() == (0,)
+
+
+def test_a_plan_without_an_index_asks_the_api_once(documents: Connection, api: FakeApi) -> None:
+    fill(documents, 50)
+    before = api.counters()["requests"]
+    documents.execute("SET enable_indexscan = off")
+
+    documents.execute("SELECT id FROM documents ORDER BY embedding <=> autoembed.embed('question')")
+
+    assert api.counters()["requests"] - before == 1
+
+
+def test_embed_returns_the_models_vector(db: Connection, api: FakeApi) -> None:
+    row = db.execute("SELECT autoembed.embed('a question')::real[] AS v").fetchone()
+
+    assert row is not None
+    assert np.allclose(row.v, embedding_of("a question"), atol=1e-6)
+
+
+def test_embed_of_null_is_null(db: Connection, api: FakeApi) -> None:
+    assert db.execute("SELECT autoembed.embed(NULL)").fetchone() == (None,)
+    assert api.counters()["requests"] == 0
+
+
+def test_the_model_can_be_named(db: Connection, api: FakeApi) -> None:
+    row = db.execute("SELECT vector_dims(autoembed.embed('a question', 'all-MiniLM-L6-v2')) AS n").fetchone()
+
+    assert row == (384,)
+    assert api.counters()["requests"] == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "sqlstate"),
+    [
+        ("embed('x', 'no-such-model')", 'model "no-such-model" does not exist', "42704"),
+        ("embed('  ')", "a blank text has no embedding", "22023"),
+    ],
+)
+def test_a_wrong_call_is_one_clear_error(db: Connection, api: FakeApi, call: str, error: str, sqlstate: str) -> None:
+    with pytest.raises(psycopg.Error, match=error) as caught:
+        db.execute(f"SELECT autoembed.{call}")
+
+    assert caught.value.sqlstate == sqlstate
+    assert caught.value.diag.message_hint
+
+
+def test_a_providers_error_is_the_sessions_error(db: Connection, api: FakeApi) -> None:
+    api.behave(faults=[{"status": 401, "times": 1}])
+
+    with pytest.raises(psycopg.errors.ExternalRoutineException, match="gave no embedding: the provider answered 401"):
+        db.execute("SELECT autoembed.embed('a question')")
+
+    assert db.execute("SELECT autoembed.embed('a question') IS NOT NULL").fetchone() == (True,)
+
+
+def test_a_role_needs_no_more_than_execute(
+    db: Connection, api: FakeApi, connect: Callable[..., Connection], role: Callable[[str], str]
+) -> None:
+    reader = role("reader")
+    with connect(user=reader) as session, pytest.raises(psycopg.errors.InsufficientPrivilege):
+        session.execute("SELECT autoembed.embed('a question')")
+    db.execute(f"GRANT USAGE ON SCHEMA autoembed TO {reader}")
+    db.execute(f"GRANT EXECUTE ON FUNCTION autoembed.embed TO {reader}")
+
+    with connect(user=reader) as session:
+        assert session.execute("SELECT autoembed.embed('a question') IS NOT NULL").fetchone() == (True,)

@@ -1,0 +1,142 @@
+"""What CREATE EXTENSION makes and DROP EXTENSION leaves; the contracts that every object keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from harness import GUIDE_TABLE, GUIDE_TRIGGERS, Connection
+
+MEMBERS = Path(__file__).parent / "members.txt"
+
+# Functions and procedures of the extension, those made for a pipeline included.
+ROUTINES = """
+    SELECT p.oid::regprocedure::text AS name, p.*
+    FROM pg_proc AS p
+    WHERE p.pronamespace = 'autoembed'::regnamespace
+"""
+
+
+def everything(db: Connection) -> list[tuple[object, ...]]:
+    """Every schema, relation, function, trigger and event trigger outside the system's schemas."""
+    return db.execute("""
+        SELECT 'schema', nspname::text FROM pg_namespace WHERE nspname !~ '^pg_|^information_schema$'
+        UNION ALL
+        SELECT 'relation', oid::regclass::text
+        FROM pg_class
+        WHERE oid >= 16384 AND relnamespace <> 'pg_toast'::regnamespace
+        UNION ALL
+        SELECT 'function', oid::regprocedure::text FROM pg_proc WHERE oid >= 16384
+        UNION ALL
+        SELECT 'trigger', tgname::text FROM pg_trigger WHERE NOT tgisinternal
+        UNION ALL
+        SELECT 'event trigger', evtname::text FROM pg_event_trigger
+        UNION ALL
+        SELECT 'queue', queue_name FROM pgmq.meta
+        ORDER BY 1, 2
+    """).fetchall()
+
+
+def test_drop_extension_leaves_nothing_behind_and_create_works_again(db: Connection) -> None:
+    db.execute("DROP EXTENSION autoembed CASCADE")
+    before = everything(db)
+    db.execute("CREATE EXTENSION autoembed")
+    db.execute(GUIDE_TABLE.format(dimensions=384))
+    db.execute(GUIDE_TRIGGERS)
+    db.execute("INSERT INTO documents (title, content) VALUES ('a', 'b')")
+    db.execute("SELECT autoembed.process()")
+
+    db.execute("DROP EXTENSION autoembed CASCADE")
+    db.execute("UPDATE documents SET title = 'the table works on'")
+    db.execute("DROP TABLE documents CASCADE")
+
+    assert everything(db) == before
+    db.execute("CREATE EXTENSION autoembed")
+    assert db.execute("SELECT read FROM autoembed.process()").fetchone() == (0,)
+
+
+def test_the_members_of_the_extension_are_those_in_the_list(db: Connection) -> None:
+    rows = db.execute("""
+        SELECT pg_describe_object(d.classid, d.objid, 0) AS member
+        FROM pg_depend AS d
+        JOIN pg_extension AS e ON e.oid = d.refobjid AND d.refclassid = 'pg_extension'::regclass
+        WHERE e.extname = 'autoembed' AND d.deptype = 'e'
+        ORDER BY 1
+    """).fetchall()
+    # Row types and the like come with their relations.
+    members = [row.member for row in rows if not row.member.startswith("type ")]
+
+    assert "\n".join(sorted(members)) + "\n" == MEMBERS.read_text()
+
+
+def test_every_object_has_a_comment(db: Connection) -> None:
+    db.execute(GUIDE_TABLE.format(dimensions=384))
+    rows = db.execute("""
+        SELECT p.oid::regprocedure::text AS name
+        FROM pg_proc AS p
+        WHERE p.pronamespace = 'autoembed'::regnamespace AND obj_description(p.oid, 'pg_proc') IS NULL
+        UNION ALL
+        SELECT c.oid::regclass::text
+        FROM pg_class AS c
+        WHERE c.relnamespace = 'autoembed'::regnamespace AND c.relkind IN ('r', 'v')
+          AND obj_description(c.oid, 'pg_class') IS NULL
+        UNION ALL
+        SELECT c.oid::regclass || '.' || a.attname
+        FROM pg_class AS c
+        JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+        WHERE c.relnamespace = 'autoembed'::regnamespace AND c.relkind IN ('r', 'v')
+          AND c.relname !~ '^_' AND col_description(c.oid, a.attnum) IS NULL
+    """).fetchall()
+
+    assert rows == []
+
+
+def test_every_function_pins_its_search_path(documents: Connection) -> None:
+    # work() commits, and a procedure with a SET clause cannot: it qualifies every name instead.
+    rows = documents.execute(f"""
+        SELECT r.name
+        FROM ({ROUTINES}) AS r
+        WHERE NOT coalesce(array_to_string(r.proconfig, ',') LIKE '%search_path=%pg_temp%', false)
+    """).fetchall()
+
+    assert [row.name for row in rows] == ["autoembed.work(double precision,integer,integer,integer)"]
+
+
+def test_nothing_is_for_public(documents: Connection, role: Callable[[str], str]) -> None:
+    nobody = role("nobody")
+    rows = documents.execute(f"""
+        SELECT r.name FROM ({ROUTINES}) AS r WHERE has_function_privilege('{nobody}', r.oid, 'EXECUTE')
+        UNION ALL
+        SELECT c.oid::regclass::text
+        FROM pg_class AS c
+        WHERE c.relnamespace = 'autoembed'::regnamespace AND c.relkind IN ('r', 'v')
+          AND has_table_privilege('{nobody}', c.oid, 'SELECT,INSERT,UPDATE,DELETE,TRUNCATE')
+        UNION ALL
+        SELECT 'schema' WHERE has_schema_privilege('{nobody}', 'autoembed', 'USAGE,CREATE')
+    """).fetchall()
+
+    assert rows == []
+
+
+def test_a_session_older_than_the_extension_never_runs_old_python(db: Connection) -> None:
+    db.execute("SELECT autoembed.embed('warm up')")
+    db.execute(
+        "CREATE OR REPLACE FUNCTION autoembed._load_python() RETURNS void LANGUAGE plpython3u SET search_path ="
+        " pg_catalog, pg_temp AS $$ plpy.error('loaded anew') $$"
+    )
+
+    def loads_anew() -> bool:
+        try:
+            db.execute("SELECT autoembed.embed('again')")
+        except Exception as error:
+            return "loaded anew" in str(error)
+        return False
+
+    assert not loads_anew()
+    changed = db.execute(
+        "SELECT replace(pg_get_functiondef('autoembed.embed'::regproc), substring(prosrc FROM '!= \"(\\w+)\"'),"
+        " 'other') AS ddl FROM pg_proc WHERE oid = 'autoembed.embed'::regproc"
+    ).fetchone()
+    assert changed is not None
+    db.execute(changed.ddl)
+    assert loads_anew()

@@ -1,0 +1,141 @@
+"""Models: create, change, drop, choose; and what is said when they are wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psycopg
+import pytest
+
+from fake_api import FakeApi
+from harness import GUIDE_TABLE, GUIDE_TRIGGERS, Connection, warnings_of
+
+
+def models(db: Connection) -> list[tuple[Any, ...]]:
+    return db.execute(
+        "SELECT name, provider, model_id, dimensions, api_key FROM autoembed.model ORDER BY name"
+    ).fetchall()
+
+
+BUILTIN = [
+    ("all-MiniLM-L6-v2", "local", "all-MiniLM-L6-v2", 384, None),
+    ("text-embedding-3-small", "openai", "text-embedding-3-small", 1536, "env:OPENAI_API_KEY"),
+]
+
+
+def test_two_models_come_ready_and_the_local_one_is_the_default(db: Connection) -> None:
+    assert models(db) == BUILTIN
+    assert db.execute("SELECT vector_dims(autoembed.embed('no key needed'))").fetchone() == (384,)
+
+
+def test_a_model_is_created_changed_and_dropped(db: Connection, api: FakeApi) -> None:
+    db.execute(
+        "SELECT autoembed.create_model('large', 'openai', 3072, model_id => 'text-embedding-3-large',"
+        " base_url => %s, api_key => 'env:OPENAI_API_KEY')",
+        [api.base_url],
+    )
+    assert db.execute("SELECT vector_dims(autoembed.embed('x', 'large'))").fetchone() == (3072,)
+
+    db.execute("SELECT autoembed.alter_model('large', dimensions => 256)")
+    assert db.execute("SELECT vector_dims(autoembed.embed('x', 'large'))").fetchone() == (256,)
+    assert [request["dimensions"] for request in api.log()] == [3072, 256]
+
+    db.execute("SELECT autoembed.drop_model('large')")
+    assert models(db) == BUILTIN
+
+
+def test_limits_of_a_model_hold_below_the_providers(documents: Connection, api: FakeApi) -> None:
+    documents.execute("SELECT autoembed.alter_model('text-embedding-3-small', max_inputs_per_request => 4)")
+    documents.execute("INSERT INTO documents (title, content) SELECT 't', 'c' || n FROM generate_series(1, 10) AS n")
+
+    documents.execute("SELECT autoembed.process()")
+
+    assert sorted(len(request["texts"]) for request in api.log()) == [2, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "sqlstate"),
+    [
+        ("create_model('m', 'no-such', 3)", 'provider "no-such", which is not known', "22023"),
+        ("create_model('all-MiniLM-L6-v2', 'local', 384)", "already exists", "42710"),
+        ("create_model('m', 'openai', 3)", "has no api_key", "22023"),
+        ("create_model('m', 'openai', 3, base_url => 'ftp://x')", "not an http or https URL", "22023"),
+        ("create_model('m', 'local', 3, api_key => 'env:X')", "takes no api_key", "22023"),
+        ("alter_model('m')", 'model "m" does not exist', "42704"),
+        ("drop_model('m')", 'model "m" does not exist', "42704"),
+        ("drop_model('all-MiniLM-L6-v2')", "is in use", "2BP01"),
+        ("set_default_model('m')", 'model "m" does not exist', "42704"),
+        ("resume_model('m')", 'model "m" does not exist', "42704"),
+    ],
+)
+def test_a_wrong_definition_is_one_clear_error_and_changes_nothing(
+    db: Connection, call: str, error: str, sqlstate: str
+) -> None:
+    with pytest.raises(psycopg.Error, match=error) as caught:
+        db.execute(f"SELECT autoembed.{call}")
+
+    assert caught.value.sqlstate == sqlstate
+    assert models(db) == BUILTIN
+
+
+def test_a_key_pasted_in_place_of_a_reference_is_refused_and_not_repeated(db: Connection) -> None:
+    with pytest.raises(psycopg.errors.InvalidParameterValue) as caught:
+        db.execute("SELECT autoembed.create_model('m', 'openai', 1536, api_key => 'sk-proj-secret')")
+
+    assert "must say where the key is found" in str(caught.value)
+    assert "sk-proj-secret" not in f"{caught.value} {caught.value.diag.message_detail}"
+
+
+@pytest.mark.parametrize(
+    ("reference", "reason"),
+    [
+        ("env:NOT_SET_HERE", "the environment variable NOT_SET_HERE is not set for the database server"),
+        ("file:/nowhere/key", "the file /nowhere/key cannot be read (No such file or directory)"),
+    ],
+)
+def test_a_missing_key_is_a_warning_at_once_and_the_reason_later(
+    documents: Connection, reference: str, reason: str
+) -> None:
+    with warnings_of(documents) as heard:
+        documents.execute("SELECT autoembed.alter_model('text-embedding-3-small', api_key => %s)", [reference])
+    assert any(reason in warning for warning in heard)
+
+    documents.execute("INSERT INTO documents (title, content) VALUES ('t', 'c')")
+    row = documents.execute("SELECT * FROM autoembed.process()").fetchone()
+
+    assert row is not None
+    assert (row.completed, row.retried, row.failed) == (0, 1, 0)
+    assert reason in row.failed_jobs[0]["error"]
+    documents.execute("SELECT autoembed.alter_model('text-embedding-3-small', api_key => 'env:OPENAI_API_KEY')")
+    assert documents.execute("SELECT completed FROM autoembed.process()").fetchone() == (1,)
+
+
+def test_set_default_model_is_all_that_the_guides_table_needs(db: Connection, api: FakeApi) -> None:
+    db.execute("SELECT autoembed.set_default_model('all-MiniLM-L6-v2')")
+    db.execute(GUIDE_TABLE.format(dimensions=1536))
+    with warnings_of(db) as heard:
+        db.execute(GUIDE_TRIGGERS)
+    mismatch = 'column "embedding" of table public.documents has 1536 dimensions, model "all-MiniLM-L6-v2" has 384'
+    assert any(mismatch in warning for warning in heard)
+
+    db.execute("INSERT INTO documents (title, content) VALUES ('t', 'c')")
+    with warnings_of(db) as heard:
+        assert db.execute("SELECT read FROM autoembed.process()").fetchone() == (0,)
+    assert any(f"public.documents.embedding is not being embedded: {mismatch}" in warning for warning in heard)
+
+    db.execute("SELECT autoembed.set_default_model('text-embedding-3-small')")
+    assert db.execute("SELECT completed FROM autoembed.process()").fetchone() == (1,)
+
+
+def test_set_default_model_warns_of_columns_it_does_not_fit(documents: Connection) -> None:
+    with warnings_of(documents) as heard:
+        documents.execute("SELECT autoembed.set_default_model('all-MiniLM-L6-v2')")
+
+    assert any("1536 dimensions" in warning and "ALTER TABLE public.documents" in warning for warning in heard)
+
+
+def test_a_model_whose_folder_is_missing_is_a_warning_at_once(db: Connection) -> None:
+    with warnings_of(db) as heard:
+        db.execute("SELECT autoembed.create_model('mine', 'local', 384, base_url => '/models/mine')")
+
+    assert any("/models/mine/model.onnx does not exist on the server" in warning for warning in heard)

@@ -1,0 +1,315 @@
+"""process(): one pass in the caller's transaction, and what is common to all passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import psycopg
+import pytest
+
+from fake_api import FakeApi, embedding_of
+from harness import Connection, warnings_of
+
+
+def insert(db: Connection, *contents: str) -> None:
+    db.cursor().executemany("INSERT INTO documents (title, content) VALUES ('t', %s)", [(c,) for c in contents])
+
+
+def process(db: Connection, **arguments: Any) -> dict[str, Any]:
+    named = ", ".join(f"{name} => {value}" for name, value in arguments.items())
+    row = db.execute(f"SELECT * FROM autoembed.process({named})").fetchone()
+    assert row is not None
+    counts: dict[str, Any] = row._asdict()
+    return counts
+
+
+def stored(db: Connection) -> dict[int, list[float] | None]:
+    return dict(db.execute("SELECT id, embedding::vector::real[] FROM documents ORDER BY id").fetchall())
+
+
+def waiting(db: Connection) -> int:
+    row = db.execute("SELECT count(*) FROM pgmq.q_embedding_jobs").fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def assert_fresh(db: Connection) -> None:
+    """Every row has the vector of what it says, and nothing waits."""
+    for row in db.execute("SELECT embedding_input(d) AS content, embedding::vector::real[] AS v FROM documents AS d"):
+        assert row.v is not None
+        assert np.allclose(row.v, embedding_of(row.content), atol=1e-3)
+    assert waiting(db) == 0
+
+
+def test_texts_travel_together_in_as_few_requests_as_batch_size_allows(documents: Connection, api: FakeApi) -> None:
+    insert(documents, *[f"text {n}" for n in range(25)])
+
+    counts = process(documents, batch_size=10)
+
+    assert counts == {"read": 25, "completed": 25, "retried": 0, "failed": 0, "requests": 3, "failed_jobs": []}
+    assert sorted(len(request["texts"]) for request in api.log()) == [5, 10, 10]
+    assert_fresh(documents)
+
+
+def test_requests_are_in_flight_side_by_side_up_to_max_requests(documents: Connection, api: FakeApi) -> None:
+    api.behave(delay_seconds=0.3)
+    insert(documents, *[f"text {n}" for n in range(30)])
+
+    counts = process(documents, batch_size=10, max_requests=3)
+
+    assert counts["requests"] == 3
+    assert api.counters()["max_in_flight"] == 3
+    assert_fresh(documents)
+
+
+def test_the_reply_is_matched_by_index_not_by_order(documents: Connection, api: FakeApi) -> None:
+    api.behave(faults=[{"shuffled": True, "times": "forever"}])
+    insert(documents, "one", "two", "three")
+
+    process(documents)
+
+    assert_fresh(documents)
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        ({"wrong_count": True}, "2 vectors for 3 texts"),
+        ({"wrong_count": 1}, "4 vectors for 3 texts"),
+        ({"wrong_dimensions": 8}, "the provider's vectors have 8 dimensions, the model is defined with 1536"),
+        ({"duplicate_index": True}, "2 vectors for 3 texts"),
+        ({"missing_index": True}, "not in the form of the OpenAI API"),
+        ({"not_json": True}, "not in the form of the OpenAI API"),
+        ({"cut_off": True}, "no answer from 127.0.0.1"),
+        ({"close": True}, "no answer from 127.0.0.1"),
+        ({"invalid_base64": True}, "invalid base64"),
+        ({"redirect": "http://127.0.0.1:8000/elsewhere/v1/embeddings"}, "307, a redirect, which is not followed"),
+        ({"status": 401}, "the provider answered 401"),
+        ({"status": 404}, "the provider answered 404"),
+        ({"status": 503}, "the provider answered 503"),
+    ],
+)
+def test_a_wrong_answer_writes_nothing_and_keeps_the_jobs(
+    documents: Connection, api: FakeApi, fault: dict[str, Any], error: str
+) -> None:
+    insert(documents, "one", "two", "three")
+    api.behave(faults=[fault])
+
+    counts = process(documents)
+
+    assert (counts["read"], counts["completed"], counts["retried"], counts["failed"]) == (3, 0, 3, 0)
+    assert all(error in failed["error"] for failed in counts["failed_jobs"])
+    assert stored(documents) == {1: None, 2: None, 3: None}
+    documents.execute("SELECT autoembed.resume_model('text-embedding-3-small')")
+    process(documents)
+    assert_fresh(documents)
+
+
+def test_a_pass_that_is_rolled_back_has_not_been(documents: Connection) -> None:
+    insert(documents, "one")
+
+    with documents.transaction(force_rollback=True):
+        assert process(documents)["completed"] == 1
+
+    assert stored(documents) == {1: None}
+    assert documents.execute("SELECT read_ct FROM pgmq.q_embedding_jobs").fetchall() == [(0,)]
+    process(documents)
+    assert_fresh(documents)
+
+
+def test_rows_inserted_in_the_same_transaction_are_embedded(documents: Connection) -> None:
+    with documents.transaction():
+        insert(documents, "one", "two")
+        assert process(documents)["completed"] == 2
+
+    assert_fresh(documents)
+
+
+def test_a_deleted_row_settles(documents: Connection, api: FakeApi) -> None:
+    insert(documents, "one", "two")
+    documents.execute("DELETE FROM documents WHERE id = 1")
+
+    counts = process(documents)
+
+    assert (counts["read"], counts["completed"]) == (2, 2)
+    assert api.texts() == ["# t\n\ntwo"]
+    assert_fresh(documents)
+
+
+def test_a_row_queued_many_times_is_sent_once(documents: Connection, api: FakeApi) -> None:
+    insert(documents, "one")
+    for n in range(5):
+        documents.execute("UPDATE documents SET content = %s", [f"version {n}"])
+
+    counts = process(documents)
+
+    assert counts["read"] == 1
+    assert api.texts() == ["# t\n\nversion 4"]
+    assert_fresh(documents)
+
+
+def test_equal_texts_are_sent_once(documents: Connection, api: FakeApi) -> None:
+    insert(documents, "same", "other", "same", "same")
+
+    process(documents)
+
+    assert sorted(api.texts()) == ["# t\n\nother", "# t\n\nsame"]
+    assert_fresh(documents)
+
+
+def test_an_unchanged_text_is_not_sent_again(documents: Connection, api: FakeApi) -> None:
+    insert(documents, "one")
+    process(documents)
+    documents.execute("DROP TRIGGER clear_document_embedding_on_update ON documents")
+    with documents.transaction():
+        documents.execute("UPDATE documents SET content = 'changed'")
+        documents.execute("UPDATE documents SET content = 'one'")
+
+    counts = process(documents)
+
+    assert (counts["completed"], counts["requests"]) == (1, 0)
+    assert_fresh(documents)
+
+
+def test_an_update_that_changes_nothing_costs_nothing(documents: Connection) -> None:
+    insert(documents, "one")
+    process(documents)
+
+    documents.execute("UPDATE documents SET title = title")
+
+    assert_fresh(documents)
+
+
+@pytest.mark.parametrize("content", [None, "", "  \n\t"])
+def test_a_row_without_a_text_gets_no_embedding_and_no_request(
+    documents: Connection, api: FakeApi, content: str | None
+) -> None:
+    documents.execute(
+        "CREATE OR REPLACE FUNCTION embedding_input(doc documents) RETURNS text LANGUAGE sql IMMUTABLE"
+        " AS 'SELECT nullif(doc.content, ''none'')'"
+    )
+    insert(documents, "one")
+    process(documents)
+    documents.execute("DROP TRIGGER clear_document_embedding_on_update ON documents")
+    documents.execute("UPDATE documents SET content = coalesce(%s, 'none')", [content])
+
+    counts = process(documents)
+
+    assert (counts["completed"], counts["requests"]) == (1, 0)
+    assert stored(documents) == {1: None}
+    assert waiting(documents) == 0
+
+
+def test_one_row_that_is_refused_does_not_hold_up_the_others(documents: Connection, api: FakeApi) -> None:
+    api.behave(faults=[{"status": 400, "match": "poison", "times": "forever"}])
+    insert(documents, *[f"text {n}" for n in range(63)], "poison")
+
+    counts = process(documents)
+
+    assert (counts["completed"], counts["failed"]) == (63, 1)
+    assert counts["requests"] <= 2 * 6 + 2
+    [failure] = documents.execute("SELECT table_name, key, error_class, excerpt FROM autoembed.failed").fetchall()
+    assert failure == ("documents", "[64]", "row", "# t\n\npoison")
+    assert waiting(documents) == 0
+
+
+def test_a_model_that_refuses_everything_rests_and_fails_no_row(documents: Connection, api: FakeApi) -> None:
+    api.behave(faults=[{"status": 400, "times": "forever"}])
+    insert(documents, *[f"text {n}" for n in range(64)])
+
+    counts = process(documents)
+
+    assert (counts["failed"], counts["retried"]) == (0, 64)
+    assert counts["requests"] <= 2
+    assert documents.execute("SELECT count(*) FROM autoembed.failed").fetchone() == (0,)
+    with warnings_of(documents) as heard:
+        assert process(documents)["read"] == 0
+    assert any("documents.embedding is not being embedded" in warning for warning in heard)
+
+
+def test_a_failed_row_leaves_the_list_when_it_is_changed_or_retried(documents: Connection, api: FakeApi) -> None:
+    api.behave(faults=[{"status": 400, "match": "poison", "times": "forever"}])
+    insert(documents, "poison", "more poison", "fine")
+    process(documents)
+    assert documents.execute("SELECT key FROM autoembed.failed ORDER BY key").fetchall() == [("[1]",), ("[2]",)]
+
+    documents.execute("UPDATE documents SET content = 'antidote' WHERE id = 1")
+    process(documents)
+    assert documents.execute("SELECT key FROM autoembed.failed").fetchall() == [("[2]",)]
+
+    api.behave()
+    assert documents.execute("SELECT autoembed.retry_failed('documents', 'row')").fetchone() == (1,)
+    process(documents)
+    assert documents.execute("SELECT key FROM autoembed.failed").fetchall() == []
+    assert_fresh(documents)
+
+
+def test_a_constraint_that_refuses_one_vector_fails_that_row_alone(documents: Connection) -> None:
+    documents.execute("ALTER TABLE documents ADD CONSTRAINT no_two CHECK (id <> 2 OR embedding IS NULL)")
+    insert(documents, "one", "two", "three")
+
+    counts = process(documents)
+
+    assert (counts["completed"], counts["failed"]) == (2, 1)
+    [failure] = documents.execute("SELECT key, reason FROM autoembed.failed").fetchall()
+    assert failure.key == "[2]"
+    assert 'violates check constraint "no_two"' in failure.reason
+
+
+def test_a_uuid_key_works(db: Connection, api: FakeApi) -> None:
+    db.execute(
+        "CREATE TABLE notes (id uuid PRIMARY KEY DEFAULT gen_random_uuid(), content text, embedding vector(1536))"
+    )
+    db.execute("CREATE FUNCTION note_text(n notes) RETURNS text LANGUAGE sql AS 'SELECT n.content'")
+    db.execute(
+        "CREATE TRIGGER embed AFTER INSERT OR UPDATE ON notes FOR EACH ROW"
+        " EXECUTE FUNCTION autoembed.queue_embeddings('note_text', 'embedding')"
+    )
+    db.execute("INSERT INTO notes (content) VALUES ('a note')")
+
+    assert process(db)["completed"] == 1
+
+    [row] = db.execute("SELECT embedding::real[] AS v FROM notes").fetchall()
+    assert np.allclose(row.v, embedding_of("a note"), atol=1e-5)
+    # The trigger has no column list, yet our own write queued nothing.
+    assert waiting(db) == 0
+
+
+def test_a_row_in_a_partition_is_found_through_the_root(db: Connection, api: FakeApi) -> None:
+    db.execute("CREATE TABLE logs (id bigint, content text, embedding halfvec(1536)) PARTITION BY RANGE (id)")
+    db.execute("CREATE TABLE logs_low PARTITION OF logs FOR VALUES FROM (0) TO (10)")
+    db.execute("CREATE TABLE logs_high PARTITION OF logs FOR VALUES FROM (10) TO (20)")
+    db.execute("CREATE FUNCTION log_text(l logs) RETURNS text LANGUAGE sql AS 'SELECT l.content'")
+    db.execute(
+        "CREATE TRIGGER embed AFTER INSERT OR UPDATE OF content ON logs FOR EACH ROW"
+        " EXECUTE FUNCTION autoembed.queue_embeddings('log_text', 'embedding')"
+    )
+    db.execute("INSERT INTO logs VALUES (1, 'low'), (11, 'high')")
+
+    assert process(db)["completed"] == 2
+
+    for row in db.execute("SELECT content, embedding::vector::real[] AS v FROM logs"):
+        assert np.allclose(row.v, embedding_of(row.content), atol=1e-3)
+
+
+def test_a_session_without_rights_on_the_queue_can_write_the_table(
+    documents: Connection, connect: Callable[..., Connection], role: Callable[[str], str]
+) -> None:
+    clerk = role("clerk")
+    documents.execute(f"GRANT SELECT, INSERT, UPDATE ON documents TO {clerk}")
+    with connect(user=clerk) as session:
+        insert(session, "from a clerk")
+        session.execute("UPDATE documents SET content = 'changed by a clerk'")
+
+    assert process(documents)["completed"] == 1
+
+    assert_fresh(documents)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "max_requests", "timeout_milliseconds"])
+@pytest.mark.parametrize("value", ["0", "NULL"])
+def test_an_argument_below_one_is_an_error(db: Connection, name: str, value: str) -> None:
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match=f"{name} must be at least 1"):
+        process(db, **{name: value})
