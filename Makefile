@@ -3,7 +3,7 @@
 .PHONY: help image demo test lint build install lock clean
 PYTHON ?= python3
 VERSION = $(shell sed -n "s/^default_version = '\(.*\)'/\1/p" extension/autoembed.control)
-PYTHON_SOURCES = $(wildcard plpy_src build.py tests bench)
+PYTHON_SOURCES = $(wildcard plpy_src build.py docker/make_model.py tests bench)
 SHELL_SCRIPTS = $(wildcard .ci/run docker/*.sh docker/*/*.sh demo/*.sh)
 
 help: ## list the commands
@@ -17,7 +17,7 @@ demo: image ## build the image, start it, and watch it embed and search real tex
 	demo/run.sh
 
 test: lint image ## run every check and test
-	TESTCONTAINERS_RYUK_DISABLED=true TESTCONTAINERS_HOST_OVERRIDE=127.0.0.1 .venv/bin/pytest
+	TESTCONTAINERS_RYUK_DISABLED=true TESTCONTAINERS_CONNECTION_MODE=docker_host TESTCONTAINERS_HOST_OVERRIDE=127.0.0.1 .venv/bin/pytest
 
 lint: .venv/stamp ## check style and types
 	.venv/bin/ruff check && .venv/bin/ruff format --check

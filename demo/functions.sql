@@ -8,7 +8,7 @@ CREATE TABLE functions (
 );
 
 CREATE FUNCTION function_input(function functions) RETURNS text LANGUAGE sql IMMUTABLE AS $$
-    SELECT function.name || ': ' || function.description;
+    SELECT function.description || ' (' || function.name || ')';
 $$;
 
 CREATE TRIGGER embed_functions_on_insert

@@ -4,6 +4,6 @@ SELECT clock_timestamp() AS start, (120 / :interval)::integer AS polls \gset
 \pset tuples_only on
 \pset format unaligned
 \pset fieldsep ' '
-:progress HAVING count(embedding) < count(*) AND NOT EXISTS (SELECT FROM autoembed.failed)
+:progress HAVING count(embedding) < count(*) AND NOT EXISTS (SELECT FROM autoembed.failed) AND NOT EXISTS (SELECT FROM autoembed.model_rest)
 \watch interval=:interval count=:polls min_rows=1
 :progress;

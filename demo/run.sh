@@ -9,8 +9,8 @@ password=demo
 bold='' cyan='' green='' reset=''
 if [[ -t 1 ]]; then bold=$'\e[1m' cyan=$'\e[36m' green=$'\e[32m' reset=$'\e[0m'; fi
 
-headline() { printf '\n%s%s%s\n\n' "$bold" "$*" "$reset"; }
-show() { printf '%s%s%s\n\n' "$cyan" "$*" "$reset"; }
+headline() { printf '\n%s%s%s\n' "$bold" "$*" "$reset"; }
+show() { printf '\n%s%s%s\n\n' "$cyan" "$*" "$reset"; }
 
 sql() {
     docker exec --interactive "$container" \
@@ -27,26 +27,26 @@ run() {
     sql <<< "$1"
 }
 
+# One sentence with the reason: what autoembed says, else the end of the server's log.
 fail() {
     local reason
-    reason=$(sql --no-align --tuples-only 2> /dev/null << SQL || true
-SELECT reason FROM (SELECT reason FROM autoembed.failed UNION ALL SELECT reason FROM autoembed.model_rest) AS r LIMIT 1;
-SQL
-    )
-    echo "$1: ${reason:-the server\'s log ends with: $(docker logs --tail 3 "$container" 2>&1)}" >&2
+    reason=$(sql --no-align --tuples-only 2> /dev/null <<< "
+        SELECT reason FROM autoembed.failed UNION ALL SELECT reason FROM autoembed.model_rest LIMIT 1;") || reason=''
+    echo "$1: ${reason:-$(docker logs --tail 3 "$container" 2>&1)}" >&2
     exit 1
 }
 
 start() {
     local publish=127.0.0.1:5432:5432 tenths
-    if (: < /dev/tcp/127.0.0.1/5432) 2> /dev/null; then publish=127.0.0.1::5432; fi
     docker rm --force --volumes "$container" > /dev/null 2>&1 || true
+    # Where something answers on 5432 already, Docker chooses a free port.
+    if (: < /dev/tcp/127.0.0.1/5432) 2> /dev/null; then publish=127.0.0.1::5432; fi
     # As in compose.yaml: Docker's 64 MB of shared memory are too few for a parallel index build.
     docker run --detach --pull=never --name "$container" --env POSTGRES_PASSWORD="$password" --publish "$publish" \
         --shm-size=256m autoembed > /dev/null
     for ((tenths = 0; tenths < 1200; tenths++)); do
         # During its first start the server listens on the socket only.
-        if docker exec "$container" pg_isready --quiet --host=127.0.0.1 --username=postgres; then return; fi
+        if docker exec "$container" pg_isready --host=127.0.0.1 --username=postgres > /dev/null 2>&1; then return; fi
         if [[ $(docker inspect --format '{{.State.Running}}' "$container") != true ]]; then break; fi
         sleep 0.1
     done
@@ -61,7 +61,7 @@ show_progress() {
     if ((rate)); then left="$((($2 - $1) / rate)) s left"; fi
     printf -v full '%*s' "$filled" ''
     printf -v rest '%*s' "$((width - filled))" ''
-    printf '%s%s%s%s %5d / %d rows  %4d rows/s  %s' \
+    printf '%s%s%s%s %5d / %d rows  %4d rows/s  %s\n' \
         "$green" "${full// /#}" "$reset" "${rest// /.}" "$1" "$2" "$rate" "$left"
 }
 
@@ -71,7 +71,8 @@ embed() {
     rows=0 milliseconds=0
     while IFS= read -r line; do
         if [[ $line != @* ]]; then
-            echo "$line"
+            # \watch ends with a blank line, which would break the bar.
+            if [[ -n $line ]]; then echo "$line"; fi
             continue
         fi
         read -r _ embedded rows milliseconds <<< "$line"
@@ -80,10 +81,10 @@ embed() {
             printf '\r%s\e[K' "$(show_progress "$embedded" "$rows" "$milliseconds")"
         elif ((10 * embedded / rows > tenth)); then
             tenth=$((10 * embedded / rows))
-            echo "$(show_progress "$embedded" "$rows" "$milliseconds")"
+            show_progress "$embedded" "$rows" "$milliseconds"
         fi
     done < <(cat - progress.sql | sql --set=table="$table" --set=interval="$interval_seconds")
-    if [[ -n $with_bar && -t 1 ]]; then echo; fi
+    if [[ -z $with_bar || -t 1 ]]; then echo; fi
     if ((rows == 0 || embedded < rows)); then fail "$embedded of $rows rows of $table have embeddings after $milliseconds ms"; fi
 }
 
@@ -97,7 +98,7 @@ run_file documents.sql
 echo "Six paragraphs go in. The INSERT returns at once, so their embeddings are still NULL:"
 show "INSERT INTO documents (title, content) VALUES (...) RETURNING id, title, embedding;"
 embed documents 0.01 < documents_rows.sql
-echo "$milliseconds ms later the lane has filled them, with the model all-MiniLM-L6-v2 inside the image:"
+echo "$milliseconds ms later the lane has filled them (the first time it loads the model, all-MiniLM-L6-v2):"
 run "SELECT id, title, left(embedding::text, 40) || '...' AS embedding FROM documents ORDER BY id;"
 
 echo "A row that changes loses its embedding in the same statement, for it no longer fits:"
@@ -124,9 +125,11 @@ embed functions 0.5 with_bar < functions_rows.sql
 echo
 echo "$rows rows embedded in $((milliseconds / 1000)).$((milliseconds / 100 % 10)) s by one lane. After a bulk load comes the index:"
 run "CREATE INDEX ON functions USING hnsw (embedding halfvec_cosine_ops);"
-echo "Three searches by meaning, each in this form:"
-show "SELECT ... FROM functions ORDER BY embedding <=> autoembed.embed('...') LIMIT 5;"
-for query in 'cut a string into pieces' 'capital letters' 'stop a running query'; do
+echo "A search embeds the question inside SQL, and uses that index:"
+run "EXPLAIN (COSTS OFF) SELECT name FROM functions ORDER BY embedding <=> autoembed.embed('take a nap') LIMIT 5;"
+echo "Three such searches, with the answers ranked by cosine similarity:"
+echo
+for query in 'cut a string into pieces' 'capital letters' 'take a nap'; do
     echo "$bold\"$query\"$reset"
     sql --set=query="$query" < search.sql
 done

@@ -837,8 +837,10 @@ class Flight(Generic[Tag, Result]):
 
     def __exit__(self, *_: object) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
-        while wait(self._tags, timeout=SLICE_SECONDS).not_done:
+        # Not wait() on all: a call cancelled before it began is never done for it.
+        while running := [future for future in self._tags if not future.done()]:
             self._abort()
+            wait(running, timeout=SLICE_SECONDS)
         self._executor.shutdown(wait=True)
 
     def submit(self, tag: Tag, call: Callable[[], Result]) -> None:
@@ -1604,9 +1606,10 @@ def _onnx_model(model: Model) -> OnnxModel:
 
     which = (folder_of(model), model.max_tokens_per_input or DEFAULT_MAX_TOKENS)
     if which not in _loaded:
+        check(model)
         try:
             _loaded[which] = OnnxModel(which[0], max_tokens=which[1])
-        except (OSError, ImportError) as error:
+        except (OSError, ImportError, ValueError) as error:
             raise ProviderTrouble(f"the local model cannot be loaded: {error}", permanent=True) from error
     return _loaded[which]
 ''',
@@ -2110,7 +2113,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "41120c6950dfd601"
+    GD["autoembed"] = "8396b51b66d678e0"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -2158,7 +2161,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "41120c6950dfd601":
+    if GD.get("autoembed") != "8396b51b66d678e0":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -3137,7 +3140,7 @@ CREATE FUNCTION autoembed.process(
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "41120c6950dfd601":
+    if GD.get("autoembed") != "8396b51b66d678e0":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -3153,7 +3156,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "41120c6950dfd601":
+    if GD.get("autoembed") != "8396b51b66d678e0":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds)
@@ -3169,13 +3172,13 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "41120c6950dfd601":
+    if GD.get("autoembed") != "8396b51b66d678e0":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
 $python$;
 COMMENT ON FUNCTION autoembed.embed(text, text) IS
-    'The embedding of a search text by that model, NULL for the default one; NULL for NULL. Cast it to halfvec where the column is one and no index operator is found.';
+    'The embedding of a search text by that model, NULL for the default one; NULL for NULL. ORDER BY column <=> autoembed.embed(…) uses the column''s index.';
 
 -- 60_schedule.sql: lanes as pg_cron jobs. Nothing else knows pg_cron.
 
@@ -3187,13 +3190,13 @@ AS $plpgsql$
 DECLARE
     _lanes integer;
 BEGIN
+    UPDATE autoembed.lane SET stop = true;
     IF to_regclass('cron.job') IS NULL THEN
         RETURN 0;
     END IF;
     SELECT count(cron.unschedule(j.jobid)) INTO _lanes
     FROM cron.job AS j
     WHERE j.jobname LIKE 'autoembed-lane-%' AND j.database = current_database();
-    UPDATE autoembed.lane SET stop = true;
     RETURN _lanes;
 END;
 $plpgsql$;

@@ -350,4 +350,4 @@ AS $python$
     return doors.embed(content, model)
 $python$;
 COMMENT ON FUNCTION autoembed.embed(text, text) IS
-    'The embedding of a search text by that model, NULL for the default one; NULL for NULL. Cast it to halfvec where the column is one and no index operator is found.';
+    'The embedding of a search text by that model, NULL for the default one; NULL for NULL. ORDER BY column <=> autoembed.embed(…) uses the column''s index.';

@@ -8,13 +8,13 @@ AS $plpgsql$
 DECLARE
     _lanes integer;
 BEGIN
+    UPDATE autoembed.lane SET stop = true;
     IF to_regclass('cron.job') IS NULL THEN
         RETURN 0;
     END IF;
     SELECT count(cron.unschedule(j.jobid)) INTO _lanes
     FROM cron.job AS j
     WHERE j.jobname LIKE 'autoembed-lane-%' AND j.database = current_database();
-    UPDATE autoembed.lane SET stop = true;
     RETURN _lanes;
 END;
 $plpgsql$;

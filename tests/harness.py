@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psycopg
 from psycopg.rows import namedtuple_row
 from pytest_postgresql.janitor import DatabaseJanitor
 from testcontainers.core.config import testcontainers_config
 from testcontainers.core.container import DockerContainer
 
-from fake_api import FakeApi
+from fake_api import FakeApi, embedding_of
 from waiting import wait_until
 
 TESTS = Path(__file__).resolve().parent
@@ -77,6 +78,37 @@ class Server:
     container: DockerContainer
     port: int
 
+    @classmethod
+    def of(cls, container: DockerContainer) -> Server:
+        """A container that has been started, once its server answers and the fake API runs in it."""
+        # Docker publishes other ports after each start.
+        server = cls(container, int(container.get_exposed_port(5432)))
+        wait_until(server._is_up, 60)
+        put_file(container, TESTS / "fake_api.py", "/tmp")
+        container.get_wrapped_container().exec_run(
+            ["python3", "/tmp/fake_api.py", "--host", "0.0.0.0", "--port", str(FAKE_API_PORT)], detach=True
+        )
+        wait_until(server._api_is_up, 20)
+        return server
+
+    def restarted(self) -> Server:
+        """The same container after it was stopped and started."""
+        return Server.of(self.container)
+
+    def _is_up(self) -> bool:
+        try:
+            self.connect().close()
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    def _api_is_up(self) -> bool:
+        try:
+            self.fake_api("up").counters()
+        except OSError:
+            return False
+        return True
+
     def connect(self, dbname: str = "postgres", **options: Any) -> Connection:
         return psycopg.connect(
             host=HOST,
@@ -121,30 +153,7 @@ def run_server(stack: ExitStack, *arguments: str, **environment: str) -> Server:
         container.with_env(name, value)
     container.with_command(["postgres", "-c", "fsync=off", *arguments])
     stack.enter_context(container)
-    server = Server(container, int(container.get_exposed_port(5432)))
-
-    def is_up() -> bool:
-        try:
-            server.connect().close()
-        except psycopg.OperationalError:
-            return False
-        return True
-
-    wait_until(is_up, 60)
-    put_file(container, TESTS / "fake_api.py", "/tmp")
-    container.get_wrapped_container().exec_run(
-        ["python3", "/tmp/fake_api.py", "--host", "0.0.0.0", "--port", str(FAKE_API_PORT)], detach=True
-    )
-
-    def api_is_up() -> bool:
-        try:
-            server.fake_api("up").counters()
-        except OSError:
-            return False
-        return True
-
-    wait_until(api_is_up, 20)
-    return server
+    return Server.of(container)
 
 
 @contextmanager
@@ -158,3 +167,29 @@ def warnings_of(connection: Connection) -> Iterator[list[str]]:
     connection.add_notice_handler(listen)
     yield heard
     connection.remove_notice_handler(listen)
+
+
+def insert(db: Connection, *contents: str) -> None:
+    db.cursor().executemany("INSERT INTO documents (title, content) VALUES ('t', %s)", [(c,) for c in contents])
+
+
+def stored(db: Connection) -> dict[int, list[float] | None]:
+    return dict(db.execute("SELECT id, embedding::vector::real[] FROM documents ORDER BY id").fetchall())
+
+
+def waiting(db: Connection) -> int:
+    row = db.execute("SELECT count(*) FROM pgmq.q_embedding_jobs").fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def is_settled(db: Connection) -> bool:
+    return waiting(db) == 0
+
+
+def assert_fresh(db: Connection) -> None:
+    """Every row has the vector of what it says, and nothing waits."""
+    for row in db.execute("SELECT embedding_input(d) AS content, embedding::vector::real[] AS v FROM documents AS d"):
+        assert row.v is not None
+        assert np.allclose(row.v, embedding_of(row.content), atol=1e-3)
+    assert waiting(db) == 0

@@ -39,8 +39,10 @@ class Flight(Generic[Tag, Result]):
 
     def __exit__(self, *_: object) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
-        while wait(self._tags, timeout=SLICE_SECONDS).not_done:
+        # Not wait() on all: a call cancelled before it began is never done for it.
+        while running := [future for future in self._tags if not future.done()]:
             self._abort()
+            wait(running, timeout=SLICE_SECONDS)
         self._executor.shutdown(wait=True)
 
     def submit(self, tag: Tag, call: Callable[[], Result]) -> None:

@@ -25,7 +25,11 @@ TRIGGER = """
             "42883",
         ),
         ({"arguments": "'embedding_input', 'embeding'"}, 'table public.documents has no column "embeding"', "42703"),
-        ({"arguments": "'embedding_input', 'title'"}, 'column "title" of table public.documents is of type text', "42804"),
+        (
+            {"arguments": "'embedding_input', 'title'"},
+            'column "title" of table public.documents is of type text',
+            "42804",
+        ),
         (
             {"arguments": "'returns_number', 'embedding'"},
             r"function public.returns_number\(public.documents\) returns integer",
@@ -79,7 +83,10 @@ def test_an_ordinary_trigger_is_none_of_our_business(db: Connection) -> None:
             "DROP INDEX documents_embedding_idx; ALTER TABLE documents ALTER embedding TYPE halfvec(3) USING NULL",
             'column "embedding" of table public.documents has 3 dimensions, model "text-embedding-3-small" has 1536',
         ),
-        ("ALTER TABLE documents ALTER embedding TYPE text", 'column "embedding" of table public.documents is of type text'),
+        (
+            "ALTER TABLE documents ALTER embedding TYPE text",
+            'column "embedding" of table public.documents is of type text',
+        ),
     ],
 )
 def test_what_goes_wrong_after_the_trigger_is_a_warning_and_the_row_is_kept(
@@ -119,7 +126,9 @@ def test_a_dropped_table_takes_its_jobs_along(documents: Connection, api: FakeAp
     assert row == (0, 0)
     assert documents.execute("SELECT count(*) FROM pgmq.q_embedding_jobs").fetchone() == (0,)
     assert documents.execute("SELECT count(*) FROM autoembed.pipeline").fetchone() == (0,)
-    assert documents.execute("SELECT count(*) FROM pg_proc WHERE proname ~ '^_(content|write)_[0-9]'").fetchone() == (0,)
+    assert documents.execute("SELECT count(*) FROM pg_proc WHERE proname ~ '^_(content|write)_[0-9]'").fetchone() == (
+        0,
+    )
 
 
 def test_a_renamed_table_is_followed(documents: Connection, api: FakeApi) -> None:

@@ -10,11 +10,7 @@ import psycopg
 import pytest
 
 from fake_api import FakeApi, embedding_of
-from harness import Connection, warnings_of
-
-
-def insert(db: Connection, *contents: str) -> None:
-    db.cursor().executemany("INSERT INTO documents (title, content) VALUES ('t', %s)", [(c,) for c in contents])
+from harness import Connection, assert_fresh, insert, stored, waiting, warnings_of
 
 
 def process(db: Connection, **arguments: Any) -> dict[str, Any]:
@@ -23,24 +19,6 @@ def process(db: Connection, **arguments: Any) -> dict[str, Any]:
     assert row is not None
     counts: dict[str, Any] = row._asdict()
     return counts
-
-
-def stored(db: Connection) -> dict[int, list[float] | None]:
-    return dict(db.execute("SELECT id, embedding::vector::real[] FROM documents ORDER BY id").fetchall())
-
-
-def waiting(db: Connection) -> int:
-    row = db.execute("SELECT count(*) FROM pgmq.q_embedding_jobs").fetchone()
-    assert row is not None
-    return int(row[0])
-
-
-def assert_fresh(db: Connection) -> None:
-    """Every row has the vector of what it says, and nothing waits."""
-    for row in db.execute("SELECT embedding_input(d) AS content, embedding::vector::real[] AS v FROM documents AS d"):
-        assert row.v is not None
-        assert np.allclose(row.v, embedding_of(row.content), atol=1e-3)
-    assert waiting(db) == 0
 
 
 def test_texts_travel_together_in_as_few_requests_as_batch_size_allows(documents: Connection, api: FakeApi) -> None:

@@ -69,8 +69,9 @@ def _onnx_model(model: Model) -> OnnxModel:
 
     which = (folder_of(model), model.max_tokens_per_input or DEFAULT_MAX_TOKENS)
     if which not in _loaded:
+        check(model)
         try:
             _loaded[which] = OnnxModel(which[0], max_tokens=which[1])
-        except (OSError, ImportError) as error:
+        except (OSError, ImportError, ValueError) as error:
             raise ProviderTrouble(f"the local model cannot be loaded: {error}", permanent=True) from error
     return _loaded[which]

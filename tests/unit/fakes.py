@@ -1,0 +1,296 @@
+"""In-memory stand-ins for the database, the network and a provider, as the path of a job sees them."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoembed.errors import RowError
+from autoembed.model import Model
+
+Vector = NDArray[np.float32]
+
+MODEL = Model("small", "fake", "fake-small", 3)
+
+
+class Cancelled(BaseException):
+    """What the database raises when somebody cancels the query."""
+
+
+@dataclass(frozen=True)
+class Message:
+    id: int
+    read_count: int
+    body: Any
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    id: int = 1
+    schema_name: str = "public"
+    table_name: str = "documents"
+    content_function: str = "embedding_input"
+    embedding_column: str = "embedding"
+    blocked: str | None = None
+    failures: int = 0
+    model: Model = MODEL
+
+
+@dataclass(frozen=True)
+class Row:
+    content: str | None
+    has_embedding: bool
+
+
+@dataclass(frozen=True)
+class Failure:
+    reason: str
+    attempts: int
+    excerpt: str | None
+
+
+@dataclass(frozen=True)
+class Rest:
+    model: str
+    seconds: float
+    needs_attention: bool
+    reason: str
+
+
+def key_of(row_id: int) -> str:
+    return f"[{row_id}]"
+
+
+def vector_of(text: str) -> Vector:
+    """Three whole numbers that follow from the text."""
+    return np.frombuffer(hashlib.sha256(text.encode()).digest()[:3], np.uint8).astype(np.float32)
+
+
+def vectors_of(texts: Sequence[str]) -> Vector:
+    return np.stack([vector_of(text) for text in texts])
+
+
+class FakeDatabase:
+    """One table, the queue and the failed list; delays are noted, not waited for.
+
+    The faults: content_errors and write_errors by key; locked, how many writes find a row locked; interrupts, called
+    whenever the method of that name is.
+    """
+
+    def __init__(self) -> None:
+        self.defined = {1: Pipeline()}
+        self.texts: dict[str, str | None] = {}
+        self.vectors: dict[str, list[float] | None] = {}
+        self.embedded: dict[str, tuple[bytes, bool]] = {}
+        self.failures: dict[str, Failure] = {}
+        self.failed_messages: list[tuple[Any, str, int]] = []
+        self.queue: dict[int, Message] = {}
+        self.claimed: set[int] = set()
+        self.delays: dict[int, float] = {}
+        self.extended: list[list[int]] = []
+        self.rests: list[Rest] = []
+        self.resumed: list[str] = []
+        self.in_lane = False
+        self.wanted = True
+        self.content_errors: dict[str, RowError] = {}
+        self.write_errors: dict[str, RowError] = {}
+        self.locked: dict[str, float] = {}
+        self.interrupts: dict[str, Callable[[], None]] = {}
+        # What was done, in order.
+        self.statements: list[str] = []
+        self._numbers = itertools.count(1)
+
+    # For tests -----------------------------------------------------------------------------------
+
+    def put(self, row_id: int, text: str | None) -> int:
+        """Inserts or updates a row; returns the id of the message that says so."""
+        self.texts[key_of(row_id)] = text
+        self.vectors.setdefault(key_of(row_id), None)
+        return self.send({"pipeline": 1, "keys": [[row_id]]})
+
+    def send(self, body: Any) -> int:
+        message_id = next(self._numbers)
+        self.queue[message_id] = Message(message_id, 0, body)
+        return message_id
+
+    def waiting(self) -> list[Message]:
+        """The messages that a lane could claim."""
+        return [message for message in self.queue.values() if message.id not in self.claimed]
+
+    def is_fresh(self, row_id: int) -> bool:
+        text, vector = self.texts[key_of(row_id)], self.vectors[key_of(row_id)]
+        return vector == (None if text is None else vector_of(text).tolist())
+
+    def _note(self, statement: str) -> None:
+        self.statements.append(statement)
+        self.interrupts.get(statement, lambda: None)()
+
+    # As the real one has it ----------------------------------------------------------------------
+
+    def commit(self) -> None:
+        self._note("commit")
+
+    def breathe(self) -> None:
+        self._note("breathe")
+
+    def enter_lane(self) -> None:
+        self.in_lane = True
+
+    def leave_lane(self) -> None:
+        self.in_lane = False
+
+    def free_dead_lanes(self) -> None:
+        self._note("free_dead_lanes")
+
+    def lane_is_wanted(self) -> bool:
+        return self.wanted
+
+    def warn_of_blocked_pipelines(self) -> None:
+        self._note("warn_of_blocked_pipelines")
+
+    def claim(self, max_rows: int, lease_seconds: float) -> list[Message]:
+        self._note("claim")
+        claimed = [replace(message, read_count=message.read_count + 1) for message in self.waiting()[:max_rows]]
+        self.queue.update({message.id: message for message in claimed})
+        self.claimed.update(message.id for message in claimed)
+        return claimed
+
+    def extend(self, message_ids: Sequence[int], lease_seconds: float) -> None:
+        self._note("extend")
+        self.extended.append(list(message_ids))
+
+    def settle(self, message_ids: Sequence[int]) -> None:
+        self._note("settle")
+        for message_id in message_ids:
+            del self.queue[message_id]
+
+    def release(self, message_ids: Sequence[int]) -> None:
+        self._note("release")
+        for message_id in message_ids:
+            message = self.queue[message_id]
+            self.queue[message_id] = replace(message, read_count=message.read_count - 1)
+            self.claimed.discard(message_id)
+
+    def requeue(self, pipeline_id: int, keys: Sequence[str], attempts: int, delay_seconds: float) -> None:
+        self._note("requeue")
+        body = {"pipeline": pipeline_id, "keys": [json.loads(key) for key in keys], "attempts": attempts}
+        self.delays[self.send(body)] = delay_seconds
+
+    def resolve(self, body: Any) -> int:
+        self._note("resolve")
+        if body.get("table") != "documents":
+            raise RowError(f"there is no table {body.get('table')}", passes=False)
+        return 1
+
+    def pipelines(self, ids: Sequence[int]) -> dict[int, Pipeline]:
+        self._note("pipelines")
+        return {number: self.defined[number] for number in ids if number in self.defined}
+
+    def rest_model(self, name: str, seconds: float, needs_attention: bool, reason: str) -> None:
+        self._note("rest_model")
+        self.rests.append(Rest(name, seconds, needs_attention, reason))
+
+    def resume_model(self, name: str) -> None:
+        self._note("resume_model")
+        self.resumed.append(name)
+
+    def rows(self, pipeline: Pipeline, keys: Sequence[str]) -> dict[str, Row]:
+        self._note("rows")
+        for key in keys:
+            if key in self.content_errors:
+                raise self.content_errors[key]
+        return {key: Row(self.texts[key], self.vectors[key] is not None) for key in keys if key in self.texts}
+
+    def digests(self, pipeline: Pipeline, keys: Sequence[str]) -> dict[str, bytes]:
+        return {key: self.embedded[key][0] for key in keys if key in self.embedded}
+
+    def write(
+        self, pipeline: Pipeline, keys: Sequence[str], contents: Sequence[str | None], vectors: Vector | None
+    ) -> dict[str, str]:
+        self._note("write")
+        for key in keys:
+            if key in self.write_errors:
+                raise self.write_errors[key]
+        outcomes = {}
+        for index, (key, content) in enumerate(zip(keys, contents, strict=True)):
+            if key not in self.texts:
+                outcomes[key] = "gone"
+            elif self.locked.get(key, 0) > 0:
+                self.locked[key] -= 1
+                outcomes[key] = "locked"
+            elif self.texts[key] != content:
+                outcomes[key] = "changed"
+            else:
+                self.vectors[key] = None if vectors is None else vectors[index].tolist()
+                outcomes[key] = "written"
+        return outcomes
+
+    def record_embedded(
+        self, pipeline: Pipeline, keys: Sequence[str], digests: Sequence[bytes], truncated: Sequence[bool]
+    ) -> None:
+        self._note("record_embedded")
+        for key, digest, cut in zip(keys, digests, truncated, strict=True):
+            self.embedded[key] = (digest, cut)
+            self.failures.pop(key, None)
+
+    def forget(self, pipeline: Pipeline, keys: Sequence[str]) -> None:
+        self._note("forget")
+        for key in keys:
+            self.embedded.pop(key, None)
+            self.failures.pop(key, None)
+
+    def fail(self, pipeline: Pipeline, key: str, reason: str, attempts: int, excerpt: str | None) -> None:
+        self._note("fail")
+        self.failures[key] = Failure(reason, attempts, excerpt)
+
+    def fail_message(self, body: Any, reason: str, attempts: int) -> None:
+        self._note("fail_message")
+        self.failed_messages.append((body, reason, attempts))
+
+
+class FakeNetwork:
+    """Calls nobody; fails where it is aborted for ever, which would hang a backend."""
+
+    MAX_ABORTS = 40
+
+    def __init__(self) -> None:
+        self.aborts = 0
+
+    def abort(self) -> None:
+        self.aborts += 1
+        assert self.aborts < self.MAX_ABORTS, "aborted again and again, and the calls never ended"
+
+
+class FakeProvider:
+    """Answers with vectors_of() the texts unless a test puts another answer in its place."""
+
+    MAX_INPUTS_PER_REQUEST = 2048
+    MAX_TOKENS_PER_REQUEST = 300_000
+    MAX_TOKENS_PER_INPUT: int | None = 8192
+
+    def __init__(self) -> None:
+        self.requests: list[list[str]] = []
+        self.answer: Callable[[list[str]], Vector] = vectors_of
+        self.aborted = threading.Event()
+
+    def check(self, model: Model) -> None:
+        pass
+
+    def embed(self, model: Model, texts: Sequence[str], network: Any, timeout_seconds: float) -> Vector:
+        self.requests.append(list(texts))
+        return self.answer(list(texts))
+
+    def abort(self) -> None:
+        self.aborted.set()
+
+    @property
+    def texts(self) -> list[str]:
+        return [text for request in self.requests for text in request]

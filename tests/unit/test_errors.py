@@ -1,0 +1,278 @@
+"""Which answer of a provider, and which SQLSTATE, is whose fault and whether it passes: tables of cases."""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import time
+import tracemalloc
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autoembed import errors
+from autoembed.errors import ProviderTrouble, Refused, Trouble, rest_seconds, retry_after_seconds, trouble_of_answer
+
+NOW = 1_700_000_000.0
+
+
+def kind_of(trouble: Trouble) -> str:
+    if isinstance(trouble, ProviderTrouble):
+        return "permanent" if trouble.permanent else "passing"
+    assert isinstance(trouble, Refused)
+    return "refused"
+
+
+# --- answers -----------------------------------------------------------------------------------------
+
+CLIENT_ERRORS = {
+    **dict.fromkeys([400, 413, 414, 422], "refused"),
+    **dict.fromkeys([408, 409, 423, 425, 429], "passing"),
+}
+
+
+@pytest.mark.parametrize("status", range(300, 600))
+def test_a_status_means_its_kind_of_trouble(status: int) -> None:
+    expected = "passing" if status >= 500 else CLIENT_ERRORS.get(status, "permanent")
+
+    trouble = trouble_of_answer(status, {}, b'{"error": {"message": "No."}}')
+
+    assert kind_of(trouble) == expected
+    assert f"the provider answered {status}" in str(trouble)
+
+
+def test_a_used_up_quota_does_not_pass_by_itself() -> None:
+    body = {"error": {"message": "You exceeded your current quota.", "code": "insufficient_quota"}}
+
+    trouble = trouble_of_answer(429, {"retry-after": "1"}, json.dumps(body).encode())
+
+    assert kind_of(trouble) == "permanent"
+    assert str(trouble) == "the provider answered 429: You exceeded your current quota."
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_retry_after_goes_with_trouble_that_passes(status: int) -> None:
+    trouble = trouble_of_answer(status, {"retry-after": "7"}, b"")
+
+    assert isinstance(trouble, ProviderTrouble)
+    assert trouble.retry_after_seconds == 7
+
+
+def test_a_redirect_is_not_quoted() -> None:
+    trouble = trouble_of_answer(307, {"location": "http://elsewhere"}, b"http://elsewhere")
+
+    assert str(trouble) == "the provider answered 307, a redirect, which is not followed"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"error": {"message": "Too long.", "type": "invalid"}}', "Too long."),
+        (b'{"error": "model not found"}', "model not found"),
+        (b'{"error": {"type": "overloaded"}}', "{'type': 'overloaded'}"),
+        (b'{"message": "Not here."}', "Not here."),
+        (b'{"detail": "Not Found"}', "{'detail': 'Not Found'}"),
+        (b'{"error": null}', "None"),
+        (b'["a", "list"]', '["a", "list"]'),
+        (b'"a string"', '"a string"'),
+        (b"<html>\n  <b>Bad   gateway</b>\n</html>", "<html> <b>Bad gateway</b> </html>"),
+        (b'{"error": {"message": "cut o', '{"error": {"message": "cut o'),
+        (b"", "no explanation"),
+        (b" \n ", "no explanation"),
+        (b'{"error": {"message": ""}}', "no explanation"),
+        (b"\xff\xfe", "\ufffd\ufffd"),
+        (b"x" * 301, "x" * 300),
+        (b"[" * 5000, "[" * 300),
+        (b"9" * 5000, "9" * 300),
+    ],
+)
+def test_the_providers_words_are_one_short_line(body: bytes, message: str) -> None:
+    assert str(trouble_of_answer(500, {}, body)) == f"the provider answered 500: {message}"
+
+
+def test_a_huge_body_is_not_read_to_its_end() -> None:
+    body = b'{"error": {"message": "' + b"x " * 20_000_000
+    tracemalloc.start()
+    try:
+        message = str(trouble_of_answer(500, {}, body))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert len(message) < 400
+    assert peak < 1 << 20
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"error": {"message": "Not allowed: Bearer sk-secret, sk-secret"}}',
+        b'{"error": "sk-secret is wrong"}',
+        b'{"error": {"key": "sk-secret"}}',
+        b"sk-secret",
+        b"x" * 295 + b"sk-secret",
+    ],
+)
+@pytest.mark.parametrize("status", [400, 401, 429, 500])
+def test_a_key_that_the_body_echoes_is_hidden(status: int, body: bytes) -> None:
+    message = str(trouble_of_answer(status, {}, body, "sk-secret"))
+
+    assert "sk-s" not in message
+
+
+@given(status=st.integers(300, 599), body=st.binary(), header=st.text())
+def test_no_answer_breaks_the_judge(status: int, body: bytes, header: str) -> None:
+    message = str(trouble_of_answer(status, {"retry-after": header}, body))
+
+    assert "\n" not in message
+    assert len(message) < 350
+
+
+# --- Retry-After -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        (None, None),
+        ("", None),
+        ("  ", None),
+        ("0", 0),
+        ("7", 7),
+        (" 2.5 ", 2.5),
+        ("-5", 0),
+        (email.utils.formatdate(NOW + 90, usegmt=True), 90),
+        (email.utils.formatdate(NOW - 90, usegmt=True), 0),
+        ("Tue, 14 Nov 2023 22:13:50 -0000", 30),
+        ("Tue, 14 Nov 2023 23:13:50 +0100", 30),
+        ("soon", None),
+        ("7 seconds", None),
+        ("Tue, 99 Nov 2023 22:13:20 GMT", None),
+        ("31 Dec 99999 00:00:00 GMT", None),
+        ("Tue, 14 Nov 2023 22:13:20 +99999999999999999999", None),
+    ],
+)
+def test_retry_after_is_read_as_seconds_or_as_a_date(value: str | None, seconds: float | None) -> None:
+    assert retry_after_seconds({} if value is None else {"retry-after": value}, NOW) == seconds
+
+
+def test_a_date_counts_from_now() -> None:
+    header = email.utils.formatdate(time.time() + 60, usegmt=True)
+
+    seconds = retry_after_seconds({"retry-after": header})
+
+    assert seconds is not None
+    assert 58 < seconds <= 60
+
+
+@given(st.text() | st.floats().map(str))
+def test_retry_after_is_never_negative_nor_not_a_number(value: str) -> None:
+    seconds = retry_after_seconds({"retry-after": value}, NOW)
+
+    assert seconds is None or seconds >= 0
+
+
+# --- rest --------------------------------------------------------------------------------------------
+
+PASSING = ProviderTrouble("busy")
+PERMANENT = ProviderTrouble("wrong key", permanent=True)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "failures", "fraction", "seconds"),
+    [
+        (PASSING, 0, 0.0, 0.2),
+        (PASSING, 0, 1.0, 1.2),
+        (PASSING, 3, 0.5, 4.2),
+        (PASSING, 3, 1.0, 8.2),
+        (PASSING, 4, 1.0, 15.2),
+        (PASSING, 10**9, 1.0, 15.2),
+        (PERMANENT, 0, 0.5, 10.0),
+        (PERMANENT, 1, 0.5, 20.0),
+        (PERMANENT, 3, 0.5, 60.0),
+        (PERMANENT, 10**9, 0.5, 60.0),
+        (ProviderTrouble("", retry_after_seconds=0), 5, 0.25, 0.25),
+        (ProviderTrouble("", retry_after_seconds=7), 5, 0.25, 7.25),
+        (ProviderTrouble("", retry_after_seconds=86_400), 0, 0.0, 3600.0),
+        (ProviderTrouble("", retry_after_seconds=float("inf")), 0, 0.0, 3600.0),
+    ],
+)
+def test_a_model_rests_as_asked_or_longer_with_every_failure(
+    trouble: ProviderTrouble, failures: int, fraction: float, seconds: float
+) -> None:
+    assert rest_seconds(trouble, failures, fraction) == pytest.approx(seconds)
+
+
+@given(st.integers(0, 10**6), st.floats(0, 1))
+def test_backoff_is_never_nothing_and_never_long(failures: int, fraction: float) -> None:
+    assert 0.2 <= rest_seconds(PASSING, failures, fraction) <= 15.2
+    assert 10 <= rest_seconds(PERMANENT, failures, fraction) <= 60
+
+
+# --- rows --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sqlstate", ["40001", "40P01", "40003", "55P03", "55006", "55000"])
+def test_a_conflict_with_somebody_else_passes(sqlstate: str) -> None:
+    error = errors.row_error(sqlstate, "in the way")
+
+    assert error is not None
+    assert error.passes
+    assert str(error) == "in the way"
+
+
+@pytest.mark.parametrize(
+    "sqlstate",
+    [
+        "09000",
+        "0A000",
+        "21000",
+        "22003",
+        "22P02",
+        "23502",
+        "23514",
+        "27000",
+        "2F005",
+        "38000",
+        "39000",
+        "42501",
+        "42883",
+        "44000",
+        "54000",
+        "P0001",
+        "XX000",
+    ],
+)
+def test_data_and_its_owners_code_are_to_blame_for_good(sqlstate: str) -> None:
+    error = errors.row_error(sqlstate, "constraint")
+
+    assert error is not None
+    assert not error.passes
+
+
+@pytest.mark.parametrize(
+    ("sqlstate", "what_the_function_did"),
+    [
+        ("20000", "CASE without a branch that fits"),
+        ("24000", "read from a closed cursor"),
+        ("2D000", "COMMIT"),
+        ("34000", "named an unknown cursor"),
+        ("3F000", "named an unknown schema"),
+        ("0Z002", "GET STACKED DIAGNOSTICS without an error"),
+        ("58P01", "pg_read_file of a file that is not there"),
+        ("HV000", "read a foreign table"),
+        ("AE001", "RAISE … USING ERRCODE = 'AE001'"),
+        ("U0001", "RAISE … USING ERRCODE = 'U0001'"),
+    ],
+)
+def test_whatever_a_content_function_raises_is_its_rows_fault(sqlstate: str, what_the_function_did: str) -> None:
+    error = errors.row_error(sqlstate, what_the_function_did)
+
+    assert error is not None
+    assert not error.passes
+
+
+@pytest.mark.parametrize("sqlstate", ["57014", "57P01", "57P02", "57P03", "53100", "53200", "53300", "58030"])
+def test_cancel_shutdown_and_want_of_resources_are_no_rows_fault(sqlstate: str) -> None:
+    assert errors.row_error(sqlstate, "cancelled") is None

@@ -1,0 +1,259 @@
+"""Flight: outcomes, limits, signals, and that nothing is left running."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+
+from autoembed.flight import Flight, signals_blocked
+from waiting import wait_until
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) <= before
+
+
+class Gate:
+    """Calls that wait until they are let through or aborted; abort() fails when called for ever."""
+
+    def __init__(self) -> None:
+        self.opened = threading.Event()
+        self.aborts = 0
+        self.inside = 0
+
+    def wait(self) -> str:
+        self.inside += 1
+        self.opened.wait(5)
+        return "through"
+
+    def abort(self) -> None:
+        self.aborts += 1
+        self.opened.set()
+        assert self.aborts < 40, "aborted again and again, and the calls never ended"
+
+
+def nothing() -> None:
+    pass
+
+
+def mask() -> set[int]:
+    return set(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
+
+def test_outcomes_come_with_the_tags_of_their_calls() -> None:
+    with Flight[int, int](4, nothing, nothing) as flight:
+        for number in range(20):
+            flight.submit(number, lambda number=number: number * number)  # type: ignore[misc]
+
+        outcomes = dict(flight.landed())
+
+    assert outcomes == {number: number * number for number in range(20)}
+
+
+def test_what_a_call_raises_is_its_outcome_and_holds_up_no_other() -> None:
+    error = KeyboardInterrupt("of a thread")
+
+    def fail() -> str:
+        raise error
+
+    with Flight[str, str](2, nothing, nothing) as flight:
+        flight.submit("bad", fail)
+        flight.submit("good", lambda: "fine")
+
+        assert dict(flight.landed()) == {"bad": error, "good": "fine"}
+
+
+def test_landing_nothing_ends_at_once() -> None:
+    with Flight[int, int](1, nothing, nothing) as flight:
+        assert list(flight.landed()) == []
+
+
+def test_a_call_lands_while_another_still_runs() -> None:
+    gate = Gate()
+    with Flight[str, str](2, nothing, gate.abort) as flight:
+        flight.submit("slow", gate.wait)
+        flight.submit("fast", lambda: "done")
+        landing = flight.landed()
+
+        assert next(landing) == ("fast", "done")
+        assert not gate.opened.is_set()
+        gate.opened.set()
+        assert list(landing) == [("slow", "through")]
+
+
+def test_calls_submitted_while_landing_are_landed_too() -> None:
+    landed = []
+    with Flight[int, int](2, nothing, nothing) as flight:
+        flight.submit(8, lambda: 8)
+        for tag, _ in flight.landed():
+            landed.append(tag)
+            if tag > 1:
+                for half in (tag // 2, tag // 2):
+                    flight.submit(half, lambda: 0)
+
+    assert Counter(landed) == {8: 1, 4: 2, 2: 4, 1: 8}
+
+
+@pytest.mark.parametrize("max_calls", [1, 3])
+def test_exactly_max_calls_run_at_a_time(max_calls: int) -> None:
+    gate = Gate()
+    with Flight[int, str](max_calls, nothing, gate.abort) as flight:
+        for number in range(6):
+            flight.submit(number, gate.wait)
+        wait_until(lambda: gate.inside == max_calls)
+        breaths = itertools.count()
+
+        def look() -> None:
+            assert gate.opened.is_set() or gate.inside == max_calls
+            if next(breaths) == 2:
+                gate.opened.set()
+
+        flight._breathe = look
+        assert len(list(flight.landed())) == 6
+
+
+def test_breathing_goes_on_while_a_call_runs() -> None:
+    gate = Gate()
+    breaths = itertools.count(1)
+
+    def breathe() -> None:
+        if next(breaths) == 5:
+            gate.opened.set()
+
+    with Flight[int, str](1, breathe, gate.abort) as flight:
+        flight.submit(1, gate.wait)
+        started = time.monotonic()
+
+        assert list(flight.landed()) == [(1, "through")]
+
+    assert time.monotonic() - started < 1
+    assert gate.aborts == 0
+
+
+def test_an_exception_in_breathe_aborts_the_calls_and_comes_out() -> None:
+    class Cancelled(BaseException):
+        pass
+
+    def breathe() -> None:
+        raise Cancelled
+
+    gate = Gate()
+    started = time.monotonic()
+    with pytest.raises(Cancelled), Flight[int, str](2, breathe, gate.abort) as flight:
+        for number in range(2):
+            flight.submit(number, gate.wait)
+        list(flight.landed())
+
+    assert time.monotonic() - started < 1
+    assert gate.aborts >= 1
+
+
+def test_leaving_ends_calls_that_run() -> None:
+    gate = Gate()
+    with Flight[int, str](2, nothing, gate.abort) as flight:
+        flight.submit(1, gate.wait)
+        flight.submit(2, gate.wait)
+
+    assert gate.aborts >= 1
+
+
+def test_leaving_ends_although_calls_wait_that_never_began() -> None:
+    gate = Gate()
+    with Flight[int, str](1, nothing, gate.abort) as flight:
+        for number in range(3):
+            flight.submit(number, gate.wait)
+        wait_until(lambda: gate.inside == 1)
+
+    assert gate.inside == 1
+
+
+def test_abort_is_repeated_until_a_call_that_missed_it_has_ended() -> None:
+    aborts = itertools.count(1)
+    ended = threading.Event()
+
+    def abort() -> None:
+        if next(aborts) == 3:
+            ended.set()
+
+    with Flight[int, bool](1, nothing, abort) as flight:
+        flight.submit(1, lambda: ended.wait(5))
+
+    assert ended.is_set()
+
+
+def test_leaving_without_calls_under_way_aborts_nothing() -> None:
+    gate = Gate()
+    with Flight[int, int](2, nothing, gate.abort) as flight:
+        flight.submit(1, lambda: 1)
+        list(flight.landed())
+
+    assert gate.aborts == 0
+
+
+def test_withdrawing_takes_only_what_is_unwanted_and_has_not_begun() -> None:
+    gate = Gate()
+    with Flight[int, str](1, nothing, gate.abort) as flight:
+        for number in range(5):
+            flight.submit(number, gate.wait)
+        wait_until(lambda: gate.inside == 1)
+
+        taken = flight.withdraw(lambda number: number != 3)
+        gate.opened.set()
+
+        assert taken == [1, 2, 4]
+        assert dict(flight.landed()) == {0: "through", 3: "through"}
+
+
+def test_withdrawing_while_landing_lands_the_others_only() -> None:
+    landed = []
+    with Flight[int, int](1, nothing, nothing) as flight:
+        for number in range(200):
+            flight.submit(number, lambda: 0)
+        for tag, _ in flight.landed():
+            landed.append(tag)
+            if tag == 0:
+                landed += flight.withdraw(lambda _: True)
+
+    assert sorted(landed) == list(range(200))
+
+
+def test_threads_have_all_signals_blocked() -> None:
+    with Flight[int, set[int]](1, nothing, nothing) as flight:
+        flight.submit(1, mask)
+        [(_, blocked)] = flight.landed()
+
+    assert blocked == set(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP}
+
+
+def test_the_callers_signal_mask_is_as_before() -> None:
+    own = {signal.SIGUSR1}
+    before = signal.pthread_sigmask(signal.SIG_SETMASK, own)
+    try:
+        with Flight[int, int](1, nothing, nothing) as flight:
+            flight.submit(1, lambda: 1)
+            during = mask()
+            list(flight.landed())
+
+        assert (during, mask()) == (own, own)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def test_the_signal_mask_is_restored_after_an_error() -> None:
+    before = signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    try:
+        with pytest.raises(ValueError, match="inside"), signals_blocked():
+            raise ValueError("inside")
+
+        assert mask() == set()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
