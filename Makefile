@@ -1,6 +1,6 @@
 # The project's commands: `make` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help image demo test lint build install lock clean
+.PHONY: help image demo test chaos lint build install lock clean
 PYTHON ?= python3
 VERSION = $(shell sed -n "s/^default_version = '\(.*\)'/\1/p" extension/autoembed.control)
 PYTHON_SOURCES = $(wildcard plpy_src build.py docker/make_model.py tests bench)
@@ -18,6 +18,9 @@ demo: image ## build the image, start it, and watch it embed and search real tex
 
 test: lint image ## run every check and test
 	TESTCONTAINERS_RYUK_DISABLED=true TESTCONTAINERS_CONNECTION_MODE=docker_host TESTCONTAINERS_HOST_OVERRIDE=127.0.0.1 .venv/bin/pytest
+
+chaos: image .venv/stamp ## random work, kills and faults for MINUTES=10, then what it did and whether a promise broke
+	TESTCONTAINERS_RYUK_DISABLED=true .venv/bin/pytest -s tests/extension/test_chaos.py --chaos-minutes=$(or $(MINUTES),10)
 
 lint: .venv/stamp ## check style and types
 	.venv/bin/ruff check && .venv/bin/ruff format --check

@@ -131,6 +131,7 @@ CREATE TABLE autoembed.pipeline (
     embedding_column name NOT NULL,
     content_function text NOT NULL,
     model text REFERENCES autoembed.model (name) ON UPDATE CASCADE,
+    truncate boolean NOT NULL DEFAULT true,
     built_from text,
     UNIQUE (table_id, embedding_column, content_function)
 );
@@ -142,6 +143,8 @@ COMMENT ON COLUMN autoembed.pipeline.embedding_column IS 'The vector or halfvec 
 COMMENT ON COLUMN autoembed.pipeline.content_function IS
     'The function of a row that gives the text, as the trigger names it.';
 COMMENT ON COLUMN autoembed.pipeline.model IS 'Its model; NULL: the default model.';
+COMMENT ON COLUMN autoembed.pipeline.truncate IS
+    'Whether a text longer than the model takes is cut, and noted in embedded, or fails.';
 COMMENT ON COLUMN autoembed.pipeline.built_from IS
     'What its functions were built from, to see when the table has changed.';
 
@@ -324,13 +327,18 @@ class Message:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """One embedding column of one table; blocked says why its jobs wait, if they do."""
+    """One embedding column of one table.
+
+    truncate: too long texts are cut rather than failed; blocked: why its jobs wait, if they do; failures: how often its
+    model's provider has failed in a row.
+    """
 
     id: int
     schema_name: str
     table_name: str
     content_function: str
     embedding_column: str
+    truncate: bool
     blocked: str | None
     failures: int
     model: Model
@@ -373,6 +381,11 @@ class Database:
     def lane_is_wanted(self) -> bool:
         """Whether nobody has asked the lane to stop."""
         return bool(self._run("SELECT autoembed._lane_is_wanted() AS wanted")[0]["wanted"])
+
+    def statement_timeout_seconds(self) -> float | None:
+        """How long a statement of this session may take; None: as long as it likes."""
+        row = self._run("SELECT s.setting FROM pg_catalog.pg_settings AS s WHERE s.name = 'statement_timeout'")[0]
+        return int(row["setting"]) / 1000 or None
 
     # The queue -----------------------------------------------------------------------------------
 
@@ -420,6 +433,7 @@ class Database:
                 table_name=row["table_name"],
                 content_function=row["content_function"],
                 embedding_column=row["embedding_column"],
+                truncate=row["truncate"],
                 blocked=row["blocked"],
                 failures=row["failures"],
                 model=Model.from_row(_loads(row["model"])),
@@ -751,7 +765,9 @@ REFUSED = {400, 413, 414, 422}
 PASSING = {408, 409, 423, 425, 429}
 
 
-def trouble_of_answer(status: int, headers: Mapping[str, str], body: bytes, secret: str | None = None) -> Trouble:
+def trouble_of_answer(
+    status: int, headers: Mapping[str, str], body: bytes | bytearray, secret: str | None = None
+) -> Trouble:
     """The trouble that an HTTP answer with a status other than 200 means."""
     message = f"the provider answered {status}: {_message_in(body, secret)}"
     if status in REFUSED:
@@ -783,7 +799,7 @@ def retry_after_seconds(headers: Mapping[str, str], now: float | None = None) ->
     return max(0.0, moment.timestamp() - (time.time() if now is None else now))
 
 
-def _message_in(body: bytes, secret: str | None) -> str:
+def _message_in(body: bytes | bytearray, secret: str | None) -> str:
     """The provider's own words, on one line of at most 300 characters, without the key it may echo."""
     text = body[:10_000].decode("utf-8", "replace")
     try:
@@ -1144,8 +1160,6 @@ if TYPE_CHECKING:
     import requests
 
 CONNECT_TIMEOUT_SECONDS = 10.0
-# A full answer of OpenAI, 2,048 inputs of 3,072 dimensions as JSON numbers, has about 130 MB.
-MAX_ANSWER_BYTES = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -1154,7 +1168,7 @@ class Answer:
 
     status: int
     headers: Mapping[str, str]
-    body: bytes
+    body: bytes | bytearray
 
 
 class Network:
@@ -1166,10 +1180,12 @@ class Network:
         self._sockets: dict[int, Any] = {}
         self._lock = threading.Lock()
 
-    def post(self, url: str, headers: Mapping[str, str], body: bytes, timeout_seconds: float) -> Answer:
-        """The answer to a POST, whatever its status; ProviderTrouble if there is none in time.
+    def post(
+        self, url: str, headers: Mapping[str, str], body: bytes, *, timeout_seconds: float, max_answer_bytes: int
+    ) -> Answer:
+        """The answer to a POST, whatever its status; ProviderTrouble if there is none in time or it is too large.
 
-        Redirects are not followed, certificates are verified, answers above MAX_ANSWER_BYTES are refused.
+        Redirects are not followed; certificates are verified.
         """
         # 0.2-0.3 s in a new backend, so not before there is something to send.
         import requests
@@ -1187,17 +1203,15 @@ class Network:
                 # Anything, so that a .netrc of the server's user never replaces the key.
                 auth=lambda request: request,
             ) as response:
-                chunks: list[bytes] = []
-                size = 0
-                for chunk in response.iter_content(1 << 20):
-                    chunks.append(chunk)
-                    size += len(chunk)
-                    if size > MAX_ANSWER_BYTES:
-                        raise ProviderTrouble(f"the provider's answer is larger than {MAX_ANSWER_BYTES >> 20} MiB")
+                received = bytearray()
+                for chunk in response.iter_content(1 << 16):
+                    received += chunk
+                    if len(received) > max_answer_bytes:
+                        raise ProviderTrouble(f"the provider's answer is larger than {max_answer_bytes >> 20} MiB")
                     if time.monotonic() > deadline:
                         raise ProviderTrouble(f"the provider's answer was not complete after {timeout_seconds:g} s")
                 lower = {name.lower(): value for name, value in response.headers.items()}
-                return Answer(response.status_code, lower, b"".join(chunks))
+                return Answer(response.status_code, lower, received)
         except requests.exceptions.SSLError as error:
             raise ProviderTrouble(f"no trusted connection to {_host(url)}: {_cause(error)}", permanent=True) from error
         except requests.exceptions.Timeout as error:
@@ -1665,7 +1679,14 @@ def embed(model: Model, texts: Sequence[str], network: Network, timeout_seconds:
     if key is not None:
         headers["Authorization"] = f"Bearer {key}"
     url = (model.base_url or BASE_URL).rstrip("/") + "/embeddings"
-    answer = network.post(url, headers, request_body(model, texts), timeout_seconds)
+    answer = network.post(
+        url,
+        headers,
+        request_body(model, texts),
+        timeout_seconds=timeout_seconds,
+        # A JSON number takes up to 24 bytes; the rest is room for a server that does not know the dimensions asked for.
+        max_answer_bytes=(64 << 20) + 32 * len(texts) * model.dimensions,
+    )
     if answer.status != 200:
         raise trouble_of_answer(answer.status, answer.headers, answer.body, key)
     return vectors_in(answer.body, len(texts), model.dimensions)
@@ -1682,7 +1703,7 @@ def request_body(model: Model, texts: Sequence[str]) -> bytes:
     return json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
 
 
-def vectors_in(body: bytes, count: int, dimensions: int) -> np.ndarray:
+def vectors_in(body: bytes | bytearray, count: int, dimensions: int) -> np.ndarray:
     """The vectors of an answer in the order of its indexes, (count, dimensions) float32.
 
     Raises ProviderTrouble for an answer that is not what was asked for, Refused for a vector that is not finite.
@@ -1775,7 +1796,9 @@ class Options:
 
 def work(database: Database, network: Network, options: Options, run_seconds: float) -> None:
     """A lane: passes until the time is up or somebody ends it, a look at the queue a few times a second while idle."""
-    end = time.monotonic() + run_seconds
+    # A lane that ends by itself in good time is no cancelled statement in anybody's log.
+    limit = database.statement_timeout_seconds()
+    end = time.monotonic() + (run_seconds if limit is None else min(run_seconds, limit / 2))
     look_for_dead_lanes = 0.0
     database.enter_lane()
     database.warn_of_blocked_pipelines()
@@ -1923,9 +1946,12 @@ class _Pass:
             if job.has_embedding and digests.get(job.key) == job.digest:
                 self._ledger.done(job)
                 continue
-            limit = pipeline.model.max_tokens_per_input or PROVIDERS[pipeline.model.provider].MAX_TOKENS_PER_INPUT
+            limit = pipeline.model.max_tokens_per_input or provider_of(pipeline.model).MAX_TOKENS_PER_INPUT
             text = job.content if limit is None else batching.truncate(job.content, limit)
             job.truncated = text is not job.content
+            if job.truncated and not pipeline.truncate:
+                self._ledger.fail(job, f"the text has more than the {limit} tokens that the model takes")
+                continue
             outbox = self._outboxes.setdefault(pipeline.model, Outbox(failures=pipeline.failures))
             outbox.jobs[text].append(job)
         if blank:
@@ -2113,7 +2139,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "8396b51b66d678e0"
+    GD["autoembed"] = "008d7e96a87576a7"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -2161,7 +2187,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "8396b51b66d678e0":
+    if GD.get("autoembed") != "008d7e96a87576a7":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -2468,6 +2494,7 @@ SELECT p.id,
        p.table_id,
        p.embedding_column,
        p.content_function,
+       p.truncate,
        coalesce(p.model, autoembed._default_model()) AS model,
        coalesce(c.problem, CASE WHEN r.until > clock_timestamp() THEN format('model "%s" rests: %s', r.model, r.reason) END)
            AS blocked,
@@ -2980,7 +3007,7 @@ COMMENT ON FUNCTION autoembed._resolve(jsonb) IS
 
 CREATE FUNCTION autoembed._pipelines(ids integer[])
     RETURNS TABLE (id integer, schema_name text, table_name text, content_function text, embedding_column text,
-                   blocked text, hint text, sound boolean, failures integer, model jsonb)
+                   truncate boolean, blocked text, failures integer, model jsonb)
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
@@ -2990,7 +3017,7 @@ BEGIN
     PERFORM autoembed._build_pipeline(s.id) FROM autoembed._pipeline_state AS s WHERE s.id = ANY (ids) AND s.sound;
     RETURN QUERY
     SELECT s.id, n.nspname::text, c.relname::text, s.content_function, s.embedding_column::text,
-           s.blocked, s.hint, s.sound, s.failures, to_jsonb(autoembed._model(s.model))
+           s.truncate, s.blocked, s.failures, to_jsonb(autoembed._model(s.model))
     FROM autoembed._pipeline_state AS s
     LEFT JOIN pg_class AS c ON c.oid = s.table_id
     LEFT JOIN pg_namespace AS n ON n.oid = c.relnamespace
@@ -3140,7 +3167,7 @@ CREATE FUNCTION autoembed.process(
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "8396b51b66d678e0":
+    if GD.get("autoembed") != "008d7e96a87576a7":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -3156,7 +3183,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "8396b51b66d678e0":
+    if GD.get("autoembed") != "008d7e96a87576a7":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds)
@@ -3172,7 +3199,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "8396b51b66d678e0":
+    if GD.get("autoembed") != "008d7e96a87576a7":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)

@@ -129,6 +129,7 @@ CREATE TABLE autoembed.pipeline (
     embedding_column name NOT NULL,
     content_function text NOT NULL,
     model text REFERENCES autoembed.model (name) ON UPDATE CASCADE,
+    truncate boolean NOT NULL DEFAULT true,
     built_from text,
     UNIQUE (table_id, embedding_column, content_function)
 );
@@ -140,6 +141,8 @@ COMMENT ON COLUMN autoembed.pipeline.embedding_column IS 'The vector or halfvec 
 COMMENT ON COLUMN autoembed.pipeline.content_function IS
     'The function of a row that gives the text, as the trigger names it.';
 COMMENT ON COLUMN autoembed.pipeline.model IS 'Its model; NULL: the default model.';
+COMMENT ON COLUMN autoembed.pipeline.truncate IS
+    'Whether a text longer than the model takes is cut, and noted in embedded, or fails.';
 COMMENT ON COLUMN autoembed.pipeline.built_from IS
     'What its functions were built from, to see when the table has changed.';
 

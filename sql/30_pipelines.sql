@@ -129,6 +129,7 @@ SELECT p.id,
        p.table_id,
        p.embedding_column,
        p.content_function,
+       p.truncate,
        coalesce(p.model, autoembed._default_model()) AS model,
        coalesce(c.problem, CASE WHEN r.until > clock_timestamp() THEN format('model "%s" rests: %s', r.model, r.reason) END)
            AS blocked,

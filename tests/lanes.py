@@ -31,6 +31,10 @@ class Lane:
         except psycopg.Error as error:
             self.error = error
 
+    def wait_until_up(self, db: Connection) -> None:
+        signed_on = "SELECT count(*) FROM autoembed.lane WHERE pid = %s"
+        wait_until(lambda: self.error or db.execute(signed_on, [self.pid]).fetchone() == (1,))
+
     def join(self, seconds: float = 20) -> None:
         self._thread.join(seconds)
         assert not self._thread.is_alive(), f"the lane still runs after {seconds} s"
@@ -42,8 +46,9 @@ def running_lanes(
 ) -> Iterator[list[Lane]]:
     """So many lanes, up and running; asked to stop at the end, and joined."""
     started = [Lane(connect(), arguments) for _ in range(lanes)]
-    wait_until(lambda: db.execute("SELECT count(*) = %s FROM autoembed.lane", [lanes]).fetchone() == (True,))
     try:
+        for lane in started:
+            lane.wait_until_up(db)
         yield started
     finally:
         stop_lanes(db)

@@ -33,13 +33,18 @@ class Message:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """One embedding column of one table; blocked says why its jobs wait, if they do."""
+    """One embedding column of one table.
+
+    truncate: too long texts are cut rather than failed; blocked: why its jobs wait, if they do; failures: how often its
+    model's provider has failed in a row.
+    """
 
     id: int
     schema_name: str
     table_name: str
     content_function: str
     embedding_column: str
+    truncate: bool
     blocked: str | None
     failures: int
     model: Model
@@ -82,6 +87,11 @@ class Database:
     def lane_is_wanted(self) -> bool:
         """Whether nobody has asked the lane to stop."""
         return bool(self._run("SELECT autoembed._lane_is_wanted() AS wanted")[0]["wanted"])
+
+    def statement_timeout_seconds(self) -> float | None:
+        """How long a statement of this session may take; None: as long as it likes."""
+        row = self._run("SELECT s.setting FROM pg_catalog.pg_settings AS s WHERE s.name = 'statement_timeout'")[0]
+        return int(row["setting"]) / 1000 or None
 
     # The queue -----------------------------------------------------------------------------------
 
@@ -129,6 +139,7 @@ class Database:
                 table_name=row["table_name"],
                 content_function=row["content_function"],
                 embedding_column=row["embedding_column"],
+                truncate=row["truncate"],
                 blocked=row["blocked"],
                 failures=row["failures"],
                 model=Model.from_row(_loads(row["model"])),

@@ -88,7 +88,9 @@ REFUSED = {400, 413, 414, 422}
 PASSING = {408, 409, 423, 425, 429}
 
 
-def trouble_of_answer(status: int, headers: Mapping[str, str], body: bytes, secret: str | None = None) -> Trouble:
+def trouble_of_answer(
+    status: int, headers: Mapping[str, str], body: bytes | bytearray, secret: str | None = None
+) -> Trouble:
     """The trouble that an HTTP answer with a status other than 200 means."""
     message = f"the provider answered {status}: {_message_in(body, secret)}"
     if status in REFUSED:
@@ -120,7 +122,7 @@ def retry_after_seconds(headers: Mapping[str, str], now: float | None = None) ->
     return max(0.0, moment.timestamp() - (time.time() if now is None else now))
 
 
-def _message_in(body: bytes, secret: str | None) -> str:
+def _message_in(body: bytes | bytearray, secret: str | None) -> str:
     """The provider's own words, on one line of at most 300 characters, without the key it may echo."""
     text = body[:10_000].decode("utf-8", "replace")
     try:

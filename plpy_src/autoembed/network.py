@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     import requests
 
 CONNECT_TIMEOUT_SECONDS = 10.0
-# A full answer of OpenAI, 2,048 inputs of 3,072 dimensions as JSON numbers, has about 130 MB.
-MAX_ANSWER_BYTES = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Answer:
 
     status: int
     headers: Mapping[str, str]
-    body: bytes
+    body: bytes | bytearray
 
 
 class Network:
@@ -38,10 +36,12 @@ class Network:
         self._sockets: dict[int, Any] = {}
         self._lock = threading.Lock()
 
-    def post(self, url: str, headers: Mapping[str, str], body: bytes, timeout_seconds: float) -> Answer:
-        """The answer to a POST, whatever its status; ProviderTrouble if there is none in time.
+    def post(
+        self, url: str, headers: Mapping[str, str], body: bytes, *, timeout_seconds: float, max_answer_bytes: int
+    ) -> Answer:
+        """The answer to a POST, whatever its status; ProviderTrouble if there is none in time or it is too large.
 
-        Redirects are not followed, certificates are verified, answers above MAX_ANSWER_BYTES are refused.
+        Redirects are not followed; certificates are verified.
         """
         # 0.2-0.3 s in a new backend, so not before there is something to send.
         import requests
@@ -59,17 +59,15 @@ class Network:
                 # Anything, so that a .netrc of the server's user never replaces the key.
                 auth=lambda request: request,
             ) as response:
-                chunks: list[bytes] = []
-                size = 0
-                for chunk in response.iter_content(1 << 20):
-                    chunks.append(chunk)
-                    size += len(chunk)
-                    if size > MAX_ANSWER_BYTES:
-                        raise ProviderTrouble(f"the provider's answer is larger than {MAX_ANSWER_BYTES >> 20} MiB")
+                received = bytearray()
+                for chunk in response.iter_content(1 << 16):
+                    received += chunk
+                    if len(received) > max_answer_bytes:
+                        raise ProviderTrouble(f"the provider's answer is larger than {max_answer_bytes >> 20} MiB")
                     if time.monotonic() > deadline:
                         raise ProviderTrouble(f"the provider's answer was not complete after {timeout_seconds:g} s")
                 lower = {name.lower(): value for name, value in response.headers.items()}
-                return Answer(response.status_code, lower, b"".join(chunks))
+                return Answer(response.status_code, lower, received)
         except requests.exceptions.SSLError as error:
             raise ProviderTrouble(f"no trusted connection to {_host(url)}: {_cause(error)}", permanent=True) from error
         except requests.exceptions.Timeout as error:

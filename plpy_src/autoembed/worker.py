@@ -54,7 +54,9 @@ class Options:
 
 def work(database: Database, network: Network, options: Options, run_seconds: float) -> None:
     """A lane: passes until the time is up or somebody ends it, a look at the queue a few times a second while idle."""
-    end = time.monotonic() + run_seconds
+    # A lane that ends by itself in good time is no cancelled statement in anybody's log.
+    limit = database.statement_timeout_seconds()
+    end = time.monotonic() + (run_seconds if limit is None else min(run_seconds, limit / 2))
     look_for_dead_lanes = 0.0
     database.enter_lane()
     database.warn_of_blocked_pipelines()
@@ -202,9 +204,12 @@ class _Pass:
             if job.has_embedding and digests.get(job.key) == job.digest:
                 self._ledger.done(job)
                 continue
-            limit = pipeline.model.max_tokens_per_input or PROVIDERS[pipeline.model.provider].MAX_TOKENS_PER_INPUT
+            limit = pipeline.model.max_tokens_per_input or provider_of(pipeline.model).MAX_TOKENS_PER_INPUT
             text = job.content if limit is None else batching.truncate(job.content, limit)
             job.truncated = text is not job.content
+            if job.truncated and not pipeline.truncate:
+                self._ledger.fail(job, f"the text has more than the {limit} tokens that the model takes")
+                continue
             outbox = self._outboxes.setdefault(pipeline.model, Outbox(failures=pipeline.failures))
             outbox.jobs[text].append(job)
         if blank:

@@ -39,6 +39,7 @@ class Pipeline:
     table_name: str = "documents"
     content_function: str = "embedding_input"
     embedding_column: str = "embedding"
+    truncate: bool = True
     blocked: str | None = None
     failures: int = 0
     model: Model = MODEL
@@ -100,6 +101,7 @@ class FakeDatabase:
         self.resumed: list[str] = []
         self.in_lane = False
         self.wanted = True
+        self.statement_timeout: float | None = None
         self.content_errors: dict[str, RowError] = {}
         self.write_errors: dict[str, RowError] = {}
         self.locked: dict[str, float] = {}
@@ -155,6 +157,9 @@ class FakeDatabase:
 
     def warn_of_blocked_pipelines(self) -> None:
         self._note("warn_of_blocked_pipelines")
+
+    def statement_timeout_seconds(self) -> float | None:
+        return self.statement_timeout
 
     def claim(self, max_rows: int, lease_seconds: float) -> list[Message]:
         self._note("claim")

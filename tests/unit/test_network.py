@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from autoembed import network as network_module
 from autoembed.errors import ProviderTrouble
 from autoembed.network import Answer, Network
 from fake_api import FakeApi, Server
@@ -47,8 +46,14 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Iterator[Network]:
     network._connected().close()
 
 
-def post(network: Network, url: str, timeout_seconds: float = 5) -> Answer:
-    return network.post(f"{url}/embeddings", HEADERS, BODY, timeout_seconds)
+def post(network: Network, url: str, timeout_seconds: float = 5, headers: dict[str, str] | None = None) -> Answer:
+    return network.post(
+        f"{url}/embeddings",
+        HEADERS if headers is None else headers,
+        BODY,
+        timeout_seconds=timeout_seconds,
+        max_answer_bytes=2 << 20,
+    )
 
 
 def trouble(network: Network, url: str, timeout_seconds: float = 5) -> ProviderTrouble:
@@ -202,10 +207,7 @@ def test_a_certificate_that_does_not_verify_needs_somebody_to_act(network: Netwo
 
 
 @pytest.mark.parametrize("fault", [{"big_body": 64 << 20}, {"gzip_body": 64 << 20}])
-def test_a_body_beyond_the_limit_is_not_read_to_its_end(
-    network: Network, api: FakeApi, monkeypatch: pytest.MonkeyPatch, fault: dict[str, int]
-) -> None:
-    monkeypatch.setattr(network_module, "MAX_ANSWER_BYTES", 2 << 20)
+def test_a_body_beyond_the_limit_is_not_read_to_its_end(network: Network, api: FakeApi, fault: dict[str, int]) -> None:
     api.behave(faults=[fault])
     post(network, api.base_url.replace(api.tenant, "warm"))
     tracemalloc.start()
@@ -220,8 +222,7 @@ def test_a_body_beyond_the_limit_is_not_read_to_its_end(
     assert peak < 24 << 20
 
 
-def test_a_body_at_the_limit_is_read(network: Network, api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network_module, "MAX_ANSWER_BYTES", 2 << 20)
+def test_a_body_at_the_limit_is_read(network: Network, api: FakeApi) -> None:
     api.behave(faults=[{"big_body": 2 << 20}])
 
     assert len(post(network, api.base_url).body) == 2 << 20
@@ -411,6 +412,6 @@ def test_a_netrc_never_replaces_the_key(network: Network, api: FakeApi, netrc: N
 
 
 def test_a_netrc_adds_no_authorization(network: Network, api: FakeApi, netrc: None) -> None:
-    network.post(f"{api.base_url}/embeddings", {}, BODY, 5)
+    post(network, api.base_url, headers={})
 
     assert "Authorization" not in api.log()[0]["headers"]

@@ -376,10 +376,29 @@ def test_a_key_that_no_header_can_carry_is_trouble_to_mend_and_in_no_error(
     assert api.log() == []
 
 
-def test_an_answer_of_another_success_than_200_is_no_answer(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_of_another_success_than_200_is_no_answer(model: Model) -> None:
     class Accepting(Network):
-        def post(self, *_: Any) -> Answer:
+        def post(self, *_: Any, **__: Any) -> Answer:
             return Answer(202, {}, b"")
 
     with pytest.raises(ProviderTrouble, match="the provider answered 202"):
         openai.embed(model, ["a"], Accepting(1), 5)
+
+
+@pytest.mark.parametrize(("count", "dimensions"), [(1, 1), (2048, 3072)])
+def test_the_bound_of_an_answer_leaves_room_for_the_longest_right_one(
+    model: Model, count: int, dimensions: int
+) -> None:
+    bounds = []
+
+    class Refusing(Network):
+        def post(self, *_: Any, max_answer_bytes: int, **__: Any) -> Answer:
+            bounds.append(max_answer_bytes)
+            return Answer(500, {}, b"")
+
+    with pytest.raises(ProviderTrouble):
+        openai.embed(replace(model, dimensions=dimensions), ["a"] * count, Refusing(1), 5)
+
+    longest_number = len("-1.2345678901234567e-123, ")
+    assert bounds[0] > count * dimensions * longest_number
+    assert bounds[0] < 300 << 20

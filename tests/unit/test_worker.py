@@ -315,6 +315,22 @@ def test_a_text_beyond_the_limit_is_cut_and_marked(
     assert database.vectors["[1]"] == vector_of(sent).tolist()
 
 
+def test_a_text_beyond_the_limit_fails_where_it_must_not_be_cut(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider
+) -> None:
+    database.defined[1] = Pipeline(model=replace(MODEL, max_tokens_per_input=11), truncate=False)
+    database.put(1, "x" * 33)
+    database.put(2, "x" * 32)
+
+    report = lane.run()
+
+    assert (report.completed, report.failed) == (1, 1)
+    assert provider.texts == ["x" * 32]
+    assert list(database.failures) == ["[1]"]
+    assert "11 tokens" in database.failures["[1]"].reason
+    assert database.queue == {}
+
+
 def test_a_provider_that_truncates_by_itself_gets_the_whole_text(
     lane: Lane, database: FakeDatabase, provider: FakeProvider
 ) -> None:
@@ -1121,6 +1137,15 @@ def test_a_lane_ends_when_its_time_is_up(lane: Lane) -> None:
     lane.work(run_seconds=0.3)
 
     assert 0.3 <= time.monotonic() - started < 1.3
+
+
+def test_a_lane_ends_by_itself_before_a_statement_timeout_ends_it(lane: Lane, database: FakeDatabase) -> None:
+    database.statement_timeout = 0.6
+    started = time.monotonic()
+
+    lane.work(run_seconds=20)
+
+    assert time.monotonic() - started < 0.6
 
 
 def test_a_busy_lane_ends_when_its_time_is_up(lane: Lane, database: FakeDatabase) -> None:

@@ -50,7 +50,14 @@ def embed(model: Model, texts: Sequence[str], network: Network, timeout_seconds:
     if key is not None:
         headers["Authorization"] = f"Bearer {key}"
     url = (model.base_url or BASE_URL).rstrip("/") + "/embeddings"
-    answer = network.post(url, headers, request_body(model, texts), timeout_seconds)
+    answer = network.post(
+        url,
+        headers,
+        request_body(model, texts),
+        timeout_seconds=timeout_seconds,
+        # A JSON number takes up to 24 bytes; the rest is room for a server that does not know the dimensions asked for.
+        max_answer_bytes=(64 << 20) + 32 * len(texts) * model.dimensions,
+    )
     if answer.status != 200:
         raise trouble_of_answer(answer.status, answer.headers, answer.body, key)
     return vectors_in(answer.body, len(texts), model.dimensions)
@@ -67,7 +74,7 @@ def request_body(model: Model, texts: Sequence[str]) -> bytes:
     return json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
 
 
-def vectors_in(body: bytes, count: int, dimensions: int) -> np.ndarray:
+def vectors_in(body: bytes | bytearray, count: int, dimensions: int) -> np.ndarray:
     """The vectors of an answer in the order of its indexes, (count, dimensions) float32.
 
     Raises ProviderTrouble for an answer that is not what was asked for, Refused for a vector that is not finite.
