@@ -727,19 +727,17 @@ class RowError(Exception):
         self.passes = passes
 
 
-# Classes of SQLSTATEs (PostgreSQL manual, appendix A): what a row and its owner's code can cause, and what passes by
-# itself (rollbacks for concurrency, locks that are not to be had). The rest (cancel, disk full, …) is nobody's row.
-ROW_CLASSES = {"09", "0A", "21", "22", "23", "27", "2F", "38", "39", "42", "44", "54", "P0", "XX"}
-PASSING_CLASSES = {"40", "55"}
+# SQLSTATEs by their beginnings (PostgreSQL manual, appendix A). What passes by itself: rollbacks for concurrency, and
+# locks that are not to be had. What is nobody's row: no disk or memory left, cancel and shutdown, a failing disk.
+PASSING = ("40", "55")
+NOBODYS = ("53", "57", "58030")
 
 
 def row_error(sqlstate: str, message: str) -> RowError | None:
     """The row error that a failed statement means; None if no row is to blame."""
-    if sqlstate[:2] in PASSING_CLASSES:
-        return RowError(message, passes=True)
-    if sqlstate[:2] in ROW_CLASSES:
-        return RowError(message, passes=False)
-    return None
+    if sqlstate.startswith(NOBODYS):
+        return None
+    return RowError(message, passes=sqlstate.startswith(PASSING))
 
 
 MAX_REST_SECONDS = 15.0
@@ -761,8 +759,8 @@ def rest_seconds(trouble: ProviderTrouble, failures: int, fraction: float) -> fl
 
 
 # RFC 9110, section 15: what a client should make of a status. 409, 423, 425: a busy gateway.
-REFUSED = {400, 413, 414, 422}
-PASSING = {408, 409, 423, 425, 429}
+REFUSED_STATUSES = {400, 413, 414, 422}
+PASSING_STATUSES = {408, 409, 423, 425, 429}
 
 
 def trouble_of_answer(
@@ -770,11 +768,11 @@ def trouble_of_answer(
 ) -> Trouble:
     """The trouble that an HTTP answer with a status other than 200 means."""
     message = f"the provider answered {status}: {_message_in(body, secret)}"
-    if status in REFUSED:
+    if status in REFUSED_STATUSES:
         return Refused(message)
     if status == 429 and b"insufficient_quota" in body:
         return ProviderTrouble(message, permanent=True)
-    if status in PASSING or status >= 500:
+    if status in PASSING_STATUSES or status >= 500:
         return ProviderTrouble(message, retry_after_seconds=retry_after_seconds(headers))
     if 300 <= status < 400:
         return ProviderTrouble(f"the provider answered {status}, a redirect, which is not followed", permanent=True)
@@ -792,7 +790,7 @@ def retry_after_seconds(headers: Mapping[str, str], now: float | None = None) ->
         pass
     try:
         moment = email.utils.parsedate_to_datetime(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
@@ -806,7 +804,7 @@ def _message_in(body: bytes | bytearray, secret: str | None) -> str:
         answer = json.loads(text)
         error = answer.get("error", answer)
         text = str(error.get("message", error)) if isinstance(error, dict) else str(error)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         pass
     if secret:
         text = text.replace(secret, "***")
@@ -887,6 +885,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -911,7 +910,7 @@ def address_of(body: Any) -> Address:
         if body.get("id") is None:
             raise ValueError("the message lacks id")
         keys = [[body["id"]]]
-    if not isinstance(keys, list) or not all(_is_key(key) for key in keys):
+    if not isinstance(keys, list) or not keys or not all(_is_key(key) for key in keys):
         raise ValueError("the message's keys are not rows' keys")
     if not isinstance(pipeline_id, int | None) or not isinstance(attempts, int):
         raise ValueError("the message's pipeline or attempts is not a number")
@@ -987,15 +986,23 @@ class Report:
 class Ledger:
     """Keeps what became of each job, and settles a message when all its jobs are dealt with."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, messages: Sequence[Message]) -> None:
         self._database = database
+        # Messages whose jobs are not known yet, and the jobs of the others.
+        self._unread = {message.id for message in messages}
         self._messages: dict[int, list[Job]] = defaultdict(list)
         self.report = Report()
 
     def open(self, job: Job) -> None:
         self.report.read += 1
         for message_id in job.message_ids:
+            self._unread.discard(message_id)
             self._messages[message_id].append(job)
+
+    def set_aside(self, messages: Sequence[Message]) -> None:
+        """Back to the queue, for a later pass."""
+        self._unread.difference_update(message.id for message in messages)
+        self._database.release([message.id for message in messages])
 
     def done(self, job: Job) -> None:
         job.outcome = DONE
@@ -1027,14 +1034,19 @@ class Ledger:
         self.report.failed_jobs.append({"jobId": message.id, "message": message.body, "error": reason})
         self._database.fail_message(message.body, reason, message.read_count)
         self._database.settle([message.id])
+        self._unread.discard(message.id)
 
     def release_open(self) -> None:
+        """Gives back all that is not dealt with, when a pass ends before its time."""
         for jobs in self._messages.values():
             for job in jobs:
                 job.outcome = job.outcome or RELEASED
+        if self._unread:
+            self._database.release(list(self._unread))
+            self._unread.clear()
 
     def open_message_ids(self) -> list[int]:
-        return list(self._messages)
+        return [*self._unread, *self._messages]
 
     def flush(self) -> None:
         """Writes what is decided: messages whose jobs are all dealt with leave the queue or go back to it."""
@@ -1099,6 +1111,9 @@ def resolve(reference: str | None) -> str | None:
     key = key.strip()
     if not key:
         raise ProviderTrouble(f"there is no API key: {missing}", permanent=True)
+    # An HTTP client would say so too, and quote the key.
+    if not (key.isascii() and key.isprintable()):
+        raise ProviderTrouble(f"what {reference} holds is no API key: it is not one line of ASCII", permanent=True)
     return key
 
 
@@ -1147,6 +1162,7 @@ class Model:
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import threading
 import time
@@ -1177,7 +1193,7 @@ class Network:
     def __init__(self, max_connections: int) -> None:
         self._max_connections = max_connections
         self._session: requests.Session | None = None
-        self._sockets: dict[int, Any] = {}
+        self._sockets: dict[int, socket.socket] = {}
         self._lock = threading.Lock()
 
     def post(
@@ -1189,6 +1205,7 @@ class Network:
         """
         # 0.2-0.3 s in a new backend, so not before there is something to send.
         import requests
+        import urllib3
 
         deadline = time.monotonic() + timeout_seconds
         timeouts = (min(CONNECT_TIMEOUT_SECONDS, timeout_seconds), timeout_seconds)
@@ -1204,7 +1221,8 @@ class Network:
                 auth=lambda request: request,
             ) as response:
                 received = bytearray()
-                for chunk in response.iter_content(1 << 16):
+                # What has come so far: iter_content() would wait for a full chunk, past any deadline.
+                while chunk := response.raw.read1(1 << 16, decode_content=True):
                     received += chunk
                     if len(received) > max_answer_bytes:
                         raise ProviderTrouble(f"the provider's answer is larger than {max_answer_bytes >> 20} MiB")
@@ -1214,16 +1232,19 @@ class Network:
                 return Answer(response.status_code, lower, received)
         except requests.exceptions.SSLError as error:
             raise ProviderTrouble(f"no trusted connection to {_host(url)}: {_cause(error)}", permanent=True) from error
-        except requests.exceptions.Timeout as error:
+        except (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError) as error:
             raise ProviderTrouble(f"{_host(url)} did not answer within {timeout_seconds:g} s") from error
         except (
             requests.exceptions.InvalidURL,
             requests.exceptions.InvalidSchema,
             requests.exceptions.MissingSchema,
+            UnicodeError,
         ) as error:
             raise ProviderTrouble(f"{url} is not a URL that can be called", permanent=True) from error
-        except requests.exceptions.RequestException as error:
+        except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError) as error:
             raise ProviderTrouble(f"no answer from {_host(url)}: {_cause(error)}") from error
+        finally:
+            self._watch(None)
 
     def abort(self) -> None:
         """Ends every request that is under way; its thread sees a broken connection."""
@@ -1232,9 +1253,14 @@ class Network:
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
 
-    def _watch(self, connection: Any) -> None:
+    def _watch(self, connection: socket.socket | None) -> None:
+        """Remembers what this thread waits on. A copy: TLS takes the socket's descriptor away from the object."""
         with self._lock:
-            self._sockets[threading.get_ident()] = connection
+            before = self._sockets.pop(threading.get_ident(), None)
+            if before is not None:
+                before.close()
+            if connection is not None:
+                self._sockets[threading.get_ident()] = socket.socket(fileno=os.dup(connection.fileno()))
 
     def _connected(self) -> requests.Session:
         with self._lock:
@@ -1243,7 +1269,7 @@ class Network:
             return self._session
 
 
-def _session(max_connections: int, watch: Callable[[Any], None]) -> requests.Session:
+def _session(max_connections: int, watch: Callable[[socket.socket], None]) -> requests.Session:
     """A session that shows watch() each socket before a thread first waits on it."""
     import requests
     from requests.adapters import HTTPAdapter
@@ -1271,10 +1297,17 @@ def _session(max_connections: int, watch: Callable[[Any], None]) -> requests.Ses
     class WatchedHTTPSPool(HTTPSConnectionPool):
         ConnectionCls = WatchedHTTPSConnection
 
+    pools = {"http": WatchedHTTPPool, "https": WatchedHTTPSPool}
+
     class WatchedAdapter(HTTPAdapter):
         def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
             super().init_poolmanager(*args, **kwargs)
-            self.poolmanager.pool_classes_by_scheme = {"http": WatchedHTTPPool, "https": WatchedHTTPSPool}
+            self.poolmanager.pool_classes_by_scheme = pools
+
+        def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
+            manager = super().proxy_manager_for(*args, **kwargs)
+            manager.pool_classes_by_scheme = pools
+            return manager
 
     session = requests.Session()
     adapter = WatchedAdapter(pool_maxsize=max_connections)
@@ -1283,7 +1316,7 @@ def _session(max_connections: int, watch: Callable[[Any], None]) -> requests.Ses
     return session
 
 
-def _connect(host: str, port: int, timeout: Any, options: Any, watch: Callable[[Any], None]) -> Any:
+def _connect(host: str, port: int, timeout: Any, options: Any, watch: Callable[[socket.socket], None]) -> socket.socket:
     """A connected socket; watch() sees it before it waits for the other side, so that connecting can be aborted too."""
     from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 
@@ -1709,12 +1742,11 @@ def vectors_in(body: bytes | bytearray, count: int, dimensions: int) -> np.ndarr
     Raises ProviderTrouble for an answer that is not what was asked for, Refused for a vector that is not finite.
     """
     import numpy as np
-    import orjson
 
     try:
-        data = orjson.loads(body)["data"]
+        data = _parsed(body)["data"]
         vectors = {item["index"]: _vector(item["embedding"]) for item in data}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ProviderTrouble(f"the provider's answer is not in the form of the OpenAI API ({error})") from error
     if len(data) != count or set(vectors) != set(range(count)):
         raise ProviderTrouble(f"the provider answered with {len(vectors)} vectors for {count} texts")
@@ -1730,7 +1762,17 @@ def vectors_in(body: bytes | bytearray, count: int, dimensions: int) -> np.ndarr
     return ordered
 
 
-def _vector(embedding: str | list[float]) -> np.ndarray:
+def _parsed(body: bytes | bytearray) -> Any:
+    import orjson
+
+    try:
+        return orjson.loads(body)
+    except ValueError:
+        # Some servers answer NaN, which is no JSON, where a text was too much for their model.
+        return json.loads(body)
+
+
+def _vector(embedding: Any) -> np.ndarray:
     import numpy as np
 
     if isinstance(embedding, str):
@@ -1738,7 +1780,12 @@ def _vector(embedding: str | list[float]) -> np.ndarray:
             return np.frombuffer(base64.b64decode(embedding, validate=True), dtype="<f4")
         except binascii.Error as error:
             raise ValueError("invalid base64") from error
-    return np.array(embedding, dtype=np.float32)
+    # null is how JSON writers put what is not a number.
+    numbers = np.array([np.nan if n is None else n for n in embedding] if isinstance(embedding, list) else embedding)
+    if numbers.ndim != 1 or numbers.dtype.kind not in "fi":
+        raise ValueError("an embedding that is not a list of numbers")
+    with np.errstate(over="ignore"):
+        return numbers.astype(np.float32)
 ''',
 "autoembed.worker": r'''"""The path of a job: claim, embed, apply. Knows neither plpy nor requests: database and network are handed in."""
 
@@ -1827,7 +1874,7 @@ def run_pass(database: Database, network: Network, options: Options) -> Report:
     messages = database.claim(options.max_rows, options.lease_seconds)
     if not messages:
         return Report()
-    ledger = Ledger(database)
+    ledger = Ledger(database, messages)
     try:
         return _Pass(database, network, options, ledger).run(messages)
     except BaseException:
@@ -1839,20 +1886,22 @@ def run_pass(database: Database, network: Network, options: Options) -> Report:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """Texts of one model that travel together."""
+    """Texts of one model that travel together; probe: a text of ours, to see whether the model takes any."""
 
     model: Model
     texts: list[str]
+    probe: bool = False
 
 
 @dataclass
 class Outbox:
-    """What a pass knows of one model: its jobs by text, and whether it accepted anything yet."""
+    """What a pass knows of one model: its jobs by text, whether it accepted anything yet, whether it rests."""
 
     jobs: dict[str, list[Job]] = field(default_factory=lambda: defaultdict(list))
     accepted: bool = False
+    trouble: ProviderTrouble | None = None
     # Refused requests, until it is known whether the model refuses everything.
-    suspended: list[Request] = field(default_factory=list)
+    suspended: list[tuple[Request, Refused]] = field(default_factory=list)
     failures: int = 0
 
 
@@ -1887,7 +1936,7 @@ class _Pass:
         """The claimed messages as jobs, one for each row, by pipeline. What cannot be a job is failed here."""
         messages, set_aside = isolate(messages)
         if set_aside:
-            self._database.release([message.id for message in set_aside])
+            self._ledger.set_aside(set_aside)
 
         rows: dict[tuple[int, str], tuple[int, list[Message]]] = {}
         for message in messages:
@@ -1937,14 +1986,14 @@ class _Pass:
         if not jobs:
             return
         digests = self._database.digests(pipeline, [job.key for job in jobs])
-        blank = []
+        blank, unchanged = [], []
         for job in jobs:
             if job.content is None or not job.content.strip():
                 blank.append(job)
                 continue
             job.digest = pipeline.model.digest(job.content)
             if job.has_embedding and digests.get(job.key) == job.digest:
-                self._ledger.done(job)
+                unchanged.append(job)
                 continue
             limit = pipeline.model.max_tokens_per_input or provider_of(pipeline.model).MAX_TOKENS_PER_INPUT
             text = job.content if limit is None else batching.truncate(job.content, limit)
@@ -1954,6 +2003,8 @@ class _Pass:
                 continue
             outbox = self._outboxes.setdefault(pipeline.model, Outbox(failures=pipeline.failures))
             outbox.jobs[text].append(job)
+        if unchanged:
+            self._record(pipeline, unchanged)
         if blank:
             self._write(pipeline, blank, None)
 
@@ -1979,31 +2030,41 @@ class _Pass:
 
     def _land(self, flight: Flight[Request, np.ndarray], request: Request, outcome: np.ndarray | BaseException) -> None:
         outbox = self._outboxes[request.model]
-        if isinstance(outcome, ProviderTrouble):
-            self._give_up_model(flight, request, outcome)
-        elif isinstance(outcome, Refused):
-            if request.texts == [PROBE]:
-                self._give_up_model(
-                    flight, request, ProviderTrouble(f"every request is refused: {outcome}", permanent=True)
-                )
-            elif outbox.accepted:
-                self._split(flight, request, outcome)
-            else:
-                outbox.suspended.append(request)
-                if len(outbox.suspended) == 1:
-                    self._submit(flight, Request(request.model, [PROBE]))
-        elif isinstance(outcome, BaseException):
-            raise outcome
-        else:
-            if outbox.failures:
-                self._database.resume_model(request.model.name)
-                outbox.failures = 0
-            self._apply(request, outcome)
-            if not outbox.accepted:
-                outbox.accepted = True
-                suspended, outbox.suspended = outbox.suspended, []
-                for refused in suspended:
-                    self._split(flight, refused, Refused("the provider refused the text"))
+        if isinstance(outcome, Refused) and request.probe:
+            outcome = ProviderTrouble(f"every request is refused: {outcome}", permanent=True)
+        elif isinstance(outcome, Refused) and outbox.trouble is not None:
+            outcome = outbox.trouble
+        match outcome:
+            case ProviderTrouble():
+                self._give_up_model(flight, request, outcome)
+            case Refused():
+                self._refuse(flight, request, outcome)
+            case BaseException():
+                raise outcome
+            case vectors:
+                self._accept(flight, request, vectors)
+
+    def _refuse(self, flight: Flight[Request, np.ndarray], request: Request, refusal: Refused) -> None:
+        """Looks for the text to blame, once it is known that the model takes others."""
+        outbox = self._outboxes[request.model]
+        if outbox.accepted:
+            self._split(flight, request, refusal)
+            return
+        outbox.suspended.append((request, refusal))
+        if len(outbox.suspended) == 1:
+            self._submit(flight, Request(request.model, [PROBE], probe=True))
+
+    def _accept(self, flight: Flight[Request, np.ndarray], request: Request, vectors: np.ndarray) -> None:
+        outbox = self._outboxes[request.model]
+        outbox.accepted = True
+        if outbox.failures:
+            self._database.resume_model(request.model.name)
+            outbox.failures = 0
+        if not request.probe:
+            self._apply(request, vectors)
+        suspended, outbox.suspended = outbox.suspended, []
+        for refused, refusal in suspended:
+            self._split(flight, refused, refusal)
 
     def _split(self, flight: Flight[Request, np.ndarray], request: Request, refusal: Refused) -> None:
         """Finds the text that is to blame for a refusal: halves the request until it stands alone."""
@@ -2017,13 +2078,15 @@ class _Pass:
     def _give_up_model(self, flight: Flight[Request, np.ndarray], request: Request, trouble: ProviderTrouble) -> None:
         """Lets the model rest, for all lanes, and puts back the jobs that were to be sent."""
         outbox = self._outboxes[request.model]
-        seconds = rest_seconds(trouble, outbox.failures, random.random())
-        self._database.rest_model(request.model.name, seconds, trouble.permanent, str(trouble))
+        if outbox.trouble is not trouble:
+            outbox.trouble = trouble
+            seconds = rest_seconds(trouble, outbox.failures, random.random())
+            self._database.rest_model(request.model.name, seconds, trouble.permanent, str(trouble))
         unsent = flight.withdraw(lambda other: other.model == request.model)
         self._ledger.report.requests -= len(unsent)
-        for returned in [request, *unsent, *outbox.suspended]:
-            for text in returned.texts:
-                for job in outbox.jobs.get(text, []):
+        for returned in [request, *unsent, *(suspended for suspended, _ in outbox.suspended)]:
+            for text in [] if returned.probe else returned.texts:
+                for job in outbox.jobs[text]:
                     self._ledger.release(job, str(trouble))
         outbox.suspended = []
 
@@ -2032,7 +2095,7 @@ class _Pass:
     def _apply(self, request: Request, vectors: np.ndarray) -> None:
         by_pipeline: dict[int, list[tuple[Job, int]]] = defaultdict(list)
         for index, text in enumerate(request.texts):
-            for job in self._outboxes[request.model].jobs.get(text, []):
+            for job in self._outboxes[request.model].jobs[text]:
                 by_pipeline[job.pipeline.id].append((job, index))
         for matched in by_pipeline.values():
             jobs = [job for job, _ in matched]
@@ -2062,14 +2125,7 @@ class _Pass:
         if vectors is None:
             self._forget(pipeline, written)
         elif written:
-            self._database.record_embedded(
-                pipeline,
-                [job.key for job in written],
-                [job.digest for job in written],
-                [job.truncated for job in written],
-            )
-            for job in written:
-                self._ledger.done(job)
+            self._record(pipeline, written)
         for job in by_outcome["changed"]:
             self._ledger.retry(job, CHANGED_DELAY_SECONDS)
         self._forget(pipeline, by_outcome["gone"])
@@ -2086,6 +2142,17 @@ class _Pass:
                 self._write(job.pipeline, [job], vector)
         for job, _ in self._locked:
             self._ledger.retry(job, LOCKED_DELAY_SECONDS, "the row is locked by another transaction")
+
+    def _record(self, pipeline: Pipeline, jobs: list[Job]) -> None:
+        """Settles rows whose embedding is that of their text."""
+        self._database.record_embedded(
+            pipeline,
+            [job.key for job in jobs],
+            [job.digest for job in jobs],
+            [job.truncated for job in jobs],
+        )
+        for job in jobs:
+            self._ledger.done(job)
 
     def _forget(self, pipeline: Pipeline, jobs: Sequence[Job]) -> None:
         """Settles rows that need no embedding: deleted ones, and those without a text."""
@@ -2139,7 +2206,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "008d7e96a87576a7"
+    GD["autoembed"] = "d51a86cefdaffd9d"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -2187,7 +2254,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "008d7e96a87576a7":
+    if GD.get("autoembed") != "d51a86cefdaffd9d":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -3049,7 +3116,9 @@ BEGIN
     SELECT _record_embedded.pipeline_id, s.key, s.digest, s.truncated
     FROM unnest(keys, digests, _record_embedded.truncated) AS s(key, digest, truncated)
     ORDER BY s.key
-    ON CONFLICT ON CONSTRAINT embedded_pkey DO UPDATE SET digest = excluded.digest, truncated = excluded.truncated;
+    ON CONFLICT ON CONSTRAINT embedded_pkey DO UPDATE
+    SET digest = excluded.digest, truncated = excluded.truncated
+    WHERE e.digest <> excluded.digest;
     DELETE FROM autoembed.failure AS f WHERE f.pipeline_id = _record_embedded.pipeline_id AND f.key = ANY (keys);
 END;
 $plpgsql$;
@@ -3167,7 +3236,7 @@ CREATE FUNCTION autoembed.process(
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "008d7e96a87576a7":
+    if GD.get("autoembed") != "d51a86cefdaffd9d":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -3183,7 +3252,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "008d7e96a87576a7":
+    if GD.get("autoembed") != "d51a86cefdaffd9d":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds)
@@ -3199,7 +3268,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "008d7e96a87576a7":
+    if GD.get("autoembed") != "d51a86cefdaffd9d":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)

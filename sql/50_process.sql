@@ -194,7 +194,9 @@ BEGIN
     SELECT _record_embedded.pipeline_id, s.key, s.digest, s.truncated
     FROM unnest(keys, digests, _record_embedded.truncated) AS s(key, digest, truncated)
     ORDER BY s.key
-    ON CONFLICT ON CONSTRAINT embedded_pkey DO UPDATE SET digest = excluded.digest, truncated = excluded.truncated;
+    ON CONFLICT ON CONSTRAINT embedded_pkey DO UPDATE
+    SET digest = excluded.digest, truncated = excluded.truncated
+    WHERE e.digest <> excluded.digest;
     DELETE FROM autoembed.failure AS f WHERE f.pipeline_id = _record_embedded.pipeline_id AND f.key = ANY (keys);
 END;
 $plpgsql$;

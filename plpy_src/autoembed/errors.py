@@ -50,19 +50,17 @@ class RowError(Exception):
         self.passes = passes
 
 
-# Classes of SQLSTATEs (PostgreSQL manual, appendix A): what a row and its owner's code can cause, and what passes by
-# itself (rollbacks for concurrency, locks that are not to be had). The rest (cancel, disk full, …) is nobody's row.
-ROW_CLASSES = {"09", "0A", "21", "22", "23", "27", "2F", "38", "39", "42", "44", "54", "P0", "XX"}
-PASSING_CLASSES = {"40", "55"}
+# SQLSTATEs by their beginnings (PostgreSQL manual, appendix A). What passes by itself: rollbacks for concurrency, and
+# locks that are not to be had. What is nobody's row: no disk or memory left, cancel and shutdown, a failing disk.
+PASSING = ("40", "55")
+NOBODYS = ("53", "57", "58030")
 
 
 def row_error(sqlstate: str, message: str) -> RowError | None:
     """The row error that a failed statement means; None if no row is to blame."""
-    if sqlstate[:2] in PASSING_CLASSES:
-        return RowError(message, passes=True)
-    if sqlstate[:2] in ROW_CLASSES:
-        return RowError(message, passes=False)
-    return None
+    if sqlstate.startswith(NOBODYS):
+        return None
+    return RowError(message, passes=sqlstate.startswith(PASSING))
 
 
 MAX_REST_SECONDS = 15.0
@@ -84,8 +82,8 @@ def rest_seconds(trouble: ProviderTrouble, failures: int, fraction: float) -> fl
 
 
 # RFC 9110, section 15: what a client should make of a status. 409, 423, 425: a busy gateway.
-REFUSED = {400, 413, 414, 422}
-PASSING = {408, 409, 423, 425, 429}
+REFUSED_STATUSES = {400, 413, 414, 422}
+PASSING_STATUSES = {408, 409, 423, 425, 429}
 
 
 def trouble_of_answer(
@@ -93,11 +91,11 @@ def trouble_of_answer(
 ) -> Trouble:
     """The trouble that an HTTP answer with a status other than 200 means."""
     message = f"the provider answered {status}: {_message_in(body, secret)}"
-    if status in REFUSED:
+    if status in REFUSED_STATUSES:
         return Refused(message)
     if status == 429 and b"insufficient_quota" in body:
         return ProviderTrouble(message, permanent=True)
-    if status in PASSING or status >= 500:
+    if status in PASSING_STATUSES or status >= 500:
         return ProviderTrouble(message, retry_after_seconds=retry_after_seconds(headers))
     if 300 <= status < 400:
         return ProviderTrouble(f"the provider answered {status}, a redirect, which is not followed", permanent=True)
@@ -115,7 +113,7 @@ def retry_after_seconds(headers: Mapping[str, str], now: float | None = None) ->
         pass
     try:
         moment = email.utils.parsedate_to_datetime(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
@@ -129,7 +127,7 @@ def _message_in(body: bytes | bytearray, secret: str | None) -> str:
         answer = json.loads(text)
         error = answer.get("error", answer)
         text = str(error.get("message", error)) if isinstance(error, dict) else str(error)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         pass
     if secret:
         text = text.replace(secret, "***")

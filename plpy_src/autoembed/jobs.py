@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +29,7 @@ def address_of(body: Any) -> Address:
         if body.get("id") is None:
             raise ValueError("the message lacks id")
         keys = [[body["id"]]]
-    if not isinstance(keys, list) or not all(_is_key(key) for key in keys):
+    if not isinstance(keys, list) or not keys or not all(_is_key(key) for key in keys):
         raise ValueError("the message's keys are not rows' keys")
     if not isinstance(pipeline_id, int | None) or not isinstance(attempts, int):
         raise ValueError("the message's pipeline or attempts is not a number")
@@ -104,15 +105,23 @@ class Report:
 class Ledger:
     """Keeps what became of each job, and settles a message when all its jobs are dealt with."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, messages: Sequence[Message]) -> None:
         self._database = database
+        # Messages whose jobs are not known yet, and the jobs of the others.
+        self._unread = {message.id for message in messages}
         self._messages: dict[int, list[Job]] = defaultdict(list)
         self.report = Report()
 
     def open(self, job: Job) -> None:
         self.report.read += 1
         for message_id in job.message_ids:
+            self._unread.discard(message_id)
             self._messages[message_id].append(job)
+
+    def set_aside(self, messages: Sequence[Message]) -> None:
+        """Back to the queue, for a later pass."""
+        self._unread.difference_update(message.id for message in messages)
+        self._database.release([message.id for message in messages])
 
     def done(self, job: Job) -> None:
         job.outcome = DONE
@@ -144,14 +153,19 @@ class Ledger:
         self.report.failed_jobs.append({"jobId": message.id, "message": message.body, "error": reason})
         self._database.fail_message(message.body, reason, message.read_count)
         self._database.settle([message.id])
+        self._unread.discard(message.id)
 
     def release_open(self) -> None:
+        """Gives back all that is not dealt with, when a pass ends before its time."""
         for jobs in self._messages.values():
             for job in jobs:
                 job.outcome = job.outcome or RELEASED
+        if self._unread:
+            self._database.release(list(self._unread))
+            self._unread.clear()
 
     def open_message_ids(self) -> list[int]:
-        return list(self._messages)
+        return [*self._unread, *self._messages]
 
     def flush(self) -> None:
         """Writes what is decided: messages whose jobs are all dealt with leave the queue or go back to it."""

@@ -20,6 +20,9 @@ def resolve(reference: str | None) -> str | None:
     key = key.strip()
     if not key:
         raise ProviderTrouble(f"there is no API key: {missing}", permanent=True)
+    # An HTTP client would say so too, and quote the key.
+    if not (key.isascii() and key.isprintable()):
+        raise ProviderTrouble(f"what {reference} holds is no API key: it is not one line of ASCII", permanent=True)
     return key
 
 

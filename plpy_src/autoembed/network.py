@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import threading
 import time
@@ -33,7 +34,7 @@ class Network:
     def __init__(self, max_connections: int) -> None:
         self._max_connections = max_connections
         self._session: requests.Session | None = None
-        self._sockets: dict[int, Any] = {}
+        self._sockets: dict[int, socket.socket] = {}
         self._lock = threading.Lock()
 
     def post(
@@ -45,6 +46,7 @@ class Network:
         """
         # 0.2-0.3 s in a new backend, so not before there is something to send.
         import requests
+        import urllib3
 
         deadline = time.monotonic() + timeout_seconds
         timeouts = (min(CONNECT_TIMEOUT_SECONDS, timeout_seconds), timeout_seconds)
@@ -60,7 +62,8 @@ class Network:
                 auth=lambda request: request,
             ) as response:
                 received = bytearray()
-                for chunk in response.iter_content(1 << 16):
+                # What has come so far: iter_content() would wait for a full chunk, past any deadline.
+                while chunk := response.raw.read1(1 << 16, decode_content=True):
                     received += chunk
                     if len(received) > max_answer_bytes:
                         raise ProviderTrouble(f"the provider's answer is larger than {max_answer_bytes >> 20} MiB")
@@ -70,16 +73,19 @@ class Network:
                 return Answer(response.status_code, lower, received)
         except requests.exceptions.SSLError as error:
             raise ProviderTrouble(f"no trusted connection to {_host(url)}: {_cause(error)}", permanent=True) from error
-        except requests.exceptions.Timeout as error:
+        except (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError) as error:
             raise ProviderTrouble(f"{_host(url)} did not answer within {timeout_seconds:g} s") from error
         except (
             requests.exceptions.InvalidURL,
             requests.exceptions.InvalidSchema,
             requests.exceptions.MissingSchema,
+            UnicodeError,
         ) as error:
             raise ProviderTrouble(f"{url} is not a URL that can be called", permanent=True) from error
-        except requests.exceptions.RequestException as error:
+        except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError) as error:
             raise ProviderTrouble(f"no answer from {_host(url)}: {_cause(error)}") from error
+        finally:
+            self._watch(None)
 
     def abort(self) -> None:
         """Ends every request that is under way; its thread sees a broken connection."""
@@ -88,9 +94,14 @@ class Network:
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
 
-    def _watch(self, connection: Any) -> None:
+    def _watch(self, connection: socket.socket | None) -> None:
+        """Remembers what this thread waits on. A copy: TLS takes the socket's descriptor away from the object."""
         with self._lock:
-            self._sockets[threading.get_ident()] = connection
+            before = self._sockets.pop(threading.get_ident(), None)
+            if before is not None:
+                before.close()
+            if connection is not None:
+                self._sockets[threading.get_ident()] = socket.socket(fileno=os.dup(connection.fileno()))
 
     def _connected(self) -> requests.Session:
         with self._lock:
@@ -99,7 +110,7 @@ class Network:
             return self._session
 
 
-def _session(max_connections: int, watch: Callable[[Any], None]) -> requests.Session:
+def _session(max_connections: int, watch: Callable[[socket.socket], None]) -> requests.Session:
     """A session that shows watch() each socket before a thread first waits on it."""
     import requests
     from requests.adapters import HTTPAdapter
@@ -127,10 +138,17 @@ def _session(max_connections: int, watch: Callable[[Any], None]) -> requests.Ses
     class WatchedHTTPSPool(HTTPSConnectionPool):
         ConnectionCls = WatchedHTTPSConnection
 
+    pools = {"http": WatchedHTTPPool, "https": WatchedHTTPSPool}
+
     class WatchedAdapter(HTTPAdapter):
         def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
             super().init_poolmanager(*args, **kwargs)
-            self.poolmanager.pool_classes_by_scheme = {"http": WatchedHTTPPool, "https": WatchedHTTPSPool}
+            self.poolmanager.pool_classes_by_scheme = pools
+
+        def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
+            manager = super().proxy_manager_for(*args, **kwargs)
+            manager.pool_classes_by_scheme = pools
+            return manager
 
     session = requests.Session()
     adapter = WatchedAdapter(pool_maxsize=max_connections)
@@ -139,7 +157,7 @@ def _session(max_connections: int, watch: Callable[[Any], None]) -> requests.Ses
     return session
 
 
-def _connect(host: str, port: int, timeout: Any, options: Any, watch: Callable[[Any], None]) -> Any:
+def _connect(host: str, port: int, timeout: Any, options: Any, watch: Callable[[socket.socket], None]) -> socket.socket:
     """A connected socket; watch() sees it before it waits for the other side, so that connecting can be aborted too."""
     from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 

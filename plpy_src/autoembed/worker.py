@@ -85,7 +85,7 @@ def run_pass(database: Database, network: Network, options: Options) -> Report:
     messages = database.claim(options.max_rows, options.lease_seconds)
     if not messages:
         return Report()
-    ledger = Ledger(database)
+    ledger = Ledger(database, messages)
     try:
         return _Pass(database, network, options, ledger).run(messages)
     except BaseException:
@@ -97,20 +97,22 @@ def run_pass(database: Database, network: Network, options: Options) -> Report:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """Texts of one model that travel together."""
+    """Texts of one model that travel together; probe: a text of ours, to see whether the model takes any."""
 
     model: Model
     texts: list[str]
+    probe: bool = False
 
 
 @dataclass
 class Outbox:
-    """What a pass knows of one model: its jobs by text, and whether it accepted anything yet."""
+    """What a pass knows of one model: its jobs by text, whether it accepted anything yet, whether it rests."""
 
     jobs: dict[str, list[Job]] = field(default_factory=lambda: defaultdict(list))
     accepted: bool = False
+    trouble: ProviderTrouble | None = None
     # Refused requests, until it is known whether the model refuses everything.
-    suspended: list[Request] = field(default_factory=list)
+    suspended: list[tuple[Request, Refused]] = field(default_factory=list)
     failures: int = 0
 
 
@@ -145,7 +147,7 @@ class _Pass:
         """The claimed messages as jobs, one for each row, by pipeline. What cannot be a job is failed here."""
         messages, set_aside = isolate(messages)
         if set_aside:
-            self._database.release([message.id for message in set_aside])
+            self._ledger.set_aside(set_aside)
 
         rows: dict[tuple[int, str], tuple[int, list[Message]]] = {}
         for message in messages:
@@ -195,14 +197,14 @@ class _Pass:
         if not jobs:
             return
         digests = self._database.digests(pipeline, [job.key for job in jobs])
-        blank = []
+        blank, unchanged = [], []
         for job in jobs:
             if job.content is None or not job.content.strip():
                 blank.append(job)
                 continue
             job.digest = pipeline.model.digest(job.content)
             if job.has_embedding and digests.get(job.key) == job.digest:
-                self._ledger.done(job)
+                unchanged.append(job)
                 continue
             limit = pipeline.model.max_tokens_per_input or provider_of(pipeline.model).MAX_TOKENS_PER_INPUT
             text = job.content if limit is None else batching.truncate(job.content, limit)
@@ -212,6 +214,8 @@ class _Pass:
                 continue
             outbox = self._outboxes.setdefault(pipeline.model, Outbox(failures=pipeline.failures))
             outbox.jobs[text].append(job)
+        if unchanged:
+            self._record(pipeline, unchanged)
         if blank:
             self._write(pipeline, blank, None)
 
@@ -237,31 +241,41 @@ class _Pass:
 
     def _land(self, flight: Flight[Request, np.ndarray], request: Request, outcome: np.ndarray | BaseException) -> None:
         outbox = self._outboxes[request.model]
-        if isinstance(outcome, ProviderTrouble):
-            self._give_up_model(flight, request, outcome)
-        elif isinstance(outcome, Refused):
-            if request.texts == [PROBE]:
-                self._give_up_model(
-                    flight, request, ProviderTrouble(f"every request is refused: {outcome}", permanent=True)
-                )
-            elif outbox.accepted:
-                self._split(flight, request, outcome)
-            else:
-                outbox.suspended.append(request)
-                if len(outbox.suspended) == 1:
-                    self._submit(flight, Request(request.model, [PROBE]))
-        elif isinstance(outcome, BaseException):
-            raise outcome
-        else:
-            if outbox.failures:
-                self._database.resume_model(request.model.name)
-                outbox.failures = 0
-            self._apply(request, outcome)
-            if not outbox.accepted:
-                outbox.accepted = True
-                suspended, outbox.suspended = outbox.suspended, []
-                for refused in suspended:
-                    self._split(flight, refused, Refused("the provider refused the text"))
+        if isinstance(outcome, Refused) and request.probe:
+            outcome = ProviderTrouble(f"every request is refused: {outcome}", permanent=True)
+        elif isinstance(outcome, Refused) and outbox.trouble is not None:
+            outcome = outbox.trouble
+        match outcome:
+            case ProviderTrouble():
+                self._give_up_model(flight, request, outcome)
+            case Refused():
+                self._refuse(flight, request, outcome)
+            case BaseException():
+                raise outcome
+            case vectors:
+                self._accept(flight, request, vectors)
+
+    def _refuse(self, flight: Flight[Request, np.ndarray], request: Request, refusal: Refused) -> None:
+        """Looks for the text to blame, once it is known that the model takes others."""
+        outbox = self._outboxes[request.model]
+        if outbox.accepted:
+            self._split(flight, request, refusal)
+            return
+        outbox.suspended.append((request, refusal))
+        if len(outbox.suspended) == 1:
+            self._submit(flight, Request(request.model, [PROBE], probe=True))
+
+    def _accept(self, flight: Flight[Request, np.ndarray], request: Request, vectors: np.ndarray) -> None:
+        outbox = self._outboxes[request.model]
+        outbox.accepted = True
+        if outbox.failures:
+            self._database.resume_model(request.model.name)
+            outbox.failures = 0
+        if not request.probe:
+            self._apply(request, vectors)
+        suspended, outbox.suspended = outbox.suspended, []
+        for refused, refusal in suspended:
+            self._split(flight, refused, refusal)
 
     def _split(self, flight: Flight[Request, np.ndarray], request: Request, refusal: Refused) -> None:
         """Finds the text that is to blame for a refusal: halves the request until it stands alone."""
@@ -275,13 +289,15 @@ class _Pass:
     def _give_up_model(self, flight: Flight[Request, np.ndarray], request: Request, trouble: ProviderTrouble) -> None:
         """Lets the model rest, for all lanes, and puts back the jobs that were to be sent."""
         outbox = self._outboxes[request.model]
-        seconds = rest_seconds(trouble, outbox.failures, random.random())
-        self._database.rest_model(request.model.name, seconds, trouble.permanent, str(trouble))
+        if outbox.trouble is not trouble:
+            outbox.trouble = trouble
+            seconds = rest_seconds(trouble, outbox.failures, random.random())
+            self._database.rest_model(request.model.name, seconds, trouble.permanent, str(trouble))
         unsent = flight.withdraw(lambda other: other.model == request.model)
         self._ledger.report.requests -= len(unsent)
-        for returned in [request, *unsent, *outbox.suspended]:
-            for text in returned.texts:
-                for job in outbox.jobs.get(text, []):
+        for returned in [request, *unsent, *(suspended for suspended, _ in outbox.suspended)]:
+            for text in [] if returned.probe else returned.texts:
+                for job in outbox.jobs[text]:
                     self._ledger.release(job, str(trouble))
         outbox.suspended = []
 
@@ -290,7 +306,7 @@ class _Pass:
     def _apply(self, request: Request, vectors: np.ndarray) -> None:
         by_pipeline: dict[int, list[tuple[Job, int]]] = defaultdict(list)
         for index, text in enumerate(request.texts):
-            for job in self._outboxes[request.model].jobs.get(text, []):
+            for job in self._outboxes[request.model].jobs[text]:
                 by_pipeline[job.pipeline.id].append((job, index))
         for matched in by_pipeline.values():
             jobs = [job for job, _ in matched]
@@ -320,14 +336,7 @@ class _Pass:
         if vectors is None:
             self._forget(pipeline, written)
         elif written:
-            self._database.record_embedded(
-                pipeline,
-                [job.key for job in written],
-                [job.digest for job in written],
-                [job.truncated for job in written],
-            )
-            for job in written:
-                self._ledger.done(job)
+            self._record(pipeline, written)
         for job in by_outcome["changed"]:
             self._ledger.retry(job, CHANGED_DELAY_SECONDS)
         self._forget(pipeline, by_outcome["gone"])
@@ -344,6 +353,17 @@ class _Pass:
                 self._write(job.pipeline, [job], vector)
         for job, _ in self._locked:
             self._ledger.retry(job, LOCKED_DELAY_SECONDS, "the row is locked by another transaction")
+
+    def _record(self, pipeline: Pipeline, jobs: list[Job]) -> None:
+        """Settles rows whose embedding is that of their text."""
+        self._database.record_embedded(
+            pipeline,
+            [job.key for job in jobs],
+            [job.digest for job in jobs],
+            [job.truncated for job in jobs],
+        )
+        for job in jobs:
+            self._ledger.done(job)
 
     def _forget(self, pipeline: Pipeline, jobs: Sequence[Job]) -> None:
         """Settles rows that need no embedding: deleted ones, and those without a text."""

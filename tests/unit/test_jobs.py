@@ -114,7 +114,7 @@ class Book:
 
     def __init__(self) -> None:
         self.database = FakeDatabase()
-        self.ledger = Ledger(cast("database.Database", self.database))
+        self.ledger = Ledger(cast("database.Database", self.database), [])
 
     def claim(self, *keys: int, attempts: int = 0) -> tuple[int, list[Job]]:
         message_id = self.database.send({"pipeline": 1, "keys": [[key] for key in keys]})

@@ -80,12 +80,11 @@ def vectors_in(body: bytes | bytearray, count: int, dimensions: int) -> np.ndarr
     Raises ProviderTrouble for an answer that is not what was asked for, Refused for a vector that is not finite.
     """
     import numpy as np
-    import orjson
 
     try:
-        data = orjson.loads(body)["data"]
+        data = _parsed(body)["data"]
         vectors = {item["index"]: _vector(item["embedding"]) for item in data}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ProviderTrouble(f"the provider's answer is not in the form of the OpenAI API ({error})") from error
     if len(data) != count or set(vectors) != set(range(count)):
         raise ProviderTrouble(f"the provider answered with {len(vectors)} vectors for {count} texts")
@@ -101,7 +100,17 @@ def vectors_in(body: bytes | bytearray, count: int, dimensions: int) -> np.ndarr
     return ordered
 
 
-def _vector(embedding: str | list[float]) -> np.ndarray:
+def _parsed(body: bytes | bytearray) -> Any:
+    import orjson
+
+    try:
+        return orjson.loads(body)
+    except ValueError:
+        # Some servers answer NaN, which is no JSON, where a text was too much for their model.
+        return json.loads(body)
+
+
+def _vector(embedding: Any) -> np.ndarray:
     import numpy as np
 
     if isinstance(embedding, str):
@@ -109,4 +118,9 @@ def _vector(embedding: str | list[float]) -> np.ndarray:
             return np.frombuffer(base64.b64decode(embedding, validate=True), dtype="<f4")
         except binascii.Error as error:
             raise ValueError("invalid base64") from error
-    return np.array(embedding, dtype=np.float32)
+    # null is how JSON writers put what is not a number.
+    numbers = np.array([np.nan if n is None else n for n in embedding] if isinstance(embedding, list) else embedding)
+    if numbers.ndim != 1 or numbers.dtype.kind not in "fi":
+        raise ValueError("an embedding that is not a list of numbers")
+    with np.errstate(over="ignore"):
+        return numbers.astype(np.float32)

@@ -1,0 +1,213 @@
+"""The README: its SQL runs as written, and what it and the other documents name is there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fake_api import FakeApi, embedding_of
+from harness import PASSWORD, Connection, Server, is_settled, put_file, run_server
+from waiting import wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md"]
+
+# Each ```sql block, and the ```text block right after it: what psql prints.
+SQL_BLOCKS = re.findall(r"^```sql\n(.*?)^```\n(?:```text\n(.*?)^```$)?", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def reader() -> Iterator[Server]:
+    """The container of somebody who follows the README: pg_cron and a lane run."""
+    with ExitStack() as stack:
+        yield run_server(stack)
+
+
+@pytest.fixture
+def openai(reader: Server) -> FakeApi:
+    """The fake API in OpenAI's place."""
+    api = reader.fake_api("readme")
+    with reader.connect() as connection:
+        connection.execute("SELECT autoembed.alter_model('text-embedding-3-small', base_url => %s)", [api.base_url])
+    return api
+
+
+def psql(server: Server, sql: str, folder: Path) -> str:
+    """What psql prints for the statements, each in a transaction of its own; fails where one of them does."""
+    script = folder / "readme.sql"
+    script.write_text(sql, encoding="utf-8")
+    put_file(server.container, script, "/tmp")
+    exit_code, (printed, errors) = server.container.get_wrapped_container().exec_run(
+        ["psql", "--username=postgres", "--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1", "--file=/tmp/readme.sql"],
+        demux=True,
+    )
+    assert exit_code == 0, f"{sql}\n{(errors or b'').decode()}"
+    return (printed or b"").decode()
+
+
+def test_the_sql_of_the_readme_runs_as_written_and_keeps_its_table_embedded(
+    reader: Server, openai: FakeApi, tmp_path: Path
+) -> None:
+    with reader.connect() as db:
+        for sql, expected in SQL_BLOCKS:
+            printed = psql(reader, sql, tmp_path)
+            if expected:
+                assert printed == expected
+            wait_until(lambda: is_settled(db))
+
+        rows = db.execute("SELECT embedding_input(d) AS text, embedding::vector::real[] AS v FROM documents AS d")
+        vectors = {row.text: row.v for row in rows}
+        assert len(vectors) == 3
+        for text, vector in vectors.items():
+            assert np.allclose(vector, embedding_of(text), atol=1e-3)
+        assert sorted(openai.texts()) == sorted(vectors)
+        assert db.execute("SELECT count(*) FROM autoembed.failed").fetchone() == (0,)
+
+
+@pytest.fixture
+def app(db: Connection, connect: Callable[..., Connection]) -> Iterator[Connection]:
+    """A session of the README's role, with the rights that the README gives it."""
+    [grants] = [sql for sql, _ in SQL_BLOCKS if "CREATE ROLE app" in sql]
+    db.execute(grants)
+    db.execute(f"ALTER ROLE app PASSWORD '{PASSWORD}'; GRANT CREATE ON SCHEMA public TO app")
+    yield connect(user="app")
+    db.execute("DROP OWNED BY app CASCADE; DROP ROLE app")
+
+
+def test_the_role_of_the_readme_may_search_and_attach_its_own_table(db: Connection, app: Connection) -> None:
+    app.execute("CREATE TABLE notes (id integer PRIMARY KEY, body text, embedding vector(384))")
+    app.execute("CREATE FUNCTION note_text(note notes) RETURNS text LANGUAGE sql RETURN note.body")
+    app.execute(
+        "CREATE TRIGGER embed AFTER INSERT ON notes FOR EACH ROW"
+        " EXECUTE FUNCTION autoembed.queue_embeddings('note_text', 'embedding')"
+    )
+    app.execute("INSERT INTO notes VALUES (1, 'a note')")
+    db.execute("SELECT autoembed.process()")
+
+    row = app.execute("SELECT embedding <=> autoembed.embed('a note') AS distance FROM notes").fetchone()
+
+    assert row is not None
+    assert row.distance == pytest.approx(0, abs=1e-5)
+
+
+def flat(text: str) -> str:
+    """Without the layout of a long signature."""
+    return re.sub(r"\s+", " ", text).replace("( ", "(").replace(" )", ")")
+
+
+def public_functions(db: Connection) -> list[Any]:
+    return db.execute("""
+        SELECT p.proname AS name, p.prokind,
+               regexp_replace(pg_get_function_arguments(p.oid), '::[a-z ]+|\\mIN |, OUT .*', '', 'g') AS arguments,
+               pg_get_function_result(p.oid) AS result,
+               p.proargnames[p.pronargs + 1:] AS columns
+        FROM pg_proc AS p
+        WHERE p.pronamespace = 'autoembed'::regnamespace AND p.proname !~ '^_'
+    """).fetchall()
+
+
+def test_the_reference_has_every_public_function_as_it_is(db: Connection) -> None:
+    reference = flat(README.partition("## Reference")[2])
+
+    missing = []
+    for function in public_functions(db):
+        signature = f"autoembed.{function.name}({function.arguments})"
+        if function.result not in (None, "record"):
+            signature += f" RETURNS {function.result}"
+        columns = [] if function.name == "queue_embeddings" else function.columns or []
+        missing += [name for name in [signature, *(f"`{c}`" for c in columns)] if name not in reference]
+    assert missing == []
+
+
+def test_the_reference_names_no_function_that_does_not_exist(db: Connection) -> None:
+    existing = {function.name for function in public_functions(db)}
+
+    assert set(re.findall(r"autoembed\.([a-z]\w*)\(", README)) == existing
+
+
+def test_the_reference_has_every_public_table_and_view(db: Connection) -> None:
+    relations = db.execute("""
+        SELECT c.oid::regclass::text AS name
+        FROM pg_class AS c
+        WHERE c.relnamespace = 'autoembed'::regnamespace AND c.relkind IN ('r', 'v') AND c.relname !~ '^_'
+    """)
+
+    assert [row.name for row in relations if f"`{row.name}`" not in README] == []
+
+
+def test_the_reference_has_every_column_of_the_failed_view(db: Connection) -> None:
+    reference = README.partition("### What failed")[2].partition("\n### ")[0]
+    columns = db.execute("SELECT * FROM autoembed.failed").description or []
+
+    assert columns
+    assert [column.name for column in columns if f"`{column.name}`" not in reference] == []
+
+
+def anchor(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_link_leads_somewhere(document: str) -> None:
+    folder = (ROOT / document).parent
+    text = (ROOT / document).read_text(encoding="utf-8")
+
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, fragment = target.partition("#")
+        if path.startswith("http"):
+            continue
+        file = folder / path if path else ROOT / document
+        if not file.exists():
+            broken.append(target)
+        elif fragment:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            broken += [target] if fragment not in map(anchor, headings) else []
+    assert broken == []
+
+
+def files_named_in(text: str) -> set[str]:
+    """What stands in backticks or commands and looks like a file or folder of the project."""
+    words = {
+        word.rstrip(".,;:")
+        for code in re.findall(r"```sh\n(.*?)```|`([^`\n]+)`", text, re.DOTALL)
+        for word in " ".join(code).split()
+    }
+    pattern = re.compile(
+        r"(?!/)[\w.-]*(?:/[\w.-]*)*(?:/|\.(?:py|sql|sh|md|yaml|txt|toml|control|postgres))|\.ci/run|"
+        r"Makefile|docker/\w+|tests/[\w/]+"
+    )
+    return {word for word in words if pattern.fullmatch(word)}
+
+
+def test_a_missing_file_would_be_noticed() -> None:
+    named = files_named_in(
+        "`sql/nowhere.sql` in `no/such/` and\n```sh\npytest tests/gone.py -k x\n```\nnot `/abs/x.py`"
+    )
+
+    assert named == {"sql/nowhere.sql", "no/such/", "tests/gone.py"}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_file_that_is_named_exists(document: str) -> None:
+    named = files_named_in((ROOT / document).read_text(encoding="utf-8"))
+    # What only a server or somebody else's repository has.
+    elsewhere = {"postgresql.conf", "model.onnx", "tokenizer.json", "postgresql/17/"}
+
+    assert {name for name in named - elsewhere if not (ROOT / name).exists()} == set()
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_every_make_target_that_is_named_exists(document: str) -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([a-z]+)", (ROOT / document).read_text(encoding="utf-8"), re.MULTILINE))
+
+    assert named
+    assert named <= targets
