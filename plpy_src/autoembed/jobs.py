@@ -40,19 +40,24 @@ def _is_key(key: Any) -> bool:
     return isinstance(key, list) and len(key) > 0 and all(isinstance(value, str | int) for value in key)
 
 
-def isolate(messages: list[Message]) -> tuple[list[Message], list[Message]]:
-    """The messages to work on now, and those to set aside.
+def isolate(messages: list[Message], fraction: float) -> tuple[list[Message], list[Message]]:
+    """The messages to work on now, and those to set aside; fraction: random, from 0 to 1.
 
     A message read before was never settled: its lane died, perhaps of it. The more often, the smaller the company it
-    is tried in, so that a deadly one takes few others with it.
+    is tried in, so that a deadly one takes few others with it. Those that died least come first, so that servers
+    killed for other reasons add to the count of many, not again and again of one; half the time, those never tried.
     """
-    worst = max(message.read_count for message in messages)
-    if worst == 1:
+    fresh = [message for message in messages if message.read_count == 1]
+    if len(fresh) == len(messages):
         return messages, []
-    size = {2: 100, 3: 10}.get(worst, 1)
-    suspects = [message for message in messages if message.read_count == worst][:size]
-    chosen = {message.id for message in suspects}
-    return suspects, [message for message in messages if message.id not in chosen]
+    if fresh and fraction < 0.5:
+        chosen = fresh
+    else:
+        least = min(message.read_count for message in messages if message.read_count > 1)
+        size = {2: 100, 3: 10}.get(least, 1)
+        chosen = [message for message in messages if message.read_count == least][:size]
+    taken = {message.id for message in chosen}
+    return chosen, [message for message in messages if message.id not in taken]
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ class _Pass:
 
     def _jobs(self, messages: list[Message]) -> list[tuple[Pipeline, list[Job]]]:
         """The claimed messages as jobs, one for each row, by pipeline. What cannot be a job is failed here."""
-        messages, set_aside = isolate(messages)
+        messages, set_aside = isolate(messages, random.random())
         if set_aside:
             self._ledger.set_aside(set_aside)
 

@@ -89,18 +89,22 @@ def messages(*read_counts: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("read_counts", "together"),
+    ("read_counts", "fraction", "together"),
     [
-        ([1] * 500, list(range(1, 501))),
-        ([1, 2, 1, 2], [2, 4]),
-        ([2] * 500, list(range(1, 101))),
-        ([1, 3, 2] + [3] * 20, [2, *range(4, 13)]),
-        ([3, 4, 4], [2]),
-        ([9, 5, 9], [1]),
+        ([1] * 500, 0.9, list(range(1, 501))),
+        ([1, 2, 1, 2], 0.4, [1, 3]),
+        ([1, 2, 1, 2], 0.6, [2, 4]),
+        ([2] * 500, 0.4, list(range(1, 101))),
+        ([1, 3] + [3] * 20, 0.6, list(range(2, 12))),
+        ([1, 3, 2, 3], 0.6, [3]),
+        ([4, 3, 4], 0.4, [2]),
+        ([9, 5, 5], 0.6, [2]),
     ],
 )
-def test_the_oftener_a_message_was_read_the_fewer_it_is_tried_with(read_counts: list[int], together: list[int]) -> None:
-    chosen, set_aside = isolate(messages(*read_counts))
+def test_the_oftener_a_message_was_read_the_fewer_it_is_tried_with(
+    read_counts: list[int], fraction: float, together: list[int]
+) -> None:
+    chosen, set_aside = isolate(messages(*read_counts), fraction)
 
     assert [message.id for message in chosen] == together
     assert sorted(message.id for message in chosen + set_aside) == list(range(1, len(read_counts) + 1))

@@ -864,7 +864,10 @@ def test_a_message_that_lanes_died_of_is_failed_without_being_tried(lane: Lane, 
     assert database.queue == {}
 
 
-def test_a_message_whose_lane_died_once_is_tried_and_others_wait(lane: Lane, database: FakeDatabase) -> None:
+def test_a_message_whose_lane_died_once_is_tried_and_others_wait(
+    lane: Lane, database: FakeDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("random.random", lambda: 0.6)
     database.put(1, "perhaps deadly")
     database.claim(1, 60)
     database.claimed.clear()

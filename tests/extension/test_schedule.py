@@ -1,0 +1,202 @@
+"""Lanes as pg_cron jobs: how they come, how they go, and what becomes of them when extensions are dropped."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import psycopg
+import pytest
+
+from harness import Connection, Server, run_server
+from waiting import wait_until
+
+JOBS = "SELECT jobname, database, command, active FROM cron.job ORDER BY jobname"
+
+
+@pytest.fixture(scope="module")
+def scheduled() -> Iterator[Server]:
+    """A server that starts two lanes by itself; its database postgres has pg_cron."""
+    with ExitStack() as stack:
+        yield run_server(stack, AUTOEMBED_LANES="2")
+
+
+@pytest.fixture
+def cron(scheduled: Server) -> Iterator[Connection]:
+    """A session in the database with pg_cron, the extension made anew, without lanes."""
+    with scheduled.connect() as db:
+        db.execute("DROP EXTENSION IF EXISTS autoembed CASCADE")
+        db.execute("CREATE EXTENSION IF NOT EXISTS pg_cron")
+        db.execute("CREATE EXTENSION autoembed CASCADE")
+        yield db
+        db.execute("SELECT autoembed.unschedule() WHERE to_regprocedure('autoembed.unschedule()') IS NOT NULL")
+
+
+def jobs(db: Connection) -> list[str]:
+    return [row.jobname for row in db.execute(JOBS)]
+
+
+def lanes(db: Connection) -> set[int]:
+    return {row.pid for row in db.execute("SELECT pid FROM autoembed.lane WHERE NOT stop")}
+
+
+def lane_sessions(db: Connection) -> list[int]:
+    """The processes that run lanes, whatever the table of lanes says."""
+    return [
+        row.pid
+        for row in db.execute(
+            "SELECT pid FROM pg_stat_activity WHERE query LIKE 'CALL autoembed.work%' AND backend_type <> 'client backend'"
+        )
+    ]
+
+
+def test_the_image_starts_as_many_lanes_as_told(scheduled: Server) -> None:
+    with scheduled.connect() as db:
+        assert jobs(db) == ["autoembed-lane-1", "autoembed-lane-2"]
+        wait_until(lambda: len(lanes(db)) == 2)
+
+
+def test_the_image_starts_no_lane_when_told_so(server: Server) -> None:
+    # The session's server has AUTOEMBED_LANES=0.
+    with server.connect() as db:
+        assert jobs(db) == []
+        assert db.execute("SELECT count(*) FROM autoembed.lane").fetchone() == (0,)
+
+
+def test_schedule_replaces_the_lanes_that_were(cron: Connection) -> None:
+    assert cron.execute("SELECT autoembed.schedule(2)").fetchone() == (2,)
+    assert cron.execute(JOBS).fetchall() == [
+        (f"autoembed-lane-{n}", "postgres", "CALL autoembed.work()", True) for n in (1, 2)
+    ]
+    wait_until(lambda: len(lanes(cron)) == 2)
+    before = lanes(cron)
+
+    assert cron.execute("SELECT autoembed.schedule()").fetchone() == (1,)
+
+    assert jobs(cron) == ["autoembed-lane-1"]
+    wait_until(lambda: len(lanes(cron)) == 1 and not lanes(cron) & before)
+    wait_until(lambda: len(lane_sessions(cron)) == 1)
+
+
+def test_unschedule_ends_the_lanes_and_says_how_many(cron: Connection) -> None:
+    cron.execute("SELECT autoembed.schedule(3)")
+    wait_until(lambda: len(lanes(cron)) == 3)
+
+    assert cron.execute("SELECT autoembed.unschedule()").fetchone() == (3,)
+
+    assert jobs(cron) == []
+    wait_until(lambda: not lane_sessions(cron), 5)
+    assert cron.execute("SELECT count(*) FROM autoembed.lane").fetchone() == (0,)
+    assert cron.execute("SELECT autoembed.unschedule()").fetchone() == (0,)
+
+
+def test_lanes_leave_the_jobs_of_others_alone(cron: Connection) -> None:
+    cron.execute("SELECT cron.schedule('nightly', '0 3 * * *', 'VACUUM')")
+    try:
+        cron.execute("SELECT autoembed.schedule(1)")
+        cron.execute("SELECT autoembed.unschedule()")
+        cron.execute("DROP EXTENSION autoembed CASCADE")
+
+        assert jobs(cron) == ["nightly"]
+    finally:
+        cron.execute("SELECT cron.unschedule('nightly')")
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "33", "NULL"])
+def test_a_number_of_lanes_that_makes_no_sense_is_an_error(cron: Connection, number: str) -> None:
+    cron.execute("SELECT autoembed.schedule(1)")
+
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match=f"between 1 and 32, not {number}$") as caught:
+        cron.execute(f"SELECT autoembed.schedule({number})")
+
+    assert "unschedule" in (caught.value.diag.message_hint or "")
+    assert jobs(cron) == ["autoembed-lane-1"]
+
+
+@pytest.mark.parametrize("extension", ["autoembed", "pgmq", "vector", "autoembed, pgmq"])
+def test_dropping_the_extension_takes_the_lanes_out_of_pg_cron_at_once(cron: Connection, extension: str) -> None:
+    cron.execute("SELECT autoembed.schedule(2)")
+    wait_until(lambda: len(lanes(cron)) == 2)
+
+    cron.execute(f"DROP EXTENSION {extension} CASCADE")
+
+    assert jobs(cron) == []
+    wait_until(lambda: not lane_sessions(cron), 5)
+
+
+def test_dropping_another_extension_keeps_the_lanes(cron: Connection) -> None:
+    cron.execute("CREATE EXTENSION IF NOT EXISTS pgcrypto")
+    cron.execute("SELECT autoembed.schedule(2)")
+
+    cron.execute("DROP EXTENSION pgcrypto")
+
+    assert jobs(cron) == ["autoembed-lane-1", "autoembed-lane-2"]
+    wait_until(lambda: len(lanes(cron)) == 2)
+
+
+def test_dropping_what_does_not_exist_keeps_the_lanes(cron: Connection) -> None:
+    cron.execute("SELECT autoembed.schedule(2)")
+
+    cron.execute("DROP EXTENSION IF EXISTS nothing_of_that_name")
+    with pytest.raises(psycopg.errors.UndefinedObject):
+        cron.execute("DROP EXTENSION nothing_of_that_name")
+    with pytest.raises(psycopg.errors.DependentObjectsStillExist):
+        cron.execute("DROP EXTENSION pgmq")
+
+    assert jobs(cron) == ["autoembed-lane-1", "autoembed-lane-2"]
+    wait_until(lambda: len(lanes(cron)) == 2)
+
+
+def test_a_drop_that_is_rolled_back_keeps_the_lanes(cron: Connection) -> None:
+    cron.execute("SELECT autoembed.schedule(2)")
+
+    with cron.transaction(force_rollback=True):
+        cron.execute("DROP EXTENSION autoembed CASCADE")
+        assert jobs(cron) == []
+
+    assert jobs(cron) == ["autoembed-lane-1", "autoembed-lane-2"]
+    wait_until(lambda: len(lanes(cron)) == 2)
+
+
+def test_dropping_pg_cron_ends_the_lanes_and_is_not_hindered(cron: Connection) -> None:
+    cron.execute("SELECT autoembed.schedule(1)")
+    wait_until(lambda: len(lanes(cron)) == 1)
+
+    cron.execute("DROP EXTENSION pg_cron")
+
+    wait_until(lambda: not lane_sessions(cron), 5)
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState):
+        cron.execute("SELECT autoembed.schedule(1)")
+
+
+@pytest.mark.parametrize("name", ["elsewhere", 'it\'s % "else"'])
+def test_without_pg_cron_the_error_says_what_to_do_and_that_works(
+    scheduled: Server, cron: Connection, name: str
+) -> None:
+    dbname = f"{name} {uuid.uuid4().hex[:8]}"
+    quoted = dbname.replace('"', '""')
+    cron.execute(f'CREATE DATABASE "{quoted}"')
+    try:
+        with scheduled.connect(dbname) as db:
+            db.execute("CREATE EXTENSION autoembed CASCADE")
+
+            with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState) as caught:
+                db.execute("SELECT autoembed.schedule()")
+
+            diagnostic = caught.value.diag
+            assert diagnostic.message_primary == f'pg_cron is not installed in database "{dbname}"'
+            assert diagnostic.message_detail
+            statement = re.search(r"SELECT cron\.schedule_in_database\(.*\)", diagnostic.message_hint or "")
+            assert statement
+            cron.execute(statement[0].encode())
+            wait_until(lambda: len(lanes(db)) == 1)
+            assert lanes(cron) == set()
+            # It ends for good only where pg_cron is.
+            cron.execute("SELECT cron.unschedule('autoembed-lane-1')")
+            assert db.execute("SELECT autoembed.unschedule()").fetchone() == (0,)
+            wait_until(lambda: db.execute("SELECT count(*) FROM autoembed.lane").fetchone() == (0,), 5)
+    finally:
+        cron.execute("SELECT cron.unschedule(jobid) FROM cron.job")
+        cron.execute(f'DROP DATABASE "{quoted}" WITH (FORCE)')
