@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,7 +22,8 @@ from fake_api import FakeApi, embedding_of
 from waiting import wait_until
 
 TESTS = Path(__file__).resolve().parent
-IMAGE = "autoembed"
+# Another image, to see a test fail: AUTOEMBED_TEST_IMAGE=… pytest ….
+IMAGE = os.environ.get("AUTOEMBED_TEST_IMAGE", "autoembed")
 PASSWORD = "postgres"
 # Ports are published on loopback only.
 HOST = "127.0.0.1"
