@@ -42,6 +42,17 @@ COMMENT ON FUNCTION autoembed._keep_restored() IS
 
 -- The queue ---------------------------------------------------------------------------------------
 
+DO LANGUAGE plpgsql $plpgsql$
+BEGIN
+    IF EXISTS (SELECT FROM pgmq.meta AS m WHERE m.queue_name = 'embedding_jobs') THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'duplicate_object',
+            MESSAGE = 'the queue embedding_jobs exists already',
+            HINT = 'Let what fills it come to rest, then SELECT pgmq.drop_queue(''embedding_jobs'').';
+    END IF;
+END;
+$plpgsql$;
+
 SELECT pgmq.create('embedding_jobs');
 
 -- A claim picks the due messages of one pipeline; messages from elsewhere name none and sort under ''.
@@ -535,7 +546,8 @@ class Database:
 
 def raise_error(error: InvalidInput) -> None:
     """Ends the call with a PostgreSQL error."""
-    plpy.error(str(error), hint=error.hint, sqlstate=error.sqlstate)
+    hint = {} if error.hint is None else {"hint": error.hint}
+    plpy.error(str(error), sqlstate=error.sqlstate, **hint)
 
 
 def warn(message: str, hint: str) -> None:
@@ -2211,7 +2223,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "eaaad9dc952c8672"
+    GD["autoembed"] = "714c588dc66ae568"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -2259,7 +2271,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "eaaad9dc952c8672":
+    if GD.get("autoembed") != "714c588dc66ae568":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -2570,7 +2582,7 @@ SELECT p.id,
        coalesce(p.model, autoembed._default_model()) AS model,
        coalesce(c.problem, CASE WHEN r.until > clock_timestamp() THEN format('model "%s" rests: %s', r.model, r.reason) END)
            AS blocked,
-       coalesce(c.hint, CASE WHEN r.needs_attention THEN 'Then SELECT autoembed.resume_model(…), or wait for the next try.' END)
+       coalesce(c.hint, CASE WHEN r.needs_attention THEN format('SELECT autoembed.resume_model(%L) tries it at once.', r.model) END)
            AS hint,
        c.problem IS NULL AS sound,
        coalesce(r.failures, 0) AS failures
@@ -2678,13 +2690,13 @@ CREATE FUNCTION autoembed._write_%1$s(keys text[], contents text[], embeddings t
 AS $body$
 #variable_conflict use_column
 BEGIN
-    RETURN QUERY
+    FOR key, outcome IN
     WITH sent AS MATERIALIZED (
         SELECT s.key, (s.key::pg_catalog.jsonb ->> 0)::%6$s AS id, s.content, s.embedding
         FROM unnest(keys, contents, embeddings) AS s(key, content, embedding)
     ),
     locked AS MATERIALIZED (
-        SELECT s.key, t.id, s.embedding, %3$s::text COLLATE "C" IS NOT DISTINCT FROM s.content AS unchanged
+        SELECT s.key, t.id, s.content, s.embedding, %3$s::text COLLATE "C" IS NOT DISTINCT FROM s.content AS unchanged
         FROM sent AS s
         JOIN %5$s AS t ON t.id = s.id
         ORDER BY t.id
@@ -2695,17 +2707,26 @@ BEGIN
         SET %4$s = l.embedding::%8$s
         FROM locked AS l
         WHERE t.id = l.id AND l.unchanged
-        RETURNING l.key
+        RETURNING l.key, %3$s::text COLLATE "C" IS NOT DISTINCT FROM l.content AS unchanged
     )
     SELECT s.key,
-           CASE WHEN w.key IS NOT NULL THEN 'written'
+           CASE WHEN w.unchanged THEN 'written'
+                WHEN w.key IS NOT NULL THEN 'overtaken'
                 WHEN l.key IS NOT NULL THEN 'changed'
                 WHEN EXISTS (SELECT FROM %5$s AS t WHERE t.id = s.id) THEN 'locked'
                 ELSE 'gone'
            END
     FROM sent AS s
     LEFT JOIN locked AS l ON l.key = s.key
-    LEFT JOIN (SELECT DISTINCT w.key FROM written AS w) AS w ON w.key = s.key;
+    LEFT JOIN (SELECT w.key, pg_catalog.bool_and(w.unchanged) AS unchanged FROM written AS w GROUP BY w.key) AS w
+        ON w.key = s.key
+    LOOP
+        -- Undone, as it would leave the vector of one text beside another.
+        IF outcome = 'overtaken' THEN
+            RAISE EXCEPTION 'a trigger of the table changes the text when its embedding is written';
+        END IF;
+        RETURN NEXT;
+    END LOOP;
 END;
 $body$$ddl$, pipeline_id, _schema, _content, _column, _table, _key_type, _pipeline.table_id::oid, _column_type);
     EXECUTE format('ALTER FUNCTION autoembed._content_%s(text[]) OWNER TO %I', pipeline_id, _owner);
@@ -3241,13 +3262,13 @@ CREATE FUNCTION autoembed.process(
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "eaaad9dc952c8672":
+    if GD.get("autoembed") != "714c588dc66ae568":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
 $python$;
 COMMENT ON FUNCTION autoembed.process(integer, integer, integer) IS
-    'Embeds waiting jobs once, in the caller''s transaction: up to max_requests requests of up to batch_size texts, each given timeout_milliseconds. Returns how many jobs were read, completed, put back to be tried again, and given up, and the requests sent; failed_jobs lists the jobs that did not complete, each with its error.';
+    'Embeds waiting jobs once, in the caller''s transaction: up to max_requests requests at a time of up to batch_size texts, each request to a provider given timeout_milliseconds. Returns how many jobs were read, completed, put back to be tried again, and given up, and the requests sent; failed_jobs lists the jobs that did not complete, each with its error.';
 
 CREATE PROCEDURE autoembed.work(
     run_seconds double precision DEFAULT 300,
@@ -3257,7 +3278,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "eaaad9dc952c8672":
+    if GD.get("autoembed") != "714c588dc66ae568":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds)
@@ -3273,7 +3294,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "eaaad9dc952c8672":
+    if GD.get("autoembed") != "714c588dc66ae568":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -3281,7 +3302,7 @@ $python$;
 COMMENT ON FUNCTION autoembed.embed(text, text) IS
     'The embedding of a search text by that model, NULL for the default one; NULL for NULL. ORDER BY column <=> autoembed.embed(…) uses the column''s index.';
 
--- 60_schedule.sql: lanes as pg_cron jobs. Nothing else knows pg_cron.
+-- 60_schedule.sql: lanes as pg_cron jobs, and leaving without a trace. Nothing else knows pg_cron.
 
 CREATE FUNCTION autoembed.unschedule()
     RETURNS integer
@@ -3326,6 +3347,15 @@ BEGIN
                 'autoembed-lane-1', '1 second', 'CALL autoembed.work()', current_database()
             );
     END IF;
+    -- Beside the lanes run pg_cron's own worker and that of logical replication.
+    IF current_setting('cron.use_background_workers')::boolean
+       AND lanes > current_setting('max_worker_processes')::integer - 3 THEN
+        RAISE WARNING USING
+            ERRCODE = 'configuration_limit_exceeded',
+            MESSAGE = format('%s lanes may not all run with max_worker_processes at %s', lanes,
+                             current_setting('max_worker_processes')),
+            HINT = format('Set max_worker_processes to at least %s and restart the server.', lanes + 3);
+    END IF;
     PERFORM autoembed.unschedule();
     PERFORM cron.schedule('autoembed-lane-' || n, '1 second', 'CALL autoembed.work()') FROM generate_series(1, lanes) AS n;
     RETURN lanes;
@@ -3334,9 +3364,9 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed.schedule(integer) IS
     'Has pg_cron run that many lanes side by side in this database, in place of those it ran before; returns their number.';
 
--- DROP EXTENSION does not call us, and cron.job is not ours: so the lanes go before any extension is dropped, and come back
--- if it was not this one.
-CREATE FUNCTION autoembed._unschedule_before_drop()
+-- DROP EXTENSION does not call us, and neither cron.job nor pgmq.meta is ours: so our rows there go before any extension is
+-- dropped, and come back if it was not this one.
+CREATE FUNCTION autoembed._before_drop()
     RETURNS event_trigger
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -3344,16 +3374,18 @@ CREATE FUNCTION autoembed._unschedule_before_drop()
 AS $plpgsql$
 BEGIN
     PERFORM set_config('autoembed.lanes', autoembed.unschedule()::text, true);
+    DELETE FROM pgmq.meta AS m WHERE m.queue_name = 'embedding_jobs';
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._unschedule_before_drop() IS 'Takes the lanes out of pg_cron before an extension is dropped.';
+COMMENT ON FUNCTION autoembed._before_drop() IS
+    'Takes the lanes out of pg_cron and the queue off pgmq''s list before an extension is dropped.';
 
-CREATE EVENT TRIGGER autoembed_unschedule_before_drop
+CREATE EVENT TRIGGER autoembed_before_drop
     ON ddl_command_start
     WHEN TAG IN ('DROP EXTENSION', 'DROP OWNED')
-    EXECUTE FUNCTION autoembed._unschedule_before_drop();
+    EXECUTE FUNCTION autoembed._before_drop();
 
-CREATE FUNCTION autoembed._schedule_after_drop()
+CREATE FUNCTION autoembed._after_drop()
     RETURNS event_trigger
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -3362,18 +3394,21 @@ AS $plpgsql$
 DECLARE
     _lanes integer := nullif(current_setting('autoembed.lanes', true), '');
 BEGIN
+    INSERT INTO pgmq.meta (queue_name, is_partitioned, is_unlogged)
+    VALUES ('embedding_jobs', false, false)
+    ON CONFLICT (queue_name) DO NOTHING;
     IF _lanes > 0 AND to_regclass('cron.job') IS NOT NULL THEN
         PERFORM autoembed.schedule(_lanes);
     END IF;
     PERFORM set_config('autoembed.lanes', '', true);
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._schedule_after_drop() IS 'Puts the lanes back if the extension dropped was another.';
+COMMENT ON FUNCTION autoembed._after_drop() IS 'Puts both back if the extension dropped was another.';
 
-CREATE EVENT TRIGGER autoembed_schedule_after_drop
+CREATE EVENT TRIGGER autoembed_after_drop
     ON ddl_command_end
     WHEN TAG IN ('DROP EXTENSION', 'DROP OWNED')
-    EXECUTE FUNCTION autoembed._schedule_after_drop();
+    EXECUTE FUNCTION autoembed._after_drop();
 
 -- 70_failed.sql: what was given up, for the operator.
 

@@ -40,6 +40,17 @@ COMMENT ON FUNCTION autoembed._keep_restored() IS
 
 -- The queue ---------------------------------------------------------------------------------------
 
+DO LANGUAGE plpgsql $plpgsql$
+BEGIN
+    IF EXISTS (SELECT FROM pgmq.meta AS m WHERE m.queue_name = 'embedding_jobs') THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'duplicate_object',
+            MESSAGE = 'the queue embedding_jobs exists already',
+            HINT = 'Let what fills it come to rest, then SELECT pgmq.drop_queue(''embedding_jobs'').';
+    END IF;
+END;
+$plpgsql$;
+
 SELECT pgmq.create('embedding_jobs');
 
 -- A claim picks the due messages of one pipeline; messages from elsewhere name none and sort under ''.

@@ -133,7 +133,7 @@ SELECT p.id,
        coalesce(p.model, autoembed._default_model()) AS model,
        coalesce(c.problem, CASE WHEN r.until > clock_timestamp() THEN format('model "%s" rests: %s', r.model, r.reason) END)
            AS blocked,
-       coalesce(c.hint, CASE WHEN r.needs_attention THEN 'Then SELECT autoembed.resume_model(…), or wait for the next try.' END)
+       coalesce(c.hint, CASE WHEN r.needs_attention THEN format('SELECT autoembed.resume_model(%L) tries it at once.', r.model) END)
            AS hint,
        c.problem IS NULL AS sound,
        coalesce(r.failures, 0) AS failures
@@ -241,13 +241,13 @@ CREATE FUNCTION autoembed._write_%1$s(keys text[], contents text[], embeddings t
 AS $body$
 #variable_conflict use_column
 BEGIN
-    RETURN QUERY
+    FOR key, outcome IN
     WITH sent AS MATERIALIZED (
         SELECT s.key, (s.key::pg_catalog.jsonb ->> 0)::%6$s AS id, s.content, s.embedding
         FROM unnest(keys, contents, embeddings) AS s(key, content, embedding)
     ),
     locked AS MATERIALIZED (
-        SELECT s.key, t.id, s.embedding, %3$s::text COLLATE "C" IS NOT DISTINCT FROM s.content AS unchanged
+        SELECT s.key, t.id, s.content, s.embedding, %3$s::text COLLATE "C" IS NOT DISTINCT FROM s.content AS unchanged
         FROM sent AS s
         JOIN %5$s AS t ON t.id = s.id
         ORDER BY t.id
@@ -258,17 +258,26 @@ BEGIN
         SET %4$s = l.embedding::%8$s
         FROM locked AS l
         WHERE t.id = l.id AND l.unchanged
-        RETURNING l.key
+        RETURNING l.key, %3$s::text COLLATE "C" IS NOT DISTINCT FROM l.content AS unchanged
     )
     SELECT s.key,
-           CASE WHEN w.key IS NOT NULL THEN 'written'
+           CASE WHEN w.unchanged THEN 'written'
+                WHEN w.key IS NOT NULL THEN 'overtaken'
                 WHEN l.key IS NOT NULL THEN 'changed'
                 WHEN EXISTS (SELECT FROM %5$s AS t WHERE t.id = s.id) THEN 'locked'
                 ELSE 'gone'
            END
     FROM sent AS s
     LEFT JOIN locked AS l ON l.key = s.key
-    LEFT JOIN (SELECT DISTINCT w.key FROM written AS w) AS w ON w.key = s.key;
+    LEFT JOIN (SELECT w.key, pg_catalog.bool_and(w.unchanged) AS unchanged FROM written AS w GROUP BY w.key) AS w
+        ON w.key = s.key
+    LOOP
+        -- Undone, as it would leave the vector of one text beside another.
+        IF outcome = 'overtaken' THEN
+            RAISE EXCEPTION 'a trigger of the table changes the text when its embedding is written';
+        END IF;
+        RETURN NEXT;
+    END LOOP;
 END;
 $body$$ddl$, pipeline_id, _schema, _content, _column, _table, _key_type, _pipeline.table_id::oid, _column_type);
     EXECUTE format('ALTER FUNCTION autoembed._content_%s(text[]) OWNER TO %I', pipeline_id, _owner);

@@ -320,7 +320,7 @@ AS $python$
     return doors.process(batch_size, max_requests, timeout_milliseconds)
 $python$;
 COMMENT ON FUNCTION autoembed.process(integer, integer, integer) IS
-    'Embeds waiting jobs once, in the caller''s transaction: up to max_requests requests of up to batch_size texts, each given timeout_milliseconds. Returns how many jobs were read, completed, put back to be tried again, and given up, and the requests sent; failed_jobs lists the jobs that did not complete, each with its error.';
+    'Embeds waiting jobs once, in the caller''s transaction: up to max_requests requests at a time of up to batch_size texts, each request to a provider given timeout_milliseconds. Returns how many jobs were read, completed, put back to be tried again, and given up, and the requests sent; failed_jobs lists the jobs that did not complete, each with its error.';
 
 CREATE PROCEDURE autoembed.work(
     run_seconds double precision DEFAULT 300,

@@ -1,4 +1,4 @@
--- 60_schedule.sql: lanes as pg_cron jobs. Nothing else knows pg_cron.
+-- 60_schedule.sql: lanes as pg_cron jobs, and leaving without a trace. Nothing else knows pg_cron.
 
 CREATE FUNCTION autoembed.unschedule()
     RETURNS integer
@@ -43,6 +43,15 @@ BEGIN
                 'autoembed-lane-1', '1 second', 'CALL autoembed.work()', current_database()
             );
     END IF;
+    -- Beside the lanes run pg_cron's own worker and that of logical replication.
+    IF current_setting('cron.use_background_workers')::boolean
+       AND lanes > current_setting('max_worker_processes')::integer - 3 THEN
+        RAISE WARNING USING
+            ERRCODE = 'configuration_limit_exceeded',
+            MESSAGE = format('%s lanes may not all run with max_worker_processes at %s', lanes,
+                             current_setting('max_worker_processes')),
+            HINT = format('Set max_worker_processes to at least %s and restart the server.', lanes + 3);
+    END IF;
     PERFORM autoembed.unschedule();
     PERFORM cron.schedule('autoembed-lane-' || n, '1 second', 'CALL autoembed.work()') FROM generate_series(1, lanes) AS n;
     RETURN lanes;
@@ -51,9 +60,9 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed.schedule(integer) IS
     'Has pg_cron run that many lanes side by side in this database, in place of those it ran before; returns their number.';
 
--- DROP EXTENSION does not call us, and cron.job is not ours: so the lanes go before any extension is dropped, and come back
--- if it was not this one.
-CREATE FUNCTION autoembed._unschedule_before_drop()
+-- DROP EXTENSION does not call us, and neither cron.job nor pgmq.meta is ours: so our rows there go before any extension is
+-- dropped, and come back if it was not this one.
+CREATE FUNCTION autoembed._before_drop()
     RETURNS event_trigger
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -61,16 +70,18 @@ CREATE FUNCTION autoembed._unschedule_before_drop()
 AS $plpgsql$
 BEGIN
     PERFORM set_config('autoembed.lanes', autoembed.unschedule()::text, true);
+    DELETE FROM pgmq.meta AS m WHERE m.queue_name = 'embedding_jobs';
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._unschedule_before_drop() IS 'Takes the lanes out of pg_cron before an extension is dropped.';
+COMMENT ON FUNCTION autoembed._before_drop() IS
+    'Takes the lanes out of pg_cron and the queue off pgmq''s list before an extension is dropped.';
 
-CREATE EVENT TRIGGER autoembed_unschedule_before_drop
+CREATE EVENT TRIGGER autoembed_before_drop
     ON ddl_command_start
     WHEN TAG IN ('DROP EXTENSION', 'DROP OWNED')
-    EXECUTE FUNCTION autoembed._unschedule_before_drop();
+    EXECUTE FUNCTION autoembed._before_drop();
 
-CREATE FUNCTION autoembed._schedule_after_drop()
+CREATE FUNCTION autoembed._after_drop()
     RETURNS event_trigger
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -79,15 +90,18 @@ AS $plpgsql$
 DECLARE
     _lanes integer := nullif(current_setting('autoembed.lanes', true), '');
 BEGIN
+    INSERT INTO pgmq.meta (queue_name, is_partitioned, is_unlogged)
+    VALUES ('embedding_jobs', false, false)
+    ON CONFLICT (queue_name) DO NOTHING;
     IF _lanes > 0 AND to_regclass('cron.job') IS NOT NULL THEN
         PERFORM autoembed.schedule(_lanes);
     END IF;
     PERFORM set_config('autoembed.lanes', '', true);
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._schedule_after_drop() IS 'Puts the lanes back if the extension dropped was another.';
+COMMENT ON FUNCTION autoembed._after_drop() IS 'Puts both back if the extension dropped was another.';
 
-CREATE EVENT TRIGGER autoembed_schedule_after_drop
+CREATE EVENT TRIGGER autoembed_after_drop
     ON ddl_command_end
     WHEN TAG IN ('DROP EXTENSION', 'DROP OWNED')
-    EXECUTE FUNCTION autoembed._schedule_after_drop();
+    EXECUTE FUNCTION autoembed._after_drop();

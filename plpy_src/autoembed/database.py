@@ -241,7 +241,8 @@ class Database:
 
 def raise_error(error: InvalidInput) -> None:
     """Ends the call with a PostgreSQL error."""
-    plpy.error(str(error), hint=error.hint, sqlstate=error.sqlstate)
+    hint = {} if error.hint is None else {"hint": error.hint}
+    plpy.error(str(error), sqlstate=error.sqlstate, **hint)
 
 
 def warn(message: str, hint: str) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import psycopg
+import pytest
+
 from harness import GUIDE_TABLE, GUIDE_TRIGGERS, Connection
 
 MEMBERS = Path(__file__).parent / "members.txt"
@@ -38,7 +41,8 @@ def everything(db: Connection) -> list[tuple[object, ...]]:
 
 
 def test_drop_extension_leaves_nothing_behind_and_create_works_again(db: Connection) -> None:
-    db.execute("DROP EXTENSION autoembed CASCADE")
+    db.execute("DROP EXTENSION autoembed, pgmq CASCADE")
+    db.execute("CREATE EXTENSION pgmq")
     before = everything(db)
     db.execute("CREATE EXTENSION autoembed")
     db.execute(GUIDE_TABLE.format(dimensions=384))
@@ -53,6 +57,16 @@ def test_drop_extension_leaves_nothing_behind_and_create_works_again(db: Connect
     assert everything(db) == before
     db.execute("CREATE EXTENSION autoembed")
     assert db.execute("SELECT read FROM autoembed.process()").fetchone() == (0,)
+
+
+def test_a_queue_of_the_guides_name_is_one_clear_error(db: Connection) -> None:
+    db.execute("DROP EXTENSION autoembed CASCADE")
+    db.execute("SELECT pgmq.create('embedding_jobs')")
+
+    with pytest.raises(psycopg.errors.DuplicateObject, match="the queue embedding_jobs exists already") as caught:
+        db.execute("CREATE EXTENSION autoembed")
+
+    assert "pgmq.drop_queue" in (caught.value.diag.message_hint or "")
 
 
 def test_the_members_of_the_extension_are_those_in_the_list(db: Connection) -> None:

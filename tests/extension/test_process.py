@@ -236,6 +236,32 @@ def test_a_constraint_that_refuses_one_vector_fails_that_row_alone(documents: Co
     assert 'violates check constraint "no_two"' in failure.reason
 
 
+def test_a_trigger_that_changes_the_text_with_every_write_fails_the_row_and_leaves_no_stale_vector(
+    documents: Connection, api: FakeApi
+) -> None:
+    """Without the look at what was written, the row keeps the vector of the text before, and nobody is told."""
+    documents.execute("ALTER TABLE documents ADD COLUMN version integer DEFAULT 0")
+    documents.execute(
+        "CREATE FUNCTION count_version() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN IF NEW.id = 1 THEN NEW.version := OLD.version + 1; END IF; RETURN NEW; END $$"
+    )
+    documents.execute("CREATE TRIGGER version BEFORE UPDATE ON documents FOR EACH ROW EXECUTE FUNCTION count_version()")
+    documents.execute(
+        "CREATE OR REPLACE FUNCTION embedding_input(doc documents) RETURNS text LANGUAGE sql IMMUTABLE"
+        " AS 'SELECT doc.content || doc.version'"
+    )
+    insert(documents, "counted", "steady")
+
+    counts = process(documents)
+
+    assert (counts["completed"], counts["failed"]) == (1, 1)
+    assert stored(documents)[1] is None
+    assert stored(documents)[2] is not None
+    [failure] = documents.execute("SELECT key, reason FROM autoembed.failed").fetchall()
+    assert failure.key == "[1]"
+    assert "a trigger of the table changes the text" in failure.reason
+
+
 def test_a_uuid_key_works(db: Connection, api: FakeApi) -> None:
     db.execute(
         "CREATE TABLE notes (id uuid PRIMARY KEY DEFAULT gen_random_uuid(), content text, embedding vector(1536))"

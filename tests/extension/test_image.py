@@ -1,0 +1,211 @@
+"""The image: what people know of the official postgres image holds, and it is ready when it starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import psycopg
+import pytest
+from testcontainers.core.container import DockerContainer
+
+from harness import FAKE_API_PORT, GUIDE_TRIGGERS, HOST, IMAGE, PASSWORD, Connection, Server, is_settled
+from waiting import wait_until
+
+# initdb itself refuses a user with quotes, a dollar or a backslash in the name.
+USER = "Ünser = admin; --"
+DATABASE = 'my "first" = database\'s %s'
+OWN_SCRIPT = (
+    """
+CREATE TABLE documents (id int PRIMARY KEY, title text, content text, embedding halfvec(384));
+CREATE FUNCTION embedding_input(doc documents) RETURNS text LANGUAGE sql AS 'SELECT doc.content';
+INSERT INTO documents VALUES (0, 't', 'written before the trigger');
+"""
+    + GUIDE_TRIGGERS
+    + """
+INSERT INTO documents VALUES (1, 't', 'written by a script of the first start');
+"""
+)
+
+
+def run(server: Server, command: str) -> tuple[int, str]:
+    """Exit code and output of a shell command in the container."""
+    result = server.container.get_wrapped_container().exec_run(["bash", "-c", command])
+    return result.exit_code, result.output.decode()
+
+
+def inspect(server: Server) -> dict[str, Any]:
+    wrapped = server.container.get_wrapped_container()
+    wrapped.reload()
+    attributes: dict[str, Any] = wrapped.attrs
+    return attributes
+
+
+def log(server: Server) -> str:
+    return "".join(part.decode() for part in server.container.get_logs())
+
+
+@pytest.fixture(scope="module")
+def odd() -> Iterator[Server]:
+    """A container with odd names, its password in a file, arguments of its own, and a script for the first start."""
+    container = DockerContainer(IMAGE)
+    published: dict[str, Any] = {f"{port}/tcp": (HOST, None) for port in (5432, FAKE_API_PORT)}
+    container.ports = published
+    environment = {
+        "POSTGRES_USER": USER,
+        "POSTGRES_DB": DATABASE,
+        "POSTGRES_PASSWORD_FILE": "/run/password",
+        "OWN_SCRIPT": OWN_SCRIPT,
+        "PASSWORD": PASSWORD,
+    }
+    for name, value in environment.items():
+        container.with_env(name, value)
+    # The files are made inside: a bind mount would need the engine to see this machine's.
+    container.with_kwargs(entrypoint=["bash", "-c"])
+    prepare = (
+        'printf "%s" "$PASSWORD" > /run/password; printf "%s" "$OWN_SCRIPT" > /docker-entrypoint-initdb.d/20-own.sql;'
+        ' unset PASSWORD OWN_SCRIPT; exec docker-entrypoint.sh "$@"'
+    )
+    container.with_command([prepare, "bash", "postgres", "-c", "fsync=off", "-c", "work_mem=5MB"])
+    with ExitStack() as stack:
+        stack.enter_context(container)
+        server = Server(container, int(container.get_exposed_port(5432)))
+        wait_until(lambda: is_up(server), 60)
+        yield server
+
+
+def is_up(server: Server) -> bool:
+    try:
+        connect(server).close()
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
+def connect(server: Server) -> Connection:
+    return server.connect(DATABASE, user=USER)
+
+
+def test_the_named_database_has_the_extensions_and_a_lane(odd: Server) -> None:
+    with connect(odd) as db:
+        extensions = {row.extname for row in db.execute("SELECT extname FROM pg_extension")}
+        assert {"autoembed", "pg_cron", "pgmq", "plpython3u", "vector"} <= extensions
+        assert db.execute("SELECT jobname, database, username, command FROM cron.job").fetchall() == [
+            ("autoembed-lane-1", DATABASE, USER, "CALL autoembed.work()")
+        ]
+        wait_until(lambda: db.execute("SELECT count(*) FROM autoembed.lane").fetchone() == (1,))
+    with odd.connect("postgres", user=USER) as db:
+        assert db.execute("SELECT count(*) FROM pg_extension WHERE extname <> 'plpgsql'").fetchone() == (0,)
+
+
+def test_arguments_after_the_images_name_reach_the_server(odd: Server) -> None:
+    with connect(odd) as db:
+        assert db.execute("SHOW work_mem").fetchone() == ("5MB",)
+        assert db.execute("SHOW shared_preload_libraries").fetchone() == ("pg_cron",)
+        assert db.execute("SHOW cron.database_name").fetchone() == (DATABASE,)
+
+
+def test_a_script_of_the_first_start_can_use_the_extension(odd: Server) -> None:
+    with connect(odd) as db:
+        wait_until(lambda: is_settled(db))
+        rows = db.execute("SELECT id, embedding IS NOT NULL FROM documents WHERE id <= 1 ORDER BY id").fetchall()
+
+    assert rows == [(0, False), (1, True)]
+
+
+def test_the_container_becomes_healthy(odd: Server) -> None:
+    wait_until(lambda: inspect(odd)["State"]["Health"]["Status"] == "healthy", 30)
+
+
+def test_the_server_runs_as_postgres(odd: Server) -> None:
+    _, users = run(odd, "stat -c %U /proc/1 $(grep -l postgres /proc/[0-9]*/comm | xargs -n 1 dirname)")
+
+    assert set(users.split()) == {"postgres"}
+
+
+def test_no_tool_for_building_is_left(odd: Server) -> None:
+    _, found = run(odd, "type -P gcc cc c++ g++ clang make ld pip pip3 python3-config pg_config git; python3 -m pip")
+
+    assert found.strip().endswith("No module named pip")
+    assert len(found.strip().splitlines()) == 1
+
+
+def test_a_quiet_start_says_nothing_of_an_error(odd: Server) -> None:
+    said = [
+        line for line in log(odd).splitlines() if any(word in line for word in ("ERROR", "FATAL", "WARNING", "PANIC"))
+    ]
+
+    # Of the server itself, while nobody may connect yet or the entrypoint restarts it, and of initdb about trust.
+    known = ("the database system is", "terminating connection due to administrator command", "trust")
+    assert [line for line in said if not any(part in line for part in known)] == []
+    assert "Traceback" not in log(odd)
+
+
+def test_pg_cron_notes_a_lane_once_a_run(odd: Server) -> None:
+    with connect(odd) as db:
+        started = db.execute("SELECT count(DISTINCT pid) AS lanes FROM autoembed.lane").fetchone()
+        assert started == (1,)
+        runs = db.execute(
+            "SELECT status, count(*) FROM cron.job_run_details GROUP BY status ORDER BY status"
+        ).fetchall()
+
+    assert runs == [("running", 1)]
+
+
+def test_the_image_is_labelled_and_checks_its_health(odd: Server) -> None:
+    config = inspect(odd)["Config"]
+
+    labels = {name.removeprefix("org.opencontainers.image."): value for name, value in config["Labels"].items()}
+    assert {"title", "description", "licenses", "version"} <= labels.keys()
+    assert labels["title"] == "autoembed"
+    with connect(odd) as db:
+        version = db.execute("SELECT extversion FROM pg_extension WHERE extname = 'autoembed'").fetchone()
+    assert version == (labels["version"],)
+    assert "pg_isready" in json.dumps(config["Healthcheck"])
+
+
+def test_pgmq_works_by_itself(odd: Server) -> None:
+    with connect(odd) as db:
+        db.execute("CREATE DATABASE plain")
+    with odd.connect("plain", user=USER) as db:
+        db.execute("CREATE EXTENSION pgmq")
+        db.execute("SELECT pgmq.create('q')")
+        db.execute("SELECT pgmq.send('q', '{\"a\": 1}')")
+        assert db.execute("SELECT message FROM pgmq.read('q', 30, 1)").fetchall() == [({"a": 1},)]
+
+
+def test_data_and_jobs_survive_a_stop_and_a_start(odd: Server) -> None:
+    wrapped = odd.container.get_wrapped_container()
+    with connect(odd) as db:
+        db.execute("SELECT autoembed.unschedule()")
+        wait_until(
+            lambda: db.execute("SELECT count(*) FROM pg_stat_activity WHERE query ~ 'autoembed.work'").fetchone()
+        )
+        db.execute("INSERT INTO documents VALUES (2, 't', 'written before the stop')")
+        db.execute("SELECT autoembed.schedule(1)")
+        # In the same moment, so that the row waits while the server stops.
+    wrapped.stop(timeout=30)
+    assert inspect(odd)["State"]["ExitCode"] == 0
+    wrapped.start()
+    again = Server(odd.container, int(odd.container.get_exposed_port(5432)))
+    wait_until(lambda: is_up(again), 60)
+
+    with connect(again) as db:
+        wait_until(lambda: is_settled(db), 30)
+        assert db.execute("SELECT id, embedding IS NOT NULL FROM documents ORDER BY id").fetchall() == [
+            (0, False),
+            (1, True),
+            (2, True),
+        ]
+        assert db.execute("SELECT jobname FROM cron.job").fetchall() == [("autoembed-lane-1",)]
+
+
+def test_a_number_of_lanes_that_is_none_stops_the_first_start() -> None:
+    container = DockerContainer(IMAGE).with_env("POSTGRES_PASSWORD", PASSWORD).with_env("AUTOEMBED_LANES", "two")
+    with container:
+        wrapped = container.get_wrapped_container()
+
+        assert wrapped.wait(timeout=60)["StatusCode"] != 0
+        assert "AUTOEMBED_LANES is 'two' but must be a whole number" in wrapped.logs().decode()
