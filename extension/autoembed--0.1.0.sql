@@ -80,6 +80,7 @@ CREATE TABLE autoembed.model (
     max_inputs_per_request integer CHECK (max_inputs_per_request > 0),
     max_tokens_per_request integer CHECK (max_tokens_per_request > 0),
     max_tokens_per_input integer CHECK (max_tokens_per_input > 0),
+    options jsonb NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(options) = 'object'),
     builtin boolean NOT NULL DEFAULT false
 );
 COMMENT ON TABLE autoembed.model IS 'The ways to embed a text; see create_model().';
@@ -95,6 +96,8 @@ COMMENT ON COLUMN autoembed.model.max_inputs_per_request IS 'Texts in one reques
 COMMENT ON COLUMN autoembed.model.max_tokens_per_request IS 'Tokens in one request; NULL: the provider''s limit.';
 COMMENT ON COLUMN autoembed.model.max_tokens_per_input IS
     'Tokens of one text, longer ones are truncated; NULL: the provider''s limit.';
+COMMENT ON COLUMN autoembed.model.options IS
+    'What only its provider knows; every one over HTTP takes extra_headers and extra_body, objects sent with each request.';
 COMMENT ON COLUMN autoembed.model.builtin IS 'Came with the extension and was never changed.';
 
 INSERT INTO autoembed.model (name, provider, model_id, dimensions, api_key, builtin)
@@ -406,7 +409,7 @@ class Database:
             ["integer", "double precision"],
             [max_rows, lease_seconds],
         )
-        return [Message(row["message_id"], row["read_count"], _loads(row["message"])) for row in rows]
+        return [Message(row["message_id"], row["read_count"], _body(row["message"])) for row in rows]
 
     def extend(self, message_ids: Sequence[int], lease_seconds: float) -> None:
         self._run(
@@ -447,14 +450,15 @@ class Database:
                 truncate=row["truncate"],
                 blocked=row["blocked"],
                 failures=row["failures"],
-                model=Model.from_row(_loads(row["model"])),
+                model=Model.from_row(json.loads(row["model"])),
             )
             for row in rows
         }
 
     def model(self, name: str | None) -> Model:
         """The model of that name, the default one for None; an error of PostgreSQL's kind if there is none."""
-        return Model.from_row(self._run("SELECT m.* FROM autoembed._model($1) AS m", ["text"], [name])[0])
+        sql = "SELECT pg_catalog.to_jsonb(m) AS model FROM autoembed._model($1) AS m"
+        return Model.from_row(json.loads(self._run(sql, ["text"], [name])[0]["model"]))
 
     def rest_model(self, name: str, seconds: float, needs_attention: bool, reason: str) -> None:
         self._run(
@@ -580,9 +584,9 @@ def literals(vectors: np.ndarray) -> list[str]:
     return [orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY).decode() for row in rows]
 
 
-def _loads(value: str | None) -> Any:
+def _body(message: str | None) -> Any:
     # Fractions stay text: a numeric key must come back digit by digit.
-    return None if value is None else json.loads(value, parse_float=str)
+    return None if message is None else json.loads(message, parse_float=str)
 ''',
 "autoembed.doors": r'''"""Where SQL enters Python: each function is the body of the SQL function of the same name."""
 
@@ -595,7 +599,7 @@ from typing import Any
 from autoembed import database, worker
 from autoembed.errors import InvalidInput, ProviderTrouble, Trouble
 from autoembed.flight import Flight
-from autoembed.model import Model
+from autoembed.model import Ask, Embedded, Model
 from autoembed.network import Network
 from autoembed.providers import provider_of
 
@@ -667,12 +671,13 @@ def _embed_query(here: database.Database, model: Model, content: str) -> str:
         _network.abort()
         provider.abort()
 
-    with Flight[None, Any](1, here.breathe, abort) as flight:
-        flight.submit(None, lambda: provider.embed(model, [content], _network, QUERY_TIMEOUT_SECONDS))
+    with Flight[None, Embedded](1, here.breathe, abort) as flight:
+        ask = Ask(model, [content], QUERY_TIMEOUT_SECONDS, purpose="query")
+        flight.submit(None, lambda: provider.embed(ask, _network))
         [(_, outcome)] = flight.landed()
     if isinstance(outcome, BaseException):
         raise outcome
-    return database.literals(outcome)[0]
+    return database.literals(outcome.vectors)[0]
 
 
 def _options(batch_size: int, max_requests: int, timeout_milliseconds: int) -> worker.Options:
@@ -1142,13 +1147,20 @@ def _read(path: str) -> tuple[str, str]:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         return "", f"the file {path} cannot be read ({reason})"
 ''',
-"autoembed.model": r'''"""A model as the table autoembed.model defines it, and what the path of a job needs to know of it."""
+"autoembed.model": r'''"""A model as the table autoembed.model defines it; what it is asked, and what it answers."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# What a text is embedded as: many models embed a question and the document that answers it in two ways.
+Purpose = Literal["document", "query"]
 
 
 @dataclass(frozen=True)
@@ -1164,6 +1176,7 @@ class Model:
     max_inputs_per_request: int | None = None
     max_tokens_per_request: int | None = None
     max_tokens_per_input: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Model:
@@ -1173,6 +1186,24 @@ class Model:
         """16 bytes that tell whether this text, by this model, has been embedded before."""
         name = f"{self.provider}\0{self.model_id}\0{self.dimensions}\0"
         return hashlib.blake2b((name + content).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Texts of one model that travel together, what they are, and how long the answer may take."""
+
+    model: Model
+    texts: Sequence[str]
+    timeout_seconds: float
+    purpose: Purpose = "document"
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What a provider made of them: (n, dimensions) float32, in their order, finite; and the tokens it counted."""
+
+    vectors: np.ndarray
+    tokens: int | None = None
 ''',
 "autoembed.network": r'''"""The one door to the network: posts a body, returns the answer, and lets go when told to."""
 
@@ -1556,16 +1587,13 @@ def _release_memory() -> None:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from autoembed.errors import InvalidInput
-from autoembed.model import Model
+from autoembed.model import Ask, Embedded, Model
 from autoembed.providers import local, openai
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from autoembed.network import Network
 
 
@@ -1580,8 +1608,8 @@ class Provider(Protocol):
     def check(self, model: Model) -> None:
         """Raises InvalidInput if the model cannot work as defined, ProviderTrouble if something is not there yet."""
 
-    def embed(self, model: Model, texts: Sequence[str], network: Network, timeout_seconds: float) -> np.ndarray:
-        """The vectors of the texts in order: (n, dimensions) float32, finite. Raises Trouble. Runs in a thread."""
+    def embed(self, ask: Ask, network: Network) -> Embedded:
+        """The vectors of the texts. Raises Trouble. Runs in a thread."""
 
     def abort(self) -> None:
         """Ends what embed() is doing without the network."""
@@ -1599,21 +1627,164 @@ def provider_of(model: Model) -> Provider:
             hint=f"The providers are: {', '.join(sorted(PROVIDERS))}.",
         ) from None
 ''',
+"autoembed.providers.http": r'''"""What all providers over HTTP have in common: the round trip, and what an answer must be."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from autoembed import keys
+from autoembed.errors import InvalidInput, ProviderTrouble, Refused, trouble_of_answer
+from autoembed.model import Ask, Model
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from autoembed.network import Network
+
+# Options that every provider over HTTP takes: sent with each request, over what we would send.
+OPTIONS = frozenset({"extra_headers", "extra_body"})
+SECRET_HEADERS = {"authorization", "proxy-authorization", "cookie", "api-key", "x-api-key", "x-goog-api-key"}
+
+
+def check(model: Model, *, default_url: str | None, example: str, options: frozenset[str] = OPTIONS) -> None:
+    """Raises InvalidInput for a definition that cannot work, ProviderTrouble for a key that is not there yet."""
+    url = model.base_url or default_url
+    if url is None:
+        raise InvalidInput(f'model "{model.name}" has no base_url', hint=f"For example {example}.")
+    if not url.startswith(("https://", "http://")):
+        raise InvalidInput(
+            f'model "{model.name}" has the base_url "{url}", which is not an http or https URL',
+            hint=f"For example {example}.",
+        )
+    check_options(model, options)
+    for name in sorted(OPTIONS & model.options.keys()):
+        if not isinstance(model.options[name], dict):
+            raise InvalidInput(f'option {name} of model "{model.name}" is not an object')
+    secret = sorted(name for name in model.options.get("extra_headers", {}) if name.lower() in SECRET_HEADERS)
+    if secret:
+        raise InvalidInput(
+            f'option extra_headers of model "{model.name}" has {secret[0]}, which would keep a secret in a table',
+            hint="Say where the key is found with api_key => 'env:NAME' or 'file:PATH'.",
+        )
+    if default_url is not None and model.base_url is None and model.api_key is None:
+        raise InvalidInput(
+            f'model "{model.name}" has no api_key, and {default_url} wants one',
+            hint="For example api_key => 'env:NAME'; or name the base_url of a server that needs no key.",
+        )
+    keys.resolve(model.api_key)
+
+
+def check_options(model: Model, known: frozenset[str]) -> None:
+    """Raises InvalidInput for an option that the provider does not know."""
+    unknown = sorted(model.options.keys() - known)
+    if unknown:
+        raise InvalidInput(
+            f'model "{model.name}" has the option {unknown[0]}, which the provider {model.provider} does not know',
+            hint=f"Its options are: {', '.join(sorted(known)) or 'none'}.",
+        )
+
+
+def post(
+    ask: Ask, network: Network, url: str, headers: Mapping[str, str], body: Mapping[str, Any], secret: str | None
+) -> bytes | bytearray:
+    """The body of a 200 answer; raises what any other means. secret: to be kept out of errors."""
+    answer = network.post(
+        url,
+        {
+            "Content-Type": "application/json",
+            "Accept": "application/json",
+            **headers,
+            **ask.model.options.get("extra_headers", {}),
+        },
+        encode({**body, **ask.model.options.get("extra_body", {})}),
+        timeout_seconds=ask.timeout_seconds,
+        # A JSON number takes up to 24 bytes; the rest is room for a server that does not know the dimensions asked for.
+        max_answer_bytes=(64 << 20) + 32 * len(ask.texts) * ask.model.dimensions,
+    )
+    if answer.status != 200:
+        raise trouble_of_answer(answer.status, answer.headers, answer.body, secret)
+    return answer.body
+
+
+def encode(body: Mapping[str, Any]) -> bytes:
+    """JSON; half a surrogate pair, which UTF-8 cannot carry, becomes a question mark."""
+    return json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+
+
+def parse(body: bytes | bytearray) -> Any:
+    """JSON, or ValueError."""
+    import orjson
+
+    try:
+        return orjson.loads(body)
+    except ValueError:
+        # Some servers answer NaN, which is no JSON, where a text was too much for their model.
+        return json.loads(body)
+
+
+def tokens_in(answer: Any, *path: str) -> int | None:
+    """The count of tokens that an answer reports at that path; None if it reports none."""
+    for name in path:
+        answer = answer.get(name) if isinstance(answer, dict) else None
+    return answer if isinstance(answer, int) else None
+
+
+def matrix(embeddings: Sequence[Any], count: int, dimensions: int) -> np.ndarray:
+    """Embeddings, lists of numbers or base64 of float32, as (count, dimensions) float32.
+
+    Raises ValueError for what is no embedding, ProviderTrouble for too many, too few or of the wrong length, Refused
+    for one that is not finite.
+    """
+    import numpy as np
+
+    vectors = [_vector(embedding) for embedding in embeddings]
+    if len(vectors) != count:
+        raise ProviderTrouble(f"the provider answered with {len(vectors)} vectors for {count} texts")
+    lengths = {len(vector) for vector in vectors}
+    if lengths != {dimensions}:
+        wrong = max(lengths - {dimensions})
+        raise ProviderTrouble(
+            f"the provider's vectors have {wrong} dimensions, the model is defined with {dimensions}", permanent=True
+        )
+    stacked = np.stack(vectors)
+    if not np.isfinite(stacked).all():
+        raise Refused("the provider answered with a vector that is not finite")
+    return stacked
+
+
+def _vector(embedding: Any) -> np.ndarray:
+    import numpy as np
+
+    if isinstance(embedding, str):
+        try:
+            return np.frombuffer(base64.b64decode(embedding, validate=True), dtype="<f4")
+        except binascii.Error as error:
+            raise ValueError("invalid base64") from error
+    # null is how JSON writers put what is not a number.
+    numbers = np.array([np.nan if n is None else n for n in embedding] if isinstance(embedding, list) else embedding)
+    if numbers.ndim != 1 or numbers.dtype.kind not in "fi":
+        raise ValueError("an embedding that is not a list of numbers")
+    with np.errstate(over="ignore"):
+        return numbers.astype(np.float32)
+''',
 "autoembed.providers.local": r'''"""A model that runs inside the backend: model.onnx and tokenizer.json in a folder on the server."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from autoembed.errors import InvalidInput, ProviderTrouble
-from autoembed.model import Model
+from autoembed.model import Ask, Embedded, Model
+from autoembed.providers import http
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from autoembed.network import Network
     from autoembed.onnx_model import OnnxModel
 
@@ -1636,22 +1807,23 @@ def folder_of(model: Model) -> str:
 def check(model: Model) -> None:
     if model.api_key is not None:
         raise InvalidInput(f'model "{model.name}" runs inside the server and takes no api_key')
+    http.check_options(model, frozenset())
     for name in ("model.onnx", "tokenizer.json"):
         path = os.path.join(folder_of(model), name)
         if not os.path.exists(path):
             raise ProviderTrouble(f"the model's file {path} does not exist on the server", permanent=True)
 
 
-def embed(model: Model, texts: Sequence[str], network: Network, timeout_seconds: float) -> np.ndarray:
+def embed(ask: Ask, network: Network) -> Embedded:
     with _running:
         _stopping.clear()
-        vectors = _onnx_model(model).embed(texts, _stop_if_told)
-    if vectors.shape[1] != model.dimensions:
+        vectors = _onnx_model(ask.model).embed(ask.texts, _stop_if_told)
+    if vectors.shape[1] != ask.model.dimensions:
         raise ProviderTrouble(
-            f"the model's vectors have {vectors.shape[1]} dimensions, it is defined with {model.dimensions}",
+            f"the model's vectors have {vectors.shape[1]} dimensions, it is defined with {ask.model.dimensions}",
             permanent=True,
         )
-    return vectors
+    return Embedded(vectors)
 
 
 def abort() -> None:
@@ -1680,19 +1852,17 @@ def _onnx_model(model: Model) -> OnnxModel:
 "autoembed.providers.openai": r'''"""OpenAI's embeddings endpoint and whatever speaks its protocol.
 
 Written from the API reference, https://platform.openai.com/docs/api-reference/embeddings/create, which sets the limits.
+It has one form for documents and queries.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from autoembed import keys
-from autoembed.errors import InvalidInput, ProviderTrouble, Refused, trouble_of_answer
-from autoembed.model import Model
+from autoembed.errors import ProviderTrouble
+from autoembed.model import Ask, Embedded, Model
+from autoembed.providers import http
 
 if TYPE_CHECKING:
     import numpy as np
@@ -1709,100 +1879,39 @@ WITHOUT_DIMENSIONS = ("text-embedding-ada-002",)
 
 
 def check(model: Model) -> None:
-    url = model.base_url or BASE_URL
-    if not url.startswith(("https://", "http://")):
-        raise InvalidInput(
-            f'model "{model.name}" has the base_url "{url}", which is not an http or https URL',
-            hint="It is what comes before /embeddings, for example https://api.openai.com/v1.",
-        )
-    if model.base_url is None and model.api_key is None:
-        raise InvalidInput(
-            f'model "{model.name}" has no api_key, and api.openai.com wants one',
-            hint="For example api_key => 'env:OPENAI_API_KEY'; or name the base_url of a server that needs no key.",
-        )
-    keys.resolve(model.api_key)
+    http.check(model, default_url=BASE_URL, example="https://api.openai.com/v1, what comes before /embeddings")
 
 
-def embed(model: Model, texts: Sequence[str], network: Network, timeout_seconds: float) -> np.ndarray:
-    key = keys.resolve(model.api_key)
-    headers = {"Content-Type": "application/json", "Accept": "application/json"}
-    if key is not None:
-        headers["Authorization"] = f"Bearer {key}"
-    url = (model.base_url or BASE_URL).rstrip("/") + "/embeddings"
-    answer = network.post(
-        url,
-        headers,
-        request_body(model, texts),
-        timeout_seconds=timeout_seconds,
-        # A JSON number takes up to 24 bytes; the rest is room for a server that does not know the dimensions asked for.
-        max_answer_bytes=(64 << 20) + 32 * len(texts) * model.dimensions,
-    )
-    if answer.status != 200:
-        raise trouble_of_answer(answer.status, answer.headers, answer.body, key)
-    return vectors_in(answer.body, len(texts), model.dimensions)
+def embed(ask: Ask, network: Network) -> Embedded:
+    key = keys.resolve(ask.model.api_key)
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    url = (ask.model.base_url or BASE_URL).rstrip("/") + "/embeddings"
+    answer = http.post(ask, network, url, headers, request_body(ask), key)
+    return embedded_in(answer, len(ask.texts), ask.model.dimensions)
 
 
 def abort() -> None:
     """Nothing to end: all it does goes over the network."""
 
 
-def request_body(model: Model, texts: Sequence[str]) -> bytes:
-    body: dict[str, Any] = {"model": model.model_id, "input": list(texts), "encoding_format": "base64"}
-    if model.model_id not in WITHOUT_DIMENSIONS:
-        body["dimensions"] = model.dimensions
-    return json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+def request_body(ask: Ask) -> dict[str, Any]:
+    body = {"model": ask.model.model_id, "input": list(ask.texts), "encoding_format": "base64"}
+    if ask.model.model_id in WITHOUT_DIMENSIONS:
+        return body
+    return {**body, "dimensions": ask.model.dimensions}
 
 
-def vectors_in(body: bytes | bytearray, count: int, dimensions: int) -> np.ndarray:
-    """The vectors of an answer in the order of its indexes, (count, dimensions) float32.
-
-    Raises ProviderTrouble for an answer that is not what was asked for, Refused for a vector that is not finite.
-    """
-    import numpy as np
-
+def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedded:
+    """The vectors of an answer in the order of its indexes, and the tokens it reports."""
     try:
-        data = _parsed(body)["data"]
-        vectors = {item["index"]: _vector(item["embedding"]) for item in data}
+        answer = http.parse(body)
+        by_index = {item["index"]: item["embedding"] for item in answer["data"]}
+        if len(answer["data"]) != count or set(by_index) != set(range(count)):
+            raise ProviderTrouble(f"the provider answered with {len(by_index)} vectors for {count} texts")
+        vectors: np.ndarray = http.matrix([by_index[index] for index in range(count)], count, dimensions)
+        return Embedded(vectors, http.tokens_in(answer, "usage", "total_tokens"))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ProviderTrouble(f"the provider's answer is not in the form of the OpenAI API ({error})") from error
-    if len(data) != count or set(vectors) != set(range(count)):
-        raise ProviderTrouble(f"the provider answered with {len(vectors)} vectors for {count} texts")
-    lengths = {len(vector) for vector in vectors.values()}
-    if lengths != {dimensions}:
-        wrong = max(lengths - {dimensions})
-        raise ProviderTrouble(
-            f"the provider's vectors have {wrong} dimensions, the model is defined with {dimensions}", permanent=True
-        )
-    ordered = np.stack([vectors[index] for index in range(count)])
-    if not np.isfinite(ordered).all():
-        raise Refused("the provider answered with a vector that is not finite")
-    return ordered
-
-
-def _parsed(body: bytes | bytearray) -> Any:
-    import orjson
-
-    try:
-        return orjson.loads(body)
-    except ValueError:
-        # Some servers answer NaN, which is no JSON, where a text was too much for their model.
-        return json.loads(body)
-
-
-def _vector(embedding: Any) -> np.ndarray:
-    import numpy as np
-
-    if isinstance(embedding, str):
-        try:
-            return np.frombuffer(base64.b64decode(embedding, validate=True), dtype="<f4")
-        except binascii.Error as error:
-            raise ValueError("invalid base64") from error
-    # null is how JSON writers put what is not a number.
-    numbers = np.array([np.nan if n is None else n for n in embedding] if isinstance(embedding, list) else embedding)
-    if numbers.ndim != 1 or numbers.dtype.kind not in "fi":
-        raise ValueError("an embedding that is not a list of numbers")
-    with np.errstate(over="ignore"):
-        return numbers.astype(np.float32)
 ''',
 "autoembed.worker": r'''"""The path of a job: claim, embed, apply. Knows neither plpy nor requests: database and network are handed in."""
 
@@ -1819,7 +1928,7 @@ from autoembed import batching
 from autoembed.errors import ProviderTrouble, Refused, RowError, rest_seconds
 from autoembed.flight import Flight
 from autoembed.jobs import Job, Ledger, Report, address_of, isolate
-from autoembed.model import Model
+from autoembed.model import Ask, Embedded, Model
 from autoembed.providers import PROVIDERS, provider_of
 
 if TYPE_CHECKING:
@@ -1937,7 +2046,7 @@ class _Pass:
             self._take(pipeline, self._read(pipeline, jobs))
         self._commit()
         if self._outboxes:
-            with Flight[Request, "np.ndarray"](self._options.max_requests, self._breathe, self._abort) as flight:
+            with Flight[Request, Embedded](self._options.max_requests, self._breathe, self._abort) as flight:
                 for model in self._outboxes:
                     self._send(flight, model)
                 for request, outcome in flight.landed():
@@ -2027,7 +2136,7 @@ class _Pass:
 
     # Embed ---------------------------------------------------------------------------------------
 
-    def _send(self, flight: Flight[Request, np.ndarray], model: Model) -> None:
+    def _send(self, flight: Flight[Request, Embedded], model: Model) -> None:
         provider = provider_of(model)
         requests = batching.pack(
             list(self._outboxes[model].jobs),
@@ -2037,15 +2146,13 @@ class _Pass:
         for texts in requests:
             self._submit(flight, Request(model, texts))
 
-    def _submit(self, flight: Flight[Request, np.ndarray], request: Request) -> None:
+    def _submit(self, flight: Flight[Request, Embedded], request: Request) -> None:
         provider = provider_of(request.model)
+        ask = Ask(request.model, request.texts, self._options.timeout_seconds)
         self._ledger.report.requests += 1
-        flight.submit(
-            request,
-            lambda: provider.embed(request.model, request.texts, self._network, self._options.timeout_seconds),
-        )
+        flight.submit(request, lambda: provider.embed(ask, self._network))
 
-    def _land(self, flight: Flight[Request, np.ndarray], request: Request, outcome: np.ndarray | BaseException) -> None:
+    def _land(self, flight: Flight[Request, Embedded], request: Request, outcome: Embedded | BaseException) -> None:
         outbox = self._outboxes[request.model]
         if isinstance(outcome, Refused) and request.probe:
             outcome = ProviderTrouble(f"every request is refused: {outcome}", permanent=True)
@@ -2058,10 +2165,10 @@ class _Pass:
                 self._refuse(flight, request, outcome)
             case BaseException():
                 raise outcome
-            case vectors:
+            case Embedded(vectors):
                 self._accept(flight, request, vectors)
 
-    def _refuse(self, flight: Flight[Request, np.ndarray], request: Request, refusal: Refused) -> None:
+    def _refuse(self, flight: Flight[Request, Embedded], request: Request, refusal: Refused) -> None:
         """Looks for the text to blame, once it is known that the model takes others."""
         outbox = self._outboxes[request.model]
         if outbox.accepted:
@@ -2071,7 +2178,7 @@ class _Pass:
         if len(outbox.suspended) == 1:
             self._submit(flight, Request(request.model, [PROBE], probe=True))
 
-    def _accept(self, flight: Flight[Request, np.ndarray], request: Request, vectors: np.ndarray) -> None:
+    def _accept(self, flight: Flight[Request, Embedded], request: Request, vectors: np.ndarray) -> None:
         outbox = self._outboxes[request.model]
         outbox.accepted = True
         if outbox.failures:
@@ -2083,7 +2190,7 @@ class _Pass:
         for refused, refusal in suspended:
             self._split(flight, refused, refusal)
 
-    def _split(self, flight: Flight[Request, np.ndarray], request: Request, refusal: Refused) -> None:
+    def _split(self, flight: Flight[Request, Embedded], request: Request, refusal: Refused) -> None:
         """Finds the text that is to blame for a refusal: halves the request until it stands alone."""
         if len(request.texts) > 1:
             for half in batching.halves(request.texts):
@@ -2092,7 +2199,7 @@ class _Pass:
         for job in self._outboxes[request.model].jobs[request.texts[0]]:
             self._ledger.fail(job, str(refusal))
 
-    def _give_up_model(self, flight: Flight[Request, np.ndarray], request: Request, trouble: ProviderTrouble) -> None:
+    def _give_up_model(self, flight: Flight[Request, Embedded], request: Request, trouble: ProviderTrouble) -> None:
         """Lets the model rest, for all lanes, and puts back the jobs that were to be sent."""
         outbox = self._outboxes[request.model]
         if outbox.trouble is not trouble:
@@ -2223,7 +2330,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "714c588dc66ae568"
+    GD["autoembed"] = "42fc6d26c788d21a"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -2271,7 +2378,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "714c588dc66ae568":
+    if GD.get("autoembed") != "42fc6d26c788d21a":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -2306,7 +2413,8 @@ CREATE FUNCTION autoembed.create_model(
     api_key text DEFAULT NULL,
     max_inputs_per_request integer DEFAULT NULL,
     max_tokens_per_request integer DEFAULT NULL,
-    max_tokens_per_input integer DEFAULT NULL
+    max_tokens_per_input integer DEFAULT NULL,
+    options jsonb DEFAULT NULL
 )
     RETURNS void
     LANGUAGE plpgsql
@@ -2322,15 +2430,16 @@ BEGIN
             HINT = 'Change it with autoembed.alter_model().';
     END IF;
     INSERT INTO autoembed.model (name, provider, model_id, dimensions, base_url, api_key,
-                                 max_inputs_per_request, max_tokens_per_request, max_tokens_per_input)
+                                 max_inputs_per_request, max_tokens_per_request, max_tokens_per_input, options)
     VALUES (create_model.name, create_model.provider, coalesce(create_model.model_id, create_model.name),
             create_model.dimensions, create_model.base_url, create_model.api_key, create_model.max_inputs_per_request,
-            create_model.max_tokens_per_request, create_model.max_tokens_per_input);
+            create_model.max_tokens_per_request, create_model.max_tokens_per_input,
+            coalesce(create_model.options, '{}'));
     PERFORM autoembed._check_model(create_model.name);
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed.create_model(text, text, integer, text, text, text, integer, integer, integer) IS
-    'Defines a model: its provider (openai, local), the length of its vectors, what the provider calls it (default: its name), where it is, where its key is found (env:NAME or file:PATH), and limits below the provider''s own.';
+COMMENT ON FUNCTION autoembed.create_model(text, text, integer, text, text, text, integer, integer, integer, jsonb) IS
+    'Defines a model: its provider (openai, local), the length of its vectors, what the provider calls it (default: its name), where it is, where its key is found (env:NAME or file:PATH), limits below the provider''s own, and options of the provider.';
 
 CREATE FUNCTION autoembed.alter_model(
     name text,
@@ -2341,7 +2450,8 @@ CREATE FUNCTION autoembed.alter_model(
     api_key text DEFAULT NULL,
     max_inputs_per_request integer DEFAULT NULL,
     max_tokens_per_request integer DEFAULT NULL,
-    max_tokens_per_input integer DEFAULT NULL
+    max_tokens_per_input integer DEFAULT NULL,
+    options jsonb DEFAULT NULL
 )
     RETURNS void
     LANGUAGE plpgsql
@@ -2360,6 +2470,7 @@ BEGIN
         max_inputs_per_request = coalesce(alter_model.max_inputs_per_request, m.max_inputs_per_request),
         max_tokens_per_request = coalesce(alter_model.max_tokens_per_request, m.max_tokens_per_request),
         max_tokens_per_input = coalesce(alter_model.max_tokens_per_input, m.max_tokens_per_input),
+        options = coalesce(alter_model.options, m.options),
         builtin = false
     WHERE m.name = alter_model.name;
     PERFORM autoembed._check_model(alter_model.name);
@@ -2367,7 +2478,7 @@ BEGIN
     PERFORM autoembed._warn_of_blocked_pipelines();
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed.alter_model(text, text, integer, text, text, text, integer, integer, integer) IS
+COMMENT ON FUNCTION autoembed.alter_model(text, text, integer, text, text, text, integer, integer, integer, jsonb) IS
     'Changes what is not NULL of a model, and ends its rest. Rows embedded before keep their vectors.';
 
 CREATE FUNCTION autoembed.drop_model(name text)
@@ -3262,7 +3373,7 @@ CREATE FUNCTION autoembed.process(
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "714c588dc66ae568":
+    if GD.get("autoembed") != "42fc6d26c788d21a":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -3278,7 +3389,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "714c588dc66ae568":
+    if GD.get("autoembed") != "42fc6d26c788d21a":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds)
@@ -3294,7 +3405,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "714c588dc66ae568":
+    if GD.get("autoembed") != "42fc6d26c788d21a":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)

@@ -78,6 +78,7 @@ CREATE TABLE autoembed.model (
     max_inputs_per_request integer CHECK (max_inputs_per_request > 0),
     max_tokens_per_request integer CHECK (max_tokens_per_request > 0),
     max_tokens_per_input integer CHECK (max_tokens_per_input > 0),
+    options jsonb NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(options) = 'object'),
     builtin boolean NOT NULL DEFAULT false
 );
 COMMENT ON TABLE autoembed.model IS 'The ways to embed a text; see create_model().';
@@ -93,6 +94,8 @@ COMMENT ON COLUMN autoembed.model.max_inputs_per_request IS 'Texts in one reques
 COMMENT ON COLUMN autoembed.model.max_tokens_per_request IS 'Tokens in one request; NULL: the provider''s limit.';
 COMMENT ON COLUMN autoembed.model.max_tokens_per_input IS
     'Tokens of one text, longer ones are truncated; NULL: the provider''s limit.';
+COMMENT ON COLUMN autoembed.model.options IS
+    'What only its provider knows; every one over HTTP takes extra_headers and extra_body, objects sent with each request.';
 COMMENT ON COLUMN autoembed.model.builtin IS 'Came with the extension and was never changed.';
 
 INSERT INTO autoembed.model (name, provider, model_id, dimensions, api_key, builtin)

@@ -76,7 +76,8 @@ CREATE FUNCTION autoembed.create_model(
     api_key text DEFAULT NULL,
     max_inputs_per_request integer DEFAULT NULL,
     max_tokens_per_request integer DEFAULT NULL,
-    max_tokens_per_input integer DEFAULT NULL
+    max_tokens_per_input integer DEFAULT NULL,
+    options jsonb DEFAULT NULL
 )
     RETURNS void
     LANGUAGE plpgsql
@@ -92,15 +93,16 @@ BEGIN
             HINT = 'Change it with autoembed.alter_model().';
     END IF;
     INSERT INTO autoembed.model (name, provider, model_id, dimensions, base_url, api_key,
-                                 max_inputs_per_request, max_tokens_per_request, max_tokens_per_input)
+                                 max_inputs_per_request, max_tokens_per_request, max_tokens_per_input, options)
     VALUES (create_model.name, create_model.provider, coalesce(create_model.model_id, create_model.name),
             create_model.dimensions, create_model.base_url, create_model.api_key, create_model.max_inputs_per_request,
-            create_model.max_tokens_per_request, create_model.max_tokens_per_input);
+            create_model.max_tokens_per_request, create_model.max_tokens_per_input,
+            coalesce(create_model.options, '{}'));
     PERFORM autoembed._check_model(create_model.name);
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed.create_model(text, text, integer, text, text, text, integer, integer, integer) IS
-    'Defines a model: its provider (openai, local), the length of its vectors, what the provider calls it (default: its name), where it is, where its key is found (env:NAME or file:PATH), and limits below the provider''s own.';
+COMMENT ON FUNCTION autoembed.create_model(text, text, integer, text, text, text, integer, integer, integer, jsonb) IS
+    'Defines a model: its provider (openai, local), the length of its vectors, what the provider calls it (default: its name), where it is, where its key is found (env:NAME or file:PATH), limits below the provider''s own, and options of the provider.';
 
 CREATE FUNCTION autoembed.alter_model(
     name text,
@@ -111,7 +113,8 @@ CREATE FUNCTION autoembed.alter_model(
     api_key text DEFAULT NULL,
     max_inputs_per_request integer DEFAULT NULL,
     max_tokens_per_request integer DEFAULT NULL,
-    max_tokens_per_input integer DEFAULT NULL
+    max_tokens_per_input integer DEFAULT NULL,
+    options jsonb DEFAULT NULL
 )
     RETURNS void
     LANGUAGE plpgsql
@@ -130,6 +133,7 @@ BEGIN
         max_inputs_per_request = coalesce(alter_model.max_inputs_per_request, m.max_inputs_per_request),
         max_tokens_per_request = coalesce(alter_model.max_tokens_per_request, m.max_tokens_per_request),
         max_tokens_per_input = coalesce(alter_model.max_tokens_per_input, m.max_tokens_per_input),
+        options = coalesce(alter_model.options, m.options),
         builtin = false
     WHERE m.name = alter_model.name;
     PERFORM autoembed._check_model(alter_model.name);
@@ -137,7 +141,7 @@ BEGIN
     PERFORM autoembed._warn_of_blocked_pipelines();
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed.alter_model(text, text, integer, text, text, text, integer, integer, integer) IS
+COMMENT ON FUNCTION autoembed.alter_model(text, text, integer, text, text, text, integer, integer, integer, jsonb) IS
     'Changes what is not NULL of a model, and ends its rest. Rows embedded before keep their vectors.';
 
 CREATE FUNCTION autoembed.drop_model(name text)

@@ -101,7 +101,7 @@ class Database:
             ["integer", "double precision"],
             [max_rows, lease_seconds],
         )
-        return [Message(row["message_id"], row["read_count"], _loads(row["message"])) for row in rows]
+        return [Message(row["message_id"], row["read_count"], _body(row["message"])) for row in rows]
 
     def extend(self, message_ids: Sequence[int], lease_seconds: float) -> None:
         self._run(
@@ -142,14 +142,15 @@ class Database:
                 truncate=row["truncate"],
                 blocked=row["blocked"],
                 failures=row["failures"],
-                model=Model.from_row(_loads(row["model"])),
+                model=Model.from_row(json.loads(row["model"])),
             )
             for row in rows
         }
 
     def model(self, name: str | None) -> Model:
         """The model of that name, the default one for None; an error of PostgreSQL's kind if there is none."""
-        return Model.from_row(self._run("SELECT m.* FROM autoembed._model($1) AS m", ["text"], [name])[0])
+        sql = "SELECT pg_catalog.to_jsonb(m) AS model FROM autoembed._model($1) AS m"
+        return Model.from_row(json.loads(self._run(sql, ["text"], [name])[0]["model"]))
 
     def rest_model(self, name: str, seconds: float, needs_attention: bool, reason: str) -> None:
         self._run(
@@ -275,6 +276,6 @@ def literals(vectors: np.ndarray) -> list[str]:
     return [orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY).decode() for row in rows]
 
 
-def _loads(value: str | None) -> Any:
+def _body(message: str | None) -> Any:
     # Fractions stay text: a numeric key must come back digit by digit.
-    return None if value is None else json.loads(value, parse_float=str)
+    return None if message is None else json.loads(message, parse_float=str)

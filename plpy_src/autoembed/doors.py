@@ -9,7 +9,7 @@ from typing import Any
 from autoembed import database, worker
 from autoembed.errors import InvalidInput, ProviderTrouble, Trouble
 from autoembed.flight import Flight
-from autoembed.model import Model
+from autoembed.model import Ask, Embedded, Model
 from autoembed.network import Network
 from autoembed.providers import provider_of
 
@@ -81,12 +81,13 @@ def _embed_query(here: database.Database, model: Model, content: str) -> str:
         _network.abort()
         provider.abort()
 
-    with Flight[None, Any](1, here.breathe, abort) as flight:
-        flight.submit(None, lambda: provider.embed(model, [content], _network, QUERY_TIMEOUT_SECONDS))
+    with Flight[None, Embedded](1, here.breathe, abort) as flight:
+        ask = Ask(model, [content], QUERY_TIMEOUT_SECONDS, purpose="query")
+        flight.submit(None, lambda: provider.embed(ask, _network))
         [(_, outcome)] = flight.landed()
     if isinstance(outcome, BaseException):
         raise outcome
-    return database.literals(outcome)[0]
+    return database.literals(outcome.vectors)[0]
 
 
 def _options(batch_size: int, max_requests: int, timeout_milliseconds: int) -> worker.Options:

@@ -1,10 +1,17 @@
-"""A model as the table autoembed.model defines it, and what the path of a job needs to know of it."""
+"""A model as the table autoembed.model defines it; what it is asked, and what it answers."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# What a text is embedded as: many models embed a question and the document that answers it in two ways.
+Purpose = Literal["document", "query"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +27,7 @@ class Model:
     max_inputs_per_request: int | None = None
     max_tokens_per_request: int | None = None
     max_tokens_per_input: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Model:
@@ -29,3 +37,21 @@ class Model:
         """16 bytes that tell whether this text, by this model, has been embedded before."""
         name = f"{self.provider}\0{self.model_id}\0{self.dimensions}\0"
         return hashlib.blake2b((name + content).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Texts of one model that travel together, what they are, and how long the answer may take."""
+
+    model: Model
+    texts: Sequence[str]
+    timeout_seconds: float
+    purpose: Purpose = "document"
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What a provider made of them: (n, dimensions) float32, in their order, finite; and the tokens it counted."""
+
+    vectors: np.ndarray
+    tokens: int | None = None

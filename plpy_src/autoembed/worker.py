@@ -13,7 +13,7 @@ from autoembed import batching
 from autoembed.errors import ProviderTrouble, Refused, RowError, rest_seconds
 from autoembed.flight import Flight
 from autoembed.jobs import Job, Ledger, Report, address_of, isolate
-from autoembed.model import Model
+from autoembed.model import Ask, Embedded, Model
 from autoembed.providers import PROVIDERS, provider_of
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class _Pass:
             self._take(pipeline, self._read(pipeline, jobs))
         self._commit()
         if self._outboxes:
-            with Flight[Request, "np.ndarray"](self._options.max_requests, self._breathe, self._abort) as flight:
+            with Flight[Request, Embedded](self._options.max_requests, self._breathe, self._abort) as flight:
                 for model in self._outboxes:
                     self._send(flight, model)
                 for request, outcome in flight.landed():
@@ -221,7 +221,7 @@ class _Pass:
 
     # Embed ---------------------------------------------------------------------------------------
 
-    def _send(self, flight: Flight[Request, np.ndarray], model: Model) -> None:
+    def _send(self, flight: Flight[Request, Embedded], model: Model) -> None:
         provider = provider_of(model)
         requests = batching.pack(
             list(self._outboxes[model].jobs),
@@ -231,15 +231,13 @@ class _Pass:
         for texts in requests:
             self._submit(flight, Request(model, texts))
 
-    def _submit(self, flight: Flight[Request, np.ndarray], request: Request) -> None:
+    def _submit(self, flight: Flight[Request, Embedded], request: Request) -> None:
         provider = provider_of(request.model)
+        ask = Ask(request.model, request.texts, self._options.timeout_seconds)
         self._ledger.report.requests += 1
-        flight.submit(
-            request,
-            lambda: provider.embed(request.model, request.texts, self._network, self._options.timeout_seconds),
-        )
+        flight.submit(request, lambda: provider.embed(ask, self._network))
 
-    def _land(self, flight: Flight[Request, np.ndarray], request: Request, outcome: np.ndarray | BaseException) -> None:
+    def _land(self, flight: Flight[Request, Embedded], request: Request, outcome: Embedded | BaseException) -> None:
         outbox = self._outboxes[request.model]
         if isinstance(outcome, Refused) and request.probe:
             outcome = ProviderTrouble(f"every request is refused: {outcome}", permanent=True)
@@ -252,10 +250,10 @@ class _Pass:
                 self._refuse(flight, request, outcome)
             case BaseException():
                 raise outcome
-            case vectors:
+            case Embedded(vectors):
                 self._accept(flight, request, vectors)
 
-    def _refuse(self, flight: Flight[Request, np.ndarray], request: Request, refusal: Refused) -> None:
+    def _refuse(self, flight: Flight[Request, Embedded], request: Request, refusal: Refused) -> None:
         """Looks for the text to blame, once it is known that the model takes others."""
         outbox = self._outboxes[request.model]
         if outbox.accepted:
@@ -265,7 +263,7 @@ class _Pass:
         if len(outbox.suspended) == 1:
             self._submit(flight, Request(request.model, [PROBE], probe=True))
 
-    def _accept(self, flight: Flight[Request, np.ndarray], request: Request, vectors: np.ndarray) -> None:
+    def _accept(self, flight: Flight[Request, Embedded], request: Request, vectors: np.ndarray) -> None:
         outbox = self._outboxes[request.model]
         outbox.accepted = True
         if outbox.failures:
@@ -277,7 +275,7 @@ class _Pass:
         for refused, refusal in suspended:
             self._split(flight, refused, refusal)
 
-    def _split(self, flight: Flight[Request, np.ndarray], request: Request, refusal: Refused) -> None:
+    def _split(self, flight: Flight[Request, Embedded], request: Request, refusal: Refused) -> None:
         """Finds the text that is to blame for a refusal: halves the request until it stands alone."""
         if len(request.texts) > 1:
             for half in batching.halves(request.texts):
@@ -286,7 +284,7 @@ class _Pass:
         for job in self._outboxes[request.model].jobs[request.texts[0]]:
             self._ledger.fail(job, str(refusal))
 
-    def _give_up_model(self, flight: Flight[Request, np.ndarray], request: Request, trouble: ProviderTrouble) -> None:
+    def _give_up_model(self, flight: Flight[Request, Embedded], request: Request, trouble: ProviderTrouble) -> None:
         """Lets the model rest, for all lanes, and puts back the jobs that were to be sent."""
         outbox = self._outboxes[request.model]
         if outbox.trouble is not trouble:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoembed.errors import RowError
-from autoembed.model import Model
+from autoembed.model import Ask, Embedded, Model
 
 Vector = NDArray[np.float32]
 
@@ -289,9 +289,9 @@ class FakeProvider:
     def check(self, model: Model) -> None:
         pass
 
-    def embed(self, model: Model, texts: Sequence[str], network: Any, timeout_seconds: float) -> Vector:
-        self.requests.append(list(texts))
-        return self.answer(list(texts))
+    def embed(self, ask: Ask, network: Any) -> Embedded:
+        self.requests.append(list(ask.texts))
+        return Embedded(self.answer(list(ask.texts)))
 
     def abort(self) -> None:
         self.aborted.set()

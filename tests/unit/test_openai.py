@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoembed.errors import InvalidInput, ProviderTrouble, Refused
-from autoembed.model import Model
+from autoembed.model import Ask, Model
 from autoembed.network import Answer, Network
-from autoembed.providers import PROVIDERS, openai, provider_of
+from autoembed.providers import PROVIDERS, http, openai, provider_of
 from fake_api import FakeApi, Server, embedding_of
 
 SMALL = Model("small", "openai", "text-embedding-3-small", 1536)
@@ -29,7 +29,7 @@ TEXTS = ["one", "Grüße, 世界 🦊", "three"]
 
 
 def test_a_request_has_the_fields_of_the_api_reference() -> None:
-    assert json.loads(openai.request_body(replace(SMALL, dimensions=256), TEXTS)) == {
+    assert json.loads(http.encode(openai.request_body(Ask(replace(SMALL, dimensions=256), TEXTS, 5)))) == {
         "model": "text-embedding-3-small",
         "input": TEXTS,
         "encoding_format": "base64",
@@ -38,18 +38,20 @@ def test_a_request_has_the_fields_of_the_api_reference() -> None:
 
 
 def test_a_model_that_knows_no_dimensions_is_not_sent_any() -> None:
-    body = json.loads(openai.request_body(replace(SMALL, model_id="text-embedding-ada-002"), TEXTS))
+    body = json.loads(
+        http.encode(openai.request_body(Ask(replace(SMALL, model_id="text-embedding-ada-002"), TEXTS, 5)))
+    )
 
     assert "dimensions" not in body
 
 
 @given(st.lists(st.text(), min_size=1))
 def test_texts_arrive_as_they_are(texts: list[str]) -> None:
-    assert json.loads(openai.request_body(SMALL, texts))["input"] == texts
+    assert json.loads(http.encode(openai.request_body(Ask(SMALL, texts, 5))))["input"] == texts
 
 
 def test_half_a_surrogate_pair_breaks_no_request() -> None:
-    assert json.loads(openai.request_body(SMALL, ["a\ud83eb"]))["input"] == ["a?b"]
+    assert json.loads(http.encode(openai.request_body(Ask(SMALL, ["a\ud83eb"], 5))))["input"] == ["a?b"]
 
 
 # --- what it makes of an answer ----------------------------------------------------------------------
@@ -79,7 +81,7 @@ def answer(*embeddings: Any, indexes: list[Any] | None = None) -> bytes:
     ],
 )
 def test_vectors_come_in_the_order_of_the_texts(body: bytes) -> None:
-    vectors = openai.vectors_in(body, 3, 2)
+    vectors = openai.embedded_in(body, 3, 2).vectors
 
     assert vectors.dtype == np.float32
     assert vectors.tolist() == [[1, 2], [3, 4], [5, 6]]
@@ -87,8 +89,8 @@ def test_vectors_come_in_the_order_of_the_texts(body: bytes) -> None:
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1))
 def test_base64_and_numbers_give_the_same_vector(numbers: list[float]) -> None:
-    by_base64 = openai.vectors_in(answer(packed(*numbers)), 1, len(numbers))
-    by_numbers = openai.vectors_in(answer(numbers), 1, len(numbers))
+    by_base64 = openai.embedded_in(answer(packed(*numbers)), 1, len(numbers)).vectors
+    by_numbers = openai.embedded_in(answer(numbers), 1, len(numbers)).vectors
 
     assert by_base64.tolist() == by_numbers.tolist() == [numbers]
 
@@ -129,7 +131,7 @@ def test_base64_and_numbers_give_the_same_vector(numbers: list[float]) -> None:
 )
 def test_an_answer_in_another_form_is_the_providers_trouble(body: bytes) -> None:
     with pytest.raises(ProviderTrouble, match="not in the form of the OpenAI API") as caught:
-        openai.vectors_in(body, 1, 2)
+        openai.embedded_in(body, 1, 2)
 
     assert not caught.value.permanent
 
@@ -150,7 +152,7 @@ def test_an_answer_in_another_form_is_the_providers_trouble(body: bytes) -> None
 )
 def test_every_text_must_have_exactly_one_vector(body: bytes) -> None:
     with pytest.raises(ProviderTrouble, match="for 2 texts") as caught:
-        openai.vectors_in(body, 2, 2)
+        openai.embedded_in(body, 2, 2)
 
     assert not caught.value.permanent
 
@@ -166,7 +168,7 @@ def test_every_text_must_have_exactly_one_vector(body: bytes) -> None:
 )
 def test_vectors_of_other_dimensions_need_somebody_to_act(body: bytes, wrong: int) -> None:
     with pytest.raises(ProviderTrouble) as caught:
-        openai.vectors_in(body, 2, 2)
+        openai.embedded_in(body, 2, 2)
 
     assert str(caught.value) == f"the provider's vectors have {wrong} dimensions, the model is defined with 2"
     assert caught.value.permanent
@@ -189,7 +191,7 @@ def test_vectors_of_other_dimensions_need_somebody_to_act(body: bytes, wrong: in
 )
 def test_a_vector_that_is_not_finite_is_its_texts_fault(body: bytes) -> None:
     with pytest.raises(Refused, match="not finite"):
-        openai.vectors_in(body, 2, 2)
+        openai.embedded_in(body, 2, 2)
 
 
 # --- check -------------------------------------------------------------------------------------------
@@ -267,34 +269,34 @@ def model(api: FakeApi, tmp_path: Path) -> Model:
 def test_each_text_gets_its_vector(api: FakeApi, model: Model, network: Network, behaviour: dict[str, Any]) -> None:
     api.behave(**behaviour)
 
-    vectors = openai.embed(model, TEXTS, network, 5)
+    vectors = openai.embed(Ask(model, TEXTS, 5), network).vectors
 
     assert np.array_equal(vectors, np.stack([embedding_of(text) for text in TEXTS]))
 
 
 @pytest.mark.parametrize("slashes", ["", "/", "//"])
 def test_the_base_url_may_end_in_a_slash(api: FakeApi, model: Model, network: Network, slashes: str) -> None:
-    openai.embed(replace(model, base_url=api.base_url + slashes), ["a"], network, 5)
+    openai.embed(Ask(replace(model, base_url=api.base_url + slashes), ["a"], 5), network)
 
     assert [request["path"] for request in api.log()] == [f"/{api.tenant}/v1/embeddings"]
 
 
 def test_the_key_is_sent(api: FakeApi, model: Model, network: Network) -> None:
-    openai.embed(model, ["a"], network, 5)
+    openai.embed(Ask(model, ["a"], 5), network)
 
     assert api.log()[0]["key_sha256"] == sha256(b"sk-right").hexdigest()
 
 
 def test_without_a_key_none_is_sent(api: FakeApi, model: Model, network: Network) -> None:
     with pytest.raises(ProviderTrouble, match="didn't provide an API key"):
-        openai.embed(replace(model, api_key=None), ["a"], network, 5)
+        openai.embed(Ask(replace(model, api_key=None), ["a"], 5), network)
 
     assert "Authorization" not in api.log()[0]["headers"]
 
 
 def test_a_missing_key_calls_nobody(api: FakeApi, model: Model, network: Network) -> None:
     with pytest.raises(ProviderTrouble, match="no API key"):
-        openai.embed(replace(model, api_key="file:/nowhere"), ["a"], network, 5)
+        openai.embed(Ask(replace(model, api_key="file:/nowhere"), ["a"], 5), network)
 
     assert api.log() == []
 
@@ -333,11 +335,11 @@ def test_a_fault_of_the_api_is_its_kind_of_trouble(
     api.behave(faults=[fault])
 
     with pytest.raises(Refused if kind is Refused else ProviderTrouble) as caught:
-        openai.embed(model, TEXTS, network, 5)
+        openai.embed(Ask(model, TEXTS, 5), network)
 
     if isinstance(caught.value, ProviderTrouble):
         assert caught.value.permanent == (kind == "permanent")
-    assert openai.embed(model, TEXTS, network, 5).shape == (3, 1536)
+    assert openai.embed(Ask(model, TEXTS, 5), network).vectors.shape == (3, 1536)
 
 
 @pytest.mark.parametrize(("header", "low", "high"), [("retry_after", 7, 7), ("retry_after_date", 6, 8)])
@@ -347,7 +349,7 @@ def test_retry_after_reaches_the_trouble(
     api.behave(faults=[{"status": 429, header: 7}])
 
     with pytest.raises(ProviderTrouble) as caught:
-        openai.embed(model, ["a"], network, 5)
+        openai.embed(Ask(model, ["a"], 5), network)
 
     assert caught.value.retry_after_seconds is not None
     assert low <= caught.value.retry_after_seconds <= high
@@ -357,7 +359,7 @@ def test_a_key_that_the_api_echoes_is_in_no_error(api: FakeApi, model: Model, ne
     api.behave(faults=[{"echo_authorization": True}])
 
     with pytest.raises(ProviderTrouble, match="Bearer \\*\\*\\*") as caught:
-        openai.embed(model, ["a"], network, 5)
+        openai.embed(Ask(model, ["a"], 5), network)
 
     assert "sk-right" not in str(caught.value)
 
@@ -369,7 +371,7 @@ def test_a_key_that_no_header_can_carry_is_trouble_to_mend_and_in_no_error(
     (tmp_path / "key").write_text(key)
 
     with pytest.raises(ProviderTrouble) as caught:
-        openai.embed(model, ["a"], network, 5)
+        openai.embed(Ask(model, ["a"], 5), network)
 
     assert "secret" not in str(caught.value)
     assert caught.value.permanent
@@ -382,7 +384,7 @@ def test_an_answer_of_another_success_than_200_is_no_answer(model: Model) -> Non
             return Answer(202, {}, b"")
 
     with pytest.raises(ProviderTrouble, match="the provider answered 202"):
-        openai.embed(model, ["a"], Accepting(1), 5)
+        openai.embed(Ask(model, ["a"], 5), Accepting(1))
 
 
 @pytest.mark.parametrize(("count", "dimensions"), [(1, 1), (2048, 3072)])
@@ -397,7 +399,7 @@ def test_the_bound_of_an_answer_leaves_room_for_the_longest_right_one(
             return Answer(500, {}, b"")
 
     with pytest.raises(ProviderTrouble):
-        openai.embed(replace(model, dimensions=dimensions), ["a"] * count, Refusing(1), 5)
+        openai.embed(Ask(replace(model, dimensions=dimensions), ["a"] * count, 5), Refusing(1))
 
     longest_number = len("-1.2345678901234567e-123, ")
     assert bounds[0] > count * dimensions * longest_number

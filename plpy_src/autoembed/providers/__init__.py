@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from autoembed.errors import InvalidInput
-from autoembed.model import Model
+from autoembed.model import Ask, Embedded, Model
 from autoembed.providers import local, openai
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from autoembed.network import Network
 
 
@@ -26,8 +23,8 @@ class Provider(Protocol):
     def check(self, model: Model) -> None:
         """Raises InvalidInput if the model cannot work as defined, ProviderTrouble if something is not there yet."""
 
-    def embed(self, model: Model, texts: Sequence[str], network: Network, timeout_seconds: float) -> np.ndarray:
-        """The vectors of the texts in order: (n, dimensions) float32, finite. Raises Trouble. Runs in a thread."""
+    def embed(self, ask: Ask, network: Network) -> Embedded:
+        """The vectors of the texts. Raises Trouble. Runs in a thread."""
 
     def abort(self) -> None:
         """Ends what embed() is doing without the network."""

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from autoembed.errors import InvalidInput, ProviderTrouble
-from autoembed.model import Model
+from autoembed.model import Ask, Embedded, Model
+from autoembed.providers import http
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from autoembed.network import Network
     from autoembed.onnx_model import OnnxModel
 
@@ -35,22 +33,23 @@ def folder_of(model: Model) -> str:
 def check(model: Model) -> None:
     if model.api_key is not None:
         raise InvalidInput(f'model "{model.name}" runs inside the server and takes no api_key')
+    http.check_options(model, frozenset())
     for name in ("model.onnx", "tokenizer.json"):
         path = os.path.join(folder_of(model), name)
         if not os.path.exists(path):
             raise ProviderTrouble(f"the model's file {path} does not exist on the server", permanent=True)
 
 
-def embed(model: Model, texts: Sequence[str], network: Network, timeout_seconds: float) -> np.ndarray:
+def embed(ask: Ask, network: Network) -> Embedded:
     with _running:
         _stopping.clear()
-        vectors = _onnx_model(model).embed(texts, _stop_if_told)
-    if vectors.shape[1] != model.dimensions:
+        vectors = _onnx_model(ask.model).embed(ask.texts, _stop_if_told)
+    if vectors.shape[1] != ask.model.dimensions:
         raise ProviderTrouble(
-            f"the model's vectors have {vectors.shape[1]} dimensions, it is defined with {model.dimensions}",
+            f"the model's vectors have {vectors.shape[1]} dimensions, it is defined with {ask.model.dimensions}",
             permanent=True,
         )
-    return vectors
+    return Embedded(vectors)
 
 
 def abort() -> None:

@@ -1,0 +1,144 @@
+"""What all providers over HTTP have in common: the round trip, and what an answer must be."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from autoembed import keys
+from autoembed.errors import InvalidInput, ProviderTrouble, Refused, trouble_of_answer
+from autoembed.model import Ask, Model
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from autoembed.network import Network
+
+# Options that every provider over HTTP takes: sent with each request, over what we would send.
+OPTIONS = frozenset({"extra_headers", "extra_body"})
+SECRET_HEADERS = {"authorization", "proxy-authorization", "cookie", "api-key", "x-api-key", "x-goog-api-key"}
+
+
+def check(model: Model, *, default_url: str | None, example: str, options: frozenset[str] = OPTIONS) -> None:
+    """Raises InvalidInput for a definition that cannot work, ProviderTrouble for a key that is not there yet."""
+    url = model.base_url or default_url
+    if url is None:
+        raise InvalidInput(f'model "{model.name}" has no base_url', hint=f"For example {example}.")
+    if not url.startswith(("https://", "http://")):
+        raise InvalidInput(
+            f'model "{model.name}" has the base_url "{url}", which is not an http or https URL',
+            hint=f"For example {example}.",
+        )
+    check_options(model, options)
+    for name in sorted(OPTIONS & model.options.keys()):
+        if not isinstance(model.options[name], dict):
+            raise InvalidInput(f'option {name} of model "{model.name}" is not an object')
+    secret = sorted(name for name in model.options.get("extra_headers", {}) if name.lower() in SECRET_HEADERS)
+    if secret:
+        raise InvalidInput(
+            f'option extra_headers of model "{model.name}" has {secret[0]}, which would keep a secret in a table',
+            hint="Say where the key is found with api_key => 'env:NAME' or 'file:PATH'.",
+        )
+    if default_url is not None and model.base_url is None and model.api_key is None:
+        raise InvalidInput(
+            f'model "{model.name}" has no api_key, and {default_url} wants one',
+            hint="For example api_key => 'env:NAME'; or name the base_url of a server that needs no key.",
+        )
+    keys.resolve(model.api_key)
+
+
+def check_options(model: Model, known: frozenset[str]) -> None:
+    """Raises InvalidInput for an option that the provider does not know."""
+    unknown = sorted(model.options.keys() - known)
+    if unknown:
+        raise InvalidInput(
+            f'model "{model.name}" has the option {unknown[0]}, which the provider {model.provider} does not know',
+            hint=f"Its options are: {', '.join(sorted(known)) or 'none'}.",
+        )
+
+
+def post(
+    ask: Ask, network: Network, url: str, headers: Mapping[str, str], body: Mapping[str, Any], secret: str | None
+) -> bytes | bytearray:
+    """The body of a 200 answer; raises what any other means. secret: to be kept out of errors."""
+    answer = network.post(
+        url,
+        {
+            "Content-Type": "application/json",
+            "Accept": "application/json",
+            **headers,
+            **ask.model.options.get("extra_headers", {}),
+        },
+        encode({**body, **ask.model.options.get("extra_body", {})}),
+        timeout_seconds=ask.timeout_seconds,
+        # A JSON number takes up to 24 bytes; the rest is room for a server that does not know the dimensions asked for.
+        max_answer_bytes=(64 << 20) + 32 * len(ask.texts) * ask.model.dimensions,
+    )
+    if answer.status != 200:
+        raise trouble_of_answer(answer.status, answer.headers, answer.body, secret)
+    return answer.body
+
+
+def encode(body: Mapping[str, Any]) -> bytes:
+    """JSON; half a surrogate pair, which UTF-8 cannot carry, becomes a question mark."""
+    return json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+
+
+def parse(body: bytes | bytearray) -> Any:
+    """JSON, or ValueError."""
+    import orjson
+
+    try:
+        return orjson.loads(body)
+    except ValueError:
+        # Some servers answer NaN, which is no JSON, where a text was too much for their model.
+        return json.loads(body)
+
+
+def tokens_in(answer: Any, *path: str) -> int | None:
+    """The count of tokens that an answer reports at that path; None if it reports none."""
+    for name in path:
+        answer = answer.get(name) if isinstance(answer, dict) else None
+    return answer if isinstance(answer, int) else None
+
+
+def matrix(embeddings: Sequence[Any], count: int, dimensions: int) -> np.ndarray:
+    """Embeddings, lists of numbers or base64 of float32, as (count, dimensions) float32.
+
+    Raises ValueError for what is no embedding, ProviderTrouble for too many, too few or of the wrong length, Refused
+    for one that is not finite.
+    """
+    import numpy as np
+
+    vectors = [_vector(embedding) for embedding in embeddings]
+    if len(vectors) != count:
+        raise ProviderTrouble(f"the provider answered with {len(vectors)} vectors for {count} texts")
+    lengths = {len(vector) for vector in vectors}
+    if lengths != {dimensions}:
+        wrong = max(lengths - {dimensions})
+        raise ProviderTrouble(
+            f"the provider's vectors have {wrong} dimensions, the model is defined with {dimensions}", permanent=True
+        )
+    stacked = np.stack(vectors)
+    if not np.isfinite(stacked).all():
+        raise Refused("the provider answered with a vector that is not finite")
+    return stacked
+
+
+def _vector(embedding: Any) -> np.ndarray:
+    import numpy as np
+
+    if isinstance(embedding, str):
+        try:
+            return np.frombuffer(base64.b64decode(embedding, validate=True), dtype="<f4")
+        except binascii.Error as error:
+            raise ValueError("invalid base64") from error
+    # null is how JSON writers put what is not a number.
+    numbers = np.array([np.nan if n is None else n for n in embedding] if isinstance(embedding, list) else embedding)
+    if numbers.ndim != 1 or numbers.dtype.kind not in "fi":
+        raise ValueError("an embedding that is not a list of numbers")
+    with np.errstate(over="ignore"):
+        return numbers.astype(np.float32)
