@@ -310,6 +310,7 @@ def halves(items: list[Item]) -> tuple[list[Item], list[Item]]:
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -343,8 +344,8 @@ class Message:
 class Pipeline:
     """One embedding column of one table.
 
-    truncate: too long texts are cut rather than failed; blocked: why its jobs wait, if they do; failures: how often its
-    model's provider has failed in a row.
+    truncate: too long texts are cut rather than failed; trusted: its owner is a superuser; blocked: why its jobs wait,
+    if they do; failures: how often its model's provider has failed in a row.
     """
 
     id: int
@@ -353,6 +354,7 @@ class Pipeline:
     content_function: str
     embedding_column: str
     truncate: bool
+    trusted: bool
     blocked: str | None
     failures: int
     model: Model
@@ -364,6 +366,10 @@ class Row:
 
     content: str | None
     has_embedding: bool
+
+
+class _Undo(Exception):
+    """Rolls a subtransaction back that has done what it was for."""
 
 
 class Database:
@@ -398,7 +404,9 @@ class Database:
 
     def statement_timeout_seconds(self) -> float | None:
         """How long a statement of this session may take; None: as long as it likes."""
-        row = self._run("SELECT s.setting FROM pg_catalog.pg_settings AS s WHERE s.name = 'statement_timeout'")[0]
+        row = self._run(
+            "SELECT s.setting FROM pg_catalog.pg_settings AS s WHERE s.name OPERATOR(pg_catalog.=) 'statement_timeout'"
+        )[0]
         return int(row["setting"]) / 1000 or None
 
     # The queue -----------------------------------------------------------------------------------
@@ -406,7 +414,7 @@ class Database:
     def claim(self, max_rows: int, lease_seconds: float) -> list[Message]:
         rows = self._run(
             "SELECT c.message_id, c.read_count, c.message FROM autoembed._claim($1, $2) AS c",
-            ["integer", "double precision"],
+            ["pg_catalog.int4", "pg_catalog.float8"],
             [max_rows, lease_seconds],
         )
         return [Message(row["message_id"], row["read_count"], _body(row["message"])) for row in rows]
@@ -414,20 +422,20 @@ class Database:
     def extend(self, message_ids: Sequence[int], lease_seconds: float) -> None:
         self._run(
             "SELECT autoembed._extend($1, $2)",
-            ["bigint[]", "double precision"],
+            ["pg_catalog.int8[]", "pg_catalog.float8"],
             [list(message_ids), lease_seconds],
         )
 
     def settle(self, message_ids: Sequence[int]) -> None:
-        self._run("SELECT autoembed._settle($1)", ["bigint[]"], [list(message_ids)])
+        self._run("SELECT autoembed._settle($1)", ["pg_catalog.int8[]"], [list(message_ids)])
 
     def release(self, message_ids: Sequence[int]) -> None:
-        self._run("SELECT autoembed._release($1)", ["bigint[]"], [list(message_ids)])
+        self._run("SELECT autoembed._release($1)", ["pg_catalog.int8[]"], [list(message_ids)])
 
     def requeue(self, pipeline_id: int, keys: Sequence[str], attempts: int, delay_seconds: float) -> None:
         self._run(
             "SELECT autoembed._requeue($1, $2, $3, $4)",
-            ["integer", "jsonb", "integer", "double precision"],
+            ["pg_catalog.int4", "pg_catalog.jsonb", "pg_catalog.int4", "pg_catalog.float8"],
             [pipeline_id, f"[{','.join(keys)}]", attempts, delay_seconds],
         )
 
@@ -436,10 +444,12 @@ class Database:
     def resolve(self, body: Any) -> int:
         """The pipeline of a message of the guide's form; RowError if it is of no use."""
         with _row_errors():
-            return int(self._run("SELECT autoembed._resolve($1) AS id", ["jsonb"], [json.dumps(body)])[0]["id"])
+            return int(
+                self._run("SELECT autoembed._resolve($1) AS id", ["pg_catalog.jsonb"], [json.dumps(body)])[0]["id"]
+            )
 
     def pipelines(self, ids: Sequence[int]) -> dict[int, Pipeline]:
-        rows = self._run("SELECT p.* FROM autoembed._pipelines($1) AS p", ["integer[]"], [list(ids)])
+        rows = self._run("SELECT p.* FROM autoembed._pipelines($1) AS p", ["pg_catalog.int4[]"], [list(ids)])
         return {
             row["id"]: Pipeline(
                 id=row["id"],
@@ -448,6 +458,7 @@ class Database:
                 content_function=row["content_function"],
                 embedding_column=row["embedding_column"],
                 truncate=row["truncate"],
+                trusted=row["trusted"],
                 blocked=row["blocked"],
                 failures=row["failures"],
                 model=Model.from_row(json.loads(row["model"])),
@@ -458,17 +469,17 @@ class Database:
     def model(self, name: str | None) -> Model:
         """The model of that name, the default one for None; an error of PostgreSQL's kind if there is none."""
         sql = "SELECT pg_catalog.to_jsonb(m) AS model FROM autoembed._model($1) AS m"
-        return Model.from_row(json.loads(self._run(sql, ["text"], [name])[0]["model"]))
+        return Model.from_row(json.loads(self._run(sql, ["pg_catalog.text"], [name])[0]["model"]))
 
     def rest_model(self, name: str, seconds: float, needs_attention: bool, reason: str) -> None:
         self._run(
             "SELECT autoembed._rest_model($1, $2, $3, $4)",
-            ["text", "double precision", "boolean", "text"],
+            ["pg_catalog.text", "pg_catalog.float8", "pg_catalog.bool", "pg_catalog.text"],
             [name, seconds, needs_attention, reason],
         )
 
     def resume_model(self, name: str) -> None:
-        self._run("SELECT autoembed.resume_model($1)", ["text"], [name])
+        self._run("SELECT autoembed.resume_model($1)", ["pg_catalog.text"], [name])
 
     def warn_of_blocked_pipelines(self) -> None:
         """Warns of the pipelines that have jobs waiting and cannot be embedded."""
@@ -478,18 +489,21 @@ class Database:
 
     def rows(self, pipeline: Pipeline, keys: Sequence[str]) -> dict[str, Row]:
         """The rows that exist, by key; RowError if the content function fails for one of them."""
-        with _row_errors():
+        rows: Any = []
+        with _row_errors(), contextlib.suppress(_Undo), plpy.subtransaction():
             rows = self._run(
                 f"SELECT c.key, c.content, c.has_embedding FROM autoembed._content_{pipeline.id}($1) AS c",
-                ["text[]"],
+                ["pg_catalog.text[]"],
                 [list(keys)],
             )
+            # Whatever the owner's code has done besides: settings, temporary objects.
+            raise _Undo
         return {row["key"]: Row(row["content"], row["has_embedding"]) for row in rows}
 
     def digests(self, pipeline: Pipeline, keys: Sequence[str]) -> dict[str, bytes]:
         rows = self._run(
             "SELECT d.key, d.digest FROM autoembed._digests($1, $2) AS d",
-            ["integer", "text[]"],
+            ["pg_catalog.int4", "pg_catalog.text[]"],
             [pipeline.id, list(keys)],
         )
         return {row["key"]: row["digest"] for row in rows}
@@ -507,12 +521,14 @@ class Database:
         vector; then none was written.
         """
         embeddings = [None] * len(keys) if vectors is None else literals(vectors)
-        with _row_errors():
+        with _row_errors(), contextlib.nullcontext() if pipeline.trusted else self._settings_kept():
             rows = self._run(
                 f"SELECT w.key, w.outcome FROM autoembed._write_{pipeline.id}($1, $2, $3) AS w",
-                ["text[]", "text[]", "text[]"],
+                ["pg_catalog.text[]", "pg_catalog.text[]", "pg_catalog.text[]"],
                 [list(keys), list(contents), embeddings],
             )
+            if not pipeline.trusted:
+                self._run("SELECT autoembed._check_deferred()")
         return {row["key"]: row["outcome"] for row in rows}
 
     def record_embedded(
@@ -520,26 +536,52 @@ class Database:
     ) -> None:
         self._run(
             "SELECT autoembed._record_embedded($1, $2, $3, $4)",
-            ["integer", "text[]", "bytea[]", "boolean[]"],
+            ["pg_catalog.int4", "pg_catalog.text[]", "pg_catalog.bytea[]", "pg_catalog.bool[]"],
             [pipeline.id, list(keys), list(digests), list(truncated)],
         )
 
     def forget(self, pipeline: Pipeline, keys: Sequence[str]) -> None:
-        self._run("SELECT autoembed._forget($1, $2)", ["integer", "text[]"], [pipeline.id, list(keys)])
+        self._run(
+            "SELECT autoembed._forget($1, $2)", ["pg_catalog.int4", "pg_catalog.text[]"], [pipeline.id, list(keys)]
+        )
 
     def fail(self, pipeline: Pipeline, key: str, reason: str, attempts: int, excerpt: str | None) -> None:
         self._run(
             "SELECT autoembed._fail($1, $2, $3, $4, $5)",
-            ["integer", "text", "text", "integer", "text"],
+            ["pg_catalog.int4", "pg_catalog.text", "pg_catalog.text", "pg_catalog.int4", "pg_catalog.text"],
             [pipeline.id, key, reason, attempts, excerpt],
         )
 
     def fail_message(self, body: Any, reason: str, attempts: int) -> None:
         self._run(
             "SELECT autoembed._fail_message($1, $2, $3)",
-            ["jsonb", "text", "integer"],
+            ["pg_catalog.jsonb", "pg_catalog.text", "pg_catalog.int4"],
             [json.dumps(body), reason, attempts],
         )
+
+    @contextmanager
+    def _settings_kept(self) -> Iterator[None]:
+        """Puts back the settings of the session that an owner's code changes inside."""
+        before = self._settings()
+        yield
+        after = self._settings()
+        for name in after.keys() - before.keys():
+            plpy.execute(f"RESET {'.'.join(plpy.quote_ident(part) for part in name.split('.'))}")
+        for name, value in before.items():
+            if after.get(name) != value:
+                self._run(
+                    "SELECT pg_catalog.set_config($1, $2, false)", ["pg_catalog.text", "pg_catalog.text"], [name, value]
+                )
+        # Not shown among the settings, and of weight to our triggers.
+        self._run("SELECT pg_catalog.set_config('autoembed.writing', '', false)")
+
+    def _settings(self) -> dict[str, str]:
+        """The settings that were made in this session."""
+        rows = self._run(
+            "SELECT s.name, pg_catalog.current_setting(s.name) AS value FROM pg_catalog.pg_settings AS s"
+            " WHERE s.source OPERATOR(pg_catalog.=) 'session' AND s.context OPERATOR(pg_catalog.<>) 'internal'"
+        )
+        return {row["name"]: row["value"] for row in rows}
 
     def _run(self, sql: str, types: Sequence[str] = (), arguments: Sequence[Any] = ()) -> Any:
         plan = _plans.get(sql)
@@ -559,7 +601,9 @@ def warn(message: str, hint: str) -> None:
 
 
 def is_installed() -> bool:
-    return bool(plpy.execute("SELECT FROM pg_catalog.pg_extension AS e WHERE e.extname = 'autoembed'"))
+    return bool(
+        plpy.execute("SELECT FROM pg_catalog.pg_extension AS e WHERE e.extname OPERATOR(pg_catalog.=) 'autoembed'")
+    )
 
 
 @contextmanager
@@ -569,7 +613,8 @@ def _row_errors() -> Iterator[None]:
         with plpy.subtransaction():
             yield
     except plpy.SPIError as error:
-        fault = row_error(error.sqlstate or "XX000", str(error))
+        # An SQLSTATE that PostgreSQL does not know leaves the attribute out.
+        fault = row_error(getattr(error, "sqlstate", None) or "XX000", str(error))
         if fault is None:
             raise
         raise fault from error
@@ -614,6 +659,7 @@ _queries: OrderedDict[tuple[Model, str], str] = OrderedDict()
 def process(batch_size: int, max_requests: int, timeout_milliseconds: int) -> dict[str, Any]:
     options = _options(batch_size, max_requests, timeout_milliseconds)
     here = database.Database(commits=False)
+    here.free_dead_lanes()
     report = worker.run_pass(here, _network, options)
     here.warn_of_blocked_pipelines()
     return {**vars(report), "failed_jobs": json.dumps(report.failed_jobs)}
@@ -1161,6 +1207,8 @@ if TYPE_CHECKING:
 
 # What a text is embedded as: many models embed a question and the document that answers it in two ways.
 Purpose = Literal["document", "query"]
+# The options of a model that prefixed() obeys.
+PREFIXES = frozenset({"document_prefix", "query_prefix"})
 
 
 @dataclass(frozen=True)
@@ -1184,7 +1232,7 @@ class Model:
 
     def digest(self, content: str) -> bytes:
         """16 bytes that tell whether this text, by this model, has been embedded before."""
-        name = f"{self.provider}\0{self.model_id}\0{self.dimensions}\0"
+        name = f"{self.provider}\0{self.model_id}\0{self.dimensions}\0{self.options.get('document_prefix', '')}"
         return hashlib.blake2b((name + content).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
@@ -1196,6 +1244,16 @@ class Ask:
     texts: Sequence[str]
     timeout_seconds: float
     purpose: Purpose = "document"
+
+
+def prefixed(ask: Ask) -> list[str]:
+    """The texts as a model wants them that knows documents from queries by how they begin.
+
+    E5, BGE, nomic and others say in their cards what to put before each, say "query: " and "passage: ": that is what
+    the options document_prefix and query_prefix hold, spaces included.
+    """
+    prefix = ask.model.options.get(f"{ask.purpose}_prefix", "")
+    return [prefix + text for text in ask.texts]
 
 
 @dataclass(frozen=True)
@@ -1591,7 +1649,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from autoembed.errors import InvalidInput
 from autoembed.model import Ask, Embedded, Model
-from autoembed.providers import local, openai
+from autoembed.providers import azure, cohere, gemini, local, ollama, openai, voyage
 
 if TYPE_CHECKING:
     from autoembed.network import Network
@@ -1615,7 +1673,15 @@ class Provider(Protocol):
         """Ends what embed() is doing without the network."""
 
 
-PROVIDERS: dict[str, Provider] = {"openai": openai, "local": local}
+PROVIDERS: dict[str, Provider] = {
+    "openai": openai,
+    "azure": azure,
+    "cohere": cohere,
+    "gemini": gemini,
+    "ollama": ollama,
+    "voyage": voyage,
+    "local": local,
+}
 
 
 def provider_of(model: Model) -> Provider:
@@ -1627,18 +1693,246 @@ def provider_of(model: Model) -> Provider:
             hint=f"The providers are: {', '.join(sorted(PROVIDERS))}.",
         ) from None
 ''',
+"autoembed.providers.azure": r'''"""OpenAI's models as Azure serves them: by resource and deployment.
+
+Written from the API reference, https://learn.microsoft.com/azure/ai-services/openai/reference#embeddings, and
+https://learn.microsoft.com/azure/ai-services/openai/how-to/embeddings, which sets the limits. The body and the answer
+are OpenAI's. Its v1 API, without deployments and versions, is spoken by the provider openai.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from autoembed import keys
+from autoembed.model import Ask, Embedded, Model
+from autoembed.providers import http, openai
+
+if TYPE_CHECKING:
+    from autoembed.network import Network
+
+API_VERSION = "2024-10-21"
+MAX_INPUTS_PER_REQUEST = 2048
+MAX_TOKENS_PER_REQUEST = 300_000
+MAX_TOKENS_PER_INPUT: int | None = 8192
+
+
+def check(model: Model) -> None:
+    http.check(
+        model,
+        default_url=None,
+        example="https://NAME.openai.azure.com, the endpoint of the resource",
+        options=http.OPTIONS | {"deployment", "api_version"},
+    )
+
+
+def embed(ask: Ask, network: Network) -> Embedded:
+    key = keys.resolve(ask.model.api_key)
+    headers = {} if key is None else {"api-key": key}
+    answer = http.post(ask, network, url_of(ask.model), headers, openai.request_body(ask), key)
+    return openai.embedded_in(answer, len(ask.texts), ask.model.dimensions)
+
+
+def abort() -> None:
+    """Nothing to end: all it does goes over the network."""
+
+
+def url_of(model: Model) -> str:
+    deployment = quote(model.options.get("deployment", model.model_id), safe="")
+    version = quote(model.options.get("api_version", API_VERSION), safe="")
+    return http.url(model, "", f"/openai/deployments/{deployment}/embeddings?api-version={version}")
+''',
+"autoembed.providers.cohere": r'''"""Cohere's embed endpoint, version 2.
+
+Written from the API reference, https://docs.cohere.com/reference/embed: 96 texts a request. Tokens of a text:
+https://docs.cohere.com/docs/cohere-embed. Statuses: https://docs.cohere.com/reference/errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from autoembed import keys
+from autoembed.errors import ProviderTrouble, Refused, Trouble, trouble_of_answer
+from autoembed.model import Ask, Embedded, Model
+from autoembed.providers import http
+
+if TYPE_CHECKING:
+    from autoembed.network import Network
+
+BASE_URL = "https://api.cohere.com"
+MAX_INPUTS_PER_REQUEST = 96
+# The reference sets none for a request; one text of embed-v4.0 may have as many.
+MAX_TOKENS_PER_REQUEST = 128_000
+MAX_TOKENS_PER_INPUT: int | None = 128_000
+
+# The models before embed-v4.0, which take shorter texts and refuse output_dimension.
+OLD_MODELS = "-v3.0"
+OLD_MAX_TOKENS_PER_INPUT = 512
+INPUT_TYPES = {"document": "search_document", "query": "search_query"}
+
+
+def check(model: Model) -> None:
+    http.check(model, default_url=BASE_URL, example=f"{BASE_URL}, what comes before /v2/embed")
+    if model.model_id.endswith(OLD_MODELS):
+        http.check_tokens_per_input(model, OLD_MAX_TOKENS_PER_INPUT)
+
+
+def embed(ask: Ask, network: Network) -> Embedded:
+    key = keys.resolve(ask.model.api_key)
+    url = http.url(ask.model, BASE_URL, "/v2/embed")
+    answer = http.post(ask, network, url, http.bearer(key), request_body(ask), key, trouble_of)
+    return embedded_in(answer, len(ask.texts), ask.model.dimensions)
+
+
+def abort() -> None:
+    """Nothing to end: all it does goes over the network."""
+
+
+def request_body(ask: Ask) -> dict[str, Any]:
+    body = {
+        "model": ask.model.model_id,
+        "texts": list(ask.texts),
+        "input_type": INPUT_TYPES[ask.purpose],
+        # There is base64 too, but the reference does not say of what bytes.
+        "embedding_types": ["float"],
+        # What is too long was cut before, or must not be cut at all.
+        "truncate": "NONE",
+    }
+    if ask.model.model_id.endswith(OLD_MODELS):
+        return body
+    return {**body, "output_dimension": ask.model.dimensions}
+
+
+def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedded:
+    """The vectors of an answer, which has them in the order of the texts, and the tokens that are billed."""
+    with http.reading("Cohere"):
+        answer = http.parse(body)
+        vectors = http.matrix(answer["embeddings"]["float"], count, dimensions)
+        return Embedded(vectors, http.tokens_in(answer, "meta", "billed_units", "input_tokens"))
+
+
+def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray, secret: str | None = None) -> Trouble:
+    """As everywhere, but 498 blocks a text, 499 is a request given up, and a trial key's month may be used up."""
+    trouble = trouble_of_answer(status, headers, body, secret)
+    if status == 498:
+        return Refused(str(trouble))
+    if status == 499:
+        return ProviderTrouble(str(trouble))
+    if status == 429 and b"/ month" in body:
+        return ProviderTrouble(str(trouble), permanent=True)
+    return trouble
+''',
+"autoembed.providers.gemini": r'''"""Google's Gemini API.
+
+Written from the API reference, https://ai.google.dev/api/embeddings#method:-models.batchembedcontents. Dimensions, task
+types and tokens of a text: https://ai.google.dev/gemini-api/docs/embeddings. Errors:
+https://ai.google.dev/gemini-api/docs/troubleshooting. The 100 texts a request are what the API says when it has more.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from autoembed import keys
+from autoembed.errors import ProviderTrouble, Refused, Trouble, trouble_of_answer
+from autoembed.model import PREFIXES, Ask, Embedded, Model, prefixed
+from autoembed.providers import http
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from autoembed.network import Network
+
+BASE_URL = "https://generativelanguage.googleapis.com/v1beta"
+MAX_INPUTS_PER_REQUEST = 100
+# The reference sets none; Vertex AI does for the same models, and it is less than a minute's worth for any key.
+MAX_TOKENS_PER_REQUEST = 20_000
+MAX_TOKENS_PER_INPUT: int | None = 2048
+
+TASK_TYPES = {"document": "RETRIEVAL_DOCUMENT", "query": "RETRIEVAL_QUERY"}
+# These are told the task in the text, by document_prefix and query_prefix.
+WITHOUT_TASK_TYPE = "gemini-embedding-2"
+RETRY_DELAY = re.compile(rb'"retryDelay"\s*:\s*"([0-9]+(?:\.[0-9]+)?)s"')
+
+
+def check(model: Model) -> None:
+    http.check(
+        model,
+        default_url=BASE_URL,
+        example=f"{BASE_URL}, what comes before /models",
+        options=http.OPTIONS | PREFIXES,
+    )
+
+
+def embed(ask: Ask, network: Network) -> Embedded:
+    key = keys.resolve(ask.model.api_key)
+    headers = {} if key is None else {"x-goog-api-key": key}
+    url = http.url(ask.model, BASE_URL, f"/{quote(name_of(ask.model))}:batchEmbedContents")
+    answer = http.post(ask, network, url, headers, request_body(ask), key, trouble_of)
+    return embedded_in(answer, len(ask.texts), ask.model.dimensions)
+
+
+def abort() -> None:
+    """Nothing to end: all it does goes over the network."""
+
+
+def name_of(model: Model) -> str:
+    return "models/" + model.model_id.removeprefix("models/")
+
+
+def request_body(ask: Ask) -> dict[str, Any]:
+    name = name_of(ask.model)
+    each: dict[str, Any] = {"model": name, "outputDimensionality": ask.model.dimensions}
+    if WITHOUT_TASK_TYPE not in name:
+        each["taskType"] = TASK_TYPES[ask.purpose]
+    return {"requests": [{**each, "content": {"parts": [{"text": text}]}} for text in prefixed(ask)]}
+
+
+def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedded:
+    """The vectors of an answer, which has them in the order of the texts, at unit length; tokens if it reports them."""
+    with http.reading("Gemini"):
+        answer = http.parse(body)
+        vectors = http.matrix([embedding["values"] for embedding in answer["embeddings"]], count, dimensions)
+        return Embedded(unit_length(vectors), http.tokens_in(answer, "usageMetadata", "promptTokenCount"))
+
+
+def unit_length(vectors: np.ndarray) -> np.ndarray:
+    """gemini-embedding-001 shortens vectors by cutting them, so that inner products no longer are cosines."""
+    import numpy as np
+
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    return (vectors / np.where(lengths == 0, 1, lengths)).astype(np.float32)
+
+
+def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray, secret: str | None = None) -> Trouble:
+    """As everywhere, but a bad key or a missing bill is answered with 400, and when to come back is in the body."""
+    trouble = trouble_of_answer(status, headers, body, secret)
+    if isinstance(trouble, Refused) and (b"API_KEY_INVALID" in body or b"FAILED_PRECONDITION" in body):
+        return ProviderTrouble(str(trouble), permanent=True)
+    delay = RETRY_DELAY.search(body)
+    if status == 429 and "retry-after" not in headers and delay:
+        return ProviderTrouble(str(trouble), retry_after_seconds=float(delay[1]))
+    return trouble
+''',
 "autoembed.providers.http": r'''"""What all providers over HTTP have in common: the round trip, and what an answer must be."""
 
 from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from autoembed import keys
-from autoembed.errors import InvalidInput, ProviderTrouble, Refused, trouble_of_answer
+from autoembed.errors import InvalidInput, ProviderTrouble, Refused, Trouble, trouble_of_answer
 from autoembed.model import Ask, Model
 
 if TYPE_CHECKING:
@@ -1687,12 +1981,38 @@ def check_options(model: Model, known: frozenset[str]) -> None:
             f'model "{model.name}" has the option {unknown[0]}, which the provider {model.provider} does not know',
             hint=f"Its options are: {', '.join(sorted(known)) or 'none'}.",
         )
+    for name in sorted(model.options.keys() - OPTIONS):
+        if not isinstance(model.options[name], str):
+            raise InvalidInput(f'option {name} of model "{model.name}" is not a text')
+
+
+def check_tokens_per_input(model: Model, most: int) -> None:
+    """Raises InvalidInput unless the model's own limit keeps texts within what it takes, less than its provider's."""
+    if model.max_tokens_per_input is None or model.max_tokens_per_input > most:
+        raise InvalidInput(
+            f'model "{model.name}" is {model.model_id}, which takes at most {most} tokens of a text',
+            hint=f"Say so with max_tokens_per_input => {most}.",
+        )
+
+
+def url(model: Model, default_url: str, path: str) -> str:
+    return (model.base_url or default_url).rstrip("/") + path
+
+
+def bearer(key: str | None) -> dict[str, str]:
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
 def post(
-    ask: Ask, network: Network, url: str, headers: Mapping[str, str], body: Mapping[str, Any], secret: str | None
+    ask: Ask,
+    network: Network,
+    url: str,
+    headers: Mapping[str, str],
+    body: Mapping[str, Any],
+    secret: str | None,
+    trouble_of: Callable[[int, Mapping[str, str], bytes | bytearray, str | None], Trouble] = trouble_of_answer,
 ) -> bytes | bytearray:
-    """The body of a 200 answer; raises what any other means. secret: to be kept out of errors."""
+    """The body of a 200 answer; raises what trouble_of says of any other. secret: to be kept out of errors."""
     answer = network.post(
         url,
         {
@@ -1707,7 +2027,7 @@ def post(
         max_answer_bytes=(64 << 20) + 32 * len(ask.texts) * ask.model.dimensions,
     )
     if answer.status != 200:
-        raise trouble_of_answer(answer.status, answer.headers, answer.body, secret)
+        raise trouble_of(answer.status, answer.headers, answer.body, secret)
     return answer.body
 
 
@@ -1725,6 +2045,15 @@ def parse(body: bytes | bytearray) -> Any:
     except ValueError:
         # Some servers answer NaN, which is no JSON, where a text was too much for their model.
         return json.loads(body)
+
+
+@contextlib.contextmanager
+def reading(api: str) -> Iterator[None]:
+    """Makes ProviderTrouble of what an answer raises that is not in the form it should have."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ProviderTrouble(f"the provider's answer is not in the form of the {api} API ({error})") from error
 
 
 def tokens_in(answer: Any, *path: str) -> int | None:
@@ -1781,7 +2110,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from autoembed.errors import InvalidInput, ProviderTrouble
-from autoembed.model import Ask, Embedded, Model
+from autoembed.model import PREFIXES, Ask, Embedded, Model, prefixed
 from autoembed.providers import http
 
 if TYPE_CHECKING:
@@ -1807,7 +2136,7 @@ def folder_of(model: Model) -> str:
 def check(model: Model) -> None:
     if model.api_key is not None:
         raise InvalidInput(f'model "{model.name}" runs inside the server and takes no api_key')
-    http.check_options(model, frozenset())
+    http.check_options(model, PREFIXES)
     for name in ("model.onnx", "tokenizer.json"):
         path = os.path.join(folder_of(model), name)
         if not os.path.exists(path):
@@ -1817,7 +2146,7 @@ def check(model: Model) -> None:
 def embed(ask: Ask, network: Network) -> Embedded:
     with _running:
         _stopping.clear()
-        vectors = _onnx_model(ask.model).embed(ask.texts, _stop_if_told)
+        vectors = _onnx_model(ask.model).embed(prefixed(ask), _stop_if_told)
     if vectors.shape[1] != ask.model.dimensions:
         raise ProviderTrouble(
             f"the model's vectors have {vectors.shape[1]} dimensions, it is defined with {ask.model.dimensions}",
@@ -1849,10 +2178,80 @@ def _onnx_model(model: Model) -> OnnxModel:
             raise ProviderTrouble(f"the local model cannot be loaded: {error}", permanent=True) from error
     return _loaded[which]
 ''',
+"autoembed.providers.ollama": r'''"""Ollama's own endpoint; the provider openai speaks to its /v1.
+
+Written from the API reference, https://docs.ollama.com/api/embed, which sets no limits: these keep a request short on
+a computer without a graphics card. It shortens texts by the model's own tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from autoembed import keys
+from autoembed.errors import Refused, Trouble, trouble_of_answer
+from autoembed.model import PREFIXES, Ask, Embedded, Model, prefixed
+from autoembed.providers import http
+
+if TYPE_CHECKING:
+    from autoembed.network import Network
+
+BASE_URL = "http://127.0.0.1:11434"
+MAX_INPUTS_PER_REQUEST = 64
+MAX_TOKENS_PER_REQUEST = 32_000
+MAX_TOKENS_PER_INPUT: int | None = None
+
+# What it says with status 500 of a text, and says again each time it is sent.
+TEXTS_FAULTS = (b"context length", b"NaN")
+
+
+def check(model: Model) -> None:
+    # It needs no key, as no server with a URL of its own does.
+    placed = replace(model, base_url=model.base_url or BASE_URL)
+    http.check(placed, default_url=None, example=f"{BASE_URL}, what comes before /api", options=http.OPTIONS | PREFIXES)
+
+
+def embed(ask: Ask, network: Network) -> Embedded:
+    key = keys.resolve(ask.model.api_key)
+    url = http.url(ask.model, BASE_URL, "/api/embed")
+    answer = http.post(ask, network, url, http.bearer(key), request_body(ask), key, trouble_of)
+    return embedded_in(answer, len(ask.texts), ask.model.dimensions)
+
+
+def abort() -> None:
+    """Nothing to end: all it does goes over the network."""
+
+
+def request_body(ask: Ask) -> dict[str, Any]:
+    return {
+        "model": ask.model.model_id,
+        "input": prefixed(ask),
+        "dimensions": ask.model.dimensions,
+        "truncate": True,
+    }
+
+
+def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedded:
+    """The vectors of an answer, which has them in the order of the texts, and the tokens it counted."""
+    with http.reading("Ollama"):
+        answer = http.parse(body)
+        vectors = http.matrix(answer["embeddings"], count, dimensions)
+        return Embedded(vectors, http.tokens_in(answer, "prompt_eval_count"))
+
+
+def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray, secret: str | None = None) -> Trouble:
+    """As everywhere, but a text may be to blame for a 500."""
+    trouble = trouble_of_answer(status, headers, body, secret)
+    if status == 500 and any(fault in body for fault in TEXTS_FAULTS):
+        return Refused(str(trouble))
+    return trouble
+''',
 "autoembed.providers.openai": r'''"""OpenAI's embeddings endpoint and whatever speaks its protocol.
 
 Written from the API reference, https://platform.openai.com/docs/api-reference/embeddings/create, which sets the limits.
-It has one form for documents and queries.
+It has one form for documents and queries; for models behind it that have two, see prefixed().
 """
 
 from __future__ import annotations
@@ -1861,7 +2260,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoembed import keys
 from autoembed.errors import ProviderTrouble
-from autoembed.model import Ask, Embedded, Model
+from autoembed.model import PREFIXES, Ask, Embedded, Model, prefixed
 from autoembed.providers import http
 
 if TYPE_CHECKING:
@@ -1879,14 +2278,18 @@ WITHOUT_DIMENSIONS = ("text-embedding-ada-002",)
 
 
 def check(model: Model) -> None:
-    http.check(model, default_url=BASE_URL, example="https://api.openai.com/v1, what comes before /embeddings")
+    http.check(
+        model,
+        default_url=BASE_URL,
+        example="https://api.openai.com/v1, what comes before /embeddings",
+        options=http.OPTIONS | PREFIXES,
+    )
 
 
 def embed(ask: Ask, network: Network) -> Embedded:
     key = keys.resolve(ask.model.api_key)
-    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    url = (ask.model.base_url or BASE_URL).rstrip("/") + "/embeddings"
-    answer = http.post(ask, network, url, headers, request_body(ask), key)
+    url = http.url(ask.model, BASE_URL, "/embeddings")
+    answer = http.post(ask, network, url, http.bearer(key), request_body(ask), key)
     return embedded_in(answer, len(ask.texts), ask.model.dimensions)
 
 
@@ -1895,23 +2298,91 @@ def abort() -> None:
 
 
 def request_body(ask: Ask) -> dict[str, Any]:
-    body = {"model": ask.model.model_id, "input": list(ask.texts), "encoding_format": "base64"}
+    body = {"model": ask.model.model_id, "input": prefixed(ask), "encoding_format": "base64"}
     if ask.model.model_id in WITHOUT_DIMENSIONS:
         return body
     return {**body, "dimensions": ask.model.dimensions}
 
 
-def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedded:
+def embedded_in(body: bytes | bytearray, count: int, dimensions: int, api: str = "OpenAI") -> Embedded:
     """The vectors of an answer in the order of its indexes, and the tokens it reports."""
-    try:
+    with http.reading(api):
         answer = http.parse(body)
         by_index = {item["index"]: item["embedding"] for item in answer["data"]}
         if len(answer["data"]) != count or set(by_index) != set(range(count)):
             raise ProviderTrouble(f"the provider answered with {len(by_index)} vectors for {count} texts")
         vectors: np.ndarray = http.matrix([by_index[index] for index in range(count)], count, dimensions)
         return Embedded(vectors, http.tokens_in(answer, "usage", "total_tokens"))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ProviderTrouble(f"the provider's answer is not in the form of the OpenAI API ({error})") from error
+''',
+"autoembed.providers.voyage": r'''"""Voyage AI's embeddings endpoint.
+
+Written from the API reference, https://docs.voyageai.com/reference/embeddings-api: 1,000 texts a request, and 120,000,
+320,000 or 1,000,000 tokens, by model. Tokens of a text: https://docs.voyageai.com/docs/embeddings. Statuses:
+https://docs.voyageai.com/docs/error-codes. The answer is in the form of OpenAI's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from autoembed import keys
+from autoembed.errors import ProviderTrouble, Trouble, trouble_of_answer
+from autoembed.model import Ask, Embedded, Model
+from autoembed.providers import http, openai
+
+if TYPE_CHECKING:
+    from autoembed.network import Network
+
+BASE_URL = "https://api.voyageai.com/v1"
+MAX_INPUTS_PER_REQUEST = 1000
+# What every model takes; max_tokens_per_request may not only lower it.
+MAX_TOKENS_PER_REQUEST = 120_000
+MAX_TOKENS_PER_INPUT: int | None = 32_000
+
+SHORT_MODELS = ("voyage-law-2", "voyage-code-2")
+SHORT_MAX_TOKENS_PER_INPUT = 16_000
+# These have one length of vectors only.
+WITHOUT_DIMENSIONS = (*SHORT_MODELS, "voyage-finance-2", "voyage-multilingual-2", "voyage-3", "voyage-3-lite")
+
+
+def check(model: Model) -> None:
+    http.check(model, default_url=BASE_URL, example=f"{BASE_URL}, what comes before /embeddings")
+    if model.model_id in SHORT_MODELS:
+        http.check_tokens_per_input(model, SHORT_MAX_TOKENS_PER_INPUT)
+
+
+def embed(ask: Ask, network: Network) -> Embedded:
+    key = keys.resolve(ask.model.api_key)
+    url = http.url(ask.model, BASE_URL, "/embeddings")
+    answer = http.post(ask, network, url, http.bearer(key), request_body(ask), key, trouble_of)
+    return openai.embedded_in(answer, len(ask.texts), ask.model.dimensions, "Voyage")
+
+
+def abort() -> None:
+    """Nothing to end: all it does goes over the network."""
+
+
+def request_body(ask: Ask) -> dict[str, Any]:
+    body = {
+        "model": ask.model.model_id,
+        "input": list(ask.texts),
+        "input_type": ask.purpose,
+        "encoding_format": "base64",
+        # What is too long was cut before, or must not be cut at all.
+        "truncation": False,
+    }
+    if ask.model.model_id in WITHOUT_DIMENSIONS:
+        return body
+    return {**body, "output_dimension": ask.model.dimensions}
+
+
+def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray, secret: str | None = None) -> Trouble:
+    """As everywhere, but an unknown model is answered with 400."""
+    trouble = trouble_of_answer(status, headers, body, secret)
+    if status == 400 and b"Supported models are" in body:
+        return ProviderTrouble(str(trouble), permanent=True)
+    return trouble
 ''',
 "autoembed.worker": r'''"""The path of a job: claim, embed, apply. Knows neither plpy nor requests: database and network are handed in."""
 
@@ -2330,7 +2801,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "42fc6d26c788d21a"
+    GD["autoembed"] = "9c72b41d6429d1ed"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -2378,7 +2849,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "42fc6d26c788d21a":
+    if GD.get("autoembed") != "9c72b41d6429d1ed":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -2744,6 +3215,8 @@ DECLARE
     _column text;
     _column_type text;
     _content text;
+    _guard text;
+    _body text;
     _from text;
     _ready boolean;
 BEGIN
@@ -2771,7 +3244,28 @@ BEGIN
         RETURN;
     END IF;
 
+    -- An owner's code that raises a cancel or a shutdown would be taken for a real one, and end every pass.
+    _guard := $guard$
+EXCEPTION WHEN operator_intervention OR insufficient_resources OR system_error THEN
+    GET STACKED DIAGNOSTICS _context = PG_EXCEPTION_CONTEXT;
+    IF pg_catalog.split_part(_context, E'\n', 1) LIKE '%% at RAISE' THEN
+        RAISE EXCEPTION USING MESSAGE = SQLERRM;
+    END IF;
+    RAISE;
+END;$guard$;
+
     -- Both run as the table's owner, whoever runs the lane: what his functions, triggers and defaults do, they do as him.
+    -- The bodies are quoted as a whole, so that no name in them can end them.
+    _body := format($body$
+#variable_conflict use_column
+DECLARE
+    _context text;
+BEGIN
+    RETURN QUERY
+    SELECT s.key, %1$s::text, t.%2$s IS NOT NULL
+    FROM pg_catalog.unnest(keys) AS s(key)
+    JOIN %3$s AS t ON t.id = (s.key::pg_catalog.jsonb ->> 0)::%4$s;
+$body$ || _guard, _content, _column, _table, _key_type);
     EXECUTE format('DROP FUNCTION IF EXISTS autoembed._content_%1$s(text[]), autoembed._write_%1$s(text[], text[], text[])', pipeline_id);
     EXECUTE format($ddl$
 CREATE FUNCTION autoembed._content_%1$s(keys text[])
@@ -2780,51 +3274,39 @@ CREATE FUNCTION autoembed._content_%1$s(keys text[])
     STABLE
     SECURITY DEFINER
     SET search_path = %2$I, public, pg_temp
-AS $body$
-#variable_conflict use_column
-BEGIN
-    RETURN QUERY
-    SELECT s.key, %3$s::text, t.%4$s IS NOT NULL
-    FROM pg_catalog.unnest(keys) AS s(key)
-    JOIN %5$s AS t ON t.id = (s.key::pg_catalog.jsonb ->> 0)::%6$s;
-END;
-$body$$ddl$, pipeline_id, _schema, _content, _column, _table, _key_type);
+AS %3$L$ddl$, pipeline_id, _schema, _body);
+
     -- Rows that somebody else has locked are left out: embeddings never wait for an application, nor two lanes for each other.
-    EXECUTE format($ddl$
-CREATE FUNCTION autoembed._write_%1$s(keys text[], contents text[], embeddings text[])
-    RETURNS TABLE (key text, outcome text)
-    LANGUAGE plpgsql
-    VOLATILE
-    SECURITY DEFINER
-    SET search_path = %2$I, public, pg_temp
-    SET autoembed.writing = %7$L
-AS $body$
+    -- Triggers deferred to the commit would run as the lane, so they run at the end of this.
+    _body := format($body$
 #variable_conflict use_column
+DECLARE
+    _context text;
 BEGIN
     FOR key, outcome IN
     WITH sent AS MATERIALIZED (
-        SELECT s.key, (s.key::pg_catalog.jsonb ->> 0)::%6$s AS id, s.content, s.embedding
+        SELECT s.key, (s.key::pg_catalog.jsonb ->> 0)::%4$s AS id, s.content, s.embedding
         FROM unnest(keys, contents, embeddings) AS s(key, content, embedding)
     ),
     locked AS MATERIALIZED (
-        SELECT s.key, t.id, s.content, s.embedding, %3$s::text COLLATE "C" IS NOT DISTINCT FROM s.content AS unchanged
+        SELECT s.key, t.id, s.content, s.embedding, %1$s::text COLLATE "C" IS NOT DISTINCT FROM s.content AS unchanged
         FROM sent AS s
-        JOIN %5$s AS t ON t.id = s.id
+        JOIN %3$s AS t ON t.id = s.id
         ORDER BY t.id
         FOR NO KEY UPDATE OF t SKIP LOCKED
     ),
     written AS (
-        UPDATE %5$s AS t
-        SET %4$s = l.embedding::%8$s
+        UPDATE %3$s AS t
+        SET %2$s = l.embedding::%5$s
         FROM locked AS l
         WHERE t.id = l.id AND l.unchanged
-        RETURNING l.key, %3$s::text COLLATE "C" IS NOT DISTINCT FROM l.content AS unchanged
+        RETURNING l.key, %1$s::text COLLATE "C" IS NOT DISTINCT FROM l.content AS unchanged
     )
     SELECT s.key,
            CASE WHEN w.unchanged THEN 'written'
                 WHEN w.key IS NOT NULL THEN 'overtaken'
                 WHEN l.key IS NOT NULL THEN 'changed'
-                WHEN EXISTS (SELECT FROM %5$s AS t WHERE t.id = s.id) THEN 'locked'
+                WHEN EXISTS (SELECT FROM %3$s AS t WHERE t.id = s.id) THEN 'locked'
                 ELSE 'gone'
            END
     FROM sent AS s
@@ -2838,8 +3320,20 @@ BEGIN
         END IF;
         RETURN NEXT;
     END LOOP;
-END;
-$body$$ddl$, pipeline_id, _schema, _content, _column, _table, _key_type, _pipeline.table_id::oid, _column_type);
+    IF EXISTS (SELECT FROM pg_catalog.pg_trigger AS g WHERE g.tgdeferrable AND NOT g.tgisinternal)
+       OR EXISTS (SELECT FROM pg_catalog.pg_constraint AS c WHERE c.contype = 'x' AND c.condeferrable) THEN
+        SET CONSTRAINTS ALL IMMEDIATE;
+    END IF;
+$body$ || _guard, _content, _column, _table, _key_type, _column_type);
+    EXECUTE format($ddl$
+CREATE FUNCTION autoembed._write_%1$s(keys text[], contents text[], embeddings text[])
+    RETURNS TABLE (key text, outcome text)
+    LANGUAGE plpgsql
+    VOLATILE
+    SECURITY DEFINER
+    SET search_path = %2$I, public, pg_temp
+    SET autoembed.writing = %3$L
+AS %4$L$ddl$, pipeline_id, _schema, _pipeline.table_id::oid, _body);
     EXECUTE format('ALTER FUNCTION autoembed._content_%s(text[]) OWNER TO %I', pipeline_id, _owner);
     EXECUTE format('ALTER FUNCTION autoembed._write_%s(text[], text[], text[]) OWNER TO %I', pipeline_id, _owner);
     EXECUTE format('REVOKE ALL ON FUNCTION autoembed._content_%1$s(text[]), autoembed._write_%1$s(text[], text[], text[]) FROM PUBLIC', pipeline_id);
@@ -2848,6 +3342,36 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._build_pipeline(integer) IS
     'Makes the functions that read a pipeline''s texts and write its vectors, if they are missing or the table has changed.';
+
+CREATE FUNCTION autoembed._check_deferred()
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _table regclass;
+BEGIN
+    FOR _table IN
+        SELECT g.tgrelid FROM pg_trigger AS g WHERE g.tgdeferrable AND NOT g.tgisinternal
+        UNION
+        SELECT c.conrelid FROM pg_constraint AS c WHERE c.contype = 'x' AND c.condeferrable
+    LOOP
+        BEGIN
+            -- Any ALTER TABLE is refused while the table has events pending; this one changes nothing, and is undone.
+            EXECUTE format('ALTER TABLE %s RESET (fillfactor)', _table);
+            RAISE EXCEPTION USING ERRCODE = 'AE000';
+        EXCEPTION
+            WHEN SQLSTATE 'AE000' THEN
+                NULL;
+            WHEN object_in_use THEN
+                RAISE EXCEPTION 'a trigger on table % is deferred to the commit, where it would run with the rights of the lane', _table;
+        END;
+    END LOOP;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._check_deferred() IS
+    'Fails if writing has left trigger events for the commit, which PostgreSQL runs as the session''s user.';
 
 CREATE FUNCTION autoembed._adopt(table_id oid, embedding_column text, content_function text)
     RETURNS integer
@@ -3010,7 +3534,11 @@ BEGIN
     END IF;
 
     BEGIN
-        _key := to_jsonb(NEW.id);
+        -- By the type's output function: a cast, as of to_jsonb(), may be the owner's, and we run with more rights than his.
+        _key := to_jsonb(format('%s', NEW.id));
+        IF pg_typeof(NEW.id) IN ('bigint'::regtype, 'integer'::regtype, 'smallint'::regtype) THEN
+            _key := to_jsonb((_key #>> '{}')::bigint);
+        END IF;
     EXCEPTION WHEN undefined_column THEN
         RAISE WARNING USING
             ERRCODE = 'undefined_column',
@@ -3211,7 +3739,7 @@ COMMENT ON FUNCTION autoembed._resolve(jsonb) IS
 
 CREATE FUNCTION autoembed._pipelines(ids integer[])
     RETURNS TABLE (id integer, schema_name text, table_name text, content_function text, embedding_column text,
-                   truncate boolean, blocked text, failures integer, model jsonb)
+                   truncate boolean, trusted boolean, blocked text, failures integer, model jsonb)
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
@@ -3221,7 +3749,7 @@ BEGIN
     PERFORM autoembed._build_pipeline(s.id) FROM autoembed._pipeline_state AS s WHERE s.id = ANY (ids) AND s.sound;
     RETURN QUERY
     SELECT s.id, n.nspname::text, c.relname::text, s.content_function, s.embedding_column::text,
-           s.truncate, s.blocked, s.failures, to_jsonb(autoembed._model(s.model))
+           s.truncate, coalesce((SELECT r.rolsuper FROM pg_roles AS r WHERE r.oid = c.relowner), true), s.blocked, s.failures, to_jsonb(autoembed._model(s.model))
     FROM autoembed._pipeline_state AS s
     LEFT JOIN pg_class AS c ON c.oid = s.table_id
     LEFT JOIN pg_namespace AS n ON n.oid = c.relnamespace
@@ -3371,9 +3899,10 @@ CREATE FUNCTION autoembed.process(
     LANGUAGE plpython3u
     VOLATILE
     SECURITY DEFINER
-    SET search_path = pg_catalog, pg_temp
+    -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
+    -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "42fc6d26c788d21a":
+    if GD.get("autoembed") != "9c72b41d6429d1ed":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -3389,7 +3918,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "42fc6d26c788d21a":
+    if GD.get("autoembed") != "9c72b41d6429d1ed":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds)
@@ -3405,7 +3934,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "42fc6d26c788d21a":
+    if GD.get("autoembed") != "9c72b41d6429d1ed":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -3434,7 +3963,7 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.unschedule() IS
-    'Ends all lanes; returns how many were scheduled. A lane that runs stops after what it has in flight.';
+    'Ends all lanes; returns how many were scheduled. What a lane has in flight goes back to the queue.';
 
 CREATE FUNCTION autoembed.schedule(lanes integer DEFAULT 1)
     RETURNS integer

@@ -184,6 +184,8 @@ DECLARE
     _column text;
     _column_type text;
     _content text;
+    _guard text;
+    _body text;
     _from text;
     _ready boolean;
 BEGIN
@@ -211,7 +213,28 @@ BEGIN
         RETURN;
     END IF;
 
+    -- An owner's code that raises a cancel or a shutdown would be taken for a real one, and end every pass.
+    _guard := $guard$
+EXCEPTION WHEN operator_intervention OR insufficient_resources OR system_error THEN
+    GET STACKED DIAGNOSTICS _context = PG_EXCEPTION_CONTEXT;
+    IF pg_catalog.split_part(_context, E'\n', 1) LIKE '%% at RAISE' THEN
+        RAISE EXCEPTION USING MESSAGE = SQLERRM;
+    END IF;
+    RAISE;
+END;$guard$;
+
     -- Both run as the table's owner, whoever runs the lane: what his functions, triggers and defaults do, they do as him.
+    -- The bodies are quoted as a whole, so that no name in them can end them.
+    _body := format($body$
+#variable_conflict use_column
+DECLARE
+    _context text;
+BEGIN
+    RETURN QUERY
+    SELECT s.key, %1$s::text, t.%2$s IS NOT NULL
+    FROM pg_catalog.unnest(keys) AS s(key)
+    JOIN %3$s AS t ON t.id = (s.key::pg_catalog.jsonb ->> 0)::%4$s;
+$body$ || _guard, _content, _column, _table, _key_type);
     EXECUTE format('DROP FUNCTION IF EXISTS autoembed._content_%1$s(text[]), autoembed._write_%1$s(text[], text[], text[])', pipeline_id);
     EXECUTE format($ddl$
 CREATE FUNCTION autoembed._content_%1$s(keys text[])
@@ -220,51 +243,39 @@ CREATE FUNCTION autoembed._content_%1$s(keys text[])
     STABLE
     SECURITY DEFINER
     SET search_path = %2$I, public, pg_temp
-AS $body$
-#variable_conflict use_column
-BEGIN
-    RETURN QUERY
-    SELECT s.key, %3$s::text, t.%4$s IS NOT NULL
-    FROM pg_catalog.unnest(keys) AS s(key)
-    JOIN %5$s AS t ON t.id = (s.key::pg_catalog.jsonb ->> 0)::%6$s;
-END;
-$body$$ddl$, pipeline_id, _schema, _content, _column, _table, _key_type);
+AS %3$L$ddl$, pipeline_id, _schema, _body);
+
     -- Rows that somebody else has locked are left out: embeddings never wait for an application, nor two lanes for each other.
-    EXECUTE format($ddl$
-CREATE FUNCTION autoembed._write_%1$s(keys text[], contents text[], embeddings text[])
-    RETURNS TABLE (key text, outcome text)
-    LANGUAGE plpgsql
-    VOLATILE
-    SECURITY DEFINER
-    SET search_path = %2$I, public, pg_temp
-    SET autoembed.writing = %7$L
-AS $body$
+    -- Triggers deferred to the commit would run as the lane, so they run at the end of this.
+    _body := format($body$
 #variable_conflict use_column
+DECLARE
+    _context text;
 BEGIN
     FOR key, outcome IN
     WITH sent AS MATERIALIZED (
-        SELECT s.key, (s.key::pg_catalog.jsonb ->> 0)::%6$s AS id, s.content, s.embedding
+        SELECT s.key, (s.key::pg_catalog.jsonb ->> 0)::%4$s AS id, s.content, s.embedding
         FROM unnest(keys, contents, embeddings) AS s(key, content, embedding)
     ),
     locked AS MATERIALIZED (
-        SELECT s.key, t.id, s.content, s.embedding, %3$s::text COLLATE "C" IS NOT DISTINCT FROM s.content AS unchanged
+        SELECT s.key, t.id, s.content, s.embedding, %1$s::text COLLATE "C" IS NOT DISTINCT FROM s.content AS unchanged
         FROM sent AS s
-        JOIN %5$s AS t ON t.id = s.id
+        JOIN %3$s AS t ON t.id = s.id
         ORDER BY t.id
         FOR NO KEY UPDATE OF t SKIP LOCKED
     ),
     written AS (
-        UPDATE %5$s AS t
-        SET %4$s = l.embedding::%8$s
+        UPDATE %3$s AS t
+        SET %2$s = l.embedding::%5$s
         FROM locked AS l
         WHERE t.id = l.id AND l.unchanged
-        RETURNING l.key, %3$s::text COLLATE "C" IS NOT DISTINCT FROM l.content AS unchanged
+        RETURNING l.key, %1$s::text COLLATE "C" IS NOT DISTINCT FROM l.content AS unchanged
     )
     SELECT s.key,
            CASE WHEN w.unchanged THEN 'written'
                 WHEN w.key IS NOT NULL THEN 'overtaken'
                 WHEN l.key IS NOT NULL THEN 'changed'
-                WHEN EXISTS (SELECT FROM %5$s AS t WHERE t.id = s.id) THEN 'locked'
+                WHEN EXISTS (SELECT FROM %3$s AS t WHERE t.id = s.id) THEN 'locked'
                 ELSE 'gone'
            END
     FROM sent AS s
@@ -278,8 +289,20 @@ BEGIN
         END IF;
         RETURN NEXT;
     END LOOP;
-END;
-$body$$ddl$, pipeline_id, _schema, _content, _column, _table, _key_type, _pipeline.table_id::oid, _column_type);
+    IF EXISTS (SELECT FROM pg_catalog.pg_trigger AS g WHERE g.tgdeferrable AND NOT g.tgisinternal)
+       OR EXISTS (SELECT FROM pg_catalog.pg_constraint AS c WHERE c.contype = 'x' AND c.condeferrable) THEN
+        SET CONSTRAINTS ALL IMMEDIATE;
+    END IF;
+$body$ || _guard, _content, _column, _table, _key_type, _column_type);
+    EXECUTE format($ddl$
+CREATE FUNCTION autoembed._write_%1$s(keys text[], contents text[], embeddings text[])
+    RETURNS TABLE (key text, outcome text)
+    LANGUAGE plpgsql
+    VOLATILE
+    SECURITY DEFINER
+    SET search_path = %2$I, public, pg_temp
+    SET autoembed.writing = %3$L
+AS %4$L$ddl$, pipeline_id, _schema, _pipeline.table_id::oid, _body);
     EXECUTE format('ALTER FUNCTION autoembed._content_%s(text[]) OWNER TO %I', pipeline_id, _owner);
     EXECUTE format('ALTER FUNCTION autoembed._write_%s(text[], text[], text[]) OWNER TO %I', pipeline_id, _owner);
     EXECUTE format('REVOKE ALL ON FUNCTION autoembed._content_%1$s(text[]), autoembed._write_%1$s(text[], text[], text[]) FROM PUBLIC', pipeline_id);
@@ -288,6 +311,36 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._build_pipeline(integer) IS
     'Makes the functions that read a pipeline''s texts and write its vectors, if they are missing or the table has changed.';
+
+CREATE FUNCTION autoembed._check_deferred()
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _table regclass;
+BEGIN
+    FOR _table IN
+        SELECT g.tgrelid FROM pg_trigger AS g WHERE g.tgdeferrable AND NOT g.tgisinternal
+        UNION
+        SELECT c.conrelid FROM pg_constraint AS c WHERE c.contype = 'x' AND c.condeferrable
+    LOOP
+        BEGIN
+            -- Any ALTER TABLE is refused while the table has events pending; this one changes nothing, and is undone.
+            EXECUTE format('ALTER TABLE %s RESET (fillfactor)', _table);
+            RAISE EXCEPTION USING ERRCODE = 'AE000';
+        EXCEPTION
+            WHEN SQLSTATE 'AE000' THEN
+                NULL;
+            WHEN object_in_use THEN
+                RAISE EXCEPTION 'a trigger on table % is deferred to the commit, where it would run with the rights of the lane', _table;
+        END;
+    END LOOP;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._check_deferred() IS
+    'Fails if writing has left trigger events for the commit, which PostgreSQL runs as the session''s user.';
 
 CREATE FUNCTION autoembed._adopt(table_id oid, embedding_column text, content_function text)
     RETURNS integer

@@ -152,7 +152,7 @@ COMMENT ON FUNCTION autoembed._resolve(jsonb) IS
 
 CREATE FUNCTION autoembed._pipelines(ids integer[])
     RETURNS TABLE (id integer, schema_name text, table_name text, content_function text, embedding_column text,
-                   truncate boolean, blocked text, failures integer, model jsonb)
+                   truncate boolean, trusted boolean, blocked text, failures integer, model jsonb)
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
@@ -162,7 +162,7 @@ BEGIN
     PERFORM autoembed._build_pipeline(s.id) FROM autoembed._pipeline_state AS s WHERE s.id = ANY (ids) AND s.sound;
     RETURN QUERY
     SELECT s.id, n.nspname::text, c.relname::text, s.content_function, s.embedding_column::text,
-           s.truncate, s.blocked, s.failures, to_jsonb(autoembed._model(s.model))
+           s.truncate, coalesce((SELECT r.rolsuper FROM pg_roles AS r WHERE r.oid = c.relowner), true), s.blocked, s.failures, to_jsonb(autoembed._model(s.model))
     FROM autoembed._pipeline_state AS s
     LEFT JOIN pg_class AS c ON c.oid = s.table_id
     LEFT JOIN pg_namespace AS n ON n.oid = c.relnamespace
@@ -312,7 +312,8 @@ CREATE FUNCTION autoembed.process(
     LANGUAGE plpython3u
     VOLATILE
     SECURITY DEFINER
-    SET search_path = pg_catalog, pg_temp
+    -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
+    -- As in work(), every name that the Python side uses is qualified.
 AS $python$
     if GD.get("autoembed") != "@BUILD@":
         plpy.execute("SELECT autoembed._load_python()")

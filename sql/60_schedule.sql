@@ -19,7 +19,7 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.unschedule() IS
-    'Ends all lanes; returns how many were scheduled. A lane that runs stops after what it has in flight.';
+    'Ends all lanes; returns how many were scheduled. What a lane has in flight goes back to the queue.';
 
 CREATE FUNCTION autoembed.schedule(lanes integer DEFAULT 1)
     RETURNS integer

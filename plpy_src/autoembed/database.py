@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,8 +36,8 @@ class Message:
 class Pipeline:
     """One embedding column of one table.
 
-    truncate: too long texts are cut rather than failed; blocked: why its jobs wait, if they do; failures: how often its
-    model's provider has failed in a row.
+    truncate: too long texts are cut rather than failed; trusted: its owner is a superuser; blocked: why its jobs wait,
+    if they do; failures: how often its model's provider has failed in a row.
     """
 
     id: int
@@ -45,6 +46,7 @@ class Pipeline:
     content_function: str
     embedding_column: str
     truncate: bool
+    trusted: bool
     blocked: str | None
     failures: int
     model: Model
@@ -56,6 +58,10 @@ class Row:
 
     content: str | None
     has_embedding: bool
+
+
+class _Undo(Exception):
+    """Rolls a subtransaction back that has done what it was for."""
 
 
 class Database:
@@ -90,7 +96,9 @@ class Database:
 
     def statement_timeout_seconds(self) -> float | None:
         """How long a statement of this session may take; None: as long as it likes."""
-        row = self._run("SELECT s.setting FROM pg_catalog.pg_settings AS s WHERE s.name = 'statement_timeout'")[0]
+        row = self._run(
+            "SELECT s.setting FROM pg_catalog.pg_settings AS s WHERE s.name OPERATOR(pg_catalog.=) 'statement_timeout'"
+        )[0]
         return int(row["setting"]) / 1000 or None
 
     # The queue -----------------------------------------------------------------------------------
@@ -98,7 +106,7 @@ class Database:
     def claim(self, max_rows: int, lease_seconds: float) -> list[Message]:
         rows = self._run(
             "SELECT c.message_id, c.read_count, c.message FROM autoembed._claim($1, $2) AS c",
-            ["integer", "double precision"],
+            ["pg_catalog.int4", "pg_catalog.float8"],
             [max_rows, lease_seconds],
         )
         return [Message(row["message_id"], row["read_count"], _body(row["message"])) for row in rows]
@@ -106,20 +114,20 @@ class Database:
     def extend(self, message_ids: Sequence[int], lease_seconds: float) -> None:
         self._run(
             "SELECT autoembed._extend($1, $2)",
-            ["bigint[]", "double precision"],
+            ["pg_catalog.int8[]", "pg_catalog.float8"],
             [list(message_ids), lease_seconds],
         )
 
     def settle(self, message_ids: Sequence[int]) -> None:
-        self._run("SELECT autoembed._settle($1)", ["bigint[]"], [list(message_ids)])
+        self._run("SELECT autoembed._settle($1)", ["pg_catalog.int8[]"], [list(message_ids)])
 
     def release(self, message_ids: Sequence[int]) -> None:
-        self._run("SELECT autoembed._release($1)", ["bigint[]"], [list(message_ids)])
+        self._run("SELECT autoembed._release($1)", ["pg_catalog.int8[]"], [list(message_ids)])
 
     def requeue(self, pipeline_id: int, keys: Sequence[str], attempts: int, delay_seconds: float) -> None:
         self._run(
             "SELECT autoembed._requeue($1, $2, $3, $4)",
-            ["integer", "jsonb", "integer", "double precision"],
+            ["pg_catalog.int4", "pg_catalog.jsonb", "pg_catalog.int4", "pg_catalog.float8"],
             [pipeline_id, f"[{','.join(keys)}]", attempts, delay_seconds],
         )
 
@@ -128,10 +136,12 @@ class Database:
     def resolve(self, body: Any) -> int:
         """The pipeline of a message of the guide's form; RowError if it is of no use."""
         with _row_errors():
-            return int(self._run("SELECT autoembed._resolve($1) AS id", ["jsonb"], [json.dumps(body)])[0]["id"])
+            return int(
+                self._run("SELECT autoembed._resolve($1) AS id", ["pg_catalog.jsonb"], [json.dumps(body)])[0]["id"]
+            )
 
     def pipelines(self, ids: Sequence[int]) -> dict[int, Pipeline]:
-        rows = self._run("SELECT p.* FROM autoembed._pipelines($1) AS p", ["integer[]"], [list(ids)])
+        rows = self._run("SELECT p.* FROM autoembed._pipelines($1) AS p", ["pg_catalog.int4[]"], [list(ids)])
         return {
             row["id"]: Pipeline(
                 id=row["id"],
@@ -140,6 +150,7 @@ class Database:
                 content_function=row["content_function"],
                 embedding_column=row["embedding_column"],
                 truncate=row["truncate"],
+                trusted=row["trusted"],
                 blocked=row["blocked"],
                 failures=row["failures"],
                 model=Model.from_row(json.loads(row["model"])),
@@ -150,17 +161,17 @@ class Database:
     def model(self, name: str | None) -> Model:
         """The model of that name, the default one for None; an error of PostgreSQL's kind if there is none."""
         sql = "SELECT pg_catalog.to_jsonb(m) AS model FROM autoembed._model($1) AS m"
-        return Model.from_row(json.loads(self._run(sql, ["text"], [name])[0]["model"]))
+        return Model.from_row(json.loads(self._run(sql, ["pg_catalog.text"], [name])[0]["model"]))
 
     def rest_model(self, name: str, seconds: float, needs_attention: bool, reason: str) -> None:
         self._run(
             "SELECT autoembed._rest_model($1, $2, $3, $4)",
-            ["text", "double precision", "boolean", "text"],
+            ["pg_catalog.text", "pg_catalog.float8", "pg_catalog.bool", "pg_catalog.text"],
             [name, seconds, needs_attention, reason],
         )
 
     def resume_model(self, name: str) -> None:
-        self._run("SELECT autoembed.resume_model($1)", ["text"], [name])
+        self._run("SELECT autoembed.resume_model($1)", ["pg_catalog.text"], [name])
 
     def warn_of_blocked_pipelines(self) -> None:
         """Warns of the pipelines that have jobs waiting and cannot be embedded."""
@@ -170,18 +181,21 @@ class Database:
 
     def rows(self, pipeline: Pipeline, keys: Sequence[str]) -> dict[str, Row]:
         """The rows that exist, by key; RowError if the content function fails for one of them."""
-        with _row_errors():
+        rows: Any = []
+        with _row_errors(), contextlib.suppress(_Undo), plpy.subtransaction():
             rows = self._run(
                 f"SELECT c.key, c.content, c.has_embedding FROM autoembed._content_{pipeline.id}($1) AS c",
-                ["text[]"],
+                ["pg_catalog.text[]"],
                 [list(keys)],
             )
+            # Whatever the owner's code has done besides: settings, temporary objects.
+            raise _Undo
         return {row["key"]: Row(row["content"], row["has_embedding"]) for row in rows}
 
     def digests(self, pipeline: Pipeline, keys: Sequence[str]) -> dict[str, bytes]:
         rows = self._run(
             "SELECT d.key, d.digest FROM autoembed._digests($1, $2) AS d",
-            ["integer", "text[]"],
+            ["pg_catalog.int4", "pg_catalog.text[]"],
             [pipeline.id, list(keys)],
         )
         return {row["key"]: row["digest"] for row in rows}
@@ -199,12 +213,14 @@ class Database:
         vector; then none was written.
         """
         embeddings = [None] * len(keys) if vectors is None else literals(vectors)
-        with _row_errors():
+        with _row_errors(), contextlib.nullcontext() if pipeline.trusted else self._settings_kept():
             rows = self._run(
                 f"SELECT w.key, w.outcome FROM autoembed._write_{pipeline.id}($1, $2, $3) AS w",
-                ["text[]", "text[]", "text[]"],
+                ["pg_catalog.text[]", "pg_catalog.text[]", "pg_catalog.text[]"],
                 [list(keys), list(contents), embeddings],
             )
+            if not pipeline.trusted:
+                self._run("SELECT autoembed._check_deferred()")
         return {row["key"]: row["outcome"] for row in rows}
 
     def record_embedded(
@@ -212,26 +228,52 @@ class Database:
     ) -> None:
         self._run(
             "SELECT autoembed._record_embedded($1, $2, $3, $4)",
-            ["integer", "text[]", "bytea[]", "boolean[]"],
+            ["pg_catalog.int4", "pg_catalog.text[]", "pg_catalog.bytea[]", "pg_catalog.bool[]"],
             [pipeline.id, list(keys), list(digests), list(truncated)],
         )
 
     def forget(self, pipeline: Pipeline, keys: Sequence[str]) -> None:
-        self._run("SELECT autoembed._forget($1, $2)", ["integer", "text[]"], [pipeline.id, list(keys)])
+        self._run(
+            "SELECT autoembed._forget($1, $2)", ["pg_catalog.int4", "pg_catalog.text[]"], [pipeline.id, list(keys)]
+        )
 
     def fail(self, pipeline: Pipeline, key: str, reason: str, attempts: int, excerpt: str | None) -> None:
         self._run(
             "SELECT autoembed._fail($1, $2, $3, $4, $5)",
-            ["integer", "text", "text", "integer", "text"],
+            ["pg_catalog.int4", "pg_catalog.text", "pg_catalog.text", "pg_catalog.int4", "pg_catalog.text"],
             [pipeline.id, key, reason, attempts, excerpt],
         )
 
     def fail_message(self, body: Any, reason: str, attempts: int) -> None:
         self._run(
             "SELECT autoembed._fail_message($1, $2, $3)",
-            ["jsonb", "text", "integer"],
+            ["pg_catalog.jsonb", "pg_catalog.text", "pg_catalog.int4"],
             [json.dumps(body), reason, attempts],
         )
+
+    @contextmanager
+    def _settings_kept(self) -> Iterator[None]:
+        """Puts back the settings of the session that an owner's code changes inside."""
+        before = self._settings()
+        yield
+        after = self._settings()
+        for name in after.keys() - before.keys():
+            plpy.execute(f"RESET {'.'.join(plpy.quote_ident(part) for part in name.split('.'))}")
+        for name, value in before.items():
+            if after.get(name) != value:
+                self._run(
+                    "SELECT pg_catalog.set_config($1, $2, false)", ["pg_catalog.text", "pg_catalog.text"], [name, value]
+                )
+        # Not shown among the settings, and of weight to our triggers.
+        self._run("SELECT pg_catalog.set_config('autoembed.writing', '', false)")
+
+    def _settings(self) -> dict[str, str]:
+        """The settings that were made in this session."""
+        rows = self._run(
+            "SELECT s.name, pg_catalog.current_setting(s.name) AS value FROM pg_catalog.pg_settings AS s"
+            " WHERE s.source OPERATOR(pg_catalog.=) 'session' AND s.context OPERATOR(pg_catalog.<>) 'internal'"
+        )
+        return {row["name"]: row["value"] for row in rows}
 
     def _run(self, sql: str, types: Sequence[str] = (), arguments: Sequence[Any] = ()) -> Any:
         plan = _plans.get(sql)
@@ -251,7 +293,9 @@ def warn(message: str, hint: str) -> None:
 
 
 def is_installed() -> bool:
-    return bool(plpy.execute("SELECT FROM pg_catalog.pg_extension AS e WHERE e.extname = 'autoembed'"))
+    return bool(
+        plpy.execute("SELECT FROM pg_catalog.pg_extension AS e WHERE e.extname OPERATOR(pg_catalog.=) 'autoembed'")
+    )
 
 
 @contextmanager
@@ -261,7 +305,8 @@ def _row_errors() -> Iterator[None]:
         with plpy.subtransaction():
             yield
     except plpy.SPIError as error:
-        fault = row_error(error.sqlstate or "XX000", str(error))
+        # An SQLSTATE that PostgreSQL does not know leaves the attribute out.
+        fault = row_error(getattr(error, "sqlstate", None) or "XX000", str(error))
         if fault is None:
             raise
         raise fault from error

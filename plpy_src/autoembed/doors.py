@@ -24,6 +24,7 @@ _queries: OrderedDict[tuple[Model, str], str] = OrderedDict()
 def process(batch_size: int, max_requests: int, timeout_milliseconds: int) -> dict[str, Any]:
     options = _options(batch_size, max_requests, timeout_milliseconds)
     here = database.Database(commits=False)
+    here.free_dead_lanes()
     report = worker.run_pass(here, _network, options)
     here.warn_of_blocked_pipelines()
     return {**vars(report), "failed_jobs": json.dumps(report.failed_jobs)}
