@@ -106,7 +106,7 @@ def test_every_object_has_a_comment(db: Connection) -> None:
 
 
 def test_every_function_pins_its_search_path(documents: Connection) -> None:
-    # work() commits, which a procedure with a SET clause cannot; process() puts the caller's back. Both qualify all names.
+    # work() commits, which a procedure with a SET clause cannot; process() puts the caller's back. Both qualify names.
     rows = documents.execute(f"""
         SELECT r.name
         FROM ({ROUTINES}) AS r
