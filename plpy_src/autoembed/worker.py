@@ -248,6 +248,12 @@ class _Pass:
                 self._give_up_model(flight, request, outcome)
             case Refused():
                 self._refuse(flight, request, outcome)
+            case Exception():
+                # A fault of ours, which must not end every lane again and again. Its text may hold anything, a key too.
+                trouble = ProviderTrouble(
+                    f"an unexpected {type(outcome).__name__} in the provider {request.model.provider}"
+                )
+                self._give_up_model(flight, request, trouble)
             case BaseException():
                 raise outcome
             case Embedded(vectors):

@@ -40,6 +40,7 @@ class Pipeline:
     content_function: str = "embedding_input"
     embedding_column: str = "embedding"
     truncate: bool = True
+    trusted: bool = True
     blocked: str | None = None
     failures: int = 0
     model: Model = MODEL

@@ -1101,14 +1101,16 @@ def test_a_cancel_while_a_row_is_locked_gives_its_job_back(lane: Lane, database:
     assert [message.id for message in database.waiting()] == [sent]
 
 
-def test_a_mistake_of_ours_in_a_thread_comes_out_and_loses_no_job(lane: Lane, database: FakeDatabase) -> None:
+def test_a_mistake_of_ours_in_a_thread_rests_the_model_and_ends_no_lane(lane: Lane, database: FakeDatabase) -> None:
     sent = database.put(1, "text")
-    lane.fail_with(ZeroDivisionError("ours"))
+    lane.fail_with(ZeroDivisionError("sk-secret"))
 
-    with pytest.raises(ZeroDivisionError):
-        lane.run()
+    assert lane.run().retried == 1
 
-    assert [message.id for message in database.waiting()] == [sent]
+    [rest] = database.rests
+    assert "an unexpected ZeroDivisionError" in rest.reason
+    assert "sk-secret" not in rest.reason
+    assert [(message.id, message.read_count) for message in database.waiting()] == [(sent, 0)]
 
 
 # --- the lane ----------------------------------------------------------------------------------------
