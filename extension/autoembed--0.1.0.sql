@@ -2634,6 +2634,12 @@ class _Pass:
                 self._give_up_model(flight, request, outcome)
             case Refused():
                 self._refuse(flight, request, outcome)
+            case Exception():
+                # A fault of ours, which must not end every lane again and again. Its text may hold anything, a key too.
+                trouble = ProviderTrouble(
+                    f"an unexpected {type(outcome).__name__} in the provider {request.model.provider}"
+                )
+                self._give_up_model(flight, request, trouble)
             case BaseException():
                 raise outcome
             case Embedded(vectors):
@@ -2801,7 +2807,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "9c72b41d6429d1ed"
+    GD["autoembed"] = "ff4de3b31e64d191"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -2849,7 +2855,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "9c72b41d6429d1ed":
+    if GD.get("autoembed") != "ff4de3b31e64d191":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -3046,7 +3052,10 @@ BEGIN
     FROM (
         SELECT p.oid, p.pronamespace = c.relnamespace AS same_schema
         FROM pg_class AS c
-        JOIN pg_proc AS p ON p.proargtypes[0] = c.reltype AND p.pronargs = 1 AND p.prokind = 'f' AND NOT p.proretset
+        -- By its name without a schema first, which has an index.
+        JOIN pg_proc AS p
+            ON p.proname IN (name, substring(name FROM '[.]([^.]*)$'), substring(name FROM '[.]"(.*)"$'))
+           AND p.proargtypes[0] = c.reltype AND p.pronargs = 1 AND p.prokind = 'f' AND NOT p.proretset
         JOIN pg_namespace AS n ON n.oid = p.pronamespace
         WHERE c.oid = table_id
           AND name IN (p.proname::text, format('%s.%s', n.nspname, p.proname), format('%I.%I', n.nspname, p.proname))
@@ -3618,7 +3627,13 @@ BEGIN
     ready AS MATERIALIZED (
         SELECT n.pipeline, s.failures
         FROM queued AS n
-        LEFT JOIN autoembed._pipeline_state AS s ON s.id::text = n.pipeline
+        -- OFFSET 0: looks at these pipelines alone, however many there are.
+        LEFT JOIN LATERAL (
+            SELECT s.blocked, s.failures
+            FROM autoembed._pipeline_state AS s
+            WHERE s.id = CASE WHEN n.pipeline ~ '^[1-9][0-9]{0,8}$' THEN n.pipeline::integer END
+            OFFSET 0
+        ) AS s ON true
         WHERE s.blocked IS NULL
           AND EXISTS (
               SELECT FROM pgmq.q_embedding_jobs AS q
@@ -3902,7 +3917,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "9c72b41d6429d1ed":
+    if GD.get("autoembed") != "ff4de3b31e64d191":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -3918,7 +3933,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "9c72b41d6429d1ed":
+    if GD.get("autoembed") != "ff4de3b31e64d191":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds)
@@ -3934,7 +3949,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "9c72b41d6429d1ed":
+    if GD.get("autoembed") != "ff4de3b31e64d191":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)

@@ -31,7 +31,13 @@ BEGIN
     ready AS MATERIALIZED (
         SELECT n.pipeline, s.failures
         FROM queued AS n
-        LEFT JOIN autoembed._pipeline_state AS s ON s.id::text = n.pipeline
+        -- OFFSET 0: looks at these pipelines alone, however many there are.
+        LEFT JOIN LATERAL (
+            SELECT s.blocked, s.failures
+            FROM autoembed._pipeline_state AS s
+            WHERE s.id = CASE WHEN n.pipeline ~ '^[1-9][0-9]{0,8}$' THEN n.pipeline::integer END
+            OFFSET 0
+        ) AS s ON true
         WHERE s.blocked IS NULL
           AND EXISTS (
               SELECT FROM pgmq.q_embedding_jobs AS q
