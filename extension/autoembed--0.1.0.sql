@@ -85,7 +85,7 @@ CREATE TABLE autoembed.model (
 );
 COMMENT ON TABLE autoembed.model IS 'The ways to embed a text; see create_model().';
 COMMENT ON COLUMN autoembed.model.name IS 'What pipelines and embed() call it.';
-COMMENT ON COLUMN autoembed.model.provider IS 'How it is spoken to: openai or local.';
+COMMENT ON COLUMN autoembed.model.provider IS 'How it is spoken to: local, openai, azure, cohere, voyage, gemini or ollama.';
 COMMENT ON COLUMN autoembed.model.model_id IS 'What the provider calls it.';
 COMMENT ON COLUMN autoembed.model.dimensions IS 'Length of its vectors.';
 COMMENT ON COLUMN autoembed.model.base_url IS
@@ -1851,7 +1851,7 @@ if TYPE_CHECKING:
 
 BASE_URL = "https://generativelanguage.googleapis.com/v1beta"
 MAX_INPUTS_PER_REQUEST = 100
-# The reference sets none; Vertex AI does for the same models, and it is less than a minute's worth for any key.
+# The reference sets none; a request should be a small part of what a key may send in a minute.
 MAX_TOKENS_PER_REQUEST = 20_000
 MAX_TOKENS_PER_INPUT: int | None = 2048
 
@@ -2336,7 +2336,7 @@ if TYPE_CHECKING:
 
 BASE_URL = "https://api.voyageai.com/v1"
 MAX_INPUTS_PER_REQUEST = 1000
-# What every model takes; max_tokens_per_request may not only lower it.
+# What every model takes; max_tokens_per_request says so of a model that takes more.
 MAX_TOKENS_PER_REQUEST = 120_000
 MAX_TOKENS_PER_INPUT: int | None = 32_000
 
@@ -2807,7 +2807,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "ff4de3b31e64d191"
+    GD["autoembed"] = "c93444de34e91ba0"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -2855,7 +2855,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "ff4de3b31e64d191":
+    if GD.get("autoembed") != "c93444de34e91ba0":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -2916,7 +2916,7 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.create_model(text, text, integer, text, text, text, integer, integer, integer, jsonb) IS
-    'Defines a model: its provider (openai, local), the length of its vectors, what the provider calls it (default: its name), where it is, where its key is found (env:NAME or file:PATH), limits below the provider''s own, and options of the provider.';
+    'Defines a model: its provider (local, openai, azure, cohere, voyage, gemini, ollama), the length of its vectors, what the provider calls it (default: its name), where it is, where its key is found (env:NAME or file:PATH), limits below the provider''s own, and options of the provider.';
 
 CREATE FUNCTION autoembed.alter_model(
     name text,
@@ -3917,7 +3917,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "ff4de3b31e64d191":
+    if GD.get("autoembed") != "c93444de34e91ba0":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -3933,7 +3933,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "ff4de3b31e64d191":
+    if GD.get("autoembed") != "c93444de34e91ba0":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds)
@@ -3949,7 +3949,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "ff4de3b31e64d191":
+    if GD.get("autoembed") != "c93444de34e91ba0":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)

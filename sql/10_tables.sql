@@ -83,7 +83,7 @@ CREATE TABLE autoembed.model (
 );
 COMMENT ON TABLE autoembed.model IS 'The ways to embed a text; see create_model().';
 COMMENT ON COLUMN autoembed.model.name IS 'What pipelines and embed() call it.';
-COMMENT ON COLUMN autoembed.model.provider IS 'How it is spoken to: openai or local.';
+COMMENT ON COLUMN autoembed.model.provider IS 'How it is spoken to: local, openai, azure, cohere, voyage, gemini or ollama.';
 COMMENT ON COLUMN autoembed.model.model_id IS 'What the provider calls it.';
 COMMENT ON COLUMN autoembed.model.dimensions IS 'Length of its vectors.';
 COMMENT ON COLUMN autoembed.model.base_url IS

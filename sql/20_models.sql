@@ -102,7 +102,7 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.create_model(text, text, integer, text, text, text, integer, integer, integer, jsonb) IS
-    'Defines a model: its provider (openai, local), the length of its vectors, what the provider calls it (default: its name), where it is, where its key is found (env:NAME or file:PATH), limits below the provider''s own, and options of the provider.';
+    'Defines a model: its provider (local, openai, azure, cohere, voyage, gemini, ollama), the length of its vectors, what the provider calls it (default: its name), where it is, where its key is found (env:NAME or file:PATH), limits below the provider''s own, and options of the provider.';
 
 CREATE FUNCTION autoembed.alter_model(
     name text,

@@ -3,13 +3,14 @@
     python3 fake_api.py --host 127.0.0.1 --port 8000
 
 POST /{tenant}/v1/embeddings   OpenAI's protocol; each tenant has its own behaviour and its own log
+POST /{tenant}/...             the protocols of Azure, Cohere, Voyage (under /voyage/v1), Gemini and Ollama
 PUT /control/{tenant}          set the tenant's behaviour (PATCH: amend it; DELETE: forget the tenant)
 GET /control/{tenant}          its behaviour, counters and log (?only=counters leaves the log out)
 PUT /ports/{port}              open a further port (DELETE: close it, so that connections are refused)
 GET /health                    answers as soon as the server does
 
-Written from https://platform.openai.com/docs/api-reference/embeddings/create and from error bodies that
-users of it have published. A token is four characters, rounded up per text. Standard library and numpy only.
+Written from the providers' API references, which the modules of the providers name, and from error bodies that
+their users have published. A token is four characters, rounded up per text. Standard library and numpy only.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from http.server import BaseHTTPRequestHandler
 from socketserver import TCPServer, ThreadingMixIn
 from types import TracebackType
 from typing import Annotated, Any, NamedTuple, Self, get_type_hints
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
@@ -199,6 +200,14 @@ class Fault(FromJson):
         return next(kind for kind in FAULTS if getattr(self, kind) is not None)
 
 
+class Limits(NamedTuple):
+    """What a provider takes in one request."""
+
+    inputs: int
+    tokens_per_input: int
+    tokens_per_request: int
+
+
 def _rate_limit(value: object) -> bool:
     return bool(RateLimit.from_json(value))
 
@@ -216,9 +225,9 @@ class Behaviour(FromJson):
     hold: Annotated[bool | str | list[str], _hold] = False  # requests wait: all, or those containing a text
     faults: Annotated[Any, _faults] = ()  # a list; each request uses up the first that fits
     rate_limit: Annotated[Any, _rate_limit] = None
-    max_inputs_per_request: Annotated[int, _count] = 2048
-    max_tokens_per_input: Annotated[int, _count] = 8192
-    max_tokens_per_request: Annotated[int, _count] = 300_000
+    max_inputs_per_request: Annotated[int | None, _count] = None  # None, and so below: the provider's own
+    max_tokens_per_input: Annotated[int | None, _count] = None
+    max_tokens_per_request: Annotated[int | None, _count] = None
     supports_dimensions: Annotated[bool | str, _support] = True  # false: 400; "ignore": as if not sent
     supports_base64: Annotated[bool | str, _support] = True
     accepts_extra_fields: Annotated[bool, _flag] = False  # as compatible servers do, unlike OpenAI
@@ -239,8 +248,15 @@ class Behaviour(FromJson):
         parts = [self.hold] if isinstance(self.hold, str) else self.hold
         return any(part in text for part in parts for text in texts)
 
-    def dimensions_of(self, model: object) -> int | None:
-        return {**MODELS, **(self.models or {})}.get(model) if isinstance(model, str) else None
+    def dimensions_of(self, model: object, models: Mapping[str, int] = MODELS) -> int | None:
+        return {**models, **(self.models or {})}.get(model) if isinstance(model, str) else None
+
+    def within(self, own: Limits) -> Limits:
+        return Limits(
+            self.max_inputs_per_request or own.inputs,
+            self.max_tokens_per_input or own.tokens_per_input,
+            self.max_tokens_per_request or own.tokens_per_request,
+        )
 
 
 # --- state: what a tenant has seen ----------------------------------------------------------------
@@ -377,30 +393,50 @@ class Ask(NamedTuple):
 class Protocol(NamedTuple):
     """A provider's way of speaking; another provider is another one of these and a line in PROTOCOLS."""
 
-    key: Callable[[Message], str | None]
+    key_header: str
     texts: Callable[[Any], list[str]]  # as far as they can be made out, for log and faults
-    check: Callable[[Any, Behaviour], Ask]  # raises Refusal
+    # Of a body and what its address says, that is its parts and parameters; raises Refusal.
+    check: Callable[[Any, Behaviour, Mapping[str, str]], Ask]
     answer: Callable[[Ask, list[Item]], bytes]
     usual_refusal: Callable[[int], Refusal]
     error: Callable[[Refusal], bytes]
+    bad_key: Callable[[str | None], Refusal | None]  # of none, or of one that is not right; None: never mind
+    settings: Callable[[Any], dict[str, Any]]  # the body without its texts, for the log
+    embed: Callable[[str, int, str], Vector] = embedding_of
 
 
-OPENAI_FIELDS = {"input", "model", "encoding_format", "dimensions", "user"}
-NO_KEY = "You didn't provide an API key. You need to provide your API key in an Authorization header."
-
-
-def _bearer_key(headers: Message) -> str | None:
-    scheme, _, key = headers.get("Authorization", "").partition(" ")
+def _key(headers: Message, name: str) -> str | None:
+    value = str(headers.get(name, ""))
+    if name != "Authorization":
+        return value or None
+    scheme, _, key = value.partition(" ")
     return key.strip() or None if scheme.lower() == "bearer" else None
 
 
-def _openai_texts(body: Any) -> list[str]:
-    given = body.get("input") if isinstance(body, dict) else None
+def _strings(body: Any, name: str) -> list[str]:
+    given = body.get(name) if isinstance(body, dict) else None
     given = [given] if isinstance(given, str) else given
     return [text for text in given if isinstance(text, str)] if isinstance(given, list) else []
 
 
-def _openai_check(body: Any, behaviour: Behaviour) -> Ask:
+def _without(*names: str) -> Callable[[Any], dict[str, Any]]:
+    return lambda body: {name: body[name] for name in body.keys() - names} if isinstance(body, dict) else {}
+
+
+def _json_item(item: Item) -> Any:
+    return item.vector if isinstance(item.vector, str) else item.vector.tolist()
+
+
+OPENAI_LIMITS = Limits(2048, 8192, 300_000)
+OPENAI_FIELDS = {"input", "model", "encoding_format", "dimensions", "user"}
+NO_KEY = "You didn't provide an API key. You need to provide your API key in an Authorization header."
+
+
+def _openai_texts(body: Any) -> list[str]:
+    return _strings(body, "input")
+
+
+def _openai_check(body: Any, behaviour: Behaviour, address: Mapping[str, str]) -> Ask:
     if not isinstance(body, dict):
         raise Refusal(400, "We could not parse the JSON body of your request.")
     unknown = body.keys() - OPENAI_FIELDS
@@ -419,15 +455,14 @@ def _openai_check(body: Any, behaviour: Behaviour) -> Ask:
     if not whole or not texts or not all(texts):
         reference = "Please check the API reference: https://platform.openai.com/docs/api-reference."
         raise Refusal(400, f"'$.input' is invalid. {reference}")
-    if len(texts) > behaviour.max_inputs_per_request:
-        most = behaviour.max_inputs_per_request
-        raise Refusal(400, f"'$.input' is invalid: array length must be {most} or less.")
+    limits = behaviour.within(OPENAI_LIMITS)
+    if len(texts) > limits.inputs:
+        raise Refusal(400, f"'$.input' is invalid: array length must be {limits.inputs} or less.")
     tokens = [tokens_in(text) for text in texts]
-    if max(tokens) > behaviour.max_tokens_per_input:
-        most = behaviour.max_tokens_per_input
-        raise Refusal(400, f"Invalid 'input': maximum context length is {most} tokens.")
-    if sum(tokens) > behaviour.max_tokens_per_request:
-        most = behaviour.max_tokens_per_request
+    if max(tokens) > limits.tokens_per_input:
+        raise Refusal(400, f"Invalid 'input': maximum context length is {limits.tokens_per_input} tokens.")
+    if sum(tokens) > limits.tokens_per_request:
+        most = limits.tokens_per_request
         message = f"Requested {sum(tokens)} tokens, max {most} tokens per request"
         raise Refusal(400, message, "max_tokens_per_request", code="max_tokens_per_request")
 
@@ -492,8 +527,362 @@ def _openai_error(refusal: Refusal) -> bytes:
     return json.dumps({"error": error}).encode()
 
 
-OPENAI = Protocol(_bearer_key, _openai_texts, _openai_check, _openai_answer, _openai_usual_refusal, _openai_error)
-PROTOCOLS = [(re.compile(r"/(?P<tenant>[^/]+)/v1/embeddings"), OPENAI)]
+def _openai_bad_key(key: str | None) -> Refusal:
+    if key is None:
+        return Refusal(401, NO_KEY)
+    return Refusal(401, f"Incorrect API key provided: {'*' * 8}{key[-4:]}.", code="invalid_api_key")
+
+
+OPENAI = Protocol(
+    "Authorization",
+    _openai_texts,
+    _openai_check,
+    _openai_answer,
+    _openai_usual_refusal,
+    _openai_error,
+    _openai_bad_key,
+    _without("input"),
+)
+
+
+# Azure: OpenAI's body and answer, addressed by deployment, with errors of its own.
+
+
+def _azure_check(body: Any, behaviour: Behaviour, address: Mapping[str, str]) -> Ask:
+    if re.fullmatch(r"\d{4}-\d\d-\d\d(-preview)?", address.get("api-version", "")) is None:
+        raise Refusal(404, "Resource not found", code="404")
+    if behaviour.dimensions_of(address["deployment"]) is None:
+        raise _azure_usual_refusal(404)
+    body = {**body, "model": address["deployment"]} if isinstance(body, dict) else body
+    return _openai_check(body, behaviour, address)
+
+
+def _azure_usual_refusal(status: int) -> Refusal:
+    if status == 401:
+        message = "Access denied due to invalid subscription key or wrong API endpoint."
+        return Refusal(401, message, code="401")
+    if status == 404:
+        return Refusal(404, "The API deployment for this resource does not exist.", code="DeploymentNotFound")
+    if status == 429:
+        message = (
+            "Requests to the Embeddings_Create Operation have exceeded call rate limit. Please retry after 2 seconds."
+        )
+        return Refusal(429, message, code="429")
+    return Refusal(status, f"Refused with {status}.", code=str(status))
+
+
+def _azure_error(refusal: Refusal) -> bytes:
+    return json.dumps({"error": {"code": refusal.code, "message": refusal.message}}).encode()
+
+
+AZURE = OPENAI._replace(
+    key_header="api-key",
+    check=_azure_check,
+    usual_refusal=_azure_usual_refusal,
+    error=_azure_error,
+    bad_key=lambda key: _azure_usual_refusal(401),
+)
+
+
+# What the others have in common: a model, its dimensions, texts within limits.
+
+
+def _known(model: object, behaviour: Behaviour, models: Mapping[str, int], refusal: Refusal) -> int:
+    full = behaviour.dimensions_of(model, models)
+    if full is None:
+        raise refusal
+    return full
+
+
+def _tokens(texts: list[str], limits: Limits, words: Mapping[str, str], cut: bool = False) -> int:
+    """The tokens of the texts, if they are within the limits; words: what is said of those that are not."""
+    if not texts or len(texts) > limits.inputs:
+        raise Refusal(400, words["inputs"].format(most=limits.inputs))
+    tokens = [min(tokens_in(text), limits.tokens_per_input) if cut else tokens_in(text) for text in texts]
+    if max(tokens) > limits.tokens_per_input:
+        raise Refusal(400, words["input"].format(most=limits.tokens_per_input, found=max(tokens)))
+    if sum(tokens) > limits.tokens_per_request:
+        raise Refusal(400, words["request"].format(most=limits.tokens_per_request, found=sum(tokens)))
+    return sum(tokens)
+
+
+def _usual_refusal(messages: Mapping[int, str]) -> Callable[[int], Refusal]:
+    return lambda status: Refusal(status, messages.get(status, f"Refused with {status}."))
+
+
+def _only(body: Any, fields: set[str], behaviour: Behaviour) -> dict[str, Any]:
+    if not isinstance(body, dict):
+        raise Refusal(400, "invalid JSON")
+    unknown = body.keys() - fields
+    if unknown and not behaviour.accepts_extra_fields:
+        raise Refusal(400, f"unknown field: {', '.join(sorted(unknown))}")
+    return body
+
+
+COHERE_MODELS = {"embed-v4.0": 1536, "embed-english-v3.0": 1024, "embed-multilingual-light-v3.0": 384}
+COHERE_FIELDS = {"model", "texts", "input_type", "embedding_types", "truncate", "output_dimension", "max_tokens"}
+COHERE_WORDS = {
+    "inputs": "invalid request: total number of texts must be at most {most}",
+    "input": "too many tokens: text exceeds {most} tokens - received {found}",
+    "request": "too many tokens: size limit exceeded by {found} tokens",
+}
+_cohere_usual_refusal = _usual_refusal(
+    {
+        401: "invalid api token",
+        404: "model not found, make sure the correct model ID was used",
+        429: "You are using a Trial key, which is limited to 100 API calls / minute.",
+        498: "your text contains content that violates our usage guidelines",
+        500: "internal server error, this has been reported to our developers.",
+    }
+)
+
+
+def _cohere_check(body: Any, behaviour: Behaviour, address: Mapping[str, str]) -> Ask:
+    body = _only(body, COHERE_FIELDS, behaviour)
+    model, old = body.get("model"), str(body.get("model")).endswith("-v3.0")
+    full = _known(model, behaviour, COHERE_MODELS, Refusal(404, f"model '{model}' not found"))
+    if body.get("input_type") not in ("search_document", "search_query", "classification", "clustering"):
+        raise Refusal(400, "invalid request: valid input_type must be provided with the provided model")
+    if body.get("embedding_types", ["float"]) != ["float"]:
+        raise Refusal(400, "invalid request: valid embedding_types are float here")
+    cut = body.get("truncate", "END") != "NONE"
+    limits = behaviour.within(Limits(96, 512 if old else 128_000, 1_000_000))
+    tokens = _tokens(_strings(body, "texts"), limits, COHERE_WORDS, cut)
+    dimensions = body.get("output_dimension", full)
+    if dimensions != full and (old or dimensions not in (256, 512, 1024, 1536)):
+        raise Refusal(400, "invalid request: output_dimension is not valid for the provided model")
+    if old and "output_dimension" in body:
+        raise Refusal(400, "invalid request: output_dimension is not supported by the provided model")
+    return Ask(_strings(body, "texts"), str(model), dimensions, False, tokens)
+
+
+def _cohere_answer(ask: Ask, items: list[Item]) -> bytes:
+    meta = {"api_version": {"version": "2"}, "billed_units": {"input_tokens": ask.tokens}}
+    embeddings = {"float": [_json_item(item) for item in items]}
+    answer = {"id": "0", "response_type": "embeddings_by_type", "embeddings": embeddings, "texts": ask.texts}
+    return json.dumps({**answer, "meta": meta}).encode()
+
+
+def _message_error(refusal: Refusal) -> bytes:
+    return json.dumps({"id": "0", "message": refusal.message}).encode()
+
+
+COHERE = Protocol(
+    "Authorization",
+    lambda body: _strings(body, "texts"),
+    _cohere_check,
+    _cohere_answer,
+    _cohere_usual_refusal,
+    _message_error,
+    lambda key: _cohere_usual_refusal(401),
+    _without("texts"),
+)
+
+VOYAGE_MODELS = {"voyage-4": 1024, "voyage-4-lite": 1024, "voyage-law-2": 1024, "voyage-code-2": 1536}
+VOYAGE_TOKENS = {"voyage-4": 320_000, "voyage-4-lite": 1_000_000}
+VOYAGE_FIELDS = {
+    "model", "input", "input_type", "truncation", "encoding_format", "output_dimension", "output_dtype",
+}  # fmt: skip
+VOYAGE_WORDS = {
+    "inputs": "The batch size limit is {most}.",
+    "input": "An input has {found} tokens, which exceeds the context length of {most}.",
+    "request": "The max allowed tokens per submitted batch is {most}. Your batch has {found} tokens after truncation.",
+}
+_voyage_usual_refusal = _usual_refusal(
+    {
+        401: "Provided API key is invalid.",
+        403: "Access from your IP address is forbidden.",
+        429: "You have exceeded your rate limit.",
+        500: "Unexpected issue on our servers.",
+        503: "Our servers are currently experiencing high traffic.",
+    }
+)
+
+
+def _voyage_check(body: Any, behaviour: Behaviour, address: Mapping[str, str]) -> Ask:
+    body = _only(body, VOYAGE_FIELDS, behaviour)
+    model = body.get("model")
+    known = f"Model {model} is not supported. Supported models are {sorted(VOYAGE_MODELS)}."
+    full = _known(model, behaviour, VOYAGE_MODELS, Refusal(400, known))
+    old = full != 1024 or model == "voyage-law-2"
+    if body.get("input_type") not in (None, "query", "document"):
+        raise Refusal(400, "Argument 'input_type' must be query, document or null.")
+    if body.get("encoding_format") not in (None, "base64"):
+        raise Refusal(400, "Argument 'encoding_format' must be base64 or null.")
+    limits = behaviour.within(Limits(1000, 16_000 if old else 32_000, VOYAGE_TOKENS.get(str(model), 120_000)))
+    tokens = _tokens(_strings(body, "input"), limits, VOYAGE_WORDS, cut=body.get("truncation", True) is not False)
+    dimensions = body.get("output_dimension", full)
+    if dimensions not in ((full,) if old else (256, 512, 1024, 2048)):
+        raise Refusal(400, f"Argument 'output_dimension' = {dimensions} is not supported by {model}.")
+    return Ask(_strings(body, "input"), str(model), dimensions, body.get("encoding_format") == "base64", tokens)
+
+
+def _voyage_answer(ask: Ask, items: list[Item]) -> bytes:
+    data = b",".join(_openai_item(item, ask.base64) for item in items)
+    tail = {"model": ask.model, "usage": {"total_tokens": ask.tokens}}
+    return b'{"object":"list","data":[%s],%s' % (data, json.dumps(tail).encode()[1:])
+
+
+VOYAGE = Protocol(
+    "Authorization",
+    _openai_texts,
+    _voyage_check,
+    _voyage_answer,
+    _voyage_usual_refusal,
+    lambda refusal: json.dumps({"detail": refusal.message}).encode(),
+    lambda key: _voyage_usual_refusal(401),
+    _without("input"),
+)
+
+GEMINI_MODELS = {"gemini-embedding-001": 3072, "gemini-embedding-2": 3072}
+GEMINI_WORDS = {
+    "inputs": "* BatchEmbedContentsRequest.requests: at most {most} requests can be in one batch",
+    "input": "The input token count ({found}) exceeds the maximum number of tokens allowed ({most}).",
+    "request": "The input token count ({found}) exceeds the maximum number of tokens allowed ({most}).",
+}
+GEMINI_STATUSES = {
+    400: "INVALID_ARGUMENT",
+    403: "PERMISSION_DENIED",
+    404: "NOT_FOUND",
+    429: "RESOURCE_EXHAUSTED",
+    500: "INTERNAL",
+    503: "UNAVAILABLE",
+    504: "DEADLINE_EXCEEDED",
+}
+GEMINI_TASKS = {"RETRIEVAL_DOCUMENT", "RETRIEVAL_QUERY", "SEMANTIC_SIMILARITY", "CLASSIFICATION", "CLUSTERING"}
+_gemini_usual_refusal = _usual_refusal(
+    {
+        403: "Permission denied on resource project.",
+        404: "The model is not found for API version v1beta, or is not supported for embedContent.",
+        429: "You exceeded your current quota, please check your plan and billing details.",
+        500: "An internal error has occurred. Please retry.",
+        503: "The model is overloaded. Please try again later.",
+    }
+)
+
+
+def _gemini_requests(body: Any) -> list[dict[str, Any]]:
+    requests = body.get("requests") if isinstance(body, dict) else None
+    return [request for request in requests if isinstance(request, dict)] if isinstance(requests, list) else []
+
+
+def _gemini_texts(body: Any) -> list[str]:
+    contents = [request.get("content") for request in _gemini_requests(body)]
+    parts = [content.get("parts") for content in contents if isinstance(content, dict)]
+    firsts = [part[0] for part in parts if isinstance(part, list) and len(part) == 1 and isinstance(part[0], dict)]
+    return [first["text"] for first in firsts if isinstance(first.get("text"), str)]
+
+
+def _gemini_settings(body: Any) -> dict[str, Any]:
+    """Those of the first of its requests: all must have the same."""
+    return _without("content")(next(iter(_gemini_requests(body)), {}))
+
+
+def _gemini_check(body: Any, behaviour: Behaviour, address: Mapping[str, str]) -> Ask:
+    texts, settings = _gemini_texts(body), _gemini_settings(body)
+    model = address["model"]
+    full = _known(model, behaviour, GEMINI_MODELS, _gemini_usual_refusal(404))
+    given = body.get("requests") if isinstance(body, dict) else None
+    if not isinstance(given, list) or not texts or len(texts) != len(given) or not all(texts):
+        raise Refusal(400, "* BatchEmbedContentsRequest.requests[0].content: contents is not specified")
+    if any(_without("content")(request) != settings for request in _gemini_requests(body)):
+        raise Refusal(400, "the requests of one batch differ")
+    if settings.get("model") != f"models/{model}":
+        raise Refusal(400, "* BatchEmbedContentsRequest.requests[0].model: does not match the model of the batch")
+    if settings.get("taskType", "CLUSTERING") not in GEMINI_TASKS or ("taskType" in settings and model.endswith("-2")):
+        raise Refusal(400, "Invalid value at 'requests[0].task_type'")
+    _only(settings, {"model", "taskType", "outputDimensionality", "title"}, behaviour)
+    limits = behaviour.within(Limits(100, 8192 if model.endswith("-2") else 2048, 1_000_000))
+    dimensions = settings.get("outputDimensionality", full)
+    if not _count(dimensions) or dimensions > full:
+        raise Refusal(400, f"output_dimensionality must be between 1 and {full}")
+    return Ask(texts, model, dimensions, False, _tokens(texts, limits, GEMINI_WORDS))
+
+
+def _gemini_answer(ask: Ask, items: list[Item]) -> bytes:
+    embeddings = [{"values": _json_item(item)} for item in items]
+    return json.dumps({"embeddings": embeddings, "usageMetadata": {"promptTokenCount": ask.tokens}}).encode()
+
+
+def _gemini_error(refusal: Refusal) -> bytes:
+    status = GEMINI_STATUSES.get(refusal.status, "UNKNOWN")
+    error: dict[str, Any] = {"code": refusal.status, "message": refusal.message, "status": status}
+    if refusal.code:
+        info = {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": refusal.code}
+        error["details"] = [{**info, "domain": "googleapis.com"}]
+    return json.dumps({"error": error}).encode()
+
+
+def _gemini_bad_key(key: str | None) -> Refusal:
+    if key is None:
+        return Refusal(403, "Method doesn't allow unregistered callers. Please use API Key.")
+    return Refusal(400, "API key not valid. Please pass a valid API key.", code="API_KEY_INVALID")
+
+
+def _cut(text: str, dimensions: int, model: str) -> Vector:
+    """Shortened by cutting, so no longer of unit length."""
+    return embedding_of(text, max(dimensions, GEMINI_MODELS.get(model, 0)), model)[:dimensions]
+
+
+GEMINI = Protocol(
+    "x-goog-api-key",
+    _gemini_texts,
+    _gemini_check,
+    _gemini_answer,
+    _gemini_usual_refusal,
+    _gemini_error,
+    _gemini_bad_key,
+    _gemini_settings,
+    _cut,
+)
+
+OLLAMA_MODELS = {"nomic-embed-text": 768, "all-minilm": 384}
+OLLAMA_FIELDS = {"model", "input", "truncate", "dimensions", "keep_alive", "options"}
+OLLAMA_WORDS = {
+    "inputs": "too many inputs: {most}",
+    "input": "the input length exceeds the context length",
+    "request": "too many tokens: {most}",
+}
+
+
+def _ollama_check(body: Any, behaviour: Behaviour, address: Mapping[str, str]) -> Ask:
+    body = _only(body, OLLAMA_FIELDS, behaviour)
+    model = body.get("model")
+    full = _known(model, behaviour, OLLAMA_MODELS, Refusal(404, f'model "{model}" not found, try pulling it first'))
+    texts = _strings(body, "input")
+    if isinstance(body.get("input"), list) and len(texts) != len(body["input"]):
+        raise Refusal(400, "invalid input type")
+    limits = behaviour.within(Limits(1_000_000, 2048, 1 << 40))
+    tokens = _tokens(texts, limits, OLLAMA_WORDS, cut=body.get("truncate", True) is not False)
+    # More than the model has changes nothing.
+    dimensions = min(body.get("dimensions") or full, full)
+    return Ask(texts, str(model), dimensions, False, tokens)
+
+
+def _ollama_answer(ask: Ask, items: list[Item]) -> bytes:
+    embeddings = [_json_item(item) for item in items]
+    return json.dumps({"model": ask.model, "embeddings": embeddings, "prompt_eval_count": ask.tokens}).encode()
+
+
+OLLAMA = Protocol(
+    "Authorization",
+    _openai_texts,
+    _ollama_check,
+    _ollama_answer,
+    _usual_refusal({401: "unauthorized", 404: "model not found", 503: "server busy, please try again"}),
+    lambda refusal: json.dumps({"error": refusal.message}).encode(),
+    lambda key: None if key is None else Refusal(401, "unauthorized"),
+    _without("input"),
+)
+
+PROTOCOLS = [
+    (re.compile(r"/(?P<tenant>[^/]+)/v1/embeddings"), OPENAI),
+    (re.compile(r"/(?P<tenant>[^/]+)/openai/deployments/(?P<deployment>[^/]+)/embeddings"), AZURE),
+    (re.compile(r"/(?P<tenant>[^/]+)/v2/embed"), COHERE),
+    (re.compile(r"/(?P<tenant>[^/]+)/voyage/v1/embeddings"), VOYAGE),
+    (re.compile(r"/(?P<tenant>[^/]+)/v1beta/models/(?P<model>[^/]+):batchEmbedContents"), GEMINI),
+    (re.compile(r"/(?P<tenant>[^/]+)/api/embed"), OLLAMA),
+]
 
 
 # --- exchange: one request and its answer ---------------------------------------------------------
@@ -518,8 +907,10 @@ class Reply:
 class Exchange:
     """One request to a provider's endpoint."""
 
-    def __init__(self, handler: Handler, protocol: Protocol, tenant: Tenant, body: bytes) -> None:
-        self.handler, self.protocol, self.tenant = handler, protocol, tenant
+    def __init__(
+        self, handler: Handler, protocol: Protocol, tenant: Tenant, body: bytes, address: Mapping[str, str]
+    ) -> None:
+        self.handler, self.protocol, self.tenant, self.address = handler, protocol, tenant, address
         self.changed = handler.state.changed
         try:
             self.body = json.loads(body)
@@ -531,8 +922,8 @@ class Exchange:
         self.entry = self._enter()
 
     def _enter(self) -> dict[str, Any]:
-        key = self.protocol.key(self.handler.headers)
-        fields = self.body if isinstance(self.body, dict) else {}
+        key = _key(self.handler.headers, self.protocol.key_header)
+        fields = self.protocol.settings(self.body)
         entry = {
             "method": self.handler.command,
             "path": self.handler.path,
@@ -542,6 +933,7 @@ class Exchange:
             "model": fields.get("model"),
             "dimensions": fields.get("dimensions"),
             "encoding_format": fields.get("encoding_format"),
+            "settings": fields,  # all of the body but the texts
             "extra_fields": {name: fields[name] for name in fields.keys() - OPENAI_FIELDS},
             "texts": None,
             "fault": None,
@@ -612,8 +1004,8 @@ class Exchange:
         self._authorize()
         tokens = sum(map(tokens_in, self.texts))
         self._limit(tokens)
-        self.ask = ask = self.protocol.check(self.body, self.behaviour)
-        vectors = (embedding_of(text, ask.dimensions, ask.model) for text in ask.texts)
+        self.ask = ask = self.protocol.check(self.body, self.behaviour, self.address)
+        vectors = (self.protocol.embed(text, ask.dimensions, ask.model) for text in ask.texts)
         return [Item(index, vector) for index, vector in enumerate(vectors)]
 
     def reply(self, items: list[Item]) -> Reply:
@@ -621,12 +1013,11 @@ class Exchange:
         return Reply(200, self.protocol.answer(self.ask, items))
 
     def _authorize(self) -> None:
-        key = self.protocol.key(self.handler.headers)
-        if key is None:
-            raise Refusal(401, NO_KEY)
-        if self.behaviour.api_key not in (None, key):
-            message = f"Incorrect API key provided: {'*' * 8}{key[-4:]}."
-            raise Refusal(401, message, code="invalid_api_key")
+        key = _key(self.handler.headers, self.protocol.key_header)
+        if key is None or self.behaviour.api_key not in (None, key):
+            refusal = self.protocol.bad_key(key)
+            if refusal:
+                raise refusal
 
     def _limit(self, tokens: int) -> None:
         with self.changed:
@@ -733,8 +1124,9 @@ def _redirect(exchange: Exchange, fault: Fault) -> Reply:
 
 
 def _echo_authorization(exchange: Exchange, fault: Fault) -> Reply:
-    given = exchange.handler.headers.get("Authorization")
-    return Reply(401, exchange.protocol.error(Refusal(401, f"Not allowed: Authorization: {given}")))
+    name = exchange.protocol.key_header
+    given = exchange.handler.headers.get(name)
+    return Reply(401, exchange.protocol.error(Refusal(401, f"Not allowed: {name}: {given}")))
 
 
 def _twisted(twist: Callable[[list[Item], Fault], list[Item]]) -> Callable[[Exchange, Fault], Reply]:
@@ -804,7 +1196,8 @@ class Handler(BaseHTTPRequestHandler):
         path, query = urlsplit(self.path).path, urlsplit(self.path).query
         for pattern, protocol in PROTOCOLS:
             if self.command == "POST" and (match := pattern.fullmatch(path)):
-                self.provide(Exchange(self, protocol, self.state.tenant(match["tenant"]), body))
+                address = {name: unquote(part) for name, part in match.groupdict().items()} | dict(parse_qsl(query))
+                self.provide(Exchange(self, protocol, self.state.tenant(match["tenant"]), body, address))
                 return
         try:
             self.control(path.strip("/").split("/"), query, json.loads(body or b"{}"))
@@ -1007,6 +1400,11 @@ class FakeApi:
     control_url: str
     base_url: str
     tenant: str
+
+    @property
+    def root(self) -> str:
+        """The address of the tenant, under which the other protocols have theirs."""
+        return self.base_url.removesuffix("/v1")
 
     def behave(self, **behaviour: Any) -> None:
         """Set the whole behaviour; what is not named is as by default."""

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 # What a text is embedded as: many models embed a question and the document that answers it in two ways.
 Purpose = Literal["document", "query"]
+# The options of a model that prefixed() obeys.
+PREFIXES = frozenset({"document_prefix", "query_prefix"})
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Model:
 
     def digest(self, content: str) -> bytes:
         """16 bytes that tell whether this text, by this model, has been embedded before."""
-        name = f"{self.provider}\0{self.model_id}\0{self.dimensions}\0"
+        name = f"{self.provider}\0{self.model_id}\0{self.dimensions}\0{self.options.get('document_prefix', '')}"
         return hashlib.blake2b((name + content).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
@@ -47,6 +49,16 @@ class Ask:
     texts: Sequence[str]
     timeout_seconds: float
     purpose: Purpose = "document"
+
+
+def prefixed(ask: Ask) -> list[str]:
+    """The texts as a model wants them that knows documents from queries by how they begin.
+
+    E5, BGE, nomic and others say in their cards what to put before each, say "query: " and "passage: ": that is what
+    the options document_prefix and query_prefix hold, spaces included.
+    """
+    prefix = ask.model.options.get(f"{ask.purpose}_prefix", "")
+    return [prefix + text for text in ask.texts]
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import openai
@@ -265,6 +265,271 @@ def test_body_that_is_not_json_is_refused(session: requests.Session, api: FakeAp
 
 def test_unknown_path_is_not_found(session: requests.Session, api: FakeApi) -> None:
     assert session.post(f"{api.base_url}/completions", json={}, timeout=10).status_code == 404
+
+
+# --- the other protocols -----------------------------------------------------------------------------
+
+
+def openai_body(texts: list[str], **fields: Any) -> dict[str, Any]:
+    return {"input": texts, **fields}
+
+
+def cohere_body(texts: list[str], **fields: Any) -> dict[str, Any]:
+    return {"model": "embed-v4.0", "texts": texts, "input_type": "search_query", "truncate": "NONE", **fields}
+
+
+def voyage_body(texts: list[str], **fields: Any) -> dict[str, Any]:
+    return {"model": "voyage-4", "input": texts, "truncation": False, **fields}
+
+
+def gemini_body(texts: list[str], **fields: Any) -> dict[str, Any]:
+    settings = {"model": "models/gemini-embedding-001", **fields}
+    return {"requests": [{**settings, "content": {"parts": [{"text": text}]}} for text in texts]}
+
+
+def ollama_body(texts: list[str], **fields: Any) -> dict[str, Any]:
+    return {"model": "nomic-embed-text", "input": texts, "truncate": False, **fields}
+
+
+class Other(NamedTuple):
+    """One of the other protocols, as a plain client speaks it."""
+
+    path: str
+    key: dict[str, str]
+    body: Callable[..., dict[str, Any]]
+    model: str
+    full: int
+    vectors: Callable[[Any], list[Any]]
+    tokens: Callable[[Any], int]
+    message: Callable[[Any], str]
+
+    def ask(self, api: FakeApi, body: Any, key: dict[str, str] | None = None, path: str = "") -> requests.Response:
+        with requests.Session() as session:
+            session.trust_env = False
+            headers = self.key if key is None else key
+            return session.post(api.root + (path or self.path), json=body, headers=headers, timeout=10)
+
+
+BEARER = {"Authorization": "Bearer sk-right"}
+AZURE_PATH = "/openai/deployments/text-embedding-3-small/embeddings?api-version=2024-10-21"
+OTHERS = {
+    "azure": Other(
+        AZURE_PATH,
+        {"api-key": "sk-right"},
+        openai_body,
+        MODEL,
+        1536,
+        lambda answer: [item["embedding"] for item in answer["data"]],
+        lambda answer: answer["usage"]["total_tokens"],
+        lambda answer: answer["error"]["message"],
+    ),
+    "cohere": Other(
+        "/v2/embed",
+        BEARER,
+        cohere_body,
+        "embed-v4.0",
+        1536,
+        lambda answer: answer["embeddings"]["float"],
+        lambda answer: answer["meta"]["billed_units"]["input_tokens"],
+        lambda answer: answer["message"],
+    ),
+    "voyage": Other(
+        "/voyage/v1/embeddings",
+        BEARER,
+        voyage_body,
+        "voyage-4",
+        1024,
+        lambda answer: [item["embedding"] for item in answer["data"]],
+        lambda answer: answer["usage"]["total_tokens"],
+        lambda answer: answer["detail"],
+    ),
+    "gemini": Other(
+        "/v1beta/models/gemini-embedding-001:batchEmbedContents",
+        {"x-goog-api-key": "sk-right"},
+        gemini_body,
+        "gemini-embedding-001",
+        3072,
+        lambda answer: [embedding["values"] for embedding in answer["embeddings"]],
+        lambda answer: answer["usageMetadata"]["promptTokenCount"],
+        lambda answer: answer["error"]["message"],
+    ),
+    "ollama": Other(
+        "/api/embed",
+        BEARER,
+        ollama_body,
+        "nomic-embed-text",
+        768,
+        lambda answer: answer["embeddings"],
+        lambda answer: answer["prompt_eval_count"],
+        lambda answer: answer["error"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_protocol_gives_the_vectors_of_the_texts_in_order(api: FakeApi, name: str) -> None:
+    other = OTHERS[name]
+
+    answer = other.ask(api, other.body(["a", "eight ch"])).json()
+
+    expected = [embedding_of(text, other.full, other.model) for text in ("a", "eight ch")]
+    assert np.array_equal(np.array(other.vectors(answer), np.float32), expected)
+    assert other.tokens(answer) == 3
+    assert api.texts() == ["a", "eight ch"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("status", [400, 401, 404, 429, 500, 503])
+def test_every_protocol_refuses_in_its_own_form(api: FakeApi, name: str, status: int) -> None:
+    other = OTHERS[name]
+    api.behave(faults=[{"status": status, "retry_after": 3}])
+
+    answer = other.ask(api, other.body(["a"]))
+
+    assert (answer.status_code, answer.headers["Retry-After"]) == (status, "3")
+    assert other.message(answer.json())
+    assert other.ask(api, other.body(["a"])).status_code == 200
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_fault_that_needs_no_index_works_for_every_protocol(api: FakeApi, name: str) -> None:
+    other = OTHERS[name]
+    twisted: dict[str, Callable[[list[Any]], bool]] = {
+        "wrong_count": lambda found: len(found) == 1,
+        "wrong_dimensions": lambda found: len(found[0]) == other.full - 1,
+        "nan": lambda found: math.isnan(found[1][other.full // 2]),
+        "infinity": lambda found: math.isinf(found[1][other.full // 2]),
+        "shuffled": lambda found: found[0] == embedding_of("b", other.full, other.model).tolist(),
+        "invalid_base64": lambda found: found[1] == "?!",
+    }
+
+    for fault, shows in twisted.items():
+        api.behave(faults=[{fault: True}])
+        assert shows(other.vectors(other.ask(api, other.body(["a", "b"])).json())), fault
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_key_is_echoed_from_the_header_that_had_it(api: FakeApi, name: str) -> None:
+    other = OTHERS[name]
+    api.behave(faults=[{"echo_authorization": True}])
+
+    answer = other.ask(api, other.body(["a"]))
+
+    assert answer.status_code == 401
+    assert "sk-right" in other.message(answer.json())
+
+
+@pytest.mark.parametrize(
+    ("name", "none", "wrong"),
+    [("azure", 401, 401), ("cohere", 401, 401), ("voyage", 401, 401), ("gemini", 403, 400), ("ollama", 200, 401)],
+)
+def test_a_missing_and_a_wrong_key_are_refused_as_documented(api: FakeApi, name: str, none: int, wrong: int) -> None:
+    other = OTHERS[name]
+    api.behave(api_key="sk-other")
+
+    assert other.ask(api, other.body(["a"]), key={}).status_code == none
+    answer = other.ask(api, other.body(["a"]))
+    assert answer.status_code == wrong
+    assert "sk-right" not in answer.text
+    assert name != "gemini" or answer.json()["error"]["details"][0]["reason"] == "API_KEY_INVALID"
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "status", "message"),
+    [
+        ("azure", openai_body([]), 400, "'$.input' is invalid"),
+        ("azure", openai_body(["a"] * 2049), 400, "array length must be 2048 or less"),
+        ("azure", openai_body(["a"], input_type="query"), 400, "Unrecognized request argument"),
+        ("cohere", [], 400, "invalid JSON"),
+        ("cohere", cohere_body(["a"] * 97), 400, "must be at most 96"),
+        ("cohere", cohere_body(["a"], model="embed-v9"), 404, "model 'embed-v9' not found"),
+        ("cohere", cohere_body(["a"], input_type=None), 400, "valid input_type must be provided"),
+        ("cohere", cohere_body(["a"], embedding_types=["int8"]), 400, "embedding_types"),
+        ("cohere", cohere_body(["a" * 2052], model="embed-english-v3.0"), 400, "exceeds 512 tokens"),
+        ("cohere", cohere_body(["a"], output_dimension=100), 400, "output_dimension is not valid"),
+        ("cohere", cohere_body(["a"], model="embed-english-v3.0", output_dimension=1024), 400, "not supported"),
+        ("cohere", cohere_body(["a"], dimensions=256), 400, "unknown field: dimensions"),
+        ("voyage", voyage_body(["a"] * 1001), 400, "batch size limit is 1000"),
+        ("voyage", voyage_body(["a"], model="voyage-9"), 400, "Supported models are"),
+        ("voyage", voyage_body(["a"], input_type="search_query"), 400, "input_type"),
+        ("voyage", voyage_body(["a"], encoding_format="float"), 400, "encoding_format"),
+        ("voyage", voyage_body(["a" * 64_004], model="voyage-law-2"), 400, "context length of 16000"),
+        ("voyage", voyage_body(["a" * 60_000] * 9, model="voyage-law-2"), 400, "submitted batch is 120000"),
+        ("voyage", voyage_body(["a"], model="voyage-law-2", output_dimension=256), 400, "output_dimension"),
+        ("gemini", gemini_body(["a"] * 101), 400, "at most 100 requests"),
+        ("gemini", gemini_body([]), 400, "contents is not specified"),
+        ("gemini", {}, 400, "contents is not specified"),
+        ("gemini", gemini_body([""]), 400, "contents is not specified"),
+        ("gemini", gemini_body(["a"], model="models/other"), 400, "does not match"),
+        ("gemini", gemini_body(["a"], taskType="QUERY"), 400, "task_type"),
+        ("gemini", gemini_body(["a"], outputDimensionality=4000), 400, "must be between"),
+        ("gemini", gemini_body(["a" * 8196]), 400, "exceeds the maximum"),
+        ("gemini", {"requests": [*gemini_body(["a"])["requests"], {"model": "b"}]}, 400, "not specified"),
+        ("ollama", ollama_body(["a"], model="none"), 404, "try pulling it first"),
+        ("ollama", ollama_body(["a" * 8196]), 400, "the input length exceeds the context length"),
+        ("ollama", {**ollama_body([]), "input": [1]}, 400, "invalid input type"),
+    ],
+)
+def test_what_a_provider_refuses_is_refused_with_its_words(
+    api: FakeApi, name: str, body: Any, status: int, message: str
+) -> None:
+    answer = OTHERS[name].ask(api, body)
+
+    assert answer.status_code == status
+    assert message in OTHERS[name].message(answer.json())
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [
+        (AZURE_PATH.replace("text-embedding-3-small", "none"), "DeploymentNotFound"),
+        (AZURE_PATH.partition("?")[0], "404"),
+    ],
+)
+def test_azure_knows_its_deployments_and_wants_a_version(api: FakeApi, path: str, code: str) -> None:
+    answer = OTHERS["azure"].ask(api, openai_body(["a"]), path=path)
+
+    assert (answer.status_code, error(answer)["code"]) == (404, code)
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "tokens"),
+    [
+        ("cohere", cohere_body(["a" * 4000], model="embed-english-v3.0", truncate="END"), 512),
+        ("voyage", voyage_body(["a" * 100_000], model="voyage-law-2", truncation=True), 16_000),
+        ("ollama", ollama_body(["a" * 100_000], truncate=True), 2048),
+    ],
+)
+def test_a_provider_shortens_texts_when_asked_to(api: FakeApi, name: str, body: Any, tokens: int) -> None:
+    assert OTHERS[name].tokens(OTHERS[name].ask(api, body).json()) == tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "dimensions", "length"),
+    [
+        ("azure", {"dimensions": 256}, 256, 1),
+        ("cohere", {"output_dimension": 512}, 512, 1),
+        ("voyage", {"output_dimension": 2048}, 2048, 1),
+        ("gemini", {"outputDimensionality": 768}, 768, 0.5),
+        ("ollama", {"dimensions": 256}, 256, 1),
+        ("ollama", {"dimensions": 2000}, 768, 1),
+    ],
+)
+def test_shorter_vectors_have_unit_length_but_gemini_s(
+    api: FakeApi, name: str, fields: dict[str, int], dimensions: int, length: float
+) -> None:
+    other = OTHERS[name]
+
+    (vector,) = other.vectors(other.ask(api, other.body(["a"], **fields)).json())
+
+    assert len(vector) == dimensions
+    assert np.linalg.norm(vector) == pytest.approx(length, abs=0.05 if length < 1 else 1e-6)
+
+
+def test_voyage_answers_in_base64_when_asked_to(api: FakeApi) -> None:
+    (text,) = OTHERS["voyage"].vectors(OTHERS["voyage"].ask(api, voyage_body(["a"], encoding_format="base64")).json())
+
+    assert np.array_equal(np.frombuffer(base64.b64decode(text), "<f4"), embedding_of("a", 1024, "voyage-4"))
 
 
 # --- behaviour ---------------------------------------------------------------------------------------
@@ -709,6 +974,7 @@ def test_log_tells_all_about_a_request_but_the_key(session: requests.Session, ap
         "model": MODEL,
         "dimensions": 8,
         "encoding_format": "float",
+        "settings": {"model": MODEL, "dimensions": 8, "encoding_format": "float"},
         "extra_fields": {},
         "fault": None,
         "status": 200,

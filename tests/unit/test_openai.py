@@ -202,7 +202,7 @@ def test_every_provider_has_its_name() -> None:
 
     with pytest.raises(InvalidInput, match='"small" names the provider "acme", which is not known') as caught:
         provider_of(replace(SMALL, provider="acme"))
-    assert caught.value.hint == "The providers are: local, openai."
+    assert caught.value.hint == "The providers are: azure, cohere, gemini, local, ollama, openai, voyage."
 
 
 @pytest.mark.parametrize("url", ["", "api.openai.com/v1", "ftp://host/v1", "file:///etc/passwd", "HTTP"])

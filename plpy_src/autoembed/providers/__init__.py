@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from autoembed.errors import InvalidInput
 from autoembed.model import Ask, Embedded, Model
-from autoembed.providers import local, openai
+from autoembed.providers import azure, cohere, gemini, local, ollama, openai, voyage
 
 if TYPE_CHECKING:
     from autoembed.network import Network
@@ -30,7 +30,15 @@ class Provider(Protocol):
         """Ends what embed() is doing without the network."""
 
 
-PROVIDERS: dict[str, Provider] = {"openai": openai, "local": local}
+PROVIDERS: dict[str, Provider] = {
+    "openai": openai,
+    "azure": azure,
+    "cohere": cohere,
+    "gemini": gemini,
+    "ollama": ollama,
+    "voyage": voyage,
+    "local": local,
+}
 
 
 def provider_of(model: Model) -> Provider:

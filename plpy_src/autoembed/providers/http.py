@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from autoembed import keys
-from autoembed.errors import InvalidInput, ProviderTrouble, Refused, trouble_of_answer
+from autoembed.errors import InvalidInput, ProviderTrouble, Refused, Trouble, trouble_of_answer
 from autoembed.model import Ask, Model
 
 if TYPE_CHECKING:
@@ -58,12 +59,38 @@ def check_options(model: Model, known: frozenset[str]) -> None:
             f'model "{model.name}" has the option {unknown[0]}, which the provider {model.provider} does not know',
             hint=f"Its options are: {', '.join(sorted(known)) or 'none'}.",
         )
+    for name in sorted(model.options.keys() - OPTIONS):
+        if not isinstance(model.options[name], str):
+            raise InvalidInput(f'option {name} of model "{model.name}" is not a text')
+
+
+def check_tokens_per_input(model: Model, most: int) -> None:
+    """Raises InvalidInput unless the model's own limit keeps texts within what it takes, less than its provider's."""
+    if model.max_tokens_per_input is None or model.max_tokens_per_input > most:
+        raise InvalidInput(
+            f'model "{model.name}" is {model.model_id}, which takes at most {most} tokens of a text',
+            hint=f"Say so with max_tokens_per_input => {most}.",
+        )
+
+
+def url(model: Model, default_url: str, path: str) -> str:
+    return (model.base_url or default_url).rstrip("/") + path
+
+
+def bearer(key: str | None) -> dict[str, str]:
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
 def post(
-    ask: Ask, network: Network, url: str, headers: Mapping[str, str], body: Mapping[str, Any], secret: str | None
+    ask: Ask,
+    network: Network,
+    url: str,
+    headers: Mapping[str, str],
+    body: Mapping[str, Any],
+    secret: str | None,
+    trouble_of: Callable[[int, Mapping[str, str], bytes | bytearray, str | None], Trouble] = trouble_of_answer,
 ) -> bytes | bytearray:
-    """The body of a 200 answer; raises what any other means. secret: to be kept out of errors."""
+    """The body of a 200 answer; raises what trouble_of says of any other. secret: to be kept out of errors."""
     answer = network.post(
         url,
         {
@@ -78,7 +105,7 @@ def post(
         max_answer_bytes=(64 << 20) + 32 * len(ask.texts) * ask.model.dimensions,
     )
     if answer.status != 200:
-        raise trouble_of_answer(answer.status, answer.headers, answer.body, secret)
+        raise trouble_of(answer.status, answer.headers, answer.body, secret)
     return answer.body
 
 
@@ -96,6 +123,15 @@ def parse(body: bytes | bytearray) -> Any:
     except ValueError:
         # Some servers answer NaN, which is no JSON, where a text was too much for their model.
         return json.loads(body)
+
+
+@contextlib.contextmanager
+def reading(api: str) -> Iterator[None]:
+    """Makes ProviderTrouble of what an answer raises that is not in the form it should have."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ProviderTrouble(f"the provider's answer is not in the form of the {api} API ({error})") from error
 
 
 def tokens_in(answer: Any, *path: str) -> int | None:

@@ -7,7 +7,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from autoembed.errors import InvalidInput, ProviderTrouble
-from autoembed.model import Ask, Embedded, Model
+from autoembed.model import PREFIXES, Ask, Embedded, Model, prefixed
 from autoembed.providers import http
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def folder_of(model: Model) -> str:
 def check(model: Model) -> None:
     if model.api_key is not None:
         raise InvalidInput(f'model "{model.name}" runs inside the server and takes no api_key')
-    http.check_options(model, frozenset())
+    http.check_options(model, PREFIXES)
     for name in ("model.onnx", "tokenizer.json"):
         path = os.path.join(folder_of(model), name)
         if not os.path.exists(path):
@@ -43,7 +43,7 @@ def check(model: Model) -> None:
 def embed(ask: Ask, network: Network) -> Embedded:
     with _running:
         _stopping.clear()
-        vectors = _onnx_model(ask.model).embed(ask.texts, _stop_if_told)
+        vectors = _onnx_model(ask.model).embed(prefixed(ask), _stop_if_told)
     if vectors.shape[1] != ask.model.dimensions:
         raise ProviderTrouble(
             f"the model's vectors have {vectors.shape[1]} dimensions, it is defined with {ask.model.dimensions}",

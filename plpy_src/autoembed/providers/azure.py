@@ -1,0 +1,49 @@
+"""OpenAI's models as Azure serves them: by resource and deployment.
+
+Written from the API reference, https://learn.microsoft.com/azure/ai-services/openai/reference#embeddings, and
+https://learn.microsoft.com/azure/ai-services/openai/how-to/embeddings, which sets the limits. The body and the answer
+are OpenAI's. Its v1 API, without deployments and versions, is spoken by the provider openai.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from autoembed import keys
+from autoembed.model import Ask, Embedded, Model
+from autoembed.providers import http, openai
+
+if TYPE_CHECKING:
+    from autoembed.network import Network
+
+API_VERSION = "2024-10-21"
+MAX_INPUTS_PER_REQUEST = 2048
+MAX_TOKENS_PER_REQUEST = 300_000
+MAX_TOKENS_PER_INPUT: int | None = 8192
+
+
+def check(model: Model) -> None:
+    http.check(
+        model,
+        default_url=None,
+        example="https://NAME.openai.azure.com, the endpoint of the resource",
+        options=http.OPTIONS | {"deployment", "api_version"},
+    )
+
+
+def embed(ask: Ask, network: Network) -> Embedded:
+    key = keys.resolve(ask.model.api_key)
+    headers = {} if key is None else {"api-key": key}
+    answer = http.post(ask, network, url_of(ask.model), headers, openai.request_body(ask), key)
+    return openai.embedded_in(answer, len(ask.texts), ask.model.dimensions)
+
+
+def abort() -> None:
+    """Nothing to end: all it does goes over the network."""
+
+
+def url_of(model: Model) -> str:
+    deployment = quote(model.options.get("deployment", model.model_id), safe="")
+    version = quote(model.options.get("api_version", API_VERSION), safe="")
+    return http.url(model, "", f"/openai/deployments/{deployment}/embeddings?api-version={version}")

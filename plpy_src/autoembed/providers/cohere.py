@@ -1,0 +1,81 @@
+"""Cohere's embed endpoint, version 2.
+
+Written from the API reference, https://docs.cohere.com/reference/embed: 96 texts a request. Tokens of a text:
+https://docs.cohere.com/docs/cohere-embed. Statuses: https://docs.cohere.com/reference/errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from autoembed import keys
+from autoembed.errors import ProviderTrouble, Refused, Trouble, trouble_of_answer
+from autoembed.model import Ask, Embedded, Model
+from autoembed.providers import http
+
+if TYPE_CHECKING:
+    from autoembed.network import Network
+
+BASE_URL = "https://api.cohere.com"
+MAX_INPUTS_PER_REQUEST = 96
+# The reference sets none for a request; one text of embed-v4.0 may have as many.
+MAX_TOKENS_PER_REQUEST = 128_000
+MAX_TOKENS_PER_INPUT: int | None = 128_000
+
+# The models before embed-v4.0, which take shorter texts and refuse output_dimension.
+OLD_MODELS = "-v3.0"
+OLD_MAX_TOKENS_PER_INPUT = 512
+INPUT_TYPES = {"document": "search_document", "query": "search_query"}
+
+
+def check(model: Model) -> None:
+    http.check(model, default_url=BASE_URL, example=f"{BASE_URL}, what comes before /v2/embed")
+    if model.model_id.endswith(OLD_MODELS):
+        http.check_tokens_per_input(model, OLD_MAX_TOKENS_PER_INPUT)
+
+
+def embed(ask: Ask, network: Network) -> Embedded:
+    key = keys.resolve(ask.model.api_key)
+    url = http.url(ask.model, BASE_URL, "/v2/embed")
+    answer = http.post(ask, network, url, http.bearer(key), request_body(ask), key, trouble_of)
+    return embedded_in(answer, len(ask.texts), ask.model.dimensions)
+
+
+def abort() -> None:
+    """Nothing to end: all it does goes over the network."""
+
+
+def request_body(ask: Ask) -> dict[str, Any]:
+    body = {
+        "model": ask.model.model_id,
+        "texts": list(ask.texts),
+        "input_type": INPUT_TYPES[ask.purpose],
+        # There is base64 too, but the reference does not say of what bytes.
+        "embedding_types": ["float"],
+        # What is too long was cut before, or must not be cut at all.
+        "truncate": "NONE",
+    }
+    if ask.model.model_id.endswith(OLD_MODELS):
+        return body
+    return {**body, "output_dimension": ask.model.dimensions}
+
+
+def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedded:
+    """The vectors of an answer, which has them in the order of the texts, and the tokens that are billed."""
+    with http.reading("Cohere"):
+        answer = http.parse(body)
+        vectors = http.matrix(answer["embeddings"]["float"], count, dimensions)
+        return Embedded(vectors, http.tokens_in(answer, "meta", "billed_units", "input_tokens"))
+
+
+def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray, secret: str | None = None) -> Trouble:
+    """As everywhere, but 498 blocks a text, 499 is a request given up, and a trial key's month may be used up."""
+    trouble = trouble_of_answer(status, headers, body, secret)
+    if status == 498:
+        return Refused(str(trouble))
+    if status == 499:
+        return ProviderTrouble(str(trouble))
+    if status == 429 and b"/ month" in body:
+        return ProviderTrouble(str(trouble), permanent=True)
+    return trouble

@@ -1,0 +1,94 @@
+"""Google's Gemini API.
+
+Written from the API reference, https://ai.google.dev/api/embeddings#method:-models.batchembedcontents. Dimensions, task
+types and tokens of a text: https://ai.google.dev/gemini-api/docs/embeddings. Errors:
+https://ai.google.dev/gemini-api/docs/troubleshooting. The 100 texts a request are what the API says when it has more.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from autoembed import keys
+from autoembed.errors import ProviderTrouble, Refused, Trouble, trouble_of_answer
+from autoembed.model import PREFIXES, Ask, Embedded, Model, prefixed
+from autoembed.providers import http
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from autoembed.network import Network
+
+BASE_URL = "https://generativelanguage.googleapis.com/v1beta"
+MAX_INPUTS_PER_REQUEST = 100
+# The reference sets none; a request should be a small part of what a key may send in a minute.
+MAX_TOKENS_PER_REQUEST = 20_000
+MAX_TOKENS_PER_INPUT: int | None = 2048
+
+TASK_TYPES = {"document": "RETRIEVAL_DOCUMENT", "query": "RETRIEVAL_QUERY"}
+# These are told the task in the text, by document_prefix and query_prefix.
+WITHOUT_TASK_TYPE = "gemini-embedding-2"
+RETRY_DELAY = re.compile(rb'"retryDelay"\s*:\s*"([0-9]+(?:\.[0-9]+)?)s"')
+
+
+def check(model: Model) -> None:
+    http.check(
+        model,
+        default_url=BASE_URL,
+        example=f"{BASE_URL}, what comes before /models",
+        options=http.OPTIONS | PREFIXES,
+    )
+
+
+def embed(ask: Ask, network: Network) -> Embedded:
+    key = keys.resolve(ask.model.api_key)
+    headers = {} if key is None else {"x-goog-api-key": key}
+    url = http.url(ask.model, BASE_URL, f"/{quote(name_of(ask.model))}:batchEmbedContents")
+    answer = http.post(ask, network, url, headers, request_body(ask), key, trouble_of)
+    return embedded_in(answer, len(ask.texts), ask.model.dimensions)
+
+
+def abort() -> None:
+    """Nothing to end: all it does goes over the network."""
+
+
+def name_of(model: Model) -> str:
+    return "models/" + model.model_id.removeprefix("models/")
+
+
+def request_body(ask: Ask) -> dict[str, Any]:
+    name = name_of(ask.model)
+    each: dict[str, Any] = {"model": name, "outputDimensionality": ask.model.dimensions}
+    if WITHOUT_TASK_TYPE not in name:
+        each["taskType"] = TASK_TYPES[ask.purpose]
+    return {"requests": [{**each, "content": {"parts": [{"text": text}]}} for text in prefixed(ask)]}
+
+
+def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedded:
+    """The vectors of an answer, which has them in the order of the texts, at unit length; tokens if it reports them."""
+    with http.reading("Gemini"):
+        answer = http.parse(body)
+        vectors = http.matrix([embedding["values"] for embedding in answer["embeddings"]], count, dimensions)
+        return Embedded(unit_length(vectors), http.tokens_in(answer, "usageMetadata", "promptTokenCount"))
+
+
+def unit_length(vectors: np.ndarray) -> np.ndarray:
+    """gemini-embedding-001 shortens vectors by cutting them, so that inner products no longer are cosines."""
+    import numpy as np
+
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    return (vectors / np.where(lengths == 0, 1, lengths)).astype(np.float32)
+
+
+def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray, secret: str | None = None) -> Trouble:
+    """As everywhere, but a bad key or a missing bill is answered with 400, and when to come back is in the body."""
+    trouble = trouble_of_answer(status, headers, body, secret)
+    if isinstance(trouble, Refused) and (b"API_KEY_INVALID" in body or b"FAILED_PRECONDITION" in body):
+        return ProviderTrouble(str(trouble), permanent=True)
+    delay = RETRY_DELAY.search(body)
+    if status == 429 and "retry-after" not in headers and delay:
+        return ProviderTrouble(str(trouble), retry_after_seconds=float(delay[1]))
+    return trouble

@@ -1,0 +1,69 @@
+"""Ollama's own endpoint; the provider openai speaks to its /v1.
+
+Written from the API reference, https://docs.ollama.com/api/embed, which sets no limits: these keep a request short on
+a computer without a graphics card. It shortens texts by the model's own tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from autoembed import keys
+from autoembed.errors import Refused, Trouble, trouble_of_answer
+from autoembed.model import PREFIXES, Ask, Embedded, Model, prefixed
+from autoembed.providers import http
+
+if TYPE_CHECKING:
+    from autoembed.network import Network
+
+BASE_URL = "http://127.0.0.1:11434"
+MAX_INPUTS_PER_REQUEST = 64
+MAX_TOKENS_PER_REQUEST = 32_000
+MAX_TOKENS_PER_INPUT: int | None = None
+
+# What it says with status 500 of a text, and says again each time it is sent.
+TEXTS_FAULTS = (b"context length", b"NaN")
+
+
+def check(model: Model) -> None:
+    # It needs no key, as no server with a URL of its own does.
+    placed = replace(model, base_url=model.base_url or BASE_URL)
+    http.check(placed, default_url=None, example=f"{BASE_URL}, what comes before /api", options=http.OPTIONS | PREFIXES)
+
+
+def embed(ask: Ask, network: Network) -> Embedded:
+    key = keys.resolve(ask.model.api_key)
+    url = http.url(ask.model, BASE_URL, "/api/embed")
+    answer = http.post(ask, network, url, http.bearer(key), request_body(ask), key, trouble_of)
+    return embedded_in(answer, len(ask.texts), ask.model.dimensions)
+
+
+def abort() -> None:
+    """Nothing to end: all it does goes over the network."""
+
+
+def request_body(ask: Ask) -> dict[str, Any]:
+    return {
+        "model": ask.model.model_id,
+        "input": prefixed(ask),
+        "dimensions": ask.model.dimensions,
+        "truncate": True,
+    }
+
+
+def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedded:
+    """The vectors of an answer, which has them in the order of the texts, and the tokens it counted."""
+    with http.reading("Ollama"):
+        answer = http.parse(body)
+        vectors = http.matrix(answer["embeddings"], count, dimensions)
+        return Embedded(vectors, http.tokens_in(answer, "prompt_eval_count"))
+
+
+def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray, secret: str | None = None) -> Trouble:
+    """As everywhere, but a text may be to blame for a 500."""
+    trouble = trouble_of_answer(status, headers, body, secret)
+    if status == 500 and any(fault in body for fault in TEXTS_FAULTS):
+        return Refused(str(trouble))
+    return trouble

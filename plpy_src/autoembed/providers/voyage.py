@@ -1,0 +1,69 @@
+"""Voyage AI's embeddings endpoint.
+
+Written from the API reference, https://docs.voyageai.com/reference/embeddings-api: 1,000 texts a request, and 120,000,
+320,000 or 1,000,000 tokens, by model. Tokens of a text: https://docs.voyageai.com/docs/embeddings. Statuses:
+https://docs.voyageai.com/docs/error-codes. The answer is in the form of OpenAI's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from autoembed import keys
+from autoembed.errors import ProviderTrouble, Trouble, trouble_of_answer
+from autoembed.model import Ask, Embedded, Model
+from autoembed.providers import http, openai
+
+if TYPE_CHECKING:
+    from autoembed.network import Network
+
+BASE_URL = "https://api.voyageai.com/v1"
+MAX_INPUTS_PER_REQUEST = 1000
+# What every model takes; max_tokens_per_request says so of a model that takes more.
+MAX_TOKENS_PER_REQUEST = 120_000
+MAX_TOKENS_PER_INPUT: int | None = 32_000
+
+SHORT_MODELS = ("voyage-law-2", "voyage-code-2")
+SHORT_MAX_TOKENS_PER_INPUT = 16_000
+# These have one length of vectors only.
+WITHOUT_DIMENSIONS = (*SHORT_MODELS, "voyage-finance-2", "voyage-multilingual-2", "voyage-3", "voyage-3-lite")
+
+
+def check(model: Model) -> None:
+    http.check(model, default_url=BASE_URL, example=f"{BASE_URL}, what comes before /embeddings")
+    if model.model_id in SHORT_MODELS:
+        http.check_tokens_per_input(model, SHORT_MAX_TOKENS_PER_INPUT)
+
+
+def embed(ask: Ask, network: Network) -> Embedded:
+    key = keys.resolve(ask.model.api_key)
+    url = http.url(ask.model, BASE_URL, "/embeddings")
+    answer = http.post(ask, network, url, http.bearer(key), request_body(ask), key, trouble_of)
+    return openai.embedded_in(answer, len(ask.texts), ask.model.dimensions, "Voyage")
+
+
+def abort() -> None:
+    """Nothing to end: all it does goes over the network."""
+
+
+def request_body(ask: Ask) -> dict[str, Any]:
+    body = {
+        "model": ask.model.model_id,
+        "input": list(ask.texts),
+        "input_type": ask.purpose,
+        "encoding_format": "base64",
+        # What is too long was cut before, or must not be cut at all.
+        "truncation": False,
+    }
+    if ask.model.model_id in WITHOUT_DIMENSIONS:
+        return body
+    return {**body, "output_dimension": ask.model.dimensions}
+
+
+def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray, secret: str | None = None) -> Trouble:
+    """As everywhere, but an unknown model is answered with 400."""
+    trouble = trouble_of_answer(status, headers, body, secret)
+    if status == 400 and b"Supported models are" in body:
+        return ProviderTrouble(str(trouble), permanent=True)
+    return trouble
