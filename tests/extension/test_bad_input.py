@@ -92,6 +92,7 @@ def test_an_ordinary_trigger_is_none_of_our_business(db: Connection) -> None:
 def test_what_goes_wrong_after_the_trigger_is_a_warning_and_the_row_is_kept(
     documents: Connection, api: FakeApi, ddl: str, reason: str
 ) -> None:
+    """If jobs of a blocked pipeline are claimed, the pass reads them in vain, again and again."""
     documents.execute("DROP TRIGGER clear_document_embedding_on_update ON documents")
     if "TYPE text" in ddl:
         documents.execute("DROP INDEX documents_embedding_idx")
@@ -108,6 +109,7 @@ def test_what_goes_wrong_after_the_trigger_is_a_warning_and_the_row_is_kept(
 
 
 def test_a_table_whose_id_was_renamed_still_takes_rows(documents: Connection) -> None:
+    """If the trigger does not catch the missing column, the INSERT fails."""
     documents.execute("ALTER TABLE documents RENAME COLUMN id TO number")
 
     with warnings_of(documents) as heard:
@@ -118,6 +120,7 @@ def test_a_table_whose_id_was_renamed_still_takes_rows(documents: Connection) ->
 
 
 def test_a_dropped_table_takes_its_jobs_along(documents: Connection, api: FakeApi) -> None:
+    """If pipelines without a table are not dropped, their jobs stay."""
     documents.execute("INSERT INTO documents (title, content) VALUES ('t', 'c')")
     documents.execute("DROP TABLE documents CASCADE")
 
@@ -132,6 +135,7 @@ def test_a_dropped_table_takes_its_jobs_along(documents: Connection, api: FakeAp
 
 
 def test_a_renamed_table_is_followed(documents: Connection, api: FakeApi) -> None:
+    """If functions are not built anew when the name has changed, they look for the old table."""
     documents.execute("INSERT INTO documents (title, content) VALUES ('t', 'c')")
     documents.execute("CREATE SCHEMA archive")
     documents.execute("ALTER TABLE documents RENAME TO papers")
@@ -167,6 +171,7 @@ def test_a_renamed_table_is_followed(documents: Connection, api: FakeApi) -> Non
 def test_a_broken_message_ends_in_the_failed_list_with_its_reason(
     documents: Connection, message: str, reason: str
 ) -> None:
+    """If the error of one message is not caught, it ends the pass, and the good row is not embedded."""
     documents.execute("SELECT pgmq.send('embedding_jobs', %s)", [message])
     documents.execute("INSERT INTO documents (title, content) VALUES ('a good', 'row')")
 
@@ -180,6 +185,7 @@ def test_a_broken_message_ends_in_the_failed_list_with_its_reason(
 
 
 def test_a_message_for_a_row_key_of_another_type_ends_in_the_failed_list(documents: Connection) -> None:
+    """Without max_attempts it loops for ever; if the error is not caught, every pass ends with it."""
     documents.execute(
         "SELECT pgmq.send('embedding_jobs', jsonb_build_object('id', 'not a number', 'schema', 'public', 'table',"
         " 'documents', 'contentFunction', 'embedding_input', 'embeddingColumn', 'embedding'))"

@@ -32,6 +32,7 @@ def test_texts_travel_together_in_as_few_requests_as_batch_size_allows(documents
 
 
 def test_requests_are_in_flight_side_by_side_up_to_max_requests(documents: Connection, api: FakeApi) -> None:
+    """With one thread for all requests one is in flight at a time."""
     api.behave(delay_seconds=0.3)
     insert(documents, *[f"text {n}" for n in range(30)])
 
@@ -43,6 +44,7 @@ def test_requests_are_in_flight_side_by_side_up_to_max_requests(documents: Conne
 
 
 def test_the_reply_is_matched_by_index_not_by_order(documents: Connection, api: FakeApi) -> None:
+    """If vectors are taken in the order of the answer, rows get each other's."""
     api.behave(faults=[{"shuffled": True, "times": "forever"}])
     insert(documents, "one", "two", "three")
 
@@ -72,6 +74,7 @@ def test_the_reply_is_matched_by_index_not_by_order(documents: Connection, api: 
 def test_a_wrong_answer_writes_nothing_and_keeps_the_jobs(
     documents: Connection, api: FakeApi, fault: dict[str, Any], error: str
 ) -> None:
+    """Each check taken out fails its own case: count, dimensions, form, redirect, broken connection, status."""
     insert(documents, "one", "two", "three")
     api.behave(faults=[fault])
 
@@ -106,6 +109,7 @@ def test_rows_inserted_in_the_same_transaction_are_embedded(documents: Connectio
 
 
 def test_a_deleted_row_settles(documents: Connection, api: FakeApi) -> None:
+    """If a row that is gone is not settled when texts are read, its job is never completed."""
     insert(documents, "one", "two")
     documents.execute("DELETE FROM documents WHERE id = 1")
 
@@ -117,6 +121,7 @@ def test_a_deleted_row_settles(documents: Connection, api: FakeApi) -> None:
 
 
 def test_a_row_queued_many_times_is_sent_once(documents: Connection, api: FakeApi) -> None:
+    """If each message is a job of its own, the row is read six times."""
     insert(documents, "one")
     for n in range(5):
         documents.execute("UPDATE documents SET content = %s", [f"version {n}"])
@@ -129,6 +134,7 @@ def test_a_row_queued_many_times_is_sent_once(documents: Connection, api: FakeAp
 
 
 def test_equal_texts_are_sent_once(documents: Connection, api: FakeApi) -> None:
+    """If texts are packed by row, the same one is sent three times."""
     insert(documents, "same", "other", "same", "same")
 
     process(documents)
@@ -138,6 +144,7 @@ def test_equal_texts_are_sent_once(documents: Connection, api: FakeApi) -> None:
 
 
 def test_an_unchanged_text_is_not_sent_again(documents: Connection, api: FakeApi) -> None:
+    """Without the digests of what is embedded, the text is sent again."""
     insert(documents, "one")
     process(documents)
     documents.execute("DROP TRIGGER clear_document_embedding_on_update ON documents")
@@ -152,6 +159,7 @@ def test_an_unchanged_text_is_not_sent_again(documents: Connection, api: FakeApi
 
 
 def test_an_update_that_changes_nothing_costs_nothing(documents: Connection) -> None:
+    """If the trigger does not compare the rows, it queues a job."""
     insert(documents, "one")
     process(documents)
 
@@ -164,6 +172,7 @@ def test_an_update_that_changes_nothing_costs_nothing(documents: Connection) -> 
 def test_a_row_without_a_text_gets_no_embedding_and_no_request(
     documents: Connection, api: FakeApi, content: str | None
 ) -> None:
+    """If only NULL counts as no text, blanks are sent; if no NULL is written, the old vector stays."""
     documents.execute(
         "CREATE OR REPLACE FUNCTION embedding_input(doc documents) RETURNS text LANGUAGE sql IMMUTABLE"
         " AS 'SELECT nullif(doc.content, ''none'')'"
@@ -181,6 +190,7 @@ def test_a_row_without_a_text_gets_no_embedding_and_no_request(
 
 
 def test_one_row_that_is_refused_does_not_hold_up_the_others(documents: Connection, api: FakeApi) -> None:
+    """If a refused request is not split, all its rows fail."""
     api.behave(faults=[{"status": 400, "match": "poison", "times": "forever"}])
     insert(documents, *[f"text {n}" for n in range(63)], "poison")
 
@@ -194,6 +204,7 @@ def test_one_row_that_is_refused_does_not_hold_up_the_others(documents: Connecti
 
 
 def test_a_model_that_refuses_everything_rests_and_fails_no_row(documents: Connection, api: FakeApi) -> None:
+    """Without the probe every row fails; if jobs of a resting model are claimed, the second pass reads them."""
     api.behave(faults=[{"status": 400, "times": "forever"}])
     insert(documents, *[f"text {n}" for n in range(64)])
 
@@ -207,7 +218,25 @@ def test_a_model_that_refuses_everything_rests_and_fails_no_row(documents: Conne
     assert any("documents.embedding is not being embedded" in warning for warning in heard)
 
 
+def test_a_long_queue_of_one_table_does_not_hold_up_another(documents: Connection, api: FakeApi) -> None:
+    """If a claim takes the oldest messages of all pipelines, the note waits for 50 documents."""
+    documents.execute("CREATE TABLE notes (id int PRIMARY KEY, content text, embedding halfvec(1536))")
+    documents.execute("CREATE FUNCTION note_text(n notes) RETURNS text LANGUAGE sql AS 'SELECT n.content'")
+    documents.execute(
+        "CREATE TRIGGER embed AFTER INSERT ON notes FOR EACH ROW"
+        " EXECUTE FUNCTION autoembed.queue_embeddings('note_text', 'embedding')"
+    )
+    insert(documents, *[f"text {n}" for n in range(50)])
+    documents.execute("INSERT INTO notes VALUES (1, 'a note')")
+
+    counts = process(documents, batch_size=10, max_requests=1)
+
+    assert counts["read"] <= 10
+    assert documents.execute("SELECT embedding IS NOT NULL FROM notes").fetchone() == (True,)
+
+
 def test_a_failed_row_leaves_the_list_when_it_is_changed_or_retried(documents: Connection, api: FakeApi) -> None:
+    """If embedding a row does not strike it off the list, it stays there."""
     api.behave(faults=[{"status": 400, "match": "poison", "times": "forever"}])
     insert(documents, "poison", "more poison", "fine")
     process(documents)
@@ -225,6 +254,7 @@ def test_a_failed_row_leaves_the_list_when_it_is_changed_or_retried(documents: C
 
 
 def test_a_constraint_that_refuses_one_vector_fails_that_row_alone(documents: Connection) -> None:
+    """If a write that fails is not halved, all three rows fail; if its error is not caught, the pass raises."""
     documents.execute("ALTER TABLE documents ADD CONSTRAINT no_two CHECK (id <> 2 OR embedding IS NULL)")
     insert(documents, "one", "two", "three")
 
