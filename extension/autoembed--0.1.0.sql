@@ -398,6 +398,10 @@ class Database:
     def free_dead_lanes(self) -> None:
         self._run("SELECT autoembed._free_dead_lanes()")
 
+    def gate(self) -> None:
+        """To be called first in a transaction that writes: keeps it from a deadlock with DROP EXTENSION."""
+        self._run("SELECT autoembed._gate()")
+
     def lane_is_wanted(self) -> bool:
         """Whether nobody has asked the lane to stop."""
         return bool(self._run("SELECT autoembed._lane_is_wanted() AS wanted")[0]["wanted"])
@@ -2521,6 +2525,7 @@ class _Pass:
                 for model in self._outboxes:
                     self._send(flight, model)
                 for request, outcome in flight.landed():
+                    self._database.gate()
                     self._land(flight, request, outcome)
                     self._commit()
         self._write_locked()
@@ -2738,6 +2743,7 @@ class _Pass:
             self._commit()
             self._breathe()
             time.sleep(0.05)
+            self._database.gate()
             locked, self._locked = self._locked, []
             for job, vector in locked:
                 self._write(job.pipeline, [job], vector)
@@ -2807,7 +2813,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "c93444de34e91ba0"
+    GD["autoembed"] = "780f5a3d03f74c45"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -2855,7 +2861,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "c93444de34e91ba0":
+    if GD.get("autoembed") != "780f5a3d03f74c45":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -3864,6 +3870,19 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._lane_is_wanted() IS 'Whether nobody has asked this lane to stop.';
 
+CREATE FUNCTION autoembed._gate()
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    LOCK TABLE autoembed.lane IN ACCESS SHARE MODE;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._gate() IS
+    'The first lock of a lane''s transaction, which DROP EXTENSION takes first too: neither waits for the other in a circle.';
+
 CREATE FUNCTION autoembed._leave_lane()
     RETURNS void
     LANGUAGE sql
@@ -3917,7 +3936,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "c93444de34e91ba0":
+    if GD.get("autoembed") != "780f5a3d03f74c45":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -3933,7 +3952,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "c93444de34e91ba0":
+    if GD.get("autoembed") != "780f5a3d03f74c45":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds)
@@ -3949,7 +3968,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "c93444de34e91ba0":
+    if GD.get("autoembed") != "780f5a3d03f74c45":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -4028,6 +4047,8 @@ CREATE FUNCTION autoembed._before_drop()
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
+    -- What every transaction of a lane locks first: taken first here too, it leaves no way to a deadlock.
+    LOCK TABLE autoembed.lane IN ACCESS EXCLUSIVE MODE;
     PERFORM set_config('autoembed.lanes', autoembed.unschedule()::text, true);
     DELETE FROM pgmq.meta AS m WHERE m.queue_name = 'embedding_jobs';
 END;

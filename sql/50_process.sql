@@ -268,6 +268,19 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._lane_is_wanted() IS 'Whether nobody has asked this lane to stop.';
 
+CREATE FUNCTION autoembed._gate()
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    LOCK TABLE autoembed.lane IN ACCESS SHARE MODE;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._gate() IS
+    'The first lock of a lane''s transaction, which DROP EXTENSION takes first too: neither waits for the other in a circle.';
+
 CREATE FUNCTION autoembed._leave_lane()
     RETURNS void
     LANGUAGE sql

@@ -69,6 +69,8 @@ CREATE FUNCTION autoembed._before_drop()
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
+    -- What every transaction of a lane locks first: taken first here too, it leaves no way to a deadlock.
+    LOCK TABLE autoembed.lane IN ACCESS EXCLUSIVE MODE;
     PERFORM set_config('autoembed.lanes', autoembed.unschedule()::text, true);
     DELETE FROM pgmq.meta AS m WHERE m.queue_name = 'embedding_jobs';
 END;

@@ -90,6 +90,10 @@ class Database:
     def free_dead_lanes(self) -> None:
         self._run("SELECT autoembed._free_dead_lanes()")
 
+    def gate(self) -> None:
+        """To be called first in a transaction that writes: keeps it from a deadlock with DROP EXTENSION."""
+        self._run("SELECT autoembed._gate()")
+
     def lane_is_wanted(self) -> bool:
         """Whether nobody has asked the lane to stop."""
         return bool(self._run("SELECT autoembed._lane_is_wanted() AS wanted")[0]["wanted"])

@@ -135,6 +135,7 @@ class _Pass:
                 for model in self._outboxes:
                     self._send(flight, model)
                 for request, outcome in flight.landed():
+                    self._database.gate()
                     self._land(flight, request, outcome)
                     self._commit()
         self._write_locked()
@@ -352,6 +353,7 @@ class _Pass:
             self._commit()
             self._breathe()
             time.sleep(0.05)
+            self._database.gate()
             locked, self._locked = self._locked, []
             for job, vector in locked:
                 self._write(job.pipeline, [job], vector)

@@ -49,12 +49,14 @@ def db(connect: Callable[..., Connection]) -> Connection:
 
 
 @pytest.fixture
-def api(server: Server, db: Connection, dbname: str) -> FakeApi:
+def api(server: Server, db: Connection, dbname: str) -> Iterator[FakeApi]:
     """The fake API for this test alone; the default model text-embedding-3-small speaks to it."""
     api = server.fake_api(dbname)
     db.execute("SELECT autoembed.alter_model('text-embedding-3-small', base_url => %s)", [api.base_url])
     db.execute("SELECT autoembed.set_default_model('text-embedding-3-small')")
-    return api
+    yield api
+    # A test that failed may have left a lane waiting.
+    api.release()
 
 
 @pytest.fixture

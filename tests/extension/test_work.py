@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from fake_api import FakeApi
-from harness import Connection, Server, assert_fresh, insert, is_settled, stored
+from harness import GUIDE_TRIGGERS, Connection, Server, assert_fresh, insert, is_settled, stored
 from lanes import Lane, running_lanes
 from waiting import wait_until
 
@@ -54,6 +54,29 @@ def test_dropping_the_extension_ends_running_lanes_without_an_error(documents: C
 
     lane.join(5)
     assert lane.error is None
+
+
+def test_dropping_the_extension_never_deadlocks_with_busy_lanes(
+    documents: Connection, api: FakeApi, connect: Connect
+) -> None:
+    """Without the gate, DROP and the lanes lock our tables in different orders, and one of them ends as the victim."""
+    for _ in range(4):
+        documents.execute(
+            "INSERT INTO documents (title, content) SELECT 't', 'c' || n FROM generate_series(1, 500) AS n"
+        )
+        lanes = [Lane(connect(), "batch_size => 2, max_requests => 4") for _ in range(2)]
+        before = api.counters()["requests"]
+        api.wait_for(requests=before + 10)
+
+        documents.execute("DROP EXTENSION autoembed CASCADE")
+
+        for lane in lanes:
+            lane.join(10)
+        assert [lane.error for lane in lanes] == [None, None]
+        documents.execute("CREATE EXTENSION autoembed")
+        documents.execute("SELECT autoembed.alter_model('text-embedding-3-small', base_url => %s)", [api.base_url])
+        documents.execute("SELECT autoembed.set_default_model('text-embedding-3-small')")
+        documents.execute(GUIDE_TRIGGERS)
 
 
 def test_two_lanes_share_the_work_and_send_each_text_once(

@@ -153,6 +153,9 @@ class FakeDatabase:
     def free_dead_lanes(self) -> None:
         self._note("free_dead_lanes")
 
+    def gate(self) -> None:
+        self._note("gate")
+
     def lane_is_wanted(self) -> bool:
         return self.wanted
 
