@@ -127,7 +127,7 @@ echo "$rows rows embedded in $((milliseconds / 1000)).$((milliseconds / 100 % 10
 run "CREATE INDEX ON functions USING hnsw (embedding halfvec_cosine_ops);"
 echo "A search embeds the question inside SQL, and uses that index:"
 run "EXPLAIN (COSTS OFF) SELECT name FROM functions ORDER BY embedding <=> autoembed.embed('take a nap') LIMIT 5;"
-echo "Three such searches, with the answers ranked by cosine similarity:"
+echo "Three such searches, with the answers ranked by cosine similarity (hnsw.ef_search = 200, as many rows are alike):"
 echo
 for query in 'cut a string into pieces' 'capital letters' 'take a nap'; do
     echo "$bold\"$query\"$reset"

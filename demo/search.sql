@@ -1,4 +1,8 @@
 -- search.sql: the five functions whose descriptions come nearest to :query.
+
+-- Hundreds of these descriptions are alike ("I/O"); at its default, 40, the search may not get past them.
+SET hnsw.ef_search = 200;
+
 SELECT row_number() OVER () AS rank, nearest.*
 FROM (
     SELECT format('%s(%s)', name, arguments) AS function,
