@@ -881,11 +881,17 @@ def _message_in(body: bytes | bytearray, secret: str | None) -> str:
 
 from __future__ import annotations
 
+import ctypes
+import math
+import os
 import signal
+import sys
+import time
+import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Tag = TypeVar("Tag")
 Result = TypeVar("Result")
@@ -904,6 +910,42 @@ def signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+# How long a backend that is told to leave may be kept by a thread that does not end.
+EXIT_SECONDS = 1.0
+
+
+def _flights() -> set[Flight[Any, Any]]:
+    """The flights of this process. A set of its own in sys.modules, which outlives a new version of these modules."""
+    name = "_autoembed_flights"
+    if name not in sys.modules:
+        holder: Any = types.ModuleType(name)
+        holder.flights = set()
+        holder.callback = _end_flights_before_exit(holder.flights)
+        sys.modules[name] = holder
+    return sys.modules[name].flights  # type: ignore[no-any-return]
+
+
+def _end_flights_before_exit(flights: set[Flight[Any, Any]]) -> Any:
+    """Has PostgreSQL end all flights before it leaves the process.
+
+    exit() tears down libraries, OpenSSL first, under threads that still use them: a segmentation fault then, which
+    restarts the whole server. PostgreSQL's own exit callbacks run before that.
+    """
+    on_proc_exit = getattr(ctypes.CDLL(None), "on_proc_exit", None)
+    if on_proc_exit is None:
+        # Not inside a backend.
+        return None
+
+    def end_all(code: int, _argument: int) -> None:
+        for flight in list(flights):
+            if not flight.end(EXIT_SECONDS):
+                os._exit(code)
+
+    callback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_size_t)(end_all)
+    on_proc_exit(callback, ctypes.c_size_t(0))
+    return callback
+
+
 class Flight(Generic[Tag, Result]):
     """Up to max_calls calls at a time. Leaving the context ends those that still run: abort() is called for that."""
 
@@ -914,15 +956,25 @@ class Flight(Generic[Tag, Result]):
         self._tags: dict[Future[Result], Tag] = {}
 
     def __enter__(self) -> Flight[Tag, Result]:
+        _flights().add(self)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.end()
+        _flights().discard(self)
+
+    def end(self, seconds: float = math.inf) -> bool:
+        """Ends all calls and their threads; False if one is still there after so many seconds."""
+        until = time.monotonic() + seconds
         self._executor.shutdown(wait=False, cancel_futures=True)
         # Not wait() on all: a call cancelled before it began is never done for it.
         while running := [future for future in self._tags if not future.done()]:
+            if time.monotonic() > until:
+                return False
             self._abort()
             wait(running, timeout=SLICE_SECONDS)
         self._executor.shutdown(wait=True)
+        return True
 
     def submit(self, tag: Tag, call: Callable[[], Result]) -> None:
         """Has a call made; landed() gives its tag back with the outcome."""
@@ -2813,7 +2865,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "780f5a3d03f74c45"
+    GD["autoembed"] = "d87a5e4085b8fab4"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -2861,7 +2913,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "780f5a3d03f74c45":
+    if GD.get("autoembed") != "d87a5e4085b8fab4":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -3936,7 +3988,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "780f5a3d03f74c45":
+    if GD.get("autoembed") != "d87a5e4085b8fab4":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -3952,7 +4004,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "780f5a3d03f74c45":
+    if GD.get("autoembed") != "d87a5e4085b8fab4":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds)
@@ -3968,7 +4020,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "780f5a3d03f74c45":
+    if GD.get("autoembed") != "d87a5e4085b8fab4":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
