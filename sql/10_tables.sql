@@ -74,10 +74,11 @@ CREATE TABLE autoembed.model (
     model_id text NOT NULL,
     dimensions integer NOT NULL CHECK (dimensions BETWEEN 1 AND 16000),
     base_url text,
-    api_key text CHECK (api_key ~ '^(env|file):.'),
+    api_key text CHECK (api_key ~ '^(env|file|vault):.'),
     max_inputs_per_request integer CHECK (max_inputs_per_request > 0),
     max_tokens_per_request integer CHECK (max_tokens_per_request > 0),
     max_tokens_per_input integer CHECK (max_tokens_per_input > 0),
+    price_per_million_tokens numeric CHECK (price_per_million_tokens >= 0),
     options jsonb NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(options) = 'object'),
     builtin boolean NOT NULL DEFAULT false
 );
@@ -89,13 +90,14 @@ COMMENT ON COLUMN autoembed.model.dimensions IS 'Length of its vectors.';
 COMMENT ON COLUMN autoembed.model.base_url IS
     'Where it is: the URL before /embeddings, or the folder of a local model; NULL: the provider''s own.';
 COMMENT ON COLUMN autoembed.model.api_key IS
-    'Where its key is found, never the key: env:NAME or file:PATH on the database server.';
+    'Where its key is found, never the key: env:NAME or file:PATH on the database server, or vault:NAME, a secret of the Vault extension.';
 COMMENT ON COLUMN autoembed.model.max_inputs_per_request IS 'Texts in one request; NULL: the provider''s limit.';
 COMMENT ON COLUMN autoembed.model.max_tokens_per_request IS 'Tokens in one request; NULL: the provider''s limit.';
 COMMENT ON COLUMN autoembed.model.max_tokens_per_input IS
     'Tokens of one text, longer ones are truncated; NULL: the provider''s limit.';
+COMMENT ON COLUMN autoembed.model.price_per_million_tokens IS 'What its provider asks for, in your currency; NULL: nothing known.';
 COMMENT ON COLUMN autoembed.model.options IS
-    'What only its provider knows; every one over HTTP takes extra_headers and extra_body, objects sent with each request.';
+    'What only its provider knows; every one over HTTP takes extra_headers and extra_body, objects sent with each request, and ca_file.';
 COMMENT ON COLUMN autoembed.model.builtin IS 'Came with the extension and was never changed.';
 
 INSERT INTO autoembed.model (name, provider, model_id, dimensions, api_key, builtin)
@@ -110,11 +112,12 @@ CREATE TRIGGER keep_restored
     EXECUTE FUNCTION autoembed._keep_restored();
 
 CREATE TABLE autoembed.setting (
-    name text PRIMARY KEY CHECK (name IN ('default_model')),
+    name text PRIMARY KEY CHECK (name IN ('default_model', 'http_hosts')),
     value text NOT NULL
 );
 COMMENT ON TABLE autoembed.setting IS 'Settings of this database; what is not here has its default.';
-COMMENT ON COLUMN autoembed.setting.name IS 'default_model: for pipelines and embed() calls that name none.';
+COMMENT ON COLUMN autoembed.setting.name IS
+    'default_model: for pipelines and embed() calls that name none; http_hosts: hosts that may be called without encryption, with blanks between.';
 COMMENT ON COLUMN autoembed.setting.value IS 'Its value.';
 
 SELECT pg_catalog.pg_extension_config_dump('autoembed.setting', '');
@@ -141,27 +144,87 @@ CREATE TABLE autoembed.pipeline (
     id integer PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
     table_id regclass NOT NULL,
     embedding_column name NOT NULL,
-    content_function text NOT NULL,
+    key_columns name[] NOT NULL,
+    content_columns name[],
+    content_template text,
+    content_function text,
+    content_function_id regprocedure,
+    condition text,
+    condition_columns jsonb NOT NULL DEFAULT '{}',
     model text REFERENCES autoembed.model (name) ON UPDATE CASCADE,
+    on_change text NOT NULL DEFAULT 'keep' CHECK (on_change IN ('keep', 'clear')),
     truncate boolean NOT NULL DEFAULT true,
+    replicated boolean NOT NULL DEFAULT false,
+    managed boolean NOT NULL DEFAULT true,
+    paused boolean NOT NULL DEFAULT false,
+    table_shape jsonb,
     built_from text,
-    UNIQUE (table_id, embedding_column, content_function)
+    UNIQUE (table_id, embedding_column),
+    CHECK (num_nonnulls(content_columns, content_template, content_function) = 1)
 );
 COMMENT ON TABLE autoembed.pipeline IS
-    'One embedding column of one table: what is embedded there, with which model.';
-COMMENT ON COLUMN autoembed.pipeline.id IS 'Names it in jobs and in its two functions.';
+    'One embedding column of one table: what is embedded there, with which model; see enable().';
+COMMENT ON COLUMN autoembed.pipeline.id IS 'Names it in jobs and in its functions and triggers.';
 COMMENT ON COLUMN autoembed.pipeline.table_id IS 'The table; of a partitioned one the root.';
 COMMENT ON COLUMN autoembed.pipeline.embedding_column IS 'The vector or halfvec column that holds the embeddings.';
+COMMENT ON COLUMN autoembed.pipeline.key_columns IS 'The columns by which its rows are found.';
+COMMENT ON COLUMN autoembed.pipeline.content_columns IS 'The columns whose values, joined by blank lines, are the text.';
+COMMENT ON COLUMN autoembed.pipeline.content_template IS 'The text with columns in braces.';
 COMMENT ON COLUMN autoembed.pipeline.content_function IS
-    'The function of a row that gives the text, as the trigger names it.';
+    'The function of a row that gives the text, as enable() or the trigger named it.';
+COMMENT ON COLUMN autoembed.pipeline.content_function_id IS 'That function; follows it when it is renamed.';
+COMMENT ON COLUMN autoembed.pipeline.condition IS 'Which rows have an embedding at all; NULL: every row with a text.';
+COMMENT ON COLUMN autoembed.pipeline.condition_columns IS
+    'The columns that it uses: {name in the condition: name now}.';
 COMMENT ON COLUMN autoembed.pipeline.model IS 'Its model; NULL: the default model.';
+COMMENT ON COLUMN autoembed.pipeline.on_change IS
+    'What becomes of a vector when its text changes: keep until the new one is there, or clear at once.';
 COMMENT ON COLUMN autoembed.pipeline.truncate IS
     'Whether a text longer than the model takes is cut, and noted in embedded, or fails.';
+COMMENT ON COLUMN autoembed.pipeline.replicated IS
+    'Whether its triggers also fire for rows that logical replication applies.';
+COMMENT ON COLUMN autoembed.pipeline.managed IS
+    'Whether enable() made its triggers; otherwise they are those of CREATE TRIGGER statements.';
+COMMENT ON COLUMN autoembed.pipeline.paused IS 'Whether its jobs wait until resume().';
+COMMENT ON COLUMN autoembed.pipeline.table_shape IS
+    'The table''s columns, embedding type and partitions as last seen, to follow changes.';
 COMMENT ON COLUMN autoembed.pipeline.built_from IS
     'What its functions were built from, to see when the table has changed.';
 
 SELECT pg_catalog.pg_extension_config_dump('autoembed.pipeline', '');
 SELECT pg_catalog.pg_extension_config_dump('autoembed.pipeline_id_seq', '');
+
+-- The rights of a table's owner over its pipelines, whoever he is: what no SECURITY DEFINER function could know.
+ALTER TABLE autoembed.pipeline ENABLE ROW LEVEL SECURITY;
+CREATE POLICY table_owner ON autoembed.pipeline
+    USING (EXISTS (SELECT FROM pg_class AS c WHERE c.oid = table_id AND pg_has_role(c.relowner, 'USAGE')));
+
+CREATE TABLE autoembed.backfill (
+    pipeline_id integer PRIMARY KEY REFERENCES autoembed.pipeline (id) ON DELETE CASCADE,
+    condition text,
+    force boolean NOT NULL DEFAULT false,
+    create_index boolean NOT NULL DEFAULT false,
+    position text,
+    rows_queued bigint NOT NULL DEFAULT 0,
+    started_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    scanned_at timestamptz
+);
+COMMENT ON TABLE autoembed.backfill IS
+    'Tables whose rows are being looked through, in the order of their keys, for what is missing or stale.';
+COMMENT ON COLUMN autoembed.backfill.pipeline_id IS 'The pipeline.';
+COMMENT ON COLUMN autoembed.backfill.condition IS 'Which rows; NULL: all.';
+COMMENT ON COLUMN autoembed.backfill.force IS 'Whether rows whose embedding is that of their text are embedded anew, too.';
+COMMENT ON COLUMN autoembed.backfill.create_index IS 'Whether an HNSW index is to be built at the end.';
+COMMENT ON COLUMN autoembed.backfill.position IS 'The last key that was queued, as a JSON array; NULL: none yet.';
+COMMENT ON COLUMN autoembed.backfill.rows_queued IS 'How many rows were queued.';
+COMMENT ON COLUMN autoembed.backfill.started_at IS 'When it was asked for.';
+COMMENT ON COLUMN autoembed.backfill.scanned_at IS 'When the last row was queued; NULL: there are more.';
+
+SELECT pg_catalog.pg_extension_config_dump('autoembed.backfill', '');
+
+ALTER TABLE autoembed.backfill ENABLE ROW LEVEL SECURITY;
+-- The pipeline's own policy decides which of its rows are seen here.
+CREATE POLICY table_owner ON autoembed.backfill USING (pipeline_id IN (SELECT p.id FROM autoembed.pipeline AS p));
 
 CREATE TABLE autoembed.embedded (
     pipeline_id integer NOT NULL REFERENCES autoembed.pipeline (id) ON DELETE CASCADE,
@@ -187,6 +250,7 @@ CREATE TABLE autoembed.lane (
     claimed_at timestamptz,
     message_ids bigint[] NOT NULL DEFAULT '{}',
     stop boolean NOT NULL DEFAULT false,
+    backfill boolean NOT NULL DEFAULT false,
     PRIMARY KEY (pid, backend_start)
 );
 COMMENT ON TABLE autoembed.lane IS
@@ -196,6 +260,48 @@ COMMENT ON COLUMN autoembed.lane.backend_start IS 'When that process started: te
 COMMENT ON COLUMN autoembed.lane.claimed_at IS 'When it claimed what it holds.';
 COMMENT ON COLUMN autoembed.lane.message_ids IS 'The messages it holds.';
 COMMENT ON COLUMN autoembed.lane.stop IS 'Whether it was asked to stop.';
+COMMENT ON COLUMN autoembed.lane.backfill IS 'Whether it looks through tables and leaves the queue to others.';
+
+CREATE TABLE autoembed.usage_entry (
+    at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    model text NOT NULL,
+    pipeline_id integer,
+    requests integer NOT NULL,
+    inputs integer NOT NULL,
+    tokens bigint NOT NULL,
+    rows integer NOT NULL
+);
+COMMENT ON TABLE autoembed.usage_entry IS
+    'Requests of the last minutes, one by one, so that lanes never wait for each other''s counts; older ones are added up in usage_day.';
+COMMENT ON COLUMN autoembed.usage_entry.at IS 'When the answer came.';
+COMMENT ON COLUMN autoembed.usage_entry.model IS 'The model.';
+COMMENT ON COLUMN autoembed.usage_entry.pipeline_id IS 'The pipeline; NULL: embed().';
+COMMENT ON COLUMN autoembed.usage_entry.requests IS 'Requests; 0 for the second pipeline in one request.';
+COMMENT ON COLUMN autoembed.usage_entry.inputs IS 'Texts in them.';
+COMMENT ON COLUMN autoembed.usage_entry.tokens IS 'Tokens as the provider counted them, or as estimated where it does not.';
+COMMENT ON COLUMN autoembed.usage_entry.rows IS 'Rows that the texts are of.';
+
+CREATE TABLE autoembed.usage_day (
+    day date NOT NULL,
+    model text NOT NULL,
+    pipeline_id integer,
+    requests bigint NOT NULL,
+    inputs bigint NOT NULL,
+    tokens bigint NOT NULL,
+    rows bigint NOT NULL,
+    UNIQUE NULLS NOT DISTINCT (day, model, pipeline_id)
+);
+COMMENT ON TABLE autoembed.usage_day IS 'What was asked of each model a day, up to some minutes ago; see the view usage.';
+COMMENT ON COLUMN autoembed.usage_day.day IS 'The day, in UTC.';
+COMMENT ON COLUMN autoembed.usage_day.model IS 'The model.';
+COMMENT ON COLUMN autoembed.usage_day.pipeline_id IS 'The pipeline; NULL: embed().';
+COMMENT ON COLUMN autoembed.usage_day.requests IS 'Requests.';
+COMMENT ON COLUMN autoembed.usage_day.inputs IS 'Texts in them.';
+COMMENT ON COLUMN autoembed.usage_day.tokens IS 'Tokens.';
+COMMENT ON COLUMN autoembed.usage_day.rows IS 'Rows.';
+
+SELECT pg_catalog.pg_extension_config_dump('autoembed.usage_entry', '');
+SELECT pg_catalog.pg_extension_config_dump('autoembed.usage_day', '');
 
 CREATE TABLE autoembed.failure (
     id bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY,

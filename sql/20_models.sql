@@ -35,6 +35,62 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._model(text) IS 'The model of that name, NULL for the default one; an error if there is none.';
 
+CREATE FUNCTION autoembed._http_hosts()
+    RETURNS text[]
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT coalesce((SELECT string_to_array(s.value, ' ') FROM autoembed.setting AS s WHERE s.name = 'http_hosts'), '{}');
+$sql$;
+COMMENT ON FUNCTION autoembed._http_hosts() IS 'The hosts that may be called without encryption; see allow_http_host().';
+
+CREATE FUNCTION autoembed._vault_key(reference text, OUT vault_key text, OUT vault_fault text)
+    LANGUAGE plpgsql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _name text := substring(reference FROM '^vault:(.*)$');
+    _view oid := to_regclass('vault.decrypted_secrets');
+BEGIN
+    IF _name IS NULL THEN
+        RETURN;
+    END IF;
+    -- Where there is no Vault, anybody who may create schemas could make such a view, and its code would run as us.
+    IF NOT EXISTS (SELECT FROM pg_class AS c JOIN pg_roles AS r ON r.oid = c.relowner WHERE c.oid = _view AND r.rolsuper) THEN
+        vault_fault := 'this database has no Vault: no view vault.decrypted_secrets that belongs to a superuser';
+        RETURN;
+    END IF;
+    EXECUTE 'SELECT s.decrypted_secret::text FROM vault.decrypted_secrets AS s WHERE s.name = $1'
+    INTO vault_key USING _name;
+    IF vault_key IS NULL THEN
+        vault_fault := format('the vault has no secret "%s"', _name);
+    END IF;
+EXCEPTION WHEN OTHERS THEN
+    -- Not raised: other models have work to do. Not repeated: the message may hold what was read.
+    vault_key := NULL;
+    vault_fault := format('the vault gives no secret "%s" (SQLSTATE %s)', _name, SQLSTATE);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._vault_key(text) IS
+    'The key that vault:NAME refers to, or why it cannot be had; nothing for other references.';
+
+CREATE FUNCTION autoembed._model_facts(model autoembed.model)
+    RETURNS jsonb
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT to_jsonb(model) || jsonb_build_object('http_hosts', autoembed._http_hosts()) || to_jsonb(v)
+    FROM autoembed._vault_key(model.api_key) AS v;
+$sql$;
+COMMENT ON FUNCTION autoembed._model_facts(autoembed.model) IS
+    'What the Python side needs to know of a model: its row, and what the row refers to.';
+
 CREATE FUNCTION autoembed._check_model(name text)
     RETURNS void
     LANGUAGE plpython3u
@@ -57,11 +113,11 @@ CREATE FUNCTION autoembed._check_api_key(api_key text)
 AS $plpgsql$
 BEGIN
     -- Not left to the table's CHECK: its error would print the row, and with it a key pasted by mistake.
-    IF api_key !~ '^(env|file):.' THEN
+    IF api_key !~ '^(env|file|vault):.' THEN
         RAISE EXCEPTION USING
             ERRCODE = 'invalid_parameter_value',
             MESSAGE = 'api_key must say where the key is found, not what it is',
-            HINT = 'Use env:NAME for an environment variable of the server, or file:PATH for a file that it can read.';
+            HINT = 'Use env:NAME for an environment variable of the server, file:PATH for a file that it can read, or vault:NAME for a secret of the Vault extension.';
     END IF;
 END;
 $plpgsql$;
@@ -102,7 +158,7 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.create_model(text, text, integer, text, text, text, integer, integer, integer, jsonb) IS
-    'Defines a model: its provider (local, openai, azure, cohere, voyage, gemini, ollama), the length of its vectors, what the provider calls it (default: its name), where it is, where its key is found (env:NAME or file:PATH), limits below the provider''s own, and options of the provider.';
+    'Defines a model: its provider (local, openai, azure, cohere, voyage, gemini, ollama), the length of its vectors, what the provider calls it (default: its name), where it is, where its key is found (env:NAME, file:PATH or vault:NAME), limits below the provider''s own, and options of the provider.';
 
 CREATE FUNCTION autoembed.alter_model(
     name text,
@@ -186,6 +242,36 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.set_default_model(text) IS
     'Makes it the model of all pipelines and embed() calls that name none.';
+
+CREATE FUNCTION autoembed.allow_http_host(host text, allowed boolean DEFAULT true)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _host text := lower(rtrim(allow_http_host.host, '.'));
+    _hosts text[];
+BEGIN
+    IF coalesce(_host !~ '^([[:alnum:]_.-]+|[0-9a-f]*:[0-9a-f]*:[0-9a-f:.]*)$', true) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = format('"%s" is not the name or address of a host', allow_http_host.host),
+            HINT = 'Leave out what stands before and after it in a URL, such as http:// and the port.';
+    END IF;
+    -- Two of these at a time would each lose the other's host.
+    LOCK TABLE autoembed.setting IN SHARE ROW EXCLUSIVE MODE;
+    _hosts := array_remove(autoembed._http_hosts(), _host);
+    IF allow_http_host.allowed THEN
+        _hosts := _hosts || _host;
+    END IF;
+    INSERT INTO autoembed.setting AS s (name, value)
+    VALUES ('http_hosts', array_to_string(_hosts, ' '))
+    ON CONFLICT ON CONSTRAINT setting_pkey DO UPDATE SET value = excluded.value;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed.allow_http_host(text, boolean) IS
+    'Allows models whose base_url has http and this host, or forbids it again: texts and keys then travel unencrypted. This machine needs no permission.';
 
 CREATE FUNCTION autoembed.resume_model(name text)
     RETURNS void

@@ -1,4 +1,4 @@
--- 30_pipelines.sql: which column of which table is embedded, and the two functions that touch it with its owner's rights.
+-- 30_pipelines.sql: what a pipeline is: the keys of its rows, their text, and whether it can be embedded as things stand.
 
 CREATE FUNCTION autoembed._content_function(table_id oid, name text)
     RETURNS oid
@@ -29,15 +29,187 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._content_function(oid, text) IS
     'The function of one row of the table with that name, which may name its schema; NULL if there is none.';
 
-CREATE FUNCTION autoembed._check_pipeline(
-    table_id oid,
-    embedding_column text,
-    content_function text,
-    model text,
-    OUT problem text,
-    OUT hint text,
-    OUT errcode text
-)
+CREATE FUNCTION autoembed._content_function_of(pipeline autoembed.pipeline)
+    RETURNS oid
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    -- One that was dropped and made again has another OID, but the same name.
+    SELECT coalesce((SELECT p.oid FROM pg_proc AS p WHERE p.oid = pipeline.content_function_id),
+                    autoembed._content_function(pipeline.table_id, pipeline.content_function));
+$sql$;
+COMMENT ON FUNCTION autoembed._content_function_of(autoembed.pipeline) IS 'The content function of a pipeline; NULL if there is none.';
+
+CREATE FUNCTION autoembed._key_columns(table_id oid)
+    RETURNS name[]
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT k.columns
+    FROM pg_index AS i
+    CROSS JOIN LATERAL (
+        SELECT array_agg(a.attname ORDER BY n.position) AS columns, bool_and(a.attnotnull) AS not_null
+        FROM unnest(i.indkey::smallint[]) WITH ORDINALITY AS n(number, position)
+        JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = n.number
+        WHERE n.position <= i.indnkeyatts
+    ) AS k
+    WHERE i.indrelid = table_id AND i.indisunique AND i.indisvalid
+      AND i.indpred IS NULL AND i.indexprs IS NULL AND k.not_null
+    ORDER BY i.indisprimary DESC, i.indisreplident DESC, i.indimmediate DESC, i.indnkeyatts, i.indexrelid
+    LIMIT 1;
+$sql$;
+COMMENT ON FUNCTION autoembed._key_columns(oid) IS
+    'The columns that tell the rows of a table apart: its primary key, else its replica identity, else a unique index without NULLs; NULL if there is none.';
+
+CREATE FUNCTION autoembed._template(template text)
+    RETURNS TABLE (literal text, column_name text)
+    LANGUAGE sql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT CASE
+               WHEN t.part[1] IN ('{{', '}}', '\\') THEN left(t.part[1], 1)
+               WHEN t.part[1] = '\n' THEN E'\n'
+               WHEN t.part[2] IS NULL THEN t.part[1]
+           END,
+           replace(t.part[2], '""', '"')
+    FROM regexp_matches(template, '(\{\{|\}\}|\\\\|\\n|\{([^{}]+)\}|[^{}\\]+|.)', 'g') WITH ORDINALITY AS t(part, position)
+    ORDER BY t.position;
+$sql$;
+COMMENT ON FUNCTION autoembed._template(text) IS
+    'The parts of a template in order: literal text, or a column. {{ and }} are braces, \n is a line break, \\ a backslash.';
+
+CREATE FUNCTION autoembed._columns_of(pipeline autoembed.pipeline)
+    RETURNS name[]
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT coalesce(
+        pipeline.content_columns,
+        (SELECT array_agg(DISTINCT t.column_name::name) FROM autoembed._template(pipeline.content_template) AS t
+         WHERE t.column_name IS NOT NULL),
+        '{}'
+    );
+$sql$;
+COMMENT ON FUNCTION autoembed._columns_of(autoembed.pipeline) IS 'The columns that a pipeline names as its content.';
+
+CREATE FUNCTION autoembed._needed_columns(pipeline autoembed.pipeline)
+    RETURNS name[]
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT pipeline.key_columns || autoembed._columns_of(pipeline)
+        || ARRAY(SELECT c.value::name FROM jsonb_each_text(pipeline.condition_columns) AS c);
+$sql$;
+COMMENT ON FUNCTION autoembed._needed_columns(autoembed.pipeline) IS
+    'The columns without which a pipeline cannot work, its embedding column aside.';
+
+CREATE FUNCTION autoembed._operator(table_id oid, column_name name, strategy integer)
+    RETURNS text
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    -- As the index has it: the name alone might mean another operator, or none, where the type is not in a schema searched.
+    SELECT coalesce((
+        SELECT format('OPERATOR(%I.%s)', n.nspname, o.oprname)
+        FROM pg_index AS i
+        CROSS JOIN LATERAL unnest(i.indkey::smallint[], i.indclass::oid[]) AS k(number, class)
+        JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = k.number AND a.attname = column_name
+        JOIN pg_opclass AS c ON c.oid = k.class
+        JOIN pg_amop AS m ON m.amopfamily = c.opcfamily AND m.amoplefttype = c.opcintype AND m.amoprighttype = c.opcintype
+                         AND m.amopstrategy = strategy
+        JOIN pg_am ON pg_am.oid = m.amopmethod AND pg_am.amname = 'btree'
+        JOIN pg_operator AS o ON o.oid = m.amopopr
+        JOIN pg_namespace AS n ON n.oid = o.oprnamespace
+        WHERE i.indrelid = table_id AND i.indisunique
+        ORDER BY i.indisprimary DESC, i.indisreplident DESC, i.indexrelid
+        LIMIT 1
+    ), CASE strategy WHEN 3 THEN '=' ELSE '>' END);
+$sql$;
+COMMENT ON FUNCTION autoembed._operator(oid, name, integer) IS
+    'The operator by which a key column is compared: 3 for equal, 5 for greater, as B-tree strategies are numbered.';
+
+CREATE FUNCTION autoembed._content_expression(pipeline autoembed.pipeline, alias text)
+    RETURNS text
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _columns text;
+    _text text;
+BEGIN
+    -- Output functions, not casts: a cast to text may be the owner's, and triggers evaluate this with more rights than his.
+    -- An empty string is as good as none.
+    SELECT string_agg(format('nullif(pg_catalog.concat(%s.%I), '''')', alias, c.name), ', ' ORDER BY c.position) INTO _columns
+    FROM unnest(autoembed._columns_of(pipeline)) WITH ORDINALITY AS c(name, position);
+    IF pipeline.content_columns IS NOT NULL THEN
+        _text := format('pg_catalog.concat_ws(%L, %s)', E'\n\n', _columns);
+    ELSIF pipeline.content_template IS NOT NULL THEN
+        SELECT format('CASE WHEN pg_catalog.num_nonnulls(%s) OPERATOR(pg_catalog.>) 0 THEN pg_catalog.concat(%s) END', _columns,
+                      string_agg(CASE WHEN t.column_name IS NULL THEN quote_literal(t.literal) ELSE format('%s.%I', alias, t.column_name) END, ', '))
+        INTO _text
+        FROM autoembed._template(pipeline.content_template) AS t;
+    ELSE
+        SELECT format('%I.%I(%s)::pg_catalog.text', n.nspname, p.proname, alias) INTO _text
+        FROM pg_proc AS p
+        JOIN pg_namespace AS n ON n.oid = p.pronamespace
+        WHERE p.oid = autoembed._content_function_of(pipeline);
+    END IF;
+    IF pipeline.condition IS NOT NULL THEN
+        _text := format('CASE WHEN (SELECT (%s) FROM (SELECT %s) AS r) THEN %s END', pipeline.condition, (
+            SELECT string_agg(format('%s.%I AS %I', alias, c.value, c.key), ', ') FROM jsonb_each_text(pipeline.condition_columns) AS c
+        ), _text);
+    END IF;
+    RETURN _text;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._content_expression(autoembed.pipeline, text) IS
+    'The SQL expression that gives the text of the row of that alias; NULL in rows that have no embedding.';
+
+CREATE FUNCTION autoembed._key_expression(pipeline autoembed.pipeline, alias text)
+    RETURNS text
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT format('pg_catalog.concat(''['', %s, '']'')', string_agg(
+        CASE WHEN coalesce(nullif(t.typbasetype, 0), t.oid) IN ('bigint'::regtype, 'integer'::regtype, 'smallint'::regtype)
+             THEN format('%s.%I', alias, k.name)
+             ELSE format('pg_catalog.to_json(pg_catalog.concat(%s.%I))', alias, k.name)
+        END, ', '','', ' ORDER BY k.position))
+    FROM unnest(pipeline.key_columns) WITH ORDINALITY AS k(name, position)
+    JOIN pg_attribute AS a ON a.attrelid = pipeline.table_id AND a.attname = k.name
+    JOIN pg_type AS t ON t.oid = a.atttypid;
+$sql$;
+COMMENT ON FUNCTION autoembed._key_expression(autoembed.pipeline, text) IS
+    'The SQL expression that gives the key of the row of that alias as a JSON array.';
+
+CREATE FUNCTION autoembed._vector_index(pipeline autoembed.pipeline)
+    RETURNS SETOF pg_index
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT i.*
+    FROM pg_index AS i
+    JOIN pg_class AS c ON c.oid = i.indexrelid
+    JOIN pg_am AS m ON m.oid = c.relam AND m.amname IN ('hnsw', 'ivfflat')
+    JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey)
+    WHERE i.indrelid = pipeline.table_id AND a.attname = pipeline.embedding_column
+    ORDER BY i.indisvalid DESC
+    LIMIT 1;
+$sql$;
+COMMENT ON FUNCTION autoembed._vector_index(autoembed.pipeline) IS 'The index on the embeddings of a pipeline, a valid one first; no row if there is none.';
+
+CREATE FUNCTION autoembed._check_pipeline(pipeline autoembed.pipeline, OUT problem text, OUT hint text, OUT errcode text)
     LANGUAGE plpgsql
     STABLE
     SECURITY DEFINER
@@ -46,85 +218,154 @@ AS $plpgsql$
 DECLARE
     _table pg_class;
     _function pg_proc;
+    _missing text;
     _type text;
     _type_dimensions integer;
+    _generated boolean;
     _model autoembed.model;
 BEGIN
-    SELECT c.* INTO _table FROM pg_class AS c WHERE c.oid = table_id;
+    SELECT c.* INTO _table FROM pg_class AS c WHERE c.oid = pipeline.table_id;
     IF NOT FOUND THEN
-        problem := format('the table with OID %s no longer exists', table_id);
+        problem := format('the table with OID %s no longer exists', pipeline.table_id::oid);
         errcode := 'undefined_table';
         RETURN;
     END IF;
     IF _table.relkind NOT IN ('r', 'p') THEN
-        problem := format('%s is not a table', table_id::regclass);
+        problem := format('%s is not a table', pipeline.table_id);
         hint := 'Only tables and partitioned tables hold embeddings.';
         errcode := 'wrong_object_type';
         RETURN;
     END IF;
-    IF NOT EXISTS (SELECT FROM pg_attribute AS a WHERE a.attrelid = table_id AND a.attname = 'id' AND NOT a.attisdropped) THEN
-        problem := format('table %s has no column id', table_id::regclass);
-        hint := 'queue_embeddings() finds rows by a primary key column called id.';
+    IF pipeline.managed AND cardinality(pipeline.key_columns) = 0 THEN
+        problem := format('table %s has no key to find its rows by', pipeline.table_id);
+        hint := format('Add a primary key, or a unique index on columns that are NOT NULL: ALTER TABLE %s ADD COLUMN id bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY.', pipeline.table_id);
+        errcode := 'object_not_in_prerequisite_state';
+        RETURN;
+    END IF;
+    SELECT k.name INTO _missing
+    FROM unnest(autoembed._needed_columns(pipeline)) WITH ORDINALITY AS k(name, position)
+    WHERE NOT EXISTS (
+        SELECT FROM pg_attribute AS a
+        WHERE a.attrelid = _table.oid AND a.attname = k.name AND a.attnum > 0 AND NOT a.attisdropped
+    )
+    ORDER BY k.position
+    LIMIT 1;
+    IF FOUND THEN
+        problem := format('table %s has no column "%s"', pipeline.table_id, _missing);
+        hint := CASE
+            WHEN pipeline.managed THEN
+                (SELECT 'Its columns are: ' || string_agg(a.attname, ', ' ORDER BY a.attnum) || '.'
+                 FROM pg_attribute AS a
+                 WHERE a.attrelid = _table.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attname <> pipeline.embedding_column)
+            ELSE 'queue_embeddings() finds rows by a primary key column called id.'
+        END;
         errcode := 'undefined_column';
         RETURN;
     END IF;
 
-    SELECT CASE WHEN e.oid IS NOT NULL THEN t.typname ELSE format_type(a.atttypid, a.atttypmod) END, a.atttypmod
-    INTO _type, _type_dimensions
+    IF _table.relforcerowsecurity AND _table.relrowsecurity
+       AND NOT (SELECT r.rolsuper OR r.rolbypassrls FROM pg_roles AS r WHERE r.oid = _table.relowner)
+       AND (EXISTS (SELECT FROM pg_policy AS p WHERE p.polrelid = _table.oid AND NOT p.polpermissive)
+            OR NOT EXISTS (
+                SELECT FROM pg_policy AS p
+                WHERE p.polrelid = _table.oid AND p.polpermissive AND p.polcmd = '*' AND pg_get_expr(p.polqual, p.polrelid) = 'true'
+                  AND p.polroles && ARRAY[0::oid, _table.relowner]
+            )) THEN
+        problem := format('row level security is forced on the owner of table %s and may hide rows from him', pipeline.table_id);
+        hint := format('Let him see all: CREATE POLICY embeddings ON %s TO %I USING (true), without restrictive policies; or ALTER TABLE %s NO FORCE ROW LEVEL SECURITY.',
+                       pipeline.table_id, pg_get_userbyid(_table.relowner), pipeline.table_id);
+        errcode := 'waits';
+        RETURN;
+    END IF;
+
+    SELECT CASE WHEN e.oid IS NOT NULL THEN t.typname ELSE format_type(a.atttypid, a.atttypmod) END, a.atttypmod, a.attgenerated <> ''
+    INTO _type, _type_dimensions, _generated
     FROM pg_attribute AS a
     JOIN pg_type AS t ON t.oid = a.atttypid
     LEFT JOIN pg_extension AS e ON e.extname = 'vector' AND e.extnamespace = t.typnamespace
-    WHERE a.attrelid = table_id AND a.attname = embedding_column AND a.attnum > 0 AND NOT a.attisdropped;
+    WHERE a.attrelid = _table.oid AND a.attname = pipeline.embedding_column AND a.attnum > 0 AND NOT a.attisdropped;
     IF NOT FOUND THEN
-        problem := format('table %s has no column "%s"', table_id::regclass, embedding_column);
+        problem := format('table %s has no column "%s"', pipeline.table_id, pipeline.embedding_column);
         hint := format('Add it: ALTER TABLE %s ADD COLUMN %I halfvec(%s).',
-                       table_id::regclass, embedding_column, (autoembed._model(model)).dimensions);
+                       pipeline.table_id, pipeline.embedding_column, (autoembed._model(pipeline.model)).dimensions);
         errcode := 'undefined_column';
         RETURN;
     END IF;
-    IF _type NOT IN ('vector', 'halfvec') THEN
-        problem := format('column "%s" of table %s is of type %s', embedding_column, table_id::regclass, _type);
+    IF _type NOT IN ('vector', 'halfvec') OR _generated THEN
+        problem := format('column "%s" of table %s is %s', pipeline.embedding_column, pipeline.table_id,
+                          CASE WHEN _generated THEN 'a generated column' ELSE 'of type ' || _type END);
         hint := 'An embedding column is of type halfvec or vector.';
         errcode := 'datatype_mismatch';
         RETURN;
     END IF;
-
-    SELECT p.* INTO _function FROM pg_proc AS p WHERE p.oid = autoembed._content_function(table_id, content_function);
-    IF NOT FOUND THEN
-        problem := format('there is no function "%s" of one row of %s', content_function, table_id::regclass);
-        hint := format('Create it: CREATE FUNCTION %s(%s) RETURNS text.', content_function, table_id::regclass);
-        errcode := 'undefined_function';
-        RETURN;
-    END IF;
-    IF (SELECT t.typcategory FROM pg_type AS t WHERE t.oid = _function.prorettype) <> 'S' THEN
-        problem := format('function %s returns %s', _function.oid::regprocedure, format_type(_function.prorettype, NULL));
-        hint := 'A content function returns text.';
-        errcode := 'datatype_mismatch';
-        RETURN;
-    END IF;
-    -- It will run as the table's owner, so it must come from somebody who already has the owner's rights.
-    IF NOT pg_has_role(_function.proowner, _table.relowner, 'MEMBER') THEN
-        problem := format('function %s belongs to %I, who has not the rights of %I, the owner of table %s',
-                          _function.oid::regprocedure, pg_get_userbyid(_function.proowner),
-                          pg_get_userbyid(_table.relowner), table_id::regclass);
-        hint := format('Make it the table owner''s: ALTER FUNCTION %s OWNER TO %I.',
-                       _function.oid::regprocedure, pg_get_userbyid(_table.relowner));
-        errcode := 'insufficient_privilege';
+    IF pipeline.embedding_column = ANY (autoembed._columns_of(pipeline)) THEN
+        problem := format('column "%s" cannot be its own content', pipeline.embedding_column);
+        hint := 'Leave it out of the content.';
+        errcode := 'invalid_parameter_value';
         RETURN;
     END IF;
 
-    _model := autoembed._model(model);
+    IF pipeline.on_change = 'clear' AND EXISTS (
+        SELECT FROM pg_attribute AS a
+        WHERE a.attrelid = _table.oid AND a.attname = pipeline.embedding_column AND a.attnotnull AND NOT a.attisdropped
+    ) THEN
+        problem := format('column "%s" of table %s is NOT NULL and cannot be cleared', pipeline.embedding_column, pipeline.table_id);
+        hint := 'Use on_change => ''keep'', or drop the constraint.';
+        errcode := 'invalid_parameter_value';
+        RETURN;
+    END IF;
+    -- A BEFORE trigger sees no generated column; what a function reads is not known.
+    IF pipeline.on_change = 'clear' AND EXISTS (
+        SELECT FROM pg_attribute AS a
+        WHERE a.attrelid = _table.oid AND a.attgenerated <> '' AND NOT a.attisdropped
+          AND (a.attname = ANY (autoembed._needed_columns(pipeline)) OR pipeline.content_function IS NOT NULL)
+    ) THEN
+        problem := format('on_change => ''clear'' does not work with the generated columns of table %s', pipeline.table_id);
+        hint := 'Use on_change => ''keep'', or columns that are not generated.';
+        errcode := 'feature_not_supported';
+        RETURN;
+    END IF;
+
+    IF pipeline.content_function IS NOT NULL THEN
+        SELECT p.* INTO _function FROM pg_proc AS p WHERE p.oid = autoembed._content_function_of(pipeline);
+        IF NOT FOUND THEN
+            problem := format('there is no function "%s" of one row of %s', pipeline.content_function, pipeline.table_id);
+            hint := format('Create it: CREATE FUNCTION %s(%s) RETURNS text.', pipeline.content_function, pipeline.table_id);
+            errcode := 'undefined_function';
+            RETURN;
+        END IF;
+        IF (SELECT t.typcategory FROM pg_type AS t WHERE t.oid = _function.prorettype) <> 'S' THEN
+            problem := format('function %s returns %s', _function.oid::regprocedure, format_type(_function.prorettype, NULL));
+            hint := 'A content function returns text.';
+            errcode := 'datatype_mismatch';
+            RETURN;
+        END IF;
+        -- It will run as the table's owner, so it must come from somebody who already has the owner's rights.
+        IF NOT pg_has_role(_function.proowner, _table.relowner, 'MEMBER') THEN
+            problem := format('function %s belongs to %I, who has not the rights of %I, the owner of table %s',
+                              _function.oid::regprocedure, pg_get_userbyid(_function.proowner),
+                              pg_get_userbyid(_table.relowner), pipeline.table_id);
+            hint := format('Make it the table owner''s: ALTER FUNCTION %s OWNER TO %I.',
+                           _function.oid::regprocedure, pg_get_userbyid(_table.relowner));
+            errcode := 'insufficient_privilege';
+            RETURN;
+        END IF;
+    END IF;
+
+    _model := autoembed._model(pipeline.model);
     IF _type_dimensions NOT IN (-1, _model.dimensions) THEN
         problem := format('column "%s" of table %s has %s dimensions, model "%s" has %s',
-                          embedding_column, table_id::regclass, _type_dimensions, _model.name, _model.dimensions);
-        hint := format('Change the column: ALTER TABLE %s ALTER COLUMN %I TYPE %s(%s) USING NULL; or the model: SELECT autoembed.set_default_model(…).',
-                       table_id::regclass, embedding_column, _type, _model.dimensions);
-        -- Not an error of the trigger: another model cures it at any time.
+                          pipeline.embedding_column, pipeline.table_id, _type_dimensions, _model.name, _model.dimensions);
+        hint := format('Change the column: ALTER TABLE %s ALTER COLUMN %I TYPE %s(%s) USING NULL; or the model: SELECT %s.',
+                       pipeline.table_id, pipeline.embedding_column, _type, _model.dimensions,
+                       CASE WHEN pipeline.managed THEN format('autoembed.alter_pipeline(%L, model => …)', pipeline.table_id)
+                            ELSE 'autoembed.set_default_model(…)' END);
+        -- Not an error of the pipeline: another model cures it at any time.
         errcode := 'waits';
     END IF;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._check_pipeline(oid, text, text, text) IS
+COMMENT ON FUNCTION autoembed._check_pipeline(autoembed.pipeline) IS
     'Why the column cannot be embedded as things stand, and what to do; NULLs if it can. errcode waits: the jobs wait for a change.';
 
 CREATE VIEW autoembed._pipeline_state AS
@@ -133,15 +374,17 @@ SELECT p.id,
        p.embedding_column,
        p.content_function,
        p.truncate,
+       p.paused,
        coalesce(p.model, autoembed._default_model()) AS model,
-       coalesce(c.problem, CASE WHEN r.until > clock_timestamp() THEN format('model "%s" rests: %s', r.model, r.reason) END)
+       coalesce(c.problem, CASE WHEN p.paused THEN 'it is paused' WHEN r.until > clock_timestamp() THEN format('model "%s" rests: %s', r.model, r.reason) END)
            AS blocked,
-       coalesce(c.hint, CASE WHEN r.needs_attention THEN format('SELECT autoembed.resume_model(%L) tries it at once.', r.model) END)
+       coalesce(c.hint, CASE WHEN p.paused THEN format('SELECT autoembed.resume(%L).', p.table_id)
+                             WHEN r.needs_attention THEN format('SELECT autoembed.resume_model(%L) tries it at once.', r.model) END)
            AS hint,
        c.problem IS NULL AS sound,
        coalesce(r.failures, 0) AS failures
 FROM autoembed.pipeline AS p
-CROSS JOIN LATERAL autoembed._check_pipeline(p.table_id, p.embedding_column, p.content_function, p.model) AS c
+CROSS JOIN LATERAL autoembed._check_pipeline(p) AS c
 LEFT JOIN autoembed.model_rest AS r ON r.model = coalesce(p.model, autoembed._default_model());
 COMMENT ON VIEW autoembed._pipeline_state IS 'Every pipeline, and why its jobs wait, if they do.';
 
@@ -157,7 +400,7 @@ BEGIN
     FOR _state IN
         SELECT s.*
         FROM autoembed.pipeline AS p
-        JOIN autoembed._pipeline_state AS s ON s.id = p.id AND s.blocked IS NOT NULL
+        JOIN autoembed._pipeline_state AS s ON s.id = p.id AND s.blocked IS NOT NULL AND NOT s.paused
         WHERE NOT only_with_jobs
            OR EXISTS (SELECT FROM pgmq.q_embedding_jobs AS q WHERE coalesce(q.message ->> 'pipeline', '') = p.id::text)
         ORDER BY p.id
@@ -170,317 +413,3 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._warn_of_blocked_pipelines(boolean) IS 'Says which pipelines wait, why, and what to do.';
-
-CREATE FUNCTION autoembed._build_pipeline(pipeline_id integer)
-    RETURNS void
-    LANGUAGE plpgsql
-    SECURITY DEFINER
-    SET search_path = pg_catalog, pg_temp
-    SET client_min_messages = warning
-AS $plpgsql$
-DECLARE
-    _pipeline autoembed.pipeline;
-    _owner name;
-    _table text;
-    _schema text;
-    _key_type text;
-    _column text;
-    _column_type text;
-    _content text;
-    _guard text;
-    _body text;
-    _from text;
-    _ready boolean;
-BEGIN
-    SELECT p.* INTO STRICT _pipeline FROM autoembed.pipeline AS p WHERE p.id = pipeline_id;
-    SELECT c.oid::regclass::text, n.nspname, pg_get_userbyid(c.relowner), format_type(k.atttypid, k.atttypmod),
-           quote_ident(e.attname), format_type(e.atttypid, e.atttypmod),
-           format('%I.%I(t)', fn.nspname, f.proname)
-    INTO STRICT _table, _schema, _owner, _key_type, _column, _column_type, _content
-    FROM pg_class AS c
-    JOIN pg_namespace AS n ON n.oid = c.relnamespace
-    JOIN pg_attribute AS k ON k.attrelid = c.oid AND k.attname = 'id' AND NOT k.attisdropped
-    JOIN pg_attribute AS e ON e.attrelid = c.oid AND e.attname = _pipeline.embedding_column AND NOT e.attisdropped
-    JOIN pg_proc AS f ON f.oid = autoembed._content_function(c.oid, _pipeline.content_function)
-    JOIN pg_namespace AS fn ON fn.oid = f.pronamespace
-    WHERE c.oid = _pipeline.table_id;
-
-    _from := concat_ws(' ', _table, _owner, _key_type, _column, _column_type, _content);
-    SELECT count(*) = 2 INTO _ready
-    FROM pg_proc AS p
-    JOIN pg_roles AS o ON o.oid = p.proowner AND o.rolname = _owner
-    WHERE p.pronamespace = 'autoembed'::regnamespace
-      AND p.proname IN ('_content_' || pipeline_id, '_write_' || pipeline_id)
-      AND p.prosecdef;
-    IF _ready AND _pipeline.built_from = _from THEN
-        RETURN;
-    END IF;
-
-    -- An owner's code that raises a cancel or a shutdown would be taken for a real one, and end every pass.
-    _guard := $guard$
-EXCEPTION WHEN operator_intervention OR insufficient_resources OR system_error THEN
-    GET STACKED DIAGNOSTICS _context = PG_EXCEPTION_CONTEXT;
-    IF pg_catalog.split_part(_context, E'\n', 1) LIKE '%% at RAISE' THEN
-        RAISE EXCEPTION USING MESSAGE = SQLERRM;
-    END IF;
-    RAISE;
-END;$guard$;
-
-    -- Both run as the table's owner, whoever runs the lane: what his functions, triggers and defaults do, they do as him.
-    -- The bodies are quoted as a whole, so that no name in them can end them.
-    _body := format($body$
-#variable_conflict use_column
-DECLARE
-    _context text;
-BEGIN
-    RETURN QUERY
-    SELECT s.key, %1$s::text, t.%2$s IS NOT NULL
-    FROM pg_catalog.unnest(keys) AS s(key)
-    JOIN %3$s AS t ON t.id = (s.key::pg_catalog.jsonb ->> 0)::%4$s;
-$body$ || _guard, _content, _column, _table, _key_type);
-    EXECUTE format('DROP FUNCTION IF EXISTS autoembed._content_%1$s(text[]), autoembed._write_%1$s(text[], text[], text[])', pipeline_id);
-    EXECUTE format($ddl$
-CREATE FUNCTION autoembed._content_%1$s(keys text[])
-    RETURNS TABLE (key text, content text, has_embedding boolean)
-    LANGUAGE plpgsql
-    STABLE
-    SECURITY DEFINER
-    SET search_path = %2$I, public, pg_temp
-AS %3$L$ddl$, pipeline_id, _schema, _body);
-
-    -- Rows that somebody else has locked are left out: embeddings never wait for an application, nor two lanes for each other.
-    -- Triggers deferred to the commit would run as the lane, so they run at the end of this.
-    _body := format($body$
-#variable_conflict use_column
-DECLARE
-    _context text;
-BEGIN
-    FOR key, outcome IN
-    WITH sent AS MATERIALIZED (
-        SELECT s.key, (s.key::pg_catalog.jsonb ->> 0)::%4$s AS id, s.content, s.embedding
-        FROM unnest(keys, contents, embeddings) AS s(key, content, embedding)
-    ),
-    locked AS MATERIALIZED (
-        SELECT s.key, t.id, s.content, s.embedding, %1$s::text COLLATE "C" IS NOT DISTINCT FROM s.content AS unchanged
-        FROM sent AS s
-        JOIN %3$s AS t ON t.id = s.id
-        ORDER BY t.id
-        FOR NO KEY UPDATE OF t SKIP LOCKED
-    ),
-    written AS (
-        UPDATE %3$s AS t
-        SET %2$s = l.embedding::%5$s
-        FROM locked AS l
-        WHERE t.id = l.id AND l.unchanged
-        RETURNING l.key, %1$s::text COLLATE "C" IS NOT DISTINCT FROM l.content AS unchanged
-    )
-    SELECT s.key,
-           CASE WHEN w.unchanged THEN 'written'
-                WHEN w.key IS NOT NULL THEN 'overtaken'
-                WHEN l.key IS NOT NULL THEN 'changed'
-                WHEN EXISTS (SELECT FROM %3$s AS t WHERE t.id = s.id) THEN 'locked'
-                ELSE 'gone'
-           END
-    FROM sent AS s
-    LEFT JOIN locked AS l ON l.key = s.key
-    LEFT JOIN (SELECT w.key, pg_catalog.bool_and(w.unchanged) AS unchanged FROM written AS w GROUP BY w.key) AS w
-        ON w.key = s.key
-    LOOP
-        -- Undone, as it would leave the vector of one text beside another.
-        IF outcome = 'overtaken' THEN
-            RAISE EXCEPTION 'a trigger of the table changes the text when its embedding is written';
-        END IF;
-        RETURN NEXT;
-    END LOOP;
-    IF EXISTS (SELECT FROM pg_catalog.pg_trigger AS g WHERE g.tgdeferrable AND NOT g.tgisinternal)
-       OR EXISTS (SELECT FROM pg_catalog.pg_constraint AS c WHERE c.contype = 'x' AND c.condeferrable) THEN
-        SET CONSTRAINTS ALL IMMEDIATE;
-    END IF;
-$body$ || _guard, _content, _column, _table, _key_type, _column_type);
-    EXECUTE format($ddl$
-CREATE FUNCTION autoembed._write_%1$s(keys text[], contents text[], embeddings text[])
-    RETURNS TABLE (key text, outcome text)
-    LANGUAGE plpgsql
-    VOLATILE
-    SECURITY DEFINER
-    SET search_path = %2$I, public, pg_temp
-    SET autoembed.writing = %3$L
-AS %4$L$ddl$, pipeline_id, _schema, _pipeline.table_id::oid, _body);
-    EXECUTE format('ALTER FUNCTION autoembed._content_%s(text[]) OWNER TO %I', pipeline_id, _owner);
-    EXECUTE format('ALTER FUNCTION autoembed._write_%s(text[], text[], text[]) OWNER TO %I', pipeline_id, _owner);
-    EXECUTE format('REVOKE ALL ON FUNCTION autoembed._content_%1$s(text[]), autoembed._write_%1$s(text[], text[], text[]) FROM PUBLIC', pipeline_id);
-    UPDATE autoembed.pipeline AS p SET built_from = _from WHERE p.id = pipeline_id;
-END;
-$plpgsql$;
-COMMENT ON FUNCTION autoembed._build_pipeline(integer) IS
-    'Makes the functions that read a pipeline''s texts and write its vectors, if they are missing or the table has changed.';
-
-CREATE FUNCTION autoembed._check_deferred()
-    RETURNS void
-    LANGUAGE plpgsql
-    SECURITY DEFINER
-    SET search_path = pg_catalog, pg_temp
-AS $plpgsql$
-DECLARE
-    _table regclass;
-BEGIN
-    FOR _table IN
-        SELECT g.tgrelid FROM pg_trigger AS g WHERE g.tgdeferrable AND NOT g.tgisinternal
-        UNION
-        SELECT c.conrelid FROM pg_constraint AS c WHERE c.contype = 'x' AND c.condeferrable
-    LOOP
-        BEGIN
-            -- Any ALTER TABLE is refused while the table has events pending; this one changes nothing, and is undone.
-            EXECUTE format('ALTER TABLE %s RESET (fillfactor)', _table);
-            RAISE EXCEPTION USING ERRCODE = 'AE000';
-        EXCEPTION
-            WHEN SQLSTATE 'AE000' THEN
-                NULL;
-            WHEN object_in_use THEN
-                RAISE EXCEPTION 'a trigger on table % is deferred to the commit, where it would run with the rights of the lane', _table;
-        END;
-    END LOOP;
-END;
-$plpgsql$;
-COMMENT ON FUNCTION autoembed._check_deferred() IS
-    'Fails if writing has left trigger events for the commit, which PostgreSQL runs as the session''s user.';
-
-CREATE FUNCTION autoembed._adopt(table_id oid, embedding_column text, content_function text)
-    RETURNS integer
-    LANGUAGE plpgsql
-    SECURITY DEFINER
-    SET search_path = pg_catalog, pg_temp
-AS $plpgsql$
-DECLARE
-    _root oid := coalesce(pg_partition_root(table_id), table_id);
-    _check record;
-    _id integer;
-BEGIN
-    SELECT p.id INTO _id
-    FROM autoembed.pipeline AS p
-    WHERE p.table_id = _root AND p.embedding_column = _adopt.embedding_column AND p.content_function = _adopt.content_function;
-    IF FOUND THEN
-        RETURN _id;
-    END IF;
-    SELECT c.* INTO _check FROM autoembed._check_pipeline(_root, embedding_column, content_function, NULL) AS c;
-    IF _check.errcode = 'waits' THEN
-        RAISE WARNING USING MESSAGE = _check.problem, HINT = _check.hint, ERRCODE = 'object_not_in_prerequisite_state';
-    ELSIF _check.problem IS NOT NULL THEN
-        RAISE EXCEPTION USING MESSAGE = _check.problem, HINT = _check.hint, ERRCODE = _check.errcode;
-    END IF;
-    INSERT INTO autoembed.pipeline AS p (table_id, embedding_column, content_function)
-    VALUES (_root, _adopt.embedding_column, _adopt.content_function)
-    ON CONFLICT ON CONSTRAINT pipeline_table_id_embedding_column_content_function_key DO UPDATE SET table_id = excluded.table_id
-    RETURNING p.id INTO _id;
-    PERFORM autoembed._build_pipeline(_id);
-    RETURN _id;
-END;
-$plpgsql$;
-COMMENT ON FUNCTION autoembed._adopt(oid, text, text) IS
-    'The pipeline of that table, column and content function, made if it is new; an error if it cannot be.';
-
-CREATE FUNCTION autoembed._drop_orphaned_pipelines()
-    RETURNS void
-    LANGUAGE plpgsql
-    SECURITY DEFINER
-    SET search_path = pg_catalog, pg_temp
-AS $plpgsql$
-DECLARE
-    _id integer;
-BEGIN
-    FOR _id IN
-        DELETE FROM autoembed.pipeline AS p
-        WHERE NOT EXISTS (SELECT FROM pg_class AS c WHERE c.oid = p.table_id)
-        RETURNING p.id
-    LOOP
-        DELETE FROM pgmq.q_embedding_jobs AS q WHERE coalesce(q.message ->> 'pipeline', '') = _id::text;
-        EXECUTE format('DROP FUNCTION IF EXISTS autoembed._content_%1$s(text[]), autoembed._write_%1$s(text[], text[], text[])', _id);
-    END LOOP;
-END;
-$plpgsql$;
-COMMENT ON FUNCTION autoembed._drop_orphaned_pipelines() IS 'Ends the pipelines whose table was dropped, with their jobs.';
-
--- What can be known at DDL time is said at DDL time -------------------------------------------------
-
-CREATE FUNCTION autoembed._check_trigger()
-    RETURNS event_trigger
-    LANGUAGE plpgsql
-    SECURITY DEFINER
-    SET search_path = pg_catalog, pg_temp
-AS $plpgsql$
-DECLARE
-    _trigger record;
-    _arguments text[];
-BEGIN
-    FOR _trigger IN
-        SELECT t.*, f.proname
-        FROM pg_event_trigger_ddl_commands() AS d
-        JOIN pg_trigger AS t ON d.classid = 'pg_trigger'::regclass AND t.oid = d.objid AND t.tgparentid = 0
-        JOIN pg_proc AS f ON f.oid = t.tgfoid AND f.pronamespace = 'autoembed'::regnamespace
-        WHERE f.proname IN ('queue_embeddings', 'clear_column')
-    LOOP
-        -- tgargs: each argument ends with a zero byte, which the escape format shows as \000.
-        SELECT array_agg(convert_from(decode(a.argument, 'escape'), getdatabaseencoding()) ORDER BY a.position)
-        INTO _arguments
-        FROM string_to_table(encode(_trigger.tgargs, 'escape'), '\000') WITH ORDINALITY AS a(argument, position)
-        WHERE a.position <= _trigger.tgnargs;
-        -- Bits of pg_trigger.tgtype: 1 row, 2 before, 16 update.
-        IF _trigger.tgtype & 1 = 0 THEN
-            RAISE EXCEPTION USING
-                ERRCODE = 'feature_not_supported',
-                MESSAGE = format('autoembed.%s() works only FOR EACH ROW', _trigger.proname),
-                HINT = 'Add FOR EACH ROW to CREATE TRIGGER.';
-        ELSIF _trigger.proname = 'queue_embeddings' THEN
-            IF _trigger.tgnargs <> 2 OR _trigger.tgtype & 2 <> 0 THEN
-                RAISE EXCEPTION USING
-                    ERRCODE = 'invalid_parameter_value',
-                    MESSAGE = 'autoembed.queue_embeddings() is for AFTER triggers and takes two arguments, a content function and an embedding column',
-                    HINT = 'For example: AFTER INSERT ON documents FOR EACH ROW EXECUTE FUNCTION autoembed.queue_embeddings(''embedding_input'', ''embedding'').';
-            END IF;
-            PERFORM autoembed._adopt(_trigger.tgrelid, _arguments[2], _arguments[1]);
-        ELSIF _trigger.tgnargs <> 1 OR _trigger.tgtype & 2 = 0 OR _trigger.tgtype & 16 = 0 THEN
-            RAISE EXCEPTION USING
-                ERRCODE = 'invalid_parameter_value',
-                MESSAGE = 'autoembed.clear_column() is for BEFORE UPDATE triggers and takes one argument, a column',
-                HINT = 'For example: BEFORE UPDATE OF title ON documents FOR EACH ROW EXECUTE FUNCTION autoembed.clear_column(''embedding'').';
-        ELSIF NOT EXISTS (
-            SELECT FROM pg_attribute AS a
-            WHERE a.attrelid = _trigger.tgrelid AND a.attname = _arguments[1] AND a.attnum > 0 AND NOT a.attisdropped
-        ) THEN
-            RAISE EXCEPTION USING
-                ERRCODE = 'undefined_column',
-                MESSAGE = format('table %s has no column "%s"', _trigger.tgrelid::regclass, _arguments[1]),
-                HINT = 'autoembed.clear_column() takes the name of a column of its table.';
-        END IF;
-    END LOOP;
-END;
-$plpgsql$;
-COMMENT ON FUNCTION autoembed._check_trigger() IS 'Checks a trigger of ours when it is created, not when a row is written.';
-
-CREATE EVENT TRIGGER autoembed_check_trigger
-    ON ddl_command_end
-    WHEN TAG IN ('CREATE TRIGGER')
-    EXECUTE FUNCTION autoembed._check_trigger();
-
-CREATE FUNCTION autoembed._protect_functions()
-    RETURNS event_trigger
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $plpgsql$
-BEGIN
-    -- A table owner owns his pipelines' functions; as SECURITY INVOKER they would run as the lane, a superuser.
-    IF NOT (SELECT r.rolsuper FROM pg_roles AS r WHERE r.rolname = current_user)
-       AND EXISTS (SELECT FROM pg_event_trigger_ddl_commands() AS d WHERE d.schema_name = 'autoembed') THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'insufficient_privilege',
-            MESSAGE = 'the functions in schema autoembed cannot be altered',
-            HINT = 'They are made anew when their table changes.';
-    END IF;
-END;
-$plpgsql$;
-COMMENT ON FUNCTION autoembed._protect_functions() IS 'Keeps table owners from altering the functions made for them.';
-
-CREATE EVENT TRIGGER autoembed_protect_functions
-    ON ddl_command_end
-    WHEN TAG IN ('ALTER FUNCTION', 'ALTER ROUTINE')
-    EXECUTE FUNCTION autoembed._protect_functions();

@@ -45,7 +45,7 @@ BEGIN
             'pipeline', (
                 SELECT p.id
                 FROM autoembed.pipeline AS p
-                WHERE p.table_id = _root AND p.embedding_column = TG_ARGV[1] AND p.content_function = TG_ARGV[0]
+                WHERE p.table_id = _root AND p.embedding_column = TG_ARGV[1]
             )
         )
     );

@@ -10,26 +10,28 @@ AS $plpgsql$
 DECLARE
     -- A parameter, unlike clock_timestamp() itself, can be looked up in an index.
     _now timestamptz := clock_timestamp();
+    _ready record;
+    _due record;
+    _share integer;
+    _ids bigint[] := '{}';
 BEGIN
     IF NOT EXISTS (SELECT FROM pgmq.q_embedding_jobs AS q WHERE q.vt <= _now) THEN
         RETURN;
     END IF;
-    PERFORM autoembed._drop_orphaned_pipelines();
-    RETURN QUERY
-    -- From one pipeline in the index to the next: a DISTINCT would read the whole queue.
-    WITH RECURSIVE queued AS (
-        (SELECT min(coalesce(q.message ->> 'pipeline', '')) AS pipeline FROM pgmq.q_embedding_jobs AS q)
-        UNION ALL
-        SELECT (
-            SELECT min(coalesce(q.message ->> 'pipeline', ''))
-            FROM pgmq.q_embedding_jobs AS q
-            WHERE coalesce(q.message ->> 'pipeline', '') > n.pipeline
+    FOR _ready IN
+        -- From one pipeline in the index to the next: a DISTINCT would read the whole queue.
+        WITH RECURSIVE queued AS (
+            (SELECT min(coalesce(q.message ->> 'pipeline', '')) AS pipeline FROM pgmq.q_embedding_jobs AS q)
+            UNION ALL
+            SELECT (
+                SELECT min(coalesce(q.message ->> 'pipeline', ''))
+                FROM pgmq.q_embedding_jobs AS q
+                WHERE coalesce(q.message ->> 'pipeline', '') > n.pipeline
+            )
+            FROM queued AS n
+            WHERE n.pipeline IS NOT NULL
         )
-        FROM queued AS n
-        WHERE n.pipeline IS NOT NULL
-    ),
-    ready AS MATERIALIZED (
-        SELECT n.pipeline, s.failures
+        SELECT n.pipeline, s.failures, count(*) OVER () AS pipelines
         FROM queued AS n
         -- OFFSET 0: looks at these pipelines alone, however many there are.
         LEFT JOIN LATERAL (
@@ -43,37 +45,38 @@ BEGIN
               SELECT FROM pgmq.q_embedding_jobs AS q
               WHERE coalesce(q.message ->> 'pipeline', '') = n.pipeline AND q.vt <= _now
           )
-    ),
-    -- Every pipeline has its share, so that none holds up another; a provider that failed last time is tried with one row.
-    due AS (
-        SELECT q.msg_id
-        FROM ready AS r
-        CROSS JOIN LATERAL (
-            SELECT q.msg_id
+    LOOP
+        -- Every pipeline has its share, so that none holds up another; a provider that failed last time is tried with one message.
+        _share := CASE WHEN _ready.failures > 0 THEN 1 ELSE greatest(1, max_rows / _ready.pipelines) END;
+        FOR _due IN
+            SELECT q.msg_id, CASE jsonb_typeof(q.message -> 'keys') WHEN 'array' THEN jsonb_array_length(q.message -> 'keys') ELSE 1 END AS rows
             FROM pgmq.q_embedding_jobs AS q
-            WHERE coalesce(q.message ->> 'pipeline', '') = r.pipeline AND q.vt <= _now
+            WHERE coalesce(q.message ->> 'pipeline', '') = _ready.pipeline AND q.vt <= _now
             ORDER BY q.vt
-            LIMIT CASE WHEN r.failures > 0 THEN 1 ELSE greatest(1, max_rows / (SELECT count(*) FROM ready)) END
             FOR UPDATE SKIP LOCKED
-        ) AS q
-    ),
-    claimed AS (
+        LOOP
+            _ids := _ids || _due.msg_id;
+            _share := _share - _due.rows;
+            EXIT WHEN _share <= 0;
+        END LOOP;
+    END LOOP;
+    RETURN QUERY
+    WITH claimed AS (
         UPDATE pgmq.q_embedding_jobs AS q
         SET vt = _now + make_interval(secs => lease_seconds), read_ct = q.read_ct + 1, last_read_at = _now
-        FROM due AS d
-        WHERE q.msg_id = d.msg_id
+        WHERE q.msg_id = ANY (_ids)
         RETURNING q.msg_id, q.read_ct, q.message
     ),
     held AS (
         UPDATE autoembed.lane AS l
-        SET claimed_at = _now, message_ids = (SELECT array_agg(c.msg_id) FROM claimed AS c)
-        WHERE l.pid = pg_backend_pid() AND EXISTS (SELECT FROM claimed)
+        SET claimed_at = _now, message_ids = _ids
+        WHERE l.pid = pg_backend_pid() AND _ids <> '{}'
     )
     SELECT c.msg_id, c.read_ct, c.message FROM claimed AS c ORDER BY c.msg_id;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._claim(integer, double precision) IS
-    'Takes due messages of the pipelines that can be embedded now, hides them for the lease, and counts the try.';
+    'Takes due messages of the pipelines that can be embedded now, hides them for the lease, and counts the try. Of each pipeline, the last message may exceed its share of max_rows.';
 
 CREATE FUNCTION autoembed._extend(message_ids bigint[], lease_seconds double precision)
     RETURNS void
@@ -109,18 +112,19 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._release(bigint[]) IS 'Gives claimed messages back as if they had never been read.';
 
-CREATE FUNCTION autoembed._requeue(pipeline_id integer, keys jsonb, attempts integer, delay_seconds double precision)
+CREATE FUNCTION autoembed._requeue(pipeline_id integer, keys jsonb, attempts integer, read_count integer, delay_seconds double precision)
     RETURNS void
     LANGUAGE sql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    INSERT INTO pgmq.q_embedding_jobs (vt, message)
+    INSERT INTO pgmq.q_embedding_jobs (vt, read_ct, message)
     VALUES (clock_timestamp() + make_interval(secs => delay_seconds),
+            read_count,
             jsonb_build_object('pipeline', pipeline_id, 'keys', keys, 'attempts', attempts));
 $sql$;
-COMMENT ON FUNCTION autoembed._requeue(integer, jsonb, integer, double precision) IS
-    'Queues rows again, to be tried after the delay.';
+COMMENT ON FUNCTION autoembed._requeue(integer, jsonb, integer, integer, double precision) IS
+    'Queues rows again, to be tried after the delay; read_count: how often they were in the hands of a lane that died.';
 
 CREATE FUNCTION autoembed._resolve(message jsonb)
     RETURNS integer
@@ -131,6 +135,8 @@ AS $plpgsql$
 DECLARE
     _missing text;
     _table oid;
+    _pipeline autoembed.pipeline;
+    _function oid;
 BEGIN
     SELECT string_agg(k.key, ', ') INTO _missing
     FROM unnest('{id,schema,table,contentFunction,embeddingColumn}'::text[]) AS k(key)
@@ -150,14 +156,25 @@ BEGIN
             ERRCODE = 'undefined_table',
             MESSAGE = format('there is no table %I.%I', message ->> 'schema', message ->> 'table');
     END IF;
-    RETURN autoembed._adopt(_table, message ->> 'embeddingColumn', message ->> 'contentFunction');
+    _pipeline.id := autoembed._adopt(_table, message ->> 'embeddingColumn', message ->> 'contentFunction');
+    SELECT p.* INTO STRICT _pipeline FROM autoembed.pipeline AS p WHERE p.id = _pipeline.id;
+    _function := autoembed._content_function(_pipeline.table_id, message ->> 'contentFunction');
+    IF _function IS DISTINCT FROM autoembed._content_function_of(_pipeline) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'undefined_function',
+            MESSAGE = CASE
+                WHEN _function IS NULL THEN format('there is no function "%s" of one row of %s', message ->> 'contentFunction', _pipeline.table_id)
+                ELSE format('%s.%I is not embedded from function "%s"', _pipeline.table_id, _pipeline.embedding_column, message ->> 'contentFunction')
+            END;
+    END IF;
+    RETURN _pipeline.id;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._resolve(jsonb) IS
     'The pipeline that a message of the guide''s form is for, made if it is new; an error if the message is of no use.';
 
 CREATE FUNCTION autoembed._pipelines(ids integer[])
-    RETURNS TABLE (id integer, schema_name text, table_name text, content_function text, embedding_column text,
+    RETURNS TABLE (id integer, schema_name text, table_name text, content_function text, embedding_column text, vector_type text,
                    truncate boolean, trusted boolean, blocked text, failures integer, model jsonb)
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -168,7 +185,8 @@ BEGIN
     PERFORM autoembed._build_pipeline(s.id) FROM autoembed._pipeline_state AS s WHERE s.id = ANY (ids) AND s.sound;
     RETURN QUERY
     SELECT s.id, n.nspname::text, c.relname::text, s.content_function, s.embedding_column::text,
-           s.truncate, coalesce((SELECT r.rolsuper FROM pg_roles AS r WHERE r.oid = c.relowner), true), s.blocked, s.failures, to_jsonb(autoembed._model(s.model))
+           (SELECT format_type(a.atttypid, NULL) FROM pg_attribute AS a WHERE a.attrelid = s.table_id AND a.attname = s.embedding_column),
+           s.truncate, coalesce((SELECT r.rolsuper FROM pg_roles AS r WHERE r.oid = c.relowner), true), s.blocked, s.failures, autoembed._model_facts(autoembed._model(s.model))
     FROM autoembed._pipeline_state AS s
     LEFT JOIN pg_class AS c ON c.oid = s.table_id
     LEFT JOIN pg_namespace AS n ON n.oid = c.relnamespace
@@ -188,6 +206,22 @@ AS $sql$
     SELECT e.key, e.digest FROM autoembed.embedded AS e WHERE e.pipeline_id = _digests.pipeline_id AND e.key = ANY (keys);
 $sql$;
 COMMENT ON FUNCTION autoembed._digests(integer, text[]) IS 'From which text the embeddings of these rows were made.';
+
+CREATE FUNCTION autoembed._stage(name text, OUT usable boolean, OUT owned boolean)
+    LANGUAGE sql
+    STABLE
+    -- As the caller: it is he who will COPY.
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT pg_has_role('pg_read_server_files', 'USAGE')
+           AND has_database_privilege(current_database(), 'TEMPORARY')
+           AND coalesce(bool_and(pg_get_userbyid(c.relowner) = current_user), true),
+           count(*) > 0
+    FROM pg_class AS c
+    WHERE c.relnamespace = pg_my_temp_schema() AND c.relname = _stage.name;
+$sql$;
+COMMENT ON FUNCTION autoembed._stage(text) IS
+    'Whether the caller may COPY into a temporary table of that name, and whether it is there.';
 
 CREATE FUNCTION autoembed._record_embedded(pipeline_id integer, keys text[], digests bytea[], truncated boolean[])
     RETURNS void
@@ -220,6 +254,17 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._forget(integer, text[]) IS 'Forgets rows that were deleted.';
 
+CREATE FUNCTION autoembed._forget_all(pipeline_id integer)
+    RETURNS void
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    DELETE FROM autoembed.embedded AS e WHERE e.pipeline_id = _forget_all.pipeline_id;
+    DELETE FROM autoembed.failure AS f WHERE f.pipeline_id = _forget_all.pipeline_id;
+$sql$;
+COMMENT ON FUNCTION autoembed._forget_all(integer) IS 'Forgets all rows of a table that was truncated.';
+
 CREATE FUNCTION autoembed._fail(pipeline_id integer, key text, reason text, attempts integer, excerpt text)
     RETURNS void
     LANGUAGE sql
@@ -246,17 +291,17 @@ $sql$;
 COMMENT ON FUNCTION autoembed._fail_message(jsonb, text, integer) IS
     'Puts a message that names no row on the failed list.';
 
-CREATE FUNCTION autoembed._enter_lane()
+CREATE FUNCTION autoembed._enter_lane(backfill boolean)
     RETURNS void
     LANGUAGE sql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    INSERT INTO autoembed.lane (pid, backend_start)
-    SELECT a.pid, a.backend_start FROM pg_stat_get_activity(pg_backend_pid()) AS a
+    INSERT INTO autoembed.lane (pid, backend_start, backfill)
+    SELECT a.pid, a.backend_start, _enter_lane.backfill FROM pg_stat_get_activity(pg_backend_pid()) AS a
     ON CONFLICT DO NOTHING;
 $sql$;
-COMMENT ON FUNCTION autoembed._enter_lane() IS 'Signs this session on as a lane.';
+COMMENT ON FUNCTION autoembed._enter_lane(boolean) IS 'Signs this session on as a lane; backfill: for backfills alone.';
 
 CREATE FUNCTION autoembed._lane_is_wanted()
     RETURNS boolean
@@ -291,29 +336,108 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._leave_lane() IS 'Signs this session off.';
 
-CREATE FUNCTION autoembed._free_dead_lanes()
-    RETURNS void
-    LANGUAGE sql
+-- Backfills ---------------------------------------------------------------------------------------
+
+CREATE FUNCTION autoembed._next_backfill(dedicated boolean)
+    RETURNS TABLE (pipeline_id integer, after text, condition text, failures integer)
+    LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-AS $sql$
-    WITH dead AS (
-        DELETE FROM autoembed.lane AS l
-        WHERE NOT EXISTS (
-            SELECT FROM pg_stat_get_activity(NULL) AS a
-            WHERE a.pid = l.pid AND a.backend_start = l.backend_start
-        )
-        RETURNING l.claimed_at, l.message_ids
-    )
-    UPDATE pgmq.q_embedding_jobs AS q
-    SET vt = clock_timestamp()
-    FROM dead AS d
-    CROSS JOIN LATERAL unnest(d.message_ids) AS m(id)
-    -- Unless another lane has them since.
-    WHERE q.msg_id = m.id AND q.last_read_at = d.claimed_at;
-$sql$;
-COMMENT ON FUNCTION autoembed._free_dead_lanes() IS
-    'Makes the jobs of lanes whose backend is gone visible at once; the try stays counted.';
+AS $plpgsql$
+BEGIN
+    IF NOT EXISTS (SELECT FROM autoembed.backfill AS b WHERE b.scanned_at IS NULL)
+       -- Live changes do not wait behind a backfill where there is a lane for it.
+       OR NOT dedicated AND EXISTS (SELECT FROM autoembed.lane AS l WHERE l.backfill) THEN
+        RETURN;
+    END IF;
+    RETURN QUERY
+    SELECT b.pipeline_id, b.position, b.condition, s.failures
+    FROM autoembed.backfill AS b
+    JOIN autoembed._pipeline_state AS s ON s.id = b.pipeline_id AND s.blocked IS NULL
+    WHERE b.scanned_at IS NULL
+    ORDER BY b.started_at
+    LIMIT 1
+    FOR UPDATE OF b SKIP LOCKED;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._next_backfill(boolean) IS
+    'A table to look through, locked until the commit; dedicated: for a lane that does nothing else.';
+
+CREATE FUNCTION autoembed._queue_backfill(pipeline_id integer, keys text[], exhausted boolean, lease_seconds double precision)
+    RETURNS TABLE (message_id bigint, read_count integer, message jsonb)
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+#variable_conflict use_column
+DECLARE
+    _now timestamptz := clock_timestamp();
+    _backfill autoembed.backfill;
+BEGIN
+    UPDATE autoembed.backfill AS b
+    SET position = coalesce(keys[cardinality(keys)], b.position),
+        rows_queued = b.rows_queued + cardinality(keys),
+        scanned_at = CASE WHEN exhausted THEN _now END
+    WHERE b.pipeline_id = _queue_backfill.pipeline_id
+    RETURNING b.* INTO _backfill;
+    IF keys = '{}' THEN
+        RETURN;
+    END IF;
+    IF _backfill.force THEN
+        DELETE FROM autoembed.embedded AS e WHERE e.pipeline_id = _queue_backfill.pipeline_id AND e.key = ANY (keys);
+    END IF;
+    -- In the queue, but claimed already: should this lane die, another finds them there.
+    INSERT INTO pgmq.q_embedding_jobs AS q (vt, read_ct, last_read_at, message)
+    VALUES (_now + make_interval(secs => lease_seconds), 1, _now,
+            jsonb_build_object('pipeline', _queue_backfill.pipeline_id, 'keys', (SELECT jsonb_agg(k.key::jsonb) FROM unnest(keys) AS k(key))))
+    RETURNING q.msg_id, q.read_ct, q.message INTO message_id, read_count, message;
+    UPDATE autoembed.lane AS l SET claimed_at = _now, message_ids = ARRAY[message_id] WHERE l.pid = pg_backend_pid();
+    RETURN NEXT;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._queue_backfill(integer, text[], boolean, double precision) IS
+    'Moves a backfill on behind these keys, and returns the message that names them, as claimed.';
+
+CREATE FUNCTION autoembed._fail_backfill(pipeline_id integer, reason text)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _backfill autoembed.backfill;
+BEGIN
+    DELETE FROM autoembed.backfill AS b WHERE b.pipeline_id = _fail_backfill.pipeline_id RETURNING b.* INTO _backfill;
+    PERFORM autoembed._fail_message(to_jsonb(_backfill), reason, 1);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._fail_backfill(integer, text) IS 'Gives a backfill up, with the reason on the failed list.';
+
+CREATE FUNCTION autoembed._finish_backfills()
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _backfill record;
+BEGIN
+    FOR _backfill IN
+        SELECT b.pipeline_id, b.create_index, p.table_id, p.embedding_column
+        FROM autoembed.backfill AS b
+        JOIN autoembed.pipeline AS p ON p.id = b.pipeline_id
+        WHERE b.scanned_at IS NOT NULL
+          AND NOT EXISTS (SELECT FROM pgmq.q_embedding_jobs AS q WHERE coalesce(q.message ->> 'pipeline', '') = b.pipeline_id::text)
+        FOR UPDATE OF b SKIP LOCKED
+    LOOP
+        IF NOT _backfill.create_index OR autoembed._build_index(_backfill.pipeline_id) THEN
+            DELETE FROM autoembed.backfill AS b WHERE b.pipeline_id = _backfill.pipeline_id;
+        END IF;
+    END LOOP;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._finish_backfills() IS
+    'Ends the backfills whose rows are all embedded, once those that asked for an index have it.';
 
 -- The doors ---------------------------------------------------------------------------------------
 
@@ -346,17 +470,18 @@ CREATE PROCEDURE autoembed.work(
     run_seconds double precision DEFAULT 300,
     batch_size integer DEFAULT 100,
     max_requests integer DEFAULT 10,
-    timeout_milliseconds integer DEFAULT 300000
+    timeout_milliseconds integer DEFAULT 300000,
+    backfill boolean DEFAULT false
 )
     LANGUAGE plpython3u
 AS $python$
     if GD.get("autoembed") != "@BUILD@":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
-    doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds)
+    doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
 $python$;
-COMMENT ON PROCEDURE autoembed.work(double precision, integer, integer, integer) IS
-    'A lane: embeds what waits, and what comes, for run_seconds; commits as it goes and holds no transaction while a request is in flight. schedule() has pg_cron call it.';
+COMMENT ON PROCEDURE autoembed.work(double precision, integer, integer, integer, boolean) IS
+    'A lane: embeds what waits, and what comes, for run_seconds; commits as it goes and holds no transaction while a request is in flight. With backfill it looks through tables instead, and leaves the queue to others. schedule() has pg_cron call it.';
 
 CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     RETURNS @extschema:vector@.vector

@@ -1,6 +1,26 @@
 -- 70_failed.sql: what was given up, for the operator.
 
-CREATE VIEW autoembed.failed AS
+CREATE FUNCTION autoembed._owns(table_id regclass)
+    RETURNS boolean
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT coalesce((SELECT pg_has_role(c.relowner, 'USAGE') FROM pg_class AS c WHERE c.oid = table_id), false);
+$sql$;
+COMMENT ON FUNCTION autoembed._owns(regclass) IS 'Whether the current role has the rights of a table''s owner.';
+
+CREATE FUNCTION autoembed._may_see(table_id regclass)
+    RETURNS boolean
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT autoembed._owns(table_id) OR pg_has_role('pg_monitor', 'USAGE');
+$sql$;
+COMMENT ON FUNCTION autoembed._may_see(regclass) IS 'Whether the current role owns a table or monitors the server.';
+
+CREATE VIEW autoembed.failed WITH (security_barrier) AS
 SELECT f.id,
        p.table_id AS table_name,
        p.embedding_column,
@@ -10,10 +30,11 @@ SELECT f.id,
        f.attempts,
        f.first_failed_at,
        f.last_failed_at,
-       f.excerpt,
+       CASE WHEN autoembed._owns(p.table_id) THEN f.excerpt END AS excerpt,
        f.message
 FROM autoembed.failure AS f
-LEFT JOIN autoembed.pipeline AS p ON p.id = f.pipeline_id;
+LEFT JOIN autoembed.pipeline AS p ON p.id = f.pipeline_id
+WHERE autoembed._may_see(p.table_id);
 COMMENT ON VIEW autoembed.failed IS
     'The rows that could not be embedded and will not be tried again, each with the reason; retry_failed() tries them again.';
 COMMENT ON COLUMN autoembed.failed.id IS 'The failure''s number.';
@@ -25,7 +46,7 @@ COMMENT ON COLUMN autoembed.failed.reason IS 'What went wrong the last time.';
 COMMENT ON COLUMN autoembed.failed.attempts IS 'How often it was tried.';
 COMMENT ON COLUMN autoembed.failed.first_failed_at IS 'When it was given up first.';
 COMMENT ON COLUMN autoembed.failed.last_failed_at IS 'When it was given up last.';
-COMMENT ON COLUMN autoembed.failed.excerpt IS 'The first 200 characters of the text.';
+COMMENT ON COLUMN autoembed.failed.excerpt IS 'The first 200 characters of the text, for the table''s owner.';
 COMMENT ON COLUMN autoembed.failed.message IS 'The message, where it names no row.';
 
 CREATE FUNCTION autoembed.retry_failed(table_name regclass DEFAULT NULL, error_class text DEFAULT NULL)

@@ -86,9 +86,9 @@ class Server:
         # Docker publishes other ports after each start.
         server = cls(container, int(container.get_exposed_port(5432)))
         wait_until(server._is_up, 60)
-        put_file(container, TESTS / "fake_api.py", "/tmp")
+        put_file(container, TESTS / "fake_api", "/tmp")
         container.get_wrapped_container().exec_run(
-            ["python3", "/tmp/fake_api.py", "--host", "0.0.0.0", "--port", str(FAKE_API_PORT)], detach=True
+            ["python3", "/tmp/fake_api", "--host", "0.0.0.0", "--port", str(FAKE_API_PORT)], detach=True
         )
         wait_until(server._api_is_up, 20)
         return server

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import plpy  # type: ignore[import-not-found]
 
+from autoembed.binary import copy_rows
 from autoembed.errors import InvalidInput, row_error
-from autoembed.model import Model
+from autoembed.model import Model, Share
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,8 +38,8 @@ class Message:
 class Pipeline:
     """One embedding column of one table.
 
-    truncate: too long texts are cut rather than failed; trusted: its owner is a superuser; blocked: why its jobs wait,
-    if they do; failures: how often its model's provider has failed in a row.
+    vector_type: the column's type, in full; truncate: too long texts are cut rather than failed; trusted: its owner is
+    a superuser; blocked: why its jobs wait, if they do; failures: how often its model's provider has failed in a row.
     """
 
     id: int
@@ -45,11 +47,25 @@ class Pipeline:
     table_name: str
     content_function: str
     embedding_column: str
+    vector_type: str
     truncate: bool
     trusted: bool
     blocked: str | None
     failures: int
     model: Model
+
+
+@dataclass(frozen=True)
+class Backfill:
+    """A table being looked through: the last key queued (None: none yet), and which rows (None: all).
+
+    failures: how often its model's provider has failed in a row.
+    """
+
+    pipeline_id: int
+    after: str | None
+    condition: str | None
+    failures: int
 
 
 @dataclass(frozen=True)
@@ -81,14 +97,16 @@ class Database:
 
     # Lanes ---------------------------------------------------------------------------------------
 
-    def enter_lane(self) -> None:
-        self._run("SELECT autoembed._enter_lane()")
+    def enter_lane(self, *, backfill: bool) -> None:
+        """Signs the session on as a lane; backfill: as one for backfills alone."""
+        self._run("SELECT autoembed._enter_lane($1)", ["pg_catalog.bool"], [backfill])
 
     def leave_lane(self) -> None:
         self._run("SELECT autoembed._leave_lane()")
 
-    def free_dead_lanes(self) -> None:
-        self._run("SELECT autoembed._free_dead_lanes()")
+    def clean_up(self) -> None:
+        """What dropped tables, dead lanes and finished backfills have left."""
+        self._run("SELECT autoembed._clean_up()")
 
     def gate(self) -> None:
         """To be called first in a transaction that writes: keeps it from a deadlock with DROP EXTENSION."""
@@ -128,11 +146,54 @@ class Database:
     def release(self, message_ids: Sequence[int]) -> None:
         self._run("SELECT autoembed._release($1)", ["pg_catalog.int8[]"], [list(message_ids)])
 
-    def requeue(self, pipeline_id: int, keys: Sequence[str], attempts: int, delay_seconds: float) -> None:
+    def requeue(
+        self, pipeline_id: int, keys: Sequence[str], attempts: int, *, read_count: int = 0, delay_seconds: float = 0.0
+    ) -> None:
+        """Queues rows in one message, as if it had been read that often before."""
         self._run(
-            "SELECT autoembed._requeue($1, $2, $3, $4)",
-            ["pg_catalog.int4", "pg_catalog.jsonb", "pg_catalog.int4", "pg_catalog.float8"],
-            [pipeline_id, f"[{','.join(keys)}]", attempts, delay_seconds],
+            "SELECT autoembed._requeue($1, $2, $3, $4, $5)",
+            ["pg_catalog.int4", "pg_catalog.jsonb", "pg_catalog.int4", "pg_catalog.int4", "pg_catalog.float8"],
+            [pipeline_id, f"[{','.join(keys)}]", attempts, read_count, delay_seconds],
+        )
+
+    # Backfills -----------------------------------------------------------------------------------
+
+    def next_backfill(self, *, dedicated: bool) -> Backfill | None:
+        """A table to be looked through, locked against other lanes until the commit; dedicated: by a lane for it."""
+        rows = self._run("SELECT b.* FROM autoembed._next_backfill($1) AS b", ["pg_catalog.bool"], [dedicated])
+        if not rows:
+            return None
+        return Backfill(rows[0]["pipeline_id"], rows[0]["after"], rows[0]["condition"], rows[0]["failures"])
+
+    def scan(self, backfill: Backfill, max_rows: int) -> list[str]:
+        """The next keys of its table; RowError if its condition fails, or the table is locked."""
+        rows: Any = []
+        with _row_errors(), contextlib.suppress(_Undo), plpy.subtransaction():
+            rows = self._run(
+                f"SELECT s.key FROM autoembed._scan_{backfill.pipeline_id}($1, $2, $3) AS s",
+                ["pg_catalog.text", "pg_catalog.text", "pg_catalog.int4"],
+                [backfill.after, backfill.condition, max_rows],
+            )
+            raise _Undo
+        return [row["key"] for row in rows]
+
+    def queue_backfill(
+        self, backfill: Backfill, keys: Sequence[str], *, exhausted: bool, lease_seconds: float
+    ) -> list[Message]:
+        """Moves a backfill on behind these keys; returns the message for them, claimed already."""
+        rows = self._run(
+            "SELECT c.message_id, c.read_count, c.message FROM autoembed._queue_backfill($1, $2, $3, $4) AS c",
+            ["pg_catalog.int4", "pg_catalog.text[]", "pg_catalog.bool", "pg_catalog.float8"],
+            [backfill.pipeline_id, list(keys), exhausted, lease_seconds],
+        )
+        return [Message(row["message_id"], row["read_count"], _body(row["message"])) for row in rows]
+
+    def fail_backfill(self, backfill: Backfill, reason: str) -> None:
+        """Gives a backfill up."""
+        self._run(
+            "SELECT autoembed._fail_backfill($1, $2)",
+            ["pg_catalog.int4", "pg_catalog.text"],
+            [backfill.pipeline_id, reason],
         )
 
     # Pipelines and models ------------------------------------------------------------------------
@@ -153,6 +214,7 @@ class Database:
                 table_name=row["table_name"],
                 content_function=row["content_function"],
                 embedding_column=row["embedding_column"],
+                vector_type=row["vector_type"],
                 truncate=row["truncate"],
                 trusted=row["trusted"],
                 blocked=row["blocked"],
@@ -164,8 +226,23 @@ class Database:
 
     def model(self, name: str | None) -> Model:
         """The model of that name, the default one for None; an error of PostgreSQL's kind if there is none."""
-        sql = "SELECT pg_catalog.to_jsonb(m) AS model FROM autoembed._model($1) AS m"
+        sql = "SELECT autoembed._model_facts(m) AS model FROM autoembed._model($1) AS m"
         return Model.from_row(json.loads(self._run(sql, ["pg_catalog.text"], [name])[0]["model"]))
+
+    def price_and_rate(self, model: Model) -> tuple[Any, Any]:
+        """A model's price per million tokens, and the rows a second that it did in its busiest minute of late."""
+        row = self._run(
+            "SELECT p.price, p.rows_per_second FROM autoembed._price_and_rate($1) AS p",
+            ["pg_catalog.text"],
+            [model.name],
+        )[0]
+        return row["price"], row["rows_per_second"]
+
+    def outstanding(self, pipeline: Pipeline, key: str) -> str | None:
+        """waiting or failed, as a row stands in the queue or on the failed list; None: in neither."""
+        sql = "SELECT autoembed._outstanding($1, $2) AS state"
+        state: str | None = self._run(sql, ["pg_catalog.int4", "pg_catalog.text"], [pipeline.id, key])[0]["state"]
+        return state
 
     def rest_model(self, name: str, seconds: float, needs_attention: bool, reason: str) -> None:
         self._run(
@@ -216,16 +293,46 @@ class Database:
         Returns what became of each key: written, changed, locked or gone. RowError if a row does not take its
         vector; then none was written.
         """
-        embeddings = [None] * len(keys) if vectors is None else literals(vectors)
         with _row_errors(), contextlib.nullcontext() if pipeline.trusted else self._settings_kept():
+            if vectors is not None and (stage := self._staged(pipeline, vectors)):
+                embeddings, arguments = f"(SELECT pg_catalog.array_agg(s.v ORDER BY s.n) FROM {stage} AS s)", []
+            else:
+                embeddings = f"$3::{pipeline.vector_type}[]"
+                arguments = [[None] * len(keys) if vectors is None else literals(vectors)]
             rows = self._run(
-                f"SELECT w.key, w.outcome FROM autoembed._write_{pipeline.id}($1, $2, $3) AS w",
-                ["pg_catalog.text[]", "pg_catalog.text[]", "pg_catalog.text[]"],
-                [list(keys), list(contents), embeddings],
+                f"SELECT w.key, w.outcome FROM autoembed._write_{pipeline.id}($1, $2, {embeddings}) AS w",
+                ["pg_catalog.text[]", "pg_catalog.text[]", "pg_catalog.text[]"][: 2 + len(arguments)],
+                [list(keys), list(contents), *arguments],
             )
             if not pipeline.trusted:
                 self._run("SELECT autoembed._check_deferred()")
         return {row["key"]: row["outcome"] for row in rows}
+
+    def _staged(self, pipeline: Pipeline, vectors: np.ndarray) -> str | None:
+        """The temporary table that holds the vectors, in their order; None if this role may not COPY from a file."""
+        type_name = pipeline.vector_type.rpartition(".")[2]
+        # Made before any owner's code could make one of that name: only ours belongs to us.
+        [row] = self._run(
+            "SELECT s.usable, s.owned FROM autoembed._stage($1) AS s", ["pg_catalog.text"], [f"_autoembed_{type_name}"]
+        )
+        if not row["usable"]:
+            return None
+        stage = f"pg_temp._autoembed_{type_name}"
+        if row["owned"]:
+            plpy.execute(f"TRUNCATE {stage}")
+        else:
+            plpy.execute(
+                f"CREATE TEMPORARY TABLE {stage} (n pg_catalog.int4, v {pipeline.vector_type}) ON COMMIT DELETE ROWS"
+            )
+        # A file that is only ours and in memory alone.
+        file = os.memfd_create("autoembed")
+        try:
+            with open(file, "wb", closefd=False) as stream:
+                stream.write(copy_rows(vectors, type_name))
+            plpy.execute(f"COPY {stage} FROM '/proc/self/fd/{file}' (FORMAT binary)")
+        finally:
+            os.close(file)
+        return stage
 
     def record_embedded(
         self, pipeline: Pipeline, keys: Sequence[str], digests: Sequence[bytes], truncated: Sequence[bool]
@@ -240,6 +347,17 @@ class Database:
         self._run(
             "SELECT autoembed._forget($1, $2)", ["pg_catalog.int4", "pg_catalog.text[]"], [pipeline.id, list(keys)]
         )
+
+    def note_usage(self, model: str, shares: Sequence[Share]) -> None:
+        """Notes a request that was answered, and whose texts were in it."""
+        self._run(
+            "SELECT autoembed._note_usage($1, $2, $3, $4, $5, $6)",
+            ["pg_catalog.text", *["pg_catalog.int4[]"] * 3, "pg_catalog.int8[]", "pg_catalog.int4[]"],
+            [model, *(list(column) for column in zip(*shares, strict=True))],
+        )
+
+    def forget_all(self, pipeline_id: int) -> None:
+        self._run("SELECT autoembed._forget_all($1)", ["pg_catalog.int4"], [pipeline_id])
 
     def fail(self, pipeline: Pipeline, key: str, reason: str, attempts: int, excerpt: str | None) -> None:
         self._run(

@@ -7,15 +7,18 @@ from collections import OrderedDict
 from typing import Any
 
 from autoembed import database, worker
+from autoembed.batching import estimate_tokens, pack
 from autoembed.errors import InvalidInput, ProviderTrouble, Trouble
 from autoembed.flight import Flight
-from autoembed.model import Ask, Embedded, Model
+from autoembed.jobs import address_of
+from autoembed.model import Ask, Embedded, Model, Share
 from autoembed.network import Network
 from autoembed.providers import provider_of
 
 # A plan without an index calls embed() for every row, a search page for every page.
 QUERY_CACHE_SIZE = 100
 QUERY_TIMEOUT_SECONDS = 60.0
+PROBE_TIMEOUT_SECONDS = 10.0
 
 _network = Network(max_connections=32)
 _queries: OrderedDict[tuple[Model, str], str] = OrderedDict()
@@ -24,16 +27,16 @@ _queries: OrderedDict[tuple[Model, str], str] = OrderedDict()
 def process(batch_size: int, max_requests: int, timeout_milliseconds: int) -> dict[str, Any]:
     options = _options(batch_size, max_requests, timeout_milliseconds)
     here = database.Database(commits=False)
-    here.free_dead_lanes()
+    here.clean_up()
     report = worker.run_pass(here, _network, options)
     here.warn_of_blocked_pipelines()
     return {**vars(report), "failed_jobs": json.dumps(report.failed_jobs)}
 
 
-def work(run_seconds: float, batch_size: int, max_requests: int, timeout_milliseconds: int) -> None:
+def work(run_seconds: float, batch_size: int, max_requests: int, timeout_milliseconds: int, backfill: bool) -> None:
     options = _options(batch_size, max_requests, timeout_milliseconds)
     try:
-        worker.work(database.Database(commits=True), _network, options, run_seconds)
+        worker.work(database.Database(commits=True), _network, options, run_seconds, backfill=backfill)
     except database.Error:
         # DROP EXTENSION while the lane ran is no error.
         if database.is_installed():
@@ -62,6 +65,43 @@ def embed(content: str | None, model_name: str | None) -> str | None:
     return _queries[query]
 
 
+def state_of(pipeline_id: int, content: str | None, has_embedding: bool, key: str) -> dict[str, Any]:
+    """How a row stands whose text is this: the columns of autoembed._state_of()."""
+    here = database.Database(commits=False)
+    pipeline = here.pipelines([pipeline_id])[pipeline_id]
+    [canonical] = address_of({"pipeline": pipeline_id, "keys": [json.loads(key)]}).keys
+    limit = pipeline.model.max_tokens_per_input or provider_of(pipeline.model).MAX_TOKENS_PER_INPUT
+    tokens = estimate_tokens(content or "")
+    wanted = content is not None and content.strip() != ""
+    known = here.digests(pipeline, [canonical]).get(canonical)
+    fresh = wanted and has_embedding and content is not None and known == pipeline.model.digest(content)
+    if fresh or not wanted and not has_embedding:
+        state = "fresh" if wanted else "not wanted"
+    else:
+        state = here.outstanding(pipeline, canonical) or ("stale" if has_embedding else "missing")
+    return {"tokens": tokens if wanted else 0, "truncated": limit is not None and tokens > limit, "state": state}
+
+
+def estimate(texts: list[str], model_name: str | None) -> dict[str, Any]:
+    """What it takes to embed these texts: the columns of autoembed._estimate_texts()."""
+    here = database.Database(commits=False)
+    model = here.model(model_name)
+    provider = provider_of(model)
+    distinct = list(dict.fromkeys(texts))
+    requests = pack(
+        distinct,
+        min(worker.DEFAULT_BATCH_SIZE, model.max_inputs_per_request or provider.MAX_INPUTS_PER_REQUEST),
+        model.max_tokens_per_request or provider.MAX_TOKENS_PER_REQUEST,
+    )
+    price, rows_per_second = here.price_and_rate(model)
+    return {
+        "tokens": sum(map(estimate_tokens, distinct)),
+        "requests": len(requests),
+        "price": price,
+        "rows_per_second": rows_per_second,
+    }
+
+
 def check_model(name: str) -> None:
     model = database.Database(commits=False).model(name)
     try:
@@ -75,7 +115,21 @@ def check_model(name: str) -> None:
         )
 
 
-def _embed_query(here: database.Database, model: Model, content: str) -> str:
+def probe(name: str) -> str | None:
+    """What is wrong with a model, as seen by asking it for one vector; None: nothing."""
+    here = database.Database(commits=False)
+    model = here.model(name)
+    try:
+        provider_of(model).check(model)
+        _embed_query(here, model, worker.PROBE, PROBE_TIMEOUT_SECONDS)
+    except (InvalidInput, Trouble) as trouble:
+        return str(trouble)
+    return None
+
+
+def _embed_query(
+    here: database.Database, model: Model, content: str, timeout_seconds: float = QUERY_TIMEOUT_SECONDS
+) -> str:
     provider = provider_of(model)
 
     def abort() -> None:
@@ -83,11 +137,13 @@ def _embed_query(here: database.Database, model: Model, content: str) -> str:
         provider.abort()
 
     with Flight[None, Embedded](1, here.breathe, abort) as flight:
-        ask = Ask(model, [content], QUERY_TIMEOUT_SECONDS, purpose="query")
+        ask = Ask(model, [content], timeout_seconds, purpose="query")
         flight.submit(None, lambda: provider.embed(ask, _network))
         [(_, outcome)] = flight.landed()
     if isinstance(outcome, BaseException):
         raise outcome
+    tokens = estimate_tokens(content) if outcome.tokens is None else outcome.tokens
+    here.note_usage(model.name, [Share(None, 1, 1, tokens, 0)])
     return database.literals(outcome.vectors)[0]
 
 

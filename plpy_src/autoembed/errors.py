@@ -42,25 +42,28 @@ class ProviderTrouble(Trouble):
 class RowError(Exception):
     """A statement failed by a row's fault: its data, or its owner's functions, triggers and constraints.
 
-    passes: somebody else was in the way, and the same statement may work in a moment.
+    passes: somebody else was in the way, and the same statement may work in a moment; locked: with a lock, and
+    perhaps on the whole table.
     """
 
-    def __init__(self, message: str, *, passes: bool) -> None:
+    def __init__(self, message: str, *, passes: bool, locked: bool = False) -> None:
         super().__init__(message)
         self.passes = passes
+        self.locked = locked
 
 
 # SQLSTATEs by their beginnings (PostgreSQL manual, appendix A). What passes by itself: rollbacks for concurrency, and
 # locks that are not to be had. What is nobody's row: no disk or memory left, cancel and shutdown, a failing disk.
 PASSING = ("40", "55")
 NOBODYS = ("53", "57", "58030")
+LOCK_NOT_AVAILABLE = "55P03"
 
 
 def row_error(sqlstate: str, message: str) -> RowError | None:
     """The row error that a failed statement means; None if no row is to blame."""
     if sqlstate.startswith(NOBODYS):
         return None
-    return RowError(message, passes=sqlstate.startswith(PASSING))
+    return RowError(message, passes=sqlstate.startswith(PASSING), locked=sqlstate == LOCK_NOT_AVAILABLE)
 
 
 MAX_REST_SECONDS = 15.0
@@ -125,10 +128,26 @@ def _message_in(body: bytes | bytearray, secret: str | None) -> str:
     text = body[:10_000].decode("utf-8", "replace")
     try:
         answer = json.loads(text)
-        error = answer.get("error", answer)
-        text = str(error.get("message", error)) if isinstance(error, dict) else str(error)
-    except (ValueError, AttributeError, RecursionError):
+        if isinstance(answer, dict):
+            text = _words_in(answer)
+    except (ValueError, RecursionError):
         pass
     if secret:
         text = text.replace(secret, "***")
     return " ".join(text.split())[:300] or "no explanation"
+
+
+def _words_in(error: object) -> str:
+    """What an error says, in the forms that providers and their web frameworks have for it."""
+    if isinstance(error, list):
+        return "; ".join(map(_words_in, error))
+    if not isinstance(error, dict):
+        return str(error)
+    for name in ("error", "message", "detail"):
+        if error.get(name) is not None:
+            return _words_in(error[name])
+    if isinstance(error.get("msg"), str):
+        # A field of the request that is not as it should be.
+        place = ".".join(map(str, error["loc"])) + ": " if isinstance(error.get("loc"), list) else ""
+        return f"{place}{error['msg']}"
+    return str(error)

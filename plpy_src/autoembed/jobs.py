@@ -13,11 +13,17 @@ if TYPE_CHECKING:
 
 
 class Address(NamedTuple):
-    """The rows that a message is for: their pipeline (None: to be found by names) and their keys as JSON arrays."""
+    """The rows that a message is for: their pipeline (None: to be found by names) and their keys as JSON arrays.
+
+    truncated: the table was emptied, there are no keys then; moved: rows have changed their keys, and what is known of
+    these keys is of others.
+    """
 
     pipeline_id: int | None
     keys: list[str]
     attempts: int
+    truncated: bool = False
+    moved: bool = False
 
 
 def address_of(body: Any) -> Address:
@@ -25,6 +31,8 @@ def address_of(body: Any) -> Address:
     if not isinstance(body, dict):
         raise ValueError("the message is not an object")
     pipeline_id, keys, attempts = body.get("pipeline"), body.get("keys"), body.get("attempts", 0)
+    if body.get("truncated") is True and isinstance(pipeline_id, int):
+        return Address(pipeline_id, [], 0, truncated=True)
     if keys is None:
         if body.get("id") is None:
             raise ValueError("the message lacks id")
@@ -33,7 +41,16 @@ def address_of(body: Any) -> Address:
         raise ValueError("the message's keys are not rows' keys")
     if not isinstance(pipeline_id, int | None) or not isinstance(attempts, int):
         raise ValueError("the message's pipeline or attempts is not a number")
-    return Address(pipeline_id, [json.dumps(key, ensure_ascii=False, separators=(",", ":")) for key in keys], attempts)
+    canonical = [json.dumps(key, ensure_ascii=False, separators=(",", ":")) for key in keys]
+    return Address(pipeline_id, canonical, attempts, moved=body.get("moved") is True)
+
+
+def are_keys(texts: Sequence[str]) -> bool:
+    """Whether these are keys as JSON arrays."""
+    try:
+        return all(_is_key(json.loads(text)) for text in texts)
+    except (TypeError, ValueError, RecursionError):
+        return False
 
 
 def _is_key(key: Any) -> bool:
@@ -84,6 +101,7 @@ class Job:
     row: Row | None = None
     digest: bytes = b""
     truncated: bool = False
+    moved: bool = False
     outcome: Outcome | None = None
 
     @property
@@ -128,6 +146,11 @@ class Ledger:
         self._unread.difference_update(message.id for message in messages)
         self._database.release([message.id for message in messages])
 
+    def settle(self, message: Message) -> None:
+        """A message that has no jobs is dealt with."""
+        self._unread.discard(message.id)
+        self._database.settle([message.id])
+
     def done(self, job: Job) -> None:
         job.outcome = DONE
         self.report.completed += 1
@@ -157,8 +180,7 @@ class Ledger:
         self.report.failed += 1
         self.report.failed_jobs.append({"jobId": message.id, "message": message.body, "error": reason})
         self._database.fail_message(message.body, reason, message.read_count)
-        self._database.settle([message.id])
-        self._unread.discard(message.id)
+        self.settle(message)
 
     def release_open(self) -> None:
         """Gives back all that is not dealt with, when a pass ends before its time."""
@@ -192,7 +214,7 @@ class Ledger:
                 elif outcome is not None and outcome.again_in_seconds is not None:
                     again[job.pipeline.id, outcome.attempts, outcome.again_in_seconds][job.key] = None
         for (pipeline_id, attempts, delay_seconds), keys in again.items():
-            self._database.requeue(pipeline_id, list(keys), attempts, delay_seconds)
+            self._database.requeue(pipeline_id, list(keys), attempts, delay_seconds=delay_seconds)
         if released:
             self._database.release(released)
         if settled:

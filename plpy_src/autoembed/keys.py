@@ -5,16 +5,23 @@ from __future__ import annotations
 import os
 
 from autoembed.errors import ProviderTrouble
+from autoembed.model import Model
 
 
-def resolve(reference: str | None) -> str | None:
-    """The key that env:NAME or file:PATH refers to, None for None; ProviderTrouble (permanent) if there is none."""
-    if reference is None:
+def resolve(model: Model) -> str | None:
+    """The key that a model refers to, None if it needs none; ProviderTrouble (permanent) if it cannot be had.
+
+    env:NAME and file:PATH are looked up now. The vault is in the database, where threads may not go: what vault:NAME
+    refers to has come with the model.
+    """
+    if model.api_key is None:
         return None
-    kind, _, name = reference.partition(":")
+    kind, _, name = model.api_key.partition(":")
     if kind == "env":
         key = os.environ.get(name, "")
         missing = f"the environment variable {name} is not set for the database server"
+    elif kind == "vault":
+        key, missing = model.vault_key or "", model.vault_fault or f'the vault has no secret "{name}"'
     else:
         key, missing = _read(name)
     key = key.strip()
@@ -22,7 +29,7 @@ def resolve(reference: str | None) -> str | None:
         raise ProviderTrouble(f"there is no API key: {missing}", permanent=True)
     # An HTTP client would say so too, and quote the key.
     if not (key.isascii() and key.isprintable()):
-        raise ProviderTrouble(f"what {reference} holds is no API key: it is not one line of ASCII", permanent=True)
+        raise ProviderTrouble(f"what {model.api_key} holds is no API key: it is not one line of ASCII", permanent=True)
     return key
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +18,11 @@ PREFIXES = frozenset({"document_prefix", "query_prefix"})
 
 @dataclass(frozen=True)
 class Model:
-    """A way to embed; the limits are the model's own, None where it leaves them to its provider."""
+    """A way to embed; the limits are the model's own, None where it leaves them to its provider.
+
+    http_hosts: the hosts that may be called without encryption; vault_key: what vault:NAME refers to, or vault_fault:
+    why it cannot be had.
+    """
 
     name: str
     provider: str
@@ -30,14 +34,21 @@ class Model:
     max_tokens_per_request: int | None = None
     max_tokens_per_input: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    http_hosts: Sequence[str] = field(default=(), hash=False)
+    vault_key: str | None = field(default=None, repr=False, compare=False)
+    vault_fault: str | None = field(default=None, compare=False)
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Model:
-        return cls(**{name: row[name] for name in cls.__dataclass_fields__})
+        return cls(**{name: row[name] for name in cls.__dataclass_fields__ if name in row})
+
+    def prefix(self, purpose: Purpose) -> str:
+        """What goes before each text; see prefixed()."""
+        return str(self.options.get(f"{purpose}_prefix", ""))
 
     def digest(self, content: str) -> bytes:
         """16 bytes that tell whether this text, by this model, has been embedded before."""
-        name = f"{self.provider}\0{self.model_id}\0{self.dimensions}\0{self.options.get('document_prefix', '')}"
+        name = f"{self.provider}\0{self.model_id}\0{self.dimensions}\0{self.prefix('document')}"
         return hashlib.blake2b((name + content).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
@@ -57,8 +68,17 @@ def prefixed(ask: Ask) -> list[str]:
     E5, BGE, nomic and others say in their cards what to put before each, say "query: " and "passage: ": that is what
     the options document_prefix and query_prefix hold, spaces included.
     """
-    prefix = ask.model.options.get(f"{ask.purpose}_prefix", "")
-    return [prefix + text for text in ask.texts]
+    return [ask.model.prefix(ask.purpose) + text for text in ask.texts]
+
+
+class Share(NamedTuple):
+    """A pipeline's part in a request (None: embed()'s): its texts, their tokens, the rows they are of."""
+
+    pipeline_id: int | None
+    requests: int
+    inputs: int
+    tokens: int
+    rows: int
 
 
 @dataclass(frozen=True)

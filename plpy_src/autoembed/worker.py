@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from autoembed import batching
 from autoembed.errors import ProviderTrouble, Refused, RowError, rest_seconds
-from autoembed.flight import Flight
-from autoembed.jobs import Job, Ledger, Report, address_of, isolate
-from autoembed.model import Ask, Embedded, Model
+from autoembed.flight import SLICE_SECONDS, Flight
+from autoembed.jobs import Job, Ledger, Report, address_of, are_keys, isolate
+from autoembed.model import Ask, Embedded, Model, Share
 from autoembed.providers import PROVIDERS, provider_of
 
 if TYPE_CHECKING:
@@ -22,11 +22,15 @@ if TYPE_CHECKING:
     from autoembed.database import Database, Message, Pipeline
     from autoembed.network import Network
 
+# As the SQL functions have it.
+DEFAULT_BATCH_SIZE = 100
 MAX_ATTEMPTS = 5
 # Beyond the time that a request may take: for the database's own work on a claim.
 LEASE_MARGIN_SECONDS = 60.0
 POLL_SECONDS = 0.2
-DEAD_LANES_SECONDS = 1.0
+# Of a lane for backfills, which nobody waits for.
+BACKFILL_POLL_SECONDS = 1.0
+CLEAN_UP_SECONDS = 1.0
 # The change that overtook us has a job of its own, which comes first; this one makes sure.
 CHANGED_DELAY_SECONDS = 5.0
 LOCK_PATIENCE_SECONDS = 1.0
@@ -52,37 +56,44 @@ class Options:
         return self.timeout_seconds + LEASE_MARGIN_SECONDS
 
 
-def work(database: Database, network: Network, options: Options, run_seconds: float) -> None:
-    """A lane: passes until the time is up or somebody ends it, a look at the queue a few times a second while idle."""
+def work(database: Database, network: Network, options: Options, run_seconds: float, *, backfill: bool = False) -> None:
+    """A lane: passes until the time is up or somebody ends it, a look at the queue a few times a second while idle.
+
+    backfill: it looks through tables and leaves the queue to others.
+    """
     # A lane that ends by itself in good time is no cancelled statement in anybody's log.
     limit = database.statement_timeout_seconds()
     end = time.monotonic() + (run_seconds if limit is None else min(run_seconds, limit / 2))
-    look_for_dead_lanes = 0.0
-    database.enter_lane()
+    clean_up_at = 0.0
+    poll_seconds = BACKFILL_POLL_SECONDS if backfill else POLL_SECONDS
+    database.enter_lane(backfill=backfill)
     database.warn_of_blocked_pipelines()
     database.commit()
     try:
         while time.monotonic() < end and database.lane_is_wanted():
-            if time.monotonic() >= look_for_dead_lanes:
-                database.free_dead_lanes()
-                look_for_dead_lanes = time.monotonic() + DEAD_LANES_SECONDS
-            if run_pass(database, network, options).read == 0:
+            if time.monotonic() >= clean_up_at:
+                database.clean_up()
+                clean_up_at = time.monotonic() + CLEAN_UP_SECONDS
+            if run_pass(database, network, options, backfill=backfill).read == 0:
                 database.commit()
-                time.sleep(POLL_SECONDS / 4)
-                for _ in range(3):
-                    database.breathe()
-                    time.sleep(POLL_SECONDS / 4)
+                slices = round(poll_seconds / SLICE_SECONDS)
+                for number in range(slices):
+                    if number > 0:
+                        database.breathe()
+                    time.sleep(SLICE_SECONDS)
     finally:
         database.leave_lane()
         database.commit()
 
 
-def run_pass(database: Database, network: Network, options: Options) -> Report:
+def run_pass(database: Database, network: Network, options: Options, *, backfill: bool = False) -> Report:
     """Claims once, embeds what was claimed, applies it; commits after each step if the database can.
 
-    Never raises for a bad row, a bad answer or a dead provider: the report says so.
+    What is queued comes first, then the next rows of a backfill; with backfill these alone. Never raises for a bad row,
+    a bad answer or a dead provider: the report says so.
     """
-    messages = database.claim(options.max_rows, options.lease_seconds)
+    messages = [] if backfill else database.claim(options.max_rows, options.lease_seconds)
+    messages = messages or _claim_backfill(database, options, dedicated=backfill)
     if not messages:
         return Report()
     ledger = Ledger(database, messages)
@@ -93,6 +104,25 @@ def run_pass(database: Database, network: Network, options: Options) -> Report:
         ledger.release_open()
         ledger.flush()
         raise
+
+
+def _claim_backfill(database: Database, options: Options, *, dedicated: bool) -> list[Message]:
+    """The next rows of a table that is being looked through, as one message that is claimed at birth."""
+    backfill = database.next_backfill(dedicated=dedicated)
+    if backfill is None:
+        return []
+    # A provider that failed last time is tried with one row.
+    max_rows = 1 if backfill.failures else options.max_rows
+    try:
+        keys = database.scan(backfill, max_rows)
+    except RowError as error:
+        if not error.passes:
+            database.fail_backfill(backfill, str(error))
+        return []
+    if not are_keys(keys):
+        database.fail_backfill(backfill, "its condition gives what are no keys")
+        return []
+    return database.queue_backfill(backfill, keys, exhausted=len(keys) < max_rows, lease_seconds=options.lease_seconds)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +181,8 @@ class _Pass:
             self._ledger.set_aside(set_aside)
 
         rows: dict[tuple[int, str], tuple[int, list[Message]]] = {}
+        moved: dict[int, list[str]] = defaultdict(list)
+        room = self._options.max_rows
         for message in messages:
             try:
                 address = address_of(message.body)
@@ -158,11 +190,30 @@ class _Pass:
             except (ValueError, RowError) as error:
                 self._ledger.fail_message(message, str(error))
                 continue
-            for key in address.keys:
+            if address.truncated:
+                self._database.forget_all(pipeline_id)
+                self._ledger.settle(message)
+                continue
+            keys = address.keys
+            if message.read_count > 1 and len(keys) > 1:
+                # A lane died of one of these rows, perhaps: from now on each stands for itself.
+                for key in keys:
+                    self._database.requeue(pipeline_id, [key], address.attempts, read_count=message.read_count - 1)
+                self._ledger.settle(message)
+                continue
+            if len(keys) > max(room, 1):
+                self._database.requeue(pipeline_id, keys[max(room, 1) :], address.attempts)
+                keys = keys[: max(room, 1)]
+            room -= len(keys)
+            if address.moved:
+                moved[pipeline_id].extend(keys)
+            for key in keys:
                 attempts, holders = rows.setdefault((pipeline_id, key), (address.attempts, []))
                 rows[pipeline_id, key] = (max(attempts, address.attempts), [*holders, message])
 
         pipelines = self._database.pipelines(sorted({pipeline_id for pipeline_id, _ in rows})) if rows else {}
+        for pipeline_id in moved.keys() & pipelines.keys():
+            self._database.forget(pipelines[pipeline_id], moved[pipeline_id])
         by_pipeline: dict[int, list[Job]] = defaultdict(list)
         for (pipeline_id, key), (attempts, holders) in rows.items():
             job = Job(pipelines.get(pipeline_id), key, attempts, [message.id for message in holders])
@@ -183,9 +234,10 @@ class _Pass:
         try:
             rows = self._database.rows(pipeline, [job.key for job in jobs])
         except RowError as error:
-            if len(jobs) > 1:
+            if len(jobs) > 1 and not error.locked:
                 return [job for half in batching.halves(jobs) for job in self._read(pipeline, half)]
-            self._retry_or_fail(jobs[0], error)
+            for job in jobs:
+                self._retry_or_fail(job, error)
             return []
         gone = [job for job in jobs if job.key not in rows]
         self._forget(pipeline, gone)
@@ -198,17 +250,20 @@ class _Pass:
         if not jobs:
             return
         digests = self._database.digests(pipeline, [job.key for job in jobs])
-        blank, unchanged = [], []
+        blank: list[Job] = []
+        empty: list[Job] = []
+        unchanged: list[Job] = []
         for job in jobs:
             if job.content is None or not job.content.strip():
-                blank.append(job)
+                (blank if job.has_embedding else empty).append(job)
                 continue
             job.digest = pipeline.model.digest(job.content)
             if job.has_embedding and digests.get(job.key) == job.digest:
                 unchanged.append(job)
                 continue
             limit = pipeline.model.max_tokens_per_input or provider_of(pipeline.model).MAX_TOKENS_PER_INPUT
-            text = job.content if limit is None else batching.truncate(job.content, limit)
+            prefix = pipeline.model.prefix("document")
+            text = job.content if limit is None else batching.truncate(job.content, limit, prefix)
             job.truncated = text is not job.content
             if job.truncated and not pipeline.truncate:
                 self._ledger.fail(job, f"the text has more than the {limit} tokens that the model takes")
@@ -219,6 +274,7 @@ class _Pass:
             self._record(pipeline, unchanged)
         if blank:
             self._write(pipeline, blank, None)
+        self._forget(pipeline, empty)
 
     # Embed ---------------------------------------------------------------------------------------
 
@@ -228,6 +284,7 @@ class _Pass:
             list(self._outboxes[model].jobs),
             min(self._options.batch_size, model.max_inputs_per_request or provider.MAX_INPUTS_PER_REQUEST),
             model.max_tokens_per_request or provider.MAX_TOKENS_PER_REQUEST,
+            model.prefix("document"),
         )
         for texts in requests:
             self._submit(flight, Request(model, texts))
@@ -257,8 +314,25 @@ class _Pass:
                 self._give_up_model(flight, request, trouble)
             case BaseException():
                 raise outcome
-            case Embedded(vectors):
+            case Embedded(vectors, tokens):
+                self._database.note_usage(request.model.name, self._shares(request, tokens))
                 self._accept(flight, request, vectors)
+
+    def _shares(self, request: Request, tokens: int | None) -> list[Share]:
+        """Who had texts in a request; its tokens by estimate. A text of several pipelines is the first one's."""
+        estimates = [batching.estimate_tokens(text) for text in request.texts]
+        counted = sum(estimates) if tokens is None else tokens
+        texts: dict[int | None, list[int]] = defaultdict(list)
+        rows: dict[int | None, int] = defaultdict(int)
+        for text, estimate in zip(request.texts, estimates, strict=True):
+            jobs = [] if request.probe else self._outboxes[request.model].jobs[text]
+            texts[jobs[0].pipeline.id if jobs else None].append(estimate)
+            for job in jobs:
+                rows[job.pipeline.id] += 1
+        return [
+            Share(pipeline_id, int(number == 0), len(own), counted * sum(own) // sum(estimates), rows[pipeline_id])
+            for number, (pipeline_id, own) in enumerate(texts.items())
+        ]
 
     def _refuse(self, flight: Flight[Request, Embedded], request: Request, refusal: Refused) -> None:
         """Looks for the text to blame, once it is known that the model takes others."""
@@ -325,7 +399,10 @@ class _Pass:
         try:
             outcomes = self._database.write(pipeline, [job.key for job in jobs], [job.content for job in jobs], vectors)
         except RowError as error:
-            if len(jobs) > 1:
+            if error.locked:
+                for index, job in enumerate(jobs):
+                    self._locked.append((job, None if vectors is None else vectors[index : index + 1]))
+            elif len(jobs) > 1:
                 middle = len(jobs) // 2
                 self._write(pipeline, jobs[:middle], None if vectors is None else vectors[:middle])
                 self._write(pipeline, jobs[middle:], None if vectors is None else vectors[middle:])
@@ -358,7 +435,7 @@ class _Pass:
             for job, vector in locked:
                 self._write(job.pipeline, [job], vector)
         for job, _ in self._locked:
-            self._ledger.retry(job, LOCKED_DELAY_SECONDS, "the row is locked by another transaction")
+            self._ledger.retry(job, LOCKED_DELAY_SECONDS, "the row or its table is locked by another transaction")
 
     def _record(self, pipeline: Pipeline, jobs: list[Job]) -> None:
         """Settles rows whose embedding is that of their text."""

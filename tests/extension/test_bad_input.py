@@ -38,7 +38,7 @@ TRIGGER = """
         ({"arguments": "'embedding_input'"}, "takes two arguments", "22023"),
         ({"level": "STATEMENT"}, "works only FOR EACH ROW", "0A000"),
         ({"when": "BEFORE INSERT"}, "is for AFTER triggers", "22023"),
-        ({"table": "no_id", "arguments": "'no_id_text', 'embedding'"}, "table public.no_id has no column id", "42703"),
+        ({"table": "no_id", "arguments": "'no_id_text', 'embedding'"}, 'public.no_id has no column "id"', "42703"),
         ({"function": "clear_column", "when": "BEFORE UPDATE", "arguments": "'embeding'"}, "no column", "42703"),
         ({"function": "clear_column", "when": "AFTER UPDATE", "arguments": "'embedding'"}, "BEFORE UPDATE", "22023"),
     ],

@@ -62,7 +62,9 @@ def test_the_sql_of_the_readme_runs_as_written_and_keeps_its_table_embedded(
                 assert printed == expected
             wait_until(lambda: is_settled(db))
 
-        rows = db.execute("SELECT embedding_input(d) AS text, embedding::vector::real[] AS v FROM documents AS d")
+        rows = db.execute(
+            "SELECT concat_ws(E'\\n\\n', title, content) AS text, embedding::vector::real[] AS v FROM documents"
+        )
         vectors = {row.text: row.v for row in rows}
         assert len(vectors) == 3
         for text, vector in vectors.items():
@@ -105,7 +107,8 @@ def flat(text: str) -> str:
 def public_functions(db: Connection) -> list[Any]:
     return db.execute("""
         SELECT p.proname AS name, p.prokind,
-               regexp_replace(pg_get_function_arguments(p.oid), '::[a-z ]+|\\mIN |, OUT .*', '', 'g') AS arguments,
+               regexp_replace(pg_get_function_arguments(p.oid), '::[a-z ]+(\\[\\])?|\\mIN |, OUT .*', '', 'g')
+                   AS arguments,
                pg_get_function_result(p.oid) AS result,
                p.proargnames[p.pronargs + 1:] AS columns
         FROM pg_proc AS p
@@ -119,7 +122,7 @@ def test_the_reference_has_every_public_function_as_it_is(db: Connection) -> Non
     missing = []
     for function in public_functions(db):
         signature = f"autoembed.{function.name}({function.arguments})"
-        if function.result not in (None, "record"):
+        if function.result not in (None, "record") and not function.result.startswith("TABLE("):
             signature += f" RETURNS {function.result}"
         columns = [] if function.name == "queue_embeddings" else function.columns or []
         missing += [name for name in [signature, *(f"`{c}`" for c in columns)] if name not in reference]

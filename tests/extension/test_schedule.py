@@ -48,7 +48,7 @@ def jobs(db: Connection) -> list[str]:
 
 
 def lanes(db: Connection) -> set[int]:
-    return {row.pid for row in db.execute("SELECT pid FROM autoembed.lane WHERE NOT stop")}
+    return {row.pid for row in db.execute("SELECT pid FROM autoembed.lane WHERE NOT stop AND NOT backfill")}
 
 
 def lane_sessions(db: Connection) -> list[int]:
@@ -57,14 +57,14 @@ def lane_sessions(db: Connection) -> list[int]:
         row.pid
         for row in db.execute(
             "SELECT pid FROM pg_stat_activity"
-            " WHERE query LIKE 'CALL autoembed.work%' AND backend_type <> 'client backend'"
+            " WHERE query LIKE 'CALL autoembed.work()%' AND backend_type <> 'client backend'"
         )
     ]
 
 
 def test_the_image_starts_as_many_lanes_as_told(scheduled: Server) -> None:
     with scheduled.connect() as db:
-        assert jobs(db) == ["autoembed-lane-1", "autoembed-lane-2"]
+        assert jobs(db) == ["autoembed-backfill-1", "autoembed-lane-1", "autoembed-lane-2"]
         wait_until(lambda: len(lanes(db)) == 2)
 
 
@@ -78,14 +78,15 @@ def test_the_image_starts_no_lane_when_told_so(server: Server) -> None:
 def test_schedule_replaces_the_lanes_that_were(cron: Connection) -> None:
     assert cron.execute("SELECT autoembed.schedule(2)").fetchone() == (2,)
     assert cron.execute(JOBS).fetchall() == [
-        (f"autoembed-lane-{n}", "postgres", "CALL autoembed.work()", True) for n in (1, 2)
+        ("autoembed-backfill-1", "postgres", "CALL autoembed.work(backfill => true)", True),
+        *((f"autoembed-lane-{n}", "postgres", "CALL autoembed.work()", True) for n in (1, 2)),
     ]
     wait_until(lambda: len(lanes(cron)) == 2)
     before = lanes(cron)
 
     assert cron.execute("SELECT autoembed.schedule()").fetchone() == (1,)
 
-    assert jobs(cron) == ["autoembed-lane-1"]
+    assert jobs(cron) == ["autoembed-backfill-1", "autoembed-lane-1"]
     wait_until(lambda: len(lanes(cron)) == 1 and not lanes(cron) & before)
     wait_until(lambda: len(lane_sessions(cron)) == 1)
 
@@ -121,7 +122,7 @@ def test_what_an_unscheduled_lane_has_in_flight_is_not_lost(cron: Connection, sc
     cron.execute("SELECT autoembed.process()")
     assert is_settled(cron)
     assert_fresh(cron)
-    assert cron.execute("SELECT count(*) FROM autoembed.lane").fetchone() == (0,)
+    assert cron.execute("SELECT count(*) FROM autoembed.lane WHERE NOT backfill").fetchone() == (0,)
 
 
 def test_lanes_leave_the_jobs_of_others_alone(cron: Connection) -> None:
@@ -144,7 +145,7 @@ def test_a_number_of_lanes_that_makes_no_sense_is_an_error(cron: Connection, num
         cron.execute(f"SELECT autoembed.schedule({number})")
 
     assert "unschedule" in (caught.value.diag.message_hint or "")
-    assert jobs(cron) == ["autoembed-lane-1"]
+    assert jobs(cron) == ["autoembed-backfill-1", "autoembed-lane-1"]
 
 
 @pytest.mark.parametrize("extension", ["autoembed", "pgmq", "vector", "autoembed, pgmq"])
@@ -164,7 +165,7 @@ def test_dropping_another_extension_keeps_the_lanes(cron: Connection) -> None:
 
     cron.execute("DROP EXTENSION pgcrypto")
 
-    assert jobs(cron) == ["autoembed-lane-1", "autoembed-lane-2"]
+    assert jobs(cron) == ["autoembed-backfill-1", "autoembed-lane-1", "autoembed-lane-2"]
     wait_until(lambda: len(lanes(cron)) == 2)
 
 
@@ -177,7 +178,7 @@ def test_dropping_what_does_not_exist_keeps_the_lanes(cron: Connection) -> None:
     with pytest.raises(psycopg.errors.DependentObjectsStillExist):
         cron.execute("DROP EXTENSION pgmq")
 
-    assert jobs(cron) == ["autoembed-lane-1", "autoembed-lane-2"]
+    assert jobs(cron) == ["autoembed-backfill-1", "autoembed-lane-1", "autoembed-lane-2"]
     wait_until(lambda: len(lanes(cron)) == 2)
 
 
@@ -188,7 +189,7 @@ def test_a_drop_that_is_rolled_back_keeps_the_lanes(cron: Connection) -> None:
         cron.execute("DROP EXTENSION autoembed CASCADE")
         assert jobs(cron) == []
 
-    assert jobs(cron) == ["autoembed-lane-1", "autoembed-lane-2"]
+    assert jobs(cron) == ["autoembed-backfill-1", "autoembed-lane-1", "autoembed-lane-2"]
     wait_until(lambda: len(lanes(cron)) == 2)
 
 

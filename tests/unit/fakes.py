@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoembed.errors import RowError
-from autoembed.model import Ask, Embedded, Model
+from autoembed.model import Ask, Embedded, Model, Share
 
 Vector = NDArray[np.float32]
 
@@ -39,11 +39,20 @@ class Pipeline:
     table_name: str = "documents"
     content_function: str = "embedding_input"
     embedding_column: str = "embedding"
+    vector_type: str = "public.halfvec"
     truncate: bool = True
     trusted: bool = True
     blocked: str | None = None
     failures: int = 0
     model: Model = MODEL
+
+
+@dataclass(frozen=True)
+class Backfill:
+    pipeline_id: int = 1
+    after: str | None = None
+    condition: str | None = None
+    failures: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,10 @@ class FakeDatabase:
         self.resumed: list[str] = []
         self.in_lane = False
         self.wanted = True
+        self.backfill: Backfill | None = None
+        self.scan_error: RowError | None = None
+        self.failed_backfills: list[str] = []
+        self.usage: list[Share] = []
         self.statement_timeout: float | None = None
         self.content_errors: dict[str, RowError] = {}
         self.write_errors: dict[str, RowError] = {}
@@ -144,14 +157,14 @@ class FakeDatabase:
     def breathe(self) -> None:
         self._note("breathe")
 
-    def enter_lane(self) -> None:
+    def enter_lane(self, *, backfill: bool) -> None:
         self.in_lane = True
 
     def leave_lane(self) -> None:
         self.in_lane = False
 
-    def free_dead_lanes(self) -> None:
-        self._note("free_dead_lanes")
+    def clean_up(self) -> None:
+        self._note("clean_up")
 
     def gate(self) -> None:
         self._note("gate")
@@ -188,10 +201,44 @@ class FakeDatabase:
             self.queue[message_id] = replace(message, read_count=message.read_count - 1)
             self.claimed.discard(message_id)
 
-    def requeue(self, pipeline_id: int, keys: Sequence[str], attempts: int, delay_seconds: float) -> None:
+    def requeue(
+        self, pipeline_id: int, keys: Sequence[str], attempts: int, *, read_count: int = 0, delay_seconds: float = 0.0
+    ) -> None:
         self._note("requeue")
         body = {"pipeline": pipeline_id, "keys": [json.loads(key) for key in keys], "attempts": attempts}
-        self.delays[self.send(body)] = delay_seconds
+        message_id = self.send(body)
+        self.queue[message_id] = replace(self.queue[message_id], read_count=read_count)
+        self.delays[message_id] = delay_seconds
+
+    def next_backfill(self, *, dedicated: bool) -> Backfill | None:
+        self._note("next_backfill")
+        return self.backfill
+
+    def scan(self, backfill: Backfill, max_rows: int) -> list[str]:
+        self._note("scan")
+        if self.scan_error is not None:
+            raise self.scan_error
+        after = 0 if backfill.after is None else json.loads(backfill.after)[0]
+        return [key_of(number) for number in sorted(json.loads(key)[0] for key in self.texts) if number > after][
+            :max_rows
+        ]
+
+    def queue_backfill(
+        self, backfill: Backfill, keys: Sequence[str], *, exhausted: bool, lease_seconds: float
+    ) -> list[Message]:
+        self._note("queue_backfill")
+        self.backfill = None if exhausted else replace(backfill, after=keys[-1])
+        if not keys:
+            return []
+        message_id = self.send({"pipeline": backfill.pipeline_id, "keys": [json.loads(key) for key in keys]})
+        self.queue[message_id] = replace(self.queue[message_id], read_count=1)
+        self.claimed.add(message_id)
+        return [self.queue[message_id]]
+
+    def fail_backfill(self, backfill: Backfill, reason: str) -> None:
+        self._note("fail_backfill")
+        self.backfill = None
+        self.failed_backfills.append(reason)
 
     def resolve(self, body: Any) -> int:
         self._note("resolve")
@@ -255,6 +302,14 @@ class FakeDatabase:
         for key in keys:
             self.embedded.pop(key, None)
             self.failures.pop(key, None)
+
+    def note_usage(self, model: str, shares: Sequence[Share]) -> None:
+        self.usage.extend(shares)
+
+    def forget_all(self, pipeline_id: int) -> None:
+        self._note("forget_all")
+        self.embedded.clear()
+        self.failures.clear()
 
     def fail(self, pipeline: Pipeline, key: str, reason: str, attempts: int, excerpt: str | None) -> None:
         self._note("fail")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import socketserver
 import subprocess
 import threading
 import time
@@ -46,19 +47,26 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Iterator[Network]:
     network._connected().close()
 
 
-def post(network: Network, url: str, timeout_seconds: float = 5, headers: dict[str, str] | None = None) -> Answer:
+def post(
+    network: Network,
+    url: str,
+    timeout_seconds: float = 5,
+    headers: dict[str, str] | None = None,
+    ca_file: str | None = None,
+) -> Answer:
     return network.post(
         f"{url}/embeddings",
         HEADERS if headers is None else headers,
         BODY,
         timeout_seconds=timeout_seconds,
         max_answer_bytes=2 << 20,
+        ca_file=ca_file,
     )
 
 
-def trouble(network: Network, url: str, timeout_seconds: float = 5) -> ProviderTrouble:
+def trouble(network: Network, url: str, timeout_seconds: float = 5, ca_file: str | None = None) -> ProviderTrouble:
     with pytest.raises(ProviderTrouble) as caught:
-        post(network, url, timeout_seconds)
+        post(network, url, timeout_seconds, ca_file=ca_file)
     return caught.value
 
 
@@ -192,15 +200,158 @@ def test_a_url_that_cannot_be_called_needs_somebody_to_act(network: Network, url
     assert error.permanent
 
 
-def test_a_certificate_that_does_not_verify_needs_somebody_to_act(network: Network, tmp_path: Path) -> None:
-    cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
-    subprocess.run([*command, "-out", cert, "-keyout", key], check=True, capture_output=True)
-    with Server(tls_cert=cert, tls_key=key) as server:
-        error = trouble(network, server.api("tls").base_url)
+# --- certificates ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ca_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The certificate of a private authority; beside it the one of a server at 127.0.0.1 that it has signed."""
+    folder = tmp_path_factory.mktemp("ca")
+    new = "openssl req -newkey rsa:2048 -nodes"
+    for command in (
+        f"{new} -x509 -subj /CN=authority -out ca.pem -keyout ca.key",
+        f"{new} -subj /CN=server -out server.csr -keyout server.key",
+        "openssl x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -extfile san -out server.pem",
+    ):
+        (folder / "san").write_text("subjectAltName = IP:127.0.0.1, DNS:embeddings.example\n")
+        subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
+    return folder / "ca.pem"
+
+
+@pytest.fixture(scope="module")
+def tls_server(ca_file: Path) -> Iterator[Server]:
+    with Server(tls_cert=str(ca_file.with_name("server.pem")), tls_key=str(ca_file.with_name("server.key"))) as server:
+        yield server
+
+
+@pytest.fixture
+def tls_url(tls_server: Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    return tls_server.api("tls").base_url
+
+
+def test_a_certificate_that_nobody_knows_needs_somebody_to_act(network: Network, tls_url: str) -> None:
+    error = trouble(network, tls_url)
 
     assert error.permanent
     assert "certificate" in str(error)
+
+
+def test_a_private_authority_is_trusted_where_it_is_given_and_nowhere_else(
+    network: Network, tls_url: str, ca_file: Path
+) -> None:
+    assert post(network, tls_url, ca_file=str(ca_file)).status == 200
+
+    # Not by the connection that is kept, either.
+    assert trouble(network, tls_url).permanent
+
+
+@pytest.mark.parametrize("variable", ["REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"])
+def test_the_servers_environment_may_name_the_authorities(
+    network: Network, tls_url: str, ca_file: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, str(ca_file))
+
+    assert post(network, tls_url).status == 200
+
+
+def test_a_certificate_for_another_host_is_refused(network: Network, tls_url: str, ca_file: Path) -> None:
+    error = trouble(network, tls_url.replace("127.0.0.1", "localhost"), ca_file=str(ca_file))
+
+    assert error.permanent
+    assert "localhost" in str(error)
+
+
+def test_a_file_of_authorities_that_is_not_there_needs_somebody_to_act(network: Network, tls_url: str) -> None:
+    error = trouble(network, tls_url, ca_file="/nowhere/ca.pem")
+
+    assert error.permanent
+    assert "/nowhere/ca.pem" in str(error)
+
+
+def test_a_file_without_authorities_needs_somebody_to_act(network: Network, tls_url: str, tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_text("nothing of use")
+
+    error = trouble(network, tls_url, ca_file=str(tmp_path / "ca.pem"))
+
+    assert error.permanent
+    assert "certificate verify failed" not in str(error)
+
+
+# --- proxies -----------------------------------------------------------------------------------------
+
+
+class Proxy(socketserver.ThreadingTCPServer):
+    """Joins whoever says CONNECT to one port of this machine, and notes where they wanted to go."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int) -> None:
+        super().__init__(("127.0.0.1", 0), _Joining)
+        self.port = port
+        self.wanted: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Joining(socketserver.StreamRequestHandler):
+    server: Proxy
+
+    def handle(self) -> None:
+        self.server.wanted.append(self.rfile.readline().decode().rsplit(" ", 1)[0])
+        while self.rfile.readline().strip():
+            pass
+        with socket.create_connection(("127.0.0.1", self.server.port)) as other:
+            self.wfile.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            back = threading.Thread(target=self._pass_on, args=(other, self.connection))
+            back.start()
+            self._pass_on(self.connection, other)
+            back.join()
+
+    @staticmethod
+    def _pass_on(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while piece := source.recv(1 << 16):
+                target.sendall(piece)
+            target.shutdown(socket.SHUT_WR)
+
+
+@pytest.fixture
+def proxy(tls_server: Server) -> Iterator[Proxy]:
+    with Proxy(tls_server.port) as proxy:
+        thread = threading.Thread(target=proxy.serve_forever, args=(0.01,))
+        thread.start()
+        yield proxy
+        proxy.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("variable", ["HTTPS_PROXY", "https_proxy"])
+def test_a_proxy_joins_us_with_a_host_whose_certificate_is_verified_as_ever(
+    network: Network, proxy: Proxy, tls_url: str, ca_file: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, proxy.url)
+    monkeypatch.setenv("no_proxy", "")
+
+    assert post(network, "https://embeddings.example/tls/v1", ca_file=str(ca_file)).status == 200
+    assert trouble(network, "https://other.example/tls/v1", ca_file=str(ca_file)).permanent
+
+    assert proxy.wanted == ["CONNECT embeddings.example:443", "CONNECT other.example:443"]
+
+
+def test_no_proxy_names_the_hosts_that_are_called_without_one(
+    network: Network, proxy: Proxy, tls_url: str, ca_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("no_proxy", raising=False)
+
+    assert post(network, tls_url, ca_file=str(ca_file)).status == 200
+
+    assert proxy.wanted == []
 
 
 # --- bounds ------------------------------------------------------------------------------------------
@@ -390,6 +541,89 @@ def test_abort_ends_a_request_that_hangs_at_a_proxy(
 
     assert asking.seconds_to_let_go() < 1
     assert isinstance(asking.outcome, ProviderTrouble)
+
+
+# --- endpoints ---------------------------------------------------------------------------------------
+
+
+def resolving(monkeypatch: pytest.MonkeyPatch, *addresses: tuple[str, int]) -> list[str]:
+    """Has every name lead to these addresses; returns the list of names that are asked for."""
+    asked: list[str] = []
+    real = socket.getaddrinfo
+
+    def answer(host: str, *rest: object, **options: object) -> object:
+        if options.get("flags") == socket.AI_NUMERICHOST:
+            return real(host, *rest, **options)  # type: ignore[arg-type]
+        asked.append(host)
+        return [
+            (socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))
+            for address, port in addresses
+        ]
+
+    monkeypatch.setattr(socket, "getaddrinfo", answer)
+    return asked
+
+
+@pytest.fixture
+def connected(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Where sockets were connected to; nothing leaves this machine."""
+    attempts: list[object] = []
+
+    def connect(self: socket.socket, address: object) -> None:
+        attempts.append(address)
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    return attempts
+
+
+@pytest.mark.parametrize("address", ["169.254.169.254", "100.100.100.200", "fe80::1", "::ffff:169.254.169.254"])
+def test_a_name_that_leads_to_a_metadata_service_is_not_connected_to(
+    network: Network, monkeypatch: pytest.MonkeyPatch, connected: list[object], address: str
+) -> None:
+    resolving(monkeypatch, (address, 443))
+
+    error = trouble(network, "https://api.example/v1")
+
+    assert connected == []
+    assert error.permanent
+    assert str(error) == f"api.example is at {address}, which is never called"
+
+
+def test_a_name_is_resolved_once_and_only_the_addresses_that_were_judged_are_connected_to(
+    network: Network, monkeypatch: pytest.MonkeyPatch, connected: list[object]
+) -> None:
+    asked = resolving(monkeypatch, ("169.254.169.254", 80), ("203.0.113.5", 80), ("203.0.113.6", 80))
+
+    assert not trouble(network, "http://api.example/v1").permanent
+
+    assert asked == ["api.example"]
+    assert connected == [("203.0.113.5", 80), ("203.0.113.6", 80)]
+
+
+def test_a_name_for_this_machine_that_leads_elsewhere_is_not_connected_to(
+    network: Network, monkeypatch: pytest.MonkeyPatch, connected: list[object]
+) -> None:
+    resolving(monkeypatch, ("203.0.113.5", 80))
+
+    error = trouble(network, "http://tei.localhost/v1")
+
+    assert connected == []
+    assert error.permanent
+
+
+@pytest.mark.parametrize("host", ["169.254.169.254", "2852039166", "metadata.google.internal"])
+def test_a_proxy_is_not_asked_for_a_metadata_service(
+    network: Network, monkeypatch: pytest.MonkeyPatch, connected: list[object], host: str
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+
+    error = trouble(network, f"http://{host}/v1")
+
+    assert connected == []
+    assert error.permanent
+    assert "which is never called" in str(error)
 
 
 # --- secrets -----------------------------------------------------------------------------------------

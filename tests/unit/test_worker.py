@@ -54,9 +54,13 @@ class Lane:
         self.network = FakeNetwork()
         self.provider = FakeProvider()
 
-    def run(self, batch_size: int = 100, max_requests: int = 1, timeout_seconds: float = 60) -> Report:
+    def run(
+        self, batch_size: int = 100, max_requests: int = 1, timeout_seconds: float = 60, *, backfill: bool = False
+    ) -> Report:
         options = Options(batch_size, max_requests, timeout_seconds)
-        return worker.run_pass(cast("Database", self.database), cast("Network", self.network), options)
+        return worker.run_pass(
+            cast("Database", self.database), cast("Network", self.network), options, backfill=backfill
+        )
 
     def work(self, run_seconds: float) -> None:
         options = Options(100, 1, 60)
@@ -123,16 +127,17 @@ def test_the_fake_database_has_the_interface_of_the_real_one() -> None:
     classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
 
     methods = {
-        node.name: [argument.arg for argument in node.args.args]
+        node.name: [argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)]
         for node in classes["Database"].body
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
     }
-    # embed() alone asks for a model by name.
-    del methods["model"]
+    # For embed(), preview() and estimate() alone.
+    for name in ("model", "price_and_rate", "outstanding"):
+        del methods[name]
     fake_methods = {name: list(inspect.signature(getattr(FakeDatabase, name)).parameters) for name in methods}
     assert fake_methods == methods
 
-    for name in ("Message", "Pipeline", "Row"):
+    for name in ("Message", "Pipeline", "Row", "Backfill"):
         fields = [node.target.id for node in classes[name].body if isinstance(node, ast.AnnAssign)]  # type: ignore[union-attr]
         assert [field.name for field in dataclasses.fields(getattr(fakes, name))] == fields
 
@@ -142,7 +147,7 @@ def test_the_fake_database_has_the_interface_of_the_real_one() -> None:
 
 def test_an_empty_queue_costs_one_look(lane: Lane, database: FakeDatabase) -> None:
     assert lane.run() == Report()
-    assert database.statements == ["claim"]
+    assert database.statements == ["claim", "next_backfill"]
 
 
 def test_each_row_gets_the_vector_of_its_text(lane: Lane, database: FakeDatabase, provider: FakeProvider) -> None:
@@ -298,7 +303,7 @@ def test_a_deleted_row_settles_and_is_not_sent(lane: Lane, database: FakeDatabas
     assert database.queue == {}
 
 
-@pytest.mark.parametrize(("limit", "sent"), [(None, "x" * 24_575), (11, "x" * 32)])
+@pytest.mark.parametrize(("limit", "sent"), [(None, "x" * 15_356), (11, "x" * 17)])
 def test_a_text_beyond_the_limit_is_cut_and_marked(
     lane: Lane, database: FakeDatabase, provider: FakeProvider, limit: int | None, sent: str
 ) -> None:
@@ -315,17 +320,30 @@ def test_a_text_beyond_the_limit_is_cut_and_marked(
     assert database.vectors["[1]"] == vector_of(sent).tolist()
 
 
+def test_a_prefix_counts_towards_both_limits(lane: Lane, database: FakeDatabase, provider: FakeProvider) -> None:
+    options = {"document_prefix": "search_document: "}
+    model = replace(MODEL, max_tokens_per_input=15, max_tokens_per_request=30, options=options)
+    database.defined[1] = Pipeline(model=model)
+    for row_id in range(3):
+        database.put(row_id, f"{row_id}" + "x" * 100)
+
+    lane.run()
+
+    assert [len(request) for request in provider.requests] == [2, 1]
+    assert {len(text) for text in provider.texts} == {5}
+
+
 def test_a_text_beyond_the_limit_fails_where_it_must_not_be_cut(
     lane: Lane, database: FakeDatabase, provider: FakeProvider
 ) -> None:
     database.defined[1] = Pipeline(model=replace(MODEL, max_tokens_per_input=11), truncate=False)
-    database.put(1, "x" * 33)
-    database.put(2, "x" * 32)
+    database.put(1, "x" * 18)
+    database.put(2, "x" * 17)
 
     report = lane.run()
 
     assert (report.completed, report.failed) == (1, 1)
-    assert provider.texts == ["x" * 32]
+    assert provider.texts == ["x" * 17]
     assert list(database.failures) == ["[1]"]
     assert "11 tokens" in database.failures["[1]"].reason
     assert database.queue == {}
@@ -345,7 +363,7 @@ def test_a_provider_that_truncates_by_itself_gets_the_whole_text(
 
 @pytest.mark.parametrize(
     ("limits", "sizes"),
-    [({"max_inputs_per_request": 2}, [2, 2, 1]), ({"max_tokens_per_request": 8}, [4, 1]), ({}, [5])],
+    [({"max_inputs_per_request": 2}, [2, 2, 1]), ({"max_tokens_per_request": 20}, [4, 1]), ({}, [5])],
 )
 def test_requests_keep_to_the_models_limits(
     lane: Lane, database: FakeDatabase, provider: FakeProvider, limits: dict[str, Any], sizes: list[int]
@@ -709,6 +727,7 @@ def test_a_conflict_costs_a_row_no_attempt(lane: Lane, database: FakeDatabase, w
 def test_a_blank_row_that_does_not_take_its_null_fails_alone(lane: Lane, database: FakeDatabase) -> None:
     for row_id in range(4):
         database.put(row_id, "")
+        database.vectors[key_of(row_id)] = [1.0, 2.0, 3.0]
     database.write_errors["[2]"] = RowError("violates not-null constraint", passes=False)
 
     report = lane.run()
@@ -792,7 +811,7 @@ def test_a_row_locked_for_longer_goes_back_without_an_attempt_and_the_others_go_
     assert (report.completed, report.retried, report.failed) == (4, 1, 0)
     assert all(database.is_fresh(row_id) for row_id in (0, 1, 2, 4))
     assert bodies(database.waiting()) == [{"pipeline": 1, "keys": [[3]], "attempts": 0}]
-    assert [job["error"] for job in report.failed_jobs] == ["the row is locked by another transaction"]
+    assert [job["error"] for job in report.failed_jobs] == ["the row or its table is locked by another transaction"]
     assert set(database.delays.values()) == {worker.LOCKED_DELAY_SECONDS}
 
 
@@ -827,7 +846,7 @@ def test_a_message_of_many_rows_stays_until_the_last_is_dealt_with(
 
     provider.answer = answer
 
-    report = lane.run(batch_size=2)
+    report = lane.run(batch_size=2, max_requests=2)
 
     assert seen == [True]
     assert report.completed == 4
@@ -1181,14 +1200,14 @@ def test_an_idle_lane_looks_at_the_queue_a_few_times_a_second_and_holds_no_trans
 
     claims = [index for index, statement in enumerate(database.statements) if statement == "claim"]
     assert 3 <= len(claims) <= 6
-    assert all(database.statements[index + 1] == "commit" for index in claims)
+    assert all(database.statements[index + 1 : index + 3] == ["next_backfill", "commit"] for index in claims)
 
 
 def test_a_lane_frees_the_jobs_of_dead_lanes_now_and_then(
     lane: Lane, database: FakeDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "DEAD_LANES_SECONDS", 0.3)
+    monkeypatch.setattr(worker, "CLEAN_UP_SECONDS", 0.3)
 
     lane.work(run_seconds=0.7)
 
-    assert 2 <= database.statements.count("free_dead_lanes") <= 3
+    assert 2 <= database.statements.count("clean_up") <= 3

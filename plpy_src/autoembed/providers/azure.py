@@ -33,10 +33,9 @@ def check(model: Model) -> None:
 
 
 def embed(ask: Ask, network: Network) -> Embedded:
-    key = keys.resolve(ask.model.api_key)
+    key = keys.resolve(ask.model)
     headers = {} if key is None else {"api-key": key}
-    answer = http.post(ask, network, url_of(ask.model), headers, openai.request_body(ask), key)
-    return openai.embedded_in(answer, len(ask.texts), ask.model.dimensions)
+    return openai.embed_at(url_of(ask.model), ask, network, headers, key)
 
 
 def abort() -> None:

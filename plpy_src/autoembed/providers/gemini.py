@@ -44,7 +44,7 @@ def check(model: Model) -> None:
 
 
 def embed(ask: Ask, network: Network) -> Embedded:
-    key = keys.resolve(ask.model.api_key)
+    key = keys.resolve(ask.model)
     headers = {} if key is None else {"x-goog-api-key": key}
     url = http.url(ask.model, BASE_URL, f"/{quote(name_of(ask.model))}:batchEmbedContents")
     answer = http.post(ask, network, url, headers, request_body(ask), key, trouble_of)

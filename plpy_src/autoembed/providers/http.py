@@ -6,10 +6,11 @@ import base64
 import binascii
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from autoembed import keys
+from autoembed import endpoints, keys
 from autoembed.errors import InvalidInput, ProviderTrouble, Refused, Trouble, trouble_of_answer
 from autoembed.model import Ask, Model
 
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
 
     from autoembed.network import Network
 
-# Options that every provider over HTTP takes: sent with each request, over what we would send.
-OPTIONS = frozenset({"extra_headers", "extra_body"})
+# Sent with each request, over what we would send.
+EXTRAS = frozenset({"extra_headers", "extra_body"})
+# Options that every provider over HTTP takes.
+OPTIONS = EXTRAS | {"ca_file"}
 SECRET_HEADERS = {"authorization", "proxy-authorization", "cookie", "api-key", "x-api-key", "x-goog-api-key"}
 
 
@@ -28,27 +31,31 @@ def check(model: Model, *, default_url: str | None, example: str, options: froze
     url = model.base_url or default_url
     if url is None:
         raise InvalidInput(f'model "{model.name}" has no base_url', hint=f"For example {example}.")
-    if not url.startswith(("https://", "http://")):
+    fault = endpoints.fault_of(url, model.http_hosts)
+    if fault is not None:
         raise InvalidInput(
-            f'model "{model.name}" has the base_url "{url}", which is not an http or https URL',
-            hint=f"For example {example}.",
+            f'model "{model.name}" has the base_url "{endpoints.without_user(url)}", which {fault.reason}',
+            hint=fault.hint or f"For example {example}.",
         )
     check_options(model, options)
-    for name in sorted(OPTIONS & model.options.keys()):
+    for name in sorted(EXTRAS & model.options.keys()):
         if not isinstance(model.options[name], dict):
             raise InvalidInput(f'option {name} of model "{model.name}" is not an object')
     secret = sorted(name for name in model.options.get("extra_headers", {}) if name.lower() in SECRET_HEADERS)
     if secret:
         raise InvalidInput(
             f'option extra_headers of model "{model.name}" has {secret[0]}, which would keep a secret in a table',
-            hint="Say where the key is found with api_key => 'env:NAME' or 'file:PATH'.",
+            hint="Say where the key is found with api_key => 'env:NAME', 'file:PATH' or 'vault:NAME'.",
         )
     if default_url is not None and model.base_url is None and model.api_key is None:
         raise InvalidInput(
             f'model "{model.name}" has no api_key, and {default_url} wants one',
             hint="For example api_key => 'env:NAME'; or name the base_url of a server that needs no key.",
         )
-    keys.resolve(model.api_key)
+    ca_file = model.options.get("ca_file")
+    if ca_file is not None and not os.access(ca_file, os.R_OK):
+        raise ProviderTrouble(f"the ca_file {ca_file} cannot be read", permanent=True)
+    keys.resolve(model)
 
 
 def check_options(model: Model, known: frozenset[str]) -> None:
@@ -59,7 +66,7 @@ def check_options(model: Model, known: frozenset[str]) -> None:
             f'model "{model.name}" has the option {unknown[0]}, which the provider {model.provider} does not know',
             hint=f"Its options are: {', '.join(sorted(known)) or 'none'}.",
         )
-    for name in sorted(model.options.keys() - OPTIONS):
+    for name in sorted(model.options.keys() - EXTRAS):
         if not isinstance(model.options[name], str):
             raise InvalidInput(f'option {name} of model "{model.name}" is not a text')
 
@@ -91,6 +98,10 @@ def post(
     trouble_of: Callable[[int, Mapping[str, str], bytes | bytearray, str | None], Trouble] = trouble_of_answer,
 ) -> bytes | bytearray:
     """The body of a 200 answer; raises what trouble_of says of any other. secret: to be kept out of errors."""
+    # Checked again: a host may be allowed no more.
+    fault = endpoints.fault_of(url, ask.model.http_hosts)
+    if fault is not None:
+        raise ProviderTrouble(f"{endpoints.without_user(url)} {fault.reason}", permanent=True)
     answer = network.post(
         url,
         {
@@ -103,6 +114,7 @@ def post(
         timeout_seconds=ask.timeout_seconds,
         # A JSON number takes up to 24 bytes; the rest is room for a server that does not know the dimensions asked for.
         max_answer_bytes=(64 << 20) + 32 * len(ask.texts) * ask.model.dimensions,
+        ca_file=ask.model.options.get("ca_file"),
     )
     if answer.status != 200:
         raise trouble_of(answer.status, answer.headers, answer.body, secret)

@@ -34,7 +34,7 @@ def check(model: Model) -> None:
 
 
 def embed(ask: Ask, network: Network) -> Embedded:
-    key = keys.resolve(ask.model.api_key)
+    key = keys.resolve(ask.model)
     url = http.url(ask.model, BASE_URL, "/api/embed")
     answer = http.post(ask, network, url, http.bearer(key), request_body(ask), key, trouble_of)
     return embedded_in(answer, len(ask.texts), ask.model.dimensions)

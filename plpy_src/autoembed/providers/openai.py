@@ -6,10 +6,12 @@ It has one form for documents and queries; for models behind it that have two, s
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from autoembed import keys
-from autoembed.errors import ProviderTrouble
+from autoembed.errors import ProviderTrouble, Refused, Trouble, trouble_of_answer
 from autoembed.model import PREFIXES, Ask, Embedded, Model, prefixed
 from autoembed.providers import http
 
@@ -22,6 +24,13 @@ BASE_URL = "https://api.openai.com/v1"
 MAX_INPUTS_PER_REQUEST = 2048
 MAX_TOKENS_PER_REQUEST = 300_000
 MAX_TOKENS_PER_INPUT: int | None = 8192
+
+# What a server may refuse to hear of: then it is done without.
+OPTIONAL_FIELDS = frozenset({"dimensions", "encoding_format"})
+PARAM = re.compile(rb'"param"\s*:\s*"(\w+)"')
+
+# The fields that were refused in this process, by URL and model.
+_refused: dict[tuple[str, str], frozenset[str]] = {}
 
 # The models that OpenAI made before it allowed shorter vectors refuse the parameter.
 WITHOUT_DIMENSIONS = ("text-embedding-ada-002",)
@@ -37,14 +46,58 @@ def check(model: Model) -> None:
 
 
 def embed(ask: Ask, network: Network) -> Embedded:
-    key = keys.resolve(ask.model.api_key)
-    url = http.url(ask.model, BASE_URL, "/embeddings")
-    answer = http.post(ask, network, url, http.bearer(key), request_body(ask), key)
-    return embedded_in(answer, len(ask.texts), ask.model.dimensions)
+    key = keys.resolve(ask.model)
+    return embed_at(http.url(ask.model, BASE_URL, "/embeddings"), ask, network, http.bearer(key), key)
 
 
 def abort() -> None:
     """Nothing to end: all it does goes over the network."""
+
+
+class FieldsRefused(Refused):
+    """The refusal names fields, which may be to blame in place of a text."""
+
+    def __init__(self, message: str, fields: frozenset[str]) -> None:
+        super().__init__(message)
+        self.fields = fields
+
+
+def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray, secret: str | None = None) -> Trouble:
+    trouble = trouble_of_answer(status, headers, body, secret)
+    if not isinstance(trouble, Refused):
+        return trouble
+    param = PARAM.search(body)
+    words = str(trouble) if param is None else f"{trouble} {param[1].decode()}"
+    return FieldsRefused(str(trouble), frozenset(name for name in OPTIONAL_FIELDS if name in words))
+
+
+def embed_at(url: str, ask: Ask, network: Network, headers: Mapping[str, str], key: str | None) -> Embedded:
+    """Asks again without the fields that the server names when it refuses; remembers them where that has worked."""
+    which = (url, ask.model.model_id)
+    # What the model asks for by itself is sent come what may.
+    optional = OPTIONAL_FIELDS - ask.model.options.get("extra_body", {}).keys()
+    left_out = _refused.get(which, frozenset()) & optional
+    refusal: Refused | None = None
+    while True:
+        body = {name: value for name, value in request_body(ask).items() if name not in left_out}
+        try:
+            answer = http.post(ask, network, url, headers, body, key, trouble_of)
+            embedded = embedded_in(answer, len(ask.texts), ask.model.dimensions)
+        except FieldsRefused as error:
+            named = error.fields & optional & body.keys()
+            if not named:
+                raise
+            refusal = refusal or error
+            left_out |= named
+        except ProviderTrouble as error:
+            if refusal and error.permanent:
+                # Vectors of another length, most likely: the refusal says more.
+                raise refusal from error
+            raise
+        else:
+            if refusal:
+                _refused[which] = left_out
+            return embedded
 
 
 def request_body(ask: Ask) -> dict[str, Any]:

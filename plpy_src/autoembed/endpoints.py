@@ -1,0 +1,110 @@
+"""Where a model may be: https anywhere, http here and where an administrator allows it, metadata services never."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from collections.abc import Collection
+from typing import NamedTuple
+
+# Link-local, and where clouds hand their machines' credentials to whoever asks: AWS, Google, Alibaba, Azure, Oracle.
+FORBIDDEN_NETWORKS = [
+    ipaddress.ip_network(network)
+    for network in (
+        "169.254.0.0/16",
+        "fe80::/10",
+        "fd00:ec2::/32",
+        "fd20:ce::254/128",
+        "100.100.100.200/32",
+        "168.63.129.16/32",
+        "192.0.0.192/32",
+    )
+]
+# Their names, for where a proxy resolves them.
+FORBIDDEN_NAMES = {
+    "metadata",
+    "metadata.google.internal",
+    "metadata.goog",
+    "instance-data",
+    "instance-data.ec2.internal",
+}
+# IPv4 inside IPv6 (RFC 6052), which ipaddress does not take apart by itself.
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+
+# Stricter than what HTTP clients take, so that none finds another host in it.
+URL = re.compile(r"(https?)://([^\s/?#\\@]+@)?(\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^\s/?#\\@:\[\]]+)(:[0-9]+)?([/?#]\S*)?")
+
+
+class Fault(NamedTuple):
+    """Why a URL is not called, to be said after the URL; and what to do."""
+
+    reason: str
+    hint: str | None = None
+
+
+def fault_of(url: str, http_hosts: Collection[str]) -> Fault | None:
+    """What is wrong with a URL; http_hosts: where an administrator allows http."""
+    parts = URL.fullmatch(url)
+    if parts is None:
+        return Fault("is not an http or https URL")
+    scheme, user, host = parts[1], parts[2], _plain(parts[3])
+    if user is not None:
+        reason = "names a user, who would not be sent and whose password would stand in a table"
+        return Fault(reason, "Say where a key is found with api_key.")
+    if is_forbidden(host):
+        return Fault("is a link-local address or a cloud's metadata service, which is never called")
+    if scheme == "https" or _is_here(host) or host in http_hosts:
+        return None
+    hint = f"Use https, or allow it first: SELECT autoembed.allow_http_host('{host}')."
+    return Fault("would be called without encryption", hint)
+
+
+def without_user(url: str) -> str:
+    return re.sub(r"//[^/]*@", "//", url)
+
+
+def is_forbidden(host: str) -> bool:
+    """Whether a host of a URL is never called: all that can be told where a proxy resolves names."""
+    address = _address(host)
+    return _plain(host) in FORBIDDEN_NAMES if address is None else _is_forbidden_address(address)
+
+
+def may_connect(host: str, address: str) -> bool:
+    """Whether the address that a host turned out to have may be connected to; a name for here must lead here."""
+    resolved = _unwrapped(ipaddress.ip_address(address))
+    return not _is_forbidden_address(resolved) and (resolved.is_loopback or not _is_here(_plain(host)))
+
+
+def _is_here(host: str) -> bool:
+    address = _address(host)
+    return host == "localhost" or host.endswith(".localhost") if address is None else address.is_loopback
+
+
+def _is_forbidden_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    return any(address in network for network in FORBIDDEN_NETWORKS)
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that a host is, in whatever notation the system knows (2852039166, 0xA9FEA9FE); None for a name."""
+    try:
+        plain = _plain(host).partition("%")[0]
+        found = socket.getaddrinfo(plain, None, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except (OSError, UnicodeError):
+        return None
+    return _unwrapped(ipaddress.ip_address(found[0][4][0]))
+
+
+def _unwrapped(
+    address: ipaddress.IPv4Address | ipaddress.IPv6Address,
+) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """The IPv4 address that an IPv6 one stands for, where it does."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return address
+    if address in NAT64:
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped or address.sixtofour or address
+
+
+def _plain(host: str) -> str:
+    return host.strip("[]").rstrip(".").lower()

@@ -1,0 +1,7 @@
+"""The protocols of the providers, one file each; nothing of one provider is known outside it."""
+
+from __future__ import annotations
+
+from fake_api.protocols import azure, cohere, gemini, ollama, openai, voyage
+
+PROTOCOLS = [module.PROTOCOL for module in (openai, azure, cohere, voyage, gemini, ollama)]

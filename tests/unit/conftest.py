@@ -1,0 +1,51 @@
+"""What unit tests over HTTP stand on: the fake API in this process, who speaks to it, and a key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import requests
+
+from autoembed.network import Network
+from fake_api import FakeApi, Server
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with Server() as server:
+        yield server
+
+
+@pytest.fixture
+def api(server: Server, request: pytest.FixtureRequest) -> Iterator[FakeApi]:
+    """A tenant of the test's own."""
+    api = server.api(sha256(request.node.name.encode()).hexdigest()[:16])
+    yield api
+    api.reset()
+
+
+@pytest.fixture
+def session() -> Iterator[requests.Session]:
+    with requests.Session() as session:
+        session.trust_env = False
+        session.headers["Authorization"] = "Bearer sk-right"
+        yield session
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> Iterator[Network]:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    network = Network(2)
+    yield network
+    network._connected().close()
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> str:
+    """Where a model finds its key."""
+    (tmp_path / "key").write_text("sk-right\n")
+    return f"file:{tmp_path / 'key'}"

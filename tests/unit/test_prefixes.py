@@ -1,0 +1,58 @@
+"""The prefixes that tell documents from queries: which texts get which, and what another one changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from autoembed.model import Ask, Model, prefixed
+from autoembed.network import Network
+from autoembed.providers import local
+
+MODEL = Model("ol", "ollama", "nomic-embed-text", 256)
+PREFIXES = {"document_prefix": "search_document: ", "query_prefix": "search_query: "}
+
+
+@pytest.mark.parametrize(
+    ("options", "purpose", "expected"),
+    [
+        ({}, "document", ["a", ""]),
+        ({}, "query", ["a", ""]),
+        (PREFIXES, "document", ["search_document: a", "search_document: "]),
+        (PREFIXES, "query", ["search_query: a", "search_query: "]),
+        ({"query_prefix": "q: "}, "document", ["a", ""]),
+        ({"query_prefix": "q: "}, "query", ["q: a", "q: "]),
+    ],
+)
+def test_a_text_is_prefixed_by_its_purpose(options: dict[str, str], purpose: Any, expected: list[str]) -> None:
+    assert prefixed(Ask(replace(MODEL, options=options), ["a", ""], 5, purpose)) == expected
+
+
+def test_the_local_model_embeds_prefixed_texts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    embedded = []
+
+    class Recording:
+        def embed(self, texts: list[str], between_batches: Any) -> Any:
+            embedded.extend(texts)
+            return np.ones((len(texts), 256), np.float32)
+
+    for name in ("model.onnx", "tokenizer.json"):
+        (tmp_path / name).touch()
+    model = replace(MODEL, provider="local", base_url=str(tmp_path), options=PREFIXES)
+    monkeypatch.setattr(local, "_onnx_model", lambda _: Recording())
+
+    local.check(model)
+    local.embed(Ask(model, ["a"], 5, "query"), Network(1))
+
+    assert embedded == ["search_query: a"]
+
+
+def test_another_document_prefix_makes_another_digest_and_another_query_prefix_does_not() -> None:
+    plain = MODEL.digest("text")
+
+    assert replace(MODEL, options={"document_prefix": "passage: "}).digest("text") != plain
+    assert replace(MODEL, options={"query_prefix": "query: "}).digest("text") == plain
