@@ -91,7 +91,7 @@ embed() {
 headline "autoembed: starting the image as the container $container"
 start
 address=$(docker port "$container" 5432/tcp | head -n 1)
-echo "Ready after $SECONDS s. One lane runs inside the server: a pg_cron job that embeds what waits in the queue."
+echo "Ready after $SECONDS s. Lanes run inside the server: pg_cron jobs that embed what waits in the queue."
 
 headline "1. A table that keeps its own embeddings"
 run_file documents.sql
@@ -118,8 +118,7 @@ ORDER BY embedding <=> autoembed.embed('undo a mistake')
 LIMIT 3;"
 
 headline "2. What Postgres says of its own functions"
-sql < functions.sql
-echo "A table functions (name, arguments, description, embedding) with triggers of the same kind takes them in:"
+run_file functions.sql
 show "$(grep -v '^--' functions_rows.sql)"
 embed functions 0.5 with_bar < functions_rows.sql
 echo
@@ -133,6 +132,10 @@ for query in 'cut a string into pieces' 'capital letters' 'take a nap'; do
     echo "$bold\"$query\"$reset"
     sql --set=query="$query" < search.sql
 done
+
+headline "3. How it goes"
+run "SELECT table_name, state, embedded, waiting, failed, rows_per_second, percent_done FROM autoembed.status;"
+run "SELECT subject, ok, finding FROM autoembed.doctor();"
 
 headline "The container stays up"
 echo "Connect:  docker exec -it $container psql -U postgres"

@@ -80,9 +80,15 @@ CREATE TABLE autoembed.model (
     max_inputs_per_request integer CHECK (max_inputs_per_request > 0),
     max_tokens_per_request integer CHECK (max_tokens_per_request > 0),
     max_tokens_per_input integer CHECK (max_tokens_per_input > 0),
+    requests_per_minute integer CHECK (requests_per_minute > 0),
+    tokens_per_minute integer CHECK (tokens_per_minute > 0),
+    max_requests_in_flight integer CHECK (max_requests_in_flight > 0),
     price_per_million_tokens numeric CHECK (price_per_million_tokens >= 0),
+    daily_token_budget bigint CHECK (daily_token_budget >= 0),
+    daily_cost_budget numeric CHECK (daily_cost_budget >= 0),
     options jsonb NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(options) = 'object'),
-    builtin boolean NOT NULL DEFAULT false
+    builtin boolean NOT NULL DEFAULT false,
+    CONSTRAINT cost_needs_price CHECK (daily_cost_budget IS NULL OR price_per_million_tokens IS NOT NULL)
 );
 COMMENT ON TABLE autoembed.model IS 'The ways to embed a text; see create_model().';
 COMMENT ON COLUMN autoembed.model.name IS 'What pipelines and embed() call it.';
@@ -97,7 +103,13 @@ COMMENT ON COLUMN autoembed.model.max_inputs_per_request IS 'Texts in one reques
 COMMENT ON COLUMN autoembed.model.max_tokens_per_request IS 'Tokens in one request; NULL: the provider''s limit.';
 COMMENT ON COLUMN autoembed.model.max_tokens_per_input IS
     'Tokens of one text, longer ones are truncated; NULL: the provider''s limit.';
+COMMENT ON COLUMN autoembed.model.requests_per_minute IS 'Requests a minute, of all sessions; NULL: what its provider''s answers tell.';
+COMMENT ON COLUMN autoembed.model.tokens_per_minute IS 'Tokens a minute, of all sessions; NULL: what its provider''s answers tell.';
+COMMENT ON COLUMN autoembed.model.max_requests_in_flight IS 'Requests at a time, of all sessions; NULL: no limit.';
 COMMENT ON COLUMN autoembed.model.price_per_million_tokens IS 'What its provider asks for, in your currency; NULL: nothing known.';
+COMMENT ON COLUMN autoembed.model.daily_token_budget IS 'Tokens a day (UTC), after which it rests until the next; NULL: no budget.';
+COMMENT ON COLUMN autoembed.model.daily_cost_budget IS
+    'Cost a day (UTC) at price_per_million_tokens, after which it rests until the next; NULL: no budget.';
 COMMENT ON COLUMN autoembed.model.options IS
     'What only its provider knows; every one over HTTP takes extra_headers and extra_body, objects sent with each request, and ca_file.';
 COMMENT ON COLUMN autoembed.model.builtin IS 'Came with the extension and was never changed.';
@@ -139,6 +151,39 @@ COMMENT ON COLUMN autoembed.model_rest.failures IS 'Failed tries in a row.';
 COMMENT ON COLUMN autoembed.model_rest.needs_attention IS
     'Whether somebody must act (a wrong key, an unknown model), rather than wait.';
 COMMENT ON COLUMN autoembed.model_rest.reason IS 'What the provider answered last.';
+
+CREATE TABLE autoembed.model_limit (
+    model text NOT NULL REFERENCES autoembed.model (name) ON UPDATE CASCADE ON DELETE CASCADE,
+    at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    requests_per_minute integer,
+    requests_at_once integer,
+    tokens_per_minute integer,
+    tokens_at_once integer
+);
+COMMENT ON TABLE autoembed.model_limit IS
+    'Limits that the providers'' answers told. The newest row of a model counts: rows are added and never changed, so that nobody waits for another''s.';
+COMMENT ON COLUMN autoembed.model_limit.model IS 'The model.';
+COMMENT ON COLUMN autoembed.model_limit.at IS 'When the answer came.';
+COMMENT ON COLUMN autoembed.model_limit.requests_per_minute IS 'Requests a minute; NULL: the answers do not tell.';
+COMMENT ON COLUMN autoembed.model_limit.requests_at_once IS 'The most that were left after a request.';
+COMMENT ON COLUMN autoembed.model_limit.tokens_per_minute IS 'Tokens a minute; NULL: the answers do not tell.';
+COMMENT ON COLUMN autoembed.model_limit.tokens_at_once IS 'The most that were left after a request.';
+
+-- Not logged: a crash forgets the last minute's requests, and their provider will say so.
+CREATE UNLOGGED TABLE autoembed.permit (
+    model text NOT NULL,
+    at timestamptz NOT NULL,
+    requests_until timestamptz,
+    tokens_until timestamptz
+);
+CREATE INDEX permit_requests_until_idx ON autoembed.permit (model, requests_until);
+CREATE INDEX permit_tokens_until_idx ON autoembed.permit (model, tokens_until);
+COMMENT ON TABLE autoembed.permit IS
+    'Requests of the last minutes to models with limits. Rows are added and never changed, so that a caller''s transaction keeps no lane waiting.';
+COMMENT ON COLUMN autoembed.permit.model IS 'The model.';
+COMMENT ON COLUMN autoembed.permit.at IS 'When it was given.';
+COMMENT ON COLUMN autoembed.permit.requests_until IS 'Until when its requests a minute are given away.';
+COMMENT ON COLUMN autoembed.permit.tokens_until IS 'Until when its tokens a minute are given away.';
 
 -- Pipelines ---------------------------------------------------------------------------------------
 
@@ -209,6 +254,7 @@ CREATE TABLE autoembed.backfill (
     position text,
     rows_queued bigint NOT NULL DEFAULT 0,
     started_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    served_at timestamptz,
     scanned_at timestamptz
 );
 COMMENT ON TABLE autoembed.backfill IS
@@ -220,6 +266,7 @@ COMMENT ON COLUMN autoembed.backfill.create_index IS 'Whether an HNSW index is t
 COMMENT ON COLUMN autoembed.backfill.position IS 'The last key that was queued, as a JSON array; NULL: none yet.';
 COMMENT ON COLUMN autoembed.backfill.rows_queued IS 'How many rows were queued.';
 COMMENT ON COLUMN autoembed.backfill.started_at IS 'When it was asked for.';
+COMMENT ON COLUMN autoembed.backfill.served_at IS 'When a lane last took its turn.';
 COMMENT ON COLUMN autoembed.backfill.scanned_at IS 'When the last row was queued; NULL: there are more.';
 
 SELECT pg_catalog.pg_extension_config_dump('autoembed.backfill', '');
@@ -544,6 +591,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -553,6 +601,7 @@ import plpy  # type: ignore[import-not-found]
 
 from autoembed.binary import copy_rows
 from autoembed.errors import InvalidInput, row_error
+from autoembed.limits import Limits, Permit, Toll
 from autoembed.model import Model, Share
 
 if TYPE_CHECKING:
@@ -664,11 +713,12 @@ class Database:
 
     # The queue -----------------------------------------------------------------------------------
 
-    def claim(self, max_rows: int, lease_seconds: float) -> list[Message]:
+    def claim(self, max_rows: int, lease_seconds: float, held: Sequence[int]) -> list[Message]:
+        """Takes messages for about so many rows; held: those that this lane has already."""
         rows = self._run(
-            "SELECT c.message_id, c.read_count, c.message FROM autoembed._claim($1, $2) AS c",
-            ["pg_catalog.int4", "pg_catalog.float8"],
-            [max_rows, lease_seconds],
+            "SELECT c.message_id, c.read_count, c.message FROM autoembed._claim($1, $2, $3) AS c",
+            ["pg_catalog.int4", "pg_catalog.float8", "pg_catalog.int8[]"],
+            [max_rows, lease_seconds, list(held)],
         )
         return [Message(row["message_id"], row["read_count"], _body(row["message"])) for row in rows]
 
@@ -717,13 +767,19 @@ class Database:
         return [row["key"] for row in rows]
 
     def queue_backfill(
-        self, backfill: Backfill, keys: Sequence[str], *, exhausted: bool, lease_seconds: float
+        self,
+        backfill: Backfill,
+        keys: Sequence[str],
+        *,
+        exhausted: bool,
+        lease_seconds: float,
+        held: Sequence[int],
     ) -> list[Message]:
         """Moves a backfill on behind these keys; returns the message for them, claimed already."""
         rows = self._run(
-            "SELECT c.message_id, c.read_count, c.message FROM autoembed._queue_backfill($1, $2, $3, $4) AS c",
-            ["pg_catalog.int4", "pg_catalog.text[]", "pg_catalog.bool", "pg_catalog.float8"],
-            [backfill.pipeline_id, list(keys), exhausted, lease_seconds],
+            "SELECT c.message_id, c.read_count, c.message FROM autoembed._queue_backfill($1, $2, $3, $4, $5) AS c",
+            ["pg_catalog.int4", "pg_catalog.text[]", "pg_catalog.bool", "pg_catalog.float8", "pg_catalog.int8[]"],
+            [backfill.pipeline_id, list(keys), exhausted, lease_seconds, list(held)],
         )
         return [Message(row["message_id"], row["read_count"], _body(row["message"])) for row in rows]
 
@@ -792,6 +848,32 @@ class Database:
 
     def resume_model(self, name: str) -> None:
         self._run("SELECT autoembed.resume_model($1)", ["pg_catalog.text"], [name])
+
+    # Limits --------------------------------------------------------------------------------------
+
+    def take_permit(self, model: str, tolls: Sequence[Toll | None], slots_held: Sequence[int]) -> Permit:
+        """A permit for one more request of a model. To be committed at once where that is possible."""
+        [row] = self._run(
+            "SELECT p.* FROM autoembed._take_permit($1, $2, $3, $4, $5, $6, $7) AS p",
+            ["pg_catalog.text", "pg_catalog.bool", *["pg_catalog.float8"] * 4, "pg_catalog.int4[]"],
+            [model, self._commits, *(value for toll in tolls for value in toll or (None, None)), list(slots_held)],
+        )
+        wait = row["wait_seconds"]
+        at = None if wait is None else time.monotonic() + wait
+        return Permit(at, row["slot"], row["spent"], row["rest_seconds"] or 0.0)
+
+    def free_slots(self, model: str, slots: Sequence[int]) -> None:
+        """Says that requests with these slots are no longer in flight."""
+        self._run(
+            "SELECT autoembed._free_slots($1, $2)", ["pg_catalog.text", "pg_catalog.int4[]"], [model, list(slots)]
+        )
+
+    def learn_limits(self, model: str, limits: Limits) -> None:
+        self._run(
+            "SELECT autoembed._learn_limits($1, $2, $3, $4, $5)",
+            ["pg_catalog.text", *["pg_catalog.int4"] * 4],
+            [model, *limits.requests, *limits.tokens],
+        )
 
     def warn_of_blocked_pipelines(self) -> None:
         """Warns of the pipelines that have jobs waiting and cannot be embedded."""
@@ -887,12 +969,18 @@ class Database:
             "SELECT autoembed._forget($1, $2)", ["pg_catalog.int4", "pg_catalog.text[]"], [pipeline.id, list(keys)]
         )
 
-    def note_usage(self, model: str, shares: Sequence[Share]) -> None:
-        """Notes a request that was answered, and whose texts were in it."""
+    def note_usage(self, model: str, shares: Sequence[Share], slot: int | None) -> None:
+        """Notes a request that was answered, and whose texts were in it; frees its slot."""
         self._run(
-            "SELECT autoembed._note_usage($1, $2, $3, $4, $5, $6)",
-            ["pg_catalog.text", *["pg_catalog.int4[]"] * 3, "pg_catalog.int8[]", "pg_catalog.int4[]"],
-            [model, *(list(column) for column in zip(*shares, strict=True))],
+            "SELECT autoembed._note_usage($1, $2, $3, $4, $5, $6, $7)",
+            [
+                "pg_catalog.text",
+                *["pg_catalog.int4[]"] * 3,
+                "pg_catalog.int8[]",
+                "pg_catalog.int4[]",
+                "pg_catalog.int4",
+            ],
+            [model, *(list(column) for column in zip(*shares, strict=True)), slot],
         )
 
     def forget_all(self, pipeline_id: int) -> None:
@@ -990,15 +1078,20 @@ def _body(message: str | None) -> Any:
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
+import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 from autoembed import database, worker
 from autoembed.batching import estimate_tokens, pack
-from autoembed.errors import InvalidInput, ProviderTrouble, Trouble
-from autoembed.flight import Flight
+from autoembed.errors import InvalidInput, OverBudget, ProviderTrouble, Trouble
+from autoembed.flight import SLICE_SECONDS, Flight
 from autoembed.jobs import address_of
+from autoembed.limits import NOTHING_KNOWN, PATIENCE_SECONDS, Limiter, Permit, Toll, tokens_per_request
 from autoembed.model import Ask, Embedded, Model, Share
 from autoembed.network import Network
 from autoembed.providers import provider_of
@@ -1007,6 +1100,11 @@ from autoembed.providers import provider_of
 QUERY_CACHE_SIZE = 100
 QUERY_TIMEOUT_SECONDS = 60.0
 PROBE_TIMEOUT_SECONDS = 10.0
+
+# glibc gives each thread a heap of its own, which keeps what it once had; a lane's threads do well with one for all.
+M_ARENA_MAX = -8
+with contextlib.suppress(AttributeError, OSError):
+    ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 _network = Network(max_connections=32)
 _queries: OrderedDict[tuple[Model, str], str] = OrderedDict()
@@ -1041,7 +1139,7 @@ def embed(content: str | None, model_name: str | None) -> str | None:
         try:
             if not content.strip():
                 raise InvalidInput("a blank text has no embedding", hint="Give embed() some words.")
-            _queries[query] = _embed_query(here, model, content)
+            _queries[query] = _embed_in_turn(here, model, content)
         except InvalidInput as error:
             database.raise_error(error)
         except Trouble as trouble:
@@ -1079,7 +1177,7 @@ def estimate(texts: list[str], model_name: str | None) -> dict[str, Any]:
     requests = pack(
         distinct,
         min(worker.DEFAULT_BATCH_SIZE, model.max_inputs_per_request or provider.MAX_INPUTS_PER_REQUEST),
-        model.max_tokens_per_request or provider.MAX_TOKENS_PER_REQUEST,
+        tokens_per_request(model, provider.MAX_TOKENS_PER_REQUEST, Limiter(model).learnt),
     )
     price, rows_per_second = here.price_and_rate(model)
     return {
@@ -1115,6 +1213,44 @@ def probe(name: str) -> str | None:
     return None
 
 
+def _embed_in_turn(here: database.Database, model: Model, content: str) -> str:
+    limiter = Limiter(model)
+    if not limiter.needs_permits:
+        return _embed_query(here, model, content)
+    permit = _permit(here, model, limiter.tolls(estimate_tokens(content), time.monotonic()))
+    try:
+        return _embed_query(here, model, content)
+    finally:
+        if permit.slot is not None:
+            here.free_slots(model.name, [permit.slot])
+
+
+def _permit(here: database.Database, model: Model, tolls: Sequence[Toll | None]) -> Permit:
+    """Waits until the model may be asked once more; ProviderTrouble if that takes too long."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while (permit := here.take_permit(model.name, tolls, [])).at is None:
+        if permit.spent is not None:
+            raise OverBudget(permit.spent)
+        if time.monotonic() > end:
+            raise ProviderTrouble(f"{model.max_requests_in_flight} requests are in flight, and no more may be")
+        _wait(here)
+    try:
+        while time.monotonic() < permit.at:
+            if permit.at > end:
+                raise ProviderTrouble(f"its limits allow no request for {permit.at - time.monotonic():.0f} s")
+            _wait(here)
+    except BaseException:
+        if permit.slot is not None:
+            here.free_slots(model.name, [permit.slot])
+        raise
+    return permit
+
+
+def _wait(here: database.Database) -> None:
+    here.breathe()
+    time.sleep(SLICE_SECONDS)
+
+
 def _embed_query(
     here: database.Database, model: Model, content: str, timeout_seconds: float = QUERY_TIMEOUT_SECONDS
 ) -> str:
@@ -1128,10 +1264,13 @@ def _embed_query(
         ask = Ask(model, [content], timeout_seconds, purpose="query")
         flight.submit(None, lambda: provider.embed(ask, _network))
         [(_, outcome)] = flight.landed()
+    limiter = Limiter(model)
+    if limiter.heard(ask.headers, time.monotonic(), answered=isinstance(outcome, Embedded)):
+        here.learn_limits(model.name, limiter.learnt or NOTHING_KNOWN)
     if isinstance(outcome, BaseException):
         raise outcome
     tokens = estimate_tokens(content) if outcome.tokens is None else outcome.tokens
-    here.note_usage(model.name, [Share(None, 1, 1, tokens, 0)])
+    here.note_usage(model.name, [Share(None, 1, 1, tokens, 0)], None)
     return database.literals(outcome.vectors)[0]
 
 
@@ -1264,6 +1403,7 @@ from __future__ import annotations
 
 import email.utils
 import json
+import re
 import time
 from collections.abc import Mapping
 from datetime import UTC
@@ -1297,6 +1437,10 @@ class ProviderTrouble(Trouble):
         super().__init__(message)
         self.permanent = permanent
         self.retry_after_seconds = retry_after_seconds
+
+
+class OverBudget(ProviderTrouble):
+    """The model has used up what it may use a day; retry_after_seconds: until the next one."""
 
 
 class RowError(Exception):
@@ -1337,6 +1481,8 @@ def rest_seconds(trouble: ProviderTrouble, failures: int, fraction: float) -> fl
     What the provider asks for, plus up to a second so that lanes do not come back all at once; else exponential backoff
     with full jitter. Never long: one small request now and then is how we learn that the provider is back.
     """
+    if isinstance(trouble, OverBudget) and trouble.retry_after_seconds is not None:
+        return trouble.retry_after_seconds
     if trouble.retry_after_seconds is not None:
         return min(trouble.retry_after_seconds, MAX_RETRY_AFTER_SECONDS) + fraction
     if trouble.permanent:
@@ -1356,6 +1502,9 @@ def trouble_of_answer(
     message = f"the provider answered {status}: {_message_in(body, secret)}"
     if status in REFUSED_STATUSES:
         return Refused(message)
+    if status == 429 and b"Request too large" in body:
+        # More tokens than a whole minute has: no time helps, fewer texts do.
+        return Refused(message)
     if status == 429 and b"insufficient_quota" in body:
         return ProviderTrouble(message, permanent=True)
     if status in PASSING_STATUSES or status >= 500:
@@ -1366,7 +1515,13 @@ def trouble_of_answer(
 
 
 def retry_after_seconds(headers: Mapping[str, str], now: float | None = None) -> float | None:
-    """Retry-After in seconds from now, given as such or as an HTTP date (RFC 9110, 10.2.3); None if there is none."""
+    """Retry-After in seconds from now, given as such or as an HTTP date (RFC 9110, 10.2.3); None if there is none.
+
+    OpenAI and Azure say it in milliseconds too, in a header of their own.
+    """
+    milliseconds = re.fullmatch(r"[0-9]{1,12}", headers.get("retry-after-ms", ""))
+    if milliseconds:
+        return int(milliseconds[0]) / 1000
     value = headers.get("retry-after", "").strip()
     if not value:
         return None
@@ -1510,6 +1665,10 @@ class Flight(Generic[Tag, Result]):
             wait(running, timeout=SLICE_SECONDS)
         self._executor.shutdown(wait=True)
         return True
+
+    def __len__(self) -> int:
+        """How many calls are made or wait to be."""
+        return len(self._tags)
 
     def submit(self, tag: Tag, call: Callable[[], Result]) -> None:
         """Has a call made; landed() gives its tag back with the outcome."""
@@ -1670,6 +1829,10 @@ class Ledger:
         self._messages: dict[int, list[Job]] = defaultdict(list)
         self.report = Report()
 
+    def take(self, messages: Sequence[Message]) -> None:
+        """Further messages, whose jobs are not known yet."""
+        self._unread.update(message.id for message in messages)
+
     def open(self, job: Job) -> None:
         self.report.read += 1
         for message_id in job.message_ids:
@@ -1813,6 +1976,194 @@ def _read(path: str) -> tuple[str, str]:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         return "", f"the file {path} cannot be read ({reason})"
 ''',
+"autoembed.limits": r'''"""How fast a model may be asked: what its definition says, what its provider's answers tell, and what follows of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from autoembed.model import Model
+
+# No clock of ours runs like the provider's, and no two requests take equally long to arrive.
+HEADROOM = 1.03
+# Requests are looked after every 50 ms; what one comes too late must not be lost for the next.
+SAVED_SECONDS = 0.1
+# How long the others wait for the first answer of a model that nothing is known of.
+FIRST_ANSWER_SECONDS = 1.0
+# How long a pass, or embed(), waits for its turns.
+PATIENCE_SECONDS = 10.0
+
+
+class Allowance(NamedTuple):
+    """Requests or tokens: so many a minute, so many more at once; None: not known."""
+
+    per_minute: int | None = None
+    at_once: int | None = None
+
+
+class Limits(NamedTuple):
+    """What a provider allows, as far as it is known."""
+
+    requests: Allowance = Allowance()
+    tokens: Allowance = Allowance()
+
+
+class Toll(NamedTuple):
+    """What a request takes from an allowance, and how much of it may have been saved up before, both in seconds."""
+
+    seconds: float
+    saved_seconds: float
+
+
+class Permit(NamedTuple):
+    """What a request needs to be sent: the moment, by time.monotonic(), and a slot where only so many may be in flight.
+
+    at None: no slot is free; spent: why nothing may be sent for rest_seconds.
+    """
+
+    at: float | None = None
+    slot: int | None = None
+    spent: str | None = None
+    rest_seconds: float = 0.0
+
+
+NOTHING_KNOWN = Limits()
+_SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1, "ms": 0.001}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|[dhms]|$)")
+
+
+def told_by(headers: Mapping[str, str]) -> Limits:
+    """What the x-ratelimit headers of an answer say, OpenAI's and those of whoever has them too; at_once: what is left.
+
+    A limit that takes longer than a minute to be whole again is one of an hour or a day: its 429s say when.
+    """
+    return Limits(*(_allowance_told(headers, unit) for unit in ("requests", "tokens")))
+
+
+def _allowance_told(headers: Mapping[str, str], unit: str) -> Allowance:
+    limit, left = (_count(headers.get(f"x-ratelimit-{what}-{unit}", "")) for what in ("limit", "remaining"))
+    if not limit or _seconds(headers.get(f"x-ratelimit-reset-{unit}", "")) > 61:
+        return Allowance()
+    return Allowance(limit, left)
+
+
+def _count(value: str) -> int | None:
+    return int(value) if re.fullmatch(r"\d{1,9}", value, re.ASCII) else None
+
+
+def _seconds(value: str) -> float:
+    """A duration as OpenAI writes it: 12ms, 1.5s, 6m0s; without a unit, seconds."""
+    return sum(float(number) * _SECONDS[unit or "s"] for number, unit in _DURATION.findall(value))
+
+
+def learn(known: Limits | None, told: Limits) -> Limits:
+    """What is known after an answer; the most that was ever left is how much may be sent at once."""
+    before = known or NOTHING_KNOWN
+    return Limits(_learn(before.requests, told.requests), _learn(before.tokens, told.tokens))
+
+
+def _learn(known: Allowance, told: Allowance) -> Allowance:
+    if told.per_minute is None:
+        return known
+    # Not each time that a little more is left: it is written down.
+    if told.per_minute != known.per_minute or (told.at_once or 0) > 1.1 * (known.at_once or 0):
+        return told
+    return known
+
+
+def stricter(per_minute: int | None, known: Allowance) -> Allowance:
+    """The lower of a limit of the model's own and its provider's."""
+    if per_minute is not None and (known.per_minute is None or per_minute < known.per_minute):
+        return Allowance(per_minute)
+    return known
+
+
+def toll(allowance: Allowance, amount: float, left: int | None = None, age_seconds: float = 0.0) -> Toll | None:
+    """What a request of that amount takes; None: there is no limit. left: what an answer of that age said there is."""
+    if allowance.per_minute is None:
+        return None
+    each = HEADROOM * 60 / allowance.per_minute
+    saved = max(max(allowance.at_once or 0, amount) * each, SAVED_SECONDS)
+    if left is not None:
+        saved = min(saved, left * each + age_seconds)
+    return Toll(amount * each, saved)
+
+
+def tokens_per_request(model: Model, most: int, learnt: Limits | None) -> int:
+    """The tokens that one request may have: no more than a minute's."""
+    limits = (
+        model.max_tokens_per_request or most,
+        model.tokens_per_minute,
+        (learnt or NOTHING_KNOWN).tokens.per_minute,
+    )
+    return min(limit for limit in limits if limit is not None)
+
+
+class Limiter:
+    """One model's limits, as a pass or a call of embed() keeps to them."""
+
+    def __init__(self, model: Model) -> None:
+        row = model.learnt
+        self._model = model
+        self.learnt = (
+            None
+            if row is None
+            else Limits(
+                Allowance(row.get("requests_per_minute"), row.get("requests_at_once")),
+                Allowance(row.get("tokens_per_minute"), row.get("tokens_at_once")),
+            )
+        )
+        self._told = NOTHING_KNOWN
+        self._told_at = 0.0
+        # Tokens that were estimated and not used.
+        self._overpaid = 0
+
+    @property
+    def paces(self) -> bool:
+        """Whether requests or tokens a minute are limited."""
+        return any(allowance.per_minute is not None for allowance in self._allowances())
+
+    @property
+    def needs_permits(self) -> bool:
+        model = self._model
+        budgets = (model.max_requests_in_flight, model.daily_token_budget, model.daily_cost_budget)
+        return self.paces or any(budget is not None for budget in budgets)
+
+    def _allowances(self) -> tuple[Allowance, Allowance]:
+        known = self.learnt or NOTHING_KNOWN
+        return (
+            stricter(self._model.requests_per_minute, known.requests),
+            stricter(self._model.tokens_per_minute, known.tokens),
+        )
+
+    def tolls(self, tokens: int, now: float) -> tuple[Toll | None, Toll | None]:
+        """What a request of so many tokens, by estimate, takes of requests and tokens."""
+        requests, token_allowance = self._allowances()
+        refund = min(self._overpaid, tokens)
+        self._overpaid -= refund
+        age = now - self._told_at
+        return (
+            toll(requests, 1, self._told.requests.at_once, age),
+            toll(token_allowance, tokens - refund, self._told.tokens.at_once, age),
+        )
+
+    def heard(self, headers: Mapping[str, str], now: float, *, answered: bool) -> bool:
+        """Takes in an answer's headers; whether something was learnt. answered: with vectors, not with an error."""
+        told = told_by(headers)
+        if told == NOTHING_KNOWN and not answered:
+            return False
+        before, self.learnt = self.learnt, learn(self.learnt, told)
+        self._told, self._told_at = told, now
+        return self.learnt != before
+
+    def counted(self, estimated: int, tokens: int | None) -> None:
+        """An answer says how many tokens there were."""
+        if tokens is not None:
+            self._overpaid += max(0, estimated - tokens)
+''',
 "autoembed.model": r'''"""A model as the table autoembed.model defines it; what it is asked, and what it answers."""
 
 from __future__ import annotations
@@ -1835,6 +2186,7 @@ PREFIXES = frozenset({"document_prefix", "query_prefix"})
 class Model:
     """A way to embed; the limits are the model's own, None where it leaves them to its provider.
 
+    learnt: the limits that its provider's answers told, a row of autoembed.model_limit; None: it never answered.
     http_hosts: the hosts that may be called without encryption; vault_key: what vault:NAME refers to, or vault_fault:
     why it cannot be had.
     """
@@ -1848,6 +2200,12 @@ class Model:
     max_inputs_per_request: int | None = None
     max_tokens_per_request: int | None = None
     max_tokens_per_input: int | None = None
+    requests_per_minute: int | None = field(default=None, compare=False)
+    tokens_per_minute: int | None = field(default=None, compare=False)
+    max_requests_in_flight: int | None = field(default=None, compare=False)
+    daily_token_budget: int | None = field(default=None, compare=False)
+    daily_cost_budget: float | None = field(default=None, compare=False)
+    learnt: Mapping[str, int | None] | None = field(default_factory=dict, compare=False)
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     http_hosts: Sequence[str] = field(default=(), hash=False)
     vault_key: str | None = field(default=None, repr=False, compare=False)
@@ -1869,12 +2227,16 @@ class Model:
 
 @dataclass(frozen=True)
 class Ask:
-    """Texts of one model that travel together, what they are, and how long the answer may take."""
+    """Texts of one model that travel together, what they are, and how long the answer may take.
+
+    headers: is given those of the last answer, whatever its status.
+    """
 
     model: Model
     texts: Sequence[str]
     timeout_seconds: float
     purpose: Purpose = "document"
+    headers: dict[str, str] = field(default_factory=dict, compare=False)
 
 
 def prefixed(ask: Ask) -> list[str]:
@@ -2710,6 +3072,7 @@ def post(
         max_answer_bytes=(64 << 20) + 32 * len(ask.texts) * ask.model.dimensions,
         ca_file=ask.model.options.get("ca_file"),
     )
+    ask.headers.update(answer.headers)
     if answer.status != 200:
         raise trouble_of(answer.status, answer.headers, answer.body, secret)
     return answer.body
@@ -3127,15 +3490,17 @@ from __future__ import annotations
 
 import random
 import time
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from autoembed import batching
-from autoembed.errors import ProviderTrouble, Refused, RowError, rest_seconds
+from autoembed.errors import OverBudget, ProviderTrouble, Refused, RowError, rest_seconds
 from autoembed.flight import SLICE_SECONDS, Flight
 from autoembed.jobs import Job, Ledger, Report, address_of, are_keys, isolate
+from autoembed.limits import FIRST_ANSWER_SECONDS, NOTHING_KNOWN, PATIENCE_SECONDS, Limiter, Permit, tokens_per_request
 from autoembed.model import Ask, Embedded, Model, Share
 from autoembed.providers import PROVIDERS, provider_of
 
@@ -3150,10 +3515,12 @@ DEFAULT_BATCH_SIZE = 100
 MAX_ATTEMPTS = 5
 # Beyond the time that a request may take: for the database's own work on a claim.
 LEASE_MARGIN_SECONDS = 60.0
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.1
 # Of a lane for backfills, which nobody waits for.
 BACKFILL_POLL_SECONDS = 1.0
-CLEAN_UP_SECONDS = 1.0
+LOOK_AROUND_SECONDS = 1.0
+# How long a pass claims on, before it comes to an end with its locked rows.
+CLAIMING_SECONDS = 5.0
 # The change that overtook us has a job of its own, which comes first; this one makes sure.
 CHANGED_DELAY_SECONDS = 5.0
 LOCK_PATIENCE_SECONDS = 1.0
@@ -3187,41 +3554,60 @@ def work(database: Database, network: Network, options: Options, run_seconds: fl
     # A lane that ends by itself in good time is no cancelled statement in anybody's log.
     limit = database.statement_timeout_seconds()
     end = time.monotonic() + (run_seconds if limit is None else min(run_seconds, limit / 2))
-    clean_up_at = 0.0
-    poll_seconds = BACKFILL_POLL_SECONDS if backfill else POLL_SECONDS
+    look_around_at = 0.0
+    slice_seconds = BACKFILL_POLL_SECONDS / 4 if backfill else POLL_SECONDS
+    queue = partial(_claim_queued, database, options)
+    tables = partial(_claim_backfill, database, options, backfill)
     database.enter_lane(backfill=backfill)
     database.warn_of_blocked_pipelines()
     database.commit()
     try:
-        while time.monotonic() < end and database.lane_is_wanted():
-            if time.monotonic() >= clean_up_at:
+        while time.monotonic() < end:
+            look_around = time.monotonic() >= look_around_at
+            if look_around:
+                look_around_at = time.monotonic() + LOOK_AROUND_SECONDS
+                if not database.lane_is_wanted():
+                    break
                 database.clean_up()
-                clean_up_at = time.monotonic() + CLEAN_UP_SECONDS
-            if run_pass(database, network, options, backfill=backfill).read == 0:
                 database.commit()
-                slices = round(poll_seconds / SLICE_SECONDS)
-                for number in range(slices):
-                    if number > 0:
-                        database.breathe()
-                    time.sleep(SLICE_SECONDS)
+            read = 0 if backfill else _work_on(database, network, options, queue, more=True).read
+            if read == 0 and look_around:
+                read = _work_on(database, network, options, tables, more=True).read
+                if read > 0:
+                    look_around_at = 0.0
+            if read == 0:
+                database.breathe()
+                time.sleep(slice_seconds)
     finally:
         database.leave_lane()
         database.commit()
 
 
-def run_pass(database: Database, network: Network, options: Options, *, backfill: bool = False) -> Report:
-    """Claims once, embeds what was claimed, applies it; commits after each step if the database can.
+def run_pass(database: Database, network: Network, options: Options) -> Report:
+    """Claims once, embeds what was claimed, applies it: what is queued, or else the next rows of a backfill.
 
-    What is queued comes first, then the next rows of a backfill; with backfill these alone. Never raises for a bad row,
-    a bad answer or a dead provider: the report says so.
+    Never raises for a bad row, a bad answer or a dead provider: the report says so.
     """
-    messages = [] if backfill else database.claim(options.max_rows, options.lease_seconds)
-    messages = messages or _claim_backfill(database, options, dedicated=backfill)
+    report = _work_on(database, network, options, partial(_claim_queued, database, options), more=False)
+    if report.read == 0:
+        tables = partial(_claim_backfill, database, options, False)
+        report = _work_on(database, network, options, tables, more=False)
+    return report
+
+
+# Claims so many rows, beside the messages that are held already.
+Claim = Callable[[int, list[int]], "list[Message]"]
+
+
+def _work_on(database: Database, network: Network, options: Options, claim: Claim, *, more: bool) -> Report:
+    """One pass; more: it claims again while requests are in flight, and commits after each step."""
+    messages = claim(options.max_rows, [])
     if not messages:
+        database.commit()
         return Report()
     ledger = Ledger(database, messages)
     try:
-        return _Pass(database, network, options, ledger).run(messages)
+        return _Pass(database, network, options, ledger, claim if more else None).run(messages)
     except BaseException:
         # Cancelled or shut down: what is not done goes back to the queue at once.
         ledger.release_open()
@@ -3229,13 +3615,20 @@ def run_pass(database: Database, network: Network, options: Options, *, backfill
         raise
 
 
-def _claim_backfill(database: Database, options: Options, *, dedicated: bool) -> list[Message]:
+def _claim_queued(database: Database, options: Options, max_rows: int, held: list[int]) -> list[Message]:
+    return database.claim(max_rows, options.lease_seconds, held)
+
+
+def _claim_backfill(
+    database: Database, options: Options, dedicated: bool, max_rows: int, held: list[int]
+) -> list[Message]:
     """The next rows of a table that is being looked through, as one message that is claimed at birth."""
     backfill = database.next_backfill(dedicated=dedicated)
     if backfill is None:
         return []
-    # A provider that failed last time is tried with one row.
-    max_rows = 1 if backfill.failures else options.max_rows
+    if backfill.failures:
+        # A provider that failed last time is tried with one row.
+        max_rows = 1
     try:
         keys = database.scan(backfill, max_rows)
     except RowError as error:
@@ -3245,55 +3638,117 @@ def _claim_backfill(database: Database, options: Options, *, dedicated: bool) ->
     if not are_keys(keys):
         database.fail_backfill(backfill, "its condition gives what are no keys")
         return []
-    return database.queue_backfill(backfill, keys, exhausted=len(keys) < max_rows, lease_seconds=options.lease_seconds)
+    exhausted = len(keys) < max_rows
+    return database.queue_backfill(backfill, keys, exhausted=exhausted, lease_seconds=options.lease_seconds, held=held)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Request:
-    """Texts of one model that travel together; probe: a text of ours, to see whether the model takes any."""
+    """Texts of one model that travel together; probe: a text of ours, to see whether the model takes any.
+
+    tokens: by estimate; slot: its own, where only so many may be in flight; headers: of its last answer.
+    """
 
     model: Model
     texts: list[str]
     probe: bool = False
+    tokens: int = 0
+    slot: int | None = None
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
 class Outbox:
-    """What a pass knows of one model: its jobs by text, whether it accepted anything yet, whether it rests."""
+    """What a pass knows of one model: its open jobs by text, whether it accepted anything yet, whether it rests.
 
+    waiting: requests that its limits do not allow yet; permit: that of the first; slots: all that are held.
+    """
+
+    limiter: Limiter
     jobs: dict[str, list[Job]] = field(default_factory=lambda: defaultdict(list))
+    unsent: list[str] = field(default_factory=list)
     accepted: bool = False
     trouble: ProviderTrouble | None = None
     # Refused requests, until it is known whether the model refuses everything.
     suspended: list[tuple[Request, Refused]] = field(default_factory=list)
     failures: int = 0
+    waiting: deque[Request] = field(default_factory=deque)
+    in_flight: int = 0
+    permit: Permit | None = None
+    slots: set[int] = field(default_factory=set)
+    began_at: float = field(default_factory=time.monotonic)
 
 
 class _Pass:
-    def __init__(self, database: Database, network: Network, options: Options, ledger: Ledger) -> None:
+    def __init__(
+        self, database: Database, network: Network, options: Options, ledger: Ledger, claim: Claim | None
+    ) -> None:
         self._database = database
         self._network = network
         self._options = options
         self._ledger = ledger
+        self._claim = claim
         self._outboxes: dict[Model, Outbox] = {}
         self._locked: list[tuple[Job, Any]] = []
+        self._flight: Flight[Request, Embedded] | None = None
         self._lease_ends = time.monotonic() + options.lease_seconds
+        self._claim_at = time.monotonic() + POLL_SECONDS
+        self._claim_until = time.monotonic() + CLAIMING_SECONDS
 
     def run(self, messages: list[Message]) -> Report:
-        for pipeline, jobs in self._jobs(messages):
-            self._take(pipeline, self._read(pipeline, jobs))
-        self._commit()
-        if self._outboxes:
-            with Flight[Request, Embedded](self._options.max_requests, self._breathe, self._abort) as flight:
-                for model in self._outboxes:
-                    self._send(flight, model)
-                for request, outcome in flight.landed():
-                    self._database.gate()
-                    self._land(flight, request, outcome)
-                    self._commit()
+        if any(message.read_count > 1 for message in messages):
+            # Lanes died of them, perhaps: nothing is to be in flight beside them.
+            self._claim = None
+        with Flight[Request, Embedded](self._options.max_requests, self._breathe, self._abort) as flight:
+            try:
+                self._load(flight, messages)
+                self._flight = flight
+                while flight or self._waiting():
+                    for request, outcome in flight.landed():
+                        self._database.gate()
+                        self._land(flight, request, outcome)
+                        self._commit()
+                        self._launch(flight)
+                    if self._waiting():
+                        time.sleep(SLICE_SECONDS)
+                        self._breathe()
+                self._flight = None
+            finally:
+                for model, outbox in self._outboxes.items():
+                    self._free(model, outbox.slots)
         self._write_locked()
         self._commit()
         return self._ledger.report
+
+    def _load(self, flight: Flight[Request, Embedded], messages: list[Message]) -> None:
+        """Reads the rows of claimed messages and sends their texts on their way."""
+        for pipeline, jobs in self._jobs(messages):
+            self._take(pipeline, self._read(pipeline, jobs))
+        self._commit()
+        for model in self._outboxes:
+            self._send(model)
+        self._launch(flight)
+
+    def _waiting(self) -> int:
+        return sum(len(outbox.waiting) for outbox in self._outboxes.values())
+
+    def _claim_more(self, flight: Flight[Request, Embedded], claim: Claim) -> None:
+        """Claims for the requests that could be in flight besides, so that providers need not wait for our writing."""
+        free = self._options.max_requests - len(flight) - self._waiting()
+        now = time.monotonic()
+        if now > self._claim_until or 2 * free < self._options.max_requests and (free < 1 or now < self._claim_at):
+            return
+        if any(outbox.trouble or outbox.suspended for outbox in self._outboxes.values()):
+            return
+        self._claim_at = now + POLL_SECONDS
+        self._database.gate()
+        messages = claim(free * self._options.batch_size, self._ledger.open_message_ids())
+        self._ledger.take(messages)
+        suspects = [message for message in messages if message.read_count > 1]
+        if suspects:
+            self._ledger.set_aside(suspects)
+            self._claim = None
+        self._load(flight, [message for message in messages if message.read_count == 1])
 
     # Claim ---------------------------------------------------------------------------------------
 
@@ -3391,7 +3846,11 @@ class _Pass:
             if job.truncated and not pipeline.truncate:
                 self._ledger.fail(job, f"the text has more than the {limit} tokens that the model takes")
                 continue
-            outbox = self._outboxes.setdefault(pipeline.model, Outbox(failures=pipeline.failures))
+            outbox = self._outboxes.setdefault(
+                pipeline.model, Outbox(Limiter(pipeline.model), failures=pipeline.failures)
+            )
+            if text not in outbox.jobs:
+                outbox.unsent.append(text)
             outbox.jobs[text].append(job)
         if unchanged:
             self._record(pipeline, unchanged)
@@ -3401,25 +3860,72 @@ class _Pass:
 
     # Embed ---------------------------------------------------------------------------------------
 
-    def _send(self, flight: Flight[Request, Embedded], model: Model) -> None:
+    def _send(self, model: Model) -> None:
+        unsent, self._outboxes[model].unsent = self._outboxes[model].unsent, []
+        for texts in self._pack(model, unsent):
+            self._submit(Request(model, texts))
+
+    def _pack(self, model: Model, texts: Sequence[str]) -> list[list[str]]:
         provider = provider_of(model)
-        requests = batching.pack(
-            list(self._outboxes[model].jobs),
+        return batching.pack(
+            texts,
             min(self._options.batch_size, model.max_inputs_per_request or provider.MAX_INPUTS_PER_REQUEST),
-            model.max_tokens_per_request or provider.MAX_TOKENS_PER_REQUEST,
+            tokens_per_request(model, provider.MAX_TOKENS_PER_REQUEST, self._outboxes[model].limiter.learnt),
             model.prefix("document"),
         )
-        for texts in requests:
-            self._submit(flight, Request(model, texts))
 
-    def _submit(self, flight: Flight[Request, Embedded], request: Request) -> None:
-        provider = provider_of(request.model)
-        ask = Ask(request.model, request.texts, self._options.timeout_seconds)
-        self._ledger.report.requests += 1
-        flight.submit(request, lambda: provider.embed(ask, self._network))
+    def _submit(self, request: Request) -> None:
+        """Has a request sent when the limits of its model allow."""
+        waiting = self._outboxes[request.model].waiting
+        if request.probe:
+            waiting.appendleft(request)
+        else:
+            waiting.append(request)
+
+    def _launch(self, flight: Flight[Request, Embedded]) -> None:
+        """Sends what waits, as far as the limits allow by now."""
+        for model, outbox in self._outboxes.items():
+            while outbox.waiting and self._may_go(flight, outbox):
+                request = outbox.waiting.popleft()
+                if outbox.permit is not None:
+                    request.slot, outbox.permit = outbox.permit.slot, None
+                ask = Ask(model, request.texts, self._options.timeout_seconds, headers=request.headers)
+                self._ledger.report.requests += 1
+                outbox.in_flight += 1
+                flight.submit(request, partial(provider_of(model).embed, ask, self._network))
+
+    def _may_go(self, flight: Flight[Request, Embedded], outbox: Outbox) -> bool:
+        """Whether the first request that waits may be sent now."""
+        request, limiter = outbox.waiting[0], outbox.limiter
+        elapsed = time.monotonic() - outbox.began_at
+        if outbox.in_flight and limiter.learnt is None and elapsed < FIRST_ANSWER_SECONDS:
+            return False
+        if not limiter.needs_permits:
+            return True
+        if outbox.permit is None:
+            if len(flight) >= self._options.max_requests:
+                return False
+            if elapsed > PATIENCE_SECONDS:
+                self._put_back(outbox, outbox.waiting, "it is not its turn yet: the model's limits")
+                outbox.waiting.clear()
+                return False
+            prefix = request.model.prefix("document")
+            request.tokens = sum(batching.estimate_tokens(prefix + text) for text in request.texts)
+            tolls = limiter.tolls(request.tokens, time.monotonic())
+            permit = self._database.take_permit(request.model.name, tolls, sorted(outbox.slots))
+            if permit.spent is not None:
+                outbox.waiting.popleft()
+                self._give_up_model(flight, request, OverBudget(permit.spent, retry_after_seconds=permit.rest_seconds))
+            elif permit.at is not None:
+                outbox.permit = permit
+                outbox.slots.update([] if permit.slot is None else [permit.slot])
+            # At once: other lanes wait for their turn.
+            self._database.commit()
+        return outbox.permit is not None and outbox.permit.at is not None and time.monotonic() >= outbox.permit.at
 
     def _land(self, flight: Flight[Request, Embedded], request: Request, outcome: Embedded | BaseException) -> None:
         outbox = self._outboxes[request.model]
+        self._listen(outbox, request, outcome)
         if isinstance(outcome, Refused) and request.probe:
             outcome = ProviderTrouble(f"every request is refused: {outcome}", permanent=True)
         elif isinstance(outcome, Refused) and outbox.trouble is not None:
@@ -3428,7 +3934,7 @@ class _Pass:
             case ProviderTrouble():
                 self._give_up_model(flight, request, outcome)
             case Refused():
-                self._refuse(flight, request, outcome)
+                self._refuse(request, outcome)
             case Exception():
                 # A fault of ours, which must not end every lane again and again. Its text may hold anything, a key too.
                 trouble = ProviderTrouble(
@@ -3438,8 +3944,29 @@ class _Pass:
             case BaseException():
                 raise outcome
             case Embedded(vectors, tokens):
-                self._database.note_usage(request.model.name, self._shares(request, tokens))
-                self._accept(flight, request, vectors)
+                self._database.note_usage(request.model.name, self._shares(request, tokens), request.slot)
+                self._accept(request, vectors)
+
+    def _listen(self, outbox: Outbox, request: Request, outcome: Embedded | BaseException) -> None:
+        """Takes from an answer what it tells of the model's limits; a request that failed frees its slot."""
+        answered = isinstance(outcome, Embedded)
+        outbox.in_flight -= 1
+        outbox.slots.discard(request.slot or 0)
+        if request.slot is not None and not answered:
+            self._free(request.model, {request.slot})
+        if isinstance(outcome, Embedded):
+            outbox.limiter.counted(request.tokens, outcome.tokens)
+        if outbox.limiter.heard(request.headers, time.monotonic(), answered=answered):
+            self._database.learn_limits(request.model.name, outbox.limiter.learnt or NOTHING_KNOWN)
+            if outbox.permit is None and not any(other.probe for other in outbox.waiting):
+                # What still waits may have too many tokens.
+                waiting, outbox.waiting = outbox.waiting, deque()
+                for texts in self._pack(request.model, [text for other in waiting for text in other.texts]):
+                    self._submit(Request(request.model, texts))
+
+    def _free(self, model: Model, slots: Iterable[int]) -> None:
+        if slots:
+            self._database.free_slots(model.name, sorted(slots))
 
     def _shares(self, request: Request, tokens: int | None) -> list[Share]:
         """Who had texts in a request; its tokens by estimate. A text of several pipelines is the first one's."""
@@ -3457,17 +3984,17 @@ class _Pass:
             for number, (pipeline_id, own) in enumerate(texts.items())
         ]
 
-    def _refuse(self, flight: Flight[Request, Embedded], request: Request, refusal: Refused) -> None:
+    def _refuse(self, request: Request, refusal: Refused) -> None:
         """Looks for the text to blame, once it is known that the model takes others."""
         outbox = self._outboxes[request.model]
         if outbox.accepted:
-            self._split(flight, request, refusal)
+            self._split(request, refusal)
             return
         outbox.suspended.append((request, refusal))
         if len(outbox.suspended) == 1:
-            self._submit(flight, Request(request.model, [PROBE], probe=True))
+            self._submit(Request(request.model, [PROBE], probe=True))
 
-    def _accept(self, flight: Flight[Request, Embedded], request: Request, vectors: np.ndarray) -> None:
+    def _accept(self, request: Request, vectors: np.ndarray) -> None:
         outbox = self._outboxes[request.model]
         outbox.accepted = True
         if outbox.failures:
@@ -3475,17 +4002,19 @@ class _Pass:
             outbox.failures = 0
         if not request.probe:
             self._apply(request, vectors)
+            for text in request.texts:
+                del outbox.jobs[text]
         suspended, outbox.suspended = outbox.suspended, []
         for refused, refusal in suspended:
-            self._split(flight, refused, refusal)
+            self._split(refused, refusal)
 
-    def _split(self, flight: Flight[Request, Embedded], request: Request, refusal: Refused) -> None:
+    def _split(self, request: Request, refusal: Refused) -> None:
         """Finds the text that is to blame for a refusal: halves the request until it stands alone."""
         if len(request.texts) > 1:
             for half in batching.halves(request.texts):
-                self._submit(flight, Request(request.model, half))
+                self._submit(Request(request.model, half))
             return
-        for job in self._outboxes[request.model].jobs[request.texts[0]]:
+        for job in self._outboxes[request.model].jobs.pop(request.texts[0]):
             self._ledger.fail(job, str(refusal))
 
     def _give_up_model(self, flight: Flight[Request, Embedded], request: Request, trouble: ProviderTrouble) -> None:
@@ -3493,15 +4022,23 @@ class _Pass:
         outbox = self._outboxes[request.model]
         if outbox.trouble is not trouble:
             outbox.trouble = trouble
-            seconds = rest_seconds(trouble, outbox.failures, random.random())
+            # Where limits are known, lanes do not come back all at once anyway.
+            paced = outbox.limiter.paces and trouble.retry_after_seconds is not None
+            seconds = rest_seconds(trouble, outbox.failures, 0.0 if paced else random.random())
             self._database.rest_model(request.model.name, seconds, trouble.permanent, str(trouble))
         unsent = flight.withdraw(lambda other: other.model == request.model)
         self._ledger.report.requests -= len(unsent)
-        for returned in [request, *unsent, *(suspended for suspended, _ in outbox.suspended)]:
-            for text in [] if returned.probe else returned.texts:
-                for job in outbox.jobs[text]:
-                    self._ledger.release(job, str(trouble))
+        outbox.in_flight -= len(unsent)
+        suspended = [refused for refused, _ in outbox.suspended]
+        self._put_back(outbox, [request, *unsent, *suspended, *outbox.waiting], str(trouble))
         outbox.suspended = []
+        outbox.waiting.clear()
+
+    def _put_back(self, outbox: Outbox, requests: Iterable[Request], reason: str) -> None:
+        for request in requests:
+            for text in [] if request.probe else request.texts:
+                for job in outbox.jobs.pop(text):
+                    self._ledger.release(job, reason)
 
     # Apply ---------------------------------------------------------------------------------------
 
@@ -3594,6 +4131,10 @@ class _Pass:
 
     def _breathe(self) -> None:
         self._database.breathe()
+        if self._flight is not None:
+            self._launch(self._flight)
+        if self._flight is not None and self._claim is not None:
+            self._claim_more(self._flight, self._claim)
         if self._lease_ends - time.monotonic() < self._options.timeout_seconds:
             self._database.extend(self._ledger.open_message_ids(), self._options.lease_seconds)
             self._database.commit()
@@ -3623,7 +4164,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "dd186dafcc90c3d0"
+    GD["autoembed"] = "7207c1be514bd0c5"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -3715,8 +4256,11 @@ CREATE FUNCTION autoembed._model_facts(model autoembed.model)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    SELECT to_jsonb(model) || jsonb_build_object('http_hosts', autoembed._http_hosts()) || to_jsonb(v)
-    FROM autoembed._vault_key(model.api_key) AS v;
+    SELECT to_jsonb(_model_facts.model) || jsonb_build_object('http_hosts', autoembed._http_hosts(), 'learnt', to_jsonb(l)) || to_jsonb(v)
+    FROM autoembed._vault_key((_model_facts.model).api_key) AS v
+    LEFT JOIN LATERAL (
+        SELECT l.* FROM autoembed.model_limit AS l WHERE l.model = (_model_facts.model).name ORDER BY l.at DESC LIMIT 1
+    ) AS l ON true;
 $sql$;
 COMMENT ON FUNCTION autoembed._model_facts(autoembed.model) IS
     'What the Python side needs to know of a model: its row, and what the row refers to.';
@@ -3727,7 +4271,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "dd186dafcc90c3d0":
+    if GD.get("autoembed") != "7207c1be514bd0c5":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -3753,6 +4297,23 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._check_api_key(text) IS 'Fails unless it is a reference to a key.';
 
+CREATE FUNCTION autoembed._check_budget(daily_cost_budget numeric, price_per_million_tokens numeric)
+    RETURNS void
+    LANGUAGE plpgsql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF daily_cost_budget IS NOT NULL AND price_per_million_tokens IS NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'daily_cost_budget needs a price',
+            HINT = 'Give price_per_million_tokens too, in the same currency; or a daily_token_budget.';
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._check_budget(numeric, numeric) IS 'Fails for a budget in money without a price.';
+
 CREATE FUNCTION autoembed.create_model(
     name text,
     provider text,
@@ -3763,6 +4324,12 @@ CREATE FUNCTION autoembed.create_model(
     max_inputs_per_request integer DEFAULT NULL,
     max_tokens_per_request integer DEFAULT NULL,
     max_tokens_per_input integer DEFAULT NULL,
+    requests_per_minute integer DEFAULT NULL,
+    tokens_per_minute integer DEFAULT NULL,
+    max_requests_in_flight integer DEFAULT NULL,
+    price_per_million_tokens numeric DEFAULT NULL,
+    daily_token_budget bigint DEFAULT NULL,
+    daily_cost_budget numeric DEFAULT NULL,
     options jsonb DEFAULT NULL
 )
     RETURNS void
@@ -3772,6 +4339,7 @@ CREATE FUNCTION autoembed.create_model(
 AS $plpgsql$
 BEGIN
     PERFORM autoembed._check_api_key(create_model.api_key);
+    PERFORM autoembed._check_budget(create_model.daily_cost_budget, create_model.price_per_million_tokens);
     IF EXISTS (SELECT FROM autoembed.model AS m WHERE m.name = create_model.name) THEN
         RAISE EXCEPTION USING
             ERRCODE = 'duplicate_object',
@@ -3779,16 +4347,20 @@ BEGIN
             HINT = 'Change it with autoembed.alter_model().';
     END IF;
     INSERT INTO autoembed.model (name, provider, model_id, dimensions, base_url, api_key,
-                                 max_inputs_per_request, max_tokens_per_request, max_tokens_per_input, options)
+                                 max_inputs_per_request, max_tokens_per_request, max_tokens_per_input,
+                                 requests_per_minute, tokens_per_minute, max_requests_in_flight,
+                                 price_per_million_tokens, daily_token_budget, daily_cost_budget, options)
     VALUES (create_model.name, create_model.provider, coalesce(create_model.model_id, create_model.name),
             create_model.dimensions, create_model.base_url, create_model.api_key, create_model.max_inputs_per_request,
             create_model.max_tokens_per_request, create_model.max_tokens_per_input,
+            create_model.requests_per_minute, create_model.tokens_per_minute, create_model.max_requests_in_flight,
+            create_model.price_per_million_tokens, create_model.daily_token_budget, create_model.daily_cost_budget,
             coalesce(create_model.options, '{}'));
     PERFORM autoembed._check_model(create_model.name);
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed.create_model(text, text, integer, text, text, text, integer, integer, integer, jsonb) IS
-    'Defines a model: its provider (local, openai, azure, cohere, voyage, gemini, ollama), the length of its vectors, what the provider calls it (default: its name), where it is, where its key is found (env:NAME, file:PATH or vault:NAME), limits below the provider''s own, and options of the provider.';
+COMMENT ON FUNCTION autoembed.create_model(text, text, integer, text, text, text, integer, integer, integer, integer, integer, integer, numeric, bigint, numeric, jsonb) IS
+    'Defines a model: its provider (local, openai, azure, cohere, voyage, gemini, ollama), the length of its vectors, what the provider calls it (default: its name), where it is, where its key is found (env:NAME, file:PATH or vault:NAME), limits below the provider''s own, requests and tokens a minute and requests in flight for all sessions together (left out: what the provider''s answers tell), its price, what it may use a day (UTC) in tokens or at that price, and options of the provider.';
 
 CREATE FUNCTION autoembed.alter_model(
     name text,
@@ -3800,6 +4372,12 @@ CREATE FUNCTION autoembed.alter_model(
     max_inputs_per_request integer DEFAULT NULL,
     max_tokens_per_request integer DEFAULT NULL,
     max_tokens_per_input integer DEFAULT NULL,
+    requests_per_minute integer DEFAULT NULL,
+    tokens_per_minute integer DEFAULT NULL,
+    max_requests_in_flight integer DEFAULT NULL,
+    price_per_million_tokens numeric DEFAULT NULL,
+    daily_token_budget bigint DEFAULT NULL,
+    daily_cost_budget numeric DEFAULT NULL,
     options jsonb DEFAULT NULL
 )
     RETURNS void
@@ -3807,9 +4385,13 @@ CREATE FUNCTION autoembed.alter_model(
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    _before autoembed.model;
 BEGIN
     PERFORM autoembed._check_api_key(alter_model.api_key);
-    PERFORM autoembed._model(alter_model.name);
+    _before := autoembed._model(alter_model.name);
+    PERFORM autoembed._check_budget(coalesce(alter_model.daily_cost_budget, _before.daily_cost_budget),
+                                    coalesce(alter_model.price_per_million_tokens, _before.price_per_million_tokens));
     UPDATE autoembed.model AS m
     SET provider = coalesce(alter_model.provider, m.provider),
         dimensions = coalesce(alter_model.dimensions, m.dimensions),
@@ -3819,16 +4401,24 @@ BEGIN
         max_inputs_per_request = coalesce(alter_model.max_inputs_per_request, m.max_inputs_per_request),
         max_tokens_per_request = coalesce(alter_model.max_tokens_per_request, m.max_tokens_per_request),
         max_tokens_per_input = coalesce(alter_model.max_tokens_per_input, m.max_tokens_per_input),
+        requests_per_minute = coalesce(alter_model.requests_per_minute, m.requests_per_minute),
+        tokens_per_minute = coalesce(alter_model.tokens_per_minute, m.tokens_per_minute),
+        max_requests_in_flight = coalesce(alter_model.max_requests_in_flight, m.max_requests_in_flight),
+        price_per_million_tokens = coalesce(alter_model.price_per_million_tokens, m.price_per_million_tokens),
+        daily_token_budget = coalesce(alter_model.daily_token_budget, m.daily_token_budget),
+        daily_cost_budget = coalesce(alter_model.daily_cost_budget, m.daily_cost_budget),
         options = coalesce(alter_model.options, m.options),
         builtin = false
     WHERE m.name = alter_model.name;
+    -- Another address or key, perhaps, with limits of its own.
+    DELETE FROM autoembed.model_limit AS l WHERE l.model = alter_model.name;
     PERFORM autoembed._check_model(alter_model.name);
     PERFORM autoembed.resume_model(alter_model.name);
     PERFORM autoembed._warn_of_blocked_pipelines();
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed.alter_model(text, text, integer, text, text, text, integer, integer, integer, jsonb) IS
-    'Changes what is not NULL of a model, and ends its rest. Rows embedded before keep their vectors.';
+COMMENT ON FUNCTION autoembed.alter_model(text, text, integer, text, text, text, integer, integer, integer, integer, integer, integer, numeric, bigint, numeric, jsonb) IS
+    'Changes what is not NULL of a model, ends its rest, and forgets the limits that its provider''s answers told. Rows embedded before keep their vectors.';
 
 CREATE FUNCTION autoembed.drop_model(name text)
     RETURNS void
@@ -3937,6 +4527,149 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._rest_model(text, double precision, boolean, text) IS
     'Keeps all lanes from calling a model''s provider for so many seconds.';
 
+-- 25_limits.sql: how often a model may be asked and what it may use a day, for all sessions together.
+
+CREATE FUNCTION autoembed._spent_budget(name text)
+    RETURNS text
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT CASE WHEN u.tokens >= m.daily_token_budget
+                THEN format('its budget of %s tokens a day is used up; the next day begins at 00:00 UTC', m.daily_token_budget)
+                WHEN u.tokens * m.price_per_million_tokens >= m.daily_cost_budget * 1000000
+                THEN format('its budget of %s a day is used up; the next day begins at 00:00 UTC', m.daily_cost_budget) END
+    FROM autoembed.model AS m
+    CROSS JOIN LATERAL (
+        SELECT coalesce(sum(t.tokens), 0) AS tokens
+        FROM (
+            SELECT d.tokens FROM autoembed.usage_day AS d WHERE d.model = m.name AND d.day = (clock_timestamp() AT TIME ZONE 'UTC')::date
+            UNION ALL
+            SELECT e.tokens FROM autoembed.usage_entry AS e WHERE e.model = m.name AND e.at >= date_trunc('day', clock_timestamp(), 'UTC')
+        ) AS t
+    ) AS u
+    WHERE m.name = _spent_budget.name AND num_nonnulls(m.daily_token_budget, m.daily_cost_budget) > 0;
+$sql$;
+COMMENT ON FUNCTION autoembed._spent_budget(text) IS 'Why a model may use no more today; NULL: it may.';
+
+CREATE FUNCTION autoembed._take_permit(
+    model text,
+    in_turn boolean,
+    requests_seconds double precision,
+    requests_saved_seconds double precision,
+    tokens_seconds double precision,
+    tokens_saved_seconds double precision,
+    slots_held integer[],
+    OUT wait_seconds double precision,
+    OUT slot integer,
+    OUT spent text,
+    OUT rest_seconds double precision
+)
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _slots integer := (SELECT m.max_requests_in_flight FROM autoembed.model AS m WHERE m.name = _take_permit.model);
+    _now timestamptz;
+    _requests_until timestamptz;
+    _tokens_until timestamptz;
+BEGIN
+    PERFORM autoembed._gate();
+    spent := autoembed._spent_budget(_take_permit.model);
+    IF spent IS NOT NULL THEN
+        rest_seconds := extract(epoch FROM date_trunc('day', clock_timestamp(), 'UTC') + interval '1 day' - clock_timestamp());
+        RETURN;
+    END IF;
+    IF _slots IS NOT NULL THEN
+        -- A lock for each request in flight: seen by all sessions at once, and gone with the session.
+        SELECT s.slot INTO slot
+        FROM generate_series(1, _slots) AS s(slot)
+        WHERE CASE WHEN s.slot <> ALL (slots_held) THEN pg_try_advisory_lock(autoembed._slot_key(_take_permit.model, s.slot)) END
+        LIMIT 1;
+        IF slot IS NULL THEN
+            RETURN;
+        END IF;
+    END IF;
+    wait_seconds := 0;
+    IF num_nonnulls(requests_seconds, tokens_seconds) = 0 OR current_setting('transaction_read_only')::boolean THEN
+        RETURN;
+    END IF;
+    IF in_turn THEN
+        -- Until the lane's commit, which comes at once. A caller's transaction may last: it goes without, and what it takes is seen late.
+        PERFORM pg_advisory_xact_lock(autoembed._slot_key(_take_permit.model, 0));
+    END IF;
+    _now := clock_timestamp();
+    _requests_until := (SELECT max(p.requests_until) FROM autoembed.permit AS p WHERE p.model = _take_permit.model);
+    _tokens_until := (SELECT max(p.tokens_until) FROM autoembed.permit AS p WHERE p.model = _take_permit.model);
+    -- NULL where there is no limit; greatest() passes over a NULL.
+    _requests_until := greatest(_requests_until, _now - make_interval(secs => requests_saved_seconds)) + make_interval(secs => requests_seconds);
+    _tokens_until := greatest(_tokens_until, _now - make_interval(secs => tokens_saved_seconds)) + make_interval(secs => tokens_seconds);
+    INSERT INTO autoembed.permit (model, at, requests_until, tokens_until)
+    VALUES (_take_permit.model, _now, _requests_until, _tokens_until);
+    wait_seconds := extract(epoch FROM greatest(_now, _requests_until, _tokens_until) - _now);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._take_permit(text, boolean, double precision, double precision, double precision, double precision, integer[]) IS
+    'A permit for one request: in how many seconds, and the slot that it holds where only so many may be in flight, none of slots_held; both NULL: all are taken, or the budget is spent. What it takes is given in seconds of each allowance, with how much may have been saved up.';
+
+CREATE FUNCTION autoembed._slot_key(model text, slot integer)
+    RETURNS bigint
+    LANGUAGE sql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT hashtextextended('autoembed ' || model, slot);
+$sql$;
+COMMENT ON FUNCTION autoembed._slot_key(text, integer) IS 'The advisory lock of a request in flight; 0: of taking turns.';
+
+CREATE FUNCTION autoembed._free_slots(model text, slots integer[])
+    RETURNS void
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT pg_advisory_unlock(autoembed._slot_key(_free_slots.model, s.slot)) FROM unnest(slots) AS s(slot);
+$sql$;
+COMMENT ON FUNCTION autoembed._free_slots(text, integer[]) IS 'Says that these requests are no longer in flight.';
+
+CREATE FUNCTION autoembed._learn_limits(model text, requests_per_minute integer, requests_at_once integer, tokens_per_minute integer, tokens_at_once integer)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF NOT current_setting('transaction_read_only')::boolean THEN
+        -- Unless it was dropped meanwhile.
+        INSERT INTO autoembed.model_limit (model, requests_per_minute, requests_at_once, tokens_per_minute, tokens_at_once)
+        SELECT m.name, _learn_limits.requests_per_minute, _learn_limits.requests_at_once,
+               _learn_limits.tokens_per_minute, _learn_limits.tokens_at_once
+        FROM autoembed.model AS m
+        WHERE m.name = _learn_limits.model;
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._learn_limits(text, integer, integer, integer, integer) IS
+    'Notes the limits that an answer told; NULLs: it told none.';
+
+CREATE FUNCTION autoembed._forget_permits()
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF EXISTS (SELECT FROM autoembed.permit AS p WHERE p.at < clock_timestamp() - interval '10 minutes') THEN
+        DELETE FROM autoembed.permit AS p WHERE greatest(p.at, p.requests_until, p.tokens_until) < clock_timestamp() - interval '5 minutes';
+        DELETE FROM autoembed.model_limit AS l
+        WHERE EXISTS (SELECT FROM autoembed.model_limit AS n WHERE n.model = l.model AND n.at > l.at);
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._forget_permits() IS 'Forgets permits of some minutes ago, and limits that have changed since.';
+
 -- 30_pipelines.sql: what a pipeline is: the keys of its rows, their text, and whether it can be embedded as things stand.
 
 CREATE FUNCTION autoembed._content_function(table_id oid, name text)
@@ -3956,11 +4689,11 @@ BEGIN
         FROM pg_class AS c
         -- By its name without a schema first, which has an index.
         JOIN pg_proc AS p
-            ON p.proname IN (name, substring(name FROM '[.]([^.]*)$'), substring(name FROM '[.]"(.*)"$'))
+            ON p.proname IN (name, substring(name FROM '^"(.*)"$'), substring(name FROM '[.]([^.]*)$'), substring(name FROM '[.]"(.*)"$'))
            AND p.proargtypes[0] = c.reltype AND p.pronargs = 1 AND p.prokind = 'f' AND NOT p.proretset
         JOIN pg_namespace AS n ON n.oid = p.pronamespace
         WHERE c.oid = table_id
-          AND name IN (p.proname::text, format('%s.%s', n.nspname, p.proname), format('%I.%I', n.nspname, p.proname))
+          AND name IN (p.proname::text, quote_ident(p.proname), format('%s.%s', n.nspname, p.proname), format('%I.%I', n.nspname, p.proname))
     ) AS f;
     RETURN _found[1];
 END;
@@ -5678,7 +6411,7 @@ COMMENT ON FUNCTION autoembed.clear_column() IS
 
 -- 50_process.sql: the path of a job. First what the lane does to queue and state, one statement each; then the doors into Python.
 
-CREATE FUNCTION autoembed._claim(max_rows integer, lease_seconds double precision)
+CREATE FUNCTION autoembed._claim(max_rows integer, lease_seconds double precision, held bigint[])
     RETURNS TABLE (message_id bigint, read_count integer, message jsonb)
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -5691,6 +6424,8 @@ DECLARE
     _ready record;
     _due record;
     _share integer;
+    _room integer;
+    _newest boolean;
     _ids bigint[] := '{}';
 BEGIN
     IF NOT EXISTS (SELECT FROM pgmq.q_embedding_jobs AS q WHERE q.vt <= _now) THEN
@@ -5726,16 +6461,24 @@ BEGIN
     LOOP
         -- Every pipeline has its share, so that none holds up another; a provider that failed last time is tried with one message.
         _share := CASE WHEN _ready.failures > 0 THEN 1 ELSE greatest(1, max_rows / _ready.pipelines) END;
-        FOR _due IN
-            SELECT q.msg_id, CASE jsonb_typeof(q.message -> 'keys') WHEN 'array' THEN jsonb_array_length(q.message -> 'keys') ELSE 1 END AS rows
-            FROM pgmq.q_embedding_jobs AS q
-            WHERE coalesce(q.message ->> 'pipeline', '') = _ready.pipeline AND q.vt <= _now
-            ORDER BY q.vt
-            FOR UPDATE SKIP LOCKED
-        LOOP
-            _ids := _ids || _due.msg_id;
-            _share := _share - _due.rows;
-            EXIT WHEN _share <= 0;
+        -- Half of it the oldest, half the newest: a backlog is worked off, and what changes now need not wait for it.
+        FOREACH _newest IN ARRAY '{false,true}'::boolean[] LOOP
+            _room := CASE WHEN _newest THEN _share ELSE (_share + 1) / 2 END;
+            FOR _due IN EXECUTE format(
+                $sql$
+                SELECT q.msg_id,
+                       CASE jsonb_typeof(q.message -> 'keys') WHEN 'array' THEN jsonb_array_length(q.message -> 'keys') ELSE 1 END AS rows
+                FROM pgmq.q_embedding_jobs AS q
+                WHERE coalesce(q.message ->> 'pipeline', '') = $1 AND q.vt <= $2 AND q.msg_id <> ALL ($3)
+                ORDER BY q.vt %s
+                FOR UPDATE SKIP LOCKED
+                $sql$, CASE WHEN _newest THEN 'DESC' END) USING _ready.pipeline, _now, _ids
+            LOOP
+                EXIT WHEN _room <= 0;
+                _ids := _ids || _due.msg_id;
+                _room := _room - _due.rows;
+                _share := _share - _due.rows;
+            END LOOP;
         END LOOP;
     END LOOP;
     RETURN QUERY
@@ -5747,14 +6490,14 @@ BEGIN
     ),
     held AS (
         UPDATE autoembed.lane AS l
-        SET claimed_at = _now, message_ids = _ids
-        WHERE l.pid = pg_backend_pid() AND _ids <> '{}'
+        SET claimed_at = _now, message_ids = held || _ids
+        WHERE (l.pid, l.backend_start) = (SELECT a.pid, a.backend_start FROM pg_stat_get_activity(pg_backend_pid()) AS a) AND _ids <> '{}'
     )
     SELECT c.msg_id, c.read_ct, c.message FROM claimed AS c ORDER BY c.msg_id;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._claim(integer, double precision) IS
-    'Takes due messages of the pipelines that can be embedded now, hides them for the lease, and counts the try. Of each pipeline, the last message may exceed its share of max_rows.';
+COMMENT ON FUNCTION autoembed._claim(integer, double precision, bigint[]) IS
+    'Takes due messages of the pipelines that can be embedded now, hides them for the lease, and counts the try. Of each pipeline, the last message may exceed its share of max_rows. held: the messages that the lane has already.';
 
 CREATE FUNCTION autoembed._extend(message_ids bigint[], lease_seconds double precision)
     RETURNS void
@@ -5911,6 +6654,8 @@ BEGIN
     INSERT INTO autoembed.embedded AS e (pipeline_id, key, digest, truncated)
     SELECT _record_embedded.pipeline_id, s.key, s.digest, s.truncated
     FROM unnest(keys, digests, _record_embedded.truncated) AS s(key, digest, truncated)
+    -- It may have been ended meanwhile.
+    WHERE EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.id = _record_embedded.pipeline_id FOR KEY SHARE)
     ORDER BY s.key
     ON CONFLICT ON CONSTRAINT embedded_pkey DO UPDATE
     SET digest = excluded.digest, truncated = excluded.truncated
@@ -5949,8 +6694,12 @@ CREATE FUNCTION autoembed._fail(pipeline_id integer, key text, reason text, atte
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
+    -- It may have been ended meanwhile.
     INSERT INTO autoembed.failure AS f (pipeline_id, key, error_class, reason, attempts, excerpt)
-    VALUES (_fail.pipeline_id, _fail.key, 'row', _fail.reason, _fail.attempts, left(_fail.excerpt, 200))
+    SELECT p.id, _fail.key, 'row', _fail.reason, _fail.attempts, left(_fail.excerpt, 200)
+    FROM autoembed.pipeline AS p
+    WHERE p.id = _fail.pipeline_id
+    FOR KEY SHARE
     ON CONFLICT (pipeline_id, key) DO UPDATE
     SET reason = excluded.reason, attempts = excluded.attempts, excerpt = excluded.excerpt,
         last_failed_at = excluded.last_failed_at;
@@ -5987,7 +6736,7 @@ CREATE FUNCTION autoembed._lane_is_wanted()
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    SELECT NOT EXISTS (SELECT FROM autoembed.lane AS l WHERE l.pid = pg_backend_pid() AND l.stop);
+    SELECT NOT EXISTS (SELECT FROM autoembed.lane AS l WHERE (l.pid, l.backend_start) = (SELECT a.pid, a.backend_start FROM pg_stat_get_activity(pg_backend_pid()) AS a) AND l.stop);
 $sql$;
 COMMENT ON FUNCTION autoembed._lane_is_wanted() IS 'Whether nobody has asked this lane to stop.';
 
@@ -6010,7 +6759,7 @@ CREATE FUNCTION autoembed._leave_lane()
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    DELETE FROM autoembed.lane AS l WHERE l.pid = pg_backend_pid();
+    DELETE FROM autoembed.lane AS l WHERE (l.pid, l.backend_start) = (SELECT a.pid, a.backend_start FROM pg_stat_get_activity(pg_backend_pid()) AS a);
 $sql$;
 COMMENT ON FUNCTION autoembed._leave_lane() IS 'Signs this session off.';
 
@@ -6028,20 +6777,28 @@ BEGIN
        OR NOT dedicated AND EXISTS (SELECT FROM autoembed.lane AS l WHERE l.backfill) THEN
         RETURN;
     END IF;
+    -- In turn, so that none holds up another, whatever becomes of its scan.
     RETURN QUERY
-    SELECT b.pipeline_id, b.position, b.condition, s.failures
-    FROM autoembed.backfill AS b
-    JOIN autoembed._pipeline_state AS s ON s.id = b.pipeline_id AND s.blocked IS NULL
-    WHERE b.scanned_at IS NULL
-    ORDER BY b.started_at
-    LIMIT 1
-    FOR UPDATE OF b SKIP LOCKED;
+    WITH next AS (
+        SELECT b.pipeline_id, s.failures
+        FROM autoembed.backfill AS b
+        JOIN autoembed._pipeline_state AS s ON s.id = b.pipeline_id AND s.blocked IS NULL
+        WHERE b.scanned_at IS NULL
+        ORDER BY b.served_at NULLS FIRST, b.started_at
+        LIMIT 1
+        FOR UPDATE OF b SKIP LOCKED
+    )
+    UPDATE autoembed.backfill AS b
+    SET served_at = clock_timestamp()
+    FROM next AS n
+    WHERE b.pipeline_id = n.pipeline_id
+    RETURNING b.pipeline_id, b.position, b.condition, n.failures;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._next_backfill(boolean) IS
     'A table to look through, locked until the commit; dedicated: for a lane that does nothing else.';
 
-CREATE FUNCTION autoembed._queue_backfill(pipeline_id integer, keys text[], exhausted boolean, lease_seconds double precision)
+CREATE FUNCTION autoembed._queue_backfill(pipeline_id integer, keys text[], exhausted boolean, lease_seconds double precision, held bigint[])
     RETURNS TABLE (message_id bigint, read_count integer, message jsonb)
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -6069,11 +6826,11 @@ BEGIN
     VALUES (_now + make_interval(secs => lease_seconds), 1, _now,
             jsonb_build_object('pipeline', _queue_backfill.pipeline_id, 'keys', (SELECT jsonb_agg(k.key::jsonb) FROM unnest(keys) AS k(key))))
     RETURNING q.msg_id, q.read_ct, q.message INTO message_id, read_count, message;
-    UPDATE autoembed.lane AS l SET claimed_at = _now, message_ids = ARRAY[message_id] WHERE l.pid = pg_backend_pid();
+    UPDATE autoembed.lane AS l SET claimed_at = _now, message_ids = held || message_id WHERE (l.pid, l.backend_start) = (SELECT a.pid, a.backend_start FROM pg_stat_get_activity(pg_backend_pid()) AS a);
     RETURN NEXT;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._queue_backfill(integer, text[], boolean, double precision) IS
+COMMENT ON FUNCTION autoembed._queue_backfill(integer, text[], boolean, double precision, bigint[]) IS
     'Moves a backfill on behind these keys, and returns the message that names them, as claimed.';
 
 CREATE FUNCTION autoembed._fail_backfill(pipeline_id integer, reason text)
@@ -6086,7 +6843,7 @@ DECLARE
     _backfill autoembed.backfill;
 BEGIN
     DELETE FROM autoembed.backfill AS b WHERE b.pipeline_id = _fail_backfill.pipeline_id RETURNING b.* INTO _backfill;
-    PERFORM autoembed._fail_message(to_jsonb(_backfill), reason, 1);
+    PERFORM autoembed._fail_message(jsonb_build_object('backfill', to_jsonb(_backfill)), reason, 1);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._fail_backfill(integer, text) IS 'Gives a backfill up, with the reason on the failed list.';
@@ -6136,7 +6893,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "dd186dafcc90c3d0":
+    if GD.get("autoembed") != "7207c1be514bd0c5":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -6153,7 +6910,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "dd186dafcc90c3d0":
+    if GD.get("autoembed") != "7207c1be514bd0c5":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
@@ -6169,7 +6926,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "dd186dafcc90c3d0":
+    if GD.get("autoembed") != "7207c1be514bd0c5":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -6179,19 +6936,27 @@ COMMENT ON FUNCTION autoembed.embed(text, text) IS
 
 -- 55_usage.sql: what was asked of which model, for whom, and what it cost.
 
-CREATE FUNCTION autoembed._note_usage(model text, pipeline_ids integer[], requests integer[], inputs integer[], tokens bigint[], rows integer[])
+CREATE FUNCTION autoembed._note_usage(model text, pipeline_ids integer[], requests integer[], inputs integer[], tokens bigint[], rows integer[], slot integer)
     RETURNS void
-    LANGUAGE sql
+    LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-AS $sql$
-    INSERT INTO autoembed.usage_entry (model, pipeline_id, requests, inputs, tokens, rows)
-    SELECT _note_usage.model, u.pipeline_id, u.requests, u.inputs, u.tokens, u.rows
-    FROM unnest(pipeline_ids, _note_usage.requests, _note_usage.inputs, _note_usage.tokens, _note_usage.rows)
-        AS u(pipeline_id, requests, inputs, tokens, rows);
-$sql$;
-COMMENT ON FUNCTION autoembed._note_usage(text, integer[], integer[], integer[], bigint[], integer[]) IS
-    'Notes a request, with a row for each pipeline that had texts in it.';
+AS $plpgsql$
+BEGIN
+    IF slot IS NOT NULL THEN
+        PERFORM autoembed._free_slots(_note_usage.model, ARRAY[slot]);
+    END IF;
+    -- embed() works in these too.
+    IF NOT current_setting('transaction_read_only')::boolean THEN
+        INSERT INTO autoembed.usage_entry (model, pipeline_id, requests, inputs, tokens, rows)
+        SELECT _note_usage.model, u.pipeline_id, u.requests, u.inputs, u.tokens, u.rows
+        FROM unnest(pipeline_ids, _note_usage.requests, _note_usage.inputs, _note_usage.tokens, _note_usage.rows)
+            AS u(pipeline_id, requests, inputs, tokens, rows);
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._note_usage(text, integer[], integer[], integer[], bigint[], integer[], integer) IS
+    'Notes a request that was answered, with a row for each pipeline that had texts in it, and frees its slot.';
 
 CREATE FUNCTION autoembed._fold_usage()
     RETURNS void
@@ -6214,9 +6979,10 @@ BEGIN
         SET requests = d.requests + excluded.requests, inputs = d.inputs + excluded.inputs,
             tokens = d.tokens + excluded.tokens, rows = d.rows + excluded.rows;
     END IF;
+    PERFORM autoembed._forget_permits();
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._fold_usage() IS 'Adds requests of some minutes ago up to their day.';
+COMMENT ON FUNCTION autoembed._fold_usage() IS 'Adds requests of some minutes ago up to their day, and forgets their permits.';
 
 CREATE VIEW autoembed.usage AS
 SELECT u.day,
@@ -6269,7 +7035,7 @@ AS $sql$
     FROM dead AS d
     CROSS JOIN LATERAL unnest(d.message_ids) AS m(id)
     -- Unless another lane has them since.
-    WHERE q.msg_id = m.id AND q.last_read_at = d.claimed_at;
+    WHERE q.msg_id = m.id AND q.last_read_at <= d.claimed_at;
 $sql$;
 COMMENT ON FUNCTION autoembed._clean_up() IS
     'Ends the pipelines of dropped tables and the backfills that are done, and makes the jobs of lanes whose backend is gone visible at once; the try stays counted.';
@@ -6511,9 +7277,18 @@ BEGIN
         SELECT clock_timestamp(),
                coalesce(r.message, jsonb_build_object('pipeline', r.pipeline_id, 'keys', jsonb_build_array(r.key::jsonb)))
         FROM retried AS r
-        RETURNING 1
+        WHERE r.message -> 'backfill' IS NULL
+    ),
+    begun AS (
+        INSERT INTO autoembed.backfill (pipeline_id, condition, force, create_index)
+        SELECT b.pipeline_id, b.condition, b.force, b.create_index
+        FROM retried AS r
+        CROSS JOIN LATERAL jsonb_populate_record(NULL::autoembed.backfill, r.message -> 'backfill') AS b
+        JOIN autoembed.pipeline AS p ON p.id = b.pipeline_id
+        WHERE r.message -> 'backfill' IS NOT NULL
+        ON CONFLICT DO NOTHING
     )
-    SELECT count(*) INTO _retried FROM queued;
+    SELECT count(*) INTO _retried FROM retried;
     RETURN _retried;
 END;
 $plpgsql$;
@@ -6621,7 +7396,7 @@ LEFT JOIN LATERAL (
     SELECT q.message ->> 'pipeline' AS pipeline,
            sum(CASE jsonb_typeof(q.message -> 'keys') WHEN 'array' THEN jsonb_array_length(q.message -> 'keys') ELSE 1 END)::bigint AS rows
     FROM pgmq.q_embedding_jobs AS q
-    WHERE q.msg_id = ANY (l.message_ids) AND q.last_read_at = l.claimed_at
+    WHERE q.msg_id = ANY (l.message_ids) AND q.last_read_at <= l.claimed_at
     GROUP BY 1
 ) AS h ON true
 LEFT JOIN autoembed.pipeline AS p ON p.id::text = h.pipeline
@@ -6681,7 +7456,7 @@ CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embed
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "dd186dafcc90c3d0":
+    if GD.get("autoembed") != "7207c1be514bd0c5":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.state_of(pipeline_id, content, has_embedding, key)]
@@ -6800,7 +7575,7 @@ CREATE FUNCTION autoembed._estimate_texts(texts text[], model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "dd186dafcc90c3d0":
+    if GD.get("autoembed") != "7207c1be514bd0c5":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.estimate(texts, model)]
@@ -6991,7 +7766,7 @@ CREATE FUNCTION autoembed._probe(model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "dd186dafcc90c3d0":
+    if GD.get("autoembed") != "7207c1be514bd0c5":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.probe(model)

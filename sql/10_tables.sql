@@ -78,9 +78,15 @@ CREATE TABLE autoembed.model (
     max_inputs_per_request integer CHECK (max_inputs_per_request > 0),
     max_tokens_per_request integer CHECK (max_tokens_per_request > 0),
     max_tokens_per_input integer CHECK (max_tokens_per_input > 0),
+    requests_per_minute integer CHECK (requests_per_minute > 0),
+    tokens_per_minute integer CHECK (tokens_per_minute > 0),
+    max_requests_in_flight integer CHECK (max_requests_in_flight > 0),
     price_per_million_tokens numeric CHECK (price_per_million_tokens >= 0),
+    daily_token_budget bigint CHECK (daily_token_budget >= 0),
+    daily_cost_budget numeric CHECK (daily_cost_budget >= 0),
     options jsonb NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(options) = 'object'),
-    builtin boolean NOT NULL DEFAULT false
+    builtin boolean NOT NULL DEFAULT false,
+    CONSTRAINT cost_needs_price CHECK (daily_cost_budget IS NULL OR price_per_million_tokens IS NOT NULL)
 );
 COMMENT ON TABLE autoembed.model IS 'The ways to embed a text; see create_model().';
 COMMENT ON COLUMN autoembed.model.name IS 'What pipelines and embed() call it.';
@@ -95,7 +101,13 @@ COMMENT ON COLUMN autoembed.model.max_inputs_per_request IS 'Texts in one reques
 COMMENT ON COLUMN autoembed.model.max_tokens_per_request IS 'Tokens in one request; NULL: the provider''s limit.';
 COMMENT ON COLUMN autoembed.model.max_tokens_per_input IS
     'Tokens of one text, longer ones are truncated; NULL: the provider''s limit.';
+COMMENT ON COLUMN autoembed.model.requests_per_minute IS 'Requests a minute, of all sessions; NULL: what its provider''s answers tell.';
+COMMENT ON COLUMN autoembed.model.tokens_per_minute IS 'Tokens a minute, of all sessions; NULL: what its provider''s answers tell.';
+COMMENT ON COLUMN autoembed.model.max_requests_in_flight IS 'Requests at a time, of all sessions; NULL: no limit.';
 COMMENT ON COLUMN autoembed.model.price_per_million_tokens IS 'What its provider asks for, in your currency; NULL: nothing known.';
+COMMENT ON COLUMN autoembed.model.daily_token_budget IS 'Tokens a day (UTC), after which it rests until the next; NULL: no budget.';
+COMMENT ON COLUMN autoembed.model.daily_cost_budget IS
+    'Cost a day (UTC) at price_per_million_tokens, after which it rests until the next; NULL: no budget.';
 COMMENT ON COLUMN autoembed.model.options IS
     'What only its provider knows; every one over HTTP takes extra_headers and extra_body, objects sent with each request, and ca_file.';
 COMMENT ON COLUMN autoembed.model.builtin IS 'Came with the extension and was never changed.';
@@ -137,6 +149,39 @@ COMMENT ON COLUMN autoembed.model_rest.failures IS 'Failed tries in a row.';
 COMMENT ON COLUMN autoembed.model_rest.needs_attention IS
     'Whether somebody must act (a wrong key, an unknown model), rather than wait.';
 COMMENT ON COLUMN autoembed.model_rest.reason IS 'What the provider answered last.';
+
+CREATE TABLE autoembed.model_limit (
+    model text NOT NULL REFERENCES autoembed.model (name) ON UPDATE CASCADE ON DELETE CASCADE,
+    at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    requests_per_minute integer,
+    requests_at_once integer,
+    tokens_per_minute integer,
+    tokens_at_once integer
+);
+COMMENT ON TABLE autoembed.model_limit IS
+    'Limits that the providers'' answers told. The newest row of a model counts: rows are added and never changed, so that nobody waits for another''s.';
+COMMENT ON COLUMN autoembed.model_limit.model IS 'The model.';
+COMMENT ON COLUMN autoembed.model_limit.at IS 'When the answer came.';
+COMMENT ON COLUMN autoembed.model_limit.requests_per_minute IS 'Requests a minute; NULL: the answers do not tell.';
+COMMENT ON COLUMN autoembed.model_limit.requests_at_once IS 'The most that were left after a request.';
+COMMENT ON COLUMN autoembed.model_limit.tokens_per_minute IS 'Tokens a minute; NULL: the answers do not tell.';
+COMMENT ON COLUMN autoembed.model_limit.tokens_at_once IS 'The most that were left after a request.';
+
+-- Not logged: a crash forgets the last minute's requests, and their provider will say so.
+CREATE UNLOGGED TABLE autoembed.permit (
+    model text NOT NULL,
+    at timestamptz NOT NULL,
+    requests_until timestamptz,
+    tokens_until timestamptz
+);
+CREATE INDEX permit_requests_until_idx ON autoembed.permit (model, requests_until);
+CREATE INDEX permit_tokens_until_idx ON autoembed.permit (model, tokens_until);
+COMMENT ON TABLE autoembed.permit IS
+    'Requests of the last minutes to models with limits. Rows are added and never changed, so that a caller''s transaction keeps no lane waiting.';
+COMMENT ON COLUMN autoembed.permit.model IS 'The model.';
+COMMENT ON COLUMN autoembed.permit.at IS 'When it was given.';
+COMMENT ON COLUMN autoembed.permit.requests_until IS 'Until when its requests a minute are given away.';
+COMMENT ON COLUMN autoembed.permit.tokens_until IS 'Until when its tokens a minute are given away.';
 
 -- Pipelines ---------------------------------------------------------------------------------------
 
@@ -207,6 +252,7 @@ CREATE TABLE autoembed.backfill (
     position text,
     rows_queued bigint NOT NULL DEFAULT 0,
     started_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    served_at timestamptz,
     scanned_at timestamptz
 );
 COMMENT ON TABLE autoembed.backfill IS
@@ -218,6 +264,7 @@ COMMENT ON COLUMN autoembed.backfill.create_index IS 'Whether an HNSW index is t
 COMMENT ON COLUMN autoembed.backfill.position IS 'The last key that was queued, as a JSON array; NULL: none yet.';
 COMMENT ON COLUMN autoembed.backfill.rows_queued IS 'How many rows were queued.';
 COMMENT ON COLUMN autoembed.backfill.started_at IS 'When it was asked for.';
+COMMENT ON COLUMN autoembed.backfill.served_at IS 'When a lane last took its turn.';
 COMMENT ON COLUMN autoembed.backfill.scanned_at IS 'When the last row was queued; NULL: there are more.';
 
 SELECT pg_catalog.pg_extension_config_dump('autoembed.backfill', '');

@@ -85,8 +85,11 @@ CREATE FUNCTION autoembed._model_facts(model autoembed.model)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    SELECT to_jsonb(model) || jsonb_build_object('http_hosts', autoembed._http_hosts()) || to_jsonb(v)
-    FROM autoembed._vault_key(model.api_key) AS v;
+    SELECT to_jsonb(_model_facts.model) || jsonb_build_object('http_hosts', autoembed._http_hosts(), 'learnt', to_jsonb(l)) || to_jsonb(v)
+    FROM autoembed._vault_key((_model_facts.model).api_key) AS v
+    LEFT JOIN LATERAL (
+        SELECT l.* FROM autoembed.model_limit AS l WHERE l.model = (_model_facts.model).name ORDER BY l.at DESC LIMIT 1
+    ) AS l ON true;
 $sql$;
 COMMENT ON FUNCTION autoembed._model_facts(autoembed.model) IS
     'What the Python side needs to know of a model: its row, and what the row refers to.';
@@ -123,6 +126,23 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._check_api_key(text) IS 'Fails unless it is a reference to a key.';
 
+CREATE FUNCTION autoembed._check_budget(daily_cost_budget numeric, price_per_million_tokens numeric)
+    RETURNS void
+    LANGUAGE plpgsql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF daily_cost_budget IS NOT NULL AND price_per_million_tokens IS NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'daily_cost_budget needs a price',
+            HINT = 'Give price_per_million_tokens too, in the same currency; or a daily_token_budget.';
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._check_budget(numeric, numeric) IS 'Fails for a budget in money without a price.';
+
 CREATE FUNCTION autoembed.create_model(
     name text,
     provider text,
@@ -133,6 +153,12 @@ CREATE FUNCTION autoembed.create_model(
     max_inputs_per_request integer DEFAULT NULL,
     max_tokens_per_request integer DEFAULT NULL,
     max_tokens_per_input integer DEFAULT NULL,
+    requests_per_minute integer DEFAULT NULL,
+    tokens_per_minute integer DEFAULT NULL,
+    max_requests_in_flight integer DEFAULT NULL,
+    price_per_million_tokens numeric DEFAULT NULL,
+    daily_token_budget bigint DEFAULT NULL,
+    daily_cost_budget numeric DEFAULT NULL,
     options jsonb DEFAULT NULL
 )
     RETURNS void
@@ -142,6 +168,7 @@ CREATE FUNCTION autoembed.create_model(
 AS $plpgsql$
 BEGIN
     PERFORM autoembed._check_api_key(create_model.api_key);
+    PERFORM autoembed._check_budget(create_model.daily_cost_budget, create_model.price_per_million_tokens);
     IF EXISTS (SELECT FROM autoembed.model AS m WHERE m.name = create_model.name) THEN
         RAISE EXCEPTION USING
             ERRCODE = 'duplicate_object',
@@ -149,16 +176,20 @@ BEGIN
             HINT = 'Change it with autoembed.alter_model().';
     END IF;
     INSERT INTO autoembed.model (name, provider, model_id, dimensions, base_url, api_key,
-                                 max_inputs_per_request, max_tokens_per_request, max_tokens_per_input, options)
+                                 max_inputs_per_request, max_tokens_per_request, max_tokens_per_input,
+                                 requests_per_minute, tokens_per_minute, max_requests_in_flight,
+                                 price_per_million_tokens, daily_token_budget, daily_cost_budget, options)
     VALUES (create_model.name, create_model.provider, coalesce(create_model.model_id, create_model.name),
             create_model.dimensions, create_model.base_url, create_model.api_key, create_model.max_inputs_per_request,
             create_model.max_tokens_per_request, create_model.max_tokens_per_input,
+            create_model.requests_per_minute, create_model.tokens_per_minute, create_model.max_requests_in_flight,
+            create_model.price_per_million_tokens, create_model.daily_token_budget, create_model.daily_cost_budget,
             coalesce(create_model.options, '{}'));
     PERFORM autoembed._check_model(create_model.name);
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed.create_model(text, text, integer, text, text, text, integer, integer, integer, jsonb) IS
-    'Defines a model: its provider (local, openai, azure, cohere, voyage, gemini, ollama), the length of its vectors, what the provider calls it (default: its name), where it is, where its key is found (env:NAME, file:PATH or vault:NAME), limits below the provider''s own, and options of the provider.';
+COMMENT ON FUNCTION autoembed.create_model(text, text, integer, text, text, text, integer, integer, integer, integer, integer, integer, numeric, bigint, numeric, jsonb) IS
+    'Defines a model: its provider (local, openai, azure, cohere, voyage, gemini, ollama), the length of its vectors, what the provider calls it (default: its name), where it is, where its key is found (env:NAME, file:PATH or vault:NAME), limits below the provider''s own, requests and tokens a minute and requests in flight for all sessions together (left out: what the provider''s answers tell), its price, what it may use a day (UTC) in tokens or at that price, and options of the provider.';
 
 CREATE FUNCTION autoembed.alter_model(
     name text,
@@ -170,6 +201,12 @@ CREATE FUNCTION autoembed.alter_model(
     max_inputs_per_request integer DEFAULT NULL,
     max_tokens_per_request integer DEFAULT NULL,
     max_tokens_per_input integer DEFAULT NULL,
+    requests_per_minute integer DEFAULT NULL,
+    tokens_per_minute integer DEFAULT NULL,
+    max_requests_in_flight integer DEFAULT NULL,
+    price_per_million_tokens numeric DEFAULT NULL,
+    daily_token_budget bigint DEFAULT NULL,
+    daily_cost_budget numeric DEFAULT NULL,
     options jsonb DEFAULT NULL
 )
     RETURNS void
@@ -177,9 +214,13 @@ CREATE FUNCTION autoembed.alter_model(
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    _before autoembed.model;
 BEGIN
     PERFORM autoembed._check_api_key(alter_model.api_key);
-    PERFORM autoembed._model(alter_model.name);
+    _before := autoembed._model(alter_model.name);
+    PERFORM autoembed._check_budget(coalesce(alter_model.daily_cost_budget, _before.daily_cost_budget),
+                                    coalesce(alter_model.price_per_million_tokens, _before.price_per_million_tokens));
     UPDATE autoembed.model AS m
     SET provider = coalesce(alter_model.provider, m.provider),
         dimensions = coalesce(alter_model.dimensions, m.dimensions),
@@ -189,16 +230,24 @@ BEGIN
         max_inputs_per_request = coalesce(alter_model.max_inputs_per_request, m.max_inputs_per_request),
         max_tokens_per_request = coalesce(alter_model.max_tokens_per_request, m.max_tokens_per_request),
         max_tokens_per_input = coalesce(alter_model.max_tokens_per_input, m.max_tokens_per_input),
+        requests_per_minute = coalesce(alter_model.requests_per_minute, m.requests_per_minute),
+        tokens_per_minute = coalesce(alter_model.tokens_per_minute, m.tokens_per_minute),
+        max_requests_in_flight = coalesce(alter_model.max_requests_in_flight, m.max_requests_in_flight),
+        price_per_million_tokens = coalesce(alter_model.price_per_million_tokens, m.price_per_million_tokens),
+        daily_token_budget = coalesce(alter_model.daily_token_budget, m.daily_token_budget),
+        daily_cost_budget = coalesce(alter_model.daily_cost_budget, m.daily_cost_budget),
         options = coalesce(alter_model.options, m.options),
         builtin = false
     WHERE m.name = alter_model.name;
+    -- Another address or key, perhaps, with limits of its own.
+    DELETE FROM autoembed.model_limit AS l WHERE l.model = alter_model.name;
     PERFORM autoembed._check_model(alter_model.name);
     PERFORM autoembed.resume_model(alter_model.name);
     PERFORM autoembed._warn_of_blocked_pipelines();
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed.alter_model(text, text, integer, text, text, text, integer, integer, integer, jsonb) IS
-    'Changes what is not NULL of a model, and ends its rest. Rows embedded before keep their vectors.';
+COMMENT ON FUNCTION autoembed.alter_model(text, text, integer, text, text, text, integer, integer, integer, integer, integer, integer, numeric, bigint, numeric, jsonb) IS
+    'Changes what is not NULL of a model, ends its rest, and forgets the limits that its provider''s answers told. Rows embedded before keep their vectors.';
 
 CREATE FUNCTION autoembed.drop_model(name text)
     RETURNS void

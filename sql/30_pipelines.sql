@@ -17,11 +17,11 @@ BEGIN
         FROM pg_class AS c
         -- By its name without a schema first, which has an index.
         JOIN pg_proc AS p
-            ON p.proname IN (name, substring(name FROM '[.]([^.]*)$'), substring(name FROM '[.]"(.*)"$'))
+            ON p.proname IN (name, substring(name FROM '^"(.*)"$'), substring(name FROM '[.]([^.]*)$'), substring(name FROM '[.]"(.*)"$'))
            AND p.proargtypes[0] = c.reltype AND p.pronargs = 1 AND p.prokind = 'f' AND NOT p.proretset
         JOIN pg_namespace AS n ON n.oid = p.pronamespace
         WHERE c.oid = table_id
-          AND name IN (p.proname::text, format('%s.%s', n.nspname, p.proname), format('%I.%I', n.nspname, p.proname))
+          AND name IN (p.proname::text, quote_ident(p.proname), format('%s.%s', n.nspname, p.proname), format('%I.%I', n.nspname, p.proname))
     ) AS f;
     RETURN _found[1];
 END;

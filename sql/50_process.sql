@@ -1,6 +1,6 @@
 -- 50_process.sql: the path of a job. First what the lane does to queue and state, one statement each; then the doors into Python.
 
-CREATE FUNCTION autoembed._claim(max_rows integer, lease_seconds double precision)
+CREATE FUNCTION autoembed._claim(max_rows integer, lease_seconds double precision, held bigint[])
     RETURNS TABLE (message_id bigint, read_count integer, message jsonb)
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -13,6 +13,8 @@ DECLARE
     _ready record;
     _due record;
     _share integer;
+    _room integer;
+    _newest boolean;
     _ids bigint[] := '{}';
 BEGIN
     IF NOT EXISTS (SELECT FROM pgmq.q_embedding_jobs AS q WHERE q.vt <= _now) THEN
@@ -48,16 +50,24 @@ BEGIN
     LOOP
         -- Every pipeline has its share, so that none holds up another; a provider that failed last time is tried with one message.
         _share := CASE WHEN _ready.failures > 0 THEN 1 ELSE greatest(1, max_rows / _ready.pipelines) END;
-        FOR _due IN
-            SELECT q.msg_id, CASE jsonb_typeof(q.message -> 'keys') WHEN 'array' THEN jsonb_array_length(q.message -> 'keys') ELSE 1 END AS rows
-            FROM pgmq.q_embedding_jobs AS q
-            WHERE coalesce(q.message ->> 'pipeline', '') = _ready.pipeline AND q.vt <= _now
-            ORDER BY q.vt
-            FOR UPDATE SKIP LOCKED
-        LOOP
-            _ids := _ids || _due.msg_id;
-            _share := _share - _due.rows;
-            EXIT WHEN _share <= 0;
+        -- Half of it the oldest, half the newest: a backlog is worked off, and what changes now need not wait for it.
+        FOREACH _newest IN ARRAY '{false,true}'::boolean[] LOOP
+            _room := CASE WHEN _newest THEN _share ELSE (_share + 1) / 2 END;
+            FOR _due IN EXECUTE format(
+                $sql$
+                SELECT q.msg_id,
+                       CASE jsonb_typeof(q.message -> 'keys') WHEN 'array' THEN jsonb_array_length(q.message -> 'keys') ELSE 1 END AS rows
+                FROM pgmq.q_embedding_jobs AS q
+                WHERE coalesce(q.message ->> 'pipeline', '') = $1 AND q.vt <= $2 AND q.msg_id <> ALL ($3)
+                ORDER BY q.vt %s
+                FOR UPDATE SKIP LOCKED
+                $sql$, CASE WHEN _newest THEN 'DESC' END) USING _ready.pipeline, _now, _ids
+            LOOP
+                EXIT WHEN _room <= 0;
+                _ids := _ids || _due.msg_id;
+                _room := _room - _due.rows;
+                _share := _share - _due.rows;
+            END LOOP;
         END LOOP;
     END LOOP;
     RETURN QUERY
@@ -69,14 +79,14 @@ BEGIN
     ),
     held AS (
         UPDATE autoembed.lane AS l
-        SET claimed_at = _now, message_ids = _ids
-        WHERE l.pid = pg_backend_pid() AND _ids <> '{}'
+        SET claimed_at = _now, message_ids = held || _ids
+        WHERE (l.pid, l.backend_start) = (SELECT a.pid, a.backend_start FROM pg_stat_get_activity(pg_backend_pid()) AS a) AND _ids <> '{}'
     )
     SELECT c.msg_id, c.read_ct, c.message FROM claimed AS c ORDER BY c.msg_id;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._claim(integer, double precision) IS
-    'Takes due messages of the pipelines that can be embedded now, hides them for the lease, and counts the try. Of each pipeline, the last message may exceed its share of max_rows.';
+COMMENT ON FUNCTION autoembed._claim(integer, double precision, bigint[]) IS
+    'Takes due messages of the pipelines that can be embedded now, hides them for the lease, and counts the try. Of each pipeline, the last message may exceed its share of max_rows. held: the messages that the lane has already.';
 
 CREATE FUNCTION autoembed._extend(message_ids bigint[], lease_seconds double precision)
     RETURNS void
@@ -233,6 +243,8 @@ BEGIN
     INSERT INTO autoembed.embedded AS e (pipeline_id, key, digest, truncated)
     SELECT _record_embedded.pipeline_id, s.key, s.digest, s.truncated
     FROM unnest(keys, digests, _record_embedded.truncated) AS s(key, digest, truncated)
+    -- It may have been ended meanwhile.
+    WHERE EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.id = _record_embedded.pipeline_id FOR KEY SHARE)
     ORDER BY s.key
     ON CONFLICT ON CONSTRAINT embedded_pkey DO UPDATE
     SET digest = excluded.digest, truncated = excluded.truncated
@@ -271,8 +283,12 @@ CREATE FUNCTION autoembed._fail(pipeline_id integer, key text, reason text, atte
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
+    -- It may have been ended meanwhile.
     INSERT INTO autoembed.failure AS f (pipeline_id, key, error_class, reason, attempts, excerpt)
-    VALUES (_fail.pipeline_id, _fail.key, 'row', _fail.reason, _fail.attempts, left(_fail.excerpt, 200))
+    SELECT p.id, _fail.key, 'row', _fail.reason, _fail.attempts, left(_fail.excerpt, 200)
+    FROM autoembed.pipeline AS p
+    WHERE p.id = _fail.pipeline_id
+    FOR KEY SHARE
     ON CONFLICT (pipeline_id, key) DO UPDATE
     SET reason = excluded.reason, attempts = excluded.attempts, excerpt = excluded.excerpt,
         last_failed_at = excluded.last_failed_at;
@@ -309,7 +325,7 @@ CREATE FUNCTION autoembed._lane_is_wanted()
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    SELECT NOT EXISTS (SELECT FROM autoembed.lane AS l WHERE l.pid = pg_backend_pid() AND l.stop);
+    SELECT NOT EXISTS (SELECT FROM autoembed.lane AS l WHERE (l.pid, l.backend_start) = (SELECT a.pid, a.backend_start FROM pg_stat_get_activity(pg_backend_pid()) AS a) AND l.stop);
 $sql$;
 COMMENT ON FUNCTION autoembed._lane_is_wanted() IS 'Whether nobody has asked this lane to stop.';
 
@@ -332,7 +348,7 @@ CREATE FUNCTION autoembed._leave_lane()
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    DELETE FROM autoembed.lane AS l WHERE l.pid = pg_backend_pid();
+    DELETE FROM autoembed.lane AS l WHERE (l.pid, l.backend_start) = (SELECT a.pid, a.backend_start FROM pg_stat_get_activity(pg_backend_pid()) AS a);
 $sql$;
 COMMENT ON FUNCTION autoembed._leave_lane() IS 'Signs this session off.';
 
@@ -350,20 +366,28 @@ BEGIN
        OR NOT dedicated AND EXISTS (SELECT FROM autoembed.lane AS l WHERE l.backfill) THEN
         RETURN;
     END IF;
+    -- In turn, so that none holds up another, whatever becomes of its scan.
     RETURN QUERY
-    SELECT b.pipeline_id, b.position, b.condition, s.failures
-    FROM autoembed.backfill AS b
-    JOIN autoembed._pipeline_state AS s ON s.id = b.pipeline_id AND s.blocked IS NULL
-    WHERE b.scanned_at IS NULL
-    ORDER BY b.started_at
-    LIMIT 1
-    FOR UPDATE OF b SKIP LOCKED;
+    WITH next AS (
+        SELECT b.pipeline_id, s.failures
+        FROM autoembed.backfill AS b
+        JOIN autoembed._pipeline_state AS s ON s.id = b.pipeline_id AND s.blocked IS NULL
+        WHERE b.scanned_at IS NULL
+        ORDER BY b.served_at NULLS FIRST, b.started_at
+        LIMIT 1
+        FOR UPDATE OF b SKIP LOCKED
+    )
+    UPDATE autoembed.backfill AS b
+    SET served_at = clock_timestamp()
+    FROM next AS n
+    WHERE b.pipeline_id = n.pipeline_id
+    RETURNING b.pipeline_id, b.position, b.condition, n.failures;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._next_backfill(boolean) IS
     'A table to look through, locked until the commit; dedicated: for a lane that does nothing else.';
 
-CREATE FUNCTION autoembed._queue_backfill(pipeline_id integer, keys text[], exhausted boolean, lease_seconds double precision)
+CREATE FUNCTION autoembed._queue_backfill(pipeline_id integer, keys text[], exhausted boolean, lease_seconds double precision, held bigint[])
     RETURNS TABLE (message_id bigint, read_count integer, message jsonb)
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -391,11 +415,11 @@ BEGIN
     VALUES (_now + make_interval(secs => lease_seconds), 1, _now,
             jsonb_build_object('pipeline', _queue_backfill.pipeline_id, 'keys', (SELECT jsonb_agg(k.key::jsonb) FROM unnest(keys) AS k(key))))
     RETURNING q.msg_id, q.read_ct, q.message INTO message_id, read_count, message;
-    UPDATE autoembed.lane AS l SET claimed_at = _now, message_ids = ARRAY[message_id] WHERE l.pid = pg_backend_pid();
+    UPDATE autoembed.lane AS l SET claimed_at = _now, message_ids = held || message_id WHERE (l.pid, l.backend_start) = (SELECT a.pid, a.backend_start FROM pg_stat_get_activity(pg_backend_pid()) AS a);
     RETURN NEXT;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._queue_backfill(integer, text[], boolean, double precision) IS
+COMMENT ON FUNCTION autoembed._queue_backfill(integer, text[], boolean, double precision, bigint[]) IS
     'Moves a backfill on behind these keys, and returns the message that names them, as claimed.';
 
 CREATE FUNCTION autoembed._fail_backfill(pipeline_id integer, reason text)
@@ -408,7 +432,7 @@ DECLARE
     _backfill autoembed.backfill;
 BEGIN
     DELETE FROM autoembed.backfill AS b WHERE b.pipeline_id = _fail_backfill.pipeline_id RETURNING b.* INTO _backfill;
-    PERFORM autoembed._fail_message(to_jsonb(_backfill), reason, 1);
+    PERFORM autoembed._fail_message(jsonb_build_object('backfill', to_jsonb(_backfill)), reason, 1);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._fail_backfill(integer, text) IS 'Gives a backfill up, with the reason on the failed list.';

@@ -1,18 +1,26 @@
 -- 55_usage.sql: what was asked of which model, for whom, and what it cost.
 
-CREATE FUNCTION autoembed._note_usage(model text, pipeline_ids integer[], requests integer[], inputs integer[], tokens bigint[], rows integer[])
+CREATE FUNCTION autoembed._note_usage(model text, pipeline_ids integer[], requests integer[], inputs integer[], tokens bigint[], rows integer[], slot integer)
     RETURNS void
-    LANGUAGE sql
+    LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-AS $sql$
-    INSERT INTO autoembed.usage_entry (model, pipeline_id, requests, inputs, tokens, rows)
-    SELECT _note_usage.model, u.pipeline_id, u.requests, u.inputs, u.tokens, u.rows
-    FROM unnest(pipeline_ids, _note_usage.requests, _note_usage.inputs, _note_usage.tokens, _note_usage.rows)
-        AS u(pipeline_id, requests, inputs, tokens, rows);
-$sql$;
-COMMENT ON FUNCTION autoembed._note_usage(text, integer[], integer[], integer[], bigint[], integer[]) IS
-    'Notes a request, with a row for each pipeline that had texts in it.';
+AS $plpgsql$
+BEGIN
+    IF slot IS NOT NULL THEN
+        PERFORM autoembed._free_slots(_note_usage.model, ARRAY[slot]);
+    END IF;
+    -- embed() works in these too.
+    IF NOT current_setting('transaction_read_only')::boolean THEN
+        INSERT INTO autoembed.usage_entry (model, pipeline_id, requests, inputs, tokens, rows)
+        SELECT _note_usage.model, u.pipeline_id, u.requests, u.inputs, u.tokens, u.rows
+        FROM unnest(pipeline_ids, _note_usage.requests, _note_usage.inputs, _note_usage.tokens, _note_usage.rows)
+            AS u(pipeline_id, requests, inputs, tokens, rows);
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._note_usage(text, integer[], integer[], integer[], bigint[], integer[], integer) IS
+    'Notes a request that was answered, with a row for each pipeline that had texts in it, and frees its slot.';
 
 CREATE FUNCTION autoembed._fold_usage()
     RETURNS void
@@ -35,9 +43,10 @@ BEGIN
         SET requests = d.requests + excluded.requests, inputs = d.inputs + excluded.inputs,
             tokens = d.tokens + excluded.tokens, rows = d.rows + excluded.rows;
     END IF;
+    PERFORM autoembed._forget_permits();
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._fold_usage() IS 'Adds requests of some minutes ago up to their day.';
+COMMENT ON FUNCTION autoembed._fold_usage() IS 'Adds requests of some minutes ago up to their day, and forgets their permits.';
 
 CREATE VIEW autoembed.usage AS
 SELECT u.day,

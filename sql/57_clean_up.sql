@@ -22,7 +22,7 @@ AS $sql$
     FROM dead AS d
     CROSS JOIN LATERAL unnest(d.message_ids) AS m(id)
     -- Unless another lane has them since.
-    WHERE q.msg_id = m.id AND q.last_read_at = d.claimed_at;
+    WHERE q.msg_id = m.id AND q.last_read_at <= d.claimed_at;
 $sql$;
 COMMENT ON FUNCTION autoembed._clean_up() IS
     'Ends the pipelines of dropped tables and the backfills that are done, and makes the jobs of lanes whose backend is gone visible at once; the try stays counted.';

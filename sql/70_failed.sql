@@ -71,9 +71,18 @@ BEGIN
         SELECT clock_timestamp(),
                coalesce(r.message, jsonb_build_object('pipeline', r.pipeline_id, 'keys', jsonb_build_array(r.key::jsonb)))
         FROM retried AS r
-        RETURNING 1
+        WHERE r.message -> 'backfill' IS NULL
+    ),
+    begun AS (
+        INSERT INTO autoembed.backfill (pipeline_id, condition, force, create_index)
+        SELECT b.pipeline_id, b.condition, b.force, b.create_index
+        FROM retried AS r
+        CROSS JOIN LATERAL jsonb_populate_record(NULL::autoembed.backfill, r.message -> 'backfill') AS b
+        JOIN autoembed.pipeline AS p ON p.id = b.pipeline_id
+        WHERE r.message -> 'backfill' IS NOT NULL
+        ON CONFLICT DO NOTHING
     )
-    SELECT count(*) INTO _retried FROM queued;
+    SELECT count(*) INTO _retried FROM retried;
     RETURN _retried;
 END;
 $plpgsql$;

@@ -99,7 +99,7 @@ LEFT JOIN LATERAL (
     SELECT q.message ->> 'pipeline' AS pipeline,
            sum(CASE jsonb_typeof(q.message -> 'keys') WHEN 'array' THEN jsonb_array_length(q.message -> 'keys') ELSE 1 END)::bigint AS rows
     FROM pgmq.q_embedding_jobs AS q
-    WHERE q.msg_id = ANY (l.message_ids) AND q.last_read_at = l.claimed_at
+    WHERE q.msg_id = ANY (l.message_ids) AND q.last_read_at <= l.claimed_at
     GROUP BY 1
 ) AS h ON true
 LEFT JOIN autoembed.pipeline AS p ON p.id::text = h.pipeline

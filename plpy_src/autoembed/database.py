@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import plpy  # type: ignore[import-not-found]
 
 from autoembed.binary import copy_rows
 from autoembed.errors import InvalidInput, row_error
+from autoembed.limits import Limits, Permit, Toll
 from autoembed.model import Model, Share
 
 if TYPE_CHECKING:
@@ -125,11 +127,12 @@ class Database:
 
     # The queue -----------------------------------------------------------------------------------
 
-    def claim(self, max_rows: int, lease_seconds: float) -> list[Message]:
+    def claim(self, max_rows: int, lease_seconds: float, held: Sequence[int]) -> list[Message]:
+        """Takes messages for about so many rows; held: those that this lane has already."""
         rows = self._run(
-            "SELECT c.message_id, c.read_count, c.message FROM autoembed._claim($1, $2) AS c",
-            ["pg_catalog.int4", "pg_catalog.float8"],
-            [max_rows, lease_seconds],
+            "SELECT c.message_id, c.read_count, c.message FROM autoembed._claim($1, $2, $3) AS c",
+            ["pg_catalog.int4", "pg_catalog.float8", "pg_catalog.int8[]"],
+            [max_rows, lease_seconds, list(held)],
         )
         return [Message(row["message_id"], row["read_count"], _body(row["message"])) for row in rows]
 
@@ -178,13 +181,19 @@ class Database:
         return [row["key"] for row in rows]
 
     def queue_backfill(
-        self, backfill: Backfill, keys: Sequence[str], *, exhausted: bool, lease_seconds: float
+        self,
+        backfill: Backfill,
+        keys: Sequence[str],
+        *,
+        exhausted: bool,
+        lease_seconds: float,
+        held: Sequence[int],
     ) -> list[Message]:
         """Moves a backfill on behind these keys; returns the message for them, claimed already."""
         rows = self._run(
-            "SELECT c.message_id, c.read_count, c.message FROM autoembed._queue_backfill($1, $2, $3, $4) AS c",
-            ["pg_catalog.int4", "pg_catalog.text[]", "pg_catalog.bool", "pg_catalog.float8"],
-            [backfill.pipeline_id, list(keys), exhausted, lease_seconds],
+            "SELECT c.message_id, c.read_count, c.message FROM autoembed._queue_backfill($1, $2, $3, $4, $5) AS c",
+            ["pg_catalog.int4", "pg_catalog.text[]", "pg_catalog.bool", "pg_catalog.float8", "pg_catalog.int8[]"],
+            [backfill.pipeline_id, list(keys), exhausted, lease_seconds, list(held)],
         )
         return [Message(row["message_id"], row["read_count"], _body(row["message"])) for row in rows]
 
@@ -253,6 +262,32 @@ class Database:
 
     def resume_model(self, name: str) -> None:
         self._run("SELECT autoembed.resume_model($1)", ["pg_catalog.text"], [name])
+
+    # Limits --------------------------------------------------------------------------------------
+
+    def take_permit(self, model: str, tolls: Sequence[Toll | None], slots_held: Sequence[int]) -> Permit:
+        """A permit for one more request of a model. To be committed at once where that is possible."""
+        [row] = self._run(
+            "SELECT p.* FROM autoembed._take_permit($1, $2, $3, $4, $5, $6, $7) AS p",
+            ["pg_catalog.text", "pg_catalog.bool", *["pg_catalog.float8"] * 4, "pg_catalog.int4[]"],
+            [model, self._commits, *(value for toll in tolls for value in toll or (None, None)), list(slots_held)],
+        )
+        wait = row["wait_seconds"]
+        at = None if wait is None else time.monotonic() + wait
+        return Permit(at, row["slot"], row["spent"], row["rest_seconds"] or 0.0)
+
+    def free_slots(self, model: str, slots: Sequence[int]) -> None:
+        """Says that requests with these slots are no longer in flight."""
+        self._run(
+            "SELECT autoembed._free_slots($1, $2)", ["pg_catalog.text", "pg_catalog.int4[]"], [model, list(slots)]
+        )
+
+    def learn_limits(self, model: str, limits: Limits) -> None:
+        self._run(
+            "SELECT autoembed._learn_limits($1, $2, $3, $4, $5)",
+            ["pg_catalog.text", *["pg_catalog.int4"] * 4],
+            [model, *limits.requests, *limits.tokens],
+        )
 
     def warn_of_blocked_pipelines(self) -> None:
         """Warns of the pipelines that have jobs waiting and cannot be embedded."""
@@ -348,12 +383,18 @@ class Database:
             "SELECT autoembed._forget($1, $2)", ["pg_catalog.int4", "pg_catalog.text[]"], [pipeline.id, list(keys)]
         )
 
-    def note_usage(self, model: str, shares: Sequence[Share]) -> None:
-        """Notes a request that was answered, and whose texts were in it."""
+    def note_usage(self, model: str, shares: Sequence[Share], slot: int | None) -> None:
+        """Notes a request that was answered, and whose texts were in it; frees its slot."""
         self._run(
-            "SELECT autoembed._note_usage($1, $2, $3, $4, $5, $6)",
-            ["pg_catalog.text", *["pg_catalog.int4[]"] * 3, "pg_catalog.int8[]", "pg_catalog.int4[]"],
-            [model, *(list(column) for column in zip(*shares, strict=True))],
+            "SELECT autoembed._note_usage($1, $2, $3, $4, $5, $6, $7)",
+            [
+                "pg_catalog.text",
+                *["pg_catalog.int4[]"] * 3,
+                "pg_catalog.int8[]",
+                "pg_catalog.int4[]",
+                "pg_catalog.int4",
+            ],
+            [model, *(list(column) for column in zip(*shares, strict=True)), slot],
         )
 
     def forget_all(self, pipeline_id: int) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
+import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 from autoembed import database, worker
 from autoembed.batching import estimate_tokens, pack
-from autoembed.errors import InvalidInput, ProviderTrouble, Trouble
-from autoembed.flight import Flight
+from autoembed.errors import InvalidInput, OverBudget, ProviderTrouble, Trouble
+from autoembed.flight import SLICE_SECONDS, Flight
 from autoembed.jobs import address_of
+from autoembed.limits import NOTHING_KNOWN, PATIENCE_SECONDS, Limiter, Permit, Toll, tokens_per_request
 from autoembed.model import Ask, Embedded, Model, Share
 from autoembed.network import Network
 from autoembed.providers import provider_of
@@ -19,6 +24,11 @@ from autoembed.providers import provider_of
 QUERY_CACHE_SIZE = 100
 QUERY_TIMEOUT_SECONDS = 60.0
 PROBE_TIMEOUT_SECONDS = 10.0
+
+# glibc gives each thread a heap of its own, which keeps what it once had; a lane's threads do well with one for all.
+M_ARENA_MAX = -8
+with contextlib.suppress(AttributeError, OSError):
+    ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 _network = Network(max_connections=32)
 _queries: OrderedDict[tuple[Model, str], str] = OrderedDict()
@@ -53,7 +63,7 @@ def embed(content: str | None, model_name: str | None) -> str | None:
         try:
             if not content.strip():
                 raise InvalidInput("a blank text has no embedding", hint="Give embed() some words.")
-            _queries[query] = _embed_query(here, model, content)
+            _queries[query] = _embed_in_turn(here, model, content)
         except InvalidInput as error:
             database.raise_error(error)
         except Trouble as trouble:
@@ -91,7 +101,7 @@ def estimate(texts: list[str], model_name: str | None) -> dict[str, Any]:
     requests = pack(
         distinct,
         min(worker.DEFAULT_BATCH_SIZE, model.max_inputs_per_request or provider.MAX_INPUTS_PER_REQUEST),
-        model.max_tokens_per_request or provider.MAX_TOKENS_PER_REQUEST,
+        tokens_per_request(model, provider.MAX_TOKENS_PER_REQUEST, Limiter(model).learnt),
     )
     price, rows_per_second = here.price_and_rate(model)
     return {
@@ -127,6 +137,44 @@ def probe(name: str) -> str | None:
     return None
 
 
+def _embed_in_turn(here: database.Database, model: Model, content: str) -> str:
+    limiter = Limiter(model)
+    if not limiter.needs_permits:
+        return _embed_query(here, model, content)
+    permit = _permit(here, model, limiter.tolls(estimate_tokens(content), time.monotonic()))
+    try:
+        return _embed_query(here, model, content)
+    finally:
+        if permit.slot is not None:
+            here.free_slots(model.name, [permit.slot])
+
+
+def _permit(here: database.Database, model: Model, tolls: Sequence[Toll | None]) -> Permit:
+    """Waits until the model may be asked once more; ProviderTrouble if that takes too long."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while (permit := here.take_permit(model.name, tolls, [])).at is None:
+        if permit.spent is not None:
+            raise OverBudget(permit.spent)
+        if time.monotonic() > end:
+            raise ProviderTrouble(f"{model.max_requests_in_flight} requests are in flight, and no more may be")
+        _wait(here)
+    try:
+        while time.monotonic() < permit.at:
+            if permit.at > end:
+                raise ProviderTrouble(f"its limits allow no request for {permit.at - time.monotonic():.0f} s")
+            _wait(here)
+    except BaseException:
+        if permit.slot is not None:
+            here.free_slots(model.name, [permit.slot])
+        raise
+    return permit
+
+
+def _wait(here: database.Database) -> None:
+    here.breathe()
+    time.sleep(SLICE_SECONDS)
+
+
 def _embed_query(
     here: database.Database, model: Model, content: str, timeout_seconds: float = QUERY_TIMEOUT_SECONDS
 ) -> str:
@@ -140,10 +188,13 @@ def _embed_query(
         ask = Ask(model, [content], timeout_seconds, purpose="query")
         flight.submit(None, lambda: provider.embed(ask, _network))
         [(_, outcome)] = flight.landed()
+    limiter = Limiter(model)
+    if limiter.heard(ask.headers, time.monotonic(), answered=isinstance(outcome, Embedded)):
+        here.learn_limits(model.name, limiter.learnt or NOTHING_KNOWN)
     if isinstance(outcome, BaseException):
         raise outcome
     tokens = estimate_tokens(content) if outcome.tokens is None else outcome.tokens
-    here.note_usage(model.name, [Share(None, 1, 1, tokens, 0)])
+    here.note_usage(model.name, [Share(None, 1, 1, tokens, 0)], None)
     return database.literals(outcome.vectors)[0]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email.utils
 import json
+import re
 import time
 from collections.abc import Mapping
 from datetime import UTC
@@ -37,6 +38,10 @@ class ProviderTrouble(Trouble):
         super().__init__(message)
         self.permanent = permanent
         self.retry_after_seconds = retry_after_seconds
+
+
+class OverBudget(ProviderTrouble):
+    """The model has used up what it may use a day; retry_after_seconds: until the next one."""
 
 
 class RowError(Exception):
@@ -77,6 +82,8 @@ def rest_seconds(trouble: ProviderTrouble, failures: int, fraction: float) -> fl
     What the provider asks for, plus up to a second so that lanes do not come back all at once; else exponential backoff
     with full jitter. Never long: one small request now and then is how we learn that the provider is back.
     """
+    if isinstance(trouble, OverBudget) and trouble.retry_after_seconds is not None:
+        return trouble.retry_after_seconds
     if trouble.retry_after_seconds is not None:
         return min(trouble.retry_after_seconds, MAX_RETRY_AFTER_SECONDS) + fraction
     if trouble.permanent:
@@ -96,6 +103,9 @@ def trouble_of_answer(
     message = f"the provider answered {status}: {_message_in(body, secret)}"
     if status in REFUSED_STATUSES:
         return Refused(message)
+    if status == 429 and b"Request too large" in body:
+        # More tokens than a whole minute has: no time helps, fewer texts do.
+        return Refused(message)
     if status == 429 and b"insufficient_quota" in body:
         return ProviderTrouble(message, permanent=True)
     if status in PASSING_STATUSES or status >= 500:
@@ -106,7 +116,13 @@ def trouble_of_answer(
 
 
 def retry_after_seconds(headers: Mapping[str, str], now: float | None = None) -> float | None:
-    """Retry-After in seconds from now, given as such or as an HTTP date (RFC 9110, 10.2.3); None if there is none."""
+    """Retry-After in seconds from now, given as such or as an HTTP date (RFC 9110, 10.2.3); None if there is none.
+
+    OpenAI and Azure say it in milliseconds too, in a header of their own.
+    """
+    milliseconds = re.fullmatch(r"[0-9]{1,12}", headers.get("retry-after-ms", ""))
+    if milliseconds:
+        return int(milliseconds[0]) / 1000
     value = headers.get("retry-after", "").strip()
     if not value:
         return None

@@ -97,6 +97,10 @@ class Flight(Generic[Tag, Result]):
         self._executor.shutdown(wait=True)
         return True
 
+    def __len__(self) -> int:
+        """How many calls are made or wait to be."""
+        return len(self._tags)
+
     def submit(self, tag: Tag, call: Callable[[], Result]) -> None:
         """Has a call made; landed() gives its tag back with the outcome."""
         with signals_blocked():

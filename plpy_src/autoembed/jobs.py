@@ -135,6 +135,10 @@ class Ledger:
         self._messages: dict[int, list[Job]] = defaultdict(list)
         self.report = Report()
 
+    def take(self, messages: Sequence[Message]) -> None:
+        """Further messages, whose jobs are not known yet."""
+        self._unread.update(message.id for message in messages)
+
     def open(self, job: Job) -> None:
         self.report.read += 1
         for message_id in job.message_ids:

@@ -20,6 +20,7 @@ PREFIXES = frozenset({"document_prefix", "query_prefix"})
 class Model:
     """A way to embed; the limits are the model's own, None where it leaves them to its provider.
 
+    learnt: the limits that its provider's answers told, a row of autoembed.model_limit; None: it never answered.
     http_hosts: the hosts that may be called without encryption; vault_key: what vault:NAME refers to, or vault_fault:
     why it cannot be had.
     """
@@ -33,6 +34,12 @@ class Model:
     max_inputs_per_request: int | None = None
     max_tokens_per_request: int | None = None
     max_tokens_per_input: int | None = None
+    requests_per_minute: int | None = field(default=None, compare=False)
+    tokens_per_minute: int | None = field(default=None, compare=False)
+    max_requests_in_flight: int | None = field(default=None, compare=False)
+    daily_token_budget: int | None = field(default=None, compare=False)
+    daily_cost_budget: float | None = field(default=None, compare=False)
+    learnt: Mapping[str, int | None] | None = field(default_factory=dict, compare=False)
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     http_hosts: Sequence[str] = field(default=(), hash=False)
     vault_key: str | None = field(default=None, repr=False, compare=False)
@@ -54,12 +61,16 @@ class Model:
 
 @dataclass(frozen=True)
 class Ask:
-    """Texts of one model that travel together, what they are, and how long the answer may take."""
+    """Texts of one model that travel together, what they are, and how long the answer may take.
+
+    headers: is given those of the last answer, whatever its status.
+    """
 
     model: Model
     texts: Sequence[str]
     timeout_seconds: float
     purpose: Purpose = "document"
+    headers: dict[str, str] = field(default_factory=dict, compare=False)
 
 
 def prefixed(ask: Ask) -> list[str]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 import time
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from autoembed import batching
-from autoembed.errors import ProviderTrouble, Refused, RowError, rest_seconds
+from autoembed.errors import OverBudget, ProviderTrouble, Refused, RowError, rest_seconds
 from autoembed.flight import SLICE_SECONDS, Flight
 from autoembed.jobs import Job, Ledger, Report, address_of, are_keys, isolate
+from autoembed.limits import FIRST_ANSWER_SECONDS, NOTHING_KNOWN, PATIENCE_SECONDS, Limiter, Permit, tokens_per_request
 from autoembed.model import Ask, Embedded, Model, Share
 from autoembed.providers import PROVIDERS, provider_of
 
@@ -27,10 +29,12 @@ DEFAULT_BATCH_SIZE = 100
 MAX_ATTEMPTS = 5
 # Beyond the time that a request may take: for the database's own work on a claim.
 LEASE_MARGIN_SECONDS = 60.0
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.1
 # Of a lane for backfills, which nobody waits for.
 BACKFILL_POLL_SECONDS = 1.0
-CLEAN_UP_SECONDS = 1.0
+LOOK_AROUND_SECONDS = 1.0
+# How long a pass claims on, before it comes to an end with its locked rows.
+CLAIMING_SECONDS = 5.0
 # The change that overtook us has a job of its own, which comes first; this one makes sure.
 CHANGED_DELAY_SECONDS = 5.0
 LOCK_PATIENCE_SECONDS = 1.0
@@ -64,41 +68,60 @@ def work(database: Database, network: Network, options: Options, run_seconds: fl
     # A lane that ends by itself in good time is no cancelled statement in anybody's log.
     limit = database.statement_timeout_seconds()
     end = time.monotonic() + (run_seconds if limit is None else min(run_seconds, limit / 2))
-    clean_up_at = 0.0
-    poll_seconds = BACKFILL_POLL_SECONDS if backfill else POLL_SECONDS
+    look_around_at = 0.0
+    slice_seconds = BACKFILL_POLL_SECONDS / 4 if backfill else POLL_SECONDS
+    queue = partial(_claim_queued, database, options)
+    tables = partial(_claim_backfill, database, options, backfill)
     database.enter_lane(backfill=backfill)
     database.warn_of_blocked_pipelines()
     database.commit()
     try:
-        while time.monotonic() < end and database.lane_is_wanted():
-            if time.monotonic() >= clean_up_at:
+        while time.monotonic() < end:
+            look_around = time.monotonic() >= look_around_at
+            if look_around:
+                look_around_at = time.monotonic() + LOOK_AROUND_SECONDS
+                if not database.lane_is_wanted():
+                    break
                 database.clean_up()
-                clean_up_at = time.monotonic() + CLEAN_UP_SECONDS
-            if run_pass(database, network, options, backfill=backfill).read == 0:
                 database.commit()
-                slices = round(poll_seconds / SLICE_SECONDS)
-                for number in range(slices):
-                    if number > 0:
-                        database.breathe()
-                    time.sleep(SLICE_SECONDS)
+            read = 0 if backfill else _work_on(database, network, options, queue, more=True).read
+            if read == 0 and look_around:
+                read = _work_on(database, network, options, tables, more=True).read
+                if read > 0:
+                    look_around_at = 0.0
+            if read == 0:
+                database.breathe()
+                time.sleep(slice_seconds)
     finally:
         database.leave_lane()
         database.commit()
 
 
-def run_pass(database: Database, network: Network, options: Options, *, backfill: bool = False) -> Report:
-    """Claims once, embeds what was claimed, applies it; commits after each step if the database can.
+def run_pass(database: Database, network: Network, options: Options) -> Report:
+    """Claims once, embeds what was claimed, applies it: what is queued, or else the next rows of a backfill.
 
-    What is queued comes first, then the next rows of a backfill; with backfill these alone. Never raises for a bad row,
-    a bad answer or a dead provider: the report says so.
+    Never raises for a bad row, a bad answer or a dead provider: the report says so.
     """
-    messages = [] if backfill else database.claim(options.max_rows, options.lease_seconds)
-    messages = messages or _claim_backfill(database, options, dedicated=backfill)
+    report = _work_on(database, network, options, partial(_claim_queued, database, options), more=False)
+    if report.read == 0:
+        tables = partial(_claim_backfill, database, options, False)
+        report = _work_on(database, network, options, tables, more=False)
+    return report
+
+
+# Claims so many rows, beside the messages that are held already.
+Claim = Callable[[int, list[int]], "list[Message]"]
+
+
+def _work_on(database: Database, network: Network, options: Options, claim: Claim, *, more: bool) -> Report:
+    """One pass; more: it claims again while requests are in flight, and commits after each step."""
+    messages = claim(options.max_rows, [])
     if not messages:
+        database.commit()
         return Report()
     ledger = Ledger(database, messages)
     try:
-        return _Pass(database, network, options, ledger).run(messages)
+        return _Pass(database, network, options, ledger, claim if more else None).run(messages)
     except BaseException:
         # Cancelled or shut down: what is not done goes back to the queue at once.
         ledger.release_open()
@@ -106,13 +129,20 @@ def run_pass(database: Database, network: Network, options: Options, *, backfill
         raise
 
 
-def _claim_backfill(database: Database, options: Options, *, dedicated: bool) -> list[Message]:
+def _claim_queued(database: Database, options: Options, max_rows: int, held: list[int]) -> list[Message]:
+    return database.claim(max_rows, options.lease_seconds, held)
+
+
+def _claim_backfill(
+    database: Database, options: Options, dedicated: bool, max_rows: int, held: list[int]
+) -> list[Message]:
     """The next rows of a table that is being looked through, as one message that is claimed at birth."""
     backfill = database.next_backfill(dedicated=dedicated)
     if backfill is None:
         return []
-    # A provider that failed last time is tried with one row.
-    max_rows = 1 if backfill.failures else options.max_rows
+    if backfill.failures:
+        # A provider that failed last time is tried with one row.
+        max_rows = 1
     try:
         keys = database.scan(backfill, max_rows)
     except RowError as error:
@@ -122,55 +152,117 @@ def _claim_backfill(database: Database, options: Options, *, dedicated: bool) ->
     if not are_keys(keys):
         database.fail_backfill(backfill, "its condition gives what are no keys")
         return []
-    return database.queue_backfill(backfill, keys, exhausted=len(keys) < max_rows, lease_seconds=options.lease_seconds)
+    exhausted = len(keys) < max_rows
+    return database.queue_backfill(backfill, keys, exhausted=exhausted, lease_seconds=options.lease_seconds, held=held)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Request:
-    """Texts of one model that travel together; probe: a text of ours, to see whether the model takes any."""
+    """Texts of one model that travel together; probe: a text of ours, to see whether the model takes any.
+
+    tokens: by estimate; slot: its own, where only so many may be in flight; headers: of its last answer.
+    """
 
     model: Model
     texts: list[str]
     probe: bool = False
+    tokens: int = 0
+    slot: int | None = None
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
 class Outbox:
-    """What a pass knows of one model: its jobs by text, whether it accepted anything yet, whether it rests."""
+    """What a pass knows of one model: its open jobs by text, whether it accepted anything yet, whether it rests.
 
+    waiting: requests that its limits do not allow yet; permit: that of the first; slots: all that are held.
+    """
+
+    limiter: Limiter
     jobs: dict[str, list[Job]] = field(default_factory=lambda: defaultdict(list))
+    unsent: list[str] = field(default_factory=list)
     accepted: bool = False
     trouble: ProviderTrouble | None = None
     # Refused requests, until it is known whether the model refuses everything.
     suspended: list[tuple[Request, Refused]] = field(default_factory=list)
     failures: int = 0
+    waiting: deque[Request] = field(default_factory=deque)
+    in_flight: int = 0
+    permit: Permit | None = None
+    slots: set[int] = field(default_factory=set)
+    began_at: float = field(default_factory=time.monotonic)
 
 
 class _Pass:
-    def __init__(self, database: Database, network: Network, options: Options, ledger: Ledger) -> None:
+    def __init__(
+        self, database: Database, network: Network, options: Options, ledger: Ledger, claim: Claim | None
+    ) -> None:
         self._database = database
         self._network = network
         self._options = options
         self._ledger = ledger
+        self._claim = claim
         self._outboxes: dict[Model, Outbox] = {}
         self._locked: list[tuple[Job, Any]] = []
+        self._flight: Flight[Request, Embedded] | None = None
         self._lease_ends = time.monotonic() + options.lease_seconds
+        self._claim_at = time.monotonic() + POLL_SECONDS
+        self._claim_until = time.monotonic() + CLAIMING_SECONDS
 
     def run(self, messages: list[Message]) -> Report:
-        for pipeline, jobs in self._jobs(messages):
-            self._take(pipeline, self._read(pipeline, jobs))
-        self._commit()
-        if self._outboxes:
-            with Flight[Request, Embedded](self._options.max_requests, self._breathe, self._abort) as flight:
-                for model in self._outboxes:
-                    self._send(flight, model)
-                for request, outcome in flight.landed():
-                    self._database.gate()
-                    self._land(flight, request, outcome)
-                    self._commit()
+        if any(message.read_count > 1 for message in messages):
+            # Lanes died of them, perhaps: nothing is to be in flight beside them.
+            self._claim = None
+        with Flight[Request, Embedded](self._options.max_requests, self._breathe, self._abort) as flight:
+            try:
+                self._load(flight, messages)
+                self._flight = flight
+                while flight or self._waiting():
+                    for request, outcome in flight.landed():
+                        self._database.gate()
+                        self._land(flight, request, outcome)
+                        self._commit()
+                        self._launch(flight)
+                    if self._waiting():
+                        time.sleep(SLICE_SECONDS)
+                        self._breathe()
+                self._flight = None
+            finally:
+                for model, outbox in self._outboxes.items():
+                    self._free(model, outbox.slots)
         self._write_locked()
         self._commit()
         return self._ledger.report
+
+    def _load(self, flight: Flight[Request, Embedded], messages: list[Message]) -> None:
+        """Reads the rows of claimed messages and sends their texts on their way."""
+        for pipeline, jobs in self._jobs(messages):
+            self._take(pipeline, self._read(pipeline, jobs))
+        self._commit()
+        for model in self._outboxes:
+            self._send(model)
+        self._launch(flight)
+
+    def _waiting(self) -> int:
+        return sum(len(outbox.waiting) for outbox in self._outboxes.values())
+
+    def _claim_more(self, flight: Flight[Request, Embedded], claim: Claim) -> None:
+        """Claims for the requests that could be in flight besides, so that providers need not wait for our writing."""
+        free = self._options.max_requests - len(flight) - self._waiting()
+        now = time.monotonic()
+        if now > self._claim_until or 2 * free < self._options.max_requests and (free < 1 or now < self._claim_at):
+            return
+        if any(outbox.trouble or outbox.suspended for outbox in self._outboxes.values()):
+            return
+        self._claim_at = now + POLL_SECONDS
+        self._database.gate()
+        messages = claim(free * self._options.batch_size, self._ledger.open_message_ids())
+        self._ledger.take(messages)
+        suspects = [message for message in messages if message.read_count > 1]
+        if suspects:
+            self._ledger.set_aside(suspects)
+            self._claim = None
+        self._load(flight, [message for message in messages if message.read_count == 1])
 
     # Claim ---------------------------------------------------------------------------------------
 
@@ -268,7 +360,11 @@ class _Pass:
             if job.truncated and not pipeline.truncate:
                 self._ledger.fail(job, f"the text has more than the {limit} tokens that the model takes")
                 continue
-            outbox = self._outboxes.setdefault(pipeline.model, Outbox(failures=pipeline.failures))
+            outbox = self._outboxes.setdefault(
+                pipeline.model, Outbox(Limiter(pipeline.model), failures=pipeline.failures)
+            )
+            if text not in outbox.jobs:
+                outbox.unsent.append(text)
             outbox.jobs[text].append(job)
         if unchanged:
             self._record(pipeline, unchanged)
@@ -278,25 +374,72 @@ class _Pass:
 
     # Embed ---------------------------------------------------------------------------------------
 
-    def _send(self, flight: Flight[Request, Embedded], model: Model) -> None:
+    def _send(self, model: Model) -> None:
+        unsent, self._outboxes[model].unsent = self._outboxes[model].unsent, []
+        for texts in self._pack(model, unsent):
+            self._submit(Request(model, texts))
+
+    def _pack(self, model: Model, texts: Sequence[str]) -> list[list[str]]:
         provider = provider_of(model)
-        requests = batching.pack(
-            list(self._outboxes[model].jobs),
+        return batching.pack(
+            texts,
             min(self._options.batch_size, model.max_inputs_per_request or provider.MAX_INPUTS_PER_REQUEST),
-            model.max_tokens_per_request or provider.MAX_TOKENS_PER_REQUEST,
+            tokens_per_request(model, provider.MAX_TOKENS_PER_REQUEST, self._outboxes[model].limiter.learnt),
             model.prefix("document"),
         )
-        for texts in requests:
-            self._submit(flight, Request(model, texts))
 
-    def _submit(self, flight: Flight[Request, Embedded], request: Request) -> None:
-        provider = provider_of(request.model)
-        ask = Ask(request.model, request.texts, self._options.timeout_seconds)
-        self._ledger.report.requests += 1
-        flight.submit(request, lambda: provider.embed(ask, self._network))
+    def _submit(self, request: Request) -> None:
+        """Has a request sent when the limits of its model allow."""
+        waiting = self._outboxes[request.model].waiting
+        if request.probe:
+            waiting.appendleft(request)
+        else:
+            waiting.append(request)
+
+    def _launch(self, flight: Flight[Request, Embedded]) -> None:
+        """Sends what waits, as far as the limits allow by now."""
+        for model, outbox in self._outboxes.items():
+            while outbox.waiting and self._may_go(flight, outbox):
+                request = outbox.waiting.popleft()
+                if outbox.permit is not None:
+                    request.slot, outbox.permit = outbox.permit.slot, None
+                ask = Ask(model, request.texts, self._options.timeout_seconds, headers=request.headers)
+                self._ledger.report.requests += 1
+                outbox.in_flight += 1
+                flight.submit(request, partial(provider_of(model).embed, ask, self._network))
+
+    def _may_go(self, flight: Flight[Request, Embedded], outbox: Outbox) -> bool:
+        """Whether the first request that waits may be sent now."""
+        request, limiter = outbox.waiting[0], outbox.limiter
+        elapsed = time.monotonic() - outbox.began_at
+        if outbox.in_flight and limiter.learnt is None and elapsed < FIRST_ANSWER_SECONDS:
+            return False
+        if not limiter.needs_permits:
+            return True
+        if outbox.permit is None:
+            if len(flight) >= self._options.max_requests:
+                return False
+            if elapsed > PATIENCE_SECONDS:
+                self._put_back(outbox, outbox.waiting, "it is not its turn yet: the model's limits")
+                outbox.waiting.clear()
+                return False
+            prefix = request.model.prefix("document")
+            request.tokens = sum(batching.estimate_tokens(prefix + text) for text in request.texts)
+            tolls = limiter.tolls(request.tokens, time.monotonic())
+            permit = self._database.take_permit(request.model.name, tolls, sorted(outbox.slots))
+            if permit.spent is not None:
+                outbox.waiting.popleft()
+                self._give_up_model(flight, request, OverBudget(permit.spent, retry_after_seconds=permit.rest_seconds))
+            elif permit.at is not None:
+                outbox.permit = permit
+                outbox.slots.update([] if permit.slot is None else [permit.slot])
+            # At once: other lanes wait for their turn.
+            self._database.commit()
+        return outbox.permit is not None and outbox.permit.at is not None and time.monotonic() >= outbox.permit.at
 
     def _land(self, flight: Flight[Request, Embedded], request: Request, outcome: Embedded | BaseException) -> None:
         outbox = self._outboxes[request.model]
+        self._listen(outbox, request, outcome)
         if isinstance(outcome, Refused) and request.probe:
             outcome = ProviderTrouble(f"every request is refused: {outcome}", permanent=True)
         elif isinstance(outcome, Refused) and outbox.trouble is not None:
@@ -305,7 +448,7 @@ class _Pass:
             case ProviderTrouble():
                 self._give_up_model(flight, request, outcome)
             case Refused():
-                self._refuse(flight, request, outcome)
+                self._refuse(request, outcome)
             case Exception():
                 # A fault of ours, which must not end every lane again and again. Its text may hold anything, a key too.
                 trouble = ProviderTrouble(
@@ -315,8 +458,29 @@ class _Pass:
             case BaseException():
                 raise outcome
             case Embedded(vectors, tokens):
-                self._database.note_usage(request.model.name, self._shares(request, tokens))
-                self._accept(flight, request, vectors)
+                self._database.note_usage(request.model.name, self._shares(request, tokens), request.slot)
+                self._accept(request, vectors)
+
+    def _listen(self, outbox: Outbox, request: Request, outcome: Embedded | BaseException) -> None:
+        """Takes from an answer what it tells of the model's limits; a request that failed frees its slot."""
+        answered = isinstance(outcome, Embedded)
+        outbox.in_flight -= 1
+        outbox.slots.discard(request.slot or 0)
+        if request.slot is not None and not answered:
+            self._free(request.model, {request.slot})
+        if isinstance(outcome, Embedded):
+            outbox.limiter.counted(request.tokens, outcome.tokens)
+        if outbox.limiter.heard(request.headers, time.monotonic(), answered=answered):
+            self._database.learn_limits(request.model.name, outbox.limiter.learnt or NOTHING_KNOWN)
+            if outbox.permit is None and not any(other.probe for other in outbox.waiting):
+                # What still waits may have too many tokens.
+                waiting, outbox.waiting = outbox.waiting, deque()
+                for texts in self._pack(request.model, [text for other in waiting for text in other.texts]):
+                    self._submit(Request(request.model, texts))
+
+    def _free(self, model: Model, slots: Iterable[int]) -> None:
+        if slots:
+            self._database.free_slots(model.name, sorted(slots))
 
     def _shares(self, request: Request, tokens: int | None) -> list[Share]:
         """Who had texts in a request; its tokens by estimate. A text of several pipelines is the first one's."""
@@ -334,17 +498,17 @@ class _Pass:
             for number, (pipeline_id, own) in enumerate(texts.items())
         ]
 
-    def _refuse(self, flight: Flight[Request, Embedded], request: Request, refusal: Refused) -> None:
+    def _refuse(self, request: Request, refusal: Refused) -> None:
         """Looks for the text to blame, once it is known that the model takes others."""
         outbox = self._outboxes[request.model]
         if outbox.accepted:
-            self._split(flight, request, refusal)
+            self._split(request, refusal)
             return
         outbox.suspended.append((request, refusal))
         if len(outbox.suspended) == 1:
-            self._submit(flight, Request(request.model, [PROBE], probe=True))
+            self._submit(Request(request.model, [PROBE], probe=True))
 
-    def _accept(self, flight: Flight[Request, Embedded], request: Request, vectors: np.ndarray) -> None:
+    def _accept(self, request: Request, vectors: np.ndarray) -> None:
         outbox = self._outboxes[request.model]
         outbox.accepted = True
         if outbox.failures:
@@ -352,17 +516,19 @@ class _Pass:
             outbox.failures = 0
         if not request.probe:
             self._apply(request, vectors)
+            for text in request.texts:
+                del outbox.jobs[text]
         suspended, outbox.suspended = outbox.suspended, []
         for refused, refusal in suspended:
-            self._split(flight, refused, refusal)
+            self._split(refused, refusal)
 
-    def _split(self, flight: Flight[Request, Embedded], request: Request, refusal: Refused) -> None:
+    def _split(self, request: Request, refusal: Refused) -> None:
         """Finds the text that is to blame for a refusal: halves the request until it stands alone."""
         if len(request.texts) > 1:
             for half in batching.halves(request.texts):
-                self._submit(flight, Request(request.model, half))
+                self._submit(Request(request.model, half))
             return
-        for job in self._outboxes[request.model].jobs[request.texts[0]]:
+        for job in self._outboxes[request.model].jobs.pop(request.texts[0]):
             self._ledger.fail(job, str(refusal))
 
     def _give_up_model(self, flight: Flight[Request, Embedded], request: Request, trouble: ProviderTrouble) -> None:
@@ -370,15 +536,23 @@ class _Pass:
         outbox = self._outboxes[request.model]
         if outbox.trouble is not trouble:
             outbox.trouble = trouble
-            seconds = rest_seconds(trouble, outbox.failures, random.random())
+            # Where limits are known, lanes do not come back all at once anyway.
+            paced = outbox.limiter.paces and trouble.retry_after_seconds is not None
+            seconds = rest_seconds(trouble, outbox.failures, 0.0 if paced else random.random())
             self._database.rest_model(request.model.name, seconds, trouble.permanent, str(trouble))
         unsent = flight.withdraw(lambda other: other.model == request.model)
         self._ledger.report.requests -= len(unsent)
-        for returned in [request, *unsent, *(suspended for suspended, _ in outbox.suspended)]:
-            for text in [] if returned.probe else returned.texts:
-                for job in outbox.jobs[text]:
-                    self._ledger.release(job, str(trouble))
+        outbox.in_flight -= len(unsent)
+        suspended = [refused for refused, _ in outbox.suspended]
+        self._put_back(outbox, [request, *unsent, *suspended, *outbox.waiting], str(trouble))
         outbox.suspended = []
+        outbox.waiting.clear()
+
+    def _put_back(self, outbox: Outbox, requests: Iterable[Request], reason: str) -> None:
+        for request in requests:
+            for text in [] if request.probe else request.texts:
+                for job in outbox.jobs.pop(text):
+                    self._ledger.release(job, reason)
 
     # Apply ---------------------------------------------------------------------------------------
 
@@ -471,6 +645,10 @@ class _Pass:
 
     def _breathe(self) -> None:
         self._database.breathe()
+        if self._flight is not None:
+            self._launch(self._flight)
+        if self._flight is not None and self._claim is not None:
+            self._claim_more(self._flight, self._claim)
         if self._lease_ends - time.monotonic() < self._options.timeout_seconds:
             self._database.extend(self._ledger.open_message_ids(), self._options.lease_seconds)
             self._database.commit()

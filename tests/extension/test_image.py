@@ -92,10 +92,11 @@ def test_the_named_database_has_the_extensions_and_a_lane(odd: Server) -> None:
     with connect(odd) as db:
         extensions = {row.extname for row in db.execute("SELECT extname FROM pg_extension")}
         assert {"autoembed", "pg_cron", "pgmq", "plpython3u", "vector"} <= extensions
-        assert db.execute("SELECT jobname, database, username, command FROM cron.job").fetchall() == [
-            ("autoembed-lane-1", DATABASE, USER, "CALL autoembed.work()")
+        assert db.execute("SELECT jobname, database, username, command FROM cron.job ORDER BY 1").fetchall() == [
+            ("autoembed-backfill-1", DATABASE, USER, "CALL autoembed.work(backfill => true)"),
+            ("autoembed-lane-1", DATABASE, USER, "CALL autoembed.work()"),
         ]
-        wait_until(lambda: db.execute("SELECT count(*) FROM autoembed.lane").fetchone() == (1,))
+        wait_until(lambda: db.execute("SELECT count(*) FROM autoembed.lane").fetchone() == (2,))
     with odd.connect("postgres", user=USER) as db:
         assert db.execute("SELECT count(*) FROM pg_extension WHERE extname <> 'plpgsql'").fetchone() == (0,)
 
@@ -146,12 +147,12 @@ def test_a_quiet_start_says_nothing_of_an_error(odd: Server) -> None:
 def test_pg_cron_notes_a_lane_once_a_run(odd: Server) -> None:
     with connect(odd) as db:
         started = db.execute("SELECT count(DISTINCT pid) AS lanes FROM autoembed.lane").fetchone()
-        assert started == (1,)
+        assert started == (2,)
         runs = db.execute(
             "SELECT status, count(*) FROM cron.job_run_details GROUP BY status ORDER BY status"
         ).fetchall()
 
-    assert runs == [("running", 1)]
+    assert runs == [("running", 2)]
 
 
 def test_the_image_is_labelled_and_checks_its_health(odd: Server) -> None:
@@ -190,7 +191,10 @@ def test_data_and_jobs_survive_a_stop_and_a_start(odd: Server) -> None:
 
     with connect(again) as db:
         assert waiting(db) == 1
-        assert db.execute("SELECT jobname FROM cron.job").fetchall() == [("autoembed-lane-1",)]
+        assert db.execute("SELECT jobname FROM cron.job ORDER BY 1").fetchall() == [
+            ("autoembed-backfill-1",),
+            ("autoembed-lane-1",),
+        ]
         db.execute("SELECT autoembed.resume_model('all-MiniLM-L6-v2')")
         wait_until(lambda: is_settled(db), 30)
         assert db.execute("SELECT embedding IS NOT NULL FROM documents WHERE id = 2").fetchone() == (True,)

@@ -83,7 +83,7 @@ def test_two_lanes_share_the_work_and_send_each_text_once(
     documents: Connection, api: FakeApi, connect: Connect
 ) -> None:
     """If a claim locks nothing, both lanes send the same texts; if requests go singly, two are in flight at most."""
-    api.behave(delay_seconds=0.05)
+    api.behave(delay_seconds=0.2)
     documents.execute("INSERT INTO documents (title, content) SELECT 't', 'c' || n FROM generate_series(1, 400) AS n")
 
     with running_lanes(documents, connect, 2, "batch_size => 10, max_requests => 2"):

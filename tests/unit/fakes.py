@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoembed.errors import RowError
+from autoembed.limits import Limits, Permit, Toll
 from autoembed.model import Ask, Embedded, Model, Share
 
 Vector = NDArray[np.float32]
@@ -115,6 +116,12 @@ class FakeDatabase:
         self.scan_error: RowError | None = None
         self.failed_backfills: list[str] = []
         self.usage: list[Share] = []
+        # The next ones; then as many as are asked for, at once.
+        self.permits: list[Permit] = []
+        self.tolls: list[tuple[Toll | None, ...]] = []
+        self.slots_held: list[list[int]] = []
+        self.slots_freed: list[int] = []
+        self.limits_learnt: list[Limits] = []
         self.statement_timeout: float | None = None
         self.content_errors: dict[str, RowError] = {}
         self.write_errors: dict[str, RowError] = {}
@@ -178,7 +185,7 @@ class FakeDatabase:
     def statement_timeout_seconds(self) -> float | None:
         return self.statement_timeout
 
-    def claim(self, max_rows: int, lease_seconds: float) -> list[Message]:
+    def claim(self, max_rows: int, lease_seconds: float, held: Sequence[int]) -> list[Message]:
         self._note("claim")
         claimed = [replace(message, read_count=message.read_count + 1) for message in self.waiting()[:max_rows]]
         self.queue.update({message.id: message for message in claimed})
@@ -224,7 +231,13 @@ class FakeDatabase:
         ]
 
     def queue_backfill(
-        self, backfill: Backfill, keys: Sequence[str], *, exhausted: bool, lease_seconds: float
+        self,
+        backfill: Backfill,
+        keys: Sequence[str],
+        *,
+        exhausted: bool,
+        lease_seconds: float,
+        held: Sequence[int],
     ) -> list[Message]:
         self._note("queue_backfill")
         self.backfill = None if exhausted else replace(backfill, after=keys[-1])
@@ -303,8 +316,23 @@ class FakeDatabase:
             self.embedded.pop(key, None)
             self.failures.pop(key, None)
 
-    def note_usage(self, model: str, shares: Sequence[Share]) -> None:
+    def take_permit(self, model: str, tolls: Sequence[Toll | None], slots_held: Sequence[int]) -> Permit:
+        self._note("take_permit")
+        self.tolls.append(tuple(tolls))
+        self.slots_held.append(list(slots_held))
+        return self.permits.pop(0) if self.permits else Permit(0.0)
+
+    def free_slots(self, model: str, slots: Sequence[int]) -> None:
+        self._note("free_slots")
+        self.slots_freed.extend(slots)
+
+    def learn_limits(self, model: str, limits: Limits) -> None:
+        self._note("learn_limits")
+        self.limits_learnt.append(limits)
+
+    def note_usage(self, model: str, shares: Sequence[Share], slot: int | None) -> None:
         self.usage.extend(shares)
+        self.slots_freed.extend([] if slot is None else [slot])
 
     def forget_all(self, pipeline_id: int) -> None:
         self._note("forget_all")
@@ -343,6 +371,8 @@ class FakeProvider:
     def __init__(self) -> None:
         self.requests: list[list[str]] = []
         self.answer: Callable[[list[str]], Vector] = vectors_of
+        self.headers: dict[str, str] = {}
+        self.tokens: int | None = None
         self.aborted = threading.Event()
 
     def check(self, model: Model) -> None:
@@ -350,7 +380,8 @@ class FakeProvider:
 
     def embed(self, ask: Ask, network: Any) -> Embedded:
         self.requests.append(list(ask.texts))
-        return Embedded(self.answer(list(ask.texts)))
+        ask.headers.update(self.headers)
+        return Embedded(self.answer(list(ask.texts)), self.tokens)
 
     def abort(self) -> None:
         self.aborted.set()

@@ -122,7 +122,7 @@ class Book:
 
     def claim(self, *keys: int, attempts: int = 0) -> tuple[int, list[Job]]:
         message_id = self.database.send({"pipeline": 1, "keys": [[key] for key in keys]})
-        self.database.claim(1, 60)
+        self.database.claim(1, 60, [])
         jobs = [Job(Pipeline(), f"[{key}]", attempts, [message_id]) for key in keys]
         for job in jobs:
             self.ledger.open(job)
@@ -212,7 +212,7 @@ def test_what_is_dealt_with_is_not_released(book: Book) -> None:
 
 def test_a_row_of_two_messages_settles_both(book: Book) -> None:
     ids = [book.database.send({}) for _ in range(2)]
-    book.database.claim(2, 60)
+    book.database.claim(2, 60, [])
     job = Job(Pipeline(), "[1]", 0, ids)
     book.ledger.open(job)
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -54,16 +55,12 @@ class Lane:
         self.network = FakeNetwork()
         self.provider = FakeProvider()
 
-    def run(
-        self, batch_size: int = 100, max_requests: int = 1, timeout_seconds: float = 60, *, backfill: bool = False
-    ) -> Report:
+    def run(self, batch_size: int = 100, max_requests: int = 1, timeout_seconds: float = 60) -> Report:
         options = Options(batch_size, max_requests, timeout_seconds)
-        return worker.run_pass(
-            cast("Database", self.database), cast("Network", self.network), options, backfill=backfill
-        )
+        return worker.run_pass(cast("Database", self.database), cast("Network", self.network), options)
 
-    def work(self, run_seconds: float) -> None:
-        options = Options(100, 1, 60)
+    def work(self, run_seconds: float, max_requests: int = 1) -> None:
+        options = Options(100, max_requests, 60)
         worker.work(cast("Database", self.database), cast("Network", self.network), options, run_seconds)
 
     def limit_inputs(self, most: int) -> None:
@@ -147,7 +144,7 @@ def test_the_fake_database_has_the_interface_of_the_real_one() -> None:
 
 def test_an_empty_queue_costs_one_look(lane: Lane, database: FakeDatabase) -> None:
     assert lane.run() == Report()
-    assert database.statements == ["claim", "next_backfill"]
+    assert database.statements == ["claim", "commit", "next_backfill", "commit"]
 
 
 def test_each_row_gets_the_vector_of_its_text(lane: Lane, database: FakeDatabase, provider: FakeProvider) -> None:
@@ -871,7 +868,7 @@ def test_a_message_half_done_settles_and_the_other_half_is_queued_again(lane: La
 def test_a_message_that_lanes_died_of_is_failed_without_being_tried(lane: Lane, database: FakeDatabase) -> None:
     database.put(1, "deadly")
     for _ in range(MAX_ATTEMPTS):
-        database.claim(1, 60)
+        database.claim(1, 60, [])
         database.claimed.clear()
 
     report = lane.run()
@@ -888,7 +885,7 @@ def test_a_message_whose_lane_died_once_is_tried_and_others_wait(
 ) -> None:
     monkeypatch.setattr("random.random", lambda: 0.6)
     database.put(1, "perhaps deadly")
-    database.claim(1, 60)
+    database.claim(1, 60, [])
     database.claimed.clear()
     database.put(2, "other")
 
@@ -1199,15 +1196,83 @@ def test_an_idle_lane_looks_at_the_queue_a_few_times_a_second_and_holds_no_trans
     lane.work(run_seconds=1.0)
 
     claims = [index for index, statement in enumerate(database.statements) if statement == "claim"]
-    assert 3 <= len(claims) <= 6
-    assert all(database.statements[index + 1 : index + 3] == ["next_backfill", "commit"] for index in claims)
+    assert 5 <= len(claims) <= 11
+    assert all(database.statements[index + 1] == "commit" for index in claims)
 
 
 def test_a_lane_frees_the_jobs_of_dead_lanes_now_and_then(
     lane: Lane, database: FakeDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "CLEAN_UP_SECONDS", 0.3)
+    monkeypatch.setattr(worker, "LOOK_AROUND_SECONDS", 0.3)
 
     lane.work(run_seconds=0.7)
 
     assert 2 <= database.statements.count("clean_up") <= 3
+
+
+# --- claiming while requests are in flight -----------------------------------------------------------
+
+
+def test_a_lane_claims_what_comes_while_a_request_is_in_flight(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider
+) -> None:
+    database.put(1, "slow")
+
+    def answer(texts: list[str]) -> Vector:
+        if texts == ["slow"]:
+            database.put(2, "quick")
+            wait_until(lambda: database.is_fresh(2))
+        return vectors_of(texts)
+
+    provider.answer = answer
+    database.interrupts["breathe"] = lambda: setattr(database, "wanted", not database.is_fresh(1))
+
+    lane.work(run_seconds=5, max_requests=2)
+
+    assert database.is_fresh(1)
+    assert database.is_fresh(2)
+
+
+def test_a_text_that_is_in_flight_already_is_not_sent_again(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider
+) -> None:
+    database.put(1, "same")
+
+    def answer(texts: list[str]) -> Vector:
+        database.put(2, "same")
+        wait_until(lambda: database.waiting() == [])
+        return vectors_of(texts)
+
+    provider.answer = answer
+    database.interrupts["breathe"] = lambda: setattr(database, "wanted", not database.is_fresh(2))
+
+    lane.work(run_seconds=5, max_requests=2)
+
+    assert provider.requests == [["same"]]
+    assert database.is_fresh(1)
+    assert database.is_fresh(2)
+    assert database.queue == {}
+
+
+def test_a_lane_claims_no_more_once_a_provider_is_in_trouble(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider
+) -> None:
+    for row_id in range(3):
+        database.put(row_id, f"text {row_id}")
+    lane.limit_inputs(1)
+
+    def answer(texts: list[str]) -> Vector:
+        if texts == ["text 0"]:
+            raise ProviderTrouble("the provider answered 503")
+        wait_until(lambda: database.rests)
+        database.put(9, "later")
+        return vectors_of(texts)
+
+    provider.answer = answer
+
+    options = Options(100, 3, 60)
+    claim = partial(worker._claim_queued, cast("Database", database), options)
+    worker._work_on(cast("Database", database), cast("Network", lane.network), options, claim, more=True)
+
+    assert not database.is_fresh(9)
+    assert len(database.rests) == 1

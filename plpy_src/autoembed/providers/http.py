@@ -116,6 +116,7 @@ def post(
         max_answer_bytes=(64 << 20) + 32 * len(ask.texts) * ask.model.dimensions,
         ca_file=ask.model.options.get("ca_file"),
     )
+    ask.headers.update(answer.headers)
     if answer.status != 200:
         raise trouble_of(answer.status, answer.headers, answer.body, secret)
     return answer.body

@@ -1,0 +1,475 @@
+"""Looking through tables that have rows already, beside everything else that lanes do; and messages of many rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fake_api import FakeApi, embedding_of
+from harness import Connection, Server, run_server, waiting, warnings_of
+from lanes import Lane, running_lanes
+from waiting import wait_until
+
+Connect = Callable[..., Connection]
+
+SCANNING = "SELECT EXISTS (SELECT FROM autoembed.backfill WHERE scanned_at IS NULL) AS scanning"
+# Ten rows at a time.
+TEN = "batch_size => 10, max_requests => 1"
+
+
+def fill(db: Connection, rows: int, table: str = "documents") -> None:
+    """A table of rows 1, 2, 3 … that say old 1, old 2, old 3 …, not attached."""
+    db.execute(f"CREATE TABLE {table} (id int PRIMARY KEY, content text, embedding halfvec(1536))")
+    db.execute(f"INSERT INTO {table} SELECT n, 'old ' || n FROM generate_series(1, {rows}) AS n")
+
+
+def enable(db: Connection, table: str = "documents", arguments: str = "") -> None:
+    db.execute(f"SELECT autoembed.enable('{table}', content_columns => '{{content}}' {arguments})")
+
+
+def process(db: Connection, arguments: str = "") -> Any:
+    return db.execute(f"SELECT * FROM autoembed.process({arguments})").fetchone()
+
+
+def process_all(db: Connection, arguments: str = "") -> None:
+    while process(db, arguments).read > 0:
+        pass
+
+
+def is_done(db: Connection) -> bool:
+    """Nothing is being looked through, and nothing is due."""
+    due = "SELECT EXISTS (SELECT FROM pgmq.q_embedding_jobs WHERE vt <= clock_timestamp() OR read_ct > 0)"
+    return db.execute(SCANNING).fetchone() == (False,) and db.execute(due).fetchone() == (False,)
+
+
+def is_fresh(db: Connection, table: str = "documents") -> bool:
+    """Whether every row has the vector of what it says."""
+    rows = db.execute(f"SELECT content, embedding::vector::real[] AS vector FROM {table}").fetchall()
+    return all(row.vector is not None and np.allclose(row.vector, embedding_of(row.content), atol=1e-3) for row in rows)
+
+
+def has_vector(db: Connection, key: int, table: str = "documents") -> bool:
+    return db.execute(f"SELECT embedding IS NOT NULL FROM {table} WHERE id = {key}").fetchone() == (True,)
+
+
+def wait_for_vector(db: Connection, key: int, table: str = "documents") -> None:
+    wait_until(lambda: has_vector(db, key, table), 5)
+
+
+def test_enabling_a_table_with_rows_queues_none_of_them(db: Connection, api: FakeApi) -> None:
+    fill(db, 5000)
+
+    enable(db)
+
+    assert waiting(db) == 0
+    assert db.execute("SELECT position, rows_queued, scanned_at FROM autoembed.backfill").fetchall() == [
+        (None, 0, None)
+    ]
+
+
+@pytest.mark.parametrize("lanes", ["process", "live", "backfill", "both"])
+def test_every_row_that_was_there_is_embedded_once_whoever_does_it(
+    db: Connection, api: FakeApi, connect: Connect, lanes: str
+) -> None:
+    """By process(), by a lane that has nothing else to do, or by lanes for it; then nothing is left to look through."""
+    fill(db, 2500)
+    enable(db)
+    arguments = "batch_size => 100, max_requests => 4"
+    with ExitStack() as stack:
+        if lanes == "process":
+            process_all(db, arguments)
+        if lanes in ("live", "both"):
+            stack.enter_context(running_lanes(db, connect, 1, arguments))
+        if lanes in ("backfill", "both"):
+            stack.enter_context(running_lanes(db, connect, 2, f"{arguments}, backfill => true"))
+        wait_until(lambda: db.execute("SELECT count(*) FROM autoembed.backfill").fetchone() == (0,))
+
+    assert is_fresh(db)
+    assert waiting(db) == 0
+    assert Counter(api.texts()).most_common(1)[0][1] == 1
+    assert len(api.texts()) == 2500
+
+
+def test_rows_are_left_alone_where_enqueue_existing_is_false(db: Connection, api: FakeApi) -> None:
+    fill(db, 5)
+    enable(db, arguments=", enqueue_existing => false")
+    db.execute("INSERT INTO documents VALUES (6, 'new')")
+    process_all(db)
+
+    assert api.texts() == ["new"]
+
+
+def test_a_backfill_goes_on_where_a_killed_lane_stood(db: Connection, api: FakeApi, connect: Connect) -> None:
+    """If the position is lost with the lane, all is read again; if a claimed chunk is, its rows have no vector."""
+    fill(db, 300)
+    enable(db)
+    api.behave(hold="old 125")
+    lane = Lane(connect(), f"{TEN}, backfill => true")
+    api.wait_for(held=1)
+    db.execute("SELECT pg_terminate_backend(%s)", [lane.pid])
+    lane.join()
+    api.release()
+    api.wait_until_idle()
+    before = len(api.texts())
+    assert before == 130
+
+    with running_lanes(db, connect, 1, TEN), running_lanes(db, connect, 1, f"{TEN}, backfill => true"):
+        wait_until(lambda: is_done(db))
+
+    assert is_fresh(db)
+    sent = Counter(api.texts())
+    assert len(sent) == 300
+    assert {text for text, times in sent.items() if times > 1} <= {f"old {n}" for n in range(121, 131)}
+    assert max(sent.values()) <= 2
+
+
+def test_a_fresh_row_does_not_wait_for_a_backfill(db: Connection, api: FakeApi, connect: Connect) -> None:
+    """With every request of the backfill held, a live lane that takes part in it has no hand free."""
+    fill(db, 100)
+    fill(db, 0, "notes")
+    enable(db, "notes")
+    enable(db)
+    api.behave(hold="old")
+    with running_lanes(db, connect, 1, f"{TEN}, backfill => true"):
+        api.wait_for(held=1)
+        with running_lanes(db, connect, 1, TEN):
+            for number in range(3):
+                db.execute(f"INSERT INTO documents VALUES (1000 + {number}, 'fresh {number}')")
+                db.execute(f"INSERT INTO notes VALUES ({number}, 'a fresh note {number}')")
+                db.execute(f"UPDATE documents SET content = 'fresh, too' WHERE id = 90 + {number}")
+                for key, table in ((1000 + number, "documents"), (number, "notes"), (90 + number, "documents")):
+                    wait_for_vector(db, key, table)
+            assert db.execute(SCANNING).fetchone() == (True,)
+            assert not has_vector(db, 1)
+            api.release()
+            wait_until(lambda: is_done(db))
+
+    assert is_fresh(db)
+    assert is_fresh(db, "notes")
+
+
+def test_a_lane_without_another_for_backfills_does_live_rows_before_the_next_chunk(
+    db: Connection, api: FakeApi, connect: Connect
+) -> None:
+    fill(db, 100)
+    enable(db)
+    api.behave(hold="old 15")
+    with running_lanes(db, connect, 1, TEN):
+        api.wait_for(held=1)
+        db.execute("INSERT INTO documents VALUES (1000, 'fresh')")
+        api.release()
+        wait_until(lambda: is_done(db))
+
+    assert is_fresh(db)
+    assert api.texts().index("fresh") == 20
+
+
+def test_rows_that_change_behind_within_and_ahead_of_a_backfill_end_fresh(
+    db: Connection, api: FakeApi, connect: Connect
+) -> None:
+    fill(db, 100)
+    enable(db)
+    api.behave(hold=["old 50"])
+    with running_lanes(db, connect, 1, f"{TEN}, backfill => true"):
+        api.wait_for(held=1)
+        for number in (40, 50, 60):
+            db.execute(f"UPDATE documents SET content = 'changed' WHERE id = {number} + 0")
+            db.execute(f"DELETE FROM documents WHERE id = {number} - 1")
+            db.execute(f"UPDATE documents SET id = id + 1000 WHERE id = {number} - 2")
+            db.execute(f"UPDATE documents SET id = id - 1000 WHERE id = {number} - 3")
+            db.execute(f"INSERT INTO documents VALUES ({number} - 1, 'inserted')")
+        with running_lanes(db, connect, 1, TEN):
+            api.release()
+            wait_until(lambda: is_done(db) and is_fresh(db))
+
+    assert db.execute("SELECT count(*) FROM documents").fetchone() == (100,)
+    assert db.execute("SELECT count(*) FROM autoembed.failed").fetchone() == (0,)
+
+
+KEYS = {
+    "composite": (
+        'a text COLLATE "de-x-icu", b int, PRIMARY KEY (b, a)',
+        "('{a,B,Ä,ä,Z,é,\"a b\",[1]}'::text[])[1 + n % 8], n / 8 - 10",
+    ),
+    "composite, the other way round": (
+        'a text COLLATE "de-x-icu", b int, PRIMARY KEY (a, b)',
+        "('{a,B,Ä,ä,Z,é,\"a b\",[1]}'::text[])[1 + n % 8], n / 8 - 10",
+    ),
+    "text": ("a text PRIMARY KEY, b int", "md5(n::text) || chr(n + 60), n"),
+    "uuid": ("a uuid PRIMARY KEY, b int", "md5(n::text)::uuid, n"),
+    "timestamptz": (
+        "a timestamptz PRIMARY KEY, b int",
+        "CASE n WHEN 1 THEN 'infinity' WHEN 2 THEN '-infinity' ELSE"
+        " '2024-03-30 12:00Z'::timestamptz + n * interval '1 hour' END, n",
+    ),
+    "numeric": ("a numeric PRIMARY KEY, b int", "CASE n WHEN 1 THEN 'NaN' ELSE 1.0 / n - 0.01 END, n"),
+    "double precision": ("a float8 PRIMARY KEY, b int", "CASE n WHEN 1 THEN '-Infinity' ELSE 1.0 / n END, n"),
+    "range": ("a int4range PRIMARY KEY, b int", "int4range(n % 7, n + 7), n"),
+    "citext": ("a citext PRIMARY KEY, b int", "(CASE n % 2 WHEN 0 THEN 'K' ELSE 'k' END) || md5(n::text), n"),
+    "citext of another schema": (
+        "a elsewhere.citext PRIMARY KEY, b int",
+        "(CASE n % 2 WHEN 0 THEN 'K' ELSE 'k' END) || md5(n::text), n",
+    ),
+    "enum and domain": (
+        "a colour, b number, PRIMARY KEY (a, b)",
+        "('{red,blue,amber}'::colour[])[1 + n % 3], n",
+    ),
+    "partitions": ("a int, b int, PRIMARY KEY (b, a)", "n % 5, n"),
+}
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_keys_of_any_kind_are_gone_through_without_a_gap_or_a_repetition(
+    db: Connection, api: FakeApi, kind: str
+) -> None:
+    """In chunks of seven; a row that another order puts elsewhere would be left out, or come twice."""
+    columns, values = KEYS[kind]
+    db.execute("CREATE TYPE colour AS ENUM ('red', 'blue', 'amber'); CREATE DOMAIN number AS int CHECK (VALUE > 0)")
+    db.execute("CREATE SCHEMA elsewhere; CREATE EXTENSION citext")
+    if kind == "citext of another schema":
+        db.execute("ALTER EXTENSION citext SET SCHEMA elsewhere")
+    db.execute(
+        f"CREATE TABLE documents ({columns}, content text)" + (" PARTITION BY HASH (a)" if kind == "partitions" else "")
+    )
+    if kind == "partitions":
+        for remainder in range(2):
+            db.execute(
+                f"CREATE TABLE p{remainder} PARTITION OF documents FOR VALUES WITH (MODULUS 2, REMAINDER {remainder})"
+            )
+    db.execute(f"INSERT INTO documents SELECT {values}, 'old ' || n FROM generate_series(1, 100) AS n")
+    db.execute("SET TimeZone = 'Europe/Berlin'; SET DateStyle = 'SQL, DMY'; SET extra_float_digits = -5")
+    enable(db)
+
+    process_all(db, "batch_size => 7, max_requests => 1")
+
+    assert len(api.texts()) == len(set(api.texts())) == 100
+    assert db.execute("SELECT count(*) FROM documents WHERE embedding IS NULL").fetchone() == (0,)
+
+
+def test_a_paused_backfill_goes_on_behind_the_last_row(db: Connection, api: FakeApi) -> None:
+    fill(db, 50)
+    enable(db)
+    process(db, TEN)
+    db.execute("SELECT autoembed.pause('documents')")
+
+    assert process(db, TEN).read == 0
+    assert db.execute("SELECT position, rows_queued FROM autoembed.backfill").fetchone() == ("[10]", 10)
+
+    db.execute("SELECT autoembed.resume('documents')")
+    process_all(db, TEN)
+    assert api.texts() == [f"old {n}" for n in range(1, 51)]
+
+
+def test_a_blocked_backfill_does_not_hold_up_another(db: Connection, api: FakeApi) -> None:
+    fill(db, 3)
+    fill(db, 3, "others")
+    enable(db)
+    enable(db, "others")
+    db.execute("ALTER TABLE documents ALTER embedding TYPE halfvec(10) USING NULL")
+    process_all(db)
+
+    assert is_fresh(db, "others")
+
+
+def test_tables_take_turns_so_that_a_long_one_does_not_hold_up_a_short_one(db: Connection, api: FakeApi) -> None:
+    fill(db, 200)
+    fill(db, 5, "others")
+    enable(db)
+    enable(db, "others")
+    for _ in range(4):
+        process(db, TEN)
+
+    assert is_fresh(db, "others")
+
+
+def test_a_reembedding_whose_condition_fails_ends_on_the_failed_list_and_can_be_tried_again(
+    db: Connection, api: FakeApi, connect: Connect
+) -> None:
+    fill(db, 20)
+    fill(db, 3, "others")
+    enable(db)
+    process_all(db)
+    db.execute("SELECT autoembed.reembed('documents', condition => '1 / (id - 5) < 2')")
+    enable(db, "others")
+    with running_lanes(db, connect, 1, f"{TEN}, backfill => true") as [lane]:
+        wait_until(lambda: is_fresh(db, "others"))
+        wait_until(lambda: is_done(db))
+        assert lane.error is None
+
+    [failure] = db.execute("SELECT table_name, reason, message FROM autoembed.failed").fetchall()
+    assert failure.reason == "division by zero"
+    db.execute("DELETE FROM documents WHERE id = 5")
+    before = len(api.texts())
+    db.execute("SELECT autoembed.retry_failed()")
+    process_all(db)
+    assert len(api.texts()) - before == 19
+    assert db.execute("SELECT reason FROM autoembed.failed").fetchall() == []
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "SELECT autoembed.disable('documents')",
+        "DROP TABLE documents",
+        "TRUNCATE documents",
+        "ALTER TABLE documents DROP content",
+        "ALTER TABLE documents RENAME id TO number",
+        "ALTER TABLE documents ALTER id TYPE bigint",
+    ],
+)
+def test_a_lane_for_backfills_takes_what_becomes_of_its_table_calmly(
+    db: Connection, api: FakeApi, connect: Connect, end: str
+) -> None:
+    fill(db, 50)
+    enable(db)
+    api.behave(hold="old 15")
+    with running_lanes(db, connect, 1, f"{TEN}, backfill => true") as [lane]:
+        api.wait_for(held=1)
+        db.execute(end)
+        api.release()
+        fill(db, 3, "others")
+        enable(db, "others")
+        wait_until(lambda: lane.error or is_fresh(db, "others"))
+        assert lane.error is None
+        if "RENAME" in end or "TYPE" in end:
+            wait_until(lambda: is_fresh(db))
+        wait_until(lambda: db.execute("SELECT * FROM autoembed.failed").fetchall() == [])
+
+
+# Messages of many rows ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tables", [1, 5])
+def test_a_pass_never_takes_more_rows_than_it_may(db: Connection, api: FakeApi, tables: int) -> None:
+    """The messages have a hundred rows each."""
+    names = [f"documents{number}" for number in range(tables)]
+    for name in names:
+        fill(db, 0, name)
+        enable(db, name)
+        db.execute(f"INSERT INTO {name} SELECT n, '{name} ' || n FROM generate_series(1, 250) AS n")
+    assert waiting(db) == 3 * tables
+
+    while (report := process(db, "batch_size => 20, max_requests => 3")).read > 0:
+        assert report.read <= 60
+        assert report.requests <= 3
+
+    assert all(is_fresh(db, name) for name in names)
+    assert len(api.texts()) == len(set(api.texts())) == 250 * tables
+    assert max(len(request["texts"]) for request in api.log()) <= 20
+
+
+def test_a_row_that_kills_its_lane_takes_none_of_its_message_with_it(
+    db: Connection, api: FakeApi, connect: Connect
+) -> None:
+    """As long as a hundred rows die together, their tries count for all of them."""
+    fill(db, 0)
+    enable(db, arguments=", enqueue_existing => false")
+    db.execute(
+        "INSERT INTO documents SELECT n, CASE n WHEN 50 THEN 'deadly' ELSE 'harmless ' || n END"
+        " FROM generate_series(1, 100) AS n"
+    )
+    api.behave(hold="deadly")
+    killed = 0
+    while waiting(db):
+        lane = Lane(connect())
+        wait_until(lambda: api.counters()["held"] or not waiting(db))
+        if waiting(db):
+            db.execute("SELECT pg_terminate_backend(%s)", [lane.pid])
+            killed += 1
+            assert killed <= 5
+        else:
+            db.execute("UPDATE autoembed.lane SET stop = true")
+        lane.join()
+        api.wait_until_idle()
+
+    [failure] = db.execute("SELECT key, reason FROM autoembed.failed").fetchall()
+    assert failure == ("[50]", "5 lanes ended while they worked on it")
+    assert db.execute("SELECT id FROM documents WHERE embedding IS NULL").fetchall() == [(50,)]
+
+
+def test_a_locked_table_holds_up_no_other_and_costs_no_request_again_and_again(
+    db: Connection, api: FakeApi, connect: Connect
+) -> None:
+    fill(db, 30)
+    fill(db, 0, "others")
+    fill(db, 0, "looked_through")
+    for table in ("documents", "others", "looked_through"):
+        enable(db, table)
+    db.execute("UPDATE documents SET content = 'new ' || id WHERE id <= 3")
+    with connect() as application, application.transaction():
+        application.execute("LOCK TABLE documents IN ACCESS EXCLUSIVE MODE")
+        with running_lanes(db, connect), running_lanes(db, connect, 1, "backfill => true"):
+            for number in range(20):
+                db.execute(f"INSERT INTO others VALUES ({number}, 'other {number}')")
+                wait_for_vector(db, number, "others")
+            db.execute("INSERT INTO looked_through VALUES (1, 'a text')")
+            wait_for_vector(db, 1, "looked_through")
+            db.execute("SELECT autoembed.reembed('looked_through')")
+            wait_until(lambda: api.texts().count("a text") == 2)
+            assert [text for text in api.texts() if text.startswith(("old", "new"))] == []
+            application.execute("COMMIT")
+            wait_until(lambda: is_done(db) and is_fresh(db))
+
+    assert max(Counter(text for text in api.texts() if text != "a text").values()) == 1
+    assert db.execute("SELECT count(*) FROM autoembed.failed").fetchone() == (0,)
+
+
+# The index ---------------------------------------------------------------------------------------------
+
+
+def test_without_pg_cron_an_index_that_was_asked_for_is_left_to_the_owner(db: Connection, api: FakeApi) -> None:
+    fill(db, 3)
+    enable(db, arguments=", create_index => true")
+    with warnings_of(db) as warnings:
+        process_all(db)
+        process(db)
+
+    assert any("public.documents.embedding has no index" in warning for warning in warnings)
+    assert db.execute("SELECT count(*) FROM autoembed.backfill").fetchone() == (0,)
+
+
+@pytest.fixture(scope="module")
+def scheduled() -> Iterator[Server]:
+    """A server with pg_cron in its database postgres, a lane and one for backfills."""
+    with ExitStack() as stack:
+        yield run_server(stack, AUTOEMBED_LANES="1")
+
+
+def test_the_index_is_built_concurrently_once_the_rows_are_embedded(scheduled: Server) -> None:
+    api = scheduled.fake_api("index")
+    long = 'Ein langer Name mit "Anführungszeichen"; der 63 Bytes hat ........'[:58]
+    name = '"' + long.replace('"', '""') + '"'
+    with scheduled.connect() as db:
+        db.execute("SELECT autoembed.alter_model('text-embedding-3-small', base_url => %s)", [api.base_url])
+        db.execute("SELECT autoembed.set_default_model('text-embedding-3-small')")
+        fill(db, 200)
+        fill(db, 200, name)
+        api.behave(hold=["old 100"])
+        enable(db, arguments=", create_index => true")
+        enable(db, name, ", create_index => true")
+        index_of = (
+            "SELECT indexdef FROM pg_indexes"
+            " JOIN pg_index ON indexrelid = format('%%I.%%I', schemaname, indexname)::regclass"
+            " WHERE tablename = %s AND indexdef LIKE '%%hnsw%%' AND indisvalid"
+        )
+        api.wait_for(held=1)
+        for table in ("documents", long):
+            assert db.execute(index_of, [table]).fetchall() == []
+        api.release()
+        for table in ("documents", long):
+            [definition] = wait_until(partial(lambda table: db.execute(index_of, [table]).fetchone(), table), 60)
+            assert definition.endswith("USING hnsw (embedding halfvec_cosine_ops)")
+            assert db.execute(f"SELECT count(*) FROM {name} WHERE embedding IS NULL").fetchone() == (0,)
+        wait_until(lambda: db.execute("SELECT count(*) FROM autoembed.backfill").fetchone() == (0,))
+        assert db.execute("SELECT jobname FROM cron.job WHERE jobname LIKE 'autoembed-index%'").fetchall() == []
+        builds = (
+            "SELECT count(*) FROM cron.job_run_details"
+            " WHERE command LIKE 'CREATE INDEX CONCURRENTLY %' AND status = 'succeeded'"
+        )
+        assert (db.execute(builds).fetchone() or (0,)) >= (2,)

@@ -1,0 +1,346 @@
+"""A database that is dumped and restored goes on where it was, and nothing is paid for twice."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+
+from fake_api import FakeApi, embedding_of
+from harness import GUIDE_TABLE, GUIDE_TRIGGERS, Connection, Server, insert
+
+Connect = Callable[..., Connection]
+Role = Callable[[str], str]
+Restore = Callable[..., Connection]
+
+MODEL = "text-embedding-3-small"
+TABLES = ["notes", "pages", "stories", "documents"]
+
+
+@pytest.fixture
+def restored(server: Server, dbname: str) -> Iterator[Restore]:
+    """Dumps the test's database in the server's container and restores it beside it; a session there."""
+    name = f"restored_{uuid.uuid4().hex[:12]}"
+    with ExitStack() as stack:
+
+        def restore(options: str = "", restore_options: str = "") -> Connection:
+            stack.enter_context(server.janitor(name))
+            custom = "-Fc" in options
+            load = f"pg_restore --exit-on-error {restore_options}" if custom else "psql --quiet -v ON_ERROR_STOP=1"
+            command = f"set -o pipefail; pg_dump -U postgres {options} {dbname} | {load} -U postgres -d {name} 2>&1"
+            code, output = server.container.get_wrapped_container().exec_run(["bash", "-c", command])
+            printed = output.decode()
+            assert code == 0 and "ERROR:" not in printed, printed[-3000:]
+            return stack.enter_context(server.connect(name))
+
+        yield restore
+
+
+@pytest.fixture
+def lived_in(db: Connection, api: FakeApi, role: Role, connect: Connect) -> Connection:
+    """Tables of every kind, renamed and changed since, with rows that are embedded, wait, have failed, and are to come."""
+    owner = role("owner")
+    db.execute("SELECT autoembed.grant_usage(%s)", [owner])
+    db.execute("CREATE SCHEMA app")
+    db.execute("CREATE TABLE drafts (gone int, id int PRIMARY KEY, heading text, dull int, body text)")
+    db.execute("SELECT autoembed.enable('drafts', content_columns => '{heading,body}')")
+    db.execute("INSERT INTO drafts (id, heading, body) SELECT n, 'h' || n, 'b' || n FROM generate_series(1, 20) AS n")
+    # What a dump leaves out: the numbers of the columns are others afterwards.
+    db.execute("ALTER TABLE drafts DROP COLUMN gone, DROP COLUMN dull")
+    db.execute("ALTER TABLE drafts RENAME COLUMN heading TO title")
+    db.execute("ALTER TABLE drafts RENAME TO notes")
+    db.execute("ALTER TABLE notes ADD COLUMN views int DEFAULT 0")
+
+    db.execute("CREATE TABLE app.sites (x int, site text, path text, label text, live boolean, PRIMARY KEY (site, path))")
+    db.execute(
+        "SELECT autoembed.enable('app.sites', 'vector', content_template => '# {label}\\n\\n{path}',"
+        " condition => 'live AND site <> ''test''', on_change => 'clear')"
+    )
+    db.execute("INSERT INTO app.sites (site, path, label, live) VALUES ('a', '/', 'A', true), ('a', '/2', 'No', false)")
+    db.execute("ALTER TABLE app.sites DROP COLUMN x")
+    db.execute("ALTER TABLE app.sites RENAME COLUMN live TO published")
+    db.execute("ALTER TABLE app.sites SET SCHEMA public")
+    db.execute("ALTER TABLE sites RENAME TO pages")
+
+    with connect(user=owner) as session:
+        db.execute(f"GRANT CREATE ON SCHEMA public TO {owner}")
+        session.execute("CREATE TABLE stories (id uuid PRIMARY KEY DEFAULT gen_random_uuid(), content text)")
+        session.execute(
+            "CREATE FUNCTION story(s stories) RETURNS text LANGUAGE sql AS"
+            " $$ SELECT 'by ' || current_user || ': ' || s.content $$"
+        )
+        session.execute("SELECT autoembed.enable('stories', content_function => 'story')")
+        session.execute("INSERT INTO stories (content) VALUES ('once'), ('twice')")
+
+    db.execute(GUIDE_TABLE.format(dimensions=1536))
+    db.execute(GUIDE_TRIGGERS)
+    insert(db, "from the guide", "poison")
+
+    db.execute(
+        "SELECT autoembed.create_model('other', 'openai', 256, model_id => 'text-embedding-3-large', base_url => %s,"
+        " api_key => 'env:OPENAI_API_KEY')",
+        [api.base_url],
+    )
+    db.execute("SELECT autoembed.allow_http_host('embeddings.example')")
+    api.behave(faults=[{"status": 400, "match": "poison", "times": "forever"}])
+    process(db)
+    assert db.execute("SELECT count(*) FROM autoembed.failed").fetchone() == (1,)
+    return db
+
+
+def process(db: Connection) -> None:
+    db.execute("UPDATE pgmq.q_embedding_jobs SET vt = clock_timestamp()")
+    while db.execute("SELECT read FROM autoembed.process()").fetchone() != (0,):
+        pass
+
+
+def embedded(db: Connection) -> dict[str, list[str]]:
+    """The texts of each table whose vector is theirs; any other vector is a failure."""
+    owner = db.execute("SELECT tableowner FROM pg_tables WHERE tablename = 'stories'").fetchone()
+    assert owner is not None
+    sources = {
+        "notes": "concat_ws(E'\\n\\n', title, body), embedding::vector::real[] FROM notes",
+        "pages": "'# ' || label || E'\\n\\n' || path, vector::vector::real[] FROM pages",
+        "stories": f"'by {owner[0]}: ' || content, embedding::vector::real[] FROM stories",
+        "documents": "embedding_input(d), embedding::vector::real[] FROM documents AS d",
+    }
+    found: dict[str, list[str]] = {}
+    for table, source in sources.items():
+        found[table] = []
+        for text, vector in db.execute(f"SELECT {source}".encode()).fetchall():
+            if vector is not None:
+                assert np.allclose(vector, embedding_of(text), atol=1e-3), (table, text)
+                found[table].append(text)
+        found[table].sort()
+    return found
+
+
+def definitions(db: Connection) -> list[object]:
+    return db.execute(
+        "SELECT p.id, p.table_id::text, p.embedding_column, p.key_columns, p.content_columns, p.content_template,"
+        " p.content_function, p.content_function_id::text, p.condition, p.condition_columns, p.model, p.on_change,"
+        " p.managed, p.paused FROM autoembed.pipeline AS p ORDER BY p.id"
+    ).fetchall()
+
+
+CONTENTS = {
+    "pipeline": "SELECT * FROM autoembed.status ORDER BY 1",
+    "model": "SELECT * FROM autoembed.model ORDER BY name",
+    "setting": "SELECT * FROM autoembed.setting ORDER BY name",
+    "failure": "SELECT * FROM autoembed.failure ORDER BY id",
+    "embedded": "SELECT * FROM autoembed.embedded ORDER BY pipeline_id, key",
+    "usage": "SELECT * FROM autoembed.usage ORDER BY day, model, table_name::text",
+    "queue": "SELECT msg_id, message FROM pgmq.q_embedding_jobs ORDER BY msg_id",
+    "backfill": "SELECT * FROM autoembed.backfill ORDER BY pipeline_id",
+    "queues": "SELECT queue_name FROM pgmq.meta",
+    "triggers": "SELECT tgrelid::regclass::text, tgname, tgenabled FROM pg_trigger WHERE NOT tgisinternal ORDER BY 1, 2",
+    "functions": "SELECT p.oid::regprocedure::text, p.proowner::regrole::text, p.prosecdef, p.proacl::text"
+    " FROM pg_proc AS p WHERE p.proname ~ '_[0-9]+$' AND p.pronamespace = 'autoembed'::regnamespace ORDER BY 1",
+}
+
+
+@pytest.mark.parametrize("options", ["", "-Fc"])
+def test_a_restored_database_knows_what_it_knew(lived_in: Connection, restored: Restore, options: str) -> None:
+    lived_in.execute("SELECT autoembed.pause('pages')")
+    insert(lived_in, "waits")
+    lived_in.execute("SELECT autoembed.resync('notes')")
+
+    copy = restored(options)
+
+    assert definitions(copy) == definitions(lived_in)
+    for name, sql in CONTENTS.items():
+        if name != "pipeline":
+            assert copy.execute(sql.encode()).fetchall() == lived_in.execute(sql.encode()).fetchall(), name
+    assert [row.advice for row in copy.execute("SELECT * FROM autoembed.doctor()") if "triggers" in row.subject] == (
+        [None] * 4
+    )
+
+
+def test_a_restored_table_is_embedded_as_before_and_unchanged_texts_are_not_sent_again(
+    lived_in: Connection, restored: Restore, api: FakeApi
+) -> None:
+    before = embedded(lived_in)
+    insert(lived_in, "waits")
+    lived_in.execute("UPDATE notes SET body = 'new' WHERE id = 1")
+    sent = len(api.texts())
+    copy = restored()
+
+    process(copy)
+
+    assert sorted(api.texts()[sent:]) == ["# t\n\nwaits", "h1\n\nnew"]
+    sent = len(api.texts())
+    for table in TABLES:
+        copy.execute(f"SELECT autoembed.resync('{table}')")
+    process(copy)
+    # The one that failed is still refused; nothing else was sent.
+    assert {text for text in api.texts()[sent:] if text != "autoembed"} <= {"# t\n\npoison"}
+    after = embedded(copy)
+    assert after["pages"] == before["pages"] and after["stories"] == before["stories"]
+    assert after["documents"] == sorted([*before["documents"], "# t\n\nwaits"])
+    assert "h1\n\nnew" in after["notes"] and len(after["notes"]) == 20
+
+
+def test_each_restored_table_captures_every_kind_of_change(
+    lived_in: Connection, restored: Restore, api: FakeApi
+) -> None:
+    copy = restored()
+    sent = len(api.texts())
+
+    copy.execute("INSERT INTO notes (id, title, body) VALUES (100, 'new', 'note')")
+    copy.execute("UPDATE notes SET views = 7 WHERE id = 3")
+    copy.execute("UPDATE notes SET title = 'changed' WHERE id = 2")
+    copy.execute("DELETE FROM notes WHERE id = 4")
+    copy.execute("INSERT INTO pages VALUES ('b', '/', 'B', true), ('test', '/', 'T', true)")
+    copy.execute("UPDATE pages SET label = 'AA' WHERE path = '/' AND site = 'a'")
+    assert copy.execute("SELECT vector IS NULL FROM pages WHERE label = 'AA'").fetchone() == (True,)
+    copy.execute("INSERT INTO stories (content) VALUES ('thrice')")
+    insert(copy, "newer")
+    process(copy)
+
+    [owner] = copy.execute("SELECT tableowner FROM pg_tables WHERE tablename = 'stories'").fetchall()
+    assert sorted(api.texts()[sent:]) == sorted(
+        ["new\n\nnote", "changed\n\nb2", "# B\n\n/", "# AA\n\n/", f"by {owner[0]}: thrice", "# t\n\nnewer"]
+    )
+    assert {table: len(texts) for table, texts in embedded(copy).items()} == {
+        "notes": 20,
+        "pages": 2,
+        "stories": 3,
+        "documents": 2,
+    }
+    assert copy.execute("SELECT key FROM autoembed.embedded WHERE key = '[4]' AND pipeline_id = 1").fetchall() == []
+
+
+def test_a_restored_table_still_follows_renames_and_drops(
+    lived_in: Connection, restored: Restore, api: FakeApi
+) -> None:
+    copy = restored()
+    sent = len(api.texts())
+
+    copy.execute("ALTER TABLE notes RENAME COLUMN title TO headline")
+    copy.execute("ALTER TABLE pages RENAME COLUMN published TO visible")
+    copy.execute("ALTER TABLE pages RENAME COLUMN label TO name")
+    copy.execute("CREATE SCHEMA elsewhere; ALTER TABLE stories SET SCHEMA elsewhere")
+    copy.execute("ALTER FUNCTION story RENAME TO tale")
+    copy.execute("ALTER TABLE notes RENAME TO memos")
+    copy.execute("INSERT INTO memos (id, headline, body) VALUES (100, 'new', 'memo')")
+    copy.execute("INSERT INTO pages VALUES ('b', '/', 'B', true), ('b', '/2', 'B', false)")
+    copy.execute("INSERT INTO elsewhere.stories (content) VALUES ('thrice')")
+    process(copy)
+
+    [owner] = copy.execute("SELECT tableowner AS name FROM pg_tables WHERE tablename = 'stories'").fetchall()
+    assert sorted(api.texts()[sent:]) == sorted(["# B\n\n/", "new\n\nmemo", f"by {owner.name}: thrice"])
+    copy.execute("ALTER TABLE memos DROP COLUMN body")
+    copy.execute("INSERT INTO memos (id, headline) VALUES (101, 'no content column any more')")
+    tables = copy.execute("SELECT table_name::text AS name FROM autoembed.status ORDER BY 1").fetchall()
+    assert [row.name for row in tables] == ["documents", "elsewhere.stories", "pages"]
+
+
+def test_a_backfill_in_the_middle_goes_on_where_it_was(
+    lived_in: Connection, restored: Restore, api: FakeApi
+) -> None:
+    lived_in.execute("SELECT autoembed.reembed('notes')")
+    lived_in.execute("SELECT autoembed.process(batch_size => 7, max_requests => 1)")
+    assert lived_in.execute("SELECT position, rows_queued FROM autoembed.backfill").fetchone() == ("[7]", 7)
+    sent = len(api.texts())
+
+    copy = restored()
+    process(copy)
+
+    assert sorted(api.texts()[sent:]) == sorted(f"h{n}\n\nb{n}" for n in range(8, 21))
+    assert copy.execute("SELECT count(*) FROM autoembed.backfill").fetchone() == (0,)
+
+
+def test_failed_rows_and_settings_work_after_a_restore(lived_in: Connection, restored: Restore, api: FakeApi) -> None:
+    copy = restored()
+    api.behave()
+
+    assert copy.execute("SELECT autoembed.retry_failed('documents')").fetchone() == (1,)
+    process(copy)
+
+    assert "# t\n\npoison" in embedded(copy)["documents"]
+    assert copy.execute("SELECT count(*) FROM autoembed.failed").fetchone() == (0,)
+    copy.execute("SELECT autoembed.create_model('far', 'openai', 3, base_url => 'http://embeddings.example/v1')")
+    assert copy.execute("SELECT vector_dims(autoembed.embed('a question', 'other'))").fetchone() == (256,)
+    assert copy.execute("SELECT vector_dims(autoembed.embed('a question'))").fetchone() == (1536,)
+    # New identities do not meet old ones.
+    copy.execute("CREATE TABLE more (id int PRIMARY KEY, content text)")
+    copy.execute("SELECT autoembed.enable('more', content_columns => '{content}')")
+    copy.execute("INSERT INTO more VALUES (1, 'more')")
+    process(copy)
+    assert copy.execute("SELECT embedding IS NOT NULL FROM more").fetchone() == (True,)
+
+
+def test_a_restored_owner_keeps_his_rights_and_gets_no_others(
+    lived_in: Connection, restored: Restore, server: Server
+) -> None:
+    copy = restored()
+    [owner] = copy.execute("SELECT tableowner AS name FROM pg_tables WHERE tablename = 'stories'").fetchall()
+
+    with server.connect(copy.info.dbname, user=owner.name) as session:
+        names = session.execute("SELECT table_name::text AS name FROM autoembed.status").fetchall()
+        assert [row.name for row in names] == ["stories"]
+        session.execute("SELECT autoembed.alter_pipeline('stories', condition => 'content <> ''twice''')")
+        session.execute("INSERT INTO stories (content) VALUES ('thrice')")
+    process(copy)
+
+    assert [text.split(": ")[1] for text in embedded(copy)["stories"]] == ["once", "thrice"]
+
+
+# A schema without its data ---------------------------------------------------------------------------
+
+
+def test_a_schema_alone_is_restored_and_its_tables_can_be_written(lived_in: Connection, restored: Restore) -> None:
+    copy = restored("--schema-only")
+
+    for table in TABLES:
+        assert copy.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,)
+    copy.execute("INSERT INTO notes (id, title, body) VALUES (1, 'a', 'b')")
+    copy.execute("UPDATE notes SET title = 'c'")
+    copy.execute("INSERT INTO pages VALUES ('b', '/', 'B', true)")
+    copy.execute("INSERT INTO stories (content) VALUES ('once')")
+    insert(copy, "text")
+    copy.execute("SELECT autoembed.process()")
+    copy.execute("DELETE FROM notes")
+
+
+def test_another_table_enabled_in_a_restored_schema_harms_no_older_one(
+    lived_in: Connection, restored: Restore, api: FakeApi
+) -> None:
+    """The triggers came with the schema and call functions by number; the numbers begin anew."""
+    copy = restored("--schema-only")
+    copy.execute("SELECT autoembed.alter_model(%s, base_url => %s)", [MODEL, api.base_url])
+    copy.execute("SELECT autoembed.set_default_model(%s)", [MODEL])
+    copy.execute("CREATE TABLE others (code text PRIMARY KEY, content text)")
+    copy.execute("SELECT autoembed.enable('others', content_columns => '{content}')")
+    sent = len(api.texts())
+
+    copy.execute("INSERT INTO others VALUES ('x', 'other')")
+    for number in range(1, 4):
+        copy.execute("INSERT INTO notes (id, title, body) VALUES (%s, 'a', 'b')", [number])
+    copy.execute("UPDATE notes SET title = 'c'")
+    copy.execute("INSERT INTO pages VALUES ('b', '/', 'B', true)")
+    process(copy)
+
+    assert api.texts()[sent:] == ["other"]
+    assert copy.execute("SELECT count(*) FROM autoembed.failed").fetchone() == (0,)
+
+
+def test_a_table_of_a_restored_schema_can_be_enabled_again(
+    lived_in: Connection, restored: Restore, api: FakeApi
+) -> None:
+    copy = restored("--schema-only")
+    copy.execute("SELECT autoembed.alter_model(%s, base_url => %s)", [MODEL, api.base_url])
+    copy.execute("SELECT autoembed.set_default_model(%s)", [MODEL])
+    copy.execute("SELECT autoembed.enable('pages', 'vector', content_template => '# {label}\\n\\n{path}')")
+    copy.execute("SELECT autoembed.enable('notes', content_columns => '{title,body}')")
+    sent = len(api.texts())
+
+    copy.execute("INSERT INTO notes (id, title, body) VALUES (1, 'a', 'b')")
+    copy.execute("INSERT INTO pages VALUES ('b', '/', 'B', true)")
+    process(copy)
+
+    assert sorted(api.texts()[sent:]) == ["# B\n\n/", "a\n\nb"]
+    assert len(embedded(copy)["notes"]) == len(embedded(copy)["pages"]) == 1

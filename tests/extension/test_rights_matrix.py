@@ -1,0 +1,609 @@
+"""Who may do what, written out, and who sees what; where keys never are; the SQL of docs/security.md."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from fake_api import FakeApi
+from harness import PASSWORD, Connection, Server, put_file, run_server, waiting, warnings_of
+from lanes import running_lanes
+from waiting import wait_until
+
+Connect = Callable[..., Connection]
+Role = Callable[[str], str]
+
+SECURITY = (Path(__file__).resolve().parents[2] / "docs/security.md").read_text(encoding="utf-8")
+SQL_BLOCKS = re.findall(r"^```sql\n(.*?)^```$", SECURITY, re.MULTILINE | re.DOTALL)
+MODEL = "text-embedding-3-small"
+
+# Who may execute it: a role without grants, one with grant_usage that owns a table, one with grant_monitor, a superuser.
+FUNCTIONS = """
+_adopt(oid,text,text) - - - x
+_after_drop() - - - x
+_arguments(pg_trigger) - - - x
+_backfill(integer) - - - x
+_before_drop() - - - x
+_build_capture(autoembed.pipeline,name,text) - - - x
+_build_index(integer) - - - x
+_build_pipeline(integer) - - - x
+_build_triggers(autoembed.pipeline) - - - x
+_check_api_key(text) - - - x
+_check_budget(numeric,numeric) - - - x
+_check_content(name[],text,text,boolean) - x - x
+_check_deferred() - - - x
+_check_model(text) - - - x
+_check_on_change(text) - x - x
+_check_owner(regclass) - x - x
+_check_pipeline(autoembed.pipeline) - x x x
+_check_trigger() - - - x
+_claim(integer,double precision,bigint[]) - - - x
+_clean_up() - - - x
+_columns_of(autoembed.pipeline) - x - x
+_content_expression(autoembed.pipeline,text) - x - x
+_content_function(oid,text) - x - x
+_content_function_of(autoembed.pipeline) - x - x
+_create_owned(name,text,text,text,text) - - - x
+_default_model() - x x x
+_define() - - - x
+_defined() - - - x
+_digests(integer,text[]) - - - x
+_dimensions(text) - x - x
+_drop_functions(integer,boolean) - - - x
+_drop_orphaned_pipelines() - - - x
+_end_broken() - - - x
+_ended() - - - x
+_enter_lane(boolean) - - - x
+_estimate_texts(text[],text) - x - x
+_estimated_rows(regclass) - x x x
+_extend(bigint[],double precision) - - - x
+_fail(integer,text,text,integer,text) - - - x
+_fail_backfill(integer,text) - - - x
+_fail_message(jsonb,text,integer) - - - x
+_finish_backfills() - - - x
+_fold_usage() - - - x
+_follow_tables() - - - x
+_forget(integer,text[]) - - - x
+_forget_all(integer) - - - x
+_forget_permits() - - - x
+_free_slots(text,integer[]) - - - x
+_gate() - - - x
+_grant(regrole,text[]) - - - x
+_has_work(regclass) - x - x
+_http_hosts() - - - x
+_keep_restored() - - - x
+_key_columns(oid) - - - x
+_key_expression(autoembed.pipeline,text) - x - x
+_lane_is_wanted() - - - x
+_learn_limits(text,integer,integer,integer,integer) - - - x
+_leave_lane() - - - x
+_load_python() - - - x
+_look_through(autoembed.pipeline,text,boolean) - x - x
+_may_see(regclass) - x x x
+_model(text) - - - x
+_model_facts(autoembed.model) - - - x
+_needed_columns(autoembed.pipeline) - x - x
+_next_backfill(boolean) - - - x
+_note_usage(text,integer[],integer[],integer[],bigint[],integer[],integer) - - - x
+_operator(oid,name,integer) - - - x
+_output_settings() - - - x
+_outstanding(integer,text) - - - x
+_owned_pipeline(regclass,name) - x - x
+_owned_pipelines(regclass,name) - x - x
+_owns(regclass) - x x x
+_pipelines(integer[]) - - - x
+_price_and_rate(text) - - - x
+_probe(text) - - - x
+_protect_functions() - - - x
+_queue_backfill(integer,text[],boolean,double precision,bigint[]) - - - x
+_read_condition(regclass,text) - x - x
+_record_embedded(integer,text[],bytea[],boolean[]) - - - x
+_release(bigint[]) - - - x
+_renamed(name[],jsonb) - - - x
+_requeue(integer,jsonb,integer,integer,double precision) - - - x
+_resolve(jsonb) - - - x
+_rest_model(text,double precision,boolean,text) - - - x
+_settle(bigint[]) - - - x
+_slot_key(text,integer) - - - x
+_spent_budget(text) - - - x
+_stage(text) - - - x
+_state_of(integer,text,boolean,jsonb) - x - x
+_table_shape(autoembed.pipeline) - - - x
+_take_permit(text,boolean,double precision,double precision,double precision,double precision,integer[]) - - - x
+_template(text) - x - x
+_trigger_name(integer,text) - - - x
+_trigger_problems(autoembed.pipeline) - - - x
+_vault_key(text) - - - x
+_vector_index(autoembed.pipeline) - - - x
+_warn_of_blocked_pipelines(boolean) - - - x
+allow_http_host(text,boolean) - - - x
+alter_model(text,text,integer,text,text,text,integer,integer,integer,integer,integer,integer,numeric,bigint,numeric,jsonb) - - - x
+alter_pipeline(regclass,name,name[],text,text,text,text,text,boolean) - x - x
+clear_column() - x - x
+create_model(text,text,integer,text,text,text,integer,integer,integer,integer,integer,integer,numeric,bigint,numeric,jsonb) - - - x
+disable(regclass,name,boolean) - x - x
+doctor() - - - x
+drop_model(text) - - - x
+embed(text,text) - x - x
+enable(regclass,name,name[],text,text,text,text,text,boolean,boolean,boolean,boolean,boolean) - x - x
+estimate(regclass,name,name[],text,text,text,text) - x - x
+grant_monitor(regrole) - - - x
+grant_usage(regrole) - - - x
+pause(regclass,name) - x - x
+preview(regclass,text,name) - x - x
+process(integer,integer,integer) - - - x
+queue_embeddings() - x - x
+reembed(regclass,name,text) - x - x
+resume(regclass,name) - x - x
+resume_model(text) - - - x
+resync(regclass,name) - x - x
+retry_failed(regclass,text) - - - x
+schedule(integer,integer) - - - x
+set_default_model(text) - - - x
+unschedule() - - - x
+wait_until_fresh(regclass,double precision) - x - x
+work(double precision,integer,integer,integer,boolean) - - - x
+"""
+
+# r: select, a: insert, w: update, d: delete; in brackets the columns, where it is not all.
+RELATIONS = """
+_pipeline_state - - - rawd
+backfill - ra(pipeline_id,condition,force,create_index)d - rawd
+embedded - - - rawd
+failed - r r rawd
+failure - - - rawd
+lane - - - rawd
+model - - - rawd
+model_limit - - - rawd
+model_rest - - r rawd
+permit - - - rawd
+pipeline - ra(table_id,embedding_column,content_columns,content_template,content_function,condition,condition_columns,model,on_change,truncate,replicated)w(content_columns,content_template,content_function,condition,condition_columns,model,on_change,truncate,paused)d - rawd
+progress - r r rawd
+setting - - - rawd
+status - r r rawd
+usage - - r rawd
+usage_day - - - rawd
+usage_entry - - - rawd
+"""
+
+# Those made for a pipeline aside.
+ROUTINES = r"""
+    SELECT p.proname || '(' || replace(oidvectortypes(p.proargtypes), ', ', ',') || ')' AS name,
+           ARRAY(SELECT CASE WHEN has_function_privilege(r.name, p.oid, 'EXECUTE') THEN 'x' ELSE '-' END
+                 FROM unnest(%s::text[]) WITH ORDINALITY AS r(name, position) ORDER BY r.position) AS rights
+    FROM pg_proc AS p
+    WHERE p.pronamespace = 'autoembed'::regnamespace AND p.proname !~ '^_(content|write|scan|text|capture|clear)_[0-9]+$'
+"""
+TABLES = """
+    SELECT c.relname AS name, (
+        SELECT string_agg(CASE WHEN has_table_privilege(%(role)s, c.oid, k.name) THEN k.letter ELSE columns.letters END, '' ORDER BY k.position)
+        FROM (VALUES (1, 'r', 'SELECT'), (2, 'a', 'INSERT'), (3, 'w', 'UPDATE'), (4, 'd', 'DELETE')) AS k(position, letter, name)
+        CROSS JOIN LATERAL (
+            SELECT k.letter || '(' || string_agg(a.attname, ',' ORDER BY a.attnum) || ')' AS letters
+            FROM pg_attribute AS a
+            WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND k.name <> 'DELETE'
+              AND has_column_privilege(%(role)s, c.oid, a.attnum, CASE k.name WHEN 'DELETE' THEN 'SELECT' ELSE k.name END)
+        ) AS columns
+    ) AS rights
+    FROM pg_class AS c
+    WHERE c.relnamespace = 'autoembed'::regnamespace AND c.relkind IN ('r', 'v', 'm', 'p', 'f')
+    ORDER BY c.relname COLLATE "C"
+"""
+
+
+@pytest.fixture
+def people(db: Connection, api: FakeApi, role: Role) -> dict[str, str]:
+    """The roles of the matrix, by their column; and bob, who has the rights of alice over a table of his own."""
+    names = {name: role(name) for name in ("nobody", "alice", "bob", "watcher")}
+    for owner in ("alice", "bob"):
+        db.execute("SELECT autoembed.grant_usage(%s)", [names[owner]])
+        db.execute(f"CREATE SCHEMA {names[owner]} AUTHORIZATION {names[owner]}")
+    db.execute("SELECT autoembed.grant_monitor(%s)", [names["watcher"]])
+    return names
+
+
+@pytest.fixture
+def tables(db: Connection, people: dict[str, str], connect: Connect, api: FakeApi) -> dict[str, str]:
+    """A table of alice's and one of bob's, each with a row that is embedded, one that failed, and a backfill."""
+    api.behave(faults=[{"status": 400, "match": "poison", "times": "forever"}])
+    for owner in ("alice", "bob"):
+        with connect(user=people[owner]) as session:
+            session.execute(f"CREATE TABLE {owner}_notes (id int PRIMARY KEY, content text)")
+            session.execute(f"SELECT autoembed.enable('{owner}_notes', content_columns => '{{content}}')")
+            session.execute(f"INSERT INTO {owner}_notes VALUES (1, '{owner}''s secret'), (2, 'poison')")
+    while db.execute("SELECT read FROM autoembed.process()").fetchone() != (0,):
+        pass
+    for owner in ("alice", "bob"):
+        db.execute(f"SELECT autoembed.resync('{people[owner]}.{owner}_notes')")
+    return {owner: f"{people[owner]}.{owner}_notes" for owner in ("alice", "bob")}
+
+
+def matrix_of_functions(db: Connection, roles: list[str]) -> list[str]:
+    rows = db.execute(ROUTINES, [roles]).fetchall()
+    return sorted(f"{row.name} {' '.join(row.rights)}" for row in rows)
+
+
+def matrix_of_relations(db: Connection, roles: list[str]) -> list[str]:
+    columns = [db.execute(TABLES, {"role": role}).fetchall() for role in roles]
+    return [f"{row[0].name} {' '.join(cell.rights or '-' for cell in row)}" for row in zip(*columns, strict=True)]
+
+
+def roles_of(people: dict[str, str]) -> list[str]:
+    return [people["nobody"], people["alice"], people["watcher"], "postgres"]
+
+
+def test_who_may_execute_what(db: Connection, people: dict[str, str], tables: dict[str, str]) -> None:
+    assert matrix_of_functions(db, roles_of(people)) == FUNCTIONS.strip().splitlines()
+
+
+def test_who_may_read_and_write_what(db: Connection, people: dict[str, str], tables: dict[str, str]) -> None:
+    assert matrix_of_relations(db, roles_of(people)) == RELATIONS.strip().splitlines()
+
+
+def test_a_role_reaches_no_schema_but_that_which_it_was_granted(db: Connection, people: dict[str, str]) -> None:
+    # pgmq itself lets members of pg_monitor read its queues, which hold keys of rows and no texts.
+    for who, reached in (("nobody", []), ("alice", ["autoembed"]), ("watcher", ["autoembed", "pgmq"])):
+        rows = db.execute(
+            "SELECT n.nspname::text AS name FROM pg_namespace AS n"
+            " WHERE n.nspname IN ('autoembed', 'pgmq', 'cron') AND has_schema_privilege(%s, n.oid, 'USAGE')"
+            " ORDER BY 1",
+            [people[who]],
+        )
+        assert [row.name for row in rows] == reached
+
+
+# The functions made for a pipeline: for lanes, and for their owner, as whom they run.
+def test_the_functions_of_a_table_are_its_owners_and_nobody_elses(
+    db: Connection, people: dict[str, str], tables: dict[str, str]
+) -> None:
+    rows = db.execute(
+        "SELECT p.proname::text AS name, p.proowner::regrole::text AS owner, p.prosecdef,"
+        " ARRAY(SELECT r.name FROM unnest(%s::text[]) AS r(name)"
+        "       WHERE has_function_privilege(r.name, p.oid, 'EXECUTE')) AS by"
+        " FROM pg_proc AS p WHERE p.pronamespace = 'autoembed'::regnamespace AND p.proname ~ '_1$' ORDER BY 1",
+        [[people[name] for name in ("nobody", "alice", "bob", "watcher")]],
+    ).fetchall()
+
+    alice = people["alice"]
+    assert [tuple(row) for row in rows] == [
+        ("_capture_1", "postgres", True, []),
+        ("_clear_1", "postgres", True, []),
+        ("_content_1", alice, True, [alice]),
+        ("_scan_1", alice, True, [alice]),
+        ("_write_1", alice, True, [alice]),
+    ]
+
+
+# Who sees what --------------------------------------------------------------------------------------
+
+
+def tables_in(session: Connection, relation: str, column: str = "table_name") -> set[str]:
+    rows = session.execute(f"SELECT {column}::regclass::text AS name FROM autoembed.{relation}")
+    return {row.name.split(".")[-1] for row in rows if row.name}
+
+
+def test_an_owner_sees_his_own_tables_alone(tables: dict[str, str], people: dict[str, str], connect: Connect) -> None:
+    for owner in ("alice", "bob"):
+        session = connect(user=people[owner])
+        own = {f"{owner}_notes"}
+        assert tables_in(session, "pipeline", "table_id") == own
+        assert tables_in(session, "status") == own
+        assert tables_in(session, "failed") == own
+        assert [row.excerpt for row in session.execute("TABLE autoembed.failed")] == ["poison"]
+        assert tables_in(session, "backfill AS b JOIN autoembed.pipeline AS p ON p.id = b.pipeline_id", "p.table_id") == own
+        assert session.execute("SELECT count(*) FROM autoembed.backfill").fetchone() == (1,)
+
+
+def test_an_owner_sees_in_progress_what_is_in_flight_of_his_tables_alone(
+    db: Connection, tables: dict[str, str], people: dict[str, str], connect: Connect, api: FakeApi
+) -> None:
+    db.execute("DELETE FROM autoembed.backfill")
+    api.behave(hold=True)
+    for owner, table in tables.items():
+        db.execute(f"INSERT INTO {table} VALUES (3, 'new of {owner}')")
+    with running_lanes(db, connect):
+        api.wait_for(held=1)
+        seen = {who: tables_in(connect(user=people[who]), "progress") for who in ("alice", "bob", "watcher")}
+        api.release()
+        wait_until(lambda: waiting(db) == 0)
+
+    assert seen == {"alice": {"alice_notes"}, "bob": {"bob_notes"}, "watcher": {"alice_notes", "bob_notes"}}
+
+
+def test_a_monitor_sees_all_tables_and_no_text(
+    db: Connection, tables: dict[str, str], people: dict[str, str], connect: Connect
+) -> None:
+    session = connect(user=people["watcher"])
+
+    assert tables_in(session, "status") == {"alice_notes", "bob_notes"}
+    assert tables_in(session, "failed") == {"alice_notes", "bob_notes"}
+    seen = ""
+    for view in ("status", "progress", "failed", "usage", "model_rest"):
+        seen += str(session.execute(f"TABLE autoembed.{view}").fetchall())
+    assert "poison" not in seen and "secret" not in seen
+    assert db.execute("SELECT count(*) FROM autoembed.failed WHERE excerpt = 'poison'").fetchone() == (2,)
+    for relation in ("pipeline", "backfill", "embedded", "failure", "model", "setting", "lane", "usage_entry"):
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            session.execute(f"TABLE autoembed.{relation}")
+
+
+def test_a_monitor_reads_no_text_out_of_the_reason_of_a_failure(
+    db: Connection, people: dict[str, str], connect: Connect
+) -> None:
+    with connect(user=people["alice"]) as alice:
+        alice.execute("CREATE TABLE notes (id int PRIMARY KEY, content text)")
+        alice.execute(
+            "CREATE FUNCTION its_text(n notes) RETURNS text LANGUAGE plpgsql AS 'BEGIN RETURN n.content::int; END'"
+        )
+        alice.execute("SELECT autoembed.enable('notes', content_function => 'its_text')")
+        alice.execute("INSERT INTO notes VALUES (1, 'a secret')")
+        for _ in range(5):
+            db.execute("SELECT autoembed.process()")
+            db.execute("UPDATE pgmq.q_embedding_jobs SET vt = clock_timestamp()")
+        [own] = alice.execute("SELECT reason FROM autoembed.failed").fetchall()
+    [seen] = connect(user=people["watcher"]).execute("SELECT * FROM autoembed.failed").fetchall()
+
+    assert own.reason == 'invalid input syntax for type integer: "a secret"'
+    assert "secret" not in str(seen)
+
+
+# Each call on a table of somebody else's; {table} is bob's.
+FOREIGN_CALLS = [
+    "SELECT autoembed.enable('{table}', 'other', content_columns => '{{content}}')",
+    "SELECT autoembed.enable('{table}', content_columns => '{{content}}', if_not_exists => true)",
+    "SELECT autoembed.alter_pipeline('{table}', condition => 'true')",
+    "SELECT autoembed.disable('{table}')",
+    "SELECT autoembed.pause('{table}')",
+    "SELECT autoembed.resume('{table}')",
+    "SELECT autoembed.resync('{table}')",
+    "SELECT autoembed.reembed('{table}')",
+    "SELECT autoembed.preview('{table}', '1')",
+    "SELECT autoembed.estimate('{table}')",
+    "SELECT autoembed.estimate('{table}', content_columns => '{{content}}')",
+    "SELECT autoembed.wait_until_fresh('{table}')",
+    "INSERT INTO autoembed.pipeline (table_id, embedding_column, content_columns)"
+    " VALUES ('{table}', 'embedding', '{{content}}')",
+    "INSERT INTO autoembed.backfill (pipeline_id) VALUES (2)",
+    "SELECT autoembed._has_work('{table}'::regclass)",
+    "SELECT * FROM autoembed._state_of(2, 'bob''s secret', true, '[1]')",
+    "SELECT autoembed._content_2('{{[1]}}')",
+    "SELECT autoembed._write_2('{{[1]}}', '{{x}}', '{{NULL}}')",
+    "SELECT autoembed._scan_2(NULL, NULL, 1)",
+]
+
+
+@pytest.mark.parametrize("call", FOREIGN_CALLS)
+@pytest.mark.parametrize("who", ["alice", "nobody", "watcher"])
+def test_nobody_without_the_owners_rights_does_anything_to_a_table(
+    db: Connection, tables: dict[str, str], people: dict[str, str], connect: Connect, who: str, call: str
+) -> None:
+    # Names are no secret in PostgreSQL, so let a stranger get as far as that.
+    db.execute(f"GRANT USAGE ON SCHEMA {people['bob']} TO PUBLIC")
+    before = db.execute("TABLE autoembed.pipeline").fetchall()
+
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        connect(user=people[who]).execute(call.format(table=tables["bob"]).encode())
+
+    assert db.execute("TABLE autoembed.pipeline").fetchall() == before
+
+
+@pytest.mark.parametrize("statement", ["UPDATE autoembed.pipeline SET paused = true", "DELETE FROM autoembed.pipeline"])
+def test_a_statement_on_the_list_of_tables_reaches_the_callers_own(
+    db: Connection, tables: dict[str, str], people: dict[str, str], connect: Connect, statement: str
+) -> None:
+    assert connect(user=people["alice"]).execute(statement.encode()).rowcount == 1
+
+    [bob] = db.execute("SELECT paused FROM autoembed.pipeline WHERE table_id = %s::regclass", [tables["bob"]]).fetchall()
+    assert bob == (False,)
+
+
+def test_whoever_has_the_owners_rights_has_them_here_too(
+    db: Connection, tables: dict[str, str], people: dict[str, str], connect: Connect
+) -> None:
+    db.execute(f"GRANT {people['bob']} TO {people['alice']}")
+
+    alice = connect(user=people["alice"])
+
+    assert tables_in(alice, "status") == {"alice_notes", "bob_notes"}
+    [row] = alice.execute("SELECT content FROM autoembed.preview(%s::regclass, '1')", [tables["bob"]]).fetchall()
+    assert row.content == "bob's secret"
+    alice.execute("SELECT autoembed.pause(%s::regclass)", [tables["bob"]])
+
+
+def test_rights_that_are_taken_back_are_gone(db: Connection, tables: dict[str, str], people: dict[str, str], connect: Connect) -> None:
+    db.execute(f"ALTER TABLE {tables['alice']} OWNER TO {people['bob']}")
+
+    alice = connect(user=people["alice"])
+
+    assert tables_in(alice, "status") == tables_in(alice, "pipeline", "table_id") == set()
+    assert tables_in(connect(user=people["bob"]), "status") == {"alice_notes", "bob_notes"}
+
+
+# Where keys never are -------------------------------------------------------------------------------
+
+MARK = "x7Qm4vT9zR"
+KEYS = {"env": f"sk-env-{MARK}", "file": f"sk-file-{MARK}", "vault": f"sk-vault-{MARK}"}
+
+
+@pytest.fixture(scope="module")
+def talkative(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that logs all that it can, with statistics of statements, pg_cron, a lane, and marked keys."""
+    with ExitStack() as stack:
+        server = run_server(
+            stack,
+            *("-c", "shared_preload_libraries=pg_cron,pg_stat_statements", "-c", "pg_stat_statements.track=all"),
+            *("-c", "log_statement=all", "-c", "log_error_verbosity=verbose"),
+            AUTOEMBED_LANES="1",
+            OPENAI_API_KEY=KEYS["env"],
+        )
+        for kind in ("file", "vault"):
+            path = tmp_path_factory.mktemp("keys") / f"{kind}_key"
+            path.write_text(KEYS[kind])
+            path.chmod(0o644)
+            put_file(server.container, path, "/tmp")
+        with server.connect() as db:
+            # Not from the start: at debug3 PostgreSQL then logs its own environment.
+            db.execute("ALTER SYSTEM SET log_min_messages = debug5")
+            db.execute("SELECT pg_reload_conf()")
+            wait_until(lambda: db.execute("SHOW log_min_messages").fetchone() == ("debug5",))
+        yield server
+
+
+def output_of(server: Server, *command: str) -> str:
+    code, output = server.container.get_wrapped_container().exec_run([*command])
+    assert code == 0, output.decode()[-2000:]
+    return str(output.decode(errors="replace"))
+
+
+def places(db: Connection, server: Server) -> dict[str, str]:
+    """Everything that can be read of the database, by where it is read."""
+    relations = db.execute(
+        "SELECT c.oid::regclass::text AS name FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace"
+        " WHERE c.relkind IN ('r', 'v', 'm', 'p')"
+        "   AND n.nspname IN ('autoembed', 'pgmq', 'cron', 'public', 'pg_catalog')"
+        # What the test itself put there, and what lists each file of the server.
+        "   AND c.relname NOT IN ('pg_hba_file_rules', 'pg_ident_file_mappings', 'pg_backend_memory_contexts')"
+    ).fetchall()
+    found = {}
+    for row in relations:
+        # Looked for by its reverse, so that this statement does not say it.
+        rows = db.execute(
+            f"SELECT t::text AS line FROM {row.name} AS t WHERE strpos(t::text, reverse(%s)) > 0", [MARK[::-1]]
+        )
+        found[row.name] = str(rows.fetchall())
+    found["pg_dump"] = output_of(server, "pg_dump", "--username=postgres", "postgres")
+    found["pg_dumpall"] = output_of(server, "pg_dumpall", "--username=postgres", "--globals-only")
+    found["log"] = server.container.get_wrapped_container().logs().decode(errors="replace")
+    return found
+
+
+def test_a_key_is_in_no_table_dump_log_error_or_statistics(talkative: Server) -> None:
+    apis = {kind: talkative.fake_api(f"keys_{kind}") for kind in KEYS}
+    said: list[str] = []
+    with talkative.connect() as db, warnings_of(db) as heard:
+        db.execute("CREATE EXTENSION IF NOT EXISTS pg_stat_statements")
+        db.execute("CREATE SCHEMA vault")
+        # What reads a file, so that its own definition does not hold the key.
+        db.execute(
+            "CREATE VIEW vault.decrypted_secrets AS"
+            " SELECT 'marked' AS name, pg_read_file('/tmp/vault_key') AS decrypted_secret"
+        )
+        references = {"env": "env:OPENAI_API_KEY", "file": "file:/tmp/file_key", "vault": "vault:marked"}
+        for kind, reference in references.items():
+            db.execute(f"CREATE TABLE {kind}_notes (id int PRIMARY KEY, content text)")
+            db.execute(
+                "SELECT autoembed.create_model(%s, 'openai', 1536, model_id => %s, base_url => %s, api_key => %s)",
+                [kind, MODEL, apis[kind].base_url, reference],
+            )
+            db.execute(f"SELECT autoembed.enable('{kind}_notes', content_columns => '{{content}}', model => '{kind}')")
+
+        # All goes well, then a provider repeats the key wherever it can.
+        for number in range(7):
+            for kind, key in KEYS.items():
+                faults: list[dict[str, Any]] = [
+                    {},
+                    {"echo_authorization": True, "times": "forever"},
+                    {"status": 500, "body": f"no: {key}", "times": "forever"},
+                    {"status": 400, "body": {"error": {"message": f"Bearer {key}"}}, "match": "text", "times": "forever"},
+                    {"status": 429, "body": {"error": {"code": key}}, "headers": {"X-Key": key}, "times": "forever"},
+                    {"redirect": f"http://127.0.0.1:1/{key}", "times": "forever"},
+                    {"not_json": True, "times": "forever"},
+                ]
+                apis[kind].behave(faults=[faults[number]] if faults[number] else [])
+                db.execute(f"SELECT autoembed.resume_model('{kind}')")
+                db.execute(f"INSERT INTO {kind}_notes VALUES ({number}, 'text {number}')")
+                try:
+                    db.execute(f"SELECT autoembed.embed('question {number}', '{kind}')")
+                except psycopg.Error as error:
+                    said.append(f"{error}\n{error.diag.message_detail}\n{error.diag.message_hint}\n{error.diag.context}")
+            said.append(str(db.execute("SELECT * FROM autoembed.doctor()").fetchall()))
+            said.append(str(db.execute("SELECT * FROM autoembed.process()").fetchall()))
+            said.append(str(db.execute("TABLE autoembed.model_rest").fetchall()))
+        said.append(str(db.execute("TABLE autoembed.failed").fetchall()))
+
+        # What is seen of the lane while it has a request in flight.
+        for kind, api in apis.items():
+            api.behave(hold=True)
+            db.execute(f"SELECT autoembed.resume_model('{kind}')")
+            db.execute(f"INSERT INTO {kind}_notes VALUES (99, 'held')")
+        for api in apis.values():
+            api.wait_for(held=1)
+        activity = str(db.execute("SELECT a::text FROM pg_stat_activity AS a").fetchall())
+        for api in apis.values():
+            api.release()
+        found = places(db, talkative)
+
+    assert "CALL autoembed.work()" in activity
+    # They were found, and used.
+    assert [api.log()[0]["status"] for api in apis.values()] == [200, 200, 200]
+    found |= {"pg_stat_activity at work": activity, "errors": "\n".join(said), "notices": "\n".join(heard)}
+    assert len(said) > 20 and "pg_stat_statements" in found and "cron.job_run_details" in found
+    # The test's own orders to the database name no key, so nothing does.
+    seen = {place: [line for line in text.splitlines() if MARK in line] for place, text in found.items()}
+    assert {place: lines[:5] for place, lines in seen.items() if lines} == {}
+
+
+def test_a_key_pasted_in_place_of_its_reference_is_not_repeated(db: Connection) -> None:
+    for call in ("create_model('m', 'openai', 3, ", f"alter_model('{MODEL}', "):
+        with warnings_of(db) as heard, pytest.raises(psycopg.Error) as caught:
+            db.execute(f"SELECT autoembed.{call}api_key => %s)", [KEYS["env"]])
+        assert MARK not in f"{caught.value} {caught.value.diag.message_detail} {caught.value.diag.context} {heard}"
+
+
+# docs/security.md -----------------------------------------------------------------------------------
+
+
+def test_a_lane_without_superuser_works_with_the_grants_of_the_document(talkative: Server, tmp_path: Path) -> None:
+    api = talkative.fake_api("lane")
+    with talkative.connect() as db:
+        db.execute("DROP EXTENSION autoembed CASCADE; DROP TABLE IF EXISTS before, after; CREATE EXTENSION autoembed CASCADE")
+        db.execute("SELECT autoembed.alter_model(%s, base_url => %s)", [MODEL, api.base_url])
+        db.execute("SELECT autoembed.set_default_model(%s)", [MODEL])
+        db.execute("CREATE ROLE owner")
+        db.execute("SELECT autoembed.grant_usage('owner')")
+        db.execute("CREATE TABLE before (id int PRIMARY KEY, content text); ALTER TABLE before OWNER TO owner")
+        db.execute("INSERT INTO before SELECT n, 'old ' || n FROM generate_series(1, 5) AS n")
+        db.execute("SELECT autoembed.enable('before', content_columns => '{content}')")
+
+        for number, sql in enumerate(SQL_BLOCKS):
+            script = tmp_path / f"security_{number}.sql"
+            script.write_text(sql, encoding="utf-8")
+            put_file(talkative.container, script, "/tmp")
+            output_of(talkative, "psql", "--username=postgres", "--set=ON_ERROR_STOP=1", f"--file=/tmp/{script.name}")
+
+        db.execute("CREATE TABLE after (id int PRIMARY KEY, content text)")
+        db.execute("SELECT autoembed.enable('after', content_columns => '{content}', condition => 'id <> 3')")
+        api.behave(faults=[{"status": 400, "match": "poison", "times": "forever"}, {"status": 503}])
+        db.execute("INSERT INTO after VALUES (1, 'one'), (2, 'poison'), (3, 'not wanted'), (4, 'four')")
+        db.execute("DELETE FROM after WHERE id = 4; UPDATE before SET content = 'changed' WHERE id = 1")
+        db.execute("TRUNCATE after; INSERT INTO after VALUES (1, 'one'), (2, 'poison'), (3, 'no')")
+        for table in ("before", "after"):
+            assert db.execute(f"SELECT autoembed.wait_until_fresh('{table}', 30)").fetchone() == (True,)
+
+        lanes = db.execute(
+            "SELECT DISTINCT a.usename::text FROM autoembed.lane AS l JOIN pg_stat_activity AS a USING (pid)"
+        ).fetchall()
+        assert lanes == [("lane",)]
+        assert db.execute("SELECT count(*) FROM before WHERE embedding IS NULL").fetchone() == (0,)
+        assert db.execute("SELECT id FROM after WHERE embedding IS NOT NULL").fetchall() == [(1,)]
+        assert db.execute("SELECT key FROM autoembed.failed").fetchall() == [("[2]",)]
+        assert db.execute("SELECT rolsuper FROM pg_roles WHERE rolname = 'lane'").fetchone() == (False,)
+        db.execute(f"ALTER ROLE lane PASSWORD '{PASSWORD}'")
+        with talkative.connect(user="lane") as lane:
+            for forbidden in (
+                "TABLE before",
+                "UPDATE after SET content = 'mine'",
+                "TABLE autoembed.model",
+                "TABLE pgmq.q_embedding_jobs",
+                f"SELECT autoembed.alter_model('{MODEL}', base_url => 'https://elsewhere.example')",
+                "SELECT autoembed.schedule()",
+                "SELECT pg_read_file('/tmp/file_key')",
+            ):
+                with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                    lane.execute(forbidden.encode())

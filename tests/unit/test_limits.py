@@ -1,0 +1,349 @@
+"""How fast a model may be asked: what answers tell, what is learnt of it, and what a request takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Mapping
+from itertools import count
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autoembed import worker
+from autoembed.errors import OverBudget, ProviderTrouble, Refused, rest_seconds, retry_after_seconds, trouble_of_answer
+from autoembed.limits import (
+    HEADROOM,
+    NOTHING_KNOWN,
+    SAVED_SECONDS,
+    Allowance,
+    Limiter,
+    Limits,
+    Permit,
+    Toll,
+    learn,
+    stricter,
+    tokens_per_request,
+    told_by,
+    toll,
+)
+from autoembed.model import Model
+from autoembed.providers import PROVIDERS
+from unit.fakes import MODEL, Pipeline, Vector, vectors_of
+from unit.test_worker import Lane
+
+
+@pytest.fixture
+def lane(monkeypatch: pytest.MonkeyPatch) -> Lane:
+    lane = Lane()
+    monkeypatch.setitem(PROVIDERS, "fake", lane.provider)
+    return lane
+
+
+def define(lane: Lane, **limits: object) -> Model:
+    model = dataclasses.replace(MODEL, **limits)  # type: ignore[arg-type]
+    lane.database.defined[1] = Pipeline(model=model)
+    return model
+
+
+# --- what an answer tells ------------------------------------------------------------------------------
+
+
+def headers(limit: str, left: str, reset: str, unit: str = "requests") -> dict[str, str]:
+    values = {"limit": limit, "remaining": left, "reset": reset}
+    return {f"x-ratelimit-{name}-{unit}": value for name, value in values.items() if value}
+
+
+@pytest.mark.parametrize(
+    ("told", "limits"),
+    [
+        ({}, NOTHING_KNOWN),
+        (headers("60", "59", "1s"), Limits(Allowance(60, 59))),
+        (headers("60", "59", "1s", "tokens"), Limits(tokens=Allowance(60, 59))),
+        (headers("3000", "0", "59.9s"), Limits(Allowance(3000, 0))),
+        (headers("60", "0", "1m0s"), Limits(Allowance(60, 0))),
+        (headers("60", "", ""), Limits(Allowance(60, None))),
+        # Of a day: 200, 7m12s for each.
+        (headers("200", "199", "7m12s"), NOTHING_KNOWN),
+        (headers("10000", "9999", "1h2m"), NOTHING_KNOWN),
+        # Azure tells no limit, and this is no number.
+        (headers("", "7", ""), NOTHING_KNOWN),
+        (headers("many", "7", "1s"), NOTHING_KNOWN),
+        (headers("0", "0", "1s"), NOTHING_KNOWN),
+        (headers("-5", "7", "1s"), NOTHING_KNOWN),
+        (headers("60", "x", "120ms"), Limits(Allowance(60, None))),
+    ],
+)
+def test_headers_are_read_as_openai_writes_them(told: Mapping[str, str], limits: Limits) -> None:
+    assert told_by(told) == limits
+
+
+@given(st.lists(st.text(), min_size=3, max_size=3))
+def test_no_header_breaks_the_reading(values: list[str]) -> None:
+    told = told_by(headers(*values)).requests
+
+    assert told.per_minute is None or told.per_minute > 0
+
+
+@pytest.mark.parametrize(
+    ("known", "told", "after"),
+    [
+        (None, Allowance(), Allowance()),
+        (Allowance(60, 9), Allowance(), Allowance(60, 9)),
+        (Allowance(), Allowance(60, 4), Allowance(60, 4)),
+        # The most that was left is what counts.
+        (Allowance(60, 9), Allowance(60, 3), Allowance(60, 9)),
+        (Allowance(60, 9), Allowance(60, 20), Allowance(60, 20)),
+        (Allowance(60, 100), Allowance(60, 105), Allowance(60, 100)),
+        (Allowance(60, 9), Allowance(600, 3), Allowance(600, 3)),
+        (Allowance(60, 9), Allowance(6, 3), Allowance(6, 3)),
+    ],
+)
+def test_what_is_learnt_is_the_newest_limit_and_the_most_that_was_left(
+    known: Allowance | None, told: Allowance, after: Allowance
+) -> None:
+    before = None if known is None else Limits(known, known)
+
+    assert learn(before, Limits(told, told)) == Limits(after, after)
+
+
+def test_an_error_without_limits_teaches_nothing() -> None:
+    limiter = Limiter(dataclasses.replace(MODEL, learnt=None))
+
+    assert not limiter.heard({}, 0, answered=False)
+    assert limiter.learnt is None
+    assert limiter.heard({}, 0, answered=True)
+    assert limiter.learnt == NOTHING_KNOWN
+    assert not limiter.heard({}, 0, answered=True)
+
+
+# --- what follows of it --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("per_minute", "known", "result"),
+    [
+        (None, Allowance(), Allowance()),
+        (None, Allowance(60, 5), Allowance(60, 5)),
+        (60, Allowance(), Allowance(60)),
+        (30, Allowance(60, 5), Allowance(30)),
+        (90, Allowance(60, 5), Allowance(60, 5)),
+    ],
+)
+def test_the_stricter_of_two_limits_counts(per_minute: int | None, known: Allowance, result: Allowance) -> None:
+    assert stricter(per_minute, known) == result
+
+
+@pytest.mark.parametrize(
+    ("allowance", "amount", "left", "age", "result"),
+    [
+        (Allowance(), 1, 5, 1, None),
+        # One at once, five more where so many were left; as few as an answer says, and what came since.
+        (Allowance(60), 1, None, 0, (1, 1)),
+        (Allowance(60, 5), 1, None, 0, (1, 5)),
+        (Allowance(60, 5), 1, 2, 0, (1, 2)),
+        (Allowance(60, 5), 1, 0, 0, (1, 0)),
+        (Allowance(60, 5), 1, 9, 9, (1, 5)),
+        (Allowance(60), 30, None, 0, (30, 30)),
+        (Allowance(60, 90), 30, None, 0, (30, 90)),
+    ],
+)
+def test_a_request_takes_its_part_of_a_minute(
+    allowance: Allowance, amount: int, left: int | None, age: float, result: tuple[float, float] | None
+) -> None:
+    found = toll(allowance, amount, left, age)
+
+    assert found == (None if result is None else pytest.approx([seconds * HEADROOM for seconds in result]))
+
+
+def test_what_came_since_an_answer_may_be_used() -> None:
+    assert toll(Allowance(60, 5), 1, 0, 0.5) == pytest.approx((HEADROOM, 0.5))
+
+
+def test_a_fast_limit_is_not_lost_between_two_looks() -> None:
+    assert toll(Allowance(60_000), 1) == pytest.approx((0.001 * HEADROOM, SAVED_SECONDS))
+
+
+def test_tokens_that_were_estimated_and_not_used_are_given_back_once() -> None:
+    limiter = Limiter(dataclasses.replace(MODEL, tokens_per_minute=60))
+    limiter.counted(estimated=100, tokens=70)
+    limiter.counted(estimated=100, tokens=None)
+    limiter.counted(estimated=100, tokens=120)
+
+    taken = [tokens.seconds for _, tokens in [limiter.tolls(20, 0) for _ in range(3)] if tokens]
+
+    assert taken == pytest.approx([0, 10 * HEADROOM, 20 * HEADROOM])
+
+
+@pytest.mark.parametrize(
+    ("limits", "needs", "paces"),
+    [
+        ({}, False, False),
+        ({"learnt": None}, False, False),
+        ({"learnt": {"requests_at_once": 5}}, False, False),
+        ({"learnt": {"tokens_per_minute": 5}}, True, True),
+        ({"requests_per_minute": 5}, True, True),
+        ({"max_requests_in_flight": 5}, True, False),
+        ({"daily_token_budget": 0}, True, False),
+        ({"daily_cost_budget": 0}, True, False),
+    ],
+)
+def test_only_a_model_with_limits_needs_permits(limits: dict[str, object], needs: bool, paces: bool) -> None:
+    limiter = Limiter(dataclasses.replace(MODEL, **limits))  # type: ignore[arg-type]
+
+    assert (limiter.needs_permits, limiter.paces) == (needs, paces)
+
+
+@pytest.mark.parametrize(
+    ("own", "per_minute", "learnt", "most"),
+    [(None, None, None, 300), (200, None, None, 200), (None, 100, None, 100), (None, 100, 50, 50), (20, 100, 50, 20)],
+)
+def test_a_request_has_at_most_a_minutes_tokens(
+    own: int | None, per_minute: int | None, learnt: int | None, most: int
+) -> None:
+    model = dataclasses.replace(MODEL, max_tokens_per_request=own, tokens_per_minute=per_minute)
+
+    assert tokens_per_request(model, 300, Limits(tokens=Allowance(learnt))) == most
+
+
+# --- refusals ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"), [("120", 0.12), ("0", 0), ("", 7), ("soon", 7), ("-5", 7), ("9" * 5000, 7), ("²", 7)]
+)
+def test_milliseconds_go_before_seconds(value: str, seconds: float) -> None:
+    assert retry_after_seconds({"retry-after": "7", "retry-after-ms": value}) == seconds
+
+
+def test_a_request_that_is_too_large_for_a_minute_is_refused_like_a_bad_one() -> None:
+    body = b'{"error": {"message": "Request too large for m on tokens per min (TPM): Limit 9, Requested 10."}}'
+
+    assert isinstance(trouble_of_answer(429, {}, body), Refused)
+    assert isinstance(trouble_of_answer(429, {}, b"Rate limit reached"), ProviderTrouble)
+
+
+def test_a_spent_budget_rests_the_model_for_the_whole_day() -> None:
+    assert rest_seconds(OverBudget("spent", retry_after_seconds=80_000), 3, 0.7) == 80_000
+
+
+# --- in a pass -----------------------------------------------------------------------------------------
+
+
+def put(lane: Lane, rows: int) -> None:
+    for row_id in range(rows):
+        lane.database.put(row_id, f"text {row_id}")
+
+
+def test_a_model_without_limits_costs_no_statement(lane: Lane) -> None:
+    put(lane, 6)
+    lane.run(batch_size=2, max_requests=3)
+
+    assert {"take_permit", "free_slots", "learn_limits"}.isdisjoint(lane.database.statements)
+
+
+def test_a_model_with_limits_costs_one_statement_a_request(lane: Lane) -> None:
+    define(lane, requests_per_minute=600, max_requests_in_flight=3)
+    lane.database.permits = [Permit(0.0, slot) for slot in (1, 2, 3)]
+    put(lane, 6)
+
+    report = lane.run(batch_size=2, max_requests=3)
+
+    assert report.requests == 3
+    assert [lane.database.statements.count(name) for name in ("take_permit", "free_slots")] == [3, 0]
+    assert sorted(lane.database.slots_freed) == [1, 2, 3]
+
+
+def test_the_first_request_goes_alone_and_its_limits_hold_for_the_others(lane: Lane) -> None:
+    define(lane, learnt=None)
+    lane.provider.headers = {**headers("600", "4", "100ms"), **headers("40", "30", "1s", "tokens")}
+    second = threading.Event()
+    alone: list[bool] = []
+
+    def answer(texts: list[str]) -> Vector:
+        if len(lane.provider.requests) > 1:
+            second.set()
+        else:
+            alone.append(not second.wait(0.3))
+        return vectors_of(texts)
+
+    lane.provider.answer = answer
+    put(lane, 30)
+
+    assert lane.run(batch_size=15, max_requests=4).completed == 30
+
+    assert alone == [True]
+    assert lane.database.limits_learnt == [Limits(Allowance(600, 4), Allowance(40, 30))]
+    # The second was too large for a minute's tokens, by estimate.
+    assert len(lane.provider.requests) > 2
+    assert lane.database.tolls[0][0] == pytest.approx(Toll(0.1 * HEADROOM, 0.4 * HEADROOM), abs=0.3)
+
+
+def test_a_request_waits_for_its_moment(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
+    define(lane, requests_per_minute=60)
+    lane.database.permits = [Permit(0.0), Permit(time.monotonic() + 0.4)]
+    put(lane, 2)
+    began_at = time.monotonic()
+
+    lane.run(batch_size=1, max_requests=2)
+
+    assert time.monotonic() - began_at >= 0.4
+
+
+def test_a_request_waits_for_a_slot_and_asks_for_none_that_it_has(lane: Lane) -> None:
+    define(lane, max_requests_in_flight=2)
+    lane.database.permits = [Permit(), Permit(0.0, 2)]
+    put(lane, 1)
+
+    assert lane.run().completed == 1
+    assert lane.database.slots_held == [[], []]
+    assert lane.database.slots_freed == [2]
+
+
+@pytest.mark.parametrize("error", [ProviderTrouble("down"), KeyError("ours"), KeyboardInterrupt()])
+def test_a_failed_request_frees_its_slot(lane: Lane, error: BaseException) -> None:
+    define(lane, max_requests_in_flight=2)
+    lane.database.permits = [Permit(0.0, 2)]
+    lane.fail_with(error)
+    put(lane, 1)
+
+    if isinstance(error, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            lane.run()
+    else:
+        lane.run()
+
+    assert lane.database.slots_freed == [2]
+
+
+def test_a_spent_budget_puts_back_what_waits_and_keeps_what_was_sent(lane: Lane) -> None:
+    define(lane, daily_token_budget=9)
+    lane.database.permits = [Permit(0.0), Permit(spent="its budget is used up", rest_seconds=1000)]
+    put(lane, 3)
+
+    report = lane.run(batch_size=1, max_requests=3)
+
+    assert (report.completed, report.retried, report.requests) == (1, 2, 1)
+    assert [(found.seconds, found.needs_attention, found.reason) for found in lane.database.rests] == [
+        (1000, False, "its budget is used up")
+    ]
+    assert [message.read_count for message in lane.database.waiting()] == [0, 0]
+
+
+def test_what_waits_too_long_goes_back_untouched(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
+    define(lane, requests_per_minute=1)
+    monkeypatch.setattr(worker, "PATIENCE_SECONDS", 0.2)
+    put(lane, 3)
+    numbers = count()
+    lane.database.interrupts["take_permit"] = lambda: lane.database.permits.append(
+        Permit(time.monotonic() + (0.3 if next(numbers) else 0.0))
+    )
+
+    report = lane.run(batch_size=1, max_requests=3)
+
+    # One at once, one that was promised, and the third in another pass.
+    assert (report.completed, report.retried) == (2, 1)
+    assert lane.database.rests == []
+    assert [message.read_count for message in lane.database.waiting()] == [0]
