@@ -1,6 +1,6 @@
 # The project's commands: `make` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help image demo test chaos lint build install lock clean
+.PHONY: help image demo test chaos bench lint build install lock clean
 PYTHON ?= python3
 VERSION = $(shell sed -n "s/^default_version = '\(.*\)'/\1/p" extension/autoembed.control)
 PYTHON_SOURCES = $(wildcard plpy_src build.py docker/make_model.py tests bench)
@@ -22,6 +22,9 @@ test: lint image ## run every check and test
 chaos: image .venv/stamp ## random work, kills and faults for MINUTES=10, then what it did and whether a promise broke
 	TESTCONTAINERS_RYUK_DISABLED=true .venv/bin/pytest -s tests/extension/test_chaos.py --chaos-minutes=$(or $(MINUTES),10)
 
+bench: image .bench/stamp ## measure us and our rivals side by side, into docs/bench (ROWS=2000 RUNS=3)
+	.bench/venv/bin/python -m bench --rows $(or $(ROWS),2000) --runs $(or $(RUNS),3)
+
 lint: .venv/stamp ## check style and types
 	.venv/bin/ruff check && .venv/bin/ruff format --check
 	.venv/bin/mypy --strict $(PYTHON_SOURCES)
@@ -36,14 +39,20 @@ install: build ## install the extension into the PostgreSQL that pg_config names
 lock: ## choose the tests' packages anew: requirements-dev.txt from requirements-dev.in
 	$(PYTHON) -m venv .venv/lock && .venv/lock/bin/pip install --quiet uv
 	.venv/lock/bin/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --generate-hashes --upgrade --constraint docker/requirements.txt --custom-compile-command 'make lock' -o requirements-dev.txt requirements-dev.in
+	.venv/lock/bin/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --generate-hashes --upgrade --custom-compile-command 'make lock' -o bench/requirements.txt bench/requirements.in
+	.venv/lock/bin/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --generate-hashes --upgrade --custom-compile-command 'make lock' --override bench/pgai/unused.txt -o bench/pgai/requirements.txt bench/pgai/requirements.in
 
 clean: ## remove the demo's container, our images and .venv
 	docker rm --force --volumes autoembed-demo
 	-docker rmi autoembed autoembed-base:17-trixie autoembed-base:rootfs && docker image prune --force --filter label=autoembed
-	rm -rf .venv
+	rm -rf .venv .bench
 
 # Debian's own Python keeps venv in a package apart.
 .venv/stamp: requirements-dev.txt
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || { apt-get update -qq && apt-get install -qq -y python3-venv; }
 	rm -rf .venv && $(PYTHON) -m venv .venv && .venv/bin/pip install --quiet --require-hashes -r requirements-dev.txt
+	touch $@
+
+.bench/stamp: bench/requirements.txt
+	rm -rf .bench/venv && $(PYTHON) -m venv .bench/venv && .bench/venv/bin/pip install --quiet --require-hashes -r bench/requirements.txt
 	touch $@

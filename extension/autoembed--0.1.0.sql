@@ -833,12 +833,6 @@ class Database:
         )[0]
         return row["price"], row["rows_per_second"]
 
-    def outstanding(self, pipeline: Pipeline, key: str) -> str | None:
-        """waiting or failed, as a row stands in the queue or on the failed list; None: in neither."""
-        sql = "SELECT autoembed._outstanding($1, $2) AS state"
-        state: str | None = self._run(sql, ["pg_catalog.int4", "pg_catalog.text"], [pipeline.id, key])[0]["state"]
-        return state
-
     def rest_model(self, name: str, seconds: float, needs_attention: bool, reason: str) -> None:
         self._run(
             "SELECT autoembed._rest_model($1, $2, $3, $4)",
@@ -1087,10 +1081,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from autoembed import database, worker
-from autoembed.batching import estimate_tokens, pack
+from autoembed.batching import estimate_tokens, pack, truncate
 from autoembed.errors import InvalidInput, OverBudget, ProviderTrouble, Trouble
 from autoembed.flight import SLICE_SECONDS, Flight
-from autoembed.jobs import address_of
 from autoembed.limits import NOTHING_KNOWN, PATIENCE_SECONDS, Limiter, Permit, Toll, tokens_per_request
 from autoembed.model import Ask, Embedded, Model, Share
 from autoembed.network import Network
@@ -1151,20 +1144,19 @@ def embed(content: str | None, model_name: str | None) -> str | None:
     return _queries[query]
 
 
-def state_of(pipeline_id: int, content: str | None, has_embedding: bool, key: str) -> dict[str, Any]:
+def state_of(
+    pipeline_id: int, content: str | None, has_embedding: bool, digest: str | None, outstanding: str | None
+) -> dict[str, Any]:
     """How a row stands whose text is this: the columns of autoembed._state_of()."""
-    here = database.Database(commits=False)
-    pipeline = here.pipelines([pipeline_id])[pipeline_id]
-    [canonical] = address_of({"pipeline": pipeline_id, "keys": [json.loads(key)]}).keys
+    pipeline = database.Database(commits=False).pipelines([pipeline_id])[pipeline_id]
     limit = pipeline.model.max_tokens_per_input or provider_of(pipeline.model).MAX_TOKENS_PER_INPUT
     tokens = estimate_tokens(content or "")
     wanted = content is not None and content.strip() != ""
-    known = here.digests(pipeline, [canonical]).get(canonical)
-    fresh = wanted and has_embedding and content is not None and known == pipeline.model.digest(content)
+    fresh = wanted and has_embedding and content is not None and digest == pipeline.model.digest(content).hex()
     if fresh or not wanted and not has_embedding:
         state = "fresh" if wanted else "not wanted"
     else:
-        state = here.outstanding(pipeline, canonical) or ("stale" if has_embedding else "missing")
+        state = outstanding or ("stale" if has_embedding else "missing")
     return {"tokens": tokens if wanted else 0, "truncated": limit is not None and tokens > limit, "state": state}
 
 
@@ -1173,15 +1165,18 @@ def estimate(texts: list[str], model_name: str | None) -> dict[str, Any]:
     here = database.Database(commits=False)
     model = here.model(model_name)
     provider = provider_of(model)
-    distinct = list(dict.fromkeys(texts))
+    limit = model.max_tokens_per_input or provider.MAX_TOKENS_PER_INPUT
+    prefix = model.prefix("document")
+    distinct = list(dict.fromkeys(text if limit is None else truncate(text, limit, prefix) for text in texts))
     requests = pack(
         distinct,
         min(worker.DEFAULT_BATCH_SIZE, model.max_inputs_per_request or provider.MAX_INPUTS_PER_REQUEST),
         tokens_per_request(model, provider.MAX_TOKENS_PER_REQUEST, Limiter(model).learnt),
+        prefix,
     )
     price, rows_per_second = here.price_and_rate(model)
     return {
-        "tokens": sum(map(estimate_tokens, distinct)),
+        "tokens": sum(estimate_tokens(prefix + text) for text in distinct),
         "requests": len(requests),
         "price": price,
         "rows_per_second": rows_per_second,
@@ -4026,6 +4021,9 @@ class _Pass:
             paced = outbox.limiter.paces and trouble.retry_after_seconds is not None
             seconds = rest_seconds(trouble, outbox.failures, 0.0 if paced else random.random())
             self._database.rest_model(request.model.name, seconds, trouble.permanent, str(trouble))
+            if self._claim is not None and outbox.failures == 0:
+                # In the server's log, once for each outage.
+                self._database.warn_of_blocked_pipelines()
         unsent = flight.withdraw(lambda other: other.model == request.model)
         self._ledger.report.requests -= len(unsent)
         outbox.in_flight -= len(unsent)
@@ -4164,7 +4162,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "7207c1be514bd0c5"
+    GD["autoembed"] = "212325785f13305a"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -4271,7 +4269,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "7207c1be514bd0c5":
+    if GD.get("autoembed") != "212325785f13305a":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -4899,6 +4897,7 @@ BEGIN
     SELECT c.* INTO _table FROM pg_class AS c WHERE c.oid = pipeline.table_id;
     IF NOT FOUND THEN
         problem := format('the table with OID %s no longer exists', pipeline.table_id::oid);
+        hint := 'It is ended by the next lane, or by SELECT autoembed.process().';
         errcode := 'undefined_table';
         RETURN;
     END IF;
@@ -5564,6 +5563,12 @@ BEGIN
         NEW.table_shape := autoembed._table_shape(NEW);
         RETURN NEW;
     END IF;
+    -- A dump of the schema alone brings functions and triggers, but no pipelines: their numbers are taken.
+    WHILE TG_OP = 'INSERT' AND EXISTS (
+        SELECT FROM pg_proc AS p WHERE p.pronamespace = 'autoembed'::regnamespace AND p.proname = '_content_' || NEW.id
+    ) LOOP
+        NEW.id := nextval('autoembed.pipeline_id_seq');
+    END LOOP;
     IF NEW.managed AND NEW.key_columns IS NULL THEN
         NEW.key_columns := coalesce(autoembed._key_columns(NEW.table_id), '{}');
     END IF;
@@ -5602,9 +5607,22 @@ CREATE FUNCTION autoembed._defined()
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    _stale integer;
 BEGIN
     IF TG_OP = 'INSERT' AND NEW.built_from IS NOT NULL THEN
         RETURN NULL;
+    END IF;
+    IF TG_OP = 'INSERT' THEN
+        FOR _stale IN
+            SELECT DISTINCT substring(f.proname FROM '[0-9]+$')::integer
+            FROM pg_trigger AS t
+            JOIN pg_proc AS f ON f.oid = t.tgfoid AND f.pronamespace = 'autoembed'::regnamespace AND f.proname ~ '^_(capture|clear)_[0-9]+$'
+            WHERE t.tgrelid = NEW.table_id
+              AND NOT EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.id::text = substring(f.proname FROM '[0-9]+$'))
+        LOOP
+            PERFORM autoembed._drop_functions(_stale, true);
+        END LOOP;
     END IF;
     PERFORM autoembed._build_pipeline(NEW.id);
     BEGIN
@@ -5617,7 +5635,7 @@ BEGIN
         WHEN lock_not_available THEN
             NULL;
     END;
-    IF NEW.managed AND (TG_OP = 'INSERT' OR NEW.on_change <> OLD.on_change) THEN
+    IF NEW.managed AND (TG_OP = 'INSERT' OR NEW.on_change <> OLD.on_change OR EXISTS (SELECT FROM autoembed._trigger_problems(NEW))) THEN
         PERFORM autoembed._build_triggers(NEW);
     END IF;
     RETURN NULL;
@@ -5844,6 +5862,8 @@ AS $sql$
     WHERE a.position <= trigger.tgnargs;
 $sql$;
 COMMENT ON FUNCTION autoembed._arguments(pg_trigger) IS 'The arguments of a trigger.';
+
+
 
 -- What can be known at DDL time is said at DDL time -------------------------------------------------
 
@@ -6295,12 +6315,14 @@ DECLARE
     _pipeline autoembed.pipeline;
 BEGIN
     FOR _pipeline IN SELECT p.* FROM autoembed._owned_pipelines(table_name, embedding_column) AS p LOOP
+        -- Has triggers that are missing or disabled made anew.
+        UPDATE autoembed.pipeline AS p SET on_change = p.on_change WHERE p.id = _pipeline.id AND p.managed;
         PERFORM autoembed._look_through(_pipeline, NULL, false);
     END LOOP;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.resync(regclass, name) IS
-    'Looks through all rows of a table of the caller''s and embeds those whose embedding is missing or stale: after a restore, a load with triggers off, another model. A row that is as it should be is not sent.';
+    'Looks through all rows of a table of the caller''s and embeds those whose embedding is missing or stale: after a restore, a load with triggers off, another model. Triggers of ours that are missing or disabled are made anew. A row that is as it should be is not sent.';
 
 CREATE FUNCTION autoembed.reembed(table_name regclass, embedding_column name DEFAULT NULL, condition text DEFAULT NULL)
     RETURNS void
@@ -6408,6 +6430,31 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.clear_column() IS
     'Row trigger BEFORE UPDATE: sets a column to NULL when the row changes. Argument: the column.';
+
+-- 45_triggers.sql: whether the triggers of a pipeline are as they should be.
+
+CREATE FUNCTION autoembed._trigger_problems(pipeline autoembed.pipeline)
+    RETURNS SETOF text
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT CASE WHEN t.oid IS NULL THEN format('no trigger for %s', e.event)
+                ELSE format('trigger %I is disabled', t.tgname) END
+    FROM unnest('{insert,update,delete,truncate}'::text[] || CASE pipeline.on_change WHEN 'clear' THEN ARRAY['clear'] ELSE '{}' END) AS e(event)
+    LEFT JOIN pg_trigger AS t ON t.tgrelid = pipeline.table_id AND t.tgname = autoembed._trigger_name(pipeline.id, e.event)
+    WHERE pipeline.managed AND (t.oid IS NULL OR t.tgenabled <> CASE WHEN pipeline.replicated THEN 'A' ELSE 'O' END)
+      AND NOT coalesce(t.tgenabled = 'A', false)
+    UNION ALL
+    SELECT 'no trigger calls queue_embeddings(), or none that is enabled'
+    WHERE NOT pipeline.managed
+      AND NOT EXISTS (
+          SELECT FROM pg_trigger AS t
+          WHERE t.tgrelid = pipeline.table_id AND t.tgfoid = 'autoembed.queue_embeddings()'::regprocedure
+            AND (autoembed._arguments(t))[2] = pipeline.embedding_column AND t.tgenabled IN ('O', 'A')
+      );
+$sql$;
+COMMENT ON FUNCTION autoembed._trigger_problems(autoembed.pipeline) IS 'What is wrong with the triggers of a pipeline.';
 
 -- 50_process.sql: the path of a job. First what the lane does to queue and state, one statement each; then the doors into Python.
 
@@ -6893,7 +6940,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "7207c1be514bd0c5":
+    if GD.get("autoembed") != "212325785f13305a":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -6910,7 +6957,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "7207c1be514bd0c5":
+    if GD.get("autoembed") != "212325785f13305a":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
@@ -6926,7 +6973,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "7207c1be514bd0c5":
+    if GD.get("autoembed") != "212325785f13305a":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -7232,7 +7279,7 @@ SELECT f.id,
        p.embedding_column,
        f.key,
        f.error_class,
-       f.reason,
+       CASE WHEN autoembed._owns(p.table_id) OR p.id IS NULL THEN f.reason END AS reason,
        f.attempts,
        f.first_failed_at,
        f.last_failed_at,
@@ -7248,7 +7295,7 @@ COMMENT ON COLUMN autoembed.failed.table_name IS 'The table; NULL for a message 
 COMMENT ON COLUMN autoembed.failed.embedding_column IS 'The column that was to hold the embedding.';
 COMMENT ON COLUMN autoembed.failed.key IS 'The row''s key as a JSON array.';
 COMMENT ON COLUMN autoembed.failed.error_class IS 'row: the text or the table; message: the job itself.';
-COMMENT ON COLUMN autoembed.failed.reason IS 'What went wrong the last time.';
+COMMENT ON COLUMN autoembed.failed.reason IS 'What went wrong the last time, for the table''s owner: it may quote the text.';
 COMMENT ON COLUMN autoembed.failed.attempts IS 'How often it was tried.';
 COMMENT ON COLUMN autoembed.failed.first_failed_at IS 'When it was given up first.';
 COMMENT ON COLUMN autoembed.failed.last_failed_at IS 'When it was given up last.';
@@ -7392,11 +7439,12 @@ SELECT l.pid,
        CASE WHEN b.pipeline_id IS NOT NULL THEN autoembed._estimated_rows(p.table_id) END AS backfill_rows_total,
        CASE WHEN h.rows > 0 THEN clock_timestamp() - l.claimed_at END AS since
 FROM autoembed.lane AS l
+JOIN pg_stat_get_activity(NULL) AS s ON s.pid = l.pid AND s.backend_start = l.backend_start
 LEFT JOIN LATERAL (
     SELECT q.message ->> 'pipeline' AS pipeline,
            sum(CASE jsonb_typeof(q.message -> 'keys') WHEN 'array' THEN jsonb_array_length(q.message -> 'keys') ELSE 1 END)::bigint AS rows
     FROM pgmq.q_embedding_jobs AS q
-    WHERE q.msg_id = ANY (l.message_ids) AND q.last_read_at <= l.claimed_at
+    WHERE q.msg_id = ANY (l.message_ids) AND q.last_read_at <= l.claimed_at AND q.vt > clock_timestamp()
     GROUP BY 1
 ) AS h ON true
 LEFT JOIN autoembed.pipeline AS p ON p.id::text = h.pipeline
@@ -7412,6 +7460,25 @@ COMMENT ON COLUMN autoembed.progress.rows_in_flight IS 'Rows it has in its hands
 COMMENT ON COLUMN autoembed.progress.backfill_rows_done IS 'Rows that the backfill has come past.';
 COMMENT ON COLUMN autoembed.progress.backfill_rows_total IS 'About how many rows the table has.';
 COMMENT ON COLUMN autoembed.progress.since IS 'How long it has had them.';
+
+CREATE VIEW autoembed._row_state WITH (security_barrier) AS
+SELECT r.pipeline_id, r.key, r.digest, r.state
+FROM (
+    SELECT e.pipeline_id, e.key, e.digest, NULL AS state FROM autoembed.embedded AS e
+    UNION ALL
+    SELECT f.pipeline_id, f.key, NULL, 'failed' FROM autoembed.failure AS f WHERE f.pipeline_id IS NOT NULL
+    UNION ALL
+    SELECT p.id, replace(k.key::text, ', ', ','), NULL, 'waiting'
+    FROM autoembed.pipeline AS p
+    JOIN pgmq.q_embedding_jobs AS q ON coalesce(q.message ->> 'pipeline', '') = p.id::text
+    CROSS JOIN LATERAL jsonb_array_elements(coalesce(q.message -> 'keys', jsonb_build_array(jsonb_build_array(q.message -> 'id')))) AS k(key)
+    UNION ALL
+    SELECT b.pipeline_id, NULL, NULL, 'waiting' FROM autoembed.backfill AS b WHERE b.scanned_at IS NULL
+) AS r
+JOIN autoembed.pipeline AS p ON p.id = r.pipeline_id
+WHERE autoembed._owns(p.table_id);
+COMMENT ON VIEW autoembed._row_state IS
+    'What is known of the rows of the reader''s tables: the digest of what was embedded, and whether they wait or have failed; no key: the whole table is looked through.';
 
 CREATE FUNCTION autoembed.preview(table_name regclass, key text, embedding_column name DEFAULT NULL)
     RETURNS TABLE (content text, tokens integer, truncated boolean, state text)
@@ -7442,26 +7509,32 @@ BEGIN
         RETURN;
     END IF;
     SELECT s.tokens, s.truncated, s.state INTO tokens, truncated, state
-    FROM autoembed._state_of(_pipeline.id, content, _has_embedding, _key) AS s;
+    FROM (
+        SELECT max(encode(r.digest, 'hex')) AS digest, max(r.state) AS state
+        FROM autoembed._row_state AS r
+        WHERE r.pipeline_id = _pipeline.id AND r.key = replace(_key::text, ', ', ',')
+    ) AS r
+    CROSS JOIN LATERAL autoembed._state_of(_pipeline.id, content, _has_embedding, r.digest, r.state) AS s;
     RETURN NEXT;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.preview(regclass, text, name) IS
     'What a row of a table of the caller''s is embedded as: its text, about how many tokens that has, whether it is cut, and whether its embedding is fresh, waiting, failed, missing, stale, or not wanted. No row if there is none with that key.';
 
-CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embedding boolean, key jsonb)
+CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embedding boolean, digest text, outstanding text)
     RETURNS TABLE (tokens integer, truncated boolean, state text)
     LANGUAGE plpython3u
     STABLE
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "7207c1be514bd0c5":
+    if GD.get("autoembed") != "212325785f13305a":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
-    return [doors.state_of(pipeline_id, content, has_embedding, key)]
+    return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
 $python$;
-COMMENT ON FUNCTION autoembed._state_of(integer, text, boolean, jsonb) IS 'How a row stands whose text is this.';
+COMMENT ON FUNCTION autoembed._state_of(integer, text, boolean, text, text) IS
+    'How a row stands whose text is this, and of whose embedding that digest is known.';
 
 CREATE FUNCTION autoembed.wait_until_fresh(table_name regclass, timeout_seconds double precision DEFAULT 60)
     RETURNS boolean
@@ -7473,7 +7546,10 @@ DECLARE
 BEGIN
     PERFORM autoembed._owned_pipelines(table_name, NULL);
     LOOP
-        IF NOT autoembed._has_work(table_name) THEN
+        IF NOT EXISTS (
+            SELECT FROM autoembed._owned_pipelines(table_name, NULL) AS p JOIN autoembed._row_state AS r ON r.pipeline_id = p.id
+            WHERE r.state = 'waiting'
+        ) THEN
             RETURN true;
         END IF;
         IF clock_timestamp() >= _end THEN
@@ -7485,24 +7561,6 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.wait_until_fresh(regclass, double precision) IS
     'Waits until nothing that was committed to a table of the caller''s waits to be embedded; whether that came true in time. Embedding is done by lanes; a change of the caller''s own transaction, which they do not see, never comes true.';
-
-CREATE FUNCTION autoembed._has_work(table_id regclass)
-    RETURNS boolean
-    LANGUAGE plpgsql
-    VOLATILE
-    SECURITY DEFINER
-    SET search_path = pg_catalog, pg_temp
-AS $plpgsql$
-BEGIN
-    RETURN EXISTS (
-        SELECT FROM autoembed.pipeline AS p
-        WHERE p.table_id = _has_work.table_id
-          AND (EXISTS (SELECT FROM pgmq.q_embedding_jobs AS q WHERE coalesce(q.message ->> 'pipeline', '') = p.id::text)
-               OR EXISTS (SELECT FROM autoembed.backfill AS b WHERE b.pipeline_id = p.id AND b.scanned_at IS NULL))
-    );
-END;
-$plpgsql$;
-COMMENT ON FUNCTION autoembed._has_work(regclass) IS 'Whether rows of a table wait to be embedded.';
 
 CREATE FUNCTION autoembed.estimate(
     table_name regclass,
@@ -7575,7 +7633,7 @@ CREATE FUNCTION autoembed._estimate_texts(texts text[], model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "7207c1be514bd0c5":
+    if GD.get("autoembed") != "212325785f13305a":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.estimate(texts, model)]
@@ -7596,24 +7654,6 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._price_and_rate(text) IS
     'What a model costs, and the rows a second that it did in its busiest minute of late; NULL: nothing known.';
-
-CREATE FUNCTION autoembed._outstanding(pipeline_id integer, key text)
-    RETURNS text
-    LANGUAGE sql
-    STABLE
-    SECURITY DEFINER
-    SET search_path = pg_catalog, pg_temp
-AS $sql$
-    SELECT CASE
-        WHEN EXISTS (
-            SELECT FROM pgmq.q_embedding_jobs AS q
-            WHERE coalesce(q.message ->> 'pipeline', '') = _outstanding.pipeline_id::text
-              AND (q.message -> 'keys' @> jsonb_build_array(_outstanding.key::jsonb) OR jsonb_build_array(q.message -> 'id') = _outstanding.key::jsonb)
-        ) THEN 'waiting'
-        WHEN EXISTS (SELECT FROM autoembed.failure AS f WHERE f.pipeline_id = _outstanding.pipeline_id AND f.key = _outstanding.key) THEN 'failed'
-    END;
-$sql$;
-COMMENT ON FUNCTION autoembed._outstanding(integer, text) IS 'Whether a row is waiting in the queue, or failed; NULL: neither.';
 
 CREATE FUNCTION autoembed.doctor()
     RETURNS TABLE (subject text, ok boolean, finding text, advice text)
@@ -7692,8 +7732,8 @@ BEGIN
         subject := format('triggers of %s', _row.name);
         SELECT string_agg(t.problem, ', ') INTO finding FROM autoembed._trigger_problems(_row.pipeline) AS t(problem);
         ok := finding IS NULL;
-        advice := CASE WHEN NOT ok THEN format('ALTER TABLE %s ENABLE TRIGGER USER, or autoembed.disable() and enable() it; then SELECT autoembed.resync(%L).',
-                                              _row.table_id, _row.table_id) END;
+        advice := CASE WHEN NOT ok AND NOT (_row.pipeline).managed THEN format('CREATE or enable the trigger; then SELECT autoembed.resync(%L);', _row.table_id)
+                       WHEN NOT ok THEN format('SELECT autoembed.resync(%L);', _row.table_id) END;
         finding := coalesce(finding, 'in place');
         RETURN NEXT;
 
@@ -7734,39 +7774,13 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed.doctor() IS
     'Checks everything that has to be right, model by model and table by table: whether it is, what was found, and what to do. Sends each model in use one word.';
 
-CREATE FUNCTION autoembed._trigger_problems(pipeline autoembed.pipeline)
-    RETURNS SETOF text
-    LANGUAGE sql
-    STABLE
-    SET search_path = pg_catalog, pg_temp
-AS $sql$
-    SELECT format('no trigger for %s', e.event)
-    FROM unnest('{insert,update,delete,truncate}'::text[]) AS e(event)
-    WHERE pipeline.managed
-      AND NOT EXISTS (SELECT FROM pg_trigger AS t WHERE t.tgrelid = pipeline.table_id AND t.tgname = autoembed._trigger_name(pipeline.id, e.event))
-    UNION ALL
-    SELECT 'no trigger calls queue_embeddings()'
-    WHERE NOT pipeline.managed
-      AND NOT EXISTS (
-          SELECT FROM pg_trigger AS t
-          WHERE t.tgrelid = pipeline.table_id AND t.tgfoid = 'autoembed.queue_embeddings()'::regprocedure
-            AND (autoembed._arguments(t))[2] = pipeline.embedding_column
-      )
-    UNION ALL
-    SELECT format('trigger %I is disabled', t.tgname)
-    FROM pg_trigger AS t
-    JOIN pg_proc AS f ON f.oid = t.tgfoid AND f.pronamespace = 'autoembed'::regnamespace
-    WHERE t.tgrelid = pipeline.table_id AND t.tgenabled NOT IN ('O', 'A');
-$sql$;
-COMMENT ON FUNCTION autoembed._trigger_problems(autoembed.pipeline) IS 'What is wrong with the triggers of a pipeline.';
-
 CREATE FUNCTION autoembed._probe(model text)
     RETURNS text
     LANGUAGE plpython3u
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "7207c1be514bd0c5":
+    if GD.get("autoembed") != "212325785f13305a":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.probe(model)
@@ -7802,7 +7816,7 @@ AS $plpgsql$
 BEGIN
     PERFORM autoembed._grant(role, '{embed,queue_embeddings,clear_column,enable,alter_pipeline,disable,pause,resume,resync,reembed,preview,
         estimate,wait_until_fresh,_owned_pipelines,_owned_pipeline,_check_owner,_check_content,_check_on_change,_needed_columns,_template,_dimensions,_read_condition,
-        _look_through,_state_of,_has_work,_content_expression,_key_expression,_columns_of,_content_function,_content_function_of,
+        _look_through,_state_of,_content_expression,_key_expression,_columns_of,_content_function,_content_function_of,
         _estimate_texts}');
     EXECUTE format('GRANT SELECT,
                     INSERT (table_id, embedding_column, content_columns, content_function, content_template, condition, condition_columns,
@@ -7811,6 +7825,7 @@ BEGIN
                             paused),
                     DELETE ON autoembed.pipeline TO %s', role);
     EXECUTE format('GRANT SELECT, INSERT (pipeline_id, condition, force, create_index), DELETE ON autoembed.backfill TO %s', role);
+    EXECUTE format('GRANT SELECT ON autoembed._row_state TO %s', role);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.grant_usage(regrole) IS

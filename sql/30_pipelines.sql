@@ -227,6 +227,7 @@ BEGIN
     SELECT c.* INTO _table FROM pg_class AS c WHERE c.oid = pipeline.table_id;
     IF NOT FOUND THEN
         problem := format('the table with OID %s no longer exists', pipeline.table_id::oid);
+        hint := 'It is ended by the next lane, or by SELECT autoembed.process().';
         errcode := 'undefined_table';
         RETURN;
     END IF;

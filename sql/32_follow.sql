@@ -36,6 +36,12 @@ BEGIN
         NEW.table_shape := autoembed._table_shape(NEW);
         RETURN NEW;
     END IF;
+    -- A dump of the schema alone brings functions and triggers, but no pipelines: their numbers are taken.
+    WHILE TG_OP = 'INSERT' AND EXISTS (
+        SELECT FROM pg_proc AS p WHERE p.pronamespace = 'autoembed'::regnamespace AND p.proname = '_content_' || NEW.id
+    ) LOOP
+        NEW.id := nextval('autoembed.pipeline_id_seq');
+    END LOOP;
     IF NEW.managed AND NEW.key_columns IS NULL THEN
         NEW.key_columns := coalesce(autoembed._key_columns(NEW.table_id), '{}');
     END IF;
@@ -74,9 +80,22 @@ CREATE FUNCTION autoembed._defined()
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    _stale integer;
 BEGIN
     IF TG_OP = 'INSERT' AND NEW.built_from IS NOT NULL THEN
         RETURN NULL;
+    END IF;
+    IF TG_OP = 'INSERT' THEN
+        FOR _stale IN
+            SELECT DISTINCT substring(f.proname FROM '[0-9]+$')::integer
+            FROM pg_trigger AS t
+            JOIN pg_proc AS f ON f.oid = t.tgfoid AND f.pronamespace = 'autoembed'::regnamespace AND f.proname ~ '^_(capture|clear)_[0-9]+$'
+            WHERE t.tgrelid = NEW.table_id
+              AND NOT EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.id::text = substring(f.proname FROM '[0-9]+$'))
+        LOOP
+            PERFORM autoembed._drop_functions(_stale, true);
+        END LOOP;
     END IF;
     PERFORM autoembed._build_pipeline(NEW.id);
     BEGIN
@@ -89,7 +108,7 @@ BEGIN
         WHEN lock_not_available THEN
             NULL;
     END;
-    IF NEW.managed AND (TG_OP = 'INSERT' OR NEW.on_change <> OLD.on_change) THEN
+    IF NEW.managed AND (TG_OP = 'INSERT' OR NEW.on_change <> OLD.on_change OR EXISTS (SELECT FROM autoembed._trigger_problems(NEW))) THEN
         PERFORM autoembed._build_triggers(NEW);
     END IF;
     RETURN NULL;
@@ -316,6 +335,8 @@ AS $sql$
     WHERE a.position <= trigger.tgnargs;
 $sql$;
 COMMENT ON FUNCTION autoembed._arguments(pg_trigger) IS 'The arguments of a trigger.';
+
+
 
 -- What can be known at DDL time is said at DDL time -------------------------------------------------
 

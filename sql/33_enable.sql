@@ -357,12 +357,14 @@ DECLARE
     _pipeline autoembed.pipeline;
 BEGIN
     FOR _pipeline IN SELECT p.* FROM autoembed._owned_pipelines(table_name, embedding_column) AS p LOOP
+        -- Has triggers that are missing or disabled made anew.
+        UPDATE autoembed.pipeline AS p SET on_change = p.on_change WHERE p.id = _pipeline.id AND p.managed;
         PERFORM autoembed._look_through(_pipeline, NULL, false);
     END LOOP;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.resync(regclass, name) IS
-    'Looks through all rows of a table of the caller''s and embeds those whose embedding is missing or stale: after a restore, a load with triggers off, another model. A row that is as it should be is not sent.';
+    'Looks through all rows of a table of the caller''s and embeds those whose embedding is missing or stale: after a restore, a load with triggers off, another model. Triggers of ours that are missing or disabled are made anew. A row that is as it should be is not sent.';
 
 CREATE FUNCTION autoembed.reembed(table_name regclass, embedding_column name DEFAULT NULL, condition text DEFAULT NULL)
     RETURNS void

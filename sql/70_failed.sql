@@ -26,7 +26,7 @@ SELECT f.id,
        p.embedding_column,
        f.key,
        f.error_class,
-       f.reason,
+       CASE WHEN autoembed._owns(p.table_id) OR p.id IS NULL THEN f.reason END AS reason,
        f.attempts,
        f.first_failed_at,
        f.last_failed_at,
@@ -42,7 +42,7 @@ COMMENT ON COLUMN autoembed.failed.table_name IS 'The table; NULL for a message 
 COMMENT ON COLUMN autoembed.failed.embedding_column IS 'The column that was to hold the embedding.';
 COMMENT ON COLUMN autoembed.failed.key IS 'The row''s key as a JSON array.';
 COMMENT ON COLUMN autoembed.failed.error_class IS 'row: the text or the table; message: the job itself.';
-COMMENT ON COLUMN autoembed.failed.reason IS 'What went wrong the last time.';
+COMMENT ON COLUMN autoembed.failed.reason IS 'What went wrong the last time, for the table''s owner: it may quote the text.';
 COMMENT ON COLUMN autoembed.failed.attempts IS 'How often it was tried.';
 COMMENT ON COLUMN autoembed.failed.first_failed_at IS 'When it was given up first.';
 COMMENT ON COLUMN autoembed.failed.last_failed_at IS 'When it was given up last.';

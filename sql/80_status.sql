@@ -95,11 +95,12 @@ SELECT l.pid,
        CASE WHEN b.pipeline_id IS NOT NULL THEN autoembed._estimated_rows(p.table_id) END AS backfill_rows_total,
        CASE WHEN h.rows > 0 THEN clock_timestamp() - l.claimed_at END AS since
 FROM autoembed.lane AS l
+JOIN pg_stat_get_activity(NULL) AS s ON s.pid = l.pid AND s.backend_start = l.backend_start
 LEFT JOIN LATERAL (
     SELECT q.message ->> 'pipeline' AS pipeline,
            sum(CASE jsonb_typeof(q.message -> 'keys') WHEN 'array' THEN jsonb_array_length(q.message -> 'keys') ELSE 1 END)::bigint AS rows
     FROM pgmq.q_embedding_jobs AS q
-    WHERE q.msg_id = ANY (l.message_ids) AND q.last_read_at <= l.claimed_at
+    WHERE q.msg_id = ANY (l.message_ids) AND q.last_read_at <= l.claimed_at AND q.vt > clock_timestamp()
     GROUP BY 1
 ) AS h ON true
 LEFT JOIN autoembed.pipeline AS p ON p.id::text = h.pipeline
@@ -115,6 +116,25 @@ COMMENT ON COLUMN autoembed.progress.rows_in_flight IS 'Rows it has in its hands
 COMMENT ON COLUMN autoembed.progress.backfill_rows_done IS 'Rows that the backfill has come past.';
 COMMENT ON COLUMN autoembed.progress.backfill_rows_total IS 'About how many rows the table has.';
 COMMENT ON COLUMN autoembed.progress.since IS 'How long it has had them.';
+
+CREATE VIEW autoembed._row_state WITH (security_barrier) AS
+SELECT r.pipeline_id, r.key, r.digest, r.state
+FROM (
+    SELECT e.pipeline_id, e.key, e.digest, NULL AS state FROM autoembed.embedded AS e
+    UNION ALL
+    SELECT f.pipeline_id, f.key, NULL, 'failed' FROM autoembed.failure AS f WHERE f.pipeline_id IS NOT NULL
+    UNION ALL
+    SELECT p.id, replace(k.key::text, ', ', ','), NULL, 'waiting'
+    FROM autoembed.pipeline AS p
+    JOIN pgmq.q_embedding_jobs AS q ON coalesce(q.message ->> 'pipeline', '') = p.id::text
+    CROSS JOIN LATERAL jsonb_array_elements(coalesce(q.message -> 'keys', jsonb_build_array(jsonb_build_array(q.message -> 'id')))) AS k(key)
+    UNION ALL
+    SELECT b.pipeline_id, NULL, NULL, 'waiting' FROM autoembed.backfill AS b WHERE b.scanned_at IS NULL
+) AS r
+JOIN autoembed.pipeline AS p ON p.id = r.pipeline_id
+WHERE autoembed._owns(p.table_id);
+COMMENT ON VIEW autoembed._row_state IS
+    'What is known of the rows of the reader''s tables: the digest of what was embedded, and whether they wait or have failed; no key: the whole table is looked through.';
 
 CREATE FUNCTION autoembed.preview(table_name regclass, key text, embedding_column name DEFAULT NULL)
     RETURNS TABLE (content text, tokens integer, truncated boolean, state text)
@@ -145,14 +165,19 @@ BEGIN
         RETURN;
     END IF;
     SELECT s.tokens, s.truncated, s.state INTO tokens, truncated, state
-    FROM autoembed._state_of(_pipeline.id, content, _has_embedding, _key) AS s;
+    FROM (
+        SELECT max(encode(r.digest, 'hex')) AS digest, max(r.state) AS state
+        FROM autoembed._row_state AS r
+        WHERE r.pipeline_id = _pipeline.id AND r.key = replace(_key::text, ', ', ',')
+    ) AS r
+    CROSS JOIN LATERAL autoembed._state_of(_pipeline.id, content, _has_embedding, r.digest, r.state) AS s;
     RETURN NEXT;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.preview(regclass, text, name) IS
     'What a row of a table of the caller''s is embedded as: its text, about how many tokens that has, whether it is cut, and whether its embedding is fresh, waiting, failed, missing, stale, or not wanted. No row if there is none with that key.';
 
-CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embedding boolean, key jsonb)
+CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embedding boolean, digest text, outstanding text)
     RETURNS TABLE (tokens integer, truncated boolean, state text)
     LANGUAGE plpython3u
     STABLE
@@ -162,9 +187,10 @@ AS $python$
     if GD.get("autoembed") != "@BUILD@":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
-    return [doors.state_of(pipeline_id, content, has_embedding, key)]
+    return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
 $python$;
-COMMENT ON FUNCTION autoembed._state_of(integer, text, boolean, jsonb) IS 'How a row stands whose text is this.';
+COMMENT ON FUNCTION autoembed._state_of(integer, text, boolean, text, text) IS
+    'How a row stands whose text is this, and of whose embedding that digest is known.';
 
 CREATE FUNCTION autoembed.wait_until_fresh(table_name regclass, timeout_seconds double precision DEFAULT 60)
     RETURNS boolean
@@ -176,7 +202,10 @@ DECLARE
 BEGIN
     PERFORM autoembed._owned_pipelines(table_name, NULL);
     LOOP
-        IF NOT autoembed._has_work(table_name) THEN
+        IF NOT EXISTS (
+            SELECT FROM autoembed._owned_pipelines(table_name, NULL) AS p JOIN autoembed._row_state AS r ON r.pipeline_id = p.id
+            WHERE r.state = 'waiting'
+        ) THEN
             RETURN true;
         END IF;
         IF clock_timestamp() >= _end THEN
@@ -188,24 +217,6 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.wait_until_fresh(regclass, double precision) IS
     'Waits until nothing that was committed to a table of the caller''s waits to be embedded; whether that came true in time. Embedding is done by lanes; a change of the caller''s own transaction, which they do not see, never comes true.';
-
-CREATE FUNCTION autoembed._has_work(table_id regclass)
-    RETURNS boolean
-    LANGUAGE plpgsql
-    VOLATILE
-    SECURITY DEFINER
-    SET search_path = pg_catalog, pg_temp
-AS $plpgsql$
-BEGIN
-    RETURN EXISTS (
-        SELECT FROM autoembed.pipeline AS p
-        WHERE p.table_id = _has_work.table_id
-          AND (EXISTS (SELECT FROM pgmq.q_embedding_jobs AS q WHERE coalesce(q.message ->> 'pipeline', '') = p.id::text)
-               OR EXISTS (SELECT FROM autoembed.backfill AS b WHERE b.pipeline_id = p.id AND b.scanned_at IS NULL))
-    );
-END;
-$plpgsql$;
-COMMENT ON FUNCTION autoembed._has_work(regclass) IS 'Whether rows of a table wait to be embedded.';
 
 CREATE FUNCTION autoembed.estimate(
     table_name regclass,
@@ -300,24 +311,6 @@ $sql$;
 COMMENT ON FUNCTION autoembed._price_and_rate(text) IS
     'What a model costs, and the rows a second that it did in its busiest minute of late; NULL: nothing known.';
 
-CREATE FUNCTION autoembed._outstanding(pipeline_id integer, key text)
-    RETURNS text
-    LANGUAGE sql
-    STABLE
-    SECURITY DEFINER
-    SET search_path = pg_catalog, pg_temp
-AS $sql$
-    SELECT CASE
-        WHEN EXISTS (
-            SELECT FROM pgmq.q_embedding_jobs AS q
-            WHERE coalesce(q.message ->> 'pipeline', '') = _outstanding.pipeline_id::text
-              AND (q.message -> 'keys' @> jsonb_build_array(_outstanding.key::jsonb) OR jsonb_build_array(q.message -> 'id') = _outstanding.key::jsonb)
-        ) THEN 'waiting'
-        WHEN EXISTS (SELECT FROM autoembed.failure AS f WHERE f.pipeline_id = _outstanding.pipeline_id AND f.key = _outstanding.key) THEN 'failed'
-    END;
-$sql$;
-COMMENT ON FUNCTION autoembed._outstanding(integer, text) IS 'Whether a row is waiting in the queue, or failed; NULL: neither.';
-
 CREATE FUNCTION autoembed.doctor()
     RETURNS TABLE (subject text, ok boolean, finding text, advice text)
     LANGUAGE plpgsql
@@ -395,8 +388,8 @@ BEGIN
         subject := format('triggers of %s', _row.name);
         SELECT string_agg(t.problem, ', ') INTO finding FROM autoembed._trigger_problems(_row.pipeline) AS t(problem);
         ok := finding IS NULL;
-        advice := CASE WHEN NOT ok THEN format('ALTER TABLE %s ENABLE TRIGGER USER, or autoembed.disable() and enable() it; then SELECT autoembed.resync(%L).',
-                                              _row.table_id, _row.table_id) END;
+        advice := CASE WHEN NOT ok AND NOT (_row.pipeline).managed THEN format('CREATE or enable the trigger; then SELECT autoembed.resync(%L);', _row.table_id)
+                       WHEN NOT ok THEN format('SELECT autoembed.resync(%L);', _row.table_id) END;
         finding := coalesce(finding, 'in place');
         RETURN NEXT;
 
@@ -436,32 +429,6 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.doctor() IS
     'Checks everything that has to be right, model by model and table by table: whether it is, what was found, and what to do. Sends each model in use one word.';
-
-CREATE FUNCTION autoembed._trigger_problems(pipeline autoembed.pipeline)
-    RETURNS SETOF text
-    LANGUAGE sql
-    STABLE
-    SET search_path = pg_catalog, pg_temp
-AS $sql$
-    SELECT format('no trigger for %s', e.event)
-    FROM unnest('{insert,update,delete,truncate}'::text[]) AS e(event)
-    WHERE pipeline.managed
-      AND NOT EXISTS (SELECT FROM pg_trigger AS t WHERE t.tgrelid = pipeline.table_id AND t.tgname = autoembed._trigger_name(pipeline.id, e.event))
-    UNION ALL
-    SELECT 'no trigger calls queue_embeddings()'
-    WHERE NOT pipeline.managed
-      AND NOT EXISTS (
-          SELECT FROM pg_trigger AS t
-          WHERE t.tgrelid = pipeline.table_id AND t.tgfoid = 'autoembed.queue_embeddings()'::regprocedure
-            AND (autoembed._arguments(t))[2] = pipeline.embedding_column
-      )
-    UNION ALL
-    SELECT format('trigger %I is disabled', t.tgname)
-    FROM pg_trigger AS t
-    JOIN pg_proc AS f ON f.oid = t.tgfoid AND f.pronamespace = 'autoembed'::regnamespace
-    WHERE t.tgrelid = pipeline.table_id AND t.tgenabled NOT IN ('O', 'A');
-$sql$;
-COMMENT ON FUNCTION autoembed._trigger_problems(autoembed.pipeline) IS 'What is wrong with the triggers of a pipeline.';
 
 CREATE FUNCTION autoembed._probe(model text)
     RETURNS text

@@ -27,7 +27,7 @@ AS $plpgsql$
 BEGIN
     PERFORM autoembed._grant(role, '{embed,queue_embeddings,clear_column,enable,alter_pipeline,disable,pause,resume,resync,reembed,preview,
         estimate,wait_until_fresh,_owned_pipelines,_owned_pipeline,_check_owner,_check_content,_check_on_change,_needed_columns,_template,_dimensions,_read_condition,
-        _look_through,_state_of,_has_work,_content_expression,_key_expression,_columns_of,_content_function,_content_function_of,
+        _look_through,_state_of,_content_expression,_key_expression,_columns_of,_content_function,_content_function_of,
         _estimate_texts}');
     EXECUTE format('GRANT SELECT,
                     INSERT (table_id, embedding_column, content_columns, content_function, content_template, condition, condition_columns,
@@ -36,6 +36,7 @@ BEGIN
                             paused),
                     DELETE ON autoembed.pipeline TO %s', role);
     EXECUTE format('GRANT SELECT, INSERT (pipeline_id, condition, force, create_index), DELETE ON autoembed.backfill TO %s', role);
+    EXECUTE format('GRANT SELECT ON autoembed._row_state TO %s', role);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.grant_usage(regrole) IS

@@ -247,12 +247,6 @@ class Database:
         )[0]
         return row["price"], row["rows_per_second"]
 
-    def outstanding(self, pipeline: Pipeline, key: str) -> str | None:
-        """waiting or failed, as a row stands in the queue or on the failed list; None: in neither."""
-        sql = "SELECT autoembed._outstanding($1, $2) AS state"
-        state: str | None = self._run(sql, ["pg_catalog.int4", "pg_catalog.text"], [pipeline.id, key])[0]["state"]
-        return state
-
     def rest_model(self, name: str, seconds: float, needs_attention: bool, reason: str) -> None:
         self._run(
             "SELECT autoembed._rest_model($1, $2, $3, $4)",

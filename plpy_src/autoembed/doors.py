@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from autoembed import database, worker
-from autoembed.batching import estimate_tokens, pack
+from autoembed.batching import estimate_tokens, pack, truncate
 from autoembed.errors import InvalidInput, OverBudget, ProviderTrouble, Trouble
 from autoembed.flight import SLICE_SECONDS, Flight
-from autoembed.jobs import address_of
 from autoembed.limits import NOTHING_KNOWN, PATIENCE_SECONDS, Limiter, Permit, Toll, tokens_per_request
 from autoembed.model import Ask, Embedded, Model, Share
 from autoembed.network import Network
@@ -75,20 +74,19 @@ def embed(content: str | None, model_name: str | None) -> str | None:
     return _queries[query]
 
 
-def state_of(pipeline_id: int, content: str | None, has_embedding: bool, key: str) -> dict[str, Any]:
+def state_of(
+    pipeline_id: int, content: str | None, has_embedding: bool, digest: str | None, outstanding: str | None
+) -> dict[str, Any]:
     """How a row stands whose text is this: the columns of autoembed._state_of()."""
-    here = database.Database(commits=False)
-    pipeline = here.pipelines([pipeline_id])[pipeline_id]
-    [canonical] = address_of({"pipeline": pipeline_id, "keys": [json.loads(key)]}).keys
+    pipeline = database.Database(commits=False).pipelines([pipeline_id])[pipeline_id]
     limit = pipeline.model.max_tokens_per_input or provider_of(pipeline.model).MAX_TOKENS_PER_INPUT
     tokens = estimate_tokens(content or "")
     wanted = content is not None and content.strip() != ""
-    known = here.digests(pipeline, [canonical]).get(canonical)
-    fresh = wanted and has_embedding and content is not None and known == pipeline.model.digest(content)
+    fresh = wanted and has_embedding and content is not None and digest == pipeline.model.digest(content).hex()
     if fresh or not wanted and not has_embedding:
         state = "fresh" if wanted else "not wanted"
     else:
-        state = here.outstanding(pipeline, canonical) or ("stale" if has_embedding else "missing")
+        state = outstanding or ("stale" if has_embedding else "missing")
     return {"tokens": tokens if wanted else 0, "truncated": limit is not None and tokens > limit, "state": state}
 
 
@@ -97,15 +95,18 @@ def estimate(texts: list[str], model_name: str | None) -> dict[str, Any]:
     here = database.Database(commits=False)
     model = here.model(model_name)
     provider = provider_of(model)
-    distinct = list(dict.fromkeys(texts))
+    limit = model.max_tokens_per_input or provider.MAX_TOKENS_PER_INPUT
+    prefix = model.prefix("document")
+    distinct = list(dict.fromkeys(text if limit is None else truncate(text, limit, prefix) for text in texts))
     requests = pack(
         distinct,
         min(worker.DEFAULT_BATCH_SIZE, model.max_inputs_per_request or provider.MAX_INPUTS_PER_REQUEST),
         tokens_per_request(model, provider.MAX_TOKENS_PER_REQUEST, Limiter(model).learnt),
+        prefix,
     )
     price, rows_per_second = here.price_and_rate(model)
     return {
-        "tokens": sum(map(estimate_tokens, distinct)),
+        "tokens": sum(estimate_tokens(prefix + text) for text in distinct),
         "requests": len(requests),
         "price": price,
         "rows_per_second": rows_per_second,

@@ -540,6 +540,9 @@ class _Pass:
             paced = outbox.limiter.paces and trouble.retry_after_seconds is not None
             seconds = rest_seconds(trouble, outbox.failures, 0.0 if paced else random.random())
             self._database.rest_model(request.model.name, seconds, trouble.permanent, str(trouble))
+            if self._claim is not None and outbox.failures == 0:
+                # In the server's log, once for each outage.
+                self._database.warn_of_blocked_pipelines()
         unsent = flight.withdraw(lambda other: other.model == request.model)
         self._ledger.report.requests -= len(unsent)
         outbox.in_flight -= len(unsent)

@@ -41,7 +41,7 @@ def restored(server: Server, dbname: str) -> Iterator[Restore]:
 
 @pytest.fixture
 def lived_in(db: Connection, api: FakeApi, role: Role, connect: Connect) -> Connection:
-    """Tables of every kind, renamed and changed since, with rows that are embedded, wait, have failed, and are to come."""
+    """Tables of every kind, renamed and changed since, with rows that are embedded and one that has failed."""
     owner = role("owner")
     db.execute("SELECT autoembed.grant_usage(%s)", [owner])
     db.execute("CREATE SCHEMA app")
@@ -54,7 +54,9 @@ def lived_in(db: Connection, api: FakeApi, role: Role, connect: Connect) -> Conn
     db.execute("ALTER TABLE drafts RENAME TO notes")
     db.execute("ALTER TABLE notes ADD COLUMN views int DEFAULT 0")
 
-    db.execute("CREATE TABLE app.sites (x int, site text, path text, label text, live boolean, PRIMARY KEY (site, path))")
+    db.execute(
+        "CREATE TABLE app.sites (x int, site text, path text, label text, live boolean, PRIMARY KEY (site, path))"
+    )
     db.execute(
         "SELECT autoembed.enable('app.sites', 'vector', content_template => '# {label}\\n\\n{path}',"
         " condition => 'live AND site <> ''test''', on_change => 'clear')"
@@ -136,7 +138,8 @@ CONTENTS = {
     "queue": "SELECT msg_id, message FROM pgmq.q_embedding_jobs ORDER BY msg_id",
     "backfill": "SELECT * FROM autoembed.backfill ORDER BY pipeline_id",
     "queues": "SELECT queue_name FROM pgmq.meta",
-    "triggers": "SELECT tgrelid::regclass::text, tgname, tgenabled FROM pg_trigger WHERE NOT tgisinternal ORDER BY 1, 2",
+    "triggers": "SELECT tgrelid::regclass::text, tgname, tgenabled FROM pg_trigger"
+    " WHERE NOT tgisinternal ORDER BY 1, 2",
     "functions": "SELECT p.oid::regprocedure::text, p.proowner::regrole::text, p.prosecdef, p.proacl::text"
     " FROM pg_proc AS p WHERE p.proname ~ '_[0-9]+$' AND p.pronamespace = 'autoembed'::regnamespace ORDER BY 1",
 }
@@ -222,7 +225,8 @@ def test_a_restored_table_still_follows_renames_and_drops(
     copy.execute("ALTER TABLE notes RENAME COLUMN title TO headline")
     copy.execute("ALTER TABLE pages RENAME COLUMN published TO visible")
     copy.execute("ALTER TABLE pages RENAME COLUMN label TO name")
-    copy.execute("CREATE SCHEMA elsewhere; ALTER TABLE stories SET SCHEMA elsewhere")
+    copy.execute("CREATE SCHEMA elsewhere; GRANT USAGE ON SCHEMA elsewhere TO PUBLIC")
+    copy.execute("ALTER TABLE stories SET SCHEMA elsewhere")
     copy.execute("ALTER FUNCTION story RENAME TO tale")
     copy.execute("ALTER TABLE notes RENAME TO memos")
     copy.execute("INSERT INTO memos (id, headline, body) VALUES (100, 'new', 'memo')")
@@ -238,9 +242,7 @@ def test_a_restored_table_still_follows_renames_and_drops(
     assert [row.name for row in tables] == ["documents", "elsewhere.stories", "pages"]
 
 
-def test_a_backfill_in_the_middle_goes_on_where_it_was(
-    lived_in: Connection, restored: Restore, api: FakeApi
-) -> None:
+def test_a_backfill_in_the_middle_goes_on_where_it_was(lived_in: Connection, restored: Restore, api: FakeApi) -> None:
     lived_in.execute("SELECT autoembed.reembed('notes')")
     lived_in.execute("SELECT autoembed.process(batch_size => 7, max_requests => 1)")
     assert lived_in.execute("SELECT position, rows_queued FROM autoembed.backfill").fetchone() == ("[7]", 7)

@@ -12,8 +12,7 @@ import psycopg
 import pytest
 
 from fake_api import FakeApi
-from harness import PASSWORD, Connection, Server, put_file, run_server, waiting, warnings_of
-from lanes import running_lanes
+from harness import PASSWORD, Connection, Server, put_file, run_server, warnings_of
 from waiting import wait_until
 
 Connect = Callable[..., Connection]
@@ -23,138 +22,141 @@ SECURITY = (Path(__file__).resolve().parents[2] / "docs/security.md").read_text(
 SQL_BLOCKS = re.findall(r"^```sql\n(.*?)^```$", SECURITY, re.MULTILINE | re.DOTALL)
 MODEL = "text-embedding-3-small"
 
-# Who may execute it: a role without grants, one with grant_usage that owns a table, one with grant_monitor, a superuser.
+# Who may execute it: a role without grants, an owner of a table with grant_usage, one with grant_monitor, a superuser.
 FUNCTIONS = """
-_adopt(oid,text,text) - - - x
-_after_drop() - - - x
-_arguments(pg_trigger) - - - x
-_backfill(integer) - - - x
-_before_drop() - - - x
-_build_capture(autoembed.pipeline,name,text) - - - x
-_build_index(integer) - - - x
-_build_pipeline(integer) - - - x
-_build_triggers(autoembed.pipeline) - - - x
-_check_api_key(text) - - - x
-_check_budget(numeric,numeric) - - - x
-_check_content(name[],text,text,boolean) - x - x
-_check_deferred() - - - x
-_check_model(text) - - - x
-_check_on_change(text) - x - x
-_check_owner(regclass) - x - x
-_check_pipeline(autoembed.pipeline) - x x x
-_check_trigger() - - - x
-_claim(integer,double precision,bigint[]) - - - x
-_clean_up() - - - x
-_columns_of(autoembed.pipeline) - x - x
-_content_expression(autoembed.pipeline,text) - x - x
-_content_function(oid,text) - x - x
-_content_function_of(autoembed.pipeline) - x - x
-_create_owned(name,text,text,text,text) - - - x
-_default_model() - x x x
-_define() - - - x
-_defined() - - - x
-_digests(integer,text[]) - - - x
-_dimensions(text) - x - x
-_drop_functions(integer,boolean) - - - x
-_drop_orphaned_pipelines() - - - x
-_end_broken() - - - x
-_ended() - - - x
-_enter_lane(boolean) - - - x
-_estimate_texts(text[],text) - x - x
-_estimated_rows(regclass) - x x x
-_extend(bigint[],double precision) - - - x
-_fail(integer,text,text,integer,text) - - - x
-_fail_backfill(integer,text) - - - x
-_fail_message(jsonb,text,integer) - - - x
-_finish_backfills() - - - x
-_fold_usage() - - - x
-_follow_tables() - - - x
-_forget(integer,text[]) - - - x
-_forget_all(integer) - - - x
-_forget_permits() - - - x
-_free_slots(text,integer[]) - - - x
-_gate() - - - x
-_grant(regrole,text[]) - - - x
-_has_work(regclass) - x - x
-_http_hosts() - - - x
-_keep_restored() - - - x
-_key_columns(oid) - - - x
-_key_expression(autoembed.pipeline,text) - x - x
-_lane_is_wanted() - - - x
-_learn_limits(text,integer,integer,integer,integer) - - - x
-_leave_lane() - - - x
-_load_python() - - - x
-_look_through(autoembed.pipeline,text,boolean) - x - x
-_may_see(regclass) - x x x
-_model(text) - - - x
-_model_facts(autoembed.model) - - - x
-_needed_columns(autoembed.pipeline) - x - x
-_next_backfill(boolean) - - - x
-_note_usage(text,integer[],integer[],integer[],bigint[],integer[],integer) - - - x
-_operator(oid,name,integer) - - - x
-_output_settings() - - - x
-_outstanding(integer,text) - - - x
-_owned_pipeline(regclass,name) - x - x
-_owned_pipelines(regclass,name) - x - x
-_owns(regclass) - x x x
-_pipelines(integer[]) - - - x
-_price_and_rate(text) - - - x
-_probe(text) - - - x
-_protect_functions() - - - x
-_queue_backfill(integer,text[],boolean,double precision,bigint[]) - - - x
-_read_condition(regclass,text) - x - x
-_record_embedded(integer,text[],bytea[],boolean[]) - - - x
-_release(bigint[]) - - - x
-_renamed(name[],jsonb) - - - x
-_requeue(integer,jsonb,integer,integer,double precision) - - - x
-_resolve(jsonb) - - - x
-_rest_model(text,double precision,boolean,text) - - - x
-_settle(bigint[]) - - - x
-_slot_key(text,integer) - - - x
-_spent_budget(text) - - - x
-_stage(text) - - - x
-_state_of(integer,text,boolean,jsonb) - x - x
-_table_shape(autoembed.pipeline) - - - x
-_take_permit(text,boolean,double precision,double precision,double precision,double precision,integer[]) - - - x
-_template(text) - x - x
-_trigger_name(integer,text) - - - x
-_trigger_problems(autoembed.pipeline) - - - x
-_vault_key(text) - - - x
-_vector_index(autoembed.pipeline) - - - x
-_warn_of_blocked_pipelines(boolean) - - - x
-allow_http_host(text,boolean) - - - x
-alter_model(text,text,integer,text,text,text,integer,integer,integer,integer,integer,integer,numeric,bigint,numeric,jsonb) - - - x
-alter_pipeline(regclass,name,name[],text,text,text,text,text,boolean) - x - x
-clear_column() - x - x
-create_model(text,text,integer,text,text,text,integer,integer,integer,integer,integer,integer,numeric,bigint,numeric,jsonb) - - - x
-disable(regclass,name,boolean) - x - x
-doctor() - - - x
-drop_model(text) - - - x
-embed(text,text) - x - x
-enable(regclass,name,name[],text,text,text,text,text,boolean,boolean,boolean,boolean,boolean) - x - x
-estimate(regclass,name,name[],text,text,text,text) - x - x
-grant_monitor(regrole) - - - x
-grant_usage(regrole) - - - x
-pause(regclass,name) - x - x
-preview(regclass,text,name) - x - x
-process(integer,integer,integer) - - - x
-queue_embeddings() - x - x
-reembed(regclass,name,text) - x - x
-resume(regclass,name) - x - x
-resume_model(text) - - - x
-resync(regclass,name) - x - x
-retry_failed(regclass,text) - - - x
-schedule(integer,integer) - - - x
-set_default_model(text) - - - x
-unschedule() - - - x
-wait_until_fresh(regclass,double precision) - x - x
-work(double precision,integer,integer,integer,boolean) - - - x
+_adopt - - - x
+_after_drop - - - x
+_arguments - - - x
+_backfill - - - x
+_before_drop - - - x
+_build_capture - - - x
+_build_index - - - x
+_build_pipeline - - - x
+_build_triggers - - - x
+_check_api_key - - - x
+_check_budget - - - x
+_check_content - x - x
+_check_deferred - - - x
+_check_model - - - x
+_check_on_change - x - x
+_check_owner - x - x
+_check_pipeline - x x x
+_check_trigger - - - x
+_claim - - - x
+_clean_up - - - x
+_columns_of - x - x
+_content_expression - x - x
+_content_function - x - x
+_content_function_of - x - x
+_create_owned - - - x
+_default_model - x x x
+_define - - - x
+_defined - - - x
+_digests - - - x
+_dimensions - x - x
+_drop_functions - - - x
+_drop_orphaned_pipelines - - - x
+_end_broken - - - x
+_ended - - - x
+_enter_lane - - - x
+_estimate_texts - x - x
+_estimated_rows - x x x
+_extend - - - x
+_fail - - - x
+_fail_backfill - - - x
+_fail_message - - - x
+_finish_backfills - - - x
+_fold_usage - - - x
+_follow_tables - - - x
+_forget - - - x
+_forget_all - - - x
+_forget_permits - - - x
+_free_slots - - - x
+_gate - - - x
+_grant - - - x
+_http_hosts - - - x
+_keep_restored - - - x
+_key_columns - - - x
+_key_expression - x - x
+_lane_is_wanted - - - x
+_learn_limits - - - x
+_leave_lane - - - x
+_load_python - - - x
+_look_through - x - x
+_may_see - x x x
+_model - - - x
+_model_facts - - - x
+_needed_columns - x - x
+_next_backfill - - - x
+_note_usage - - - x
+_operator - - - x
+_output_settings - - - x
+_owned_pipeline - x - x
+_owned_pipelines - x - x
+_owns - x x x
+_pipelines - - - x
+_price_and_rate - - - x
+_probe - - - x
+_protect_functions - - - x
+_queue_backfill - - - x
+_read_condition - x - x
+_record_embedded - - - x
+_release - - - x
+_renamed - - - x
+_requeue - - - x
+_resolve - - - x
+_rest_model - - - x
+_settle - - - x
+_slot_key - - - x
+_spent_budget - - - x
+_stage - - - x
+_state_of - x - x
+_table_shape - - - x
+_take_permit - - - x
+_template - x - x
+_trigger_name - - - x
+_trigger_problems - - - x
+_vault_key - - - x
+_vector_index - - - x
+_warn_of_blocked_pipelines - - - x
+allow_http_host - - - x
+alter_model - - - x
+alter_pipeline - x - x
+clear_column - x - x
+create_model - - - x
+disable - x - x
+doctor - - - x
+drop_model - - - x
+embed - x - x
+enable - x - x
+estimate - x - x
+grant_monitor - - - x
+grant_usage - - - x
+pause - x - x
+preview - x - x
+process - - - x
+queue_embeddings - x - x
+reembed - x - x
+resume - x - x
+resume_model - - - x
+resync - x - x
+retry_failed - - - x
+schedule - - - x
+set_default_model - - - x
+unschedule - - - x
+wait_until_fresh - x - x
+work - - - x
 """
 
-# r: select, a: insert, w: update, d: delete; in brackets the columns, where it is not all.
+# r: select, a: insert, w: update, d: delete. Below a relation the columns of which somebody may do more than of all.
 RELATIONS = """
 _pipeline_state - - - rawd
-backfill - ra(pipeline_id,condition,force,create_index)d - rawd
+_row_state - r - rawd
+backfill - rd - rawd
+backfill.condition - ra - raw
+backfill.create_index - ra - raw
+backfill.force - ra - raw
+backfill.pipeline_id - ra - raw
 embedded - - - rawd
 failed - r r rawd
 failure - - - rawd
@@ -163,7 +165,19 @@ model - - - rawd
 model_limit - - - rawd
 model_rest - - r rawd
 permit - - - rawd
-pipeline - ra(table_id,embedding_column,content_columns,content_template,content_function,condition,condition_columns,model,on_change,truncate,replicated)w(content_columns,content_template,content_function,condition,condition_columns,model,on_change,truncate,paused)d - rawd
+pipeline - rd - rawd
+pipeline.condition - raw - raw
+pipeline.condition_columns - raw - raw
+pipeline.content_columns - raw - raw
+pipeline.content_function - raw - raw
+pipeline.content_template - raw - raw
+pipeline.embedding_column - ra - raw
+pipeline.model - raw - raw
+pipeline.on_change - raw - raw
+pipeline.paused - rw - raw
+pipeline.replicated - ra - raw
+pipeline.table_id - ra - raw
+pipeline.truncate - raw - raw
 progress - r r rawd
 setting - - - rawd
 status - r r rawd
@@ -174,32 +188,43 @@ usage_entry - - - rawd
 
 # Those made for a pipeline aside.
 ROUTINES = r"""
-    SELECT p.proname || '(' || replace(oidvectortypes(p.proargtypes), ', ', ',') || ')' AS name,
+    SELECT p.proname AS name,
            ARRAY(SELECT CASE WHEN has_function_privilege(r.name, p.oid, 'EXECUTE') THEN 'x' ELSE '-' END
                  FROM unnest(%s::text[]) WITH ORDINALITY AS r(name, position) ORDER BY r.position) AS rights
     FROM pg_proc AS p
-    WHERE p.pronamespace = 'autoembed'::regnamespace AND p.proname !~ '^_(content|write|scan|text|capture|clear)_[0-9]+$'
+    WHERE p.pronamespace = 'autoembed'::regnamespace
+      AND p.proname !~ '^_(content|write|scan|text|capture|clear)_[0-9]+$'
 """
-TABLES = """
-    SELECT c.relname AS name, (
-        SELECT string_agg(CASE WHEN has_table_privilege(%(role)s, c.oid, k.name) THEN k.letter ELSE columns.letters END, '' ORDER BY k.position)
-        FROM (VALUES (1, 'r', 'SELECT'), (2, 'a', 'INSERT'), (3, 'w', 'UPDATE'), (4, 'd', 'DELETE')) AS k(position, letter, name)
-        CROSS JOIN LATERAL (
-            SELECT k.letter || '(' || string_agg(a.attname, ',' ORDER BY a.attnum) || ')' AS letters
-            FROM pg_attribute AS a
-            WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND k.name <> 'DELETE'
-              AND has_column_privilege(%(role)s, c.oid, a.attnum, CASE k.name WHEN 'DELETE' THEN 'SELECT' ELSE k.name END)
-        ) AS columns
-    ) AS rights
+COLUMN_LETTERS = "(VALUES ('r', 'SELECT', 1), ('a', 'INSERT', 2), ('w', 'UPDATE', 3)) AS k(letter, name, n)"
+LETTERS = COLUMN_LETTERS.replace(")) AS", "), ('d', 'DELETE', 4)) AS")
+TABLES = f"""
+    SELECT c.relname AS name,
+           ARRAY(SELECT coalesce(string_agg(k.letter, '' ORDER BY k.n), '-')
+                 FROM unnest(%(roles)s::text[]) WITH ORDINALITY AS r(name, position)
+                 LEFT JOIN {LETTERS} ON has_table_privilege(r.name, c.oid, k.name)
+                 GROUP BY r.position ORDER BY r.position) AS rights
     FROM pg_class AS c
     WHERE c.relnamespace = 'autoembed'::regnamespace AND c.relkind IN ('r', 'v', 'm', 'p', 'f')
-    ORDER BY c.relname COLLATE "C"
+    UNION ALL
+    SELECT c.relname || '.' || a.attname,
+           ARRAY(SELECT coalesce(string_agg(k.letter, '' ORDER BY k.n), '-')
+                 FROM unnest(%(roles)s::text[]) WITH ORDINALITY AS r(name, position)
+                 LEFT JOIN {COLUMN_LETTERS} ON has_column_privilege(r.name, c.oid, a.attnum, k.name)
+                 GROUP BY r.position ORDER BY r.position)
+    FROM pg_class AS c
+    JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+    WHERE c.relnamespace = 'autoembed'::regnamespace AND c.relkind IN ('r', 'v', 'm', 'p', 'f')
+      AND EXISTS (
+          SELECT FROM unnest(%(roles)s::text[]) AS r(name)
+          JOIN {COLUMN_LETTERS} ON has_column_privilege(r.name, c.oid, a.attnum, k.name)
+          WHERE NOT has_table_privilege(r.name, c.oid, k.name)
+      )
 """
 
 
 @pytest.fixture
 def people(db: Connection, api: FakeApi, role: Role) -> dict[str, str]:
-    """The roles of the matrix, by their column; and bob, who has the rights of alice over a table of his own."""
+    """Somebody without grants, two owners of tables, and a monitor."""
     names = {name: role(name) for name in ("nobody", "alice", "bob", "watcher")}
     for owner in ("alice", "bob"):
         db.execute("SELECT autoembed.grant_usage(%s)", [names[owner]])
@@ -224,26 +249,18 @@ def tables(db: Connection, people: dict[str, str], connect: Connect, api: FakeAp
     return {owner: f"{people[owner]}.{owner}_notes" for owner in ("alice", "bob")}
 
 
-def matrix_of_functions(db: Connection, roles: list[str]) -> list[str]:
-    rows = db.execute(ROUTINES, [roles]).fetchall()
-    return sorted(f"{row.name} {' '.join(row.rights)}" for row in rows)
-
-
-def matrix_of_relations(db: Connection, roles: list[str]) -> list[str]:
-    columns = [db.execute(TABLES, {"role": role}).fetchall() for role in roles]
-    return [f"{row[0].name} {' '.join(cell.rights or '-' for cell in row)}" for row in zip(*columns, strict=True)]
-
-
-def roles_of(people: dict[str, str]) -> list[str]:
-    return [people["nobody"], people["alice"], people["watcher"], "postgres"]
+def matrix(db: Connection, sql: str, people: dict[str, str]) -> list[str]:
+    roles = [people["nobody"], people["alice"], people["watcher"], "postgres"]
+    arguments: Any = {"roles": roles} if "%(roles)s" in sql else [roles]
+    return sorted(f"{row.name} {' '.join(row.rights)}" for row in db.execute(sql.encode(), arguments))
 
 
 def test_who_may_execute_what(db: Connection, people: dict[str, str], tables: dict[str, str]) -> None:
-    assert matrix_of_functions(db, roles_of(people)) == FUNCTIONS.strip().splitlines()
+    assert matrix(db, ROUTINES, people) == FUNCTIONS.strip().splitlines()
 
 
 def test_who_may_read_and_write_what(db: Connection, people: dict[str, str], tables: dict[str, str]) -> None:
-    assert matrix_of_relations(db, roles_of(people)) == RELATIONS.strip().splitlines()
+    assert matrix(db, TABLES, people) == RELATIONS.strip().splitlines()
 
 
 def test_a_role_reaches_no_schema_but_that_which_it_was_granted(db: Connection, people: dict[str, str]) -> None:
@@ -296,24 +313,11 @@ def test_an_owner_sees_his_own_tables_alone(tables: dict[str, str], people: dict
         assert tables_in(session, "status") == own
         assert tables_in(session, "failed") == own
         assert [row.excerpt for row in session.execute("TABLE autoembed.failed")] == ["poison"]
-        assert tables_in(session, "backfill AS b JOIN autoembed.pipeline AS p ON p.id = b.pipeline_id", "p.table_id") == own
+        assert (
+            tables_in(session, "backfill AS b JOIN autoembed.pipeline AS p ON p.id = b.pipeline_id", "p.table_id")
+            == own
+        )
         assert session.execute("SELECT count(*) FROM autoembed.backfill").fetchone() == (1,)
-
-
-def test_an_owner_sees_in_progress_what_is_in_flight_of_his_tables_alone(
-    db: Connection, tables: dict[str, str], people: dict[str, str], connect: Connect, api: FakeApi
-) -> None:
-    db.execute("DELETE FROM autoembed.backfill")
-    api.behave(hold=True)
-    for owner, table in tables.items():
-        db.execute(f"INSERT INTO {table} VALUES (3, 'new of {owner}')")
-    with running_lanes(db, connect):
-        api.wait_for(held=1)
-        seen = {who: tables_in(connect(user=people[who]), "progress") for who in ("alice", "bob", "watcher")}
-        api.release()
-        wait_until(lambda: waiting(db) == 0)
-
-    assert seen == {"alice": {"alice_notes"}, "bob": {"bob_notes"}, "watcher": {"alice_notes", "bob_notes"}}
 
 
 def test_a_monitor_sees_all_tables_and_no_text(
@@ -370,26 +374,30 @@ FOREIGN_CALLS = [
     "INSERT INTO autoembed.pipeline (table_id, embedding_column, content_columns)"
     " VALUES ('{table}', 'embedding', '{{content}}')",
     "INSERT INTO autoembed.backfill (pipeline_id) VALUES (2)",
-    "SELECT autoembed._has_work('{table}'::regclass)",
-    "SELECT * FROM autoembed._state_of(2, 'bob''s secret', true, '[1]')",
     "SELECT autoembed._content_2('{{[1]}}')",
     "SELECT autoembed._write_2('{{[1]}}', '{{x}}', '{{NULL}}')",
     "SELECT autoembed._scan_2(NULL, NULL, 1)",
 ]
 
 
-@pytest.mark.parametrize("call", FOREIGN_CALLS)
 @pytest.mark.parametrize("who", ["alice", "nobody", "watcher"])
 def test_nobody_without_the_owners_rights_does_anything_to_a_table(
-    db: Connection, tables: dict[str, str], people: dict[str, str], connect: Connect, who: str, call: str
+    db: Connection, tables: dict[str, str], people: dict[str, str], connect: Connect, who: str
 ) -> None:
     # Names are no secret in PostgreSQL, so let a stranger get as far as that.
     db.execute(f"GRANT USAGE ON SCHEMA {people['bob']} TO PUBLIC")
     before = db.execute("TABLE autoembed.pipeline").fetchall()
+    session = connect(user=people[who])
+    allowed = []
 
-    with pytest.raises(psycopg.errors.InsufficientPrivilege):
-        connect(user=people[who]).execute(call.format(table=tables["bob"]).encode())
+    for call in FOREIGN_CALLS:
+        try:
+            session.execute(call.format(table=tables["bob"]).encode())
+        except psycopg.errors.InsufficientPrivilege:
+            continue
+        allowed.append(call)
 
+    assert allowed == []
     assert db.execute("TABLE autoembed.pipeline").fetchall() == before
 
 
@@ -399,7 +407,9 @@ def test_a_statement_on_the_list_of_tables_reaches_the_callers_own(
 ) -> None:
     assert connect(user=people["alice"]).execute(statement.encode()).rowcount == 1
 
-    [bob] = db.execute("SELECT paused FROM autoembed.pipeline WHERE table_id = %s::regclass", [tables["bob"]]).fetchall()
+    [bob] = db.execute(
+        "SELECT paused FROM autoembed.pipeline WHERE table_id = %s::regclass", [tables["bob"]]
+    ).fetchall()
     assert bob == (False,)
 
 
@@ -416,7 +426,9 @@ def test_whoever_has_the_owners_rights_has_them_here_too(
     alice.execute("SELECT autoembed.pause(%s::regclass)", [tables["bob"]])
 
 
-def test_rights_that_are_taken_back_are_gone(db: Connection, tables: dict[str, str], people: dict[str, str], connect: Connect) -> None:
+def test_rights_that_are_taken_back_are_gone(
+    db: Connection, tables: dict[str, str], people: dict[str, str], connect: Connect
+) -> None:
     db.execute(f"ALTER TABLE {tables['alice']} OWNER TO {people['bob']}")
 
     alice = connect(user=people["alice"])
@@ -510,7 +522,12 @@ def test_a_key_is_in_no_table_dump_log_error_or_statistics(talkative: Server) ->
                     {},
                     {"echo_authorization": True, "times": "forever"},
                     {"status": 500, "body": f"no: {key}", "times": "forever"},
-                    {"status": 400, "body": {"error": {"message": f"Bearer {key}"}}, "match": "text", "times": "forever"},
+                    {
+                        "status": 400,
+                        "body": {"error": {"message": f"Bearer {key}"}},
+                        "match": "text",
+                        "times": "forever",
+                    },
                     {"status": 429, "body": {"error": {"code": key}}, "headers": {"X-Key": key}, "times": "forever"},
                     {"redirect": f"http://127.0.0.1:1/{key}", "times": "forever"},
                     {"not_json": True, "times": "forever"},
@@ -521,7 +538,9 @@ def test_a_key_is_in_no_table_dump_log_error_or_statistics(talkative: Server) ->
                 try:
                     db.execute(f"SELECT autoembed.embed('question {number}', '{kind}')")
                 except psycopg.Error as error:
-                    said.append(f"{error}\n{error.diag.message_detail}\n{error.diag.message_hint}\n{error.diag.context}")
+                    said.append(
+                        f"{error}\n{error.diag.message_detail}\n{error.diag.message_hint}\n{error.diag.context}"
+                    )
             said.append(str(db.execute("SELECT * FROM autoembed.doctor()").fetchall()))
             said.append(str(db.execute("SELECT * FROM autoembed.process()").fetchall()))
             said.append(str(db.execute("TABLE autoembed.model_rest").fetchall()))
@@ -562,7 +581,9 @@ def test_a_key_pasted_in_place_of_its_reference_is_not_repeated(db: Connection) 
 def test_a_lane_without_superuser_works_with_the_grants_of_the_document(talkative: Server, tmp_path: Path) -> None:
     api = talkative.fake_api("lane")
     with talkative.connect() as db:
-        db.execute("DROP EXTENSION autoembed CASCADE; DROP TABLE IF EXISTS before, after; CREATE EXTENSION autoembed CASCADE")
+        db.execute(
+            "DROP EXTENSION autoembed CASCADE; DROP TABLE IF EXISTS before, after; CREATE EXTENSION autoembed CASCADE"
+        )
         db.execute("SELECT autoembed.alter_model(%s, base_url => %s)", [MODEL, api.base_url])
         db.execute("SELECT autoembed.set_default_model(%s)", [MODEL])
         db.execute("CREATE ROLE owner")

@@ -1,0 +1,123 @@
+"""The command line: measures each system in each scenario, in turns, and writes docs/bench/."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from bench import CACHE, ROOT, documents, machine, report, scenarios
+from bench.results import Result, Results
+from bench.scenarios import Measured, Sizes
+from bench.server import Connection, Server, running_server
+from bench.systems import System
+from bench.systems.autoembed import Autoembed
+from bench.systems.guide import Guide
+from bench.systems.pgai import Pgai
+
+# The rivals at their best: found by trying batch sizes, concurrencies and processes from half to several times these.
+SYSTEMS: dict[str, System] = {
+    "autoembed": Autoembed("defaults", lanes=1),
+    "autoembed-best": Autoembed("best", lanes=2),
+    "guide": Guide("defaults"),
+    "guide-best": Guide("best", schedule="1 second", arguments="batch_size => 20, max_requests => 100"),
+    "pgai": Pgai("defaults"),
+    "pgai-best": Pgai("best", batch_size=100, concurrency=5, processes=2, poll_interval="1s"),
+}
+# Connections.
+LIMITS = {"limit-1": 1, "limit-2": 2}
+SCENARIOS = {
+    "drain": scenarios.drain,
+    "drain-no-index": scenarios.drain,
+    "fresh-idle": scenarios.fresh_when_idle,
+    "fresh-steady": scenarios.fresh_when_steady,
+    "fresh-backfill": scenarios.fresh_during_backfill,
+    "cost": scenarios.cost,
+    "idle": scenarios.idle,
+}
+
+Measurement = Callable[[Server, Connection], Measured]
+
+
+def main() -> None:
+    options = _options()
+    sizes = Sizes(
+        rows=options.rows,
+        backfill_rows=options.backfill_rows or 50 * options.rows,
+        cost_rows=options.cost_rows,
+        cost_rounds=9,
+        freshness_seconds=options.freshness_seconds,
+        idle_seconds=options.idle_seconds,
+        request_seconds=options.request_seconds,
+        input_seconds=options.input_seconds,
+        grace_seconds=10,
+    )
+    CACHE.mkdir(exist_ok=True)
+    versions = [SYSTEMS[name].install() for name in options.systems if name in SYSTEMS]
+    results = Results()
+    described: dict[str, str] = {}
+    try:
+        for run in range(1, options.runs + 1):
+            for scenario, name, measurement in _plan(options.scenarios, options.systems, sizes):
+                with (
+                    running_server(options.image, sizes.request_seconds, sizes.input_seconds) as server,
+                    closing(server.connect()) as db,
+                ):
+                    described = described or machine.describe(db, versions)
+                    documents.create(db, with_index=scenario != "drain-no-index")
+                    began = time.monotonic()
+                    measured = measurement(server, db)
+                    took = time.monotonic() - began
+                results.append(Result(scenario, name, run, measured.figures, measured.curve))
+                shown = ", ".join(f"{figure} {value:.4g}" for figure, value in measured.figures.items())
+                print(f"{run} {scenario} {name}: {shown} ({took:.0f} s)", flush=True)
+    finally:
+        # An hour's figures outlive the failure of one measurement.
+        if results:
+            report.write(options.output, results, described, asdict(sizes))
+            print(f"written to {options.output}")
+
+
+def _plan(names_of_scenarios: list[str], names: list[str], sizes: Sizes) -> Iterator[tuple[str, str, Measurement]]:
+    for scenario in names_of_scenarios:
+        for name in names:
+            if name in LIMITS:
+                if scenario.startswith("drain"):
+                    yield scenario, name, partial(scenarios.write_limit, connections=LIMITS[name], sizes=sizes)
+            elif _is_of_use(scenario, SYSTEMS[name]):
+                yield scenario, name, partial(SCENARIOS[scenario], system=SYSTEMS[name], sizes=sizes)
+
+
+def _is_of_use(scenario: str, system: System) -> bool:
+    if (scenario, system.name, system.settings) == ("drain-no-index", "guide", "defaults"):
+        return False  # its schedule is its speed, with an index or without
+    if scenario == "cost":
+        return system.settings == "defaults"  # the best are the workers', not the triggers'
+    return scenario.startswith("drain") or system.sees_rows_by_itself
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="autoembed and its rivals, side by side.")
+    add = parser.add_argument
+    add("--rows", type=int, default=2000, help="rows of a drain (%(default)s)")
+    add("--runs", type=int, default=3, help="measurements of each figure, whose median counts (%(default)s)")
+    add("--systems", nargs="+", choices=[*SYSTEMS, *LIMITS], default=[*SYSTEMS, *LIMITS], metavar="NAME")
+    add("--scenarios", nargs="+", choices=list(SCENARIOS), default=list(SCENARIOS), metavar="NAME")
+    add("--image", default="autoembed", help="(%(default)s)")
+    add("--request-seconds", type=float, default=0.1, help="what the fake API takes per request (%(default)s)")
+    add("--input-seconds", type=float, default=0.002, help="and per input (%(default)s)")
+    add("--backfill-rows", type=int, help="rows that wait while freshness is measured (50 times the rows)")
+    add("--cost-rows", type=int, default=10_000, help="rows of the INSERT whose cost is measured (%(default)s)")
+    add("--freshness-seconds", type=float, default=20, help="how long rows are inserted (%(default)s)")
+    add("--idle-seconds", type=float, default=60, help="how long nothing happens (%(default)s)")
+    add("--output", type=Path, default=ROOT / "docs" / "bench", help="folder of the report (docs/bench)")
+    parser.epilog = f"systems: {', '.join([*SYSTEMS, *LIMITS])}; scenarios: {', '.join(SCENARIOS)}"
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""What is read off a server and a system: CPU time, memory, WAL, rows over time."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.server import Connection
+
+TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the server has used so far."""
+
+    cpu_seconds: float
+    wal_bytes: int
+
+    @classmethod
+    def of(cls, db: Connection) -> Usage:
+        [(wal,)] = db.execute("SELECT pg_current_wal_insert_lsn() - '0/0'")
+        return cls(postgres_cpu_seconds(db), int(wal))
+
+    def __sub__(self, before: Usage) -> Usage:
+        return Usage(self.cpu_seconds - before.cpu_seconds, self.wal_bytes - before.wal_bytes)
+
+
+def postgres_cpu_seconds(db: Connection) -> float:
+    """Of all processes of the server, gone ones too: the postmaster, process 1, has the times of those it reaped."""
+    stats = db.execute(
+        "SELECT pg_read_file(format('/proc/%s/stat', pid), true)"
+        " FROM (SELECT 1 AS pid UNION ALL SELECT pid FROM pg_stat_activity) AS process"
+    ).fetchall()
+    return sum(_cpu_seconds(stat, with_children=stat.startswith("1 ")) for (stat,) in stats if stat)
+
+
+def process_cpu_seconds(pid: int) -> float:
+    return _cpu_seconds(Path(f"/proc/{pid}/stat").read_text(), with_children=False)
+
+
+def _cpu_seconds(stat: str, with_children: bool) -> float:
+    fields = stat.rpartition(") ")[2].split()  # from the third of proc(5) on
+    return sum(map(int, fields[11 : 15 if with_children else 13])) / TICKS_PER_SECOND
+
+
+def machine_cpu_seconds() -> float:
+    """Of everything on the machine, so that neighbours of the bench are seen."""
+    fields = Path("/proc/stat").read_text().split(maxsplit=9)[1:9]  # user to steal; proc(5)
+    idle_and_iowait = fields[3:5]
+    return (sum(map(int, fields)) - sum(map(int, idle_and_iowait))) / TICKS_PER_SECOND
+
+
+def backend_private_bytes(db: Connection, pid: int) -> int:
+    [(rollup,)] = db.execute("SELECT pg_read_file('/proc/' || %s::int || '/smaps_rollup', true)", [pid])
+    return _private_bytes(rollup or "")
+
+
+def process_private_bytes(pid: int) -> int:
+    return _private_bytes(Path(f"/proc/{pid}/smaps_rollup").read_text())
+
+
+def _private_bytes(rollup: str) -> int:
+    return 1024 * sum(map(int, re.findall(r"^Private_\w+:\s+(\d+) kB", rollup, re.MULTILINE)))
+
+
+def stored_at(db: Connection) -> list[float]:
+    """When each vector became visible, in seconds since 1970, in order."""
+    rows = db.execute(
+        "SELECT extract(epoch FROM pg_xact_commit_timestamp(xmin))::float8 AS at"
+        " FROM documents WHERE embedding IS NOT NULL ORDER BY at"
+    )
+    return [at for (at,) in rows]
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The smallest value that so many percent of the values do not exceed."""
+    return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)]

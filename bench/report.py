@@ -1,0 +1,183 @@
+"""What comes out: results.json with every figure, a README.md with the medians, and a chart of the drains."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from matplotlib import rcParams
+from matplotlib.figure import Figure
+
+from bench.results import Results
+from bench.targets import TARGETS
+
+LABELS = {
+    "autoembed": "autoembed, defaults",
+    "autoembed-best": "autoembed, 2 lanes",
+    "guide": "the guide, defaults",
+    "guide-best": "the guide at its best",
+    "pgai": "pgai, defaults",
+    "pgai-best": "pgai at its best",
+    "limit-1": "the limit of 1 connection",
+    "limit-2": "the limit of 2 connections",
+}
+LINES = {
+    "autoembed": {"color": "tab:blue", "linestyle": "--"},
+    "autoembed-best": {"color": "tab:blue", "linestyle": "-"},
+    "guide": {"color": "tab:orange", "linestyle": "--"},
+    "guide-best": {"color": "tab:orange", "linestyle": "-"},
+    "pgai": {"color": "tab:green", "linestyle": "--"},
+    "pgai-best": {"color": "tab:green", "linestyle": "-"},
+    "limit-1": {"color": "grey", "linestyle": ":"},
+    "limit-2": {"color": "grey", "linestyle": "-."},
+}
+Columns = dict[str, tuple[str, float]]
+
+DRAIN: Columns = {
+    "rows/s": ("rows_per_second", 1),
+    "requests": ("requests", 1),
+    "inputs per request": ("inputs_per_request", 1),
+    "most in flight": ("most_in_flight", 1),
+    "CPU s, Postgres": ("postgres_cpu_seconds", 1),
+    "CPU s, worker": ("worker_cpu_seconds", 1),
+    "CPU s, all else": ("other_cpu_seconds", 1),
+    "WAL, MB": ("wal_bytes", 1e-6),
+    "private MB": ("private_bytes", 1e-6),
+    "INSERT, ms": ("insert_seconds", 1000),
+}
+FRESHNESS: Columns = {"rows": ("inserted", 1), "p50, ms": ("p50_seconds", 1000), "p99, ms": ("p99_seconds", 1000)}
+COST: Columns = {
+    "INSERT of many rows, ×": ("insert_ratio", 1),
+    "its ms": ("insert_seconds", 1000),
+    "single-row INSERTs, ×": ("insert_single_ratio", 1),
+    "UPDATE of other columns, ×": ("update_other_ratio", 1),
+}
+IDLE: Columns = {
+    "CPU of the server, %": ("postgres_cpu_percent", 1),
+    "CPU of the worker, %": ("worker_cpu_percent", 1),
+    "WAL, bytes": ("wal_bytes", 1),
+    "rows written": ("rows_written", 1),
+    "growth of tables and log, bytes": ("growth_bytes", 1),
+    "private MB": ("private_bytes", 1e-6),
+}
+# Heading, scenario, and the columns: each a figure, with the factor to the column's unit.
+TABLES: list[tuple[str, str, Columns]] = [
+    ("Drain with an HNSW index", "drain", DRAIN),
+    ("Drain without index", "drain-no-index", DRAIN),
+    ("Freshness: single INSERTs, nothing else to do", "fresh-idle", FRESHNESS),
+    ("Freshness: 50 rows/s", "fresh-steady", FRESHNESS),
+    ("Freshness: during a backfill", "fresh-backfill", FRESHNESS),
+    ("Cost to the application", "cost", COST),
+    ("Nothing to do", "idle", IDLE),
+]
+
+ABOUT = """# Bench
+
+`make bench` wrote this. A drain is one INSERT of {rows} rows of about 120 tokens, until the last has its vector of
+1,536 dimensions; the fake API takes {request_ms:g} ms per request and {input_ms:g} ms per input. Each measurement has
+a fresh server; each figure is the median of {runs}.
+
+- Ours runs from the INSERT's COMMIT, a rival's from its first request: its start, or the wait for its next tick, is
+  not counted. Every system has embedded a row before, but for pgai's defaults, which look every five minutes.
+- The limit: the same vectors, ready, written by UPDATEs of 100 rows with binary parameters.
+- Freshness is from COMMIT to the vector visible, less the API's time for one input; ∞: no vector {grace} s after the
+  last INSERT. During a backfill, {backfill_rows} older rows wait.
+- Cost is over the same table without triggers, in turns: {cost_rows} rows in one statement, 2,000 singly.
+- Private memory is that of the largest process. "All else" is the fake API, the bench, and neighbours on the machine.
+"""
+
+
+def write(folder: Path, results: Results, described: Mapping[str, str], sizes: Mapping[str, float]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    head = json.dumps({"machine": described, "sizes": sizes}, indent=1).removesuffix("\n}")
+    lines = ",\n  ".join(json.dumps(_finite(asdict(result)), allow_nan=False) for result in results)
+    (folder / "results.json").write_text(f'{head},\n "results": [\n  {lines}\n ]\n}}\n')
+    (folder / "README.md").write_text(_markdown(results, described, sizes))
+    if results.systems("drain") or results.systems("drain-no-index"):
+        _draw(results, folder / "drain.svg")
+
+
+def _markdown(results: Results, described: Mapping[str, str], sizes: Mapping[str, float]) -> str:
+    about = ABOUT.format(
+        rows=f"{sizes['rows']:,}",
+        backfill_rows=f"{sizes['backfill_rows']:,}",
+        cost_rows=f"{sizes['cost_rows']:,}",
+        request_ms=1000 * sizes["request_seconds"],
+        input_ms=1000 * sizes["input_seconds"],
+        grace=sizes["grace_seconds"],
+        runs=max(result.run for result in results),
+    )
+    parts = [about, "![Rows with vectors over time](drain.svg)\n"]
+    parts.append("".join(f"- {name}: {value}\n" for name, value in described.items()))
+    parts.append("## Targets\n\n" + _table(["", "wanted", "measured", "met"], _target_rows(results)))
+    for heading, scenario, columns in TABLES:
+        rows = [
+            [LABELS[system], *(_cell(results, scenario, system, *column) for column in columns.values())]
+            for system in results.systems(scenario)
+        ]
+        if rows:
+            parts.append(f"## {heading}\n\n" + _table(["", *columns], rows))
+    return "\n".join(parts)
+
+
+def _target_rows(results: Results) -> list[list[str]]:
+    measured = [(target, target.measured(results)) for target in TARGETS]
+    return [
+        [
+            target.text,
+            f"{target.relation} {target.wanted:g}",
+            _number(value),
+            "yes" if target.is_met_by(value) else "no",
+        ]
+        for target, value in measured
+        if value is not None
+    ]
+
+
+def _cell(results: Results, scenario: str, system: str, figure: str, factor: float) -> str:
+    value = results.median(scenario, system, figure)
+    return "" if value is None else _number(value * factor)
+
+
+def _number(value: float) -> str:
+    if math.isinf(value):
+        return "∞"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _draw(results: Results, file: Path) -> None:
+    rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "bench", "font.size": 9})
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, scenario, heading in zip(
+        panels, ["drain", "drain-no-index"], ["with an HNSW index", "without index"], strict=True
+    ):
+        for system in results.systems(scenario):
+            points = results.median_drain(scenario, system).curve
+            panel.plot(
+                [second for second, _ in points], [row for _, row in points], label=LABELS[system], **LINES[system]
+            )
+        panel.set(xscale="log", xlabel="seconds", title=heading)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("rows with vectors")
+    panels[0].legend(fontsize=8)
+    figure.savefig(file, metadata={"Date": None})
+
+
+def _finite(value: object) -> object:
+    """JSON has no infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    return value

@@ -1,0 +1,285 @@
+"""What is measured: each function makes one measurement on a fresh server and returns its figures."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+from bench import documents, limit, measure
+from bench.measure import Usage
+from bench.server import Connection, Server, wait_until
+from bench.systems import System, Workers
+
+SINGLE_ROWS = 2000
+CURVE_POINTS = 100
+# How often a row is inserted while a backfill runs.
+BACKFILL_ROWS_PER_SECOND = 5
+
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Measured:
+    figures: Figures
+    curve: list[tuple[float, int]] = field(default_factory=list)  # of a drain: seconds, and rows with vectors by then
+
+
+@dataclass(frozen=True)
+class Sizes:
+    rows: int
+    backfill_rows: int
+    cost_rows: int
+    cost_rounds: int
+    freshness_seconds: float
+    idle_seconds: float
+    request_seconds: float  # what the API takes per request, and per input
+    input_seconds: float
+    grace_seconds: float  # how long the last rows of a steady stream are waited for
+
+
+def drain(server: Server, db: Connection, system: System, sizes: Sizes) -> Measured:
+    """Rows inserted by one statement, until the last has its vector."""
+    system.attach(server, db)
+    documents.load(db, sizes.rows + 1)
+    with ExitStack() as stack:
+        if system.sees_rows_by_itself:
+            workers = stack.enter_context(_warm(server, db, system))
+        before, earlier = Usage.of(db), server.api.counters()
+        began = time.monotonic()
+        documents.insert(db, sizes.rows, first=2)
+        committed = time.time()
+        insert_seconds = time.monotonic() - began
+        if not system.sees_rows_by_itself:
+            workers = stack.enter_context(system.running(server, db))
+            server.api.wait_for(seconds=60, requests=1)
+        worker_cpu_seconds, machine_cpu_seconds = workers.cpu_seconds(), measure.machine_cpu_seconds()
+        private_bytes = 0
+
+        def is_done() -> bool:
+            nonlocal private_bytes
+            private_bytes = max(private_bytes, workers.private_bytes())
+            return documents.missing(db) == 0
+
+        wait_until(is_done, 60 + sizes.rows, pause_seconds=0.25)
+        used, calls = Usage.of(db) - before, server.api.counters()
+        worker_cpu_seconds = workers.cpu_seconds() - worker_cpu_seconds
+        machine_cpu_seconds = measure.machine_cpu_seconds() - machine_cpu_seconds
+    documents.check(db, server.api)
+    requests = server.api.log()[earlier["requests"] :]
+    # A worker's start, and a rival's wait for its next tick, are not counted.
+    if system.name != "autoembed":
+        committed = requests[0]["started_at"] + time.time() - time.monotonic()
+    seconds = [at - committed for at in measure.stored_at(db)[-sizes.rows :]]
+    inputs = calls["inputs"] - earlier["inputs"]
+    figures = {
+        "rows_per_second": sizes.rows / seconds[-1],
+        "requests": len(requests),
+        "inputs_per_row": inputs / sizes.rows,
+        "inputs_per_request": inputs / len(requests),
+        "most_in_flight": calls["max_in_flight"],
+        "postgres_cpu_seconds": used.cpu_seconds,
+        "worker_cpu_seconds": worker_cpu_seconds,
+        "other_cpu_seconds": machine_cpu_seconds - worker_cpu_seconds - used.cpu_seconds,
+        "wal_bytes": used.wal_bytes,
+        "private_bytes": private_bytes,
+        "insert_seconds": insert_seconds,
+    }
+    return Measured(figures, _curve(seconds))
+
+
+def write_limit(server: Server, db: Connection, connections: int, sizes: Sizes) -> Measured:
+    """The same rows and vectors without any system."""
+    documents.load(db, sizes.rows)
+    documents.insert(db, sizes.rows)
+    batches = limit.batches(db, server.api)
+    with ExitStack() as stack:
+        writers = [stack.enter_context(server.connect()) for _ in range(connections)]
+        before, machine_cpu_seconds = Usage.of(db), measure.machine_cpu_seconds()
+        began = limit.write(batches, writers)
+        used, machine_cpu_seconds = Usage.of(db) - before, measure.machine_cpu_seconds() - machine_cpu_seconds
+    documents.check(db, server.api)
+    seconds = [at - began for at in measure.stored_at(db)]
+    figures = {
+        "rows_per_second": sizes.rows / seconds[-1],
+        "postgres_cpu_seconds": used.cpu_seconds,
+        "other_cpu_seconds": machine_cpu_seconds - used.cpu_seconds,
+        "wal_bytes": used.wal_bytes,
+    }
+    return Measured(figures, _curve(seconds))
+
+
+def fresh_when_idle(server: Server, db: Connection, system: System, sizes: Sizes) -> Measured:
+    """Single INSERTs, each after the one before has its vector and after a pause that no clock of a worker knows."""
+    pause = random.Random(1)
+    system.attach(server, db)
+    documents.load(db, 1)
+    with _warm(server, db, system):
+        inserted: list[_Inserted] = []
+        end = time.monotonic() + sizes.freshness_seconds
+        while time.monotonic() < end:
+            time.sleep(pause.uniform(0, 0.3))
+            inserted.append(_insert_one(db, len(inserted) + 2))
+            wait_until(lambda: documents.missing(db) == 0, 60)
+    return Measured(_freshness(db, inserted, sizes))
+
+
+def fresh_when_steady(server: Server, db: Connection, system: System, sizes: Sizes) -> Measured:
+    """Single INSERTs at 50 rows a second."""
+    system.attach(server, db)
+    documents.load(db, 1)
+    with _warm(server, db, system):
+        inserted = _insert_steadily(db, 50, sizes.freshness_seconds)
+        _wait_for_the_last(db, sizes)
+    return Measured(_freshness(db, inserted, sizes))
+
+
+def fresh_during_backfill(server: Server, db: Connection, system: System, sizes: Sizes) -> Measured:
+    """Single INSERTs while many older rows wait."""
+    system.attach(server, db)
+    documents.load(db, sizes.backfill_rows + 1)
+    with _warm(server, db, system):
+        documents.insert(db, sizes.backfill_rows, first=2)
+        inserted = _insert_steadily(db, BACKFILL_ROWS_PER_SECOND, sizes.freshness_seconds)
+        _wait_for_the_last(db, sizes)
+        waiting = documents.missing(db)
+    return Measured({**_freshness(db, inserted, sizes), "rows_waiting_at_the_end": waiting})
+
+
+def cost(server: Server, db: Connection, system: System, sizes: Sizes) -> Measured:
+    """What an application's statements take with triggers and without, in turns; nothing embeds meanwhile."""
+    db.execute("CREATE TABLE plain (LIKE documents INCLUDING ALL)")
+    system.attach(server, db)
+    documents.load(db, sizes.cost_rows)
+    singles = list(documents.texts(SINGLE_ROWS))
+    taken: dict[tuple[str, str], list[float]] = {}
+
+    def measured(what: str, table: str, statements: Callable[[], object]) -> None:
+        began = time.perf_counter()
+        with db.transaction():
+            statements()
+        taken.setdefault((what, table), []).append(time.perf_counter() - began)
+
+    def insert_singly(table: str) -> None:
+        for _, title, content in singles:
+            db.execute(f"INSERT INTO {table} (title, content) VALUES (%s, %s)", (title, content), prepare=True)
+
+    for turn in range(sizes.cost_rounds + 1):
+        for table in ["plain", "documents"] if turn % 2 else ["documents", "plain"]:
+            db.execute(f"TRUNCATE {table}")
+            measured("insert", table, lambda: documents.insert(db, sizes.cost_rows, table=table))  # noqa: B023
+            measured("update_other", table, lambda: db.execute(f"UPDATE {table} SET created_at = now()"))  # noqa: B023
+            db.execute(f"TRUNCATE {table}")
+            measured("insert_single", table, lambda: insert_singly(table))  # noqa: B023
+        if turn == 0:
+            taken.clear()  # the first of each pays for caches
+    seconds = {key: statistics.median(values) for key, values in taken.items()}
+    figures: Figures = {}
+    for what in ("insert", "insert_single", "update_other"):
+        figures[f"{what}_ratio"] = seconds[what, "documents"] / seconds[what, "plain"]
+        figures[f"{what}_seconds"] = seconds[what, "documents"]
+        figures[f"{what}_plain_seconds"] = seconds[what, "plain"]
+    return Measured(figures)
+
+
+def idle(server: Server, db: Connection, system: System, sizes: Sizes) -> Measured:
+    """A system that has nothing to do."""
+    system.attach(server, db)
+    documents.load(db, 1)
+    with _warm(server, db, system) as workers:
+        # What autovacuum and the checkpointer would do meanwhile.
+        db.execute("VACUUM ANALYZE")
+        db.execute("CHECKPOINT")
+        # The first look prunes catalogs, and sessions report what they wrote within ten seconds.
+        _totals(server, db, workers)
+        time.sleep(11)
+        before = _totals(server, db, workers)
+        time.sleep(sizes.idle_seconds)
+        after = _totals(server, db, workers)
+        private_bytes = workers.private_bytes()
+    grown = {figure: after[figure] - before[figure] for figure in before}
+    figures = {
+        "postgres_cpu_percent": 100 * grown["postgres_cpu_seconds"] / sizes.idle_seconds,
+        "worker_cpu_percent": 100 * grown["worker_cpu_seconds"] / sizes.idle_seconds,
+        "wal_bytes": grown["wal_bytes"],
+        "rows_written": grown["rows_written"],
+        "growth_bytes": grown["bytes"],
+        "private_bytes": private_bytes,
+    }
+    return Measured(figures)
+
+
+def _totals(server: Server, db: Connection, workers: Workers) -> Figures:
+    used = Usage.of(db)
+    [(rows,)] = db.execute("SELECT sum(n_tup_ins + n_tup_upd + n_tup_del) FROM pg_stat_user_tables")
+    [(table_bytes,)] = db.execute("SELECT sum(pg_total_relation_size(oid)) FROM pg_class WHERE relkind = 'r'")
+    return {
+        "postgres_cpu_seconds": used.cpu_seconds,
+        "worker_cpu_seconds": workers.cpu_seconds(),
+        "wal_bytes": used.wal_bytes,
+        "rows_written": int(rows),
+        "bytes": int(table_bytes) + server.log_bytes(),
+    }
+
+
+def _curve(seconds: list[float]) -> list[tuple[float, int]]:
+    """Enough points to draw."""
+    step = max(1, len(seconds) // CURVE_POINTS)
+    rows = [*range(step, len(seconds), step), len(seconds)]
+    return [(round(seconds[row - 1], 4), row) for row in rows]
+
+
+@contextmanager
+def _warm(server: Server, db: Connection, system: System) -> Iterator[Workers]:
+    """A system that has embedded its first row."""
+    with system.running(server, db) as workers:
+        documents.insert(db, 1)
+        wait_until(lambda: documents.missing(db) == 0, 60)
+        yield workers
+
+
+@dataclass(frozen=True)
+class _Inserted:
+    id: int
+    transaction: str
+
+
+def _insert_one(db: Connection, number: int) -> _Inserted:
+    [(_, title, content)] = documents.texts(1, first=10_000_000 + number)
+    statement = "INSERT INTO documents (title, content) VALUES (%s, %s) RETURNING id, xmin::text"
+    [row] = db.execute(statement, (title, content))
+    return _Inserted(*row)
+
+
+def _insert_steadily(db: Connection, rows_per_second: float, seconds: float) -> list[_Inserted]:
+    inserted = []
+    began = time.monotonic()
+    for number in range(int(rows_per_second * seconds)):
+        time.sleep(max(0.0, began + number / rows_per_second - time.monotonic()))
+        inserted.append(_insert_one(db, number))
+    return inserted
+
+
+def _wait_for_the_last(db: Connection, sizes: Sizes) -> None:
+    end = time.monotonic() + sizes.grace_seconds
+    wait_until(lambda: documents.missing(db) == 0 or time.monotonic() > end, math.inf, pause_seconds=0.5)
+
+
+def _freshness(db: Connection, inserted: list[_Inserted], sizes: Sizes) -> Figures:
+    """From COMMIT to vector visible, less the API's time for one input; infinite for a row without a vector."""
+    rows = db.execute(
+        "SELECT CASE WHEN d.embedding IS NOT NULL THEN extract(epoch FROM"
+        " pg_xact_commit_timestamp(d.xmin) - pg_xact_commit_timestamp(i.transaction::xid))::float8 END"
+        " FROM unnest(%s::int[], %s::text[]) AS i (id, transaction) JOIN documents AS d USING (id)",
+        ([row.id for row in inserted], [row.transaction for row in inserted]),
+    )
+    lags = [math.inf if lag is None else lag - sizes.request_seconds - sizes.input_seconds for (lag,) in rows]
+    return {
+        "inserted": len(lags),
+        "p50_seconds": measure.percentile(lags, 50),
+        "p99_seconds": measure.percentile(lags, 99),
+    }

@@ -1,0 +1,63 @@
+"""What autoembed aims at: ratios and counts within one bench."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+from bench.results import Results
+
+COMPARE = {"≥": operator.ge, "≤": operator.le}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure of one system in one scenario, over the same figure of another where one is named."""
+
+    text: str
+    relation: str
+    wanted: float
+    scenario: str
+    system: str
+    figure: str
+    over: str | None = None
+    factor: float = 1  # to the text's unit
+
+    def measured(self, results: Results) -> float | None:
+        value = results.median(self.scenario, self.system, self.figure)
+        if self.over:
+            other = results.median(self.scenario, self.over, self.figure)
+            return value / other if value is not None and other else None
+        return None if value is None else value * self.factor
+
+    def is_met_by(self, value: float) -> bool:
+        return bool(COMPARE[self.relation](value, self.wanted))
+
+
+def _drain(text: str, wanted: float, scenario: str, system: str, over: str) -> Target:
+    return Target(text, "≥", wanted, scenario, system, "rows_per_second", over)
+
+
+TARGETS = [
+    _drain("Drain with HNSW, defaults: × the guide", 25, "drain", "autoembed", "guide"),
+    _drain("… × pgai", 3, "drain", "autoembed", "pgai"),
+    _drain("… × the limit of 1 connection", 0.85, "drain", "autoembed", "limit-1"),
+    _drain("Drain with HNSW, best settings: × the guide", 2.2, "drain", "autoembed-best", "guide-best"),
+    _drain("… × pgai", 2, "drain", "autoembed-best", "pgai-best"),
+    _drain("… × the limit of 2 connections", 0.85, "drain", "autoembed-best", "limit-2"),
+    _drain("Drain without index, best settings: × the guide", 8, "drain-no-index", "autoembed-best", "guide-best"),
+    _drain("… × pgai", 7, "drain-no-index", "autoembed-best", "pgai-best"),
+    Target("Inputs sent per row", "≤", 1, "drain", "autoembed", "inputs_per_row"),
+    Target("Freshness, idle lane: p50, ms", "≤", 100, "fresh-idle", "autoembed", "p50_seconds", factor=1000),
+    Target("… p99, ms", "≤", 400, "fresh-idle", "autoembed", "p99_seconds", factor=1000),
+    Target("Freshness at 50 rows/s: p99, ms", "≤", 1000, "fresh-steady", "autoembed", "p99_seconds", factor=1000),
+    Target("Freshness in a backfill: p99, ms", "≤", 1000, "fresh-backfill", "autoembed", "p99_seconds", factor=1000),
+    Target("INSERT of many rows: × a plain table", "≤", 1.6, "cost", "autoembed", "insert_ratio"),
+    Target("Single-row INSERTs: × a plain table", "≤", 1.5, "cost", "autoembed", "insert_single_ratio"),
+    Target("UPDATE of other columns: × a plain table", "≤", 1.15, "cost", "autoembed", "update_other_ratio"),
+    Target("Idle lane: CPU of the server, % of a core", "≤", 0.5, "idle", "autoembed", "postgres_cpu_percent"),
+    Target("… WAL, bytes", "≤", 0, "idle", "autoembed", "wal_bytes"),
+    Target("… rows written", "≤", 0, "idle", "autoembed", "rows_written"),
+    Target("… growth of tables and log, bytes", "≤", 0, "idle", "autoembed", "growth_bytes"),
+    Target("Private memory of a lane, MB", "≤", 80, "drain", "autoembed", "private_bytes", factor=1e-6),
+]
