@@ -329,23 +329,33 @@ COMMENT ON FUNCTION autoembed.disable(regclass, name, boolean) IS
 
 CREATE FUNCTION autoembed.pause(table_name regclass, embedding_column name DEFAULT NULL)
     RETURNS void
-    LANGUAGE sql
+    LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
-AS $sql$
-    UPDATE autoembed.pipeline AS p SET paused = true
-    FROM autoembed._owned_pipelines(pause.table_name, pause.embedding_column) AS o WHERE p.id = o.id;
-$sql$;
+AS $plpgsql$
+DECLARE
+    _pipeline autoembed.pipeline;
+BEGIN
+    FOR _pipeline IN SELECT p.* FROM autoembed._owned_pipelines(table_name, embedding_column) AS p LOOP
+        UPDATE autoembed.pipeline AS p SET paused = true WHERE p.id = _pipeline.id;
+    END LOOP;
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed.pause(regclass, name) IS
     'Has the jobs of a table of the caller''s, or of one column of it, wait. Changes go on being queued.';
 
 CREATE FUNCTION autoembed.resume(table_name regclass, embedding_column name DEFAULT NULL)
     RETURNS void
-    LANGUAGE sql
+    LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
-AS $sql$
-    UPDATE autoembed.pipeline AS p SET paused = false
-    FROM autoembed._owned_pipelines(resume.table_name, resume.embedding_column) AS o WHERE p.id = o.id;
-$sql$;
+AS $plpgsql$
+DECLARE
+    _pipeline autoembed.pipeline;
+BEGIN
+    FOR _pipeline IN SELECT p.* FROM autoembed._owned_pipelines(table_name, embedding_column) AS p LOOP
+        UPDATE autoembed.pipeline AS p SET paused = false WHERE p.id = _pipeline.id;
+    END LOOP;
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed.resume(regclass, name) IS 'Ends a pause.';
 
 CREATE FUNCTION autoembed.resync(table_name regclass, embedding_column name DEFAULT NULL)

@@ -533,7 +533,6 @@ RENAMES: dict[str, tuple[str, dict[str, str]]] = {
         """ALTER TABLE documents RENAME TO "Dokumente; ""x"" {y}" """,
         {"documents": '"Dokumente; ""x"" {y}"'},
     ),
-    "schema": ("ALTER SCHEMA app RENAME TO app2; SET LOCAL search_path = app2, public", {}),
     "to another schema": (
         "CREATE SCHEMA other; ALTER TABLE documents SET SCHEMA other; SET LOCAL search_path = other, app, public",
         {},
@@ -574,7 +573,6 @@ RENAMES: dict[str, tuple[str, dict[str, str]]] = {
         "ALTER TABLE others RENAME TO documents; ALTER TABLE x RENAME TO others",
         {"documents": "others"},
     ),
-    "functions": ("ALTER FUNCTION text_of RENAME TO texts; ALTER FUNCTION odd RENAME TO uneven", {}),
 }
 
 
@@ -1349,7 +1347,6 @@ MEANWHILE = {
     "its content dropped": "ALTER TABLE documents DROP content",
     "its table renamed": "ALTER TABLE documents RENAME TO papers",
     "its columns renamed": "ALTER TABLE documents RENAME content TO body; ALTER TABLE documents RENAME id TO number",
-    "its column altered": "ALTER TABLE documents ALTER embedding TYPE vector(1536)",
     "its content altered": "SELECT autoembed.alter_pipeline('documents', content_template => 'new {content}')",
     "paused": "SELECT autoembed.pause('documents')",
 }
