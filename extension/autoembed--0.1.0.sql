@@ -3736,7 +3736,8 @@ class _Pass:
         now = time.monotonic()
         if now > self._claim_until or 2 * free < self._options.max_requests and (free < 1 or now < self._claim_at):
             return
-        if any(outbox.trouble or outbox.suspended for outbox in self._outboxes.values()):
+        # A vector that waits for its row is not to be asked for again by another message.
+        if self._locked or any(outbox.trouble or outbox.suspended for outbox in self._outboxes.values()):
             return
         self._claim_at = now + POLL_SECONDS
         self._database.gate()
@@ -4165,7 +4166,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "594ed34f8ca93128"
+    GD["autoembed"] = "a7b7b957250fb0ca"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -4272,7 +4273,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "594ed34f8ca93128":
+    if GD.get("autoembed") != "a7b7b957250fb0ca":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -6953,7 +6954,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "594ed34f8ca93128":
+    if GD.get("autoembed") != "a7b7b957250fb0ca":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -6970,7 +6971,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "594ed34f8ca93128":
+    if GD.get("autoembed") != "a7b7b957250fb0ca":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
@@ -6986,7 +6987,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "594ed34f8ca93128":
+    if GD.get("autoembed") != "a7b7b957250fb0ca":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -7541,7 +7542,7 @@ CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embed
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "594ed34f8ca93128":
+    if GD.get("autoembed") != "a7b7b957250fb0ca":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
@@ -7646,7 +7647,7 @@ CREATE FUNCTION autoembed._estimate_texts(texts text[], model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "594ed34f8ca93128":
+    if GD.get("autoembed") != "a7b7b957250fb0ca":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.estimate(texts, model)]
@@ -7793,7 +7794,7 @@ CREATE FUNCTION autoembed._probe(model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "594ed34f8ca93128":
+    if GD.get("autoembed") != "a7b7b957250fb0ca":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.probe(model)

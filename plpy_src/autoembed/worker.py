@@ -252,7 +252,8 @@ class _Pass:
         now = time.monotonic()
         if now > self._claim_until or 2 * free < self._options.max_requests and (free < 1 or now < self._claim_at):
             return
-        if any(outbox.trouble or outbox.suspended for outbox in self._outboxes.values()):
+        # A vector that waits for its row is not to be asked for again by another message.
+        if self._locked or any(outbox.trouble or outbox.suspended for outbox in self._outboxes.values()):
             return
         self._claim_at = now + POLL_SECONDS
         self._database.gate()
