@@ -11,7 +11,7 @@ import psycopg
 from harness import Connection
 from waiting import wait_until
 
-LANE_SECONDS = 60
+LANE_SECONDS = 150
 
 
 class Lane:

@@ -193,7 +193,7 @@ class Chaos(RuleBasedStateMachine):
         self.api.behave(faults=[POISON])
         self.db.execute("SELECT autoembed.resume_model('text-embedding-3-small')")
         self.start_lane()
-        wait_until(lambda: is_settled(self.db), 60)
+        wait_until(lambda: is_settled(self.db), 140)
         stop_lanes(self.db)
         for lane in self.lanes:
             lane.join()
