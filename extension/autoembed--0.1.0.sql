@@ -3488,7 +3488,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -4045,11 +4045,14 @@ class _Pass:
     # Apply ---------------------------------------------------------------------------------------
 
     def _apply(self, request: Request, vectors: np.ndarray) -> None:
-        by_pipeline: dict[int, list[tuple[Job, int]]] = defaultdict(list)
+        # A row that was queued again while this was in flight has two jobs, and a statement writes it but once.
+        turns: Counter[tuple[int, str]] = Counter()
+        by_statement: dict[tuple[int, int], list[tuple[Job, int]]] = defaultdict(list)
         for index, text in enumerate(request.texts):
             for job in self._outboxes[request.model].jobs[text]:
-                by_pipeline[job.pipeline.id].append((job, index))
-        for matched in by_pipeline.values():
+                turns[job.pipeline.id, job.key] += 1
+                by_statement[job.pipeline.id, turns[job.pipeline.id, job.key]].append((job, index))
+        for matched in by_statement.values():
             jobs = [job for job, _ in matched]
             self._write(jobs[0].pipeline, jobs, vectors[[index for _, index in matched]])
 
@@ -4166,7 +4169,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "a7b7b957250fb0ca"
+    GD["autoembed"] = "bd993767ba78bbac"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -4273,7 +4276,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "a7b7b957250fb0ca":
+    if GD.get("autoembed") != "bd993767ba78bbac":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -6954,7 +6957,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "a7b7b957250fb0ca":
+    if GD.get("autoembed") != "bd993767ba78bbac":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -6971,7 +6974,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "a7b7b957250fb0ca":
+    if GD.get("autoembed") != "bd993767ba78bbac":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
@@ -6987,7 +6990,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "a7b7b957250fb0ca":
+    if GD.get("autoembed") != "bd993767ba78bbac":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -7542,7 +7545,7 @@ CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embed
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "a7b7b957250fb0ca":
+    if GD.get("autoembed") != "bd993767ba78bbac":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
@@ -7647,7 +7650,7 @@ CREATE FUNCTION autoembed._estimate_texts(texts text[], model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "a7b7b957250fb0ca":
+    if GD.get("autoembed") != "bd993767ba78bbac":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.estimate(texts, model)]
@@ -7794,7 +7797,7 @@ CREATE FUNCTION autoembed._probe(model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "a7b7b957250fb0ca":
+    if GD.get("autoembed") != "bd993767ba78bbac":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.probe(model)

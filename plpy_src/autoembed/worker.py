@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -561,11 +561,14 @@ class _Pass:
     # Apply ---------------------------------------------------------------------------------------
 
     def _apply(self, request: Request, vectors: np.ndarray) -> None:
-        by_pipeline: dict[int, list[tuple[Job, int]]] = defaultdict(list)
+        # A row that was queued again while this was in flight has two jobs, and a statement writes it but once.
+        turns: Counter[tuple[int, str]] = Counter()
+        by_statement: dict[tuple[int, int], list[tuple[Job, int]]] = defaultdict(list)
         for index, text in enumerate(request.texts):
             for job in self._outboxes[request.model].jobs[text]:
-                by_pipeline[job.pipeline.id].append((job, index))
-        for matched in by_pipeline.values():
+                turns[job.pipeline.id, job.key] += 1
+                by_statement[job.pipeline.id, turns[job.pipeline.id, job.key]].append((job, index))
+        for matched in by_statement.values():
             jobs = [job for job, _ in matched]
             self._write(jobs[0].pipeline, jobs, vectors[[index for _, index in matched]])
 

@@ -285,6 +285,7 @@ class FakeDatabase:
         self, pipeline: Pipeline, keys: Sequence[str], contents: Sequence[str | None], vectors: Vector | None
     ) -> dict[str, str]:
         self._note("write")
+        assert len(set(keys)) == len(keys), "a row cannot be written twice by one statement"
         for key in keys:
             if key in self.write_errors:
                 raise self.write_errors[key]
@@ -306,6 +307,7 @@ class FakeDatabase:
         self, pipeline: Pipeline, keys: Sequence[str], digests: Sequence[bytes], truncated: Sequence[bool]
     ) -> None:
         self._note("record_embedded")
+        assert len(set(keys)) == len(keys), "a row cannot be recorded twice by one statement"
         for key, digest, cut in zip(keys, digests, truncated, strict=True):
             self.embedded[key] = (digest, cut)
             self.failures.pop(key, None)

@@ -1254,6 +1254,27 @@ def test_a_text_that_is_in_flight_already_is_not_sent_again(
     assert database.queue == {}
 
 
+@pytest.mark.parametrize("text", ["same", "another"])
+def test_a_row_that_is_queued_again_while_it_is_in_flight_ends_with_what_it_says(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider, text: str
+) -> None:
+    database.put(1, "same")
+
+    def answer(texts: list[str]) -> Vector:
+        if texts == ["same"]:
+            database.put(1, text)
+            wait_until(lambda: database.waiting() == [])
+        return vectors_of(texts)
+
+    provider.answer = answer
+    database.interrupts["breathe"] = lambda: setattr(database, "wanted", not database.is_fresh(1))
+
+    lane.work(run_seconds=5, max_requests=2)
+
+    assert database.is_fresh(1)
+    assert provider.texts.count("same") == 1
+
+
 def test_a_lane_claims_no_more_once_a_provider_is_in_trouble(
     lane: Lane, database: FakeDatabase, provider: FakeProvider
 ) -> None:
