@@ -474,3 +474,102 @@ def test_the_index_is_built_concurrently_once_the_rows_are_embedded(scheduled: S
             " WHERE command LIKE 'CREATE INDEX CONCURRENTLY %' AND status = 'succeeded'"
         )
         assert (db.execute(builds).fetchone() or (0,)) >= (2,)
+
+
+@pytest.fixture
+def cron(scheduled: Server) -> Iterator[Connection]:
+    """A session in the database of pg_cron, with its lanes and the table documents."""
+    api = scheduled.fake_api("index")
+    api.behave()
+    with scheduled.connect() as db:
+        db.execute("SELECT autoembed.alter_model('text-embedding-3-small', base_url => %s)", [api.base_url])
+        db.execute("SELECT autoembed.set_default_model('text-embedding-3-small')")
+        db.execute("DROP TABLE IF EXISTS documents")
+        fill(db, 20)
+        yield db
+
+
+def index_jobs(db: Connection) -> list[str]:
+    return [row.jobname for row in db.execute("SELECT jobname FROM cron.job WHERE jobname LIKE 'autoembed-index%'")]
+
+
+def test_a_vector_too_long_for_an_index_of_its_own_gets_one_of_its_halves(cron: Connection) -> None:
+    cron.execute("ALTER TABLE documents ADD embedding vector(2500)")
+    cron.execute(
+        "INSERT INTO autoembed.model (name, provider, dimensions, model_id) VALUES ('long', 'local', 2500, 'x')"
+    )
+    try:
+        enable(cron, arguments=", model => 'long', enqueue_existing => false, create_index => true")
+        cron.execute("UPDATE autoembed.backfill SET scanned_at = now()")
+        cron.execute("TRUNCATE pgmq.q_embedding_jobs")
+        valid = "SELECT indexdef FROM pg_indexes JOIN pg_index ON indexrelid = indexname::regclass WHERE indisvalid AND indexdef LIKE '%hnsw%'"
+        wait_until(lambda: any("embedding)::halfvec(2500)" in row.indexdef for row in cron.execute(valid)), 60)
+        wait_until(lambda: not index_jobs(cron))
+    finally:
+        cron.execute("DROP TABLE documents")
+        wait_until(
+            lambda: cron.execute("SELECT count(*) FROM autoembed.pipeline WHERE model = 'long'").fetchone() == (0,)
+        )
+        cron.execute("DELETE FROM autoembed.model WHERE name = 'long'")
+
+
+def test_a_build_that_fails_ends_with_its_reason_and_is_tried_again_when_that_is_mended(cron: Connection) -> None:
+    state = "SELECT state, reason, hint FROM autoembed.status WHERE table_name = 'documents'::regclass"
+    cron.execute("ALTER TABLE documents ADD embedding halfvec(1536)")
+    with cron.transaction():
+        enable(cron, arguments=", create_index => true")
+        cron.execute("ALTER TABLE documents ALTER embedding TYPE halfvec")
+    row = wait_until(lambda: next((r for r in cron.execute(state).fetchall() if r.reason), None), 60)
+    assert (row.state, row.reason) == ("idle", "the index could not be built: column does not have dimensions")
+    assert "SELECT autoembed.resync('documents')" in row.hint
+    runs = "SELECT count(*) FROM cron.job_run_details WHERE return_message LIKE '%does not have dimensions%'"
+    tries = cron.execute(runs).fetchone()
+    assert index_jobs(cron) == []
+    [check] = cron.execute(
+        "SELECT * FROM autoembed.doctor() WHERE subject LIKE 'index of %.documents.embedding'"
+    ).fetchall()
+    assert not check.ok
+    assert check.finding == "none, it could not be built: column does not have dimensions"
+
+    lane = "SELECT max(runid) FROM cron.job_run_details"
+    cron.execute(check.advice.split(";")[0].encode())
+
+    indexed = "SELECT count(*) FROM pg_index WHERE indrelid = 'documents'::regclass AND indisvalid AND NOT indisprimary"
+    wait_until(lambda: cron.execute(indexed).fetchone() == (1,), 60)
+    wait_until(lambda: cron.execute("SELECT count(*) FROM autoembed.backfill").fetchone() == (0,))
+    assert cron.execute(runs).fetchone() == tries
+    assert cron.execute(state).fetchall() == [("idle", None, None)]
+
+
+@pytest.mark.parametrize(
+    "end", ["SELECT autoembed.disable('documents')", "DROP TABLE documents", "SELECT autoembed.unschedule()"]
+)
+def test_no_build_outlives_what_it_is_for(cron: Connection, end: str) -> None:
+    try:
+        with cron.cursor() as cursor, cursor.connection.transaction():
+            # Nothing is built while somebody has the table.
+            enable(cron, arguments=", create_index => true, enqueue_existing => false")
+            cron.execute(
+                "SELECT cron.schedule('autoembed-index-' || max(id), '1 second', 'SELECT 1') FROM autoembed.pipeline"
+            )
+        assert len(index_jobs(cron)) == 1
+        cron.execute(end.encode())
+        wait_until(lambda: not index_jobs(cron))
+    finally:
+        cron.execute("SELECT autoembed.schedule()")
+
+
+def test_an_index_finds_a_name_where_the_obvious_one_is_taken(cron: Connection) -> None:
+    cron.execute("DROP TABLE IF EXISTS documents_embedding_idx; CREATE TABLE documents_embedding_idx ()")
+    enable(cron, arguments=", create_index => true")
+    [number] = cron.execute("SELECT id FROM autoembed.pipeline WHERE table_id = 'documents'::regclass").fetchone() or (
+        0,
+    )
+
+    wait_until(lambda: cron.execute("SELECT count(*) FROM autoembed.backfill").fetchone() == (0,), 60)
+
+    names = (
+        "SELECT indexrelid::regclass::text FROM pg_index WHERE indrelid = 'documents'::regclass AND NOT indisprimary"
+    )
+    assert cron.execute(names).fetchall() == [(f"autoembed_{number}_idx",)]
+    cron.execute("DROP TABLE documents_embedding_idx")
