@@ -4181,7 +4181,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "57daa9dc41bbe58e"
+    GD["autoembed"] = "919574254f3bd931"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -4288,7 +4288,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "57daa9dc41bbe58e":
+    if GD.get("autoembed") != "919574254f3bd931":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -5155,7 +5155,7 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._warn_of_blocked_pipelines(boolean, text[]) IS
-    'Says which pipelines wait, why, and what to do; resting: only those that wait for one of these models, or, with none, for no model.';
+    'Says which pipelines wait, why, and what to do. With resting, for lanes, in the server''s log: those that wait for one of these models, or, with none, for no model.';
 
 -- 31_build.sql: the functions made for a pipeline. Those that read texts and write vectors run with its table owner's rights.
 
@@ -7044,7 +7044,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "57daa9dc41bbe58e":
+    if GD.get("autoembed") != "919574254f3bd931":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -7061,7 +7061,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "57daa9dc41bbe58e":
+    if GD.get("autoembed") != "919574254f3bd931":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
@@ -7077,7 +7077,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "57daa9dc41bbe58e":
+    if GD.get("autoembed") != "919574254f3bd931":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -7696,7 +7696,7 @@ CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embed
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "57daa9dc41bbe58e":
+    if GD.get("autoembed") != "919574254f3bd931":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
@@ -7801,7 +7801,7 @@ CREATE FUNCTION autoembed._estimate_texts(texts text[], model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "57daa9dc41bbe58e":
+    if GD.get("autoembed") != "919574254f3bd931":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.estimate(texts, model)]
@@ -7970,7 +7970,7 @@ CREATE FUNCTION autoembed._probe(model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "57daa9dc41bbe58e":
+    if GD.get("autoembed") != "919574254f3bd931":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.probe(model)

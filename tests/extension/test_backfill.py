@@ -489,55 +489,56 @@ def cron(scheduled: Server) -> Iterator[Connection]:
         yield db
 
 
-def index_jobs(db: Connection) -> list[str]:
-    return [row.jobname for row in db.execute("SELECT jobname FROM cron.job WHERE jobname LIKE 'autoembed-index%'")]
+HNSW = """
+    SELECT pg_get_indexdef(indexrelid) FROM pg_index
+    WHERE indrelid = 'documents'::regclass AND indisvalid AND NOT indisprimary"""
 
 
-def test_a_vector_too_long_for_an_index_of_its_own_gets_one_of_its_halves(cron: Connection) -> None:
-    cron.execute("ALTER TABLE documents ADD embedding vector(2500)")
+def index_jobs(db: Connection) -> list[Any]:
+    return db.execute("SELECT jobname FROM cron.job WHERE jobname LIKE 'autoembed-index%'").fetchall()
+
+
+def wait_until_no_backfill(db: Connection) -> None:
+    wait_until(lambda: db.execute("SELECT count(*) FROM autoembed.backfill").fetchone() == (0,), 60)
+
+
+def test_a_vector_too_long_for_an_index_of_its_own_gets_one_of_its_halves(cron: Connection, scheduled: Server) -> None:
+    api = scheduled.fake_api("index")
+    api.behave(models={"long": 2500})
     cron.execute(
-        "INSERT INTO autoembed.model (name, provider, dimensions, model_id) VALUES ('long', 'local', 2500, 'x')"
+        "SELECT autoembed.create_model('long', 'openai', 2500, base_url => %s, api_key => 'env:OPENAI_API_KEY')",
+        [api.base_url],
     )
-    try:
-        enable(cron, arguments=", model => 'long', enqueue_existing => false, create_index => true")
-        cron.execute("UPDATE autoembed.backfill SET scanned_at = now()")
-        cron.execute("TRUNCATE pgmq.q_embedding_jobs")
-        valid = "SELECT indexdef FROM pg_indexes JOIN pg_index ON indexrelid = indexname::regclass WHERE indisvalid AND indexdef LIKE '%hnsw%'"
-        wait_until(lambda: any("embedding)::halfvec(2500)" in row.indexdef for row in cron.execute(valid)), 60)
-        wait_until(lambda: not index_jobs(cron))
-    finally:
-        cron.execute("DROP TABLE documents")
-        wait_until(
-            lambda: cron.execute("SELECT count(*) FROM autoembed.pipeline WHERE model = 'long'").fetchone() == (0,)
-        )
-        cron.execute("DELETE FROM autoembed.model WHERE name = 'long'")
+    cron.execute("ALTER TABLE documents ALTER embedding TYPE vector(2500)")
+    enable(cron, arguments=", model => 'long', create_index => true")
+
+    wait_until_no_backfill(cron)
+
+    [definition] = cron.execute(HNSW).fetchone() or ("",)
+    assert "((embedding)::halfvec(2500)) halfvec_cosine_ops" in definition
 
 
-def test_a_build_that_fails_ends_with_its_reason_and_is_tried_again_when_that_is_mended(cron: Connection) -> None:
+def test_a_build_that_fails_ends_with_its_reason_and_begins_anew_when_that_is_mended(cron: Connection) -> None:
     state = "SELECT state, reason, hint FROM autoembed.status WHERE table_name = 'documents'::regclass"
-    cron.execute("ALTER TABLE documents ADD embedding halfvec(1536)")
+    failed = "SELECT count(*) FROM cron.job_run_details WHERE return_message LIKE '%does not have dimensions%'"
     with cron.transaction():
         enable(cron, arguments=", create_index => true")
         cron.execute("ALTER TABLE documents ALTER embedding TYPE halfvec")
-    row = wait_until(lambda: next((r for r in cron.execute(state).fetchall() if r.reason), None), 60)
+
+    row = wait_until(lambda: next((row for row in cron.execute(state).fetchall() if row.reason), None), 60)
     assert (row.state, row.reason) == ("idle", "the index could not be built: column does not have dimensions")
     assert "SELECT autoembed.resync('documents')" in row.hint
-    runs = "SELECT count(*) FROM cron.job_run_details WHERE return_message LIKE '%does not have dimensions%'"
-    tries = cron.execute(runs).fetchone()
     assert index_jobs(cron) == []
-    [check] = cron.execute(
-        "SELECT * FROM autoembed.doctor() WHERE subject LIKE 'index of %.documents.embedding'"
-    ).fetchall()
-    assert not check.ok
-    assert check.finding == "none, it could not be built: column does not have dimensions"
+    failures = cron.execute(failed).fetchone()
+    check = "SELECT * FROM autoembed.doctor() WHERE subject LIKE 'index of %.documents.embedding'"
+    [index] = cron.execute(check).fetchall()
+    assert (index.ok, index.finding) == (False, "none, it could not be built: column does not have dimensions")
 
-    lane = "SELECT max(runid) FROM cron.job_run_details"
-    cron.execute(check.advice.split(";")[0].encode())
+    cron.execute(index.advice.split(";")[0].encode())
 
-    indexed = "SELECT count(*) FROM pg_index WHERE indrelid = 'documents'::regclass AND indisvalid AND NOT indisprimary"
-    wait_until(lambda: cron.execute(indexed).fetchone() == (1,), 60)
-    wait_until(lambda: cron.execute("SELECT count(*) FROM autoembed.backfill").fetchone() == (0,))
-    assert cron.execute(runs).fetchone() == tries
+    wait_until_no_backfill(cron)
+    assert len(cron.execute(HNSW).fetchall()) == 1
+    assert cron.execute(failed).fetchone() == failures
     assert cron.execute(state).fetchall() == [("idle", None, None)]
 
 
@@ -545,14 +546,9 @@ def test_a_build_that_fails_ends_with_its_reason_and_is_tried_again_when_that_is
     "end", ["SELECT autoembed.disable('documents')", "DROP TABLE documents", "SELECT autoembed.unschedule()"]
 )
 def test_no_build_outlives_what_it_is_for(cron: Connection, end: str) -> None:
+    enable(cron, arguments=", enqueue_existing => false")
+    cron.execute("SELECT cron.schedule('autoembed-index-' || max(id), '1 second', 'SELECT 1') FROM autoembed.pipeline")
     try:
-        with cron.cursor() as cursor, cursor.connection.transaction():
-            # Nothing is built while somebody has the table.
-            enable(cron, arguments=", create_index => true, enqueue_existing => false")
-            cron.execute(
-                "SELECT cron.schedule('autoembed-index-' || max(id), '1 second', 'SELECT 1') FROM autoembed.pipeline"
-            )
-        assert len(index_jobs(cron)) == 1
         cron.execute(end.encode())
         wait_until(lambda: not index_jobs(cron))
     finally:
@@ -560,16 +556,13 @@ def test_no_build_outlives_what_it_is_for(cron: Connection, end: str) -> None:
 
 
 def test_an_index_finds_a_name_where_the_obvious_one_is_taken(cron: Connection) -> None:
-    cron.execute("DROP TABLE IF EXISTS documents_embedding_idx; CREATE TABLE documents_embedding_idx ()")
+    cron.execute("CREATE TABLE documents_embedding_idx ()")
     enable(cron, arguments=", create_index => true")
-    [number] = cron.execute("SELECT id FROM autoembed.pipeline WHERE table_id = 'documents'::regclass").fetchone() or (
-        0,
-    )
+    [number] = cron.execute("SELECT max(id) FROM autoembed.pipeline").fetchone() or (0,)
+    try:
+        wait_until_no_backfill(cron)
+    finally:
+        cron.execute("DROP TABLE documents_embedding_idx")
 
-    wait_until(lambda: cron.execute("SELECT count(*) FROM autoembed.backfill").fetchone() == (0,), 60)
-
-    names = (
-        "SELECT indexrelid::regclass::text FROM pg_index WHERE indrelid = 'documents'::regclass AND NOT indisprimary"
-    )
-    assert cron.execute(names).fetchall() == [(f"autoembed_{number}_idx",)]
-    cron.execute("DROP TABLE documents_embedding_idx")
+    [definition] = cron.execute(HNSW).fetchone() or ("",)
+    assert definition.startswith(f"CREATE INDEX autoembed_{number}_idx ON ")
