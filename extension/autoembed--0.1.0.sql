@@ -4181,7 +4181,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "919574254f3bd931"
+    GD["autoembed"] = "d6b65c8e354d2211"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -4288,7 +4288,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "919574254f3bd931":
+    if GD.get("autoembed") != "d6b65c8e354d2211":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -7044,7 +7044,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "919574254f3bd931":
+    if GD.get("autoembed") != "d6b65c8e354d2211":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -7061,7 +7061,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "919574254f3bd931":
+    if GD.get("autoembed") != "d6b65c8e354d2211":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
@@ -7077,7 +7077,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "919574254f3bd931":
+    if GD.get("autoembed") != "d6b65c8e354d2211":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -7310,7 +7310,7 @@ BEGIN
     SELECT k.* INTO _key FROM autoembed._index_key(_pipeline) AS k;
     SELECT coalesce(b.index_problem, CASE WHEN _key.key IS NULL THEN _key.problem END, (
                -- An error is not tried again; a server that was restarted, or has no process to spare, is.
-               SELECT regexp_replace(d.return_message, '^ERROR:\s*|\s+$', '', 'g')
+               SELECT substring(d.return_message FROM '^ERROR:\s*([^\n]*)')
                FROM cron.job_run_details AS d
                JOIN cron.job AS j ON j.jobid = d.jobid AND j.jobname = _job AND j.database = current_database()
                WHERE d.status = 'failed' AND d.return_message LIKE 'ERROR%'
@@ -7661,7 +7661,7 @@ BEGIN
         FROM unnest(_pipeline.key_columns) WITH ORDINALITY AS n(name, position)
         JOIN pg_attribute AS a ON a.attrelid = table_name AND a.attname = n.name
     ) AS k
-    HAVING jsonb_typeof(_key) = 'array' AND jsonb_array_length(_key) = count(*) AND bool_and(pg_input_is_valid(k.value, k.type));
+    HAVING jsonb_typeof(_key) = 'array' AND jsonb_array_length(_key) = count(*) AND bool_and(coalesce(pg_input_is_valid(k.value, k.type), false));
     IF _condition IS NULL THEN
         RAISE EXCEPTION USING
             ERRCODE = 'invalid_parameter_value',
@@ -7696,7 +7696,7 @@ CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embed
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "919574254f3bd931":
+    if GD.get("autoembed") != "d6b65c8e354d2211":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
@@ -7801,7 +7801,7 @@ CREATE FUNCTION autoembed._estimate_texts(texts text[], model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "919574254f3bd931":
+    if GD.get("autoembed") != "d6b65c8e354d2211":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.estimate(texts, model)]
@@ -7849,6 +7849,7 @@ BEGIN
         SELECT n.name, e.installed_version, e.default_version
         FROM unnest('{autoembed,pg_cron,pgmq,plpython3u,vector}'::text[]) AS n(name)
         LEFT JOIN pg_available_extensions AS e ON e.name = n.name
+        ORDER BY n.name
     LOOP
         subject := format('extension %s', _row.name);
         -- Only pg_cron can be missing; it lives in one database of a server, and starts lanes in any.
@@ -7864,7 +7865,7 @@ BEGIN
     IF _cron THEN
         EXECUTE $sql$
             SELECT count(*), 'the last said: ' || (
-                SELECT d.return_message FROM cron.job_run_details AS d WHERE d.jobid = ANY (array_agg(j.jobid)) ORDER BY d.runid DESC LIMIT 1)
+                SELECT split_part(d.return_message, E'\n', 1) FROM cron.job_run_details AS d WHERE d.jobid = ANY (array_agg(j.jobid)) ORDER BY d.runid DESC LIMIT 1)
             FROM cron.job AS j
             WHERE j.active AND j.database = current_database() AND j.command ~ 'autoembed\.work'
         $sql$ INTO _scheduled, _problem;
@@ -7970,7 +7971,7 @@ CREATE FUNCTION autoembed._probe(model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "919574254f3bd931":
+    if GD.get("autoembed") != "d6b65c8e354d2211":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.probe(model)

@@ -109,7 +109,7 @@ BEGIN
     SELECT k.* INTO _key FROM autoembed._index_key(_pipeline) AS k;
     SELECT coalesce(b.index_problem, CASE WHEN _key.key IS NULL THEN _key.problem END, (
                -- An error is not tried again; a server that was restarted, or has no process to spare, is.
-               SELECT regexp_replace(d.return_message, '^ERROR:\s*|\s+$', '', 'g')
+               SELECT substring(d.return_message FROM '^ERROR:\s*([^\n]*)')
                FROM cron.job_run_details AS d
                JOIN cron.job AS j ON j.jobid = d.jobid AND j.jobname = _job AND j.database = current_database()
                WHERE d.status = 'failed' AND d.return_message LIKE 'ERROR%'

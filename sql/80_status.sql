@@ -172,7 +172,7 @@ BEGIN
         FROM unnest(_pipeline.key_columns) WITH ORDINALITY AS n(name, position)
         JOIN pg_attribute AS a ON a.attrelid = table_name AND a.attname = n.name
     ) AS k
-    HAVING jsonb_typeof(_key) = 'array' AND jsonb_array_length(_key) = count(*) AND bool_and(pg_input_is_valid(k.value, k.type));
+    HAVING jsonb_typeof(_key) = 'array' AND jsonb_array_length(_key) = count(*) AND bool_and(coalesce(pg_input_is_valid(k.value, k.type), false));
     IF _condition IS NULL THEN
         RAISE EXCEPTION USING
             ERRCODE = 'invalid_parameter_value',
@@ -360,6 +360,7 @@ BEGIN
         SELECT n.name, e.installed_version, e.default_version
         FROM unnest('{autoembed,pg_cron,pgmq,plpython3u,vector}'::text[]) AS n(name)
         LEFT JOIN pg_available_extensions AS e ON e.name = n.name
+        ORDER BY n.name
     LOOP
         subject := format('extension %s', _row.name);
         -- Only pg_cron can be missing; it lives in one database of a server, and starts lanes in any.
@@ -375,7 +376,7 @@ BEGIN
     IF _cron THEN
         EXECUTE $sql$
             SELECT count(*), 'the last said: ' || (
-                SELECT d.return_message FROM cron.job_run_details AS d WHERE d.jobid = ANY (array_agg(j.jobid)) ORDER BY d.runid DESC LIMIT 1)
+                SELECT split_part(d.return_message, E'\n', 1) FROM cron.job_run_details AS d WHERE d.jobid = ANY (array_agg(j.jobid)) ORDER BY d.runid DESC LIMIT 1)
             FROM cron.job AS j
             WHERE j.active AND j.database = current_database() AND j.command ~ 'autoembed\.work'
         $sql$ INTO _scheduled, _problem;

@@ -880,7 +880,7 @@ def test_preview_takes_a_composite_key_as_an_array(db: Connection, api: FakeApi)
 
     assert (row.content, row.state) == ('# it\'s "x"\n\ntwo', "fresh")
     assert db.execute("""SELECT * FROM autoembed.preview('notes', '["a", "b", 2]')""").fetchall() == []
-    for wrong in ("a", '["a"]', '{"site": "a"}', "[1, 2"):
+    for wrong in ("a", '["a"]', '["a", "b", null]', '["a", "b", "c"]', '{"site": "a"}', "[1, 2"):
         with pytest.raises(psycopg.Error) as caught:
             preview(db, wrong)
         assert caught.value.sqlstate == "22023", wrong
