@@ -4169,7 +4169,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "bd993767ba78bbac"
+    GD["autoembed"] = "b5d2375214c1aa48"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -4276,7 +4276,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "bd993767ba78bbac":
+    if GD.get("autoembed") != "b5d2375214c1aa48":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -5327,28 +5327,28 @@ DECLARE
     _enqueue text;
     _options text := 'SECURITY DEFINER SET search_path = pg_catalog, pg_temp';
 BEGIN
-    -- These run as the extension's owner, so that whoever writes the table needs no rights of ours; and so they compare by
-    -- operators and output functions of PostgreSQL's own alone. What is the owner's code runs in _text_N, as the owner.
-    SELECT string_agg(format('OLD.%1$I IS DISTINCT FROM NEW.%1$I', k.name), ' OR ') INTO _key_changed
+    -- These run as the extension's owner, so that whoever writes the table needs no rights of ours; and so they compare values as
+    -- they are stored, which calls no code of a type's. What is the owner's code runs in _text_N, as the owner.
+    SELECT format('record_image_ne(ROW(%s), ROW(%s))', string_agg(format('OLD.%I', k.name), ', '), string_agg(format('NEW.%I', k.name), ', '))
+    INTO _key_changed
     FROM unnest(pipeline.key_columns) AS k(name);
-    IF EXISTS (
-        SELECT FROM pg_attribute AS a
-        JOIN pg_type AS t ON t.oid = a.atttypid
-        WHERE a.attrelid = pipeline.table_id AND a.attname = ANY (pipeline.key_columns)
-          AND t.typnamespace <> 'pg_catalog'::regnamespace
-    ) THEN
-        _key_changed := format('%s IS DISTINCT FROM %s',
-                               autoembed._key_expression(pipeline, 'OLD'), autoembed._key_expression(pipeline, 'NEW'));
-    END IF;
 
     IF _runs_owners_code THEN
         PERFORM autoembed._create_owned(owner, format('_text_%s(r anyelement)', pipeline.id), 'text', 'STABLE ' || options,
                                         format('RETURN %s;', autoembed._content_expression(pipeline, 'r')));
         _text_changed := format('autoembed._text_%1$s(OLD) COLLATE "C" IS DISTINCT FROM autoembed._text_%1$s(NEW)', pipeline.id);
     ELSE
-        SELECT string_agg(format('concat(OLD.%1$I) COLLATE "C" IS DISTINCT FROM concat(NEW.%1$I)', k.name), ' OR ')
+        -- A long text that was left alone is the same value in the TOAST table, and need not be fetched to know it.
+        SELECT string_agg(
+            concat(
+                CASE WHEN a.attlen = -1 AND a.attstorage <> 'p' THEN
+                    format('(pg_column_toast_chunk_id(OLD.%1$I) = pg_column_toast_chunk_id(NEW.%1$I)) IS NOT TRUE AND ', k.name)
+                END,
+                format('record_image_ne(ROW(OLD.%1$I), ROW(NEW.%1$I))', k.name)
+            ), ' OR ')
         INTO _text_changed
-        FROM unnest(autoembed._columns_of(pipeline)) AS k(name);
+        FROM unnest(autoembed._columns_of(pipeline)) AS k(name)
+        JOIN pg_attribute AS a ON a.attrelid = pipeline.table_id AND a.attname = k.name;
     END IF;
     IF EXISTS (
         SELECT FROM pg_attribute AS a
@@ -5362,11 +5362,18 @@ BEGIN
         _options := concat_ws(' ', _options, autoembed._output_settings());
     END IF;
 
-    -- The queue's INSERT is what pgmq.send() does inside, without its dynamic SQL, which costs more than all the rest.
+    -- The queue's INSERT is what pgmq.send() does inside, without its dynamic SQL, which costs more than all the rest. Most
+    -- statements are of few rows, and to number these costs half as much again.
     _enqueue := format($sql$INSERT INTO pgmq.q_embedding_jobs (vt, message)
         SELECT clock_timestamp(), concat('{"pipeline": %1$s, "keys": [', string_agg(k.key, ','), ']}')::jsonb
-        FROM (SELECT r.key, (row_number() OVER () - 1) / 100 AS message FROM (%%s) AS r) AS k
-        GROUP BY k.message$sql$, pipeline.id);
+        FROM (SELECT r.key FROM (%%1$s) AS r LIMIT 101) AS k
+        HAVING count(*) BETWEEN 1 AND 100;
+        IF NOT FOUND THEN
+            INSERT INTO pgmq.q_embedding_jobs (vt, message)
+            SELECT clock_timestamp(), concat('{"pipeline": %1$s, "keys": [', string_agg(k.key, ','), ']}')::jsonb
+            FROM (SELECT r.key, (row_number() OVER () - 1) / 100 AS message FROM (%%1$s) AS r) AS k
+            GROUP BY k.message;
+        END IF$sql$, pipeline.id);
 
     EXECUTE format('CREATE OR REPLACE FUNCTION autoembed._capture_%s() RETURNS trigger LANGUAGE plpgsql %s AS %L',
                    pipeline.id, _options, format($body$
@@ -6957,7 +6964,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "bd993767ba78bbac":
+    if GD.get("autoembed") != "b5d2375214c1aa48":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -6974,7 +6981,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "bd993767ba78bbac":
+    if GD.get("autoembed") != "b5d2375214c1aa48":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
@@ -6990,7 +6997,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "bd993767ba78bbac":
+    if GD.get("autoembed") != "b5d2375214c1aa48":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -7545,7 +7552,7 @@ CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embed
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "bd993767ba78bbac":
+    if GD.get("autoembed") != "b5d2375214c1aa48":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
@@ -7650,7 +7657,7 @@ CREATE FUNCTION autoembed._estimate_texts(texts text[], model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "bd993767ba78bbac":
+    if GD.get("autoembed") != "b5d2375214c1aa48":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.estimate(texts, model)]
@@ -7797,7 +7804,7 @@ CREATE FUNCTION autoembed._probe(model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "bd993767ba78bbac":
+    if GD.get("autoembed") != "b5d2375214c1aa48":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.probe(model)
