@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import pytest
 
 from autoembed.errors import InvalidInput, ProviderTrouble, Refused, Trouble
@@ -47,7 +48,8 @@ def test_the_vectors_are_the_functions_in_its_order(purpose: str) -> None:
     embedded = embed(database, ["a", "b"], purpose)
 
     assert embedded.vectors.tolist() == [[1, 2], [-0.5, pytest.approx(1e-30)]]
-    assert (embedded.vectors.dtype, embedded.tokens) == ("float32", None)
+    assert embedded.vectors.dtype == np.float32
+    assert embedded.tokens is None
     assert database.arguments == ("mine", purpose, ["a", "b"])
 
 
