@@ -266,11 +266,14 @@ def idle(server: Server, db: Connection, system: System, sizes: Sizes) -> Measur
     documents.load(db, 1)
     with _warm(server, db, system) as workers:
         # What autovacuum and the checkpointer would do meanwhile.
+        db.execute("ALTER SYSTEM SET autovacuum = off")
+        db.execute("SELECT pg_reload_conf()")
         db.execute("VACUUM ANALYZE")
         db.execute("CHECKPOINT")
-        # The first look prunes catalogs, and sessions report what they wrote within ten seconds.
+        # The first look prunes catalogs, sessions report what they wrote within ten seconds, and the background writer notes
+        # running transactions within fifteen.
         _totals(server, db, workers)
-        time.sleep(11)
+        time.sleep(16)
         before = _totals(server, db, workers)
         time.sleep(sizes.idle_seconds)
         after = _totals(server, db, workers)

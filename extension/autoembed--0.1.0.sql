@@ -3790,7 +3790,9 @@ def work(database: Database, network: Network, options: Options, run_seconds: fl
                 if read > 0:
                     look_around_at = 0.0
             if read == 0:
-                database.breathe()
+                if backfill:
+                    # The others have just looked at the queue, which lets an interrupt through as well.
+                    database.breathe()
                 time.sleep(slice_seconds)
     finally:
         database.leave_lane()
@@ -4392,7 +4394,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "95afddaebee4fbbf"
+    GD["autoembed"] = "5e0cf706e44c5c3b"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -4499,7 +4501,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "95afddaebee4fbbf":
+    if GD.get("autoembed") != "5e0cf706e44c5c3b":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -7343,7 +7345,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "95afddaebee4fbbf":
+    if GD.get("autoembed") != "5e0cf706e44c5c3b":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -7360,7 +7362,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "95afddaebee4fbbf":
+    if GD.get("autoembed") != "5e0cf706e44c5c3b":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
@@ -7376,7 +7378,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "95afddaebee4fbbf":
+    if GD.get("autoembed") != "5e0cf706e44c5c3b":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -7931,7 +7933,7 @@ CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embed
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "95afddaebee4fbbf":
+    if GD.get("autoembed") != "5e0cf706e44c5c3b":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
@@ -8036,7 +8038,7 @@ CREATE FUNCTION autoembed._estimate_texts(texts text[], model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "95afddaebee4fbbf":
+    if GD.get("autoembed") != "5e0cf706e44c5c3b":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.estimate(texts, model)]
@@ -8183,7 +8185,7 @@ CREATE FUNCTION autoembed._probe(model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "95afddaebee4fbbf":
+    if GD.get("autoembed") != "5e0cf706e44c5c3b":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.probe(model)

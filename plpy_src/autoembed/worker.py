@@ -90,7 +90,9 @@ def work(database: Database, network: Network, options: Options, run_seconds: fl
                 if read > 0:
                     look_around_at = 0.0
             if read == 0:
-                database.breathe()
+                if backfill:
+                    # The others have just looked at the queue, which lets an interrupt through as well.
+                    database.breathe()
                 time.sleep(slice_seconds)
     finally:
         database.leave_lane()

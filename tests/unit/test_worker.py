@@ -1168,7 +1168,7 @@ def test_a_lane_embeds_what_comes_until_it_is_told_to_stop(lane: Lane, database:
             case 8:
                 database.wanted = False
 
-    database.interrupts["breathe"] = turn
+    database.interrupts["claim"] = turn
 
     lane.work(run_seconds=20)
 
@@ -1206,7 +1206,7 @@ def test_a_busy_lane_ends_when_its_time_is_up(lane: Lane, database: FakeDatabase
 
 
 def test_a_lane_that_is_cancelled_signs_off(lane: Lane, database: FakeDatabase) -> None:
-    database.interrupts["breathe"] = cancel
+    database.interrupts["claim"] = cancel
 
     with pytest.raises(Cancelled):
         lane.work(run_seconds=20)
