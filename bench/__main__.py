@@ -23,6 +23,7 @@ from bench.systems.pgai import Pgai
 SYSTEMS: dict[str, System] = {
     "autoembed": Autoembed("defaults", lanes=1),
     "autoembed-best": Autoembed("best", lanes=2),
+    "autoembed-local": Autoembed("local", lanes=1, model="all-MiniLM-L6-v2"),
     "guide": Guide("defaults"),
     "guide-best": Guide("best", schedule="1 second", arguments="batch_size => 20, max_requests => 100"),
     "pgai": Pgai("defaults"),
@@ -30,15 +31,19 @@ SYSTEMS: dict[str, System] = {
 }
 # Connections.
 LIMITS = {"limit-1": 1, "limit-2": 2}
-SCENARIOS = {
+SCENARIOS: dict[str, Callable[..., Measured]] = {
     "drain": scenarios.drain,
     "drain-no-index": scenarios.drain,
+    "backfill": scenarios.backfill,
+    "local-model": scenarios.local_model,
     "fresh-idle": scenarios.fresh_when_idle,
     "fresh-steady": scenarios.fresh_when_steady,
     "fresh-backfill": scenarios.fresh_during_backfill,
     "cost": scenarios.cost,
     "idle": scenarios.idle,
 }
+# The index would be the wall, or is of other dimensions.
+WITHOUT_INDEX = ("drain-no-index", "backfill", "local-model")
 
 Measurement = Callable[[Server, Connection], Measured]
 
@@ -68,7 +73,7 @@ def main() -> None:
                     closing(server.connect()) as db,
                 ):
                     described = described or machine.describe(db, versions)
-                    documents.create(db, with_index=scenario != "drain-no-index")
+                    documents.create(db, with_index=scenario not in WITHOUT_INDEX)
                     began = time.monotonic()
                     measured = measurement(server, db)
                     took = time.monotonic() - began
@@ -93,6 +98,10 @@ def _plan(names_of_scenarios: list[str], names: list[str], sizes: Sizes) -> Iter
 
 
 def _is_of_use(scenario: str, system: System) -> bool:
+    if scenario == "local-model" or system.settings == "local":
+        return scenario == "local-model" and system.settings == "local"
+    if scenario == "backfill":
+        return system.name == "autoembed" and system.settings == "defaults"
     if (scenario, system.name, system.settings) == ("drain-no-index", "guide", "defaults"):
         return False  # its schedule is its speed, with an index or without
     if scenario == "cost":

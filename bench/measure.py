@@ -56,16 +56,23 @@ def machine_cpu_seconds() -> float:
 
 
 def backend_private_bytes(db: Connection, pid: int) -> int:
-    [(rollup,)] = db.execute("SELECT pg_read_file('/proc/' || %s::int || '/smaps_rollup', true)", [pid])
-    return _private_bytes(rollup or "")
+    [(smaps,)] = db.execute("SELECT pg_read_file('/proc/' || %s::int || '/smaps', true)", [pid])
+    return _private_bytes(smaps or "")
 
 
 def process_private_bytes(pid: int) -> int:
-    return _private_bytes(Path(f"/proc/{pid}/smaps_rollup").read_text())
+    return _private_bytes(Path(f"/proc/{pid}/smaps").read_text())
 
 
-def _private_bytes(rollup: str) -> int:
-    return 1024 * sum(map(int, re.findall(r"^Private_\w+:\s+(\d+) kB", rollup, re.MULTILINE)))
+def _private_bytes(smaps: str) -> int:
+    """Not of shared mappings: a buffer of the server that one process alone has touched is no memory of its own."""
+    total, is_private = 0, False
+    for line in smaps.splitlines():
+        if mapping := re.match(r"[0-9a-f]+-[0-9a-f]+ ...(.)", line):
+            is_private = mapping[1] == "p"
+        elif is_private and (private := re.match(r"Private_(?:Clean|Dirty):\s+(\d+) kB", line)):
+            total += 1024 * int(private[1])
+    return total
 
 
 def stored_at(db: Connection) -> list[float]:

@@ -17,6 +17,7 @@ from bench.targets import TARGETS
 LABELS = {
     "autoembed": "autoembed, defaults",
     "autoembed-best": "autoembed, 2 lanes",
+    "autoembed-local": "autoembed",
     "guide": "the guide, defaults",
     "guide-best": "the guide at its best",
     "pgai": "pgai, defaults",
@@ -53,7 +54,23 @@ COST: Columns = {
     "INSERT of many rows, ×": ("insert_ratio", 1),
     "its ms": ("insert_seconds", 1000),
     "single-row INSERTs, ×": ("insert_single_ratio", 1),
-    "UPDATE of other columns, ×": ("update_other_ratio", 1),
+    "UPDATE of other columns, all rows, ×": ("update_other_ratio", 1),
+    "row by row, ×": ("update_other_single_ratio", 1),
+}
+BACKFILL: Columns = {
+    "rows/s": ("rows_per_second", 1),
+    "at the end × at the start": ("end_over_start", 1),
+    "inputs per row": ("inputs_per_row", 1),
+    "enable(), ms": ("enable_seconds", 1000),
+    "private MB, first rows": ("early_private_bytes", 1e-6),
+    "private MB, most": ("private_bytes", 1e-6),
+    "queue, MB at most": ("queue_bytes", 1e-6),
+}
+LOCAL: Columns = {
+    "rows/s": ("rows_per_second", 1),
+    "rows/s of a bare loop": ("bare_rows_per_second", 1),
+    "×": ("ratio", 1),
+    "private MB": ("private_bytes", 1e-6),
 }
 IDLE: Columns = {
     "CPU of the server, %": ("postgres_cpu_percent", 1),
@@ -67,6 +84,8 @@ IDLE: Columns = {
 TABLES: list[tuple[str, str, Columns]] = [
     ("Drain with an HNSW index", "drain", DRAIN),
     ("Drain without index", "drain-no-index", DRAIN),
+    ("Backfill: enable() on a table of {backfill_rows} rows", "backfill", BACKFILL),
+    ("The local model, without a network", "local-model", LOCAL),
     ("Freshness: single INSERTs, nothing else to do", "fresh-idle", FRESHNESS),
     ("Freshness: 50 rows/s", "fresh-steady", FRESHNESS),
     ("Freshness: during a backfill", "fresh-backfill", FRESHNESS),
@@ -101,10 +120,9 @@ def write(folder: Path, results: Results, described: Mapping[str, str], sizes: M
 
 
 def _markdown(results: Results, described: Mapping[str, str], sizes: Mapping[str, float]) -> str:
+    shown = {name: f"{sizes[name]:,}" for name in ("rows", "backfill_rows", "cost_rows")}
     about = ABOUT.format(
-        rows=f"{sizes['rows']:,}",
-        backfill_rows=f"{sizes['backfill_rows']:,}",
-        cost_rows=f"{sizes['cost_rows']:,}",
+        **shown,
         request_ms=1000 * sizes["request_seconds"],
         input_ms=1000 * sizes["input_seconds"],
         grace=sizes["grace_seconds"],
@@ -119,7 +137,7 @@ def _markdown(results: Results, described: Mapping[str, str], sizes: Mapping[str
             for system in results.systems(scenario)
         ]
         if rows:
-            parts.append(f"## {heading}\n\n" + _table(["", *columns], rows))
+            parts.append(f"## {heading.format(**shown)}\n\n" + _table(["", *columns], rows))
     return "\n".join(parts)
 
 

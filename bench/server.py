@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -39,6 +40,16 @@ class Server:
 
     def connect(self) -> Connection:
         return psycopg.connect(self.url, autocommit=True)
+
+    def bare_model_seconds(self, texts: list[str]) -> float:
+        """How long a plain loop takes to embed the texts with the image's model."""
+        loop = ["python3", "/tmp/bare_model.py", "/usr/local/share/autoembed/models/all-MiniLM-L6-v2"]
+        docker("cp", f"{ROOT / 'bench' / 'bare_model.py'}", f"{self.name}:/tmp")
+        path = "PYTHONPATH=/usr/local/lib/autoembed/python"
+        command = ["docker", "exec", "--interactive", f"--env={path}", self.name, *loop]
+        return float(
+            subprocess.run(command, check=True, input=json.dumps(texts), capture_output=True, text=True).stdout
+        )
 
     def log_bytes(self) -> int:
         logs = subprocess.run(["docker", "logs", self.name], check=True, capture_output=True)

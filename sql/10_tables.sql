@@ -90,8 +90,8 @@ CREATE TABLE autoembed.model (
 );
 COMMENT ON TABLE autoembed.model IS 'The ways to embed a text; see create_model().';
 COMMENT ON COLUMN autoembed.model.name IS 'What pipelines and embed() call it.';
-COMMENT ON COLUMN autoembed.model.provider IS 'How it is spoken to: local, openai, azure, cohere, voyage, gemini or ollama.';
-COMMENT ON COLUMN autoembed.model.model_id IS 'What the provider calls it.';
+COMMENT ON COLUMN autoembed.model.provider IS 'How it is spoken to: local, openai, azure, cohere, voyage, gemini, ollama, function or fake.';
+COMMENT ON COLUMN autoembed.model.model_id IS 'What the provider calls it; of the provider function, the name of the SQL function.';
 COMMENT ON COLUMN autoembed.model.dimensions IS 'Length of its vectors.';
 COMMENT ON COLUMN autoembed.model.base_url IS
     'Where it is: the URL before /embeddings, or the folder of a local model; NULL: the provider''s own.';

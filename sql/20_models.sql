@@ -186,10 +186,11 @@ BEGIN
             create_model.price_per_million_tokens, create_model.daily_token_budget, create_model.daily_cost_budget,
             coalesce(create_model.options, '{}'));
     PERFORM autoembed._check_model(create_model.name);
+    PERFORM autoembed._build_embedders(create_model.name);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.create_model(text, text, integer, text, text, text, integer, integer, integer, integer, integer, integer, numeric, bigint, numeric, jsonb) IS
-    'Defines a model: its provider (local, openai, azure, cohere, voyage, gemini, ollama), the length of its vectors, what the provider calls it (default: its name), where it is, where its key is found (env:NAME, file:PATH or vault:NAME), limits below the provider''s own, requests and tokens a minute and requests in flight for all sessions together (left out: what the provider''s answers tell), its price, what it may use a day (UTC) in tokens or at that price, and options of the provider.';
+    'Defines a model: its provider (local, openai, azure, cohere, voyage, gemini, ollama, function, fake), the length of its vectors, what the provider calls it (default: its name), where it is, where its key is found (env:NAME, file:PATH or vault:NAME), limits below the provider''s own, requests and tokens a minute and requests in flight for all sessions together (left out: what the provider''s answers tell), its price, what it may use a day (UTC) in tokens or at that price, and options of the provider.';
 
 CREATE FUNCTION autoembed.alter_model(
     name text,
@@ -242,6 +243,7 @@ BEGIN
     -- Another address or key, perhaps, with limits of its own.
     DELETE FROM autoembed.model_limit AS l WHERE l.model = alter_model.name;
     PERFORM autoembed._check_model(alter_model.name);
+    PERFORM autoembed._build_embedders(alter_model.name);
     PERFORM autoembed.resume_model(alter_model.name);
     PERFORM autoembed._warn_of_blocked_pipelines();
 END;
@@ -271,6 +273,7 @@ BEGIN
             HINT = 'Give these another model first; autoembed.set_default_model() changes the default one.';
     END IF;
     DELETE FROM autoembed.model AS m WHERE m.name = drop_model.name;
+    PERFORM autoembed._build_embedders(drop_model.name);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.drop_model(text) IS 'Drops a model that nothing uses.';

@@ -233,28 +233,28 @@ DECLARE
     _enqueue text;
     _options text := 'SECURITY DEFINER SET search_path = pg_catalog, pg_temp';
 BEGIN
-    -- These run as the extension's owner, so that whoever writes the table needs no rights of ours; and so they compare by
-    -- operators and output functions of PostgreSQL's own alone. What is the owner's code runs in _text_N, as the owner.
-    SELECT string_agg(format('OLD.%1$I IS DISTINCT FROM NEW.%1$I', k.name), ' OR ') INTO _key_changed
+    -- These run as the extension's owner, so that whoever writes the table needs no rights of ours; and so they compare values as
+    -- they are stored, which calls no code of a type's. What is the owner's code runs in _text_N, as the owner.
+    SELECT format('record_image_ne(ROW(%s), ROW(%s))', string_agg(format('OLD.%I', k.name), ', '), string_agg(format('NEW.%I', k.name), ', '))
+    INTO _key_changed
     FROM unnest(pipeline.key_columns) AS k(name);
-    IF EXISTS (
-        SELECT FROM pg_attribute AS a
-        JOIN pg_type AS t ON t.oid = a.atttypid
-        WHERE a.attrelid = pipeline.table_id AND a.attname = ANY (pipeline.key_columns)
-          AND t.typnamespace <> 'pg_catalog'::regnamespace
-    ) THEN
-        _key_changed := format('%s IS DISTINCT FROM %s',
-                               autoembed._key_expression(pipeline, 'OLD'), autoembed._key_expression(pipeline, 'NEW'));
-    END IF;
 
     IF _runs_owners_code THEN
         PERFORM autoembed._create_owned(owner, format('_text_%s(r anyelement)', pipeline.id), 'text', 'STABLE ' || options,
                                         format('RETURN %s;', autoembed._content_expression(pipeline, 'r')));
         _text_changed := format('autoembed._text_%1$s(OLD) COLLATE "C" IS DISTINCT FROM autoembed._text_%1$s(NEW)', pipeline.id);
     ELSE
-        SELECT string_agg(format('concat(OLD.%1$I) COLLATE "C" IS DISTINCT FROM concat(NEW.%1$I)', k.name), ' OR ')
+        -- A long text that was left alone is the same value in the TOAST table, and need not be fetched to know it.
+        SELECT string_agg(
+            concat(
+                CASE WHEN a.attlen = -1 AND a.attstorage <> 'p' THEN
+                    format('(pg_column_toast_chunk_id(OLD.%1$I) = pg_column_toast_chunk_id(NEW.%1$I)) IS NOT TRUE AND ', k.name)
+                END,
+                format('record_image_ne(ROW(OLD.%1$I), ROW(NEW.%1$I))', k.name)
+            ), ' OR ')
         INTO _text_changed
-        FROM unnest(autoembed._columns_of(pipeline)) AS k(name);
+        FROM unnest(autoembed._columns_of(pipeline)) AS k(name)
+        JOIN pg_attribute AS a ON a.attrelid = pipeline.table_id AND a.attname = k.name;
     END IF;
     IF EXISTS (
         SELECT FROM pg_attribute AS a
@@ -268,11 +268,18 @@ BEGIN
         _options := concat_ws(' ', _options, autoembed._output_settings());
     END IF;
 
-    -- The queue's INSERT is what pgmq.send() does inside, without its dynamic SQL, which costs more than all the rest.
+    -- The queue's INSERT is what pgmq.send() does inside, without its dynamic SQL, which costs more than all the rest. Most
+    -- statements are of few rows, and to number these costs half as much again.
     _enqueue := format($sql$INSERT INTO pgmq.q_embedding_jobs (vt, message)
         SELECT clock_timestamp(), concat('{"pipeline": %1$s, "keys": [', string_agg(k.key, ','), ']}')::jsonb
-        FROM (SELECT r.key, (row_number() OVER () - 1) / 100 AS message FROM (%%s) AS r) AS k
-        GROUP BY k.message$sql$, pipeline.id);
+        FROM (SELECT r.key FROM (%%1$s) AS r LIMIT 101) AS k
+        HAVING count(*) BETWEEN 1 AND 100;
+        IF NOT FOUND THEN
+            INSERT INTO pgmq.q_embedding_jobs (vt, message)
+            SELECT clock_timestamp(), concat('{"pipeline": %1$s, "keys": [', string_agg(k.key, ','), ']}')::jsonb
+            FROM (SELECT r.key, (row_number() OVER () - 1) / 100 AS message FROM (%%1$s) AS r) AS k
+            GROUP BY k.message;
+        END IF$sql$, pipeline.id);
 
     EXECUTE format('CREATE OR REPLACE FUNCTION autoembed._capture_%s() RETURNS trigger LANGUAGE plpgsql %s AS %L',
                    pipeline.id, _options, format($body$

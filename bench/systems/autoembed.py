@@ -11,7 +11,7 @@ from bench.measure import backend_private_bytes
 from bench.server import Connection, Server, wait_until
 
 ENABLE = r"""
-SELECT autoembed.enable('documents', content_template => E'# {title}\n\n{content}', enqueue_existing => false)
+SELECT autoembed.enable('documents', content_template => E'# {title}\n\n{content}', enqueue_existing => %s)
 """
 ARE_UP = "SELECT (SELECT count(*) FROM autoembed.lane) = (SELECT count(*) FROM cron.job)"
 
@@ -34,6 +34,7 @@ class Lanes:
 class Autoembed:
     settings: str
     lanes: int
+    model: str = MODEL
     name: str = "autoembed"
     sees_rows_by_itself: bool = True
 
@@ -41,10 +42,16 @@ class Autoembed:
         return ""
 
     def attach(self, server: Server, db: Connection) -> None:
+        self.create(server, db)
+        self.enable(db, enqueue_existing=False)
+
+    def create(self, server: Server, db: Connection) -> None:
         db.execute("CREATE EXTENSION autoembed CASCADE")
         db.execute("SELECT autoembed.alter_model(%s, base_url => %s)", [MODEL, server.api.base_url])
-        db.execute("SELECT autoembed.set_default_model(%s)", [MODEL])
-        db.execute(ENABLE)
+        db.execute("SELECT autoembed.set_default_model(%s)", [self.model])
+
+    def enable(self, db: Connection, enqueue_existing: bool) -> None:
+        db.execute(ENABLE, [enqueue_existing])
 
     @contextmanager
     def running(self, server: Server, db: Connection) -> Iterator[Lanes]:

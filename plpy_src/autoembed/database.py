@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import plpy  # type: ignore[import-not-found]
 
 from autoembed.binary import copy_rows
-from autoembed.errors import InvalidInput, row_error
+from autoembed.errors import InvalidInput, ProviderTrouble, row_error, trouble_of_function
 from autoembed.limits import Limits, Permit, Toll
 from autoembed.model import Model, Share
 
@@ -258,6 +258,30 @@ class Database:
 
     def resume_model(self, name: str) -> None:
         self._run("SELECT autoembed.resume_model($1)", ["pg_catalog.text"], [name])
+
+    def call_embedder(self, model: str, purpose: str, texts: Sequence[str]) -> list[bytes | None]:
+        """What a model's SQL function makes of texts, in PostgreSQL's binary form. Raises Trouble."""
+        row: Any = None
+        known = self._run("SELECT autoembed._prepared() AS statements")[0]["statements"]
+        try:
+            with contextlib.suppress(_Undo), plpy.subtransaction():
+                [row] = self._run(
+                    "SELECT c.vectors, c.fault FROM autoembed._call_embedder($1, $2, $3) AS c",
+                    ["pg_catalog.text", "pg_catalog.text", "pg_catalog.text[]"],
+                    [model, purpose, list(texts)],
+                )
+                # Whatever its owner's code has done besides: settings, temporary objects, events for the commit.
+                raise _Undo
+        except plpy.SPIError as error:
+            trouble = trouble_of_function(getattr(error, "sqlstate", None) or "XX000", str(error))
+            if trouble is None:
+                raise
+            raise trouble from error
+        finally:
+            self._run("SELECT autoembed._forget_prepared($1)", ["pg_catalog.text[]"], [known])
+        if row["fault"] is not None:
+            raise ProviderTrouble(row["fault"], permanent=True)
+        return list(row["vectors"])
 
     # Limits --------------------------------------------------------------------------------------
 

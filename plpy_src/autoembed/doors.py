@@ -17,7 +17,7 @@ from autoembed.flight import SLICE_SECONDS, Flight
 from autoembed.limits import NOTHING_KNOWN, PATIENCE_SECONDS, Limiter, Permit, Toll, tokens_per_request
 from autoembed.model import Ask, Embedded, Model, Share
 from autoembed.network import Network
-from autoembed.providers import provider_of
+from autoembed.providers import IN_BACKEND, provider_of
 
 # A plan without an index calls embed() for every row, a search page for every page.
 QUERY_CACHE_SIZE = 100
@@ -186,8 +186,8 @@ def _embed_query(
         provider.abort()
 
     with Flight[None, Embedded](1, here.breathe, abort) as flight:
-        ask = Ask(model, [content], timeout_seconds, purpose="query")
-        flight.submit(None, lambda: provider.embed(ask, _network))
+        ask = Ask(model, [content], timeout_seconds, purpose="query", database=here)
+        flight.submit(None, lambda: provider.embed(ask, _network), here=model.provider in IN_BACKEND)
         [(_, outcome)] = flight.landed()
     limiter = Limiter(model)
     if limiter.heard(ask.headers, time.monotonic(), answered=isinstance(outcome, Embedded)):

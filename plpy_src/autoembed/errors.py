@@ -62,6 +62,8 @@ class RowError(Exception):
 PASSING = ("40", "55")
 NOBODYS = ("53", "57", "58030")
 LOCK_NOT_AVAILABLE = "55P03"
+QUERY_CANCELED = "57014"
+NO_CONNECTION = ("08",)
 UNDEFINED_FUNCTION = "42883"
 
 
@@ -72,6 +74,15 @@ def row_error(sqlstate: str, message: str) -> RowError | None:
     # A function of ours that was made anew under a request in flight: the next claim finds it.
     gone = sqlstate == UNDEFINED_FUNCTION and "autoembed._" in message
     return RowError(message, passes=gone or sqlstate.startswith(PASSING), locked=sqlstate == LOCK_NOT_AVAILABLE)
+
+
+def trouble_of_function(sqlstate: str, message: str) -> Trouble | None:
+    """The trouble that an error of a user's SQL function means for the texts it was given; None: it was cancelled."""
+    if sqlstate == QUERY_CANCELED:
+        return None
+    if sqlstate.startswith(PASSING + NOBODYS + NO_CONNECTION):
+        return ProviderTrouble(message)
+    return Refused(message)
 
 
 MAX_REST_SECONDS = 15.0

@@ -9,10 +9,13 @@ import signal
 import sys
 import time
 import types
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
+
+from autoembed.errors import Trouble
 
 Tag = TypeVar("Tag")
 Result = TypeVar("Result")
@@ -68,13 +71,17 @@ def _end_flights_before_exit(flights: set[Flight[Any, Any]]) -> Any:
 
 
 class Flight(Generic[Tag, Result]):
-    """Up to max_calls calls at a time. Leaving the context ends those that still run: abort() is called for that."""
+    """Up to max_calls calls at a time, in threads. Leaving the context ends those that still run: abort() is called.
+
+    Calls that are for the backend's own thread are made in landed(), one after the other.
+    """
 
     def __init__(self, max_calls: int, breathe: Callable[[], None], abort: Callable[[], None]) -> None:
         self._executor = ThreadPoolExecutor(max_calls, thread_name_prefix="autoembed")
         self._breathe = breathe
         self._abort = abort
         self._tags: dict[Future[Result], Tag] = {}
+        self._here: deque[tuple[Tag, Callable[[], Result]]] = deque()
 
     def __enter__(self) -> Flight[Tag, Result]:
         _flights().add(self)
@@ -99,22 +106,30 @@ class Flight(Generic[Tag, Result]):
 
     def __len__(self) -> int:
         """How many calls are made or wait to be."""
-        return len(self._tags)
+        return len(self._tags) + len(self._here)
 
-    def submit(self, tag: Tag, call: Callable[[], Result]) -> None:
-        """Has a call made; landed() gives its tag back with the outcome."""
+    def submit(self, tag: Tag, call: Callable[[], Result], *, here: bool = False) -> None:
+        """Has a call made; landed() gives its tag back with the outcome. here: in the backend's own thread."""
+        if here:
+            self._here.append((tag, call))
+            return
         with signals_blocked():
             self._tags[self._executor.submit(call)] = tag
 
     def withdraw(self, unwanted: Callable[[Tag], bool]) -> list[Tag]:
         """Takes back calls that have not begun; returns their tags."""
         taken = [future for future, tag in self._tags.items() if unwanted(tag) and future.cancel()]
-        return [self._tags.pop(future) for future in taken]
+        taken_here = [(tag, call) for tag, call in self._here if unwanted(tag)]
+        for mine in taken_here:
+            self._here.remove(mine)
+        return [*(self._tags.pop(future) for future in taken), *(tag for tag, _ in taken_here)]
 
     def landed(self) -> Iterator[tuple[Tag, Result | BaseException]]:
         """The outcome of every call, those submitted meanwhile included, as they come; breathe() runs between."""
-        while self._tags:
-            done = wait(self._tags, timeout=SLICE_SECONDS, return_when=FIRST_COMPLETED).done
+        while self._tags or self._here:
+            if self._here:
+                yield self._make_here()
+            done = wait(self._tags, timeout=0 if self._here else SLICE_SECONDS, return_when=FIRST_COMPLETED).done
             self._breathe()
             for future in done:
                 if future not in self._tags:
@@ -122,3 +137,11 @@ class Flight(Generic[Tag, Result]):
                 tag = self._tags.pop(future)
                 error = future.exception()
                 yield tag, future.result() if error is None else error
+
+    def _make_here(self) -> tuple[Tag, Result | BaseException]:
+        """Makes the next call of the backend's own thread. What is no Trouble, a cancel, ends more than this call."""
+        tag, call = self._here.popleft()
+        try:
+            return tag, call()
+        except Trouble as trouble:
+            return tag, trouble

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 if TYPE_CHECKING:
     import numpy as np
 
+    from autoembed.database import Database
+
 # What a text is embedded as: many models embed a question and the document that answers it in two ways.
 Purpose = Literal["document", "query"]
 # The options of a model that prefixed() obeys.
@@ -63,7 +65,7 @@ class Model:
 class Ask:
     """Texts of one model that travel together, what they are, and how long the answer may take.
 
-    headers: is given those of the last answer, whatever its status.
+    headers: is given those of the last answer, whatever its status; database: for the providers of IN_BACKEND.
     """
 
     model: Model
@@ -71,6 +73,7 @@ class Ask:
     timeout_seconds: float
     purpose: Purpose = "document"
     headers: dict[str, str] = field(default_factory=dict, compare=False)
+    database: Database | None = field(default=None, compare=False, repr=False)
 
 
 def prefixed(ask: Ask) -> list[str]:

@@ -16,7 +16,7 @@ from autoembed.flight import SLICE_SECONDS, Flight
 from autoembed.jobs import Job, Ledger, Report, address_of, are_keys, isolate
 from autoembed.limits import FIRST_ANSWER_SECONDS, NOTHING_KNOWN, PATIENCE_SECONDS, Limiter, Permit, tokens_per_request
 from autoembed.model import Ask, Embedded, Model, Share
-from autoembed.providers import PROVIDERS, provider_of
+from autoembed.providers import IN_BACKEND, PROVIDERS, provider_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,7 +90,9 @@ def work(database: Database, network: Network, options: Options, run_seconds: fl
                 if read > 0:
                     look_around_at = 0.0
             if read == 0:
-                database.breathe()
+                if backfill:
+                    # The others have just looked at the queue, which lets an interrupt through as well.
+                    database.breathe()
                 time.sleep(slice_seconds)
     finally:
         database.leave_lane()
@@ -404,10 +406,17 @@ class _Pass:
                 request = outbox.waiting.popleft()
                 if outbox.permit is not None:
                     request.slot, outbox.permit = outbox.permit.slot, None
-                ask = Ask(model, request.texts, self._options.timeout_seconds, headers=request.headers)
+                ask = Ask(
+                    model,
+                    request.texts,
+                    self._options.timeout_seconds,
+                    headers=request.headers,
+                    database=self._database,
+                )
                 self._ledger.report.requests += 1
                 outbox.in_flight += 1
-                flight.submit(request, partial(provider_of(model).embed, ask, self._network))
+                call = partial(provider_of(model).embed, ask, self._network)
+                flight.submit(request, call, here=model.provider in IN_BACKEND)
 
     def _may_go(self, flight: Flight[Request, Embedded], outbox: Outbox) -> bool:
         """Whether the first request that waits may be sent now."""

@@ -71,6 +71,9 @@ def words(**values: str) -> Callable[[str], str]:
     return values.__getitem__
 
 
+# Too long to be stored in the row.
+INCOMPRESSIBLE = np.random.default_rng(1).bytes(2000).hex()
+
 NASTY = "Größe \"x\"; {y} 'z' \\"
 NASTY_SQL = '"Größe ""x""; {y} \'z\' \\"'
 NASTY_LITERAL = NASTY_SQL.replace("'", "''").replace("{", "{{").replace("}", "}}")
@@ -243,6 +246,12 @@ KINDS = {
             red="2024-01-01 00:00Z", green="2024-01-01 13:00Z", blue="2024-01-02 00:30Z", grey="2024-01-01 23:30Z"
         ),
     ),
+    "number as content": Kind(
+        by_key("id int PRIMARY KEY").replace("content text", "content double precision"),
+        # Alike in as few digits as the session shows.
+        value=words(red="1.0000000001", green="1.0000000002", blue="1.0000000003", grey="1.0000000004"),
+    ),
+    "long content": Kind(by_key("id int PRIMARY KEY"), value=lambda word: f"{word} {INCOMPRESSIBLE}"),
     "a function of the day": Kind(
         by_key("id int PRIMARY KEY").replace("content text", "content timestamptz")
         + "; CREATE FUNCTION text_of(d documents) RETURNS text LANGUAGE sql AS $$SELECT 'On ' || d.content::date$$",

@@ -1397,3 +1397,25 @@ def test_a_lane_takes_it_calmly_when_its_table_changes_under_a_request_in_flight
         if meanwhile in list(MEANWHILE)[5:]:
             text = {"its columns renamed": "body", "its content altered": "'new ' || content"}.get(meanwhile, "content")
             assert_fresh(db, text, table)
+
+
+def test_an_update_of_another_column_does_not_fetch_a_long_text(own_api: FakeApi, connect: Connect) -> None:
+    long_text = "SELECT string_agg(md5(random()::text), '') FROM generate_series(1, 500)"
+    with connect() as db:
+        db.execute("CREATE TABLE documents (id int PRIMARY KEY, content text, views int DEFAULT 0)")
+        db.execute("SELECT autoembed.enable('documents', content_columns => '{content}')")
+        db.execute(f"INSERT INTO documents SELECT n, ({long_text} WHERE n > 0) FROM generate_series(1, 20) AS n")
+
+        def blocks_fetched() -> int:
+            db.execute("SELECT pg_stat_force_next_flush()")
+            [(blocks,)] = db.execute(
+                "SELECT toast_blks_hit + toast_blks_read FROM pg_statio_user_tables WHERE relid = 'documents'::regclass"
+            )
+            return int(blocks)
+
+        before = blocks_fetched()
+        db.execute("UPDATE documents SET views = views + 1")
+        assert blocks_fetched() == before
+
+        db.execute("SELECT upper(content) FROM documents")
+        assert blocks_fetched() > before

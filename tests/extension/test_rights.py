@@ -462,3 +462,174 @@ def test_a_role_with_a_right_to_triggers_alone_cannot_attach_a_table(
             "CREATE TRIGGER embed AFTER INSERT ON documents FOR EACH ROW"
             " EXECUTE FUNCTION autoembed.queue_embeddings('note', 'embedding')"
         )
+
+
+# An embedding function of mallory's, by which a superuser has documents embedded. {act}: what else he does in it.
+HOSTILE_FUNCTION = """
+CREATE OR REPLACE FUNCTION {mallory}.vectors(texts text[]) RETURNS public.vector[] LANGUAGE plpgsql AS $function$
+BEGIN
+    {act}
+    RETURN array_fill('[1,2]'::public.vector, ARRAY[cardinality(texts)]);
+END $function$;
+"""
+
+
+@pytest.fixture
+def embedder(documents: Connection, mallory: str, connect: Connect) -> str:
+    """Mallory, whose function embeds the documents, and his attacks."""
+    run(connect(user=mallory), mallory, HOSTILE_TABLE, HOSTILE_FUNCTION.replace("{act}", ""), "TRUNCATE ran")
+    documents.execute("SELECT autoembed.create_model('his', 'function', 2, %s)", [f"{mallory}.vectors"])
+    documents.execute("CREATE TABLE texts (id int PRIMARY KEY, content text)")
+    documents.execute("SELECT autoembed.enable('texts', content_columns => '{content}', model => 'his')")
+    documents.execute("INSERT INTO texts VALUES (1, 'a text')")
+    return mallory
+
+
+def embedded_by(documents: Connection, connect: Connect, role: Role, door: str) -> None:
+    """Has the function of the model "his" called by a superuser's pass or lane, or by somebody else's search."""
+    if door != "embed":
+        embed(documents, connect, door)
+        assert documents.execute("SELECT embedding IS NOT NULL FROM texts").fetchone() == (True,)
+        return
+    reader = role("reader")
+    documents.execute(f"GRANT USAGE ON SCHEMA autoembed TO {reader}")
+    documents.execute(f"GRANT EXECUTE ON FUNCTION autoembed.embed TO {reader}")
+    with connect(user=reader) as session:
+        assert session.execute("SELECT autoembed.embed('x', 'his')::text").fetchone() == ("[1,2]",)
+
+
+@pytest.mark.parametrize("door", ["process", "work", "embed"])
+@pytest.mark.parametrize(
+    "act",
+    [
+        "PERFORM {mallory}.attack();",
+        "SET search_path = {mallory}, pg_catalog; PERFORM {mallory}.attack();",
+        """CREATE TEMPORARY TABLE trap (id int);
+           CREATE CONSTRAINT TRIGGER attack AFTER INSERT ON trap DEFERRABLE INITIALLY DEFERRED
+               FOR EACH ROW EXECUTE FUNCTION {mallory}.attack_of_trigger();
+           INSERT INTO trap VALUES (1);""",
+        """CREATE DOMAIN pg_temp.text AS pg_catalog.text CHECK ({mallory}.attack_of(VALUE::varchar) IS NOT NULL);
+           SET search_path = pg_temp, {mallory}, pg_catalog;""",
+    ],
+    ids=["attack", "search_path", "deferred trigger", "temporary domain"],
+)
+def test_an_embedding_function_runs_as_its_owner_and_leaves_nothing_behind(
+    documents: Connection, embedder: str, connect: Connect, role: Role, act: str, door: str
+) -> None:
+    run(connect(user=embedder), embedder, HOSTILE_FUNCTION.replace("{act}", act))
+
+    embedded_by(documents, connect, role, door)
+
+    assert_nothing_gained(documents, embedder)
+
+
+def test_an_embedding_function_is_its_owner_to_itself(documents: Connection, embedder: str, connect: Connect) -> None:
+    act = "RAISE EXCEPTION 'I am %', current_user;"
+    run(connect(user=embedder), embedder, HOSTILE_FUNCTION.replace("{act}", act))
+
+    with pytest.raises(psycopg.Error, match=f"I am {embedder}"):
+        documents.execute("SELECT autoembed.embed('x', 'his')")
+
+
+@pytest.mark.parametrize("call", ["SELECT autoembed.process()", "SELECT autoembed.embed('x', 'his')"])
+def test_an_embedding_function_changes_nothing_of_the_callers_session(
+    documents: Connection, embedder: str, connect: Connect, call: str
+) -> None:
+    act = """
+        SET search_path = {mallory}, pg_catalog; SET statement_timeout = '9min';
+        PERFORM set_config('autoembed.writing', '1', false);
+        DEALLOCATE known; EXECUTE 'PREPARE known AS SELECT {mallory}.attack()'; EXECUTE 'PREPARE planted AS SELECT 1';
+    """
+    run(connect(user=embedder), embedder, HOSTILE_FUNCTION.replace("{act}", act))
+    settings = "SELECT name, setting FROM pg_settings WHERE name <> 'plpgsql.extra_errors' ORDER BY name"
+    documents.execute("LOAD 'plpython3'; PREPARE known AS SELECT 1; PREPARE other AS SELECT 2")
+    before = documents.execute(settings).fetchall()
+
+    documents.execute(call.encode())
+
+    assert [row for row in documents.execute(settings).fetchall() if row not in before] == []
+    assert documents.execute("SELECT current_setting('autoembed.writing', true)").fetchone() in [("",), (None,)]
+    left = "SELECT name FROM pg_prepared_statements WHERE name IN ('known', 'other', 'planted')"
+    assert documents.execute(left).fetchall() == [("other",)]
+    assert_nothing_gained(documents, embedder)
+
+
+# Who owns the schema may put another function in the place of a superuser's; and functions change hands.
+@pytest.mark.parametrize("call", ["SELECT autoembed.process()", "SELECT autoembed.embed('x', 'ours')"])
+@pytest.mark.parametrize("theft", ["replaced", "given away"])
+def test_another_owners_function_of_the_same_name_is_not_called(
+    documents: Connection, embedder: str, connect: Connect, theft: str, call: str
+) -> None:
+    attack = HOSTILE_FUNCTION.replace("{act}", "PERFORM {mallory}.attack(); RAISE EXCEPTION 'I am %', current_user;")
+    ours = HOSTILE_FUNCTION.replace("vectors", "ours").replace("{act}", "")
+    run(documents, embedder, ours)
+    documents.execute("SELECT autoembed.create_model('ours', 'function', 2, %s)", [f"{embedder}.ours"])
+    documents.execute("SELECT autoembed.alter_pipeline('texts', model => 'ours')")
+    if theft == "replaced":
+        run(connect(user=embedder), embedder, "DROP FUNCTION {mallory}.ours", attack.replace("vectors", "ours"))
+    else:
+        documents.execute(f"ALTER FUNCTION {embedder}.ours OWNER TO {embedder}")
+        run(connect(user=embedder), embedder, attack.replace("vectors", "ours"))
+
+    fault = "was not its owner's, when the model was defined"
+    try:
+        documents.execute(call.encode())
+    except psycopg.Error as error:
+        assert fault in str(error)
+    else:
+        rests = documents.execute("SELECT reason FROM autoembed.model_rest WHERE needs_attention").fetchall()
+        assert [fault in row.reason for row in rests] == [True]
+
+    assert_nothing_gained(documents, embedder)
+    documents.execute("SELECT autoembed.alter_model('ours')")
+    with pytest.raises(psycopg.Error, match=f"I am {embedder}"):
+        documents.execute("SELECT autoembed.embed('x', 'ours')")
+
+
+EMBED_FUNCTION = "autoembed._embed_document_{hash}(text[])"
+
+
+@pytest.mark.parametrize(
+    ("statement", "refusal"),
+    [
+        (f"ALTER FUNCTION {EMBED_FUNCTION} SECURITY INVOKER", "cannot be altered"),
+        (f"ALTER FUNCTION {EMBED_FUNCTION} RESET ALL", "cannot be altered"),
+        (f"ALTER FUNCTION {EMBED_FUNCTION} OWNER TO postgres", "must be able to SET ROLE"),
+    ],
+)
+def test_an_owner_cannot_change_the_function_that_calls_his(
+    documents: Connection, embedder: str, connect: Connect, statement: str, refusal: str
+) -> None:
+    name = documents.execute("SELECT md5('his')").fetchone()
+    assert name is not None
+
+    with pytest.raises(psycopg.Error, match=refusal):
+        connect(user=embedder).execute(statement.replace("{hash}", name[0]))
+
+
+def test_one_that_its_owner_took_away_and_altered_is_not_called(
+    documents: Connection, embedder: str, connect: Connect
+) -> None:
+    name = documents.execute("SELECT '_embed_document_' || md5('his')").fetchone()
+    assert name is not None
+    session = connect(user=embedder)
+    session.execute(f"ALTER FUNCTION autoembed.{name[0]}(text[]) SET SCHEMA {embedder}")
+    session.execute(f"ALTER FUNCTION {embedder}.{name[0]}(text[]) SECURITY INVOKER")
+
+    with pytest.raises(psycopg.Error, match="permission denied for schema autoembed"):
+        session.execute(f"ALTER FUNCTION {embedder}.{name[0]}(text[]) SET SCHEMA autoembed")
+    with pytest.raises(psycopg.Error, match="SELECT autoembed.alter_model"):
+        documents.execute("SELECT autoembed.embed('x', 'his')")
+
+
+def test_a_model_is_nobodys_to_define_but_a_superusers(documents: Connection, embedder: str, connect: Connect) -> None:
+    documents.execute("SELECT autoembed.grant_usage(%s)", [embedder])
+    session = connect(user=embedder)
+
+    for statement in (
+        f"SELECT autoembed.create_model('more', 'function', 2, '{embedder}.vectors')",
+        "SELECT autoembed._call_embedder('his', 'document', '{x}')",
+        "SELECT autoembed._build_embedders('his')",
+    ):
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            session.execute(statement)

@@ -30,9 +30,11 @@ _arguments - - - x
 _backfill - - - x
 _before_drop - - - x
 _build_capture - - - x
+_build_embedders - - - x
 _build_index - - - x
 _build_pipeline - - - x
 _build_triggers - - - x
+_call_embedder - - - x
 _check_api_key - - - x
 _check_budget - - - x
 _check_content - x - x
@@ -56,6 +58,7 @@ _digests - - - x
 _dimensions - x - x
 _drop_functions - - - x
 _drop_orphaned_pipelines - - - x
+_embedder - - - x
 _end_broken - - - x
 _ended - - - x
 _enter_lane - - - x
@@ -71,6 +74,7 @@ _follow_tables - - - x
 _forget - - - x
 _forget_all - - - x
 _forget_permits - - - x
+_forget_prepared - - - x
 _free_slots - - - x
 _gate - - - x
 _grant - - - x
@@ -97,6 +101,7 @@ _owned_pipeline - x - x
 _owned_pipelines - x - x
 _owns - x x x
 _pipelines - - - x
+_prepared - - - x
 _price_and_rate - - - x
 _probe - - - x
 _protect_functions - - - x

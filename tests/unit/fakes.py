@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import struct
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoembed.errors import RowError
+from autoembed.errors import Refused, RowError
 from autoembed.limits import Limits, Permit, Toll
 from autoembed.model import Ask, Embedded, Model, Share
 
@@ -93,8 +94,8 @@ def vectors_of(texts: Sequence[str]) -> Vector:
 class FakeDatabase:
     """One table, the queue and the failed list; delays are noted, not waited for.
 
-    The faults: content_errors and write_errors by key; locked, how many writes find a row locked; interrupts, called
-    whenever the method of that name is.
+    The faults: content_errors and write_errors by key; locked, how many writes find a row locked; bad_texts, parts of
+    texts that an SQL function refuses; interrupts, called whenever the method of that name is.
     """
 
     def __init__(self) -> None:
@@ -126,6 +127,7 @@ class FakeDatabase:
         self.content_errors: dict[str, RowError] = {}
         self.write_errors: dict[str, RowError] = {}
         self.locked: dict[str, float] = {}
+        self.bad_texts: list[str] = []
         self.interrupts: dict[str, Callable[[], None]] = {}
         # What was done, in order.
         self.statements: list[str] = []
@@ -318,6 +320,12 @@ class FakeDatabase:
         for key in keys:
             self.embedded.pop(key, None)
             self.failures.pop(key, None)
+
+    def call_embedder(self, model: str, purpose: str, texts: Sequence[str]) -> list[bytes | None]:
+        self._note("call_embedder")
+        if any(part in text for part in self.bad_texts for text in texts):
+            raise Refused("not these words")
+        return [struct.pack(">hh3f", 3, 0, *vector_of(text)) for text in texts]
 
     def take_permit(self, model: str, tolls: Sequence[Toll | None], slots_held: Sequence[int]) -> Permit:
         self._note("take_permit")

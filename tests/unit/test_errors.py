@@ -285,3 +285,23 @@ def test_whatever_a_content_function_raises_is_its_rows_fault(sqlstate: str, wha
 @pytest.mark.parametrize("sqlstate", ["57014", "57P01", "57P02", "57P03", "53100", "53200", "53300", "58030"])
 def test_cancel_shutdown_and_want_of_resources_are_no_rows_fault(sqlstate: str) -> None:
     assert errors.row_error(sqlstate, "cancelled") is None
+
+
+# --- SQL functions that embed ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sqlstate", ["08006", "08001", "40001", "40P01", "55P03", "53200", "53300", "57P03", "58030"])
+def test_what_passes_by_itself_in_an_embedding_function_is_the_models_trouble(sqlstate: str) -> None:
+    trouble = errors.trouble_of_function(sqlstate, "in the way")
+
+    assert isinstance(trouble, ProviderTrouble)
+    assert (trouble.permanent, str(trouble)) == (False, "in the way")
+
+
+@pytest.mark.parametrize("sqlstate", ["22023", "22P02", "38000", "42501", "42883", "58P01", "P0001", "XX000", "ZZ999"])
+def test_whatever_else_an_embedding_function_raises_is_a_refusal_of_its_texts(sqlstate: str) -> None:
+    assert isinstance(errors.trouble_of_function(sqlstate, "bad words"), Refused)
+
+
+def test_a_cancel_in_an_embedding_function_is_no_trouble_of_its_own() -> None:
+    assert errors.trouble_of_function("57014", "canceling statement due to user request") is None

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from autoembed.errors import Trouble
 from autoembed.flight import Flight, signals_blocked
 from waiting import wait_until
 
@@ -224,6 +225,80 @@ def test_withdrawing_while_landing_lands_the_others_only() -> None:
                 landed += flight.withdraw(lambda _: True)
 
     assert sorted(landed) == list(range(200))
+
+
+def test_calls_for_the_backends_thread_are_made_there_one_by_one_and_keep_no_thread_from_landing() -> None:
+    gate = Gate()
+    made: list[int] = []
+
+    def make() -> str:
+        made.append(threading.get_ident())
+        return "here"
+
+    with Flight[str, str](1, nothing, gate.abort) as flight:
+        flight.submit("thread", gate.wait)
+        wait_until(lambda: gate.inside == 1)
+        for tag in ("first", "second"):
+            flight.submit(tag, make, here=True)
+        assert (len(flight), made) == (3, [])
+        landing = flight.landed()
+
+        assert next(landing) == ("first", "here")
+        gate.opened.set()
+        wait_until(lambda: flight._tags and next(iter(flight._tags)).done())
+        assert next(landing) == ("thread", "through")
+        assert list(landing) == [("second", "here")]
+
+    assert made == [threading.get_ident()] * 2
+
+
+def test_trouble_of_a_call_in_the_backends_thread_is_its_outcome() -> None:
+    trouble = Trouble("a bad text")
+
+    def fail() -> str:
+        raise trouble
+
+    with Flight[str, str](1, nothing, nothing) as flight:
+        flight.submit("bad", fail, here=True)
+        flight.submit("good", lambda: "fine", here=True)
+
+        assert list(flight.landed()) == [("bad", trouble), ("good", "fine")]
+
+
+def test_a_cancel_in_the_backends_thread_comes_out_and_the_other_calls_are_never_made() -> None:
+    class Cancelled(Exception):
+        pass
+
+    made = []
+
+    def cancel() -> None:
+        raise Cancelled
+
+    with pytest.raises(Cancelled), Flight[int, None](1, nothing, nothing) as flight:
+        flight.submit(1, cancel, here=True)
+        flight.submit(2, lambda: made.append(2), here=True)
+        list(flight.landed())
+
+    assert made == []
+
+
+def test_breathing_goes_on_between_calls_in_the_backends_thread() -> None:
+    order: list[str] = []
+    with Flight[int, None](1, lambda: order.append("breath"), nothing) as flight:
+        for number in range(2):
+            flight.submit(number, lambda: order.append("call"), here=True)
+        list(flight.landed())
+
+    assert order == ["call", "breath", "call", "breath"]
+
+
+def test_withdrawing_takes_calls_of_the_backends_thread_too() -> None:
+    with Flight[int, str](1, nothing, nothing) as flight:
+        for number in range(4):
+            flight.submit(number, lambda: "made", here=True)
+
+        assert flight.withdraw(lambda number: number != 2) == [0, 1, 3]
+        assert list(flight.landed()) == [(2, "made")]
 
 
 def test_threads_have_all_signals_blocked() -> None:

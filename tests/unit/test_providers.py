@@ -18,7 +18,19 @@ import pytest
 from autoembed.errors import InvalidInput, ProviderTrouble, Refused, Trouble
 from autoembed.model import Ask, Embedded, Model
 from autoembed.network import Answer, Network
-from autoembed.providers import PROVIDERS, azure, cohere, gemini, local, ollama, openai, provider_of, voyage
+from autoembed.providers import (
+    PROVIDERS,
+    azure,
+    cohere,
+    fake,
+    function,
+    gemini,
+    local,
+    ollama,
+    openai,
+    provider_of,
+    voyage,
+)
 from fake_api import FakeApi, embedding_of, tokens_in
 
 TEXTS = ["one", "Grüße, 世界 🦊", "three"]
@@ -182,19 +194,19 @@ class Answering(Network):
 
 
 def test_every_provider_has_its_name() -> None:
-    modules = [azure, cohere, gemini, local, ollama, openai, voyage]
+    modules = [azure, cohere, fake, function, gemini, local, ollama, openai, voyage]
 
     assert {name: provider.__name__ for name, provider in PROVIDERS.items()} == {  # type: ignore[attr-defined]
         module.__name__.rpartition(".")[2]: module.__name__ for module in modules
     }
-    assert CASES.keys() == PROVIDERS.keys() - {"local"}
+    assert CASES.keys() == PROVIDERS.keys() - {"local", "function", "fake"}
 
 
 def test_a_provider_that_is_not_known_is_the_callers_mistake() -> None:
     with pytest.raises(InvalidInput, match='"small" names the provider "acme", which is not known') as caught:
         provider_of(Model("small", "acme", "m", 2))
 
-    assert caught.value.hint == "The providers are: azure, cohere, gemini, local, ollama, openai, voyage."
+    assert caught.value.hint == f"The providers are: {', '.join(sorted(PROVIDERS))}."
 
 
 def test_a_server_of_ones_own_needs_no_key(case: Case) -> None:

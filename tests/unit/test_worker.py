@@ -1106,6 +1106,31 @@ def test_a_cancel_in_the_database_gives_all_jobs_back(lane: Lane, database: Fake
     assert [(message.id, message.read_count) for message in database.waiting()] == [(number, 0) for number in sent]
 
 
+def test_a_text_that_an_sql_function_refuses_fails_alone(lane: Lane, database: FakeDatabase) -> None:
+    database.defined[1] = Pipeline(model=replace(MODEL, provider="function"))
+    for row_id, text in enumerate(["one", "poison", "three", "four"]):
+        database.put(row_id, text)
+    database.bad_texts = ["poison"]
+
+    report = lane.run()
+
+    assert (report.completed, report.failed, report.requests) == (3, 1, 6)
+    assert {key: failure.reason for key, failure in database.failures.items()} == {key_of(1): "not these words"}
+    assert all(database.is_fresh(row_id) for row_id in (0, 2, 3))
+
+
+def test_a_cancel_in_an_sql_function_gives_all_jobs_back(lane: Lane, database: FakeDatabase) -> None:
+    database.defined[1] = Pipeline(model=replace(MODEL, provider="function"))
+    sent = [database.put(row_id, f"text {row_id}") for row_id in range(4)]
+    database.interrupts["call_embedder"] = cancel
+
+    with pytest.raises(Cancelled):
+        lane.run(batch_size=1, max_requests=4)
+
+    assert [(message.id, message.read_count) for message in database.waiting()] == [(number, 0) for number in sent]
+    assert (database.failures, database.rests) == ({}, [])
+
+
 def test_a_cancel_while_a_row_is_locked_gives_its_job_back(lane: Lane, database: FakeDatabase) -> None:
     sent = database.put(1, "text")
     database.locked["[1]"] = math.inf
@@ -1143,7 +1168,7 @@ def test_a_lane_embeds_what_comes_until_it_is_told_to_stop(lane: Lane, database:
             case 8:
                 database.wanted = False
 
-    database.interrupts["breathe"] = turn
+    database.interrupts["claim"] = turn
 
     lane.work(run_seconds=20)
 
@@ -1181,7 +1206,7 @@ def test_a_busy_lane_ends_when_its_time_is_up(lane: Lane, database: FakeDatabase
 
 
 def test_a_lane_that_is_cancelled_signs_off(lane: Lane, database: FakeDatabase) -> None:
-    database.interrupts["breathe"] = cancel
+    database.interrupts["claim"] = cancel
 
     with pytest.raises(Cancelled):
         lane.work(run_seconds=20)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from autoembed.errors import InvalidInput
 from autoembed.model import Ask, Embedded, Model
-from autoembed.providers import azure, cohere, gemini, local, ollama, openai, voyage
+from autoembed.providers import azure, cohere, fake, function, gemini, local, ollama, openai, voyage
 
 if TYPE_CHECKING:
     from autoembed.network import Network
@@ -24,7 +24,7 @@ class Provider(Protocol):
         """Raises InvalidInput if the model cannot work as defined, ProviderTrouble if something is not there yet."""
 
     def embed(self, ask: Ask, network: Network) -> Embedded:
-        """The vectors of the texts. Raises Trouble. Runs in a thread."""
+        """The vectors of the texts. Raises Trouble. Runs in a thread, unless it is one of IN_BACKEND."""
 
     def abort(self) -> None:
         """Ends what embed() is doing without the network."""
@@ -38,7 +38,11 @@ PROVIDERS: dict[str, Provider] = {
     "ollama": ollama,
     "voyage": voyage,
     "local": local,
+    "function": function,
+    "fake": fake,
 }
+# Those that go through the database, which is for the backend's own thread alone.
+IN_BACKEND = {"function"}
 
 
 def provider_of(model: Model) -> Provider:

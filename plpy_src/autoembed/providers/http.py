@@ -58,7 +58,22 @@ def check(model: Model, *, default_url: str | None, example: str, options: froze
     keys.resolve(model)
 
 
+def check_without(model: Model, *names: str) -> None:
+    """Raises InvalidInput for what only a provider elsewhere has."""
+    for name in names:
+        if getattr(model, name) is not None:
+            raise InvalidInput(f'model "{model.name}" runs inside the server and takes no {name}')
+
+
 def check_options(model: Model, known: frozenset[str]) -> None:
+    """Raises InvalidInput for an option that the provider does not know, or that is not a text."""
+    check_known_options(model, known)
+    for name in sorted(model.options.keys() - EXTRAS):
+        if not isinstance(model.options[name], str):
+            raise InvalidInput(f'option {name} of model "{model.name}" is not a text')
+
+
+def check_known_options(model: Model, known: frozenset[str]) -> None:
     """Raises InvalidInput for an option that the provider does not know."""
     unknown = sorted(model.options.keys() - known)
     if unknown:
@@ -66,9 +81,6 @@ def check_options(model: Model, known: frozenset[str]) -> None:
             f'model "{model.name}" has the option {unknown[0]}, which the provider {model.provider} does not know',
             hint=f"Its options are: {', '.join(sorted(known)) or 'none'}.",
         )
-    for name in sorted(model.options.keys() - EXTRAS):
-        if not isinstance(model.options[name], str):
-            raise InvalidInput(f'option {name} of model "{model.name}" is not a text')
 
 
 def check_tokens_per_input(model: Model, most: int) -> None:

@@ -6,7 +6,7 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
-from autoembed.errors import InvalidInput, ProviderTrouble
+from autoembed.errors import ProviderTrouble
 from autoembed.model import PREFIXES, Ask, Embedded, Model, prefixed
 from autoembed.providers import http
 
@@ -31,8 +31,7 @@ def folder_of(model: Model) -> str:
 
 
 def check(model: Model) -> None:
-    if model.api_key is not None:
-        raise InvalidInput(f'model "{model.name}" runs inside the server and takes no api_key')
+    http.check_without(model, "api_key")
     http.check_options(model, PREFIXES)
     for name in ("model.onnx", "tokenizer.json"):
         path = os.path.join(folder_of(model), name)

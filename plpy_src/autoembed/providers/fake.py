@@ -1,0 +1,95 @@
+"""No model at all: vectors that follow from the texts, and faults on order, for tests of what uses embeddings."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from autoembed.batching import estimate_tokens
+from autoembed.errors import InvalidInput, ProviderTrouble, trouble_of_answer
+from autoembed.model import Ask, Embedded, Model
+from autoembed.providers import http
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from autoembed.network import Network
+
+MAX_INPUTS_PER_REQUEST = 2048
+MAX_TOKENS_PER_REQUEST = 300_000
+# Nothing is cut, so that a search for a text finds the row that says it, however long it is.
+MAX_TOKENS_PER_INPUT: int | None = None
+
+OPTIONS = frozenset({"delay_seconds", "faults"})
+FAULT = frozenset({"match", "status", "message", "retry_after_seconds"})
+
+_stopping = threading.Event()
+
+
+def check(model: Model) -> None:
+    http.check_without(model, "api_key", "base_url")
+    http.check_known_options(model, OPTIONS)
+    _check_seconds(model, "delay_seconds", model.options.get("delay_seconds", 0))
+    faults = model.options.get("faults", [])
+    if not isinstance(faults, list) or not all(isinstance(fault, dict) for fault in faults):
+        raise _wrong(model, "faults", "is not a list of objects")
+    for fault in faults:
+        if fault.keys() - FAULT:
+            raise _wrong(model, "faults", f"has {min(fault.keys() - FAULT)}, which no fault has")
+        status = fault.get("status")
+        if not isinstance(status, int) or not 300 <= status <= 599:
+            raise _wrong(model, "faults", "has a fault without a status from 300 to 599")
+        for name in ("match", "message"):
+            if not isinstance(fault.get(name, ""), str):
+                raise _wrong(model, "faults", f"has a {name} that is not a text")
+        _check_seconds(model, "faults", fault.get("retry_after_seconds", 0))
+
+
+def _check_seconds(model: Model, option: str, seconds: object) -> None:
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds < 0:
+        raise _wrong(model, option, "has what is no number of seconds")
+
+
+def _wrong(model: Model, option: str, fault: str) -> InvalidInput:
+    return InvalidInput(
+        f'option {option} of model "{model.name}" {fault}',
+        hint='For example options => \'{"delay_seconds": 0.2, "faults": [{"match": "poison", "status": 400}]}\'.',
+    )
+
+
+def embed(ask: Ask, network: Network) -> Embedded:
+    options = ask.model.options
+    delay = options.get("delay_seconds", 0)
+    _stopping.clear()
+    if _stopping.wait(min(delay, ask.timeout_seconds)):
+        raise ProviderTrouble("the request was stopped")
+    if delay > ask.timeout_seconds:
+        raise ProviderTrouble(f"the fake provider did not answer within {ask.timeout_seconds:g} s")
+    for fault in options.get("faults", []):
+        if any(fault.get("match", "") in text for text in ask.texts):
+            raise trouble_of_answer(fault["status"], _headers(fault), fault.get("message", "").encode())
+    import numpy as np
+
+    vectors = np.stack([vector_of(text, ask.model.dimensions) for text in ask.texts])
+    return Embedded(vectors, sum(map(estimate_tokens, ask.texts)))
+
+
+def abort() -> None:
+    _stopping.set()
+
+
+def vector_of(text: str, dimensions: int) -> np.ndarray:
+    """The vector of a text, of length 1: the same today, tomorrow and anywhere."""
+    import numpy as np
+
+    digest = hashlib.shake_256(text.encode("utf-8", "surrogatepass")).digest(4 * dimensions)
+    # Between two whole numbers, so that no vector is zero.
+    numbers = np.frombuffer(digest, ">i4") + 0.5
+    vector: np.ndarray = (numbers / np.linalg.norm(numbers)).astype(np.float32)
+    return vector
+
+
+def _headers(fault: Mapping[str, Any]) -> dict[str, str]:
+    return {"retry-after": str(fault["retry_after_seconds"])} if "retry_after_seconds" in fault else {}
