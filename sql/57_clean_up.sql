@@ -3,6 +3,7 @@
 CREATE FUNCTION autoembed._lane_lives(pid integer, backend_start timestamptz)
     RETURNS boolean
     LANGUAGE sql
+    STABLE
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
