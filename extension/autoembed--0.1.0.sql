@@ -846,9 +846,8 @@ class Database:
     def call_embedder(self, model: str, purpose: str, texts: Sequence[str]) -> list[bytes | None]:
         """What a model's SQL function makes of texts, in PostgreSQL's binary form. Raises Trouble."""
         row: Any = None
-        known = self._run("SELECT autoembed._prepared() AS statements")[0]["statements"]
         try:
-            with contextlib.suppress(_Undo), plpy.subtransaction():
+            with self.prepared_statements_kept(), contextlib.suppress(_Undo), plpy.subtransaction():
                 [row] = self._run(
                     "SELECT c.vectors, c.fault FROM autoembed._call_embedder($1, $2, $3) AS c",
                     ["pg_catalog.text", "pg_catalog.text", "pg_catalog.text[]"],
@@ -861,11 +860,18 @@ class Database:
             if trouble is None:
                 raise
             raise trouble from error
-        finally:
-            self._run("SELECT autoembed._forget_prepared($1)", ["pg_catalog.text[]"], [known])
         if row["fault"] is not None:
             raise ProviderTrouble(row["fault"], permanent=True)
         return list(row["vectors"])
+
+    @contextmanager
+    def prepared_statements_kept(self) -> Iterator[None]:
+        """Forgets those that an owner's code leaves: the session's user may execute one by its name."""
+        known = self._run("SELECT autoembed._prepared() AS statements")[0]["statements"]
+        try:
+            yield
+        finally:
+            self._run("SELECT autoembed._forget_prepared($1)", ["pg_catalog.text[]"], [known])
 
     # Limits --------------------------------------------------------------------------------------
 
@@ -1131,15 +1137,18 @@ def process(batch_size: int, max_requests: int, timeout_milliseconds: int) -> di
     options = _options(batch_size, max_requests, timeout_milliseconds)
     here = database.Database(commits=False)
     here.clean_up()
-    report = worker.run_pass(here, _network, options)
+    with here.prepared_statements_kept():
+        report = worker.run_pass(here, _network, options)
     here.warn_of_blocked_pipelines()
     return {**vars(report), "failed_jobs": json.dumps(report.failed_jobs)}
 
 
 def work(run_seconds: float, batch_size: int, max_requests: int, timeout_milliseconds: int, backfill: bool) -> None:
     options = _options(batch_size, max_requests, timeout_milliseconds)
+    here = database.Database(commits=True)
     try:
-        worker.work(database.Database(commits=True), _network, options, run_seconds, backfill=backfill)
+        with here.prepared_statements_kept():
+            worker.work(here, _network, options, run_seconds, backfill=backfill)
     except database.Error:
         # DROP EXTENSION while the lane ran is no error.
         if database.is_installed():
@@ -4394,7 +4403,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "5e0cf706e44c5c3b"
+    GD["autoembed"] = "1de7b6ea597e14bb"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -4501,7 +4510,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "5e0cf706e44c5c3b":
+    if GD.get("autoembed") != "1de7b6ea597e14bb":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -7345,7 +7354,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "5e0cf706e44c5c3b":
+    if GD.get("autoembed") != "1de7b6ea597e14bb":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -7362,7 +7371,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "5e0cf706e44c5c3b":
+    if GD.get("autoembed") != "1de7b6ea597e14bb":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
@@ -7378,7 +7387,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "5e0cf706e44c5c3b":
+    if GD.get("autoembed") != "1de7b6ea597e14bb":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -7933,7 +7942,7 @@ CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embed
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "5e0cf706e44c5c3b":
+    if GD.get("autoembed") != "1de7b6ea597e14bb":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
@@ -8038,7 +8047,7 @@ CREATE FUNCTION autoembed._estimate_texts(texts text[], model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "5e0cf706e44c5c3b":
+    if GD.get("autoembed") != "1de7b6ea597e14bb":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.estimate(texts, model)]
@@ -8185,7 +8194,7 @@ CREATE FUNCTION autoembed._probe(model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "5e0cf706e44c5c3b":
+    if GD.get("autoembed") != "1de7b6ea597e14bb":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.probe(model)

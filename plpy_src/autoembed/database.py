@@ -260,9 +260,8 @@ class Database:
     def call_embedder(self, model: str, purpose: str, texts: Sequence[str]) -> list[bytes | None]:
         """What a model's SQL function makes of texts, in PostgreSQL's binary form. Raises Trouble."""
         row: Any = None
-        known = self._run("SELECT autoembed._prepared() AS statements")[0]["statements"]
         try:
-            with contextlib.suppress(_Undo), plpy.subtransaction():
+            with self.prepared_statements_kept(), contextlib.suppress(_Undo), plpy.subtransaction():
                 [row] = self._run(
                     "SELECT c.vectors, c.fault FROM autoembed._call_embedder($1, $2, $3) AS c",
                     ["pg_catalog.text", "pg_catalog.text", "pg_catalog.text[]"],
@@ -275,11 +274,18 @@ class Database:
             if trouble is None:
                 raise
             raise trouble from error
-        finally:
-            self._run("SELECT autoembed._forget_prepared($1)", ["pg_catalog.text[]"], [known])
         if row["fault"] is not None:
             raise ProviderTrouble(row["fault"], permanent=True)
         return list(row["vectors"])
+
+    @contextmanager
+    def prepared_statements_kept(self) -> Iterator[None]:
+        """Forgets those that an owner's code leaves: the session's user may execute one by its name."""
+        known = self._run("SELECT autoembed._prepared() AS statements")[0]["statements"]
+        try:
+            yield
+        finally:
+            self._run("SELECT autoembed._forget_prepared($1)", ["pg_catalog.text[]"], [known])
 
     # Limits --------------------------------------------------------------------------------------
 
