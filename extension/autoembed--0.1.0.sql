@@ -197,7 +197,8 @@ CREATE TABLE autoembed.pipeline (
     content_function text,
     content_function_id regprocedure,
     condition text,
-    condition_columns jsonb NOT NULL DEFAULT '{}',
+    condition_columns jsonb NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(condition_columns) = 'object'),
+    condition_objects jsonb NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(condition_objects) = 'object'),
     model text REFERENCES autoembed.model (name) ON UPDATE CASCADE,
     on_change text NOT NULL DEFAULT 'keep' CHECK (on_change IN ('keep', 'clear')),
     truncate boolean NOT NULL DEFAULT true,
@@ -223,6 +224,8 @@ COMMENT ON COLUMN autoembed.pipeline.content_function_id IS 'That function; foll
 COMMENT ON COLUMN autoembed.pipeline.condition IS 'Which rows have an embedding at all; NULL: every row with a text.';
 COMMENT ON COLUMN autoembed.pipeline.condition_columns IS
     'The columns that it uses: {name in the condition: name now}.';
+COMMENT ON COLUMN autoembed.pipeline.condition_objects IS
+    'The functions, operators, types and collations, PostgreSQL''s own aside, that it uses: {name in full: what it is}.';
 COMMENT ON COLUMN autoembed.pipeline.model IS 'Its model; NULL: the default model.';
 COMMENT ON COLUMN autoembed.pipeline.on_change IS
     'What becomes of a vector when its text changes: keep until the new one is there, or clear at once.';
@@ -4394,7 +4397,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "5e0cf706e44c5c3b"
+    GD["autoembed"] = "7bc770738c581b7b"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -4501,7 +4504,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "5e0cf706e44c5c3b":
+    if GD.get("autoembed") != "7bc770738c581b7b":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -5168,6 +5171,35 @@ $sql$;
 COMMENT ON FUNCTION autoembed._needed_columns(autoembed.pipeline) IS
     'The columns without which a pipeline cannot work, its embedding column aside.';
 
+CREATE FUNCTION autoembed._missing_object(pipeline autoembed.pipeline)
+    RETURNS text
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT concat_ws(' ', o.value ->> 'type', o.key)
+    FROM jsonb_each(pipeline.condition_objects) AS o
+    WHERE NOT EXISTS (
+        SELECT FROM (
+            SELECT 'pg_proc'::regclass AS class, p.oid FROM pg_proc AS p WHERE p.proname = o.value ->> 'name'
+            UNION ALL
+            SELECT 'pg_operator'::regclass, p.oid FROM pg_operator AS p WHERE p.oprname = o.value ->> 'name'
+            UNION ALL
+            SELECT 'pg_type'::regclass, t.oid FROM pg_type AS t WHERE t.typname = o.value ->> 'name'
+            UNION ALL
+            SELECT 'pg_collation'::regclass, c.oid FROM pg_collation AS c WHERE c.collname = o.value ->> 'name'
+        ) AS c
+        CROSS JOIN LATERAL pg_identify_object(c.class, c.oid, 0) AS i
+        -- Made anew it is as good. The types that it takes may have other names since: the condition does not tell them.
+        WHERE i.identity = o.key
+           OR c.oid::text = o.value ->> 'oid' AND split_part(i.identity, '(', 1) = split_part(o.key, '(', 1)
+    )
+    ORDER BY o.key
+    LIMIT 1;
+$sql$;
+COMMENT ON FUNCTION autoembed._missing_object(autoembed.pipeline) IS
+    'A function, operator, type or collation of a pipeline''s condition that no longer has the name that it has there; NULL if there is none.';
+
 CREATE FUNCTION autoembed._operator(table_id oid, column_name name, strategy integer)
     RETURNS text
     LANGUAGE sql
@@ -5220,6 +5252,8 @@ BEGIN
         FROM pg_proc AS p
         JOIN pg_namespace AS n ON n.oid = p.pronamespace
         WHERE p.oid = autoembed._content_function_of(pipeline);
+        -- One that is gone is an error in whatever calls it, and nobody can make it where this looks.
+        _text := coalesce(_text, format('autoembed.%I(%s)', pipeline.content_function, alias));
     END IF;
     IF pipeline.condition IS NOT NULL THEN
         _text := format('CASE WHEN (SELECT (%s) FROM (SELECT %s) AS r) THEN %s END', pipeline.condition, (
@@ -5409,6 +5443,14 @@ BEGIN
             errcode := 'insufficient_privilege';
             RETURN;
         END IF;
+    END IF;
+
+    _missing := autoembed._missing_object(pipeline);
+    IF _missing IS NOT NULL THEN
+        problem := format('the condition on table %s uses %s, which is gone or has another name', pipeline.table_id, _missing);
+        hint := format('Bring it back, or give the condition anew: SELECT autoembed.alter_pipeline(%L, condition => …).', pipeline.table_id);
+        errcode := 'waits';
+        RETURN;
     END IF;
 
     _model := autoembed._model(pipeline.model);
@@ -6022,7 +6064,9 @@ BEGIN
     PERFORM autoembed._build_pipeline(NEW.id);
     BEGIN
         -- On no row, and undone, whatever the owner's code does: has PostgreSQL read all that will be read.
-        EXECUTE format('SELECT FROM autoembed._content_%s(''{}'')', NEW.id);
+        IF autoembed._missing_object(NEW) IS NULL THEN
+            EXECUTE format('SELECT FROM autoembed._content_%s(''{}'')', NEW.id);
+        END IF;
         RAISE EXCEPTION USING ERRCODE = 'AE000';
     EXCEPTION
         WHEN SQLSTATE 'AE000' THEN
@@ -6163,7 +6207,8 @@ BEGIN
                 condition_columns = _pipeline.condition_columns, table_shape = _after
             WHERE p.id = _pipeline.id;
         END IF;
-        IF (SELECT c.problem IS NULL FROM autoembed._check_pipeline(_pipeline) AS c) THEN
+        -- Whatever keeps rows from being embedded: a trigger made for other names would refuse them.
+        IF (SELECT c.errcode IS DISTINCT FROM 'undefined_column' FROM autoembed._check_pipeline(_pipeline) AS c) THEN
             PERFORM autoembed._build_pipeline(_pipeline.id);
         END IF;
         -- The vectors are of another type, or the texts may be others, or there are rows that came with a partition: no
@@ -6468,7 +6513,7 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._check_on_change(text) IS 'Fails unless it is keep or clear.';
 
-CREATE FUNCTION autoembed._read_condition(table_name regclass, INOUT condition text, OUT columns jsonb)
+CREATE FUNCTION autoembed._read_condition(table_name regclass, INOUT condition text, OUT columns jsonb, OUT objects jsonb)
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
     SET client_min_messages = warning
@@ -6478,6 +6523,7 @@ DECLARE
                    WHERE c.oid = table_name);
 BEGIN
     columns := '{}';
+    objects := '{}';
     IF condition IS NULL THEN
         RETURN;
     END IF;
@@ -6488,8 +6534,17 @@ BEGIN
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     SELECT pg_get_expr(k.conbin, k.conrelid),
            coalesce((SELECT jsonb_object_agg(a.attname, a.attname) FROM pg_attribute AS a
-                     WHERE a.attrelid = k.conrelid AND a.attnum = ANY (k.conkey) AND a.attnum > 0), '{}')
-    INTO STRICT condition, columns
+                     WHERE a.attrelid = k.conrelid AND a.attnum = ANY (k.conkey) AND a.attnum > 0), '{}'),
+           coalesce((SELECT jsonb_object_agg(i.identity, jsonb_build_object('type', i.type, 'oid', d.refobjid::text, 'name', (
+                                SELECT p.proname FROM pg_proc AS p WHERE p.oid = d.refobjid AND d.refclassid = 'pg_proc'::regclass
+                                UNION ALL SELECT p.oprname FROM pg_operator AS p WHERE p.oid = d.refobjid AND d.refclassid = 'pg_operator'::regclass
+                                UNION ALL SELECT t.typname FROM pg_type AS t WHERE t.oid = d.refobjid AND d.refclassid = 'pg_type'::regclass
+                                UNION ALL SELECT c.collname FROM pg_collation AS c WHERE c.oid = d.refobjid AND d.refclassid = 'pg_collation'::regclass)))
+                     FROM pg_depend AS d
+                     CROSS JOIN LATERAL pg_identify_object(d.refclassid, d.refobjid, 0) AS i
+                     WHERE d.classid = 'pg_constraint'::regclass AND d.objid = k.oid
+                       AND d.refclassid IN ('pg_proc'::regclass, 'pg_operator'::regclass, 'pg_type'::regclass, 'pg_collation'::regclass)), '{}')
+    INTO STRICT condition, columns, objects
     FROM pg_constraint AS k WHERE k.conrelid = 'pg_temp.autoembed_condition'::regclass AND k.conname = 'condition';
     DROP TABLE pg_temp.autoembed_condition;
 EXCEPTION WHEN syntax_error_or_access_rule_violation OR feature_not_supported OR data_exception THEN
@@ -6500,7 +6555,7 @@ EXCEPTION WHEN syntax_error_or_access_rule_violation OR feature_not_supported OR
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._read_condition(regclass, text) IS
-    'A condition on the rows of a table, with every name in it in full, and its columns, {name: name}; an error if it is none. Runs with the caller''s rights.';
+    'A condition on the rows of a table, with every name in it in full, its columns, {name: name}, and what else it uses; an error if it is none. Runs with the caller''s rights.';
 
 CREATE FUNCTION autoembed.enable(
     table_name regclass,
@@ -6588,9 +6643,9 @@ BEGIN
             HINT = 'Many models give shorter ones: autoembed.create_model(…, dimensions => 1024).';
     END IF;
     INSERT INTO autoembed.pipeline AS p (table_id, embedding_column, content_columns, content_function, content_template,
-                                         condition, condition_columns, model, on_change, truncate, replicated)
+                                         condition, condition_columns, condition_objects, model, on_change, truncate, replicated)
     SELECT enable.table_name, enable.embedding_column, enable.content_columns, enable.content_function, enable.content_template,
-           c.condition, c.columns, enable.model, enable.on_change, coalesce(enable.truncate, true), coalesce(enable.replicated, false)
+           c.condition, c.columns, c.objects, enable.model, enable.on_change, coalesce(enable.truncate, true), coalesce(enable.replicated, false)
     FROM autoembed._read_condition(enable.table_name, enable.condition) AS c
     RETURNING p.id INTO _id;
     IF enqueue_existing OR create_index THEN
@@ -6650,6 +6705,7 @@ BEGIN
         model = CASE WHEN alter_pipeline.model IS NULL THEN p.model ELSE nullif(alter_pipeline.model, '') END,
         condition = CASE WHEN alter_pipeline.condition IS NULL THEN p.condition ELSE _condition.condition END,
         condition_columns = CASE WHEN alter_pipeline.condition IS NULL THEN p.condition_columns ELSE _condition.columns END,
+        condition_objects = CASE WHEN alter_pipeline.condition IS NULL THEN p.condition_objects ELSE _condition.objects END,
         on_change = coalesce(alter_pipeline.on_change, p.on_change),
         truncate = coalesce(alter_pipeline.truncate, p.truncate)
     WHERE p.id = _pipeline.id;
@@ -7345,7 +7401,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "5e0cf706e44c5c3b":
+    if GD.get("autoembed") != "7bc770738c581b7b":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -7362,7 +7418,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "5e0cf706e44c5c3b":
+    if GD.get("autoembed") != "7bc770738c581b7b":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
@@ -7378,7 +7434,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "5e0cf706e44c5c3b":
+    if GD.get("autoembed") != "7bc770738c581b7b":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -7933,7 +7989,7 @@ CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embed
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "5e0cf706e44c5c3b":
+    if GD.get("autoembed") != "7bc770738c581b7b":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
@@ -8038,7 +8094,7 @@ CREATE FUNCTION autoembed._estimate_texts(texts text[], model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "5e0cf706e44c5c3b":
+    if GD.get("autoembed") != "7bc770738c581b7b":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.estimate(texts, model)]
@@ -8185,7 +8241,7 @@ CREATE FUNCTION autoembed._probe(model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "5e0cf706e44c5c3b":
+    if GD.get("autoembed") != "7bc770738c581b7b":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.probe(model)
@@ -8225,9 +8281,9 @@ BEGIN
         _estimate_texts}');
     EXECUTE format('GRANT SELECT,
                     INSERT (table_id, embedding_column, content_columns, content_function, content_template, condition, condition_columns,
-                            model, on_change, truncate, replicated),
-                    UPDATE (content_columns, content_function, content_template, condition, condition_columns, model, on_change, truncate,
-                            paused),
+                            condition_objects, model, on_change, truncate, replicated),
+                    UPDATE (content_columns, content_function, content_template, condition, condition_columns, condition_objects, model,
+                            on_change, truncate, paused),
                     DELETE ON autoembed.pipeline TO %s', role);
     EXECUTE format('GRANT SELECT, INSERT (pipeline_id, condition, force, create_index), DELETE ON autoembed.backfill TO %s', role);
     EXECUTE format('GRANT SELECT ON autoembed._row_state TO %s', role);

@@ -609,6 +609,147 @@ def test_a_rename_is_followed_and_costs_nothing(db: Connection, api: FakeApi, pi
     assert queued(db) == []
 
 
+# What a condition uses, besides columns: how it goes, and comes back.
+HELPERS = """
+CREATE SCHEMA helpers;
+CREATE FUNCTION helpers.odd(n int) RETURNS boolean LANGUAGE sql RETURN n % 2 = 1;
+CREATE OPERATOR helpers.%% (FUNCTION = helpers.odd, RIGHTARG = int);
+CREATE TYPE helpers.colour AS ENUM ('one', 'two', 'three');
+CREATE COLLATION helpers.plain (LOCALE = 'C');
+"""
+ODD = "helpers.odd(id)"
+GOING: dict[str, tuple[str, str, str]] = {
+    "a function, renamed": (
+        ODD,
+        "ALTER FUNCTION helpers.odd RENAME TO uneven",
+        "ALTER FUNCTION helpers.uneven RENAME TO odd",
+    ),
+    "a function, moved": (
+        ODD,
+        "ALTER FUNCTION helpers.odd SET SCHEMA public",
+        "ALTER FUNCTION public.odd SET SCHEMA helpers",
+    ),
+    "a function, dropped": (
+        ODD,
+        "DROP FUNCTION helpers.odd CASCADE",
+        "CREATE FUNCTION helpers.odd(n int) RETURNS boolean LANGUAGE sql RETURN n % 2 = 1",
+    ),
+    "a function, another of its name in its place": (
+        ODD,
+        "DROP FUNCTION helpers.odd CASCADE; CREATE FUNCTION helpers.odd(t text) RETURNS boolean LANGUAGE sql RETURN true",
+        "CREATE FUNCTION helpers.odd(n int) RETURNS boolean LANGUAGE sql RETURN n % 2 = 1",
+    ),
+    "its schema, renamed": (ODD, "ALTER SCHEMA helpers RENAME TO tools", "ALTER SCHEMA tools RENAME TO helpers"),
+    "its schema, dropped": (ODD, "DROP SCHEMA helpers CASCADE", HELPERS),
+    "an operator": (
+        "OPERATOR(helpers.%%) id",
+        "DROP OPERATOR helpers.%% (NONE, int)",
+        "CREATE OPERATOR helpers.%% (FUNCTION = helpers.odd, RIGHTARG = int)",
+    ),
+    "a type": (
+        "title::helpers.colour <> 'two'",
+        "ALTER TYPE helpers.colour RENAME TO color",
+        "ALTER TYPE helpers.color RENAME TO colour",
+    ),
+    "a collation": (
+        "title COLLATE helpers.plain <> 'two'",
+        "DROP COLLATION helpers.plain",
+        "CREATE COLLATION helpers.plain (LOCALE = 'C')",
+    ),
+}
+
+
+def odd_pipeline(db: Connection, condition: str) -> None:
+    db.execute(HELPERS)
+    db.execute("SELECT autoembed.enable('documents', content_columns => '{content}', condition => %s)", [condition])
+    embed(db)
+
+
+def state(db: Connection) -> tuple[str, str | None, str | None]:
+    [row] = db.execute("SELECT state, reason, hint FROM autoembed.status").fetchall()
+    return row.state, row.reason, row.hint
+
+
+@pytest.mark.parametrize("going", GOING)
+@pytest.mark.parametrize("mended", ["it comes back", "the condition is given anew"])
+def test_what_a_condition_uses_may_go_and_its_rows_wait_until_that_is_mended(
+    db: Connection, going: str, mended: str
+) -> None:
+    condition, goes, comes_back = GOING[going]
+    odd_pipeline(db, condition)
+    assert vectors(db) == {1: True, 2: False, 3: True}
+
+    db.execute(goes)
+    db.execute("UPDATE documents SET content = 'new'; INSERT INTO documents VALUES (5, 'three', 'c5')")
+    with warnings_of(db) as warnings:
+        report = db.execute("SELECT read, failed FROM autoembed.process()").fetchone()
+    assert report == (0, 0)
+    assert queued(db) == [[1], [2], [3], [5]]
+    stopped, reason, hint = state(db)
+    assert stopped == "stopped"
+    assert reason is not None and "the condition on table app.documents uses" in reason and " helpers." in reason
+    assert hint is not None and "autoembed.alter_pipeline('app.documents', condition => …)" in hint
+    assert any(reason in warning and hint in warning for warning in warnings)
+    finding = "SELECT ok, finding, advice FROM autoembed.doctor() WHERE subject = 'table app.documents.embedding'"
+    assert db.execute(finding).fetchone() == (False, reason, hint)
+    # Nothing else of the pipeline is refused meanwhile.
+    db.execute("ALTER TABLE documents RENAME content TO body; UPDATE documents SET body = body || '!' WHERE id = 1")
+    db.execute("SELECT autoembed.alter_pipeline('documents', on_change => 'clear'), autoembed.resync('documents')")
+
+    if mended == "it comes back":
+        db.execute(comes_back)
+    else:
+        db.execute("SELECT autoembed.alter_pipeline('documents', condition => 'id <> 2')")
+    embed(db)
+    assert vectors(db) == {1: True, 2: False, 3: True, 5: True}
+    assert state(db) == ("idle", None, None)
+
+
+def test_a_type_that_a_conditions_function_takes_may_be_renamed(db: Connection) -> None:
+    db.execute(HELPERS)
+    db.execute("CREATE FUNCTION warm(c helpers.colour) RETURNS boolean LANGUAGE sql RETURN c::text <> 'two'")
+    db.execute("ALTER TABLE documents ADD colour helpers.colour; UPDATE documents SET colour = title::helpers.colour")
+    attached(db, "content_columns => '{content}', condition => 'warm(colour)'")
+
+    db.execute("ALTER TYPE helpers.colour RENAME TO color; UPDATE documents SET content = 'new'")
+    embed(db)
+
+    assert state(db) == ("idle", None, None)
+    assert_fresh(db, "CASE WHEN id <> 2 THEN content END")
+
+
+# What keeps a pipeline from being embedded, whose tables may be altered all the same.
+HELD_UP = {
+    "dimensions that do not fit": (COLUMNS, "ALTER TABLE documents ALTER embedding TYPE halfvec(3) USING NULL"),
+    "a type that is none of vectors": (COLUMNS, "ALTER TABLE documents ALTER embedding TYPE text USING NULL"),
+    "a content function that is gone": ("content_function => 'text_of'", "DROP FUNCTION text_of"),
+    "a condition's function that is gone": (
+        f"{COLUMNS}, condition => 'helpers.odd(id)'",
+        "DROP FUNCTION helpers.odd CASCADE",
+    ),
+    "a column that must not be NULL": (
+        f"{COLUMNS}, on_change => 'clear'",
+        "ALTER TABLE documents ALTER embedding SET NOT NULL",
+    ),
+}
+
+
+@pytest.mark.parametrize("held_up", HELD_UP)
+def test_a_rename_refuses_no_row_whatever_keeps_its_table_from_being_embedded(db: Connection, held_up: str) -> None:
+    arguments, holds_up = HELD_UP[held_up]
+    db.execute(HELPERS)
+    attached(db, arguments)
+    db.execute(holds_up)
+
+    db.execute("ALTER TABLE documents RENAME id TO number; ALTER TABLE documents RENAME content TO body")
+    if "NULL" not in held_up:
+        db.execute("UPDATE documents SET body = 'new'; INSERT INTO documents VALUES (4, 'four', 'c4')")
+    db.execute("DELETE FROM documents WHERE number = 2")
+
+    assert [2] in queued(db)
+    assert state(db)[0] == "stopped"
+
+
 def test_a_table_with_its_functions_may_be_altered_by_another_owner(db: Connection) -> None:
     db.execute(
         "CREATE ROLE enable_first; CREATE ROLE enable_second; GRANT ALL ON SCHEMA app TO enable_first, enable_second"

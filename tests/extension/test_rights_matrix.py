@@ -88,6 +88,7 @@ _leave_lane - - - x
 _load_python - - - x
 _look_through - x - x
 _may_see - x x x
+_missing_object - - - x
 _model - - - x
 _model_facts - - - x
 _needed_columns - x - x
@@ -173,6 +174,7 @@ permit - - - rawd
 pipeline - rd - rawd
 pipeline.condition - raw - raw
 pipeline.condition_columns - raw - raw
+pipeline.condition_objects - raw - raw
 pipeline.content_columns - raw - raw
 pipeline.content_function - raw - raw
 pipeline.content_template - raw - raw
