@@ -273,9 +273,16 @@ CREATE FUNCTION autoembed._forget_all(pipeline_id integer)
     SET search_path = pg_catalog, pg_temp
 AS $sql$
     DELETE FROM autoembed.embedded AS e WHERE e.pipeline_id = _forget_all.pipeline_id;
-    DELETE FROM autoembed.failure AS f WHERE f.pipeline_id = _forget_all.pipeline_id;
+    -- One may be of a row that has come since: the newest messages are read before older ones.
+    WITH failed AS (
+        DELETE FROM autoembed.failure AS f WHERE f.pipeline_id = _forget_all.pipeline_id RETURNING f.key
+    )
+    INSERT INTO pgmq.q_embedding_jobs (vt, message)
+    SELECT clock_timestamp(), jsonb_build_object('pipeline', _forget_all.pipeline_id, 'keys', jsonb_agg(k.key::jsonb))
+    FROM (SELECT f.key, (row_number() OVER () - 1) / 100 AS message FROM failed AS f) AS k
+    GROUP BY k.message;
 $sql$;
-COMMENT ON FUNCTION autoembed._forget_all(integer) IS 'Forgets all rows of a table that was truncated.';
+COMMENT ON FUNCTION autoembed._forget_all(integer) IS 'Forgets all rows of a table that was truncated; those that have failed are looked at again.';
 
 CREATE FUNCTION autoembed._fail(pipeline_id integer, key text, reason text, attempts integer, excerpt text)
     RETURNS void

@@ -173,6 +173,23 @@ def test_every_form_of_content_gives_its_text_before_and_after_a_change(db: Conn
     assert_fresh(db, text)
 
 
+def test_a_row_that_failed_before_its_tables_truncation_is_read_stays_known(db: Connection, api: FakeApi) -> None:
+    """The newest messages are claimed before older ones."""
+    api.behave(faults=[{"status": 400, "match": "poison", "times": "forever"}])
+    attached(db)
+    db.execute("UPDATE documents SET content = 'poison' WHERE id = 1")
+    db.execute("SELECT autoembed.process(); TRUNCATE documents")
+    db.execute("UPDATE pgmq.q_embedding_jobs SET vt = 'infinity'; INSERT INTO documents VALUES (5, 'poison', 'poison')")
+    db.execute("SELECT autoembed.process(); UPDATE pgmq.q_embedding_jobs SET vt = '-infinity'")
+    assert db.execute("SELECT key FROM autoembed.failed ORDER BY key").fetchall() == [("[1]",), ("[5]",)]
+
+    for _ in range(2):
+        db.execute("SELECT autoembed.process()")
+
+    assert waiting(db) == 0
+    assert db.execute("SELECT key FROM autoembed.failed").fetchall() == [("[5]",)]
+
+
 def test_a_blank_text_has_no_embedding(db: Connection, api: FakeApi) -> None:
     attached(db, "content_columns => '{content}'")
 
@@ -636,7 +653,8 @@ GOING: dict[str, tuple[str, str, str]] = {
     ),
     "a function, another of its name in its place": (
         ODD,
-        "DROP FUNCTION helpers.odd CASCADE; CREATE FUNCTION helpers.odd(t text) RETURNS boolean LANGUAGE sql RETURN true",
+        "DROP FUNCTION helpers.odd CASCADE;"
+        "CREATE FUNCTION helpers.odd(t text) RETURNS boolean LANGUAGE sql RETURN true",
         "CREATE FUNCTION helpers.odd(n int) RETURNS boolean LANGUAGE sql RETURN n % 2 = 1",
     ),
     "its schema, renamed": (ODD, "ALTER SCHEMA helpers RENAME TO tools", "ALTER SCHEMA tools RENAME TO helpers"),
@@ -1490,6 +1508,17 @@ MEANWHILE = {
     "its columns renamed": "ALTER TABLE documents RENAME content TO body; ALTER TABLE documents RENAME id TO number",
     "its content altered": "SELECT autoembed.alter_pipeline('documents', content_template => 'new {content}')",
     "paused": "SELECT autoembed.pause('documents')",
+    "its column altered": "ALTER TABLE documents ALTER embedding TYPE vector(1536)",
+    "its column altered and altered back": "ALTER TABLE documents ALTER embedding TYPE vector(1536);"
+    "ALTER TABLE documents ALTER embedding TYPE halfvec(1536)",
+    "its column shortened": "ALTER TABLE documents ALTER embedding TYPE halfvec(3)",
+    "its condition's function dropped": "DROP FUNCTION odd",
+    "its condition's function made anew": "DROP FUNCTION odd; CREATE FUNCTION odd(n int) RETURNS boolean RETURN n > 0",
+}
+# What is put right afterwards.
+MENDED = {
+    "its column shortened": "ALTER TABLE documents ALTER embedding TYPE halfvec(1536) USING NULL",
+    "its condition's function dropped": "CREATE FUNCTION odd(n int) RETURNS boolean RETURN n > 0",
 }
 
 
@@ -1499,7 +1528,9 @@ def test_a_lane_takes_it_calmly_when_its_table_changes_under_a_request_in_flight
 ) -> None:
     with connect() as db:
         db.execute("CREATE TABLE documents (id int PRIMARY KEY, content text); INSERT INTO documents VALUES (1, 'one')")
-        db.execute("SELECT autoembed.enable('documents', content_columns => '{content}')")
+        db.execute("CREATE FUNCTION odd(n int) RETURNS boolean RETURN n % 2 = 1")
+        condition = ", condition => 'odd(id)'" if "condition" in meanwhile else ""
+        db.execute(f"SELECT autoembed.enable('documents', content_columns => '{{content}}'{condition})")
         own_api.behave(hold=True)
         with running_lanes(db, connect) as [lane]:
             own_api.wait_for(held=1)
@@ -1513,14 +1544,17 @@ def test_a_lane_takes_it_calmly_when_its_table_changes_under_a_request_in_flight
             wait_until(lambda: lane.error or db.execute(embedded).fetchone() == (True,))
             assert lane.error is None
             db.execute("UPDATE autoembed.pipeline SET paused = false")
+            if meanwhile in MENDED:
+                reason = "SELECT reason FROM autoembed.status WHERE table_name = 'documents'::regclass"
+                assert db.execute(reason).fetchone() != (None,)
+                assert db.execute("SELECT * FROM autoembed.failed").fetchall() == []
+            db.execute(MENDED.get(meanwhile, ""))
             due = (
-                "SELECT EXISTS (SELECT FROM pgmq.q_embedding_jobs WHERE vt <= now())"
-                " OR EXISTS (SELECT FROM autoembed.backfill WHERE scanned_at IS NULL)"
+                "SELECT EXISTS (SELECT FROM pgmq.q_embedding_jobs) OR EXISTS (SELECT FROM autoembed.backfill)"
+                " OR EXISTS (SELECT FROM autoembed.failed)"
             )
             wait_until(lambda: lane.error or db.execute(due).fetchone() == (False,))
             assert lane.error is None
-            # A table that is gone has left its pipeline, which the lane takes away within a second.
-            wait_until(lambda: db.execute("SELECT * FROM autoembed.failed").fetchall() == [])
         table = "papers" if meanwhile == "its table renamed" else "documents"
         if meanwhile in list(MEANWHILE)[5:]:
             text = {"its columns renamed": "body", "its content altered": "'new ' || content"}.get(meanwhile, "content")
