@@ -4425,7 +4425,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "4527fbb220992a7f"
+    GD["autoembed"] = "d3be5f0eefc04cc2"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -4532,7 +4532,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "4527fbb220992a7f":
+    if GD.get("autoembed") != "d3be5f0eefc04cc2":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -5386,12 +5386,12 @@ BEGIN
 
     IF _table.relforcerowsecurity AND _table.relrowsecurity
        AND NOT (SELECT r.rolsuper OR r.rolbypassrls FROM pg_roles AS r WHERE r.oid = _table.relowner)
-       AND (EXISTS (SELECT FROM pg_policy AS p WHERE p.polrelid = _table.oid AND NOT p.polpermissive)
-            OR NOT EXISTS (
-                SELECT FROM pg_policy AS p
-                WHERE p.polrelid = _table.oid AND p.polpermissive AND p.polcmd = '*' AND pg_get_expr(p.polqual, p.polrelid) = 'true'
-                  AND p.polroles && ARRAY[0::oid, _table.relowner]
-            )) THEN
+       AND (SELECT NOT coalesce(bool_or(p.polpermissive AND p.polcmd = '*' AND pg_get_expr(p.polqual, p.polrelid) = 'true'), false)
+                   OR NOT bool_and(p.polpermissive)
+            FROM pg_policy AS p
+            WHERE p.polrelid = _table.oid
+              -- Those that bind him: for PUBLIC, or for a role that he has the rights of.
+              AND EXISTS (SELECT FROM unnest(p.polroles) AS r(id) WHERE r.id = 0 OR pg_has_role(_table.relowner, r.id, 'USAGE'))) THEN
         problem := format('row level security is forced on the owner of table %s and may hide rows from him', pipeline.table_id);
         hint := format('Let him see all: CREATE POLICY embeddings ON %s TO %I USING (true), without restrictive policies; or ALTER TABLE %s NO FORCE ROW LEVEL SECURITY.',
                        pipeline.table_id, pg_get_userbyid(_table.relowner), pipeline.table_id);
@@ -7436,7 +7436,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "4527fbb220992a7f":
+    if GD.get("autoembed") != "d3be5f0eefc04cc2":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -7453,7 +7453,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "4527fbb220992a7f":
+    if GD.get("autoembed") != "d3be5f0eefc04cc2":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
@@ -7469,7 +7469,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "4527fbb220992a7f":
+    if GD.get("autoembed") != "d3be5f0eefc04cc2":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -8024,7 +8024,7 @@ CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embed
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "4527fbb220992a7f":
+    if GD.get("autoembed") != "d3be5f0eefc04cc2":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
@@ -8129,7 +8129,7 @@ CREATE FUNCTION autoembed._estimate_texts(texts text[], model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "4527fbb220992a7f":
+    if GD.get("autoembed") != "d3be5f0eefc04cc2":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.estimate(texts, model)]
@@ -8276,7 +8276,7 @@ CREATE FUNCTION autoembed._probe(model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "4527fbb220992a7f":
+    if GD.get("autoembed") != "d3be5f0eefc04cc2":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.probe(model)

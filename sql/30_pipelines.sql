@@ -297,12 +297,12 @@ BEGIN
 
     IF _table.relforcerowsecurity AND _table.relrowsecurity
        AND NOT (SELECT r.rolsuper OR r.rolbypassrls FROM pg_roles AS r WHERE r.oid = _table.relowner)
-       AND (EXISTS (SELECT FROM pg_policy AS p WHERE p.polrelid = _table.oid AND NOT p.polpermissive)
-            OR NOT EXISTS (
-                SELECT FROM pg_policy AS p
-                WHERE p.polrelid = _table.oid AND p.polpermissive AND p.polcmd = '*' AND pg_get_expr(p.polqual, p.polrelid) = 'true'
-                  AND p.polroles && ARRAY[0::oid, _table.relowner]
-            )) THEN
+       AND (SELECT NOT coalesce(bool_or(p.polpermissive AND p.polcmd = '*' AND pg_get_expr(p.polqual, p.polrelid) = 'true'), false)
+                   OR NOT bool_and(p.polpermissive)
+            FROM pg_policy AS p
+            WHERE p.polrelid = _table.oid
+              -- Those that bind him: for PUBLIC, or for a role that he has the rights of.
+              AND EXISTS (SELECT FROM unnest(p.polroles) AS r(id) WHERE r.id = 0 OR pg_has_role(_table.relowner, r.id, 'USAGE'))) THEN
         problem := format('row level security is forced on the owner of table %s and may hide rows from him', pipeline.table_id);
         hint := format('Let him see all: CREATE POLICY embeddings ON %s TO %I USING (true), without restrictive policies; or ALTER TABLE %s NO FORCE ROW LEVEL SECURITY.',
                        pipeline.table_id, pg_get_userbyid(_table.relowner), pipeline.table_id);

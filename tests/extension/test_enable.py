@@ -785,6 +785,54 @@ def test_a_table_with_its_functions_may_be_altered_by_another_owner(db: Connecti
     assert_fresh(db, "title || ': ' || content")
 
 
+# Policies may bind the owner himself ---------------------------------------------------------------
+
+FORCED = {
+    "none at all": ("", False),
+    "one that hides rows": ("CREATE POLICY few ON documents USING (id < 3)", False),
+    "one that hides rows by a setting": ("CREATE POLICY tenant ON documents USING (title = current_setting('x'))", False),
+    "one that lets all be seen, but not written": ("CREATE POLICY seen ON documents FOR SELECT USING (true)", False),
+    "another's": ("CREATE POLICY others ON documents TO enable_other USING (true)", False),
+    "a restrictive one beside": (
+        "CREATE POLICY every ON documents USING (true); CREATE POLICY few ON documents AS RESTRICTIVE USING (id < 3)",
+        False,
+    ),
+    "one that hides nothing": ("CREATE POLICY every ON documents USING (true)", True),
+    "one for a group of the owner's": ("CREATE POLICY every ON documents TO enable_group USING (true)", True),
+    "a restrictive one for others beside": (
+        "CREATE POLICY every ON documents TO enable_owner USING (true);"
+        "CREATE POLICY few ON documents AS RESTRICTIVE TO enable_other USING (id < 3)",
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("policies", FORCED)
+def test_policies_that_may_hide_rows_from_their_owner_are_reported_and_leave_none_out(
+    db: Connection, policies: str
+) -> None:
+    statements, sound = FORCED[policies]
+    db.execute("CREATE ROLE enable_group; CREATE ROLE enable_other; CREATE ROLE enable_owner IN ROLE enable_group")
+    db.execute("GRANT ALL ON SCHEMA app TO enable_owner; ALTER TABLE documents OWNER TO enable_owner")
+    attached(db)
+    db.execute("ALTER TABLE documents ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
+    db.execute(f"{statements}; UPDATE documents SET content = 'new'")
+
+    if not sound:
+        assert db.execute("SELECT read FROM autoembed.process()").fetchone() == (0,)
+        assert queued(db) == [[1], [2], [3]]
+        problem = "row level security is forced on the owner of table app.documents and may hide rows from him"
+        stopped, reason, hint = state(db)
+        assert (stopped, reason) == ("stopped", problem)
+        assert hint is not None and "CREATE POLICY embeddings ON app.documents TO enable_owner USING (true)" in hint
+        finding = "SELECT finding, advice FROM autoembed.doctor() WHERE NOT ok AND subject ~ '^table'"
+        assert db.execute(finding).fetchall() == [(problem, hint)]
+        db.execute("ALTER TABLE documents NO FORCE ROW LEVEL SECURITY")
+
+    embed(db)
+    assert_fresh(db)
+
+
 # Types and columns may change ------------------------------------------------------------------------
 
 RETYPED = {
