@@ -939,12 +939,12 @@ class Database:
             if vectors is not None and (stage := self._staged(pipeline, vectors)):
                 embeddings, arguments = f"(SELECT pg_catalog.array_agg(s.v ORDER BY s.n) FROM {stage} AS s)", []
             else:
-                embeddings = f"$3::{pipeline.vector_type}[]"
+                embeddings = f"$4::{pipeline.vector_type}[]"
                 arguments = [[None] * len(keys) if vectors is None else literals(vectors)]
             rows = self._run(
-                f"SELECT w.key, w.outcome FROM autoembed._write_{pipeline.id}($1, $2, {embeddings}) AS w",
-                ["pg_catalog.text[]", "pg_catalog.text[]", "pg_catalog.text[]"][: 2 + len(arguments)],
-                [list(keys), list(contents), *arguments],
+                f"SELECT w.key, w.outcome FROM autoembed._write_{pipeline.id}($1, $2, $3, {embeddings}) AS w",
+                [*["pg_catalog.text[]"] * 2, "pg_catalog.text", *["pg_catalog.text[]"] * len(arguments)],
+                [list(keys), list(contents), pipeline.model.identity, *arguments],
             )
             if not pipeline.trusted:
                 self._run("SELECT autoembed._check_deferred()")
@@ -2279,6 +2279,11 @@ class Model:
     def prefix(self, purpose: Purpose) -> str:
         """What goes before each text; see prefixed()."""
         return str(self.options.get(f"{purpose}_prefix", ""))
+
+    @property
+    def identity(self) -> str:
+        """What makes its vectors others than another's, as the functions that write them know it."""
+        return " ".join(filter(None, (self.provider, self.model_id, str(self.dimensions), self.prefix("document"))))
 
     def digest(self, content: str) -> bytes:
         """16 bytes that tell whether this text, by this model, has been embedded before."""
@@ -4425,7 +4430,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "d3be5f0eefc04cc2"
+    GD["autoembed"] = "4bebdce90d99599a"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -4532,7 +4537,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "d3be5f0eefc04cc2":
+    if GD.get("autoembed") != "4bebdce90d99599a":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -5634,6 +5639,7 @@ DECLARE
     _sent_keys text;
     _same_key text;
     _later_key text;
+    _model text;
     _from text;
     _ready boolean;
 BEGIN
@@ -5665,7 +5671,11 @@ BEGIN
     FROM unnest(_pipeline.key_columns) WITH ORDINALITY AS k(name, position)
     JOIN pg_attribute AS a ON a.attrelid = _pipeline.table_id AND a.attname = k.name;
 
-    _from := concat_ws(' ', _table, _owner, _options, _keys, _sent_keys, _pipeline.embedding_column, _vector_type, _content);
+    -- As Model.identity has it.
+    SELECT concat_ws(' ', m.provider, m.model_id, m.dimensions, nullif(m.options ->> 'document_prefix', '')) INTO STRICT _model
+    FROM autoembed._model(_pipeline.model) AS m;
+
+    _from := concat_ws(' ', _table, _owner, _options, _keys, _sent_keys, _pipeline.embedding_column, _vector_type, _content, _model);
     SELECT count(*) = 3 INTO _ready
     FROM pg_proc AS p
     JOIN pg_roles AS o ON o.oid = p.proowner AND o.rolname = _owner
@@ -5708,8 +5718,13 @@ $body$, _table,
 
     -- Rows that somebody else has locked are left out: embeddings never wait for an application, nor two lanes for each other.
     -- Triggers deferred to the commit would run as the lane, so they run at the end of this.
-    PERFORM autoembed._create_owned(_owner, format('_write_%s(keys text[], contents text[], embeddings %s[])', pipeline_id, _vector_type),
+    PERFORM autoembed._create_owned(_owner, format('_write_%s(keys text[], contents text[], model text, embeddings %s[])', pipeline_id, _vector_type),
         'TABLE (key text, outcome text)', format('%s SET autoembed.writing = %L', _options, _pipeline.table_id::oid), format($body$
+    -- Asked for before its model was changed: that of now may have been faster.
+    IF model IS DISTINCT FROM %7$L THEN
+        RETURN QUERY SELECT s.key, 'changed' FROM unnest(keys) AS s(key);
+        RETURN;
+    END IF;
     LOCK TABLE %3$s IN ROW EXCLUSIVE MODE NOWAIT;
     FOR key, outcome IN
     WITH sent AS MATERIALIZED (
@@ -5752,7 +5767,7 @@ $body$, _table,
        OR EXISTS (SELECT FROM pg_catalog.pg_constraint AS c WHERE c.contype = 'x' AND c.condeferrable) THEN
         SET CONSTRAINTS ALL IMMEDIATE;
     END IF;
-$body$, _content, _pipeline.embedding_column, _table, _sent_keys, _same_key, _keys));
+$body$, _content, _pipeline.embedding_column, _table, _sent_keys, _same_key, _keys, _model));
 
     IF _pipeline.managed THEN
         PERFORM autoembed._build_capture(_pipeline, _owner, _options);
@@ -7436,7 +7451,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "d3be5f0eefc04cc2":
+    if GD.get("autoembed") != "4bebdce90d99599a":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -7453,7 +7468,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "d3be5f0eefc04cc2":
+    if GD.get("autoembed") != "4bebdce90d99599a":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
@@ -7469,7 +7484,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "d3be5f0eefc04cc2":
+    if GD.get("autoembed") != "4bebdce90d99599a":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -8024,7 +8039,7 @@ CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embed
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "d3be5f0eefc04cc2":
+    if GD.get("autoembed") != "4bebdce90d99599a":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
@@ -8129,7 +8144,7 @@ CREATE FUNCTION autoembed._estimate_texts(texts text[], model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "d3be5f0eefc04cc2":
+    if GD.get("autoembed") != "4bebdce90d99599a":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.estimate(texts, model)]
@@ -8276,7 +8291,7 @@ CREATE FUNCTION autoembed._probe(model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "d3be5f0eefc04cc2":
+    if GD.get("autoembed") != "4bebdce90d99599a":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.probe(model)

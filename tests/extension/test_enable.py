@@ -790,7 +790,10 @@ def test_a_table_with_its_functions_may_be_altered_by_another_owner(db: Connecti
 FORCED = {
     "none at all": ("", False),
     "one that hides rows": ("CREATE POLICY few ON documents USING (id < 3)", False),
-    "one that hides rows by a setting": ("CREATE POLICY tenant ON documents USING (title = current_setting('x'))", False),
+    "one that hides rows by a setting": (
+        "CREATE POLICY tenant ON documents USING (note = current_setting('x'))",
+        False,
+    ),
     "one that lets all be seen, but not written": ("CREATE POLICY seen ON documents FOR SELECT USING (true)", False),
     "another's": ("CREATE POLICY others ON documents TO enable_other USING (true)", False),
     "a restrictive one beside": (
@@ -1629,3 +1632,36 @@ def test_an_update_of_another_column_does_not_fetch_a_long_text(own_api: FakeApi
 
         db.execute("SELECT upper(content) FROM documents")
         assert blocks_fetched() > before
+
+
+ANOTHER_MODEL = [
+    "alter_pipeline('documents', model => 'other')",
+    "alter_model('mine', model_id => 'text-embedding-3-large', base_url => '{url}')",
+]
+
+
+@pytest.mark.parametrize("change", ANOTHER_MODEL)
+def test_an_answer_of_the_model_before_is_never_written_over_that_of_the_model_now(
+    server: Server, own_api: FakeApi, connect: Connect, dbname: str, change: str
+) -> None:
+    """Two lanes, and the older answer comes last; both models have vectors of one length."""
+    url = server.fake_api(f"{dbname}_other").base_url
+    with connect() as db:
+        for model, kind, base_url in (("mine", "small", own_api.base_url), ("other", "large", url)):
+            db.execute(
+                "SELECT autoembed.create_model(%s, 'openai', 1536, model_id => %s, base_url => %s,"
+                " api_key => 'env:OPENAI_API_KEY')",
+                [model, f"text-embedding-3-{kind}", base_url],
+            )
+        db.execute("CREATE TABLE documents (id int PRIMARY KEY, content text)")
+        db.execute("SELECT autoembed.enable('documents', content_columns => '{content}', model => 'mine')")
+        own_api.behave(hold=True)
+        with running_lanes(db, connect, 2):
+            db.execute("INSERT INTO documents VALUES (1, 'one')")
+            own_api.wait_for(held=1)
+            db.execute(f"SELECT autoembed.{change.format(url=url)}")
+            db.execute("SELECT autoembed.resync('documents')")
+            wait_until(lambda: db.execute("SELECT FROM documents WHERE embedding IS NOT NULL").fetchone() is not None)
+            own_api.release()
+            wait_until(lambda: waiting(db) == 0)
+        assert_fresh(db, "content", model="text-embedding-3-large")

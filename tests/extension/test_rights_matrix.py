@@ -382,7 +382,7 @@ FOREIGN_CALLS = [
     " VALUES ('{table}', 'embedding', '{{content}}')",
     "INSERT INTO autoembed.backfill (pipeline_id) VALUES (2)",
     "SELECT autoembed._content_2('{{[1]}}')",
-    "SELECT autoembed._write_2('{{[1]}}', '{{x}}', '{{NULL}}')",
+    "SELECT autoembed._write_2('{{[1]}}', '{{x}}', 'm', '{{NULL}}')",
     "SELECT autoembed._scan_2(NULL, NULL, 1)",
 ]
 
