@@ -17,6 +17,8 @@ DECLARE
     _newest boolean;
     _ids bigint[] := '{}';
 BEGIN
+    -- As _gate() does: this begins a lane's transaction.
+    LOCK TABLE autoembed.lane IN ACCESS SHARE MODE;
     IF NOT EXISTS (SELECT FROM pgmq.q_embedding_jobs AS q WHERE q.vt <= _now) THEN
         RETURN;
     END IF;
@@ -332,9 +334,10 @@ CREATE FUNCTION autoembed._lane_is_wanted()
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    SELECT NOT EXISTS (SELECT FROM autoembed.lane AS l WHERE (l.pid, l.backend_start) = (SELECT a.pid, a.backend_start FROM pg_stat_get_activity(pg_backend_pid()) AS a) AND l.stop);
+    -- One without an entry is of an extension that was dropped and made again.
+    SELECT EXISTS (SELECT FROM autoembed.lane AS l WHERE (l.pid, l.backend_start) = (SELECT a.pid, a.backend_start FROM pg_stat_get_activity(pg_backend_pid()) AS a) AND NOT l.stop);
 $sql$;
-COMMENT ON FUNCTION autoembed._lane_is_wanted() IS 'Whether nobody has asked this lane to stop.';
+COMMENT ON FUNCTION autoembed._lane_is_wanted() IS 'Whether this lane is signed on and nobody has asked it to stop.';
 
 CREATE FUNCTION autoembed._gate()
     RETURNS void
@@ -368,6 +371,8 @@ CREATE FUNCTION autoembed._next_backfill(dedicated boolean)
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
+    -- As _gate() does: this begins a lane's transaction.
+    LOCK TABLE autoembed.lane IN ACCESS SHARE MODE;
     IF NOT EXISTS (SELECT FROM autoembed.backfill AS b WHERE b.scanned_at IS NULL)
        -- Live changes do not wait behind a backfill where there is a lane for it.
        OR NOT dedicated AND EXISTS (SELECT FROM autoembed.lane AS l WHERE l.backfill) THEN
