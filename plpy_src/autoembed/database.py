@@ -356,12 +356,12 @@ class Database:
             if vectors is not None and (stage := self._staged(pipeline, vectors)):
                 embeddings, arguments = f"(SELECT pg_catalog.array_agg(s.v ORDER BY s.n) FROM {stage} AS s)", []
             else:
-                embeddings = f"$3::{pipeline.vector_type}[]"
+                embeddings = f"$4::{pipeline.vector_type}[]"
                 arguments = [[None] * len(keys) if vectors is None else literals(vectors)]
             rows = self._run(
-                f"SELECT w.key, w.outcome FROM autoembed._write_{pipeline.id}($1, $2, {embeddings}) AS w",
-                ["pg_catalog.text[]", "pg_catalog.text[]", "pg_catalog.text[]"][: 2 + len(arguments)],
-                [list(keys), list(contents), *arguments],
+                f"SELECT w.key, w.outcome FROM autoembed._write_{pipeline.id}($1, $2, $3, {embeddings}) AS w",
+                [*["pg_catalog.text[]"] * 2, "pg_catalog.text", *["pg_catalog.text[]"] * len(arguments)],
+                [list(keys), list(contents), pipeline.model.identity, *arguments],
             )
             if not pipeline.trusted:
                 self._run("SELECT autoembed._check_deferred()")
