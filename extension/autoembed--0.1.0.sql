@@ -258,7 +258,8 @@ CREATE TABLE autoembed.backfill (
     rows_queued bigint NOT NULL DEFAULT 0,
     started_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
     served_at timestamptz,
-    scanned_at timestamptz
+    scanned_at timestamptz,
+    index_problem text
 );
 COMMENT ON TABLE autoembed.backfill IS
     'Tables whose rows are being looked through, in the order of their keys, for what is missing or stale.';
@@ -271,6 +272,7 @@ COMMENT ON COLUMN autoembed.backfill.rows_queued IS 'How many rows were queued.'
 COMMENT ON COLUMN autoembed.backfill.started_at IS 'When it was asked for.';
 COMMENT ON COLUMN autoembed.backfill.served_at IS 'When a lane last took its turn.';
 COMMENT ON COLUMN autoembed.backfill.scanned_at IS 'When the last row was queued; NULL: there are more.';
+COMMENT ON COLUMN autoembed.backfill.index_problem IS 'Why the index could not be built, which is not tried again.';
 
 SELECT pg_catalog.pg_extension_config_dump('autoembed.backfill', '');
 
@@ -836,12 +838,14 @@ class Database:
         )[0]
         return row["price"], row["rows_per_second"]
 
-    def rest_model(self, name: str, seconds: float, needs_attention: bool, reason: str) -> None:
-        self._run(
-            "SELECT autoembed._rest_model($1, $2, $3, $4)",
+    def rest_model(self, name: str, seconds: float, needs_attention: bool, reason: str) -> bool:
+        """Lets a model rest; whether its trouble is new, and this the first lane to say so."""
+        row = self._run(
+            "SELECT autoembed._rest_model($1, $2, $3, $4) AS is_new",
             ["pg_catalog.text", "pg_catalog.float8", "pg_catalog.bool", "pg_catalog.text"],
             [name, seconds, needs_attention, reason],
-        )
+        )[0]
+        return bool(row["is_new"])
 
     def resume_model(self, name: str) -> None:
         self._run("SELECT autoembed.resume_model($1)", ["pg_catalog.text"], [name])
@@ -902,9 +906,16 @@ class Database:
             [model, *limits.requests, *limits.tokens],
         )
 
-    def warn_of_blocked_pipelines(self) -> None:
-        """Warns of the pipelines that have jobs waiting and cannot be embedded."""
-        self._run("SELECT autoembed._warn_of_blocked_pipelines(true)")
+    def warn_of_blocked_pipelines(self, resting: Sequence[str] | None = None) -> None:
+        """Warns of the pipelines that have jobs waiting and cannot be embedded.
+
+        resting: only of those that wait for one of these models, or, with none, for no model.
+        """
+        self._run(
+            "SELECT autoembed._warn_of_blocked_pipelines(true, $1)",
+            ["pg_catalog.text[]"],
+            [None if resting is None else list(resting)],
+        )
 
     # Rows ----------------------------------------------------------------------------------------
 
@@ -3790,7 +3801,7 @@ def work(database: Database, network: Network, options: Options, run_seconds: fl
     queue = partial(_claim_queued, database, options)
     tables = partial(_claim_backfill, database, options, backfill)
     database.enter_lane(backfill=backfill)
-    database.warn_of_blocked_pipelines()
+    database.warn_of_blocked_pipelines([])
     database.commit()
     try:
         while time.monotonic() < end:
@@ -4283,10 +4294,11 @@ class _Pass:
             # Where limits are known, lanes do not come back all at once anyway.
             paced = outbox.limiter.paces and trouble.retry_after_seconds is not None
             seconds = rest_seconds(trouble, outbox.failures, 0.0 if paced else random.random())
-            self._database.rest_model(request.model.name, seconds, trouble.permanent, str(trouble))
-            if self._claim is not None and outbox.failures == 0:
+            name = request.model.name
+            is_new = self._database.rest_model(name, seconds, trouble.permanent, str(trouble))
+            if is_new and self._claim is not None:
                 # In the server's log, once for each outage.
-                self._database.warn_of_blocked_pipelines()
+                self._database.warn_of_blocked_pipelines([name])
         unsent = flight.withdraw(lambda other: other.model == request.model)
         self._ledger.report.requests -= len(unsent)
         outbox.in_flight -= len(unsent)
@@ -4439,7 +4451,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "688888e2e20ff900"
+    GD["autoembed"] = "ce5fdc7808670979"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -4546,7 +4558,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "688888e2e20ff900":
+    if GD.get("autoembed") != "ce5fdc7808670979":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -4785,11 +4797,13 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed.resume_model(text) IS 'Ends a model''s rest: the next pass calls its provider again.';
 
 CREATE FUNCTION autoembed._rest_model(name text, seconds double precision, needs_attention boolean, reason text)
-    RETURNS void
+    RETURNS boolean
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    _is_new boolean;
 BEGIN
     INSERT INTO autoembed.model_rest AS r (model, until, failures, needs_attention, reason)
     VALUES (_rest_model.name, clock_timestamp() + make_interval(secs => seconds), 1,
@@ -4799,11 +4813,14 @@ BEGIN
         -- Requests side by side fail together: one failed try.
         failures = r.failures + (r.until <= clock_timestamp())::integer,
         needs_attention = excluded.needs_attention,
-        reason = excluded.reason;
+        reason = excluded.reason
+    -- An update leaves a mark there.
+    RETURNING r.xmax = 0 INTO _is_new;
+    RETURN _is_new;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._rest_model(text, double precision, boolean, text) IS
-    'Keeps all lanes from calling a model''s provider for so many seconds.';
+    'Keeps all lanes from calling a model''s provider for so many seconds; whether its trouble is new.';
 
 -- 22_embedders.sql: models of the provider "function", SQL functions of somebody's. They run with their owners' rights.
 
@@ -5326,7 +5343,7 @@ $sql$;
 COMMENT ON FUNCTION autoembed._key_expression(autoembed.pipeline, text) IS
     'The SQL expression that gives the key of the row of that alias as a JSON array.';
 
-CREATE FUNCTION autoembed._vector_index(pipeline autoembed.pipeline)
+CREATE FUNCTION autoembed._vector_index(table_id regclass, embedding_column name)
     RETURNS SETOF pg_index
     LANGUAGE sql
     STABLE
@@ -5336,12 +5353,54 @@ AS $sql$
     FROM pg_index AS i
     JOIN pg_class AS c ON c.oid = i.indexrelid
     JOIN pg_am AS m ON m.oid = c.relam AND m.amname IN ('hnsw', 'ivfflat')
-    JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey)
-    WHERE i.indrelid = pipeline.table_id AND a.attname = pipeline.embedding_column
+    JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attname = _vector_index.embedding_column
+    WHERE i.indrelid = _vector_index.table_id
+      -- Of the column, or of an expression with it.
+      AND (a.attnum = i.indkey[0] OR i.indkey[0] = 0 AND EXISTS (
+          SELECT FROM pg_depend AS d
+          WHERE d.classid = 'pg_class'::regclass AND d.objid = i.indexrelid
+            AND d.refclassid = 'pg_class'::regclass AND d.refobjid = i.indrelid AND d.refobjsubid = a.attnum
+      ))
     ORDER BY i.indisvalid DESC
     LIMIT 1;
 $sql$;
-COMMENT ON FUNCTION autoembed._vector_index(autoembed.pipeline) IS 'The index on the embeddings of a pipeline, a valid one first; no row if there is none.';
+COMMENT ON FUNCTION autoembed._vector_index(regclass, name) IS
+    'The index on the embeddings of a table or partition, a valid one first; no row if there is none.';
+
+CREATE FUNCTION autoembed._index_key(pipeline autoembed.pipeline, OUT key text, OUT expression text, OUT problem text, OUT hint text)
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _type name;
+    _dimensions integer;
+BEGIN
+    SELECT t.typname, nullif(a.atttypmod, -1) INTO STRICT _type, _dimensions
+    FROM pg_attribute AS a
+    JOIN pg_type AS t ON t.oid = a.atttypid
+    WHERE a.attrelid = pipeline.table_id AND a.attname = pipeline.embedding_column;
+    IF _dimensions IS NULL THEN
+        _dimensions := autoembed._dimensions(pipeline.model);
+        problem := format('column "%s" of table %s has no dimensions, which an HNSW index needs', pipeline.embedding_column, pipeline.table_id);
+        hint := format('ALTER TABLE %s ALTER COLUMN %I TYPE @extschema:vector@.%s(%s);',
+                       pipeline.table_id, pipeline.embedding_column, _type, _dimensions);
+    END IF;
+    expression := quote_ident(pipeline.embedding_column);
+    -- pgvector's limits of an HNSW index.
+    IF _dimensions > 4000 THEN
+        problem := format('embeddings of %s dimensions cannot have an HNSW index, which takes up to 4000', _dimensions);
+        hint := 'Many models give shorter ones: autoembed.create_model(…, dimensions => 1024).';
+    ELSIF _type = 'vector' AND _dimensions > 2000 THEN
+        expression := format('%s::@extschema:vector@.halfvec(%s)', expression, _dimensions);
+        key := format('(%s) @extschema:vector@.halfvec_cosine_ops', expression);
+    ELSE
+        key := format('%s @extschema:vector@.%s_cosine_ops', expression, _type);
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._index_key(autoembed.pipeline) IS
+    'What an HNSW index on a pipeline''s embeddings is built on, NULL: none can be; the expression by which queries use it; what is in its way, and what to do before.';
 
 CREATE FUNCTION autoembed._check_pipeline(pipeline autoembed.pipeline, OUT problem text, OUT hint text, OUT errcode text)
     LANGUAGE plpgsql
@@ -5531,7 +5590,7 @@ CROSS JOIN LATERAL autoembed._check_pipeline(p) AS c
 LEFT JOIN autoembed.model_rest AS r ON r.model = coalesce(p.model, autoembed._default_model());
 COMMENT ON VIEW autoembed._pipeline_state IS 'Every pipeline, and why its jobs wait, if they do.';
 
-CREATE FUNCTION autoembed._warn_of_blocked_pipelines(only_with_jobs boolean DEFAULT false)
+CREATE FUNCTION autoembed._warn_of_blocked_pipelines(only_with_jobs boolean DEFAULT false, resting text[] DEFAULT NULL)
     RETURNS void
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -5540,12 +5599,17 @@ AS $plpgsql$
 DECLARE
     _state record;
 BEGIN
+    IF resting IS NOT NULL THEN
+        -- For the server's log: a lane's client is pg_cron, which would write it there again.
+        PERFORM set_config('client_min_messages', 'error', true);
+    END IF;
     FOR _state IN
         SELECT s.*
         FROM autoembed.pipeline AS p
         JOIN autoembed._pipeline_state AS s ON s.id = p.id AND s.blocked IS NOT NULL AND NOT s.paused
-        WHERE NOT only_with_jobs
-           OR EXISTS (SELECT FROM pgmq.q_embedding_jobs AS q WHERE coalesce(q.message ->> 'pipeline', '') = p.id::text)
+        WHERE (resting IS NULL OR CASE WHEN s.sound THEN s.model = ANY (resting) ELSE resting = '{}' END)
+          AND (NOT only_with_jobs
+               OR EXISTS (SELECT FROM pgmq.q_embedding_jobs AS q WHERE coalesce(q.message ->> 'pipeline', '') = p.id::text))
         ORDER BY p.id
     LOOP
         RAISE WARNING USING
@@ -5555,7 +5619,8 @@ BEGIN
     END LOOP;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._warn_of_blocked_pipelines(boolean) IS 'Says which pipelines wait, why, and what to do.';
+COMMENT ON FUNCTION autoembed._warn_of_blocked_pipelines(boolean, text[]) IS
+    'Says which pipelines wait, why, and what to do. With resting, for lanes, in the server''s log: those that wait for one of these models, or, with none, for no model.';
 
 -- 31_build.sql: the functions made for a pipeline. Those that read texts and write vectors run with its table owner's rights.
 
@@ -6157,6 +6222,7 @@ DECLARE
 BEGIN
     DELETE FROM pgmq.q_embedding_jobs AS q WHERE coalesce(q.message ->> 'pipeline', '') = OLD.id::text;
     PERFORM autoembed._drop_functions(OLD.id, true);
+    PERFORM autoembed._unschedule('index-' || OLD.id);
     FOR _trigger IN
         SELECT t.tgname
         FROM pg_trigger AS t
@@ -6333,7 +6399,7 @@ AS $sql$
     INSERT INTO autoembed.backfill AS b (pipeline_id)
     VALUES (_backfill.pipeline_id)
     ON CONFLICT ON CONSTRAINT backfill_pkey DO UPDATE
-    SET position = NULL, rows_queued = 0, scanned_at = NULL, started_at = clock_timestamp();
+    SET position = NULL, rows_queued = 0, scanned_at = NULL, index_problem = NULL, started_at = clock_timestamp();
 $sql$;
 COMMENT ON FUNCTION autoembed._backfill(integer) IS 'Has the rows of a pipeline looked through for what is missing or stale.';
 
@@ -6631,7 +6697,8 @@ AS $plpgsql$
 DECLARE
     _table pg_class;
     _dimensions integer;
-    _id integer;
+    _pipeline autoembed.pipeline;
+    _index record;
 BEGIN
     IF table_name IS NULL OR embedding_column IS NULL THEN
         RAISE EXCEPTION USING
@@ -6657,7 +6724,7 @@ BEGIN
         RAISE EXCEPTION USING
             ERRCODE = 'feature_not_supported',
             MESSAGE = format('no index can be built concurrently on the partitioned table %s', enable.table_name),
-            HINT = 'Leave create_index out, and create the index on each partition.';
+            HINT = 'Leave create_index out. Later, create the index concurrently on each partition, then on the table, which takes those.';
     ELSIF _table.relispartition THEN
         RAISE EXCEPTION USING
             ERRCODE = 'wrong_object_type',
@@ -6688,20 +6755,23 @@ BEGIN
     ) THEN
         EXECUTE format('ALTER TABLE %s ADD COLUMN %I @extschema:vector@.halfvec(%s)', enable.table_name, enable.embedding_column, _dimensions);
     END IF;
-    -- pgvector's limits: 4,000 dimensions of halfvec in an HNSW index.
-    IF _dimensions > 4000 THEN
-        RAISE WARNING USING
-            MESSAGE = format('embeddings of %s dimensions cannot have an HNSW index, which takes up to 4000', _dimensions),
-            HINT = 'Many models give shorter ones: autoembed.create_model(…, dimensions => 1024).';
-    END IF;
     INSERT INTO autoembed.pipeline AS p (table_id, embedding_column, content_columns, content_function, content_template,
                                          condition, condition_columns, condition_objects, model, on_change, truncate, replicated)
     SELECT enable.table_name, enable.embedding_column, enable.content_columns, enable.content_function, enable.content_template,
            c.condition, c.columns, c.objects, enable.model, enable.on_change, coalesce(enable.truncate, true), coalesce(enable.replicated, false)
     FROM autoembed._read_condition(enable.table_name, enable.condition) AS c
-    RETURNING p.id INTO _id;
+    RETURNING p.* INTO _pipeline;
+    SELECT k.* INTO _index FROM autoembed._index_key(_pipeline) AS k;
+    IF create_index AND _index.problem IS NOT NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = _index.problem,
+            HINT = _index.hint;
+    ELSIF _index.key IS NULL THEN
+        RAISE WARNING USING MESSAGE = _index.problem, HINT = _index.hint;
+    END IF;
     IF enqueue_existing OR create_index THEN
-        INSERT INTO autoembed.backfill (pipeline_id, create_index) VALUES (_id, coalesce(enable.create_index, false) AND _dimensions <= 4000);
+        INSERT INTO autoembed.backfill (pipeline_id, create_index) VALUES (_pipeline.id, coalesce(enable.create_index, false));
     END IF;
 END;
 $plpgsql$;
@@ -6947,27 +7017,44 @@ COMMENT ON FUNCTION autoembed.clear_column() IS
 -- 45_triggers.sql: whether the triggers of a pipeline are as they should be.
 
 CREATE FUNCTION autoembed._trigger_problems(pipeline autoembed.pipeline)
-    RETURNS SETOF text
+    RETURNS TABLE (problem text, cure text)
     LANGUAGE sql
     STABLE
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    SELECT CASE WHEN t.oid IS NULL THEN format('no trigger for %s', e.event)
-                ELSE format('trigger %I is disabled', t.tgname) END
-    FROM unnest('{insert,update,delete,truncate}'::text[] || CASE pipeline.on_change WHEN 'clear' THEN ARRAY['clear'] ELSE '{}' END) AS e(event)
-    LEFT JOIN pg_trigger AS t ON t.tgrelid = pipeline.table_id AND t.tgname = autoembed._trigger_name(pipeline.id, e.event)
-    WHERE pipeline.managed AND (t.oid IS NULL OR t.tgenabled <> CASE WHEN pipeline.replicated THEN 'A' ELSE 'O' END)
-      AND NOT coalesce(t.tgenabled = 'A', false)
+    WITH wanted AS (
+        SELECT e.event, e.bit, autoembed._trigger_name(pipeline.id, e.event) AS name
+        -- As in pg_trigger.tgtype.
+        FROM (VALUES ('insert', 4), ('update', 16), ('delete', 8), ('truncate', 32), ('clear', 16)) AS e(event, bit)
+        WHERE CASE WHEN pipeline.managed THEN e.event <> 'clear' OR pipeline.on_change = 'clear' ELSE e.event IN ('insert', 'update') END
+    ),
+    found AS (
+        SELECT t.*
+        FROM pg_trigger AS t
+        WHERE t.tgrelid IN (SELECT r.relid FROM pg_partition_tree(pipeline.table_id) AS r UNION ALL SELECT pipeline.table_id)
+          AND CASE WHEN pipeline.managed THEN t.tgname IN (SELECT w.name FROM wanted AS w)
+                   WHEN t.tgfoid = 'autoembed.queue_embeddings()'::regprocedure THEN (autoembed._arguments(t))[2] = pipeline.embedding_column
+                   WHEN t.tgfoid = 'autoembed.clear_column()'::regprocedure THEN (autoembed._arguments(t))[1] = pipeline.embedding_column END
+    )
+    SELECT format('no trigger for %s', w.event),
+           format('CREATE TRIGGER %I AFTER %s ON %s FOR EACH ROW EXECUTE FUNCTION autoembed.queue_embeddings(%L, %L);',
+                  w.name, upper(w.event), pipeline.table_id, pipeline.content_function, pipeline.embedding_column)
+    FROM wanted AS w
+    WHERE NOT EXISTS (
+        SELECT FROM found AS f
+        WHERE f.tgrelid = pipeline.table_id
+          AND CASE WHEN pipeline.managed THEN f.tgname = w.name
+                   ELSE f.tgfoid = 'autoembed.queue_embeddings()'::regprocedure AND f.tgtype & w.bit <> 0 END
+    )
     UNION ALL
-    SELECT 'no trigger calls queue_embeddings(), or none that is enabled'
-    WHERE NOT pipeline.managed
-      AND NOT EXISTS (
-          SELECT FROM pg_trigger AS t
-          WHERE t.tgrelid = pipeline.table_id AND t.tgfoid = 'autoembed.queue_embeddings()'::regprocedure
-            AND (autoembed._arguments(t))[2] = pipeline.embedding_column AND t.tgenabled IN ('O', 'A')
-      );
+    -- Of a partitioned table on any of its partitions, too.
+    SELECT format('trigger %I is disabled', f.tgname), format('ALTER TABLE %s ENABLE TRIGGER %I;', pipeline.table_id, f.tgname)
+    FROM found AS f
+    GROUP BY f.tgname
+    HAVING NOT bool_and(f.tgenabled = 'A' OR f.tgenabled = 'O' AND NOT pipeline.replicated);
 $sql$;
-COMMENT ON FUNCTION autoembed._trigger_problems(autoembed.pipeline) IS 'What is wrong with the triggers of a pipeline.';
+COMMENT ON FUNCTION autoembed._trigger_problems(autoembed.pipeline) IS
+    'What is wrong with the triggers of a pipeline, and what mends those that were made by hand; resync() makes the others anew.';
 
 -- 50_process.sql: the path of a job. First what the lane does to queue and state, one statement each; then the doors into Python.
 
@@ -7465,7 +7552,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "688888e2e20ff900":
+    if GD.get("autoembed") != "ce5fdc7808670979":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -7482,7 +7569,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "688888e2e20ff900":
+    if GD.get("autoembed") != "ce5fdc7808670979":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
@@ -7498,7 +7585,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "688888e2e20ff900":
+    if GD.get("autoembed") != "ce5fdc7808670979":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -7585,6 +7672,18 @@ COMMENT ON COLUMN autoembed.usage.cost IS 'Tokens at the model''s price_per_mill
 
 -- 57_clean_up.sql: what lanes see to every second, besides their jobs.
 
+CREATE FUNCTION autoembed._lane_lives(pid integer, backend_start timestamptz)
+    RETURNS boolean
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    -- With more rights than the reader of a view may have: others' processes show him no start.
+    SELECT EXISTS (SELECT FROM pg_stat_get_activity(_lane_lives.pid) AS a WHERE a.backend_start = _lane_lives.backend_start);
+$sql$;
+COMMENT ON FUNCTION autoembed._lane_lives(integer, timestamptz) IS 'Whether a process that started then is still there.';
+
 CREATE FUNCTION autoembed._clean_up()
     RETURNS void
     LANGUAGE sql
@@ -7596,10 +7695,7 @@ AS $sql$
     SELECT autoembed._fold_usage();
     WITH dead AS (
         DELETE FROM autoembed.lane AS l
-        WHERE NOT EXISTS (
-            SELECT FROM pg_stat_get_activity(NULL) AS a
-            WHERE a.pid = l.pid AND a.backend_start = l.backend_start
-        )
+        WHERE NOT autoembed._lane_lives(l.pid, l.backend_start)
         RETURNING l.claimed_at, l.message_ids
     )
     UPDATE pgmq.q_embedding_jobs AS q
@@ -7614,23 +7710,35 @@ COMMENT ON FUNCTION autoembed._clean_up() IS
 
 -- 60_schedule.sql: lanes as pg_cron jobs, and leaving without a trace. Nothing else knows pg_cron.
 
-CREATE FUNCTION autoembed.unschedule()
+CREATE FUNCTION autoembed._unschedule(jobs text)
     RETURNS integer
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE
-    _lanes integer;
+    _unscheduled integer := 0;
+BEGIN
+    IF to_regclass('cron.job') IS NOT NULL THEN
+        SELECT count(u.unscheduled) INTO _unscheduled
+        FROM cron.job AS j
+        CROSS JOIN LATERAL cron.unschedule(j.jobid) AS u(unscheduled)
+        WHERE j.jobname ~ format('^autoembed-%s$', jobs) AND j.database = current_database();
+    END IF;
+    RETURN _unscheduled;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._unschedule(text) IS 'Takes the jobs of such names out of pg_cron; returns how many.';
+
+CREATE FUNCTION autoembed.unschedule()
+    RETURNS integer
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
 BEGIN
     UPDATE autoembed.lane SET stop = true;
-    IF to_regclass('cron.job') IS NULL THEN
-        RETURN 0;
-    END IF;
-    SELECT count(u.unscheduled) FILTER (WHERE j.jobname LIKE 'autoembed-lane-%') INTO _lanes
-    FROM cron.job AS j
-    CROSS JOIN LATERAL cron.unschedule(j.jobid) AS u(unscheduled)
-    WHERE j.jobname ~ '^autoembed-(lane|backfill)-' AND j.database = current_database();
-    RETURN _lanes;
+    -- Nobody would see to the builds of indexes: the next lane begins them anew.
+    PERFORM autoembed._unschedule('(backfill|index)-\d+');
+    RETURN autoembed._unschedule('lane-\d+');
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.unschedule() IS
@@ -7673,7 +7781,8 @@ BEGIN
                              current_setting('max_worker_processes')),
             HINT = format('Set max_worker_processes to at least %s and restart the server.', lanes + backfill_lanes + 3);
     END IF;
-    PERFORM autoembed.unschedule();
+    UPDATE autoembed.lane SET stop = true;
+    PERFORM autoembed._unschedule('(lane|backfill)-\d+');
     PERFORM cron.schedule('autoembed-lane-' || n, '1 second', 'CALL autoembed.work()') FROM generate_series(1, lanes) AS n;
     PERFORM cron.schedule('autoembed-backfill-' || n, '1 second', 'CALL autoembed.work(backfill => true)')
     FROM generate_series(1, backfill_lanes) AS n;
@@ -7693,34 +7802,54 @@ DECLARE
     _job text := 'autoembed-index-' || pipeline_id;
     _pipeline autoembed.pipeline;
     _index pg_index;
-    _type text;
+    _key record;
+    _name text;
+    _problem text;
 BEGIN
     SELECT p.* INTO STRICT _pipeline FROM autoembed.pipeline AS p WHERE p.id = pipeline_id;
-    SELECT i.* INTO _index FROM autoembed._vector_index(_pipeline) AS i;
-    IF to_regclass('cron.job') IS NULL OR _index.indisvalid THEN
-        IF to_regclass('cron.job') IS NOT NULL THEN
-            PERFORM cron.unschedule(j.jobid) FROM cron.job AS j WHERE j.jobname = _job AND j.database = current_database();
-        ELSE
-            RAISE WARNING USING MESSAGE = format('%s.%I has no index', _pipeline.table_id, _pipeline.embedding_column),
-                                HINT = 'Create it by hand: indexes are built by pg_cron, which is not installed in this database.';
-        END IF;
+    SELECT i.* INTO _index FROM autoembed._vector_index(_pipeline.table_id, _pipeline.embedding_column) AS i;
+    IF _index.indisvalid THEN
+        PERFORM autoembed._unschedule('index-' || pipeline_id);
         RETURN true;
+    ELSIF to_regclass('cron.job') IS NULL THEN
+        RAISE WARNING USING MESSAGE = format('%s.%I has no index', _pipeline.table_id, _pipeline.embedding_column),
+                            HINT = 'Create it by hand: indexes are built by pg_cron, which is not installed in this database.';
+        RETURN true;
+    END IF;
+    SELECT k.* INTO _key FROM autoembed._index_key(_pipeline) AS k;
+    SELECT coalesce(b.index_problem, CASE WHEN _key.key IS NULL THEN _key.problem END, (
+               -- An error is not tried again; a server that was restarted, or has no process to spare, is.
+               SELECT substring(d.return_message FROM '^ERROR:\s*([^\n]*)')
+               FROM cron.job_run_details AS d
+               JOIN cron.job AS j ON j.jobid = d.jobid AND j.jobname = _job AND j.database = current_database()
+               WHERE d.status = 'failed' AND d.return_message LIKE 'ERROR%'
+               LIMIT 1
+           ))
+    INTO _problem
+    FROM autoembed.backfill AS b
+    WHERE b.pipeline_id = _build_index.pipeline_id;
+    IF _problem IS NOT NULL THEN
+        PERFORM autoembed._unschedule('index-' || pipeline_id);
+        UPDATE autoembed.backfill AS b SET index_problem = _problem WHERE b.pipeline_id = _build_index.pipeline_id AND b.index_problem IS NULL;
     END IF;
     IF _index.indexrelid IS NOT NULL THEN
         -- Either it is being built, or a build was interrupted.
-        IF NOT EXISTS (SELECT FROM pg_stat_progress_create_index AS s WHERE s.index_relid = _index.indexrelid) THEN
+        BEGIN
+            EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE NOWAIT', _pipeline.table_id);
             EXECUTE format('DROP INDEX %s', _index.indexrelid::regclass);
-        END IF;
-    ELSIF NOT EXISTS (SELECT FROM cron.job AS j WHERE j.jobname = _job AND j.database = current_database()) THEN
-        SELECT t.typname INTO STRICT _type
-        FROM pg_attribute AS a JOIN pg_type AS t ON t.oid = a.atttypid
-        WHERE a.attrelid = _pipeline.table_id AND a.attname = _pipeline.embedding_column;
+        EXCEPTION WHEN lock_not_available THEN
+            NULL;
+        END;
+    ELSIF _problem IS NULL AND NOT EXISTS (SELECT FROM cron.job AS j WHERE j.jobname = _job AND j.database = current_database()) THEN
+        SELECT CASE WHEN to_regclass(format('%I.%I', n.nspname, k.name)) IS NULL THEN k.name ELSE format('autoembed_%s_idx', pipeline_id) END
+        INTO STRICT _name
+        FROM pg_class AS c
+        JOIN pg_namespace AS n ON n.oid = c.relnamespace
+        CROSS JOIN LATERAL (SELECT left(c.relname, 30) || '_' || left(_pipeline.embedding_column, 25) || '_idx' AS name) AS k
+        WHERE c.oid = _pipeline.table_id;
         -- By pg_cron, as no function can build one concurrently.
-        PERFORM cron.schedule(_job, '1 second', format(
-            'CREATE INDEX CONCURRENTLY IF NOT EXISTS %I ON %s USING hnsw (%I @extschema:vector@.%s_cosine_ops)',
-            left((SELECT c.relname FROM pg_class AS c WHERE c.oid = _pipeline.table_id), 30)
-                || '_' || left(_pipeline.embedding_column, 25) || '_idx',
-            _pipeline.table_id, _pipeline.embedding_column, _type));
+        PERFORM cron.schedule(_job, '1 second', format('CREATE INDEX CONCURRENTLY IF NOT EXISTS %I ON %s USING hnsw (%s)',
+                                                       _name, _pipeline.table_id, _key.key));
     END IF;
     RETURN false;
 END;
@@ -7892,11 +8021,13 @@ SELECT s.table_id AS table_name,
             WHEN s.blocked IS NOT NULL THEN 'resting'
             WHEN b.pipeline_id IS NOT NULL AND b.scanned_at IS NULL THEN 'backfilling'
             WHEN q.waiting + q.in_flight > 0 THEN 'embedding'
-            WHEN b.create_index THEN 'indexing'
+            WHEN b.create_index AND b.index_problem IS NULL THEN 'indexing'
             ELSE 'idle'
        END AS state,
-       s.blocked AS reason,
-       s.hint,
+       coalesce(s.blocked, 'the index could not be built: ' || b.index_problem) AS reason,
+       CASE WHEN s.blocked IS NOT NULL THEN s.hint
+            WHEN b.index_problem IS NOT NULL THEN format('Create it by hand; or SELECT autoembed.resync(%L) tries it again.', s.table_id)
+       END AS hint,
        greatest(r.rows, e.embedded, b.rows_queued) AS estimated_rows,
        e.embedded,
        q.waiting,
@@ -7909,6 +8040,8 @@ SELECT s.table_id AS table_name,
             WHEN a.rows_per_second > 0 THEN make_interval(secs => round(w.left / a.rows_per_second)::double precision)
        END AS time_left
 FROM autoembed._pipeline_state AS s
+-- One whose table was dropped is ended by the next lane.
+JOIN pg_class AS c ON c.oid = s.table_id
 LEFT JOIN autoembed.backfill AS b ON b.pipeline_id = s.id
 CROSS JOIN LATERAL (SELECT autoembed._estimated_rows(s.table_id) AS rows) AS r
 CROSS JOIN LATERAL (SELECT count(*) AS embedded FROM autoembed.embedded AS e WHERE e.pipeline_id = s.id) AS e
@@ -7919,7 +8052,9 @@ CROSS JOIN LATERAL (
            min(k.enqueued_at) AS oldest_at
     FROM (
         SELECT q.enqueued_at,
-               EXISTS (SELECT FROM autoembed.lane AS l WHERE q.msg_id = ANY (l.message_ids)) AND q.vt > clock_timestamp() AS held,
+               q.vt > clock_timestamp()
+                   AND EXISTS (SELECT FROM autoembed.lane AS l
+                               WHERE q.msg_id = ANY (l.message_ids) AND autoembed._lane_lives(l.pid, l.backend_start)) AS held,
                CASE jsonb_typeof(q.message -> 'keys') WHEN 'array' THEN jsonb_array_length(q.message -> 'keys') ELSE 1 END AS rows
         FROM pgmq.q_embedding_jobs AS q
         WHERE coalesce(q.message ->> 'pipeline', '') = s.id::text
@@ -7941,7 +8076,7 @@ COMMENT ON COLUMN autoembed.status.embedding_column IS 'The column.';
 COMMENT ON COLUMN autoembed.status.model IS 'Its model.';
 COMMENT ON COLUMN autoembed.status.state IS
     'idle; embedding: rows wait or are in flight; backfilling: the table is being looked through; indexing: its index is being built; resting: the provider is in trouble, or a limit is reached; paused; stopped: somebody must act.';
-COMMENT ON COLUMN autoembed.status.reason IS 'Why it is stopped, paused or resting.';
+COMMENT ON COLUMN autoembed.status.reason IS 'Why it is stopped, paused or resting, or has no index though one was asked for.';
 COMMENT ON COLUMN autoembed.status.hint IS 'What to do about it.';
 COMMENT ON COLUMN autoembed.status.estimated_rows IS 'About how many rows the table has; NULL: it was never analysed.';
 COMMENT ON COLUMN autoembed.status.embedded IS 'Rows that were embedded.';
@@ -7964,7 +8099,6 @@ SELECT l.pid,
        CASE WHEN b.pipeline_id IS NOT NULL THEN autoembed._estimated_rows(p.table_id) END AS backfill_rows_total,
        CASE WHEN h.rows > 0 THEN clock_timestamp() - l.claimed_at END AS since
 FROM autoembed.lane AS l
-JOIN pg_stat_get_activity(NULL) AS s ON s.pid = l.pid AND s.backend_start = l.backend_start
 LEFT JOIN LATERAL (
     SELECT q.message ->> 'pipeline' AS pipeline,
            sum(CASE jsonb_typeof(q.message -> 'keys') WHEN 'array' THEN jsonb_array_length(q.message -> 'keys') ELSE 1 END)::bigint AS rows
@@ -7974,7 +8108,7 @@ LEFT JOIN LATERAL (
 ) AS h ON true
 LEFT JOIN autoembed.pipeline AS p ON p.id::text = h.pipeline
 LEFT JOIN autoembed.backfill AS b ON b.pipeline_id = p.id AND l.backfill
-WHERE p.id IS NULL OR autoembed._may_see(p.table_id);
+WHERE autoembed._lane_lives(l.pid, l.backend_start) AND (p.id IS NULL OR autoembed._may_see(p.table_id));
 COMMENT ON VIEW autoembed.progress IS 'What each lane is at, for \watch.';
 COMMENT ON COLUMN autoembed.progress.pid IS 'The lane''s process, as in pg_stat_activity.';
 COMMENT ON COLUMN autoembed.progress.table_name IS 'The table whose rows it has in its hands.';
@@ -8009,6 +8143,12 @@ CREATE FUNCTION autoembed.preview(table_name regclass, key text, embedding_colum
     RETURNS TABLE (content text, tokens integer, truncated boolean, state text)
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
+    -- As _output_settings() has them: the lanes' text and key.
+    SET TimeZone = 'UTC'
+    SET DateStyle = 'ISO, YMD'
+    SET IntervalStyle = 'postgres'
+    SET extra_float_digits = 1
+    SET bytea_output = 'hex'
 AS $plpgsql$
 DECLARE
     _pipeline autoembed.pipeline := autoembed._owned_pipeline(table_name, embedding_column);
@@ -8017,15 +8157,27 @@ DECLARE
     _key jsonb;
 BEGIN
     -- One value for a key of one column, a JSON array for more.
-    _key := CASE WHEN cardinality(_pipeline.key_columns) = 1 AND key !~ '^\s*\[' THEN jsonb_build_array(key) ELSE key::jsonb END;
-    IF jsonb_typeof(_key) <> 'array' OR jsonb_array_length(_key) <> cardinality(_pipeline.key_columns) THEN
+    IF cardinality(_pipeline.key_columns) = 1 AND key !~ '^\s*\[' THEN
+        _key := jsonb_build_array(key);
+    ELSIF pg_input_is_valid(key, 'jsonb') THEN
+        _key := key::jsonb;
+    END IF;
+    -- In its own type and by its own operator, so that its index serves.
+    SELECT string_agg(format('t.%I %s %L::%s', k.name, autoembed._operator(table_name, k.name, 3), k.value, k.type), ' AND ')
+    INTO _condition
+    FROM (
+        SELECT n.name, format_type(a.atttypid, a.atttypmod) AS type, _key ->> (n.position - 1)::integer AS value
+        FROM unnest(_pipeline.key_columns) WITH ORDINALITY AS n(name, position)
+        JOIN pg_attribute AS a ON a.attrelid = table_name AND a.attname = n.name
+    ) AS k
+    HAVING jsonb_typeof(_key) = 'array' AND jsonb_array_length(_key) = count(*) AND bool_and(coalesce(pg_input_is_valid(k.value, k.type), false));
+    IF _condition IS NULL THEN
         RAISE EXCEPTION USING
             ERRCODE = 'invalid_parameter_value',
-            MESSAGE = format('%s is no key of table %s', key, table_name),
-            HINT = format('Its key is %s, to be given as a JSON array.', array_to_string(_pipeline.key_columns, ', '));
+            MESSAGE = format('%s is no key of table %s', coalesce(key, 'NULL'), table_name),
+            HINT = format('Its key is %s%s.', array_to_string(_pipeline.key_columns, ', '),
+                          CASE WHEN cardinality(_pipeline.key_columns) > 1 THEN ', to be given as a JSON array' ELSE '' END);
     END IF;
-    SELECT string_agg(format('concat(t.%I) = %L', k.name, _key ->> (k.position - 1)::integer), ' AND ') INTO _condition
-    FROM unnest(_pipeline.key_columns) WITH ORDINALITY AS k(name, position);
     -- As the caller, so that row level security holds.
     EXECUTE format('SELECT %s, t.%I IS NOT NULL, %s FROM %s AS t WHERE %s LIMIT 1', autoembed._content_expression(_pipeline, 't'),
                    _pipeline.embedding_column, autoembed._key_expression(_pipeline, 't'), table_name, _condition)
@@ -8053,7 +8205,7 @@ CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embed
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "688888e2e20ff900":
+    if GD.get("autoembed") != "ce5fdc7808670979":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
@@ -8158,7 +8310,7 @@ CREATE FUNCTION autoembed._estimate_texts(texts text[], model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "688888e2e20ff900":
+    if GD.get("autoembed") != "ce5fdc7808670979":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.estimate(texts, model)]
@@ -8191,39 +8343,47 @@ DECLARE
     _cron boolean := to_regclass('cron.job') IS NOT NULL;
     _lanes bigint;
     _scheduled bigint;
+    _start text;
     _problem text;
+    _index record;
 BEGIN
+    SELECT count(*) INTO _lanes FROM autoembed.lane AS l WHERE NOT l.stop AND NOT l.backfill AND autoembed._lane_lives(l.pid, l.backend_start);
+    _start := CASE WHEN _cron THEN 'SELECT autoembed.schedule();'
+                   WHEN current_setting('cron.database_name', true) IS NULL
+                   THEN 'Set shared_preload_libraries = ''pg_cron'', restart the server, and look here again; or have something else call autoembed.work().'
+                   WHEN current_setting('cron.database_name') = current_database() THEN 'CREATE EXTENSION pg_cron; SELECT autoembed.schedule();'
+                   ELSE format('In database "%s": SELECT cron.schedule_in_database(%L, %L, %L, %L);', current_setting('cron.database_name'),
+                               'autoembed-lane-1', '1 second', 'CALL autoembed.work()', current_database()) END;
     FOR _row IN
-        SELECT e.name, e.installed_version, e.default_version
-        FROM pg_available_extensions AS e
-        WHERE e.name IN ('autoembed', 'pgmq', 'vector', 'pg_cron', 'plpython3u')
-        ORDER BY e.name
+        SELECT n.name, e.installed_version, e.default_version
+        FROM unnest('{autoembed,pg_cron,pgmq,plpython3u,vector}'::text[]) AS n(name)
+        LEFT JOIN pg_available_extensions AS e ON e.name = n.name
+        ORDER BY n.name
     LOOP
         subject := format('extension %s', _row.name);
-        ok := _row.installed_version = _row.default_version;
+        -- Only pg_cron can be missing; it lives in one database of a server, and starts lanes in any.
+        ok := CASE WHEN _row.installed_version IS NULL THEN _lanes > 0 ELSE _row.installed_version = _row.default_version END;
         finding := coalesce('version ' || _row.installed_version, 'not in this database')
             || CASE WHEN _row.installed_version <> _row.default_version THEN format(', %s is there', _row.default_version) ELSE '' END;
-        advice := CASE WHEN _row.installed_version <> _row.default_version THEN format('ALTER EXTENSION %I UPDATE;', _row.name)
-                       WHEN _row.installed_version IS NULL THEN format(
-                           'Lanes are started by pg_cron, which lives in database "%s": see the hint of autoembed.schedule().',
-                           current_setting('cron.database_name', true)) END;
-        ok := coalesce(ok, false);
+        advice := CASE WHEN NOT ok AND _row.installed_version IS NULL THEN _start
+                       WHEN NOT ok THEN format('ALTER EXTENSION %I UPDATE;', _row.name) END;
         RETURN NEXT;
     END LOOP;
 
     subject := 'lanes';
-    SELECT count(*) FILTER (WHERE NOT l.backfill) INTO _lanes
-    FROM autoembed.lane AS l
-    JOIN pg_stat_get_activity(NULL) AS a ON a.pid = l.pid AND a.backend_start = l.backend_start
-    WHERE NOT l.stop;
     IF _cron THEN
-        EXECUTE 'SELECT count(*) FROM cron.job AS j WHERE j.active AND j.database = current_database() AND j.command ~ ''autoembed\.work''' INTO _scheduled;
+        EXECUTE $sql$
+            SELECT count(*), 'the last said: ' || (
+                SELECT split_part(d.return_message, E'\n', 1) FROM cron.job_run_details AS d WHERE d.jobid = ANY (array_agg(j.jobid)) ORDER BY d.runid DESC LIMIT 1)
+            FROM cron.job AS j
+            WHERE j.active AND j.database = current_database() AND j.command ~ 'autoembed\.work'
+        $sql$ INTO _scheduled, _problem;
     END IF;
     ok := _lanes > 0;
-    finding := format('%s running', _lanes) || coalesce(format(', %s jobs of pg_cron', _scheduled), '');
+    finding := concat_ws(', ', _lanes || ' running', _scheduled || ' jobs of pg_cron', CASE WHEN NOT ok THEN _problem END);
     advice := CASE WHEN ok THEN NULL
                    WHEN _scheduled > 0 THEN 'pg_cron does not start them: see cron.job_run_details and the server''s log, and that max_worker_processes suffices.'
-                   ELSE 'SELECT autoembed.schedule();' END;
+                   ELSE _start END;
     RETURN NEXT;
 
     FOR _row IN
@@ -8243,9 +8403,12 @@ BEGIN
     END LOOP;
 
     FOR _row IN
-        SELECT s.*, p AS pipeline, format('%s.%I', s.table_id, s.embedding_column) AS name
+        SELECT s.*, p AS pipeline, format('%s.%I', s.table_id, s.embedding_column) AS name, c.relkind = 'p' AS partitioned, b.index_problem
         FROM autoembed._pipeline_state AS s
         JOIN autoembed.pipeline AS p ON p.id = s.id
+        -- One whose table was dropped is ended by the next lane.
+        JOIN pg_class AS c ON c.oid = s.table_id
+        LEFT JOIN autoembed.backfill AS b ON b.pipeline_id = s.id
         ORDER BY s.id
     LOOP
         subject := format('table %s', _row.name);
@@ -8255,27 +8418,38 @@ BEGIN
         RETURN NEXT;
 
         subject := format('triggers of %s', _row.name);
-        SELECT string_agg(t.problem, ', ') INTO finding FROM autoembed._trigger_problems(_row.pipeline) AS t(problem);
+        SELECT string_agg(t.problem, ', '), CASE WHEN NOT (_row.pipeline).managed THEN string_agg(t.cure, ' ') END
+        INTO finding, advice
+        FROM autoembed._trigger_problems(_row.pipeline) AS t;
         ok := finding IS NULL;
-        advice := CASE WHEN NOT ok AND NOT (_row.pipeline).managed THEN format('CREATE or enable the trigger; then SELECT autoembed.resync(%L);', _row.table_id)
-                       WHEN NOT ok THEN format('SELECT autoembed.resync(%L);', _row.table_id) END;
+        advice := CASE WHEN NOT ok THEN concat_ws(' ', advice, format('SELECT autoembed.resync(%L);', _row.table_id)) END;
         finding := coalesce(finding, 'in place');
         RETURN NEXT;
 
         IF _row.sound THEN
             subject := format('index of %s', _row.name);
-            SELECT CASE WHEN i.indisvalid THEN i.indexrelid::regclass::text END INTO finding FROM autoembed._vector_index(_row.pipeline) AS i;
+            SELECT k.* INTO _index FROM autoembed._index_key(_row.pipeline) AS k;
+            -- One on each partition will do; the table's own takes those that are there.
+            SELECT CASE WHEN count(i.*) = count(*) THEN string_agg(i.indexrelid::regclass::text, ', ' ORDER BY r.relid) END,
+                   concat_ws(' ', CASE WHEN _index.key IS NOT NULL THEN _index.hint END,
+                             string_agg(format('CREATE INDEX CONCURRENTLY ON %s USING hnsw (%s);', r.relid::regclass, _index.key), ' ' ORDER BY r.relid)
+                                 FILTER (WHERE i.indexrelid IS NULL),
+                             CASE WHEN _row.partitioned THEN format('CREATE INDEX ON %s USING hnsw (%s);', _row.table_id, _index.key) END,
+                             CASE WHEN _index.expression LIKE '%::%' THEN format('-- Used by ORDER BY %s <=> …', _index.expression) END)
+            INTO finding, advice
+            FROM (SELECT t.relid FROM pg_partition_tree(_row.table_id) AS t WHERE t.isleaf
+                  UNION SELECT _row.table_id WHERE NOT _row.partitioned) AS r
+            JOIN pg_class AS c ON c.oid = r.relid AND c.relkind = 'r'
+            LEFT JOIN LATERAL (SELECT v.* FROM autoembed._vector_index(r.relid, _row.embedding_column) AS v WHERE v.indisvalid) AS i ON true;
             -- A few thousand rows are searched faster without one.
-            ok := finding IS NOT NULL OR coalesce(autoembed._estimated_rows(_row.table_id), 0) < 10000;
-            advice := CASE WHEN NOT ok THEN format('CREATE INDEX CONCURRENTLY ON %s USING hnsw (%I %s_cosine_ops);', _row.table_id, _row.embedding_column,
-                           (SELECT t.typname FROM pg_attribute AS a JOIN pg_type AS t ON t.oid = a.atttypid
-                            WHERE a.attrelid = _row.table_id AND a.attname = _row.embedding_column)) END;
-            finding := coalesce(finding, 'none');
+            ok := finding IS NOT NULL OR _row.index_problem IS NULL AND coalesce(autoembed._estimated_rows(_row.table_id), 0) < 10000;
+            finding := coalesce(finding, 'none' || coalesce(', it could not be built: ' || _row.index_problem, ''));
+            advice := CASE WHEN NOT ok THEN CASE WHEN _index.key IS NULL THEN _index.hint ELSE advice END END;
             RETURN NEXT;
         END IF;
 
         subject := format('failed rows of %s', _row.name);
-        SELECT count(*) = 0, count(*) || coalesce(', the last: ' || max(f.reason), '') INTO ok, finding FROM autoembed.failure AS f WHERE f.pipeline_id = _row.id;
+        SELECT count(*) = 0, count(*) || coalesce(', the last: ' || (array_agg(f.reason ORDER BY f.last_failed_at DESC))[1], '') INTO ok, finding FROM autoembed.failure AS f WHERE f.pipeline_id = _row.id;
         advice := CASE WHEN NOT ok THEN format('Look at autoembed.failed; when mended, SELECT autoembed.retry_failed(%L);', _row.table_id) END;
         RETURN NEXT;
     END LOOP;
@@ -8290,8 +8464,9 @@ BEGIN
 
     IF EXISTS (SELECT FROM autoembed.failure AS f WHERE f.pipeline_id IS NULL) THEN
         subject := 'failed messages';
-        SELECT false, count(*) || ', the last: ' || max(f.reason) INTO ok, finding FROM autoembed.failure AS f WHERE f.pipeline_id IS NULL;
-        advice := 'Look at autoembed.failed where error_class = ''message''.';
+        SELECT false, count(*) || ', the last: ' || (array_agg(f.reason ORDER BY f.last_failed_at DESC))[1] INTO ok, finding FROM autoembed.failure AS f WHERE f.pipeline_id IS NULL;
+        advice := 'Look at autoembed.failed. Again: SELECT autoembed.retry_failed(error_class => ''message''); or no more: '
+            'DELETE FROM autoembed.failure WHERE error_class = ''message'';';
         RETURN NEXT;
     END IF;
 END;
@@ -8305,7 +8480,7 @@ CREATE FUNCTION autoembed._probe(model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "688888e2e20ff900":
+    if GD.get("autoembed") != "ce5fdc7808670979":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.probe(model)
@@ -8326,7 +8501,7 @@ BEGIN
         FROM pg_proc AS p
         -- A view's functions are called with the rights of whoever reads it.
         WHERE p.pronamespace = 'autoembed'::regnamespace
-          AND p.proname = ANY (functions || '{_check_pipeline,_default_model,_estimated_rows,_may_see,_owns}'::text[])
+          AND p.proname = ANY (functions || '{_check_pipeline,_default_model,_estimated_rows,_lane_lives,_may_see,_owns}'::text[])
     ), role);
     EXECUTE format('GRANT SELECT ON autoembed.status, autoembed.progress, autoembed.failed TO %s', role);
 END;
@@ -8342,7 +8517,7 @@ BEGIN
     PERFORM autoembed._grant(role, '{embed,queue_embeddings,clear_column,enable,alter_pipeline,disable,pause,resume,resync,reembed,preview,
         estimate,wait_until_fresh,_owned_pipelines,_owned_pipeline,_check_owner,_check_content,_check_on_change,_needed_columns,_template,_dimensions,_read_condition,
         _look_through,_state_of,_content_expression,_key_expression,_columns_of,_content_function,_content_function_of,
-        _estimate_texts}');
+        _estimate_texts,_index_key,_operator}');
     EXECUTE format('GRANT SELECT,
                     INSERT (table_id, embedding_column, content_columns, content_function, content_template, condition, condition_columns,
                             condition_objects, model, on_change, truncate, replicated),

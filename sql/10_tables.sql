@@ -256,7 +256,8 @@ CREATE TABLE autoembed.backfill (
     rows_queued bigint NOT NULL DEFAULT 0,
     started_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
     served_at timestamptz,
-    scanned_at timestamptz
+    scanned_at timestamptz,
+    index_problem text
 );
 COMMENT ON TABLE autoembed.backfill IS
     'Tables whose rows are being looked through, in the order of their keys, for what is missing or stale.';
@@ -269,6 +270,7 @@ COMMENT ON COLUMN autoembed.backfill.rows_queued IS 'How many rows were queued.'
 COMMENT ON COLUMN autoembed.backfill.started_at IS 'When it was asked for.';
 COMMENT ON COLUMN autoembed.backfill.served_at IS 'When a lane last took its turn.';
 COMMENT ON COLUMN autoembed.backfill.scanned_at IS 'When the last row was queued; NULL: there are more.';
+COMMENT ON COLUMN autoembed.backfill.index_problem IS 'Why the index could not be built, which is not tried again.';
 
 SELECT pg_catalog.pg_extension_config_dump('autoembed.backfill', '');
 

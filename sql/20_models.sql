@@ -339,11 +339,13 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed.resume_model(text) IS 'Ends a model''s rest: the next pass calls its provider again.';
 
 CREATE FUNCTION autoembed._rest_model(name text, seconds double precision, needs_attention boolean, reason text)
-    RETURNS void
+    RETURNS boolean
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    _is_new boolean;
 BEGIN
     INSERT INTO autoembed.model_rest AS r (model, until, failures, needs_attention, reason)
     VALUES (_rest_model.name, clock_timestamp() + make_interval(secs => seconds), 1,
@@ -353,8 +355,11 @@ BEGIN
         -- Requests side by side fail together: one failed try.
         failures = r.failures + (r.until <= clock_timestamp())::integer,
         needs_attention = excluded.needs_attention,
-        reason = excluded.reason;
+        reason = excluded.reason
+    -- An update leaves a mark there.
+    RETURNING r.xmax = 0 INTO _is_new;
+    RETURN _is_new;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._rest_model(text, double precision, boolean, text) IS
-    'Keeps all lanes from calling a model''s provider for so many seconds.';
+    'Keeps all lanes from calling a model''s provider for so many seconds; whether its trouble is new.';

@@ -223,7 +223,7 @@ $sql$;
 COMMENT ON FUNCTION autoembed._key_expression(autoembed.pipeline, text) IS
     'The SQL expression that gives the key of the row of that alias as a JSON array.';
 
-CREATE FUNCTION autoembed._vector_index(pipeline autoembed.pipeline)
+CREATE FUNCTION autoembed._vector_index(table_id regclass, embedding_column name)
     RETURNS SETOF pg_index
     LANGUAGE sql
     STABLE
@@ -233,12 +233,54 @@ AS $sql$
     FROM pg_index AS i
     JOIN pg_class AS c ON c.oid = i.indexrelid
     JOIN pg_am AS m ON m.oid = c.relam AND m.amname IN ('hnsw', 'ivfflat')
-    JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey)
-    WHERE i.indrelid = pipeline.table_id AND a.attname = pipeline.embedding_column
+    JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attname = _vector_index.embedding_column
+    WHERE i.indrelid = _vector_index.table_id
+      -- Of the column, or of an expression with it.
+      AND (a.attnum = i.indkey[0] OR i.indkey[0] = 0 AND EXISTS (
+          SELECT FROM pg_depend AS d
+          WHERE d.classid = 'pg_class'::regclass AND d.objid = i.indexrelid
+            AND d.refclassid = 'pg_class'::regclass AND d.refobjid = i.indrelid AND d.refobjsubid = a.attnum
+      ))
     ORDER BY i.indisvalid DESC
     LIMIT 1;
 $sql$;
-COMMENT ON FUNCTION autoembed._vector_index(autoembed.pipeline) IS 'The index on the embeddings of a pipeline, a valid one first; no row if there is none.';
+COMMENT ON FUNCTION autoembed._vector_index(regclass, name) IS
+    'The index on the embeddings of a table or partition, a valid one first; no row if there is none.';
+
+CREATE FUNCTION autoembed._index_key(pipeline autoembed.pipeline, OUT key text, OUT expression text, OUT problem text, OUT hint text)
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _type name;
+    _dimensions integer;
+BEGIN
+    SELECT t.typname, nullif(a.atttypmod, -1) INTO STRICT _type, _dimensions
+    FROM pg_attribute AS a
+    JOIN pg_type AS t ON t.oid = a.atttypid
+    WHERE a.attrelid = pipeline.table_id AND a.attname = pipeline.embedding_column;
+    IF _dimensions IS NULL THEN
+        _dimensions := autoembed._dimensions(pipeline.model);
+        problem := format('column "%s" of table %s has no dimensions, which an HNSW index needs', pipeline.embedding_column, pipeline.table_id);
+        hint := format('ALTER TABLE %s ALTER COLUMN %I TYPE @extschema:vector@.%s(%s);',
+                       pipeline.table_id, pipeline.embedding_column, _type, _dimensions);
+    END IF;
+    expression := quote_ident(pipeline.embedding_column);
+    -- pgvector's limits of an HNSW index.
+    IF _dimensions > 4000 THEN
+        problem := format('embeddings of %s dimensions cannot have an HNSW index, which takes up to 4000', _dimensions);
+        hint := 'Many models give shorter ones: autoembed.create_model(…, dimensions => 1024).';
+    ELSIF _type = 'vector' AND _dimensions > 2000 THEN
+        expression := format('%s::@extschema:vector@.halfvec(%s)', expression, _dimensions);
+        key := format('(%s) @extschema:vector@.halfvec_cosine_ops', expression);
+    ELSE
+        key := format('%s @extschema:vector@.%s_cosine_ops', expression, _type);
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._index_key(autoembed.pipeline) IS
+    'What an HNSW index on a pipeline''s embeddings is built on, NULL: none can be; the expression by which queries use it; what is in its way, and what to do before.';
 
 CREATE FUNCTION autoembed._check_pipeline(pipeline autoembed.pipeline, OUT problem text, OUT hint text, OUT errcode text)
     LANGUAGE plpgsql
@@ -428,7 +470,7 @@ CROSS JOIN LATERAL autoembed._check_pipeline(p) AS c
 LEFT JOIN autoembed.model_rest AS r ON r.model = coalesce(p.model, autoembed._default_model());
 COMMENT ON VIEW autoembed._pipeline_state IS 'Every pipeline, and why its jobs wait, if they do.';
 
-CREATE FUNCTION autoembed._warn_of_blocked_pipelines(only_with_jobs boolean DEFAULT false)
+CREATE FUNCTION autoembed._warn_of_blocked_pipelines(only_with_jobs boolean DEFAULT false, resting text[] DEFAULT NULL)
     RETURNS void
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -437,12 +479,17 @@ AS $plpgsql$
 DECLARE
     _state record;
 BEGIN
+    IF resting IS NOT NULL THEN
+        -- For the server's log: a lane's client is pg_cron, which would write it there again.
+        PERFORM set_config('client_min_messages', 'error', true);
+    END IF;
     FOR _state IN
         SELECT s.*
         FROM autoembed.pipeline AS p
         JOIN autoembed._pipeline_state AS s ON s.id = p.id AND s.blocked IS NOT NULL AND NOT s.paused
-        WHERE NOT only_with_jobs
-           OR EXISTS (SELECT FROM pgmq.q_embedding_jobs AS q WHERE coalesce(q.message ->> 'pipeline', '') = p.id::text)
+        WHERE (resting IS NULL OR CASE WHEN s.sound THEN s.model = ANY (resting) ELSE resting = '{}' END)
+          AND (NOT only_with_jobs
+               OR EXISTS (SELECT FROM pgmq.q_embedding_jobs AS q WHERE coalesce(q.message ->> 'pipeline', '') = p.id::text))
         ORDER BY p.id
     LOOP
         RAISE WARNING USING
@@ -452,4 +499,5 @@ BEGIN
     END LOOP;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._warn_of_blocked_pipelines(boolean) IS 'Says which pipelines wait, why, and what to do.';
+COMMENT ON FUNCTION autoembed._warn_of_blocked_pipelines(boolean, text[]) IS
+    'Says which pipelines wait, why, and what to do. With resting, for lanes, in the server''s log: those that wait for one of these models, or, with none, for no model.';

@@ -141,6 +141,7 @@ DECLARE
 BEGIN
     DELETE FROM pgmq.q_embedding_jobs AS q WHERE coalesce(q.message ->> 'pipeline', '') = OLD.id::text;
     PERFORM autoembed._drop_functions(OLD.id, true);
+    PERFORM autoembed._unschedule('index-' || OLD.id);
     FOR _trigger IN
         SELECT t.tgname
         FROM pg_trigger AS t
@@ -317,7 +318,7 @@ AS $sql$
     INSERT INTO autoembed.backfill AS b (pipeline_id)
     VALUES (_backfill.pipeline_id)
     ON CONFLICT ON CONSTRAINT backfill_pkey DO UPDATE
-    SET position = NULL, rows_queued = 0, scanned_at = NULL, started_at = clock_timestamp();
+    SET position = NULL, rows_queued = 0, scanned_at = NULL, index_problem = NULL, started_at = clock_timestamp();
 $sql$;
 COMMENT ON FUNCTION autoembed._backfill(integer) IS 'Has the rows of a pipeline looked through for what is missing or stale.';
 

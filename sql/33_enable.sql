@@ -181,7 +181,8 @@ AS $plpgsql$
 DECLARE
     _table pg_class;
     _dimensions integer;
-    _id integer;
+    _pipeline autoembed.pipeline;
+    _index record;
 BEGIN
     IF table_name IS NULL OR embedding_column IS NULL THEN
         RAISE EXCEPTION USING
@@ -207,7 +208,7 @@ BEGIN
         RAISE EXCEPTION USING
             ERRCODE = 'feature_not_supported',
             MESSAGE = format('no index can be built concurrently on the partitioned table %s', enable.table_name),
-            HINT = 'Leave create_index out, and create the index on each partition.';
+            HINT = 'Leave create_index out. Later, create the index concurrently on each partition, then on the table, which takes those.';
     ELSIF _table.relispartition THEN
         RAISE EXCEPTION USING
             ERRCODE = 'wrong_object_type',
@@ -238,20 +239,23 @@ BEGIN
     ) THEN
         EXECUTE format('ALTER TABLE %s ADD COLUMN %I @extschema:vector@.halfvec(%s)', enable.table_name, enable.embedding_column, _dimensions);
     END IF;
-    -- pgvector's limits: 4,000 dimensions of halfvec in an HNSW index.
-    IF _dimensions > 4000 THEN
-        RAISE WARNING USING
-            MESSAGE = format('embeddings of %s dimensions cannot have an HNSW index, which takes up to 4000', _dimensions),
-            HINT = 'Many models give shorter ones: autoembed.create_model(…, dimensions => 1024).';
-    END IF;
     INSERT INTO autoembed.pipeline AS p (table_id, embedding_column, content_columns, content_function, content_template,
                                          condition, condition_columns, condition_objects, model, on_change, truncate, replicated)
     SELECT enable.table_name, enable.embedding_column, enable.content_columns, enable.content_function, enable.content_template,
            c.condition, c.columns, c.objects, enable.model, enable.on_change, coalesce(enable.truncate, true), coalesce(enable.replicated, false)
     FROM autoembed._read_condition(enable.table_name, enable.condition) AS c
-    RETURNING p.id INTO _id;
+    RETURNING p.* INTO _pipeline;
+    SELECT k.* INTO _index FROM autoembed._index_key(_pipeline) AS k;
+    IF create_index AND _index.problem IS NOT NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = _index.problem,
+            HINT = _index.hint;
+    ELSIF _index.key IS NULL THEN
+        RAISE WARNING USING MESSAGE = _index.problem, HINT = _index.hint;
+    END IF;
     IF enqueue_existing OR create_index THEN
-        INSERT INTO autoembed.backfill (pipeline_id, create_index) VALUES (_id, coalesce(enable.create_index, false) AND _dimensions <= 4000);
+        INSERT INTO autoembed.backfill (pipeline_id, create_index) VALUES (_pipeline.id, coalesce(enable.create_index, false));
     END IF;
 END;
 $plpgsql$;

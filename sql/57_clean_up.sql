@@ -1,5 +1,17 @@
 -- 57_clean_up.sql: what lanes see to every second, besides their jobs.
 
+CREATE FUNCTION autoembed._lane_lives(pid integer, backend_start timestamptz)
+    RETURNS boolean
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    -- With more rights than the reader of a view may have: others' processes show him no start.
+    SELECT EXISTS (SELECT FROM pg_stat_get_activity(_lane_lives.pid) AS a WHERE a.backend_start = _lane_lives.backend_start);
+$sql$;
+COMMENT ON FUNCTION autoembed._lane_lives(integer, timestamptz) IS 'Whether a process that started then is still there.';
+
 CREATE FUNCTION autoembed._clean_up()
     RETURNS void
     LANGUAGE sql
@@ -11,10 +23,7 @@ AS $sql$
     SELECT autoembed._fold_usage();
     WITH dead AS (
         DELETE FROM autoembed.lane AS l
-        WHERE NOT EXISTS (
-            SELECT FROM pg_stat_get_activity(NULL) AS a
-            WHERE a.pid = l.pid AND a.backend_start = l.backend_start
-        )
+        WHERE NOT autoembed._lane_lives(l.pid, l.backend_start)
         RETURNING l.claimed_at, l.message_ids
     )
     UPDATE pgmq.q_embedding_jobs AS q

@@ -1,22 +1,34 @@
 -- 60_schedule.sql: lanes as pg_cron jobs, and leaving without a trace. Nothing else knows pg_cron.
 
-CREATE FUNCTION autoembed.unschedule()
+CREATE FUNCTION autoembed._unschedule(jobs text)
     RETURNS integer
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE
-    _lanes integer;
+    _unscheduled integer := 0;
+BEGIN
+    IF to_regclass('cron.job') IS NOT NULL THEN
+        SELECT count(u.unscheduled) INTO _unscheduled
+        FROM cron.job AS j
+        CROSS JOIN LATERAL cron.unschedule(j.jobid) AS u(unscheduled)
+        WHERE j.jobname ~ format('^autoembed-%s$', jobs) AND j.database = current_database();
+    END IF;
+    RETURN _unscheduled;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._unschedule(text) IS 'Takes the jobs of such names out of pg_cron; returns how many.';
+
+CREATE FUNCTION autoembed.unschedule()
+    RETURNS integer
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
 BEGIN
     UPDATE autoembed.lane SET stop = true;
-    IF to_regclass('cron.job') IS NULL THEN
-        RETURN 0;
-    END IF;
-    SELECT count(u.unscheduled) FILTER (WHERE j.jobname LIKE 'autoembed-lane-%') INTO _lanes
-    FROM cron.job AS j
-    CROSS JOIN LATERAL cron.unschedule(j.jobid) AS u(unscheduled)
-    WHERE j.jobname ~ '^autoembed-(lane|backfill)-' AND j.database = current_database();
-    RETURN _lanes;
+    -- Nobody would see to the builds of indexes: the next lane begins them anew.
+    PERFORM autoembed._unschedule('(backfill|index)-\d+');
+    RETURN autoembed._unschedule('lane-\d+');
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.unschedule() IS
@@ -59,7 +71,8 @@ BEGIN
                              current_setting('max_worker_processes')),
             HINT = format('Set max_worker_processes to at least %s and restart the server.', lanes + backfill_lanes + 3);
     END IF;
-    PERFORM autoembed.unschedule();
+    UPDATE autoembed.lane SET stop = true;
+    PERFORM autoembed._unschedule('(lane|backfill)-\d+');
     PERFORM cron.schedule('autoembed-lane-' || n, '1 second', 'CALL autoembed.work()') FROM generate_series(1, lanes) AS n;
     PERFORM cron.schedule('autoembed-backfill-' || n, '1 second', 'CALL autoembed.work(backfill => true)')
     FROM generate_series(1, backfill_lanes) AS n;
@@ -79,34 +92,54 @@ DECLARE
     _job text := 'autoembed-index-' || pipeline_id;
     _pipeline autoembed.pipeline;
     _index pg_index;
-    _type text;
+    _key record;
+    _name text;
+    _problem text;
 BEGIN
     SELECT p.* INTO STRICT _pipeline FROM autoembed.pipeline AS p WHERE p.id = pipeline_id;
-    SELECT i.* INTO _index FROM autoembed._vector_index(_pipeline) AS i;
-    IF to_regclass('cron.job') IS NULL OR _index.indisvalid THEN
-        IF to_regclass('cron.job') IS NOT NULL THEN
-            PERFORM cron.unschedule(j.jobid) FROM cron.job AS j WHERE j.jobname = _job AND j.database = current_database();
-        ELSE
-            RAISE WARNING USING MESSAGE = format('%s.%I has no index', _pipeline.table_id, _pipeline.embedding_column),
-                                HINT = 'Create it by hand: indexes are built by pg_cron, which is not installed in this database.';
-        END IF;
+    SELECT i.* INTO _index FROM autoembed._vector_index(_pipeline.table_id, _pipeline.embedding_column) AS i;
+    IF _index.indisvalid THEN
+        PERFORM autoembed._unschedule('index-' || pipeline_id);
         RETURN true;
+    ELSIF to_regclass('cron.job') IS NULL THEN
+        RAISE WARNING USING MESSAGE = format('%s.%I has no index', _pipeline.table_id, _pipeline.embedding_column),
+                            HINT = 'Create it by hand: indexes are built by pg_cron, which is not installed in this database.';
+        RETURN true;
+    END IF;
+    SELECT k.* INTO _key FROM autoembed._index_key(_pipeline) AS k;
+    SELECT coalesce(b.index_problem, CASE WHEN _key.key IS NULL THEN _key.problem END, (
+               -- An error is not tried again; a server that was restarted, or has no process to spare, is.
+               SELECT substring(d.return_message FROM '^ERROR:\s*([^\n]*)')
+               FROM cron.job_run_details AS d
+               JOIN cron.job AS j ON j.jobid = d.jobid AND j.jobname = _job AND j.database = current_database()
+               WHERE d.status = 'failed' AND d.return_message LIKE 'ERROR%'
+               LIMIT 1
+           ))
+    INTO _problem
+    FROM autoembed.backfill AS b
+    WHERE b.pipeline_id = _build_index.pipeline_id;
+    IF _problem IS NOT NULL THEN
+        PERFORM autoembed._unschedule('index-' || pipeline_id);
+        UPDATE autoembed.backfill AS b SET index_problem = _problem WHERE b.pipeline_id = _build_index.pipeline_id AND b.index_problem IS NULL;
     END IF;
     IF _index.indexrelid IS NOT NULL THEN
         -- Either it is being built, or a build was interrupted.
-        IF NOT EXISTS (SELECT FROM pg_stat_progress_create_index AS s WHERE s.index_relid = _index.indexrelid) THEN
+        BEGIN
+            EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE NOWAIT', _pipeline.table_id);
             EXECUTE format('DROP INDEX %s', _index.indexrelid::regclass);
-        END IF;
-    ELSIF NOT EXISTS (SELECT FROM cron.job AS j WHERE j.jobname = _job AND j.database = current_database()) THEN
-        SELECT t.typname INTO STRICT _type
-        FROM pg_attribute AS a JOIN pg_type AS t ON t.oid = a.atttypid
-        WHERE a.attrelid = _pipeline.table_id AND a.attname = _pipeline.embedding_column;
+        EXCEPTION WHEN lock_not_available THEN
+            NULL;
+        END;
+    ELSIF _problem IS NULL AND NOT EXISTS (SELECT FROM cron.job AS j WHERE j.jobname = _job AND j.database = current_database()) THEN
+        SELECT CASE WHEN to_regclass(format('%I.%I', n.nspname, k.name)) IS NULL THEN k.name ELSE format('autoembed_%s_idx', pipeline_id) END
+        INTO STRICT _name
+        FROM pg_class AS c
+        JOIN pg_namespace AS n ON n.oid = c.relnamespace
+        CROSS JOIN LATERAL (SELECT left(c.relname, 30) || '_' || left(_pipeline.embedding_column, 25) || '_idx' AS name) AS k
+        WHERE c.oid = _pipeline.table_id;
         -- By pg_cron, as no function can build one concurrently.
-        PERFORM cron.schedule(_job, '1 second', format(
-            'CREATE INDEX CONCURRENTLY IF NOT EXISTS %I ON %s USING hnsw (%I @extschema:vector@.%s_cosine_ops)',
-            left((SELECT c.relname FROM pg_class AS c WHERE c.oid = _pipeline.table_id), 30)
-                || '_' || left(_pipeline.embedding_column, 25) || '_idx',
-            _pipeline.table_id, _pipeline.embedding_column, _type));
+        PERFORM cron.schedule(_job, '1 second', format('CREATE INDEX CONCURRENTLY IF NOT EXISTS %I ON %s USING hnsw (%s)',
+                                                       _name, _pipeline.table_id, _key.key));
     END IF;
     RETURN false;
 END;

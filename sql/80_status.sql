@@ -23,11 +23,13 @@ SELECT s.table_id AS table_name,
             WHEN s.blocked IS NOT NULL THEN 'resting'
             WHEN b.pipeline_id IS NOT NULL AND b.scanned_at IS NULL THEN 'backfilling'
             WHEN q.waiting + q.in_flight > 0 THEN 'embedding'
-            WHEN b.create_index THEN 'indexing'
+            WHEN b.create_index AND b.index_problem IS NULL THEN 'indexing'
             ELSE 'idle'
        END AS state,
-       s.blocked AS reason,
-       s.hint,
+       coalesce(s.blocked, 'the index could not be built: ' || b.index_problem) AS reason,
+       CASE WHEN s.blocked IS NOT NULL THEN s.hint
+            WHEN b.index_problem IS NOT NULL THEN format('Create it by hand; or SELECT autoembed.resync(%L) tries it again.', s.table_id)
+       END AS hint,
        greatest(r.rows, e.embedded, b.rows_queued) AS estimated_rows,
        e.embedded,
        q.waiting,
@@ -40,6 +42,8 @@ SELECT s.table_id AS table_name,
             WHEN a.rows_per_second > 0 THEN make_interval(secs => round(w.left / a.rows_per_second)::double precision)
        END AS time_left
 FROM autoembed._pipeline_state AS s
+-- One whose table was dropped is ended by the next lane.
+JOIN pg_class AS c ON c.oid = s.table_id
 LEFT JOIN autoembed.backfill AS b ON b.pipeline_id = s.id
 CROSS JOIN LATERAL (SELECT autoembed._estimated_rows(s.table_id) AS rows) AS r
 CROSS JOIN LATERAL (SELECT count(*) AS embedded FROM autoembed.embedded AS e WHERE e.pipeline_id = s.id) AS e
@@ -50,7 +54,9 @@ CROSS JOIN LATERAL (
            min(k.enqueued_at) AS oldest_at
     FROM (
         SELECT q.enqueued_at,
-               EXISTS (SELECT FROM autoembed.lane AS l WHERE q.msg_id = ANY (l.message_ids)) AND q.vt > clock_timestamp() AS held,
+               q.vt > clock_timestamp()
+                   AND EXISTS (SELECT FROM autoembed.lane AS l
+                               WHERE q.msg_id = ANY (l.message_ids) AND autoembed._lane_lives(l.pid, l.backend_start)) AS held,
                CASE jsonb_typeof(q.message -> 'keys') WHEN 'array' THEN jsonb_array_length(q.message -> 'keys') ELSE 1 END AS rows
         FROM pgmq.q_embedding_jobs AS q
         WHERE coalesce(q.message ->> 'pipeline', '') = s.id::text
@@ -72,7 +78,7 @@ COMMENT ON COLUMN autoembed.status.embedding_column IS 'The column.';
 COMMENT ON COLUMN autoembed.status.model IS 'Its model.';
 COMMENT ON COLUMN autoembed.status.state IS
     'idle; embedding: rows wait or are in flight; backfilling: the table is being looked through; indexing: its index is being built; resting: the provider is in trouble, or a limit is reached; paused; stopped: somebody must act.';
-COMMENT ON COLUMN autoembed.status.reason IS 'Why it is stopped, paused or resting.';
+COMMENT ON COLUMN autoembed.status.reason IS 'Why it is stopped, paused or resting, or has no index though one was asked for.';
 COMMENT ON COLUMN autoembed.status.hint IS 'What to do about it.';
 COMMENT ON COLUMN autoembed.status.estimated_rows IS 'About how many rows the table has; NULL: it was never analysed.';
 COMMENT ON COLUMN autoembed.status.embedded IS 'Rows that were embedded.';
@@ -95,7 +101,6 @@ SELECT l.pid,
        CASE WHEN b.pipeline_id IS NOT NULL THEN autoembed._estimated_rows(p.table_id) END AS backfill_rows_total,
        CASE WHEN h.rows > 0 THEN clock_timestamp() - l.claimed_at END AS since
 FROM autoembed.lane AS l
-JOIN pg_stat_get_activity(NULL) AS s ON s.pid = l.pid AND s.backend_start = l.backend_start
 LEFT JOIN LATERAL (
     SELECT q.message ->> 'pipeline' AS pipeline,
            sum(CASE jsonb_typeof(q.message -> 'keys') WHEN 'array' THEN jsonb_array_length(q.message -> 'keys') ELSE 1 END)::bigint AS rows
@@ -105,7 +110,7 @@ LEFT JOIN LATERAL (
 ) AS h ON true
 LEFT JOIN autoembed.pipeline AS p ON p.id::text = h.pipeline
 LEFT JOIN autoembed.backfill AS b ON b.pipeline_id = p.id AND l.backfill
-WHERE p.id IS NULL OR autoembed._may_see(p.table_id);
+WHERE autoembed._lane_lives(l.pid, l.backend_start) AND (p.id IS NULL OR autoembed._may_see(p.table_id));
 COMMENT ON VIEW autoembed.progress IS 'What each lane is at, for \watch.';
 COMMENT ON COLUMN autoembed.progress.pid IS 'The lane''s process, as in pg_stat_activity.';
 COMMENT ON COLUMN autoembed.progress.table_name IS 'The table whose rows it has in its hands.';
@@ -140,6 +145,12 @@ CREATE FUNCTION autoembed.preview(table_name regclass, key text, embedding_colum
     RETURNS TABLE (content text, tokens integer, truncated boolean, state text)
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
+    -- As _output_settings() has them: the lanes' text and key.
+    SET TimeZone = 'UTC'
+    SET DateStyle = 'ISO, YMD'
+    SET IntervalStyle = 'postgres'
+    SET extra_float_digits = 1
+    SET bytea_output = 'hex'
 AS $plpgsql$
 DECLARE
     _pipeline autoembed.pipeline := autoembed._owned_pipeline(table_name, embedding_column);
@@ -148,15 +159,27 @@ DECLARE
     _key jsonb;
 BEGIN
     -- One value for a key of one column, a JSON array for more.
-    _key := CASE WHEN cardinality(_pipeline.key_columns) = 1 AND key !~ '^\s*\[' THEN jsonb_build_array(key) ELSE key::jsonb END;
-    IF jsonb_typeof(_key) <> 'array' OR jsonb_array_length(_key) <> cardinality(_pipeline.key_columns) THEN
+    IF cardinality(_pipeline.key_columns) = 1 AND key !~ '^\s*\[' THEN
+        _key := jsonb_build_array(key);
+    ELSIF pg_input_is_valid(key, 'jsonb') THEN
+        _key := key::jsonb;
+    END IF;
+    -- In its own type and by its own operator, so that its index serves.
+    SELECT string_agg(format('t.%I %s %L::%s', k.name, autoembed._operator(table_name, k.name, 3), k.value, k.type), ' AND ')
+    INTO _condition
+    FROM (
+        SELECT n.name, format_type(a.atttypid, a.atttypmod) AS type, _key ->> (n.position - 1)::integer AS value
+        FROM unnest(_pipeline.key_columns) WITH ORDINALITY AS n(name, position)
+        JOIN pg_attribute AS a ON a.attrelid = table_name AND a.attname = n.name
+    ) AS k
+    HAVING jsonb_typeof(_key) = 'array' AND jsonb_array_length(_key) = count(*) AND bool_and(coalesce(pg_input_is_valid(k.value, k.type), false));
+    IF _condition IS NULL THEN
         RAISE EXCEPTION USING
             ERRCODE = 'invalid_parameter_value',
-            MESSAGE = format('%s is no key of table %s', key, table_name),
-            HINT = format('Its key is %s, to be given as a JSON array.', array_to_string(_pipeline.key_columns, ', '));
+            MESSAGE = format('%s is no key of table %s', coalesce(key, 'NULL'), table_name),
+            HINT = format('Its key is %s%s.', array_to_string(_pipeline.key_columns, ', '),
+                          CASE WHEN cardinality(_pipeline.key_columns) > 1 THEN ', to be given as a JSON array' ELSE '' END);
     END IF;
-    SELECT string_agg(format('concat(t.%I) = %L', k.name, _key ->> (k.position - 1)::integer), ' AND ') INTO _condition
-    FROM unnest(_pipeline.key_columns) WITH ORDINALITY AS k(name, position);
     -- As the caller, so that row level security holds.
     EXECUTE format('SELECT %s, t.%I IS NOT NULL, %s FROM %s AS t WHERE %s LIMIT 1', autoembed._content_expression(_pipeline, 't'),
                    _pipeline.embedding_column, autoembed._key_expression(_pipeline, 't'), table_name, _condition)
@@ -322,39 +345,47 @@ DECLARE
     _cron boolean := to_regclass('cron.job') IS NOT NULL;
     _lanes bigint;
     _scheduled bigint;
+    _start text;
     _problem text;
+    _index record;
 BEGIN
+    SELECT count(*) INTO _lanes FROM autoembed.lane AS l WHERE NOT l.stop AND NOT l.backfill AND autoembed._lane_lives(l.pid, l.backend_start);
+    _start := CASE WHEN _cron THEN 'SELECT autoembed.schedule();'
+                   WHEN current_setting('cron.database_name', true) IS NULL
+                   THEN 'Set shared_preload_libraries = ''pg_cron'', restart the server, and look here again; or have something else call autoembed.work().'
+                   WHEN current_setting('cron.database_name') = current_database() THEN 'CREATE EXTENSION pg_cron; SELECT autoembed.schedule();'
+                   ELSE format('In database "%s": SELECT cron.schedule_in_database(%L, %L, %L, %L);', current_setting('cron.database_name'),
+                               'autoembed-lane-1', '1 second', 'CALL autoembed.work()', current_database()) END;
     FOR _row IN
-        SELECT e.name, e.installed_version, e.default_version
-        FROM pg_available_extensions AS e
-        WHERE e.name IN ('autoembed', 'pgmq', 'vector', 'pg_cron', 'plpython3u')
-        ORDER BY e.name
+        SELECT n.name, e.installed_version, e.default_version
+        FROM unnest('{autoembed,pg_cron,pgmq,plpython3u,vector}'::text[]) AS n(name)
+        LEFT JOIN pg_available_extensions AS e ON e.name = n.name
+        ORDER BY n.name
     LOOP
         subject := format('extension %s', _row.name);
-        ok := _row.installed_version = _row.default_version;
+        -- Only pg_cron can be missing; it lives in one database of a server, and starts lanes in any.
+        ok := CASE WHEN _row.installed_version IS NULL THEN _lanes > 0 ELSE _row.installed_version = _row.default_version END;
         finding := coalesce('version ' || _row.installed_version, 'not in this database')
             || CASE WHEN _row.installed_version <> _row.default_version THEN format(', %s is there', _row.default_version) ELSE '' END;
-        advice := CASE WHEN _row.installed_version <> _row.default_version THEN format('ALTER EXTENSION %I UPDATE;', _row.name)
-                       WHEN _row.installed_version IS NULL THEN format(
-                           'Lanes are started by pg_cron, which lives in database "%s": see the hint of autoembed.schedule().',
-                           current_setting('cron.database_name', true)) END;
-        ok := coalesce(ok, false);
+        advice := CASE WHEN NOT ok AND _row.installed_version IS NULL THEN _start
+                       WHEN NOT ok THEN format('ALTER EXTENSION %I UPDATE;', _row.name) END;
         RETURN NEXT;
     END LOOP;
 
     subject := 'lanes';
-    SELECT count(*) FILTER (WHERE NOT l.backfill) INTO _lanes
-    FROM autoembed.lane AS l
-    JOIN pg_stat_get_activity(NULL) AS a ON a.pid = l.pid AND a.backend_start = l.backend_start
-    WHERE NOT l.stop;
     IF _cron THEN
-        EXECUTE 'SELECT count(*) FROM cron.job AS j WHERE j.active AND j.database = current_database() AND j.command ~ ''autoembed\.work''' INTO _scheduled;
+        EXECUTE $sql$
+            SELECT count(*), 'the last said: ' || (
+                SELECT split_part(d.return_message, E'\n', 1) FROM cron.job_run_details AS d WHERE d.jobid = ANY (array_agg(j.jobid)) ORDER BY d.runid DESC LIMIT 1)
+            FROM cron.job AS j
+            WHERE j.active AND j.database = current_database() AND j.command ~ 'autoembed\.work'
+        $sql$ INTO _scheduled, _problem;
     END IF;
     ok := _lanes > 0;
-    finding := format('%s running', _lanes) || coalesce(format(', %s jobs of pg_cron', _scheduled), '');
+    finding := concat_ws(', ', _lanes || ' running', _scheduled || ' jobs of pg_cron', CASE WHEN NOT ok THEN _problem END);
     advice := CASE WHEN ok THEN NULL
                    WHEN _scheduled > 0 THEN 'pg_cron does not start them: see cron.job_run_details and the server''s log, and that max_worker_processes suffices.'
-                   ELSE 'SELECT autoembed.schedule();' END;
+                   ELSE _start END;
     RETURN NEXT;
 
     FOR _row IN
@@ -374,9 +405,12 @@ BEGIN
     END LOOP;
 
     FOR _row IN
-        SELECT s.*, p AS pipeline, format('%s.%I', s.table_id, s.embedding_column) AS name
+        SELECT s.*, p AS pipeline, format('%s.%I', s.table_id, s.embedding_column) AS name, c.relkind = 'p' AS partitioned, b.index_problem
         FROM autoembed._pipeline_state AS s
         JOIN autoembed.pipeline AS p ON p.id = s.id
+        -- One whose table was dropped is ended by the next lane.
+        JOIN pg_class AS c ON c.oid = s.table_id
+        LEFT JOIN autoembed.backfill AS b ON b.pipeline_id = s.id
         ORDER BY s.id
     LOOP
         subject := format('table %s', _row.name);
@@ -386,27 +420,38 @@ BEGIN
         RETURN NEXT;
 
         subject := format('triggers of %s', _row.name);
-        SELECT string_agg(t.problem, ', ') INTO finding FROM autoembed._trigger_problems(_row.pipeline) AS t(problem);
+        SELECT string_agg(t.problem, ', '), CASE WHEN NOT (_row.pipeline).managed THEN string_agg(t.cure, ' ') END
+        INTO finding, advice
+        FROM autoembed._trigger_problems(_row.pipeline) AS t;
         ok := finding IS NULL;
-        advice := CASE WHEN NOT ok AND NOT (_row.pipeline).managed THEN format('CREATE or enable the trigger; then SELECT autoembed.resync(%L);', _row.table_id)
-                       WHEN NOT ok THEN format('SELECT autoembed.resync(%L);', _row.table_id) END;
+        advice := CASE WHEN NOT ok THEN concat_ws(' ', advice, format('SELECT autoembed.resync(%L);', _row.table_id)) END;
         finding := coalesce(finding, 'in place');
         RETURN NEXT;
 
         IF _row.sound THEN
             subject := format('index of %s', _row.name);
-            SELECT CASE WHEN i.indisvalid THEN i.indexrelid::regclass::text END INTO finding FROM autoembed._vector_index(_row.pipeline) AS i;
+            SELECT k.* INTO _index FROM autoembed._index_key(_row.pipeline) AS k;
+            -- One on each partition will do; the table's own takes those that are there.
+            SELECT CASE WHEN count(i.*) = count(*) THEN string_agg(i.indexrelid::regclass::text, ', ' ORDER BY r.relid) END,
+                   concat_ws(' ', CASE WHEN _index.key IS NOT NULL THEN _index.hint END,
+                             string_agg(format('CREATE INDEX CONCURRENTLY ON %s USING hnsw (%s);', r.relid::regclass, _index.key), ' ' ORDER BY r.relid)
+                                 FILTER (WHERE i.indexrelid IS NULL),
+                             CASE WHEN _row.partitioned THEN format('CREATE INDEX ON %s USING hnsw (%s);', _row.table_id, _index.key) END,
+                             CASE WHEN _index.expression LIKE '%::%' THEN format('-- Used by ORDER BY %s <=> …', _index.expression) END)
+            INTO finding, advice
+            FROM (SELECT t.relid FROM pg_partition_tree(_row.table_id) AS t WHERE t.isleaf
+                  UNION SELECT _row.table_id WHERE NOT _row.partitioned) AS r
+            JOIN pg_class AS c ON c.oid = r.relid AND c.relkind = 'r'
+            LEFT JOIN LATERAL (SELECT v.* FROM autoembed._vector_index(r.relid, _row.embedding_column) AS v WHERE v.indisvalid) AS i ON true;
             -- A few thousand rows are searched faster without one.
-            ok := finding IS NOT NULL OR coalesce(autoembed._estimated_rows(_row.table_id), 0) < 10000;
-            advice := CASE WHEN NOT ok THEN format('CREATE INDEX CONCURRENTLY ON %s USING hnsw (%I %s_cosine_ops);', _row.table_id, _row.embedding_column,
-                           (SELECT t.typname FROM pg_attribute AS a JOIN pg_type AS t ON t.oid = a.atttypid
-                            WHERE a.attrelid = _row.table_id AND a.attname = _row.embedding_column)) END;
-            finding := coalesce(finding, 'none');
+            ok := finding IS NOT NULL OR _row.index_problem IS NULL AND coalesce(autoembed._estimated_rows(_row.table_id), 0) < 10000;
+            finding := coalesce(finding, 'none' || coalesce(', it could not be built: ' || _row.index_problem, ''));
+            advice := CASE WHEN NOT ok THEN CASE WHEN _index.key IS NULL THEN _index.hint ELSE advice END END;
             RETURN NEXT;
         END IF;
 
         subject := format('failed rows of %s', _row.name);
-        SELECT count(*) = 0, count(*) || coalesce(', the last: ' || max(f.reason), '') INTO ok, finding FROM autoembed.failure AS f WHERE f.pipeline_id = _row.id;
+        SELECT count(*) = 0, count(*) || coalesce(', the last: ' || (array_agg(f.reason ORDER BY f.last_failed_at DESC))[1], '') INTO ok, finding FROM autoembed.failure AS f WHERE f.pipeline_id = _row.id;
         advice := CASE WHEN NOT ok THEN format('Look at autoembed.failed; when mended, SELECT autoembed.retry_failed(%L);', _row.table_id) END;
         RETURN NEXT;
     END LOOP;
@@ -421,8 +466,9 @@ BEGIN
 
     IF EXISTS (SELECT FROM autoembed.failure AS f WHERE f.pipeline_id IS NULL) THEN
         subject := 'failed messages';
-        SELECT false, count(*) || ', the last: ' || max(f.reason) INTO ok, finding FROM autoembed.failure AS f WHERE f.pipeline_id IS NULL;
-        advice := 'Look at autoembed.failed where error_class = ''message''.';
+        SELECT false, count(*) || ', the last: ' || (array_agg(f.reason ORDER BY f.last_failed_at DESC))[1] INTO ok, finding FROM autoembed.failure AS f WHERE f.pipeline_id IS NULL;
+        advice := 'Look at autoembed.failed. Again: SELECT autoembed.retry_failed(error_class => ''message''); or no more: '
+            'DELETE FROM autoembed.failure WHERE error_class = ''message'';';
         RETURN NEXT;
     END IF;
 END;

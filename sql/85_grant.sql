@@ -12,7 +12,7 @@ BEGIN
         FROM pg_proc AS p
         -- A view's functions are called with the rights of whoever reads it.
         WHERE p.pronamespace = 'autoembed'::regnamespace
-          AND p.proname = ANY (functions || '{_check_pipeline,_default_model,_estimated_rows,_may_see,_owns}'::text[])
+          AND p.proname = ANY (functions || '{_check_pipeline,_default_model,_estimated_rows,_lane_lives,_may_see,_owns}'::text[])
     ), role);
     EXECUTE format('GRANT SELECT ON autoembed.status, autoembed.progress, autoembed.failed TO %s', role);
 END;
@@ -28,7 +28,7 @@ BEGIN
     PERFORM autoembed._grant(role, '{embed,queue_embeddings,clear_column,enable,alter_pipeline,disable,pause,resume,resync,reembed,preview,
         estimate,wait_until_fresh,_owned_pipelines,_owned_pipeline,_check_owner,_check_content,_check_on_change,_needed_columns,_template,_dimensions,_read_condition,
         _look_through,_state_of,_content_expression,_key_expression,_columns_of,_content_function,_content_function_of,
-        _estimate_texts}');
+        _estimate_texts,_index_key,_operator}');
     EXECUTE format('GRANT SELECT,
                     INSERT (table_id, embedding_column, content_columns, content_function, content_template, condition, condition_columns,
                             condition_objects, model, on_change, truncate, replicated),

@@ -247,12 +247,14 @@ class Database:
         )[0]
         return row["price"], row["rows_per_second"]
 
-    def rest_model(self, name: str, seconds: float, needs_attention: bool, reason: str) -> None:
-        self._run(
-            "SELECT autoembed._rest_model($1, $2, $3, $4)",
+    def rest_model(self, name: str, seconds: float, needs_attention: bool, reason: str) -> bool:
+        """Lets a model rest; whether its trouble is new, and this the first lane to say so."""
+        row = self._run(
+            "SELECT autoembed._rest_model($1, $2, $3, $4) AS is_new",
             ["pg_catalog.text", "pg_catalog.float8", "pg_catalog.bool", "pg_catalog.text"],
             [name, seconds, needs_attention, reason],
-        )
+        )[0]
+        return bool(row["is_new"])
 
     def resume_model(self, name: str) -> None:
         self._run("SELECT autoembed.resume_model($1)", ["pg_catalog.text"], [name])
@@ -313,9 +315,16 @@ class Database:
             [model, *limits.requests, *limits.tokens],
         )
 
-    def warn_of_blocked_pipelines(self) -> None:
-        """Warns of the pipelines that have jobs waiting and cannot be embedded."""
-        self._run("SELECT autoembed._warn_of_blocked_pipelines(true)")
+    def warn_of_blocked_pipelines(self, resting: Sequence[str] | None = None) -> None:
+        """Warns of the pipelines that have jobs waiting and cannot be embedded.
+
+        resting: only of those that wait for one of these models, or, with none, for no model.
+        """
+        self._run(
+            "SELECT autoembed._warn_of_blocked_pipelines(true, $1)",
+            ["pg_catalog.text[]"],
+            [None if resting is None else list(resting)],
+        )
 
     # Rows ----------------------------------------------------------------------------------------
 

@@ -73,7 +73,7 @@ def work(database: Database, network: Network, options: Options, run_seconds: fl
     queue = partial(_claim_queued, database, options)
     tables = partial(_claim_backfill, database, options, backfill)
     database.enter_lane(backfill=backfill)
-    database.warn_of_blocked_pipelines()
+    database.warn_of_blocked_pipelines([])
     database.commit()
     try:
         while time.monotonic() < end:
@@ -566,10 +566,11 @@ class _Pass:
             # Where limits are known, lanes do not come back all at once anyway.
             paced = outbox.limiter.paces and trouble.retry_after_seconds is not None
             seconds = rest_seconds(trouble, outbox.failures, 0.0 if paced else random.random())
-            self._database.rest_model(request.model.name, seconds, trouble.permanent, str(trouble))
-            if self._claim is not None and outbox.failures == 0:
+            name = request.model.name
+            is_new = self._database.rest_model(name, seconds, trouble.permanent, str(trouble))
+            if is_new and self._claim is not None:
                 # In the server's log, once for each outage.
-                self._database.warn_of_blocked_pipelines()
+                self._database.warn_of_blocked_pipelines([name])
         unsent = flight.withdraw(lambda other: other.model == request.model)
         self._ledger.report.requests -= len(unsent)
         outbox.in_flight -= len(unsent)

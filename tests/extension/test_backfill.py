@@ -474,3 +474,95 @@ def test_the_index_is_built_concurrently_once_the_rows_are_embedded(scheduled: S
             " WHERE command LIKE 'CREATE INDEX CONCURRENTLY %' AND status = 'succeeded'"
         )
         assert (db.execute(builds).fetchone() or (0,)) >= (2,)
+
+
+@pytest.fixture
+def cron(scheduled: Server) -> Iterator[Connection]:
+    """A session in the database of pg_cron, with its lanes and the table documents."""
+    api = scheduled.fake_api("index")
+    api.behave()
+    with scheduled.connect() as db:
+        db.execute("SELECT autoembed.alter_model('text-embedding-3-small', base_url => %s)", [api.base_url])
+        db.execute("SELECT autoembed.set_default_model('text-embedding-3-small')")
+        db.execute("DROP TABLE IF EXISTS documents")
+        fill(db, 20)
+        yield db
+
+
+HNSW = """
+    SELECT pg_get_indexdef(indexrelid) FROM pg_index
+    WHERE indrelid = 'documents'::regclass AND indisvalid AND NOT indisprimary"""
+
+
+def index_jobs(db: Connection) -> list[Any]:
+    return db.execute("SELECT jobname FROM cron.job WHERE jobname LIKE 'autoembed-index%'").fetchall()
+
+
+def wait_until_no_backfill(db: Connection) -> None:
+    wait_until(lambda: db.execute("SELECT count(*) FROM autoembed.backfill").fetchone() == (0,), 60)
+
+
+def test_a_vector_too_long_for_an_index_of_its_own_gets_one_of_its_halves(cron: Connection, scheduled: Server) -> None:
+    api = scheduled.fake_api("index")
+    api.behave(models={"long": 2500})
+    cron.execute(
+        "SELECT autoembed.create_model('long', 'openai', 2500, base_url => %s, api_key => 'env:OPENAI_API_KEY')",
+        [api.base_url],
+    )
+    cron.execute("ALTER TABLE documents ALTER embedding TYPE vector(2500)")
+    enable(cron, arguments=", model => 'long', create_index => true")
+
+    wait_until_no_backfill(cron)
+
+    [definition] = cron.execute(HNSW).fetchone() or ("",)
+    assert "((embedding)::halfvec(2500)) halfvec_cosine_ops" in definition
+
+
+def test_a_build_that_fails_ends_with_its_reason_and_begins_anew_when_that_is_mended(cron: Connection) -> None:
+    state = "SELECT state, reason, hint FROM autoembed.status WHERE table_name = 'documents'::regclass"
+    failed = "SELECT count(*) FROM cron.job_run_details WHERE return_message LIKE '%does not have dimensions%'"
+    with cron.transaction():
+        enable(cron, arguments=", create_index => true")
+        cron.execute("ALTER TABLE documents ALTER embedding TYPE halfvec")
+
+    row = wait_until(lambda: next((row for row in cron.execute(state).fetchall() if row.reason), None), 60)
+    assert (row.state, row.reason) == ("idle", "the index could not be built: column does not have dimensions")
+    assert "SELECT autoembed.resync('documents')" in row.hint
+    assert index_jobs(cron) == []
+    failures = cron.execute(failed).fetchone()
+    check = "SELECT * FROM autoembed.doctor() WHERE subject LIKE 'index of %.documents.embedding'"
+    [index] = cron.execute(check).fetchall()
+    assert (index.ok, index.finding) == (False, "none, it could not be built: column does not have dimensions")
+
+    cron.execute(index.advice.split(";")[0].encode())
+
+    wait_until_no_backfill(cron)
+    assert len(cron.execute(HNSW).fetchall()) == 1
+    assert cron.execute(failed).fetchone() == failures
+    assert cron.execute(state).fetchall() == [("idle", None, None)]
+
+
+@pytest.mark.parametrize(
+    "end", ["SELECT autoembed.disable('documents')", "DROP TABLE documents", "SELECT autoembed.unschedule()"]
+)
+def test_no_build_outlives_what_it_is_for(cron: Connection, end: str) -> None:
+    enable(cron, arguments=", enqueue_existing => false")
+    cron.execute("SELECT cron.schedule('autoembed-index-' || max(id), '1 second', 'SELECT 1') FROM autoembed.pipeline")
+    try:
+        cron.execute(end.encode())
+        wait_until(lambda: not index_jobs(cron))
+    finally:
+        cron.execute("SELECT autoembed.schedule()")
+
+
+def test_an_index_finds_a_name_where_the_obvious_one_is_taken(cron: Connection) -> None:
+    cron.execute("CREATE TABLE documents_embedding_idx ()")
+    enable(cron, arguments=", create_index => true")
+    [number] = cron.execute("SELECT max(id) FROM autoembed.pipeline").fetchone() or (0,)
+    try:
+        wait_until_no_backfill(cron)
+    finally:
+        cron.execute("DROP TABLE documents_embedding_idx")
+
+    [definition] = cron.execute(HNSW).fetchone() or ("",)
+    assert definition.startswith(f"CREATE INDEX autoembed_{number}_idx ON ")

@@ -281,11 +281,24 @@ def test_more_dimensions_than_an_index_takes_are_said_with_the_way_out(db: Conne
         enable(db, f"{COLUMNS}, model => 'huge'")
     assert warnings == []
     with warnings_of(db) as warnings:
-        enable(db, f"'more', {COLUMNS}, model => 'giant', create_index => true")
+        enable(db, f"'more', {COLUMNS}, model => 'giant'")
     [warning] = warnings
     assert "4096 dimensions cannot have an HNSW index, which takes up to 4000" in warning
     assert "dimensions => " in warning
-    assert db.execute("SELECT create_index FROM autoembed.backfill").fetchall() == [(False,), (False,)]
+
+
+def test_an_index_that_cannot_be_built_is_refused_with_the_way_out(db: Connection) -> None:
+    unfit = psycopg.errors.ObjectNotInPrerequisiteState
+    with pytest.raises(unfit, match="4096 dimensions cannot have an HNSW index"), db.transaction():
+        enable(db, f"{COLUMNS}, model => 'giant', create_index => true")
+    db.execute("ALTER TABLE documents ADD embedding vector")
+    with pytest.raises(unfit, match='"embedding" of table .* has no dimensions') as error, db.transaction():
+        enable(db, f"{COLUMNS}, create_index => true")
+
+    db.execute(str(error.value.diag.message_hint).encode())
+    enable(db, f"{COLUMNS}, create_index => true")
+
+    assert db.execute("SELECT create_index FROM autoembed.backfill").fetchall() == [(True,)]
 
 
 def test_several_pipelines_live_on_one_table(db: Connection, api: FakeApi) -> None:

@@ -79,10 +79,12 @@ _free_slots - - - x
 _gate - - - x
 _grant - - - x
 _http_hosts - - - x
+_index_key - x - x
 _keep_restored - - - x
 _key_columns - - - x
 _key_expression - x - x
 _lane_is_wanted - - - x
+_lane_lives - x x x
 _learn_limits - - - x
 _leave_lane - - - x
 _load_python - - - x
@@ -94,7 +96,7 @@ _model_facts - - - x
 _needed_columns - x - x
 _next_backfill - - - x
 _note_usage - - - x
-_operator - - - x
+_operator - x - x
 _output_settings - - - x
 _owned_pipeline - x - x
 _owned_pipelines - x - x
@@ -122,6 +124,7 @@ _take_permit - - - x
 _template - x - x
 _trigger_name - - - x
 _trigger_problems - - - x
+_unschedule - - - x
 _vault_key - - - x
 _vector_index - - - x
 _warn_of_blocked_pipelines - - - x

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any
 
+import psycopg
 import pytest
 
 from fake_api import FakeApi
@@ -74,7 +75,7 @@ def process(db: Connection) -> None:
 
 def statements(advice: str) -> list[str]:
     """The SQL that stands in an advice: a call up to its bracket, a command up to a semicolon or an alternative."""
-    return re.findall(r"SELECT .*?\)(?=[.; ]|$)|(?:ALTER|CREATE) .*?(?=;|, or |$)", advice)
+    return re.findall(r"SELECT .*?\)(?=[.; ]|$)|(?:ALTER|CREATE|DELETE) .*?(?=;|, or |$)", advice)
 
 
 # status ------------------------------------------------------------------------------------------
@@ -277,6 +278,42 @@ def test_a_lane_whose_model_rests_is_not_embedding(notes: Connection, api: FakeA
     assert (row.phase, row.rows_in_flight) == ("waiting for work", None)
 
 
+def test_a_dead_lane_holds_nothing_and_is_shown_nowhere(notes: Connection, api: FakeApi, connect: Connect) -> None:
+    """Nobody is there to clean up after the last one."""
+    api.behave(hold=True)
+    with running_lanes(notes, connect) as [lane]:
+        add(notes, 1, 5)
+        api.wait_for(held=1)
+        assert (status(notes).waiting, status(notes).in_flight) == (0, 5)
+        notes.execute("SELECT pg_terminate_backend(%s)", [lane.pid])
+        lane.join()
+        api.release()
+
+    assert one(notes, "SELECT count(*) AS n FROM autoembed.lane").n == 1
+    assert (status(notes).waiting, status(notes).in_flight) == (5, 0)
+    assert notes.execute("TABLE autoembed.progress").fetchall() == []
+
+
+def test_an_owner_sees_the_lanes_that_have_his_rows_and_none_that_have_anothers(
+    notes: Connection, api: FakeApi, connect: Connect, role: Role
+) -> None:
+    owner, other = role("owner"), role("other")
+    for name in (owner, other):
+        notes.execute("SELECT autoembed.grant_usage(%s)", [name])
+    notes.execute(f"ALTER TABLE notes OWNER TO {owner}")
+    api.behave(hold=True)
+    with running_lanes(notes, connect) as [lane]:
+        add(notes, 1, 5)
+        api.wait_for(held=1)
+        row = one(connect(user=owner), "SELECT * FROM autoembed.progress")
+        held = one(connect(user=owner), "SELECT in_flight FROM autoembed.status").in_flight
+        others = connect(user=other).execute("SELECT * FROM autoembed.progress").fetchall()
+        api.release()
+
+    assert (row.pid, row.table_name, row.phase, row.rows_in_flight) == (lane.pid, "notes", "embedding", 5)
+    assert (held, others) == (5, [])
+
+
 # doctor ------------------------------------------------------------------------------------------
 
 
@@ -326,6 +363,77 @@ def test_all_is_well_on_a_healthy_server_and_its_log_stays_quiet(cron: Connectio
 def log_of(server: Server) -> list[str]:
     """The lines of the server's log."""
     return str(server.container.get_wrapped_container().logs().decode(errors="replace")).splitlines()
+
+
+def test_a_dead_provider_is_said_in_the_log_when_it_dies_and_only_then(cron: Connection, scheduled: Server) -> None:
+    api = scheduled.fake_api("dead")
+    cron.execute("SELECT autoembed.alter_model(%s, base_url => %s)", [MODEL, api.base_url])
+    cron.execute("SELECT autoembed.set_default_model(%s)", [MODEL])
+    cron.execute("CREATE TABLE notes (id int PRIMARY KEY, content text)")
+    add(cron, 1, 200)
+    began = len(log_of(scheduled))
+
+    def said() -> list[str]:
+        return [line for line in log_of(scheduled)[began:] if "notes.embedding is not being embedded" in line]
+
+    try:
+        api.behave(faults=[{"status": 503, "times": "forever"}])
+        # Both lanes meet it: one by the rows that are there, one by those that come.
+        cron.execute("SELECT autoembed.enable('notes', content_columns => '{content}')")
+        add(cron, 201, 400)
+        wait_until(said)
+        wait_until(lambda: one(cron, "SELECT max(failures) >= 3 AS more FROM autoembed.model_rest").more, 40)
+        # Lanes that start anew have nothing new to say.
+        cron.execute("SELECT autoembed.schedule(2)")
+        wait_until(lambda: doctor(cron)["lanes"].finding.startswith("2 running"))
+        wait_until(lambda: one(cron, "SELECT max(failures) >= 4 AS more FROM autoembed.model_rest").more, 40)
+        assert len(said()) == 1
+
+        api.behave()
+        assert one(cron, "SELECT autoembed.wait_until_fresh('notes') AS fresh").fresh
+        api.behave(faults=[{"status": 503, "times": "forever"}])
+        add(cron, 401, 402)
+        wait_until(lambda: one(cron, "SELECT max(failures) >= 2 AS more FROM autoembed.model_rest").more, 40)
+        assert len(said()) == 2
+    finally:
+        api.behave()
+
+
+def test_missing_lanes_are_found_and_the_advice_starts_them(cron: Connection) -> None:
+    cron.execute("SELECT autoembed.unschedule()")
+    row = wait_until(lambda: next((r for r in [doctor(cron)["lanes"]] if r.finding.startswith("0 running")), None))
+    assert (row.ok, row.finding) == (False, "0 running, 0 jobs of pg_cron")
+    wait_until(lambda: cron.execute("TABLE autoembed.progress").fetchall() == [])
+
+    cron.execute(row.advice.encode())
+
+    wait_until(lambda: doctor(cron)["lanes"].ok)
+
+
+def test_a_database_with_lanes_from_elsewhere_is_healthy_without_pg_cron(notes: Connection, connect: Connect) -> None:
+    """pg_cron lives in one database of a server, and runs lanes in any."""
+    assert not doctor(notes)["lanes"].ok
+    with running_lanes(notes, connect):
+        assert [row for row in doctor(notes).values() if not row.ok] == []
+
+
+def test_without_lanes_the_advice_starts_them_from_the_database_of_pg_cron(
+    notes: Connection, server: Server, connect: Connect
+) -> None:
+    rows = doctor(notes)
+    assert (rows["lanes"].ok, rows["extension pg_cron"].ok) == (False, False)
+    assert rows["lanes"].advice == rows["extension pg_cron"].advice
+    [database, statement] = re.fullmatch(r'In database "(.*)": (SELECT .*;)', rows["lanes"].advice).groups()  # type: ignore[union-attr]
+
+    with server.connect(database) as there:
+        there.execute("CREATE EXTENSION IF NOT EXISTS pg_cron")
+        try:
+            there.execute(statement.encode())
+            wait_until(lambda: not [row for row in doctor(notes).values() if not row.ok])
+        finally:
+            there.execute("SELECT cron.unschedule('autoembed-lane-1')")
+            notes.execute("UPDATE autoembed.lane SET stop = true")
+            wait_until(lambda: one(notes, "SELECT count(*) = 0 AS gone FROM autoembed.progress").gone)
 
 
 def test_an_older_version_is_found(notes: Connection) -> None:
@@ -378,6 +486,64 @@ def test_the_advice_leaves_the_users_own_disabled_triggers_alone(notes: Connecti
         notes.execute(statement.encode())
 
     add(notes, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("end", "finding"),
+    [
+        (
+            "ALTER TABLE documents DISABLE TRIGGER embed_documents_on_insert",
+            "trigger embed_documents_on_insert is disabled",
+        ),
+        (
+            "ALTER TABLE documents DISABLE TRIGGER clear_document_embedding_on_update",
+            "trigger clear_document_embedding_on_update is disabled",
+        ),
+        (
+            "ALTER TABLE documents ENABLE REPLICA TRIGGER embed_documents_on_update",
+            "trigger embed_documents_on_update is disabled",
+        ),
+        ("DROP TRIGGER embed_documents_on_insert ON documents", "no trigger for insert"),
+        ("DROP TRIGGER embed_documents_on_update ON documents", "no trigger for update"),
+    ],
+)
+def test_the_triggers_of_a_table_set_up_by_hand_are_looked_at(documents: Connection, end: str, finding: str) -> None:
+    documents.execute(
+        "CREATE TRIGGER own BEFORE INSERT ON documents FOR EACH ROW EXECUTE FUNCTION tsvector_update_trigger(a, b, c)"
+    )
+    documents.execute("ALTER TABLE documents DISABLE TRIGGER own")
+    assert sick(documents) == {}
+    documents.execute(end.encode())
+    documents.execute("INSERT INTO documents (title, content) VALUES ('t', 'c')")
+    row = sick(documents)["triggers of public.documents.embedding"]
+    assert row.finding == finding
+
+    for statement in row.advice.split(";"):
+        documents.execute(statement.encode())
+    process(documents)
+
+    assert sick(documents) == {}
+    assert one(documents, "SELECT tgenabled FROM pg_trigger WHERE tgname = 'own'").tgenabled == "D"
+    documents.execute("UPDATE documents SET content = 'other'")
+    documents.execute("INSERT INTO documents (title, content) VALUES ('t', 'more')")
+    process(documents)
+    assert one(documents, "SELECT count(embedding) AS n FROM documents").n == 2
+
+
+def test_a_trigger_that_is_disabled_on_a_partition_is_found(notes: Connection) -> None:
+    notes.execute("CREATE TABLE parts (id int PRIMARY KEY, content text) PARTITION BY RANGE (id)")
+    notes.execute("CREATE TABLE parts_1 PARTITION OF parts FOR VALUES FROM (0) TO (100)")
+    notes.execute("SELECT autoembed.enable('parts', content_columns => '{content}')")
+    process(notes)
+    assert sick(notes) == {}
+    notes.execute("ALTER TABLE parts_1 DISABLE TRIGGER autoembed_2_insert")
+    row = sick(notes)["triggers of public.parts.embedding"]
+    assert row.finding == "trigger autoembed_2_insert is disabled"
+
+    notes.execute(row.advice.encode())
+    process(notes)
+
+    assert sick(notes) == {}
 
 
 @pytest.mark.parametrize("event", ["insert", "update", "delete", "truncate", "clear"])
@@ -503,6 +669,101 @@ LARGE_TABLES = {
 }
 
 
+def test_of_several_failures_the_last_is_told(notes: Connection) -> None:
+    notes.execute(
+        "INSERT INTO autoembed.failure (pipeline_id, key, error_class, reason, attempts, last_failed_at)"
+        " SELECT id, '[1]', 'row', 'z', 1, now() - interval '1 hour' FROM autoembed.pipeline"
+        " UNION ALL SELECT id, '[2]', 'row', 'a', 1, now() FROM autoembed.pipeline"
+    )
+
+    assert sick(notes)["failed rows of public.notes.embedding"].finding == "2, the last: a"
+
+
+def test_failed_messages_are_found_and_the_advice_clears_them(notes: Connection) -> None:
+    notes.execute("SELECT pgmq.send('embedding_jobs', '{\"nonsense\": 1}')")
+    process(notes)
+    row = sick(notes)["failed messages"]
+    assert row.finding.startswith("1, the last: the message lacks")
+
+    for statement in statements(row.advice):
+        notes.execute(statement.encode())
+
+    assert sick(notes) == {}
+
+
+@pytest.mark.parametrize("kind", LARGE_TABLES)
+def test_a_missing_index_is_found_and_the_advice_builds_it(notes: Connection, api: FakeApi, kind: str) -> None:
+    table, column = ('"Of course".large', "The Vector") if kind == "in another schema" else ("large", "embedding")
+    dimensions = 2500 if "many" in kind else 1536
+    api.behave(models={"large": dimensions})
+    notes.execute(
+        "SELECT autoembed.create_model('large', 'openai', %s, base_url => %s, api_key => 'env:OPENAI_API_KEY')",
+        [dimensions, api.base_url],
+    )
+    notes.execute(LARGE_TABLES[kind].encode())
+    notes.execute(f"INSERT INTO {table} (id) SELECT generate_series(1, 10001)".encode())
+    notes.execute("ANALYZE")
+    notes.execute(
+        "SELECT autoembed.enable(%s::regclass, %s, content_columns => '{content}', model => 'large',"
+        " enqueue_existing => false)",
+        [table, column],
+    )
+    [[name, row]] = [(name, row) for name, row in sick(notes).items() if name.startswith("index of")]
+    assert row.finding == "none"
+
+    for statement in row.advice.split(";"):
+        notes.execute(statement.encode())
+
+    assert doctor(notes)[name].ok
+    expression = re.findall(r"-- Used by ORDER BY (.*) <=>", row.advice) or [f'"{column}"']
+    query = (
+        f"EXPLAIN SELECT id FROM {table} ORDER BY {expression[0]} <=> autoembed.embed('a question', 'large') LIMIT 5"
+    )
+    notes.execute("SET enable_seqscan = off")
+    assert "Index Scan using" in str(notes.execute(query.encode()).fetchall())
+
+
+def test_an_index_on_every_partition_is_an_index(notes: Connection) -> None:
+    notes.execute(LARGE_TABLES["partitioned"].encode())
+    notes.execute("CREATE TABLE large_2 PARTITION OF large FOR VALUES FROM (1000000) TO (2000000)")
+    notes.execute("INSERT INTO large SELECT 990000 + n FROM generate_series(1, 20000) AS n")
+    notes.execute("ANALYZE")
+    notes.execute("SELECT autoembed.enable('large', content_columns => '{content}', enqueue_existing => false)")
+    index = "CREATE INDEX ON {} USING hnsw (embedding halfvec_cosine_ops)"
+    notes.execute(index.format("large_1").encode())
+    row = sick(notes)["index of public.large.embedding"]
+    assert "large_2" in row.advice and "large_1" not in row.advice
+
+    notes.execute(index.format("large_2").encode())
+
+    row = doctor(notes)["index of public.large.embedding"]
+    assert (row.ok, row.finding) == (True, "public.large_1_embedding_idx, public.large_2_embedding_idx")
+
+
+def test_vectors_too_long_for_an_index_get_an_advice_that_says_so(notes: Connection) -> None:
+    notes.execute("SELECT autoembed.create_model('giant', 'openai', 5000, api_key => 'env:OPENAI_API_KEY')")
+    notes.execute("CREATE TABLE large (id int PRIMARY KEY, content text, embedding halfvec(5000))")
+    notes.execute("INSERT INTO large (id) SELECT generate_series(1, 10001)")
+    notes.execute("ANALYZE")
+    notes.execute(
+        "SELECT autoembed.enable('large', content_columns => '{content}', model => 'giant', enqueue_existing => false)"
+    )
+
+    assert "dimensions => 1024" in doctor(notes)["index of public.large.embedding"].advice
+
+
+@pytest.mark.parametrize("change", ["DROP TABLE notes", "DROP TABLE notes CASCADE; CREATE TABLE notes (id int)"])
+def test_the_doctor_survives_a_table_that_is_gone(notes: Connection, change: str) -> None:
+    add(notes, 1, 3)
+    notes.execute(change.encode())
+
+    assert all(row.advice for row in sick(notes).values())
+    assert notes.execute("TABLE autoembed.status").fetchall() == []
+
+    notes.execute("SELECT autoembed.process()")
+    assert sick(notes) == {}
+
+
 def test_an_old_queue_is_found(notes: Connection) -> None:
     add(notes, 1, 3)
     assert doctor(notes)["queue"].ok
@@ -607,6 +868,72 @@ def test_preview_shows_what_row_level_security_lets_its_caller_see(
     assert session.execute("SELECT * FROM autoembed.preview('notes', '1')").fetchall() == []
     assert preview(session, "2").content == "a note"
     assert preview(notes, "1").content == "a secret"
+
+
+def test_preview_takes_a_composite_key_as_an_array(db: Connection, api: FakeApi) -> None:
+    db.execute("CREATE TABLE notes (site text, path text, n int, content text, PRIMARY KEY (site, path, n))")
+    db.execute("SELECT autoembed.enable('notes', content_template => '# {path}\\n\\n{content}')")
+    db.execute("""INSERT INTO notes VALUES ('a', 'it''s "x"', 1, 'one'), ('a', 'it''s "x"', 2, 'two')""")
+    process(db)
+
+    row = preview(db, '["a", "it\'s \\"x\\"", 2]')
+
+    assert (row.content, row.state) == ('# it\'s "x"\n\ntwo', "fresh")
+    assert db.execute("""SELECT * FROM autoembed.preview('notes', '["a", "b", 2]')""").fetchall() == []
+    for wrong in ("a", '["a"]', '["a", "b", null]', '["a", "b", "c"]', '{"site": "a"}', "[1, 2"):
+        with pytest.raises(psycopg.Error) as caught:
+            preview(db, wrong)
+        assert caught.value.sqlstate == "22023", wrong
+        assert caught.value.diag.message_hint == "Its key is site, path, n, to be given as a JSON array."
+
+
+@pytest.mark.parametrize(
+    ("key_type", "key"),
+    [("int", "a"), ("int", "99999999999"), ("int", "[draft]"), ("int", '["a"]'), ("uuid", "7"), ("text", "[1, 2]")],
+)
+def test_a_value_that_is_no_key_is_a_clean_error(db: Connection, api: FakeApi, key_type: str, key: str) -> None:
+    db.execute(f"CREATE TABLE notes (id {key_type} PRIMARY KEY, content text)")
+    db.execute("SELECT autoembed.enable('notes', content_columns => '{content}')")
+
+    with pytest.raises(psycopg.Error) as caught:
+        preview(db, key)
+
+    assert caught.value.sqlstate == "22023"
+    assert (caught.value.diag.message_primary, caught.value.diag.message_hint) == (
+        f"{key} is no key of table public.notes",
+        "Its key is id.",
+    )
+
+
+def test_preview_reads_a_text_and_a_key_as_lanes_do(db: Connection, api: FakeApi) -> None:
+    db.execute("CREATE TABLE notes (id timestamptz PRIMARY KEY, at timestamptz)")
+    db.execute("SELECT autoembed.enable('notes', content_columns => '{at}')")
+    db.execute("INSERT INTO notes VALUES ('2026-01-01 00:00:00+00', '2026-01-02 00:00:00+00')")
+    process(db)
+    db.execute("SET TimeZone = 'Asia/Tokyo'; SET DateStyle = 'German'")
+
+    assert preview(db, "2026-01-01 00:00:00+00")[::3] == ("2026-01-02 00:00:00+00", "fresh")
+
+
+@pytest.mark.parametrize(("columns", "key"), [("id", "[150000]"), ("site, id", '["a", 150000]')])
+def test_preview_of_a_row_of_a_large_table_reads_a_few_pages(
+    db: Connection, api: FakeApi, columns: str, key: str
+) -> None:
+    db.execute(f"CREATE TABLE notes (site text DEFAULT 'a', id int, content text, PRIMARY KEY ({columns}))")
+    db.execute("SELECT autoembed.enable('notes', content_columns => '{content}')")
+    with db.transaction():
+        db.execute("SET LOCAL session_replication_role = replica")
+        db.execute("INSERT INTO notes (id, content) SELECT n, repeat('x', 100) FROM generate_series(1, 200000) AS n")
+    db.execute("ANALYZE notes")
+    preview(db, key)
+
+    explain = "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) SELECT * FROM autoembed.preview('notes', %s)"
+    [[[explained]]] = psycopg.ClientCursor(db).execute(explain, [key]).fetchall()
+
+    assert explained["Plan"]["Actual Rows"] == 1
+    # Most of them of the catalog.
+    pages = one(db, "SELECT pg_relation_size('notes') / 8192 AS n").n
+    assert explained["Plan"]["Shared Hit Blocks"] + explained["Plan"]["Shared Read Blocks"] < 1000 < pages / 3
 
 
 # wait_until_fresh --------------------------------------------------------------------------------

@@ -181,7 +181,7 @@ class FakeDatabase:
     def lane_is_wanted(self) -> bool:
         return self.wanted
 
-    def warn_of_blocked_pipelines(self) -> None:
+    def warn_of_blocked_pipelines(self, resting: Sequence[str] | None = None) -> None:
         self._note("warn_of_blocked_pipelines")
 
     def statement_timeout_seconds(self) -> float | None:
@@ -265,9 +265,10 @@ class FakeDatabase:
         self._note("pipelines")
         return {number: self.defined[number] for number in ids if number in self.defined}
 
-    def rest_model(self, name: str, seconds: float, needs_attention: bool, reason: str) -> None:
+    def rest_model(self, name: str, seconds: float, needs_attention: bool, reason: str) -> bool:
         self._note("rest_model")
         self.rests.append(Rest(name, seconds, needs_attention, reason))
+        return len(self.rests) == 1
 
     def resume_model(self, name: str) -> None:
         self._note("resume_model")
