@@ -270,7 +270,7 @@ def idle(server: Server, db: Connection, system: System, sizes: Sizes) -> Measur
         db.execute("SELECT pg_reload_conf()")
         db.execute("VACUUM ANALYZE")
         db.execute("CHECKPOINT")
-        # The first look prunes catalogs, sessions report what they wrote within ten seconds, and the background writer notes
+        # The first look prunes catalogs, sessions report what they wrote within ten seconds, and the server notes its
         # running transactions within fifteen.
         _totals(server, db, workers)
         time.sleep(16)

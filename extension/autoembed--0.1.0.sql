@@ -197,7 +197,8 @@ CREATE TABLE autoembed.pipeline (
     content_function text,
     content_function_id regprocedure,
     condition text,
-    condition_columns jsonb NOT NULL DEFAULT '{}',
+    condition_columns jsonb NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(condition_columns) = 'object'),
+    condition_objects jsonb NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(condition_objects) = 'object'),
     model text REFERENCES autoembed.model (name) ON UPDATE CASCADE,
     on_change text NOT NULL DEFAULT 'keep' CHECK (on_change IN ('keep', 'clear')),
     truncate boolean NOT NULL DEFAULT true,
@@ -223,6 +224,8 @@ COMMENT ON COLUMN autoembed.pipeline.content_function_id IS 'That function; foll
 COMMENT ON COLUMN autoembed.pipeline.condition IS 'Which rows have an embedding at all; NULL: every row with a text.';
 COMMENT ON COLUMN autoembed.pipeline.condition_columns IS
     'The columns that it uses: {name in the condition: name now}.';
+COMMENT ON COLUMN autoembed.pipeline.condition_objects IS
+    'The functions, operators, types and collations, PostgreSQL''s own aside, that it uses: {name in full: what it is}.';
 COMMENT ON COLUMN autoembed.pipeline.model IS 'Its model; NULL: the default model.';
 COMMENT ON COLUMN autoembed.pipeline.on_change IS
     'What becomes of a vector when its text changes: keep until the new one is there, or clear at once.';
@@ -850,9 +853,8 @@ class Database:
     def call_embedder(self, model: str, purpose: str, texts: Sequence[str]) -> list[bytes | None]:
         """What a model's SQL function makes of texts, in PostgreSQL's binary form. Raises Trouble."""
         row: Any = None
-        known = self._run("SELECT autoembed._prepared() AS statements")[0]["statements"]
         try:
-            with contextlib.suppress(_Undo), plpy.subtransaction():
+            with self.prepared_statements_kept(), contextlib.suppress(_Undo), plpy.subtransaction():
                 [row] = self._run(
                     "SELECT c.vectors, c.fault FROM autoembed._call_embedder($1, $2, $3) AS c",
                     ["pg_catalog.text", "pg_catalog.text", "pg_catalog.text[]"],
@@ -865,11 +867,18 @@ class Database:
             if trouble is None:
                 raise
             raise trouble from error
-        finally:
-            self._run("SELECT autoembed._forget_prepared($1)", ["pg_catalog.text[]"], [known])
         if row["fault"] is not None:
             raise ProviderTrouble(row["fault"], permanent=True)
         return list(row["vectors"])
+
+    @contextmanager
+    def prepared_statements_kept(self) -> Iterator[None]:
+        """Forgets those that an owner's code leaves: the session's user may execute one by its name."""
+        known = self._run("SELECT autoembed._prepared() AS statements")[0]["statements"]
+        try:
+            yield
+        finally:
+            self._run("SELECT autoembed._forget_prepared($1)", ["pg_catalog.text[]"], [known])
 
     # Limits --------------------------------------------------------------------------------------
 
@@ -947,12 +956,12 @@ class Database:
             if vectors is not None and (stage := self._staged(pipeline, vectors)):
                 embeddings, arguments = f"(SELECT pg_catalog.array_agg(s.v ORDER BY s.n) FROM {stage} AS s)", []
             else:
-                embeddings = f"$3::{pipeline.vector_type}[]"
+                embeddings = f"$4::{pipeline.vector_type}[]"
                 arguments = [[None] * len(keys) if vectors is None else literals(vectors)]
             rows = self._run(
-                f"SELECT w.key, w.outcome FROM autoembed._write_{pipeline.id}($1, $2, {embeddings}) AS w",
-                ["pg_catalog.text[]", "pg_catalog.text[]", "pg_catalog.text[]"][: 2 + len(arguments)],
-                [list(keys), list(contents), *arguments],
+                f"SELECT w.key, w.outcome FROM autoembed._write_{pipeline.id}($1, $2, $3, {embeddings}) AS w",
+                [*["pg_catalog.text[]"] * 2, "pg_catalog.text", *["pg_catalog.text[]"] * len(arguments)],
+                [list(keys), list(contents), pipeline.model.identity, *arguments],
             )
             if not pipeline.trusted:
                 self._run("SELECT autoembed._check_deferred()")
@@ -1142,15 +1151,18 @@ def process(batch_size: int, max_requests: int, timeout_milliseconds: int) -> di
     options = _options(batch_size, max_requests, timeout_milliseconds)
     here = database.Database(commits=False)
     here.clean_up()
-    report = worker.run_pass(here, _network, options)
+    with here.prepared_statements_kept():
+        report = worker.run_pass(here, _network, options)
     here.warn_of_blocked_pipelines()
     return {**vars(report), "failed_jobs": json.dumps(report.failed_jobs)}
 
 
 def work(run_seconds: float, batch_size: int, max_requests: int, timeout_milliseconds: int, backfill: bool) -> None:
     options = _options(batch_size, max_requests, timeout_milliseconds)
+    here = database.Database(commits=True)
     try:
-        worker.work(database.Database(commits=True), _network, options, run_seconds, backfill=backfill)
+        with here.prepared_statements_kept():
+            worker.work(here, _network, options, run_seconds, backfill=backfill)
     except database.Error:
         # DROP EXTENSION while the lane ran is no error.
         if database.is_installed():
@@ -2287,6 +2299,11 @@ class Model:
     def prefix(self, purpose: Purpose) -> str:
         """What goes before each text; see prefixed()."""
         return str(self.options.get(f"{purpose}_prefix", ""))
+
+    @property
+    def identity(self) -> str:
+        """What makes its vectors others than another's, as the functions that write them know it."""
+        return " ".join(filter(None, (self.provider, self.model_id, str(self.dimensions), self.prefix("document"))))
 
     def digest(self, content: str) -> bytes:
         """16 bytes that tell whether this text, by this model, has been embedded before."""
@@ -3724,7 +3741,7 @@ from typing import TYPE_CHECKING, Any
 from autoembed import batching
 from autoembed.errors import OverBudget, ProviderTrouble, Refused, RowError, rest_seconds
 from autoembed.flight import SLICE_SECONDS, Flight
-from autoembed.jobs import Job, Ledger, Report, address_of, are_keys, isolate
+from autoembed.jobs import Address, Job, Ledger, Report, address_of, are_keys, isolate
 from autoembed.limits import FIRST_ANSWER_SECONDS, NOTHING_KNOWN, PATIENCE_SECONDS, Limiter, Permit, tokens_per_request
 from autoembed.model import Ask, Embedded, Model, Share
 from autoembed.providers import IN_BACKEND, PROVIDERS, provider_of
@@ -3965,8 +3982,9 @@ class _Pass:
         now = time.monotonic()
         if now > self._claim_until or 2 * free < self._options.max_requests and (free < 1 or now < self._claim_at):
             return
-        # A vector that waits for its row is not to be asked for again by another message.
-        if self._locked or any(outbox.trouble or outbox.suspended for outbox in self._outboxes.values()):
+        # A vector that waits for its row is not to be asked for again by another message; and a provider that failed
+        # last time is tried with one request.
+        if self._locked or any(box.trouble or box.suspended or box.failures for box in self._outboxes.values()):
             return
         self._claim_at = now + POLL_SECONDS
         self._database.gate()
@@ -3986,9 +4004,8 @@ class _Pass:
         if set_aside:
             self._ledger.set_aside(set_aside)
 
-        rows: dict[tuple[int, str], tuple[int, list[Message]]] = {}
+        addressed: dict[int, list[tuple[Message, Address]]] = defaultdict(list)
         moved: dict[int, list[str]] = defaultdict(list)
-        room = self._options.max_rows
         for message in messages:
             try:
                 address = address_of(message.body)
@@ -4000,24 +4017,33 @@ class _Pass:
                 self._database.forget_all(pipeline_id)
                 self._ledger.settle(message)
                 continue
-            keys = address.keys
-            if message.read_count > 1 and len(keys) > 1:
+            if address.moved:
+                moved[pipeline_id].extend(address.keys)
+            if message.read_count > 1 and len(address.keys) > 1:
                 # A lane died of one of these rows, perhaps: from now on each stands for itself.
-                for key in keys:
+                for key in address.keys:
                     self._database.requeue(pipeline_id, [key], address.attempts, read_count=message.read_count - 1)
                 self._ledger.settle(message)
                 continue
-            if len(keys) > max(room, 1):
-                self._database.requeue(pipeline_id, keys[max(room, 1) :], address.attempts)
-                keys = keys[: max(room, 1)]
-            room -= len(keys)
-            if address.moved:
-                moved[pipeline_id].extend(keys)
-            for key in keys:
-                attempts, holders = rows.setdefault((pipeline_id, key), (address.attempts, []))
-                rows[pipeline_id, key] = (max(attempts, address.attempts), [*holders, message])
+            addressed[pipeline_id].append((message, address))
 
-        pipelines = self._database.pipelines(sorted({pipeline_id for pipeline_id, _ in rows})) if rows else {}
+        rows: dict[tuple[int, str], tuple[int, list[Message]]] = {}
+        for pipeline_id, of_pipeline in addressed.items():
+            room = max(1, self._options.max_rows // len(addressed))
+            for message, address in of_pipeline:
+                if room == 0:
+                    self._ledger.set_aside([message])
+                    continue
+                if len(address.keys) > room:
+                    self._database.requeue(pipeline_id, address.keys[room:], address.attempts)
+                keys = address.keys[:room]
+                room -= len(keys)
+                for key in keys:
+                    attempts, holders = rows.setdefault((pipeline_id, key), (address.attempts, []))
+                    rows[pipeline_id, key] = (max(attempts, address.attempts), [*holders, message])
+
+        ids = sorted({*addressed, *moved})
+        pipelines = self._database.pipelines(ids) if ids else {}
         for pipeline_id in moved.keys() & pipelines.keys():
             self._database.forget(pipelines[pipeline_id], moved[pipeline_id])
         by_pipeline: dict[int, list[Job]] = defaultdict(list)
@@ -4040,6 +4066,8 @@ class _Pass:
         try:
             rows = self._database.rows(pipeline, [job.key for job in jobs])
         except RowError as error:
+            if self._held_up(pipeline, jobs, error):
+                return []
             if len(jobs) > 1 and not error.locked:
                 return [job for half in batching.halves(jobs) for job in self._read(pipeline, half)]
             for job in jobs:
@@ -4250,7 +4278,13 @@ class _Pass:
                 self._submit(Request(request.model, half))
             return
         for job in self._outboxes[request.model].jobs.pop(request.texts[0]):
-            self._ledger.fail(job, str(refusal))
+            content = job.content
+            # It may say something else by now, and have a job for that, which may be done.
+            for existing in self._read(job.pipeline, [job]):
+                if existing.content == content:
+                    self._ledger.fail(existing, str(refusal))
+                else:
+                    self._ledger.retry(existing, CHANGED_DELAY_SECONDS)
 
     def _give_up_model(self, flight: Flight[Request, Embedded], request: Request, trouble: ProviderTrouble) -> None:
         """Lets the model rest, for all lanes, and puts back the jobs that were to be sent."""
@@ -4301,6 +4335,8 @@ class _Pass:
         try:
             outcomes = self._database.write(pipeline, [job.key for job in jobs], [job.content for job in jobs], vectors)
         except RowError as error:
+            if self._held_up(pipeline, jobs, error):
+                return
             if error.locked:
                 for index, job in enumerate(jobs):
                     self._locked.append((job, None if vectors is None else vectors[index : index + 1]))
@@ -4357,6 +4393,15 @@ class _Pass:
         for job in jobs:
             self._ledger.done(job)
 
+    def _held_up(self, pipeline: Pipeline, jobs: Sequence[Job], error: RowError) -> bool:
+        """Puts jobs back if it is their table's fault by now: what it needs may go while a request is in flight."""
+        now = None if error.passes else self._database.pipelines([pipeline.id]).get(pipeline.id)
+        if now is None or now.blocked is None:
+            return False
+        for job in jobs:
+            self._ledger.retry(job, 0, now.blocked)
+        return True
+
     def _retry_or_fail(self, job: Job, error: RowError, *, at_once: bool = False) -> None:
         if error.passes:
             self._ledger.retry(job, LOCKED_DELAY_SECONDS, str(error))
@@ -4406,7 +4451,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "dccd2c753a41d083"
+    GD["autoembed"] = "ce5fdc7808670979"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -4513,7 +4558,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "dccd2c753a41d083":
+    if GD.get("autoembed") != "ce5fdc7808670979":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -5185,6 +5230,35 @@ $sql$;
 COMMENT ON FUNCTION autoembed._needed_columns(autoembed.pipeline) IS
     'The columns without which a pipeline cannot work, its embedding column aside.';
 
+CREATE FUNCTION autoembed._missing_object(pipeline autoembed.pipeline)
+    RETURNS text
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT concat_ws(' ', o.value ->> 'type', o.key)
+    FROM jsonb_each(pipeline.condition_objects) AS o
+    WHERE NOT EXISTS (
+        SELECT FROM (
+            SELECT 'pg_proc'::regclass AS class, p.oid FROM pg_proc AS p WHERE p.proname = o.value ->> 'name'
+            UNION ALL
+            SELECT 'pg_operator'::regclass, p.oid FROM pg_operator AS p WHERE p.oprname = o.value ->> 'name'
+            UNION ALL
+            SELECT 'pg_type'::regclass, t.oid FROM pg_type AS t WHERE t.typname = o.value ->> 'name'
+            UNION ALL
+            SELECT 'pg_collation'::regclass, c.oid FROM pg_collation AS c WHERE c.collname = o.value ->> 'name'
+        ) AS c
+        CROSS JOIN LATERAL pg_identify_object(c.class, c.oid, 0) AS i
+        -- Made anew it is as good. The types that it takes may have other names since: the condition does not tell them.
+        WHERE i.identity = o.key
+           OR c.oid::text = o.value ->> 'oid' AND split_part(i.identity, '(', 1) = split_part(o.key, '(', 1)
+    )
+    ORDER BY o.key
+    LIMIT 1;
+$sql$;
+COMMENT ON FUNCTION autoembed._missing_object(autoembed.pipeline) IS
+    'A function, operator, type or collation of a pipeline''s condition that no longer has the name that it has there; NULL if there is none.';
+
 CREATE FUNCTION autoembed._operator(table_id oid, column_name name, strategy integer)
     RETURNS text
     LANGUAGE sql
@@ -5237,6 +5311,8 @@ BEGIN
         FROM pg_proc AS p
         JOIN pg_namespace AS n ON n.oid = p.pronamespace
         WHERE p.oid = autoembed._content_function_of(pipeline);
+        -- One that is gone is an error in whatever calls it, and nobody can make it where this looks.
+        _text := coalesce(_text, format('autoembed.%I(%s)', pipeline.content_function, alias));
     END IF;
     IF pipeline.condition IS NOT NULL THEN
         _text := format('CASE WHEN (SELECT (%s) FROM (SELECT %s) AS r) THEN %s END', pipeline.condition, (
@@ -5383,12 +5459,12 @@ BEGIN
 
     IF _table.relforcerowsecurity AND _table.relrowsecurity
        AND NOT (SELECT r.rolsuper OR r.rolbypassrls FROM pg_roles AS r WHERE r.oid = _table.relowner)
-       AND (EXISTS (SELECT FROM pg_policy AS p WHERE p.polrelid = _table.oid AND NOT p.polpermissive)
-            OR NOT EXISTS (
-                SELECT FROM pg_policy AS p
-                WHERE p.polrelid = _table.oid AND p.polpermissive AND p.polcmd = '*' AND pg_get_expr(p.polqual, p.polrelid) = 'true'
-                  AND p.polroles && ARRAY[0::oid, _table.relowner]
-            )) THEN
+       AND (SELECT NOT coalesce(bool_or(p.polpermissive AND p.polcmd = '*' AND pg_get_expr(p.polqual, p.polrelid) = 'true'), false)
+                   OR NOT bool_and(p.polpermissive)
+            FROM pg_policy AS p
+            WHERE p.polrelid = _table.oid
+              -- Those that bind him: for PUBLIC, or for a role that he has the rights of.
+              AND EXISTS (SELECT FROM unnest(p.polroles) AS r(id) WHERE r.id = 0 OR pg_has_role(_table.relowner, r.id, 'USAGE'))) THEN
         problem := format('row level security is forced on the owner of table %s and may hide rows from him', pipeline.table_id);
         hint := format('Let him see all: CREATE POLICY embeddings ON %s TO %I USING (true), without restrictive policies; or ALTER TABLE %s NO FORCE ROW LEVEL SECURITY.',
                        pipeline.table_id, pg_get_userbyid(_table.relowner), pipeline.table_id);
@@ -5468,6 +5544,14 @@ BEGIN
             errcode := 'insufficient_privilege';
             RETURN;
         END IF;
+    END IF;
+
+    _missing := autoembed._missing_object(pipeline);
+    IF _missing IS NOT NULL THEN
+        problem := format('the condition on table %s uses %s, which is gone or has another name', pipeline.table_id, _missing);
+        hint := format('Bring it back, or give the condition anew: SELECT autoembed.alter_pipeline(%L, condition => …).', pipeline.table_id);
+        errcode := 'waits';
+        RETURN;
     END IF;
 
     _model := autoembed._model(pipeline.model);
@@ -5629,6 +5713,7 @@ DECLARE
     _sent_keys text;
     _same_key text;
     _later_key text;
+    _model text;
     _from text;
     _ready boolean;
 BEGIN
@@ -5660,7 +5745,11 @@ BEGIN
     FROM unnest(_pipeline.key_columns) WITH ORDINALITY AS k(name, position)
     JOIN pg_attribute AS a ON a.attrelid = _pipeline.table_id AND a.attname = k.name;
 
-    _from := concat_ws(' ', _table, _owner, _options, _keys, _sent_keys, _pipeline.embedding_column, _vector_type, _content);
+    -- As Model.identity has it.
+    SELECT concat_ws(' ', m.provider, m.model_id, m.dimensions, nullif(m.options ->> 'document_prefix', '')) INTO STRICT _model
+    FROM autoembed._model(_pipeline.model) AS m;
+
+    _from := concat_ws(' ', _table, _owner, _options, _keys, _sent_keys, _pipeline.embedding_column, _vector_type, _content, _model);
     SELECT count(*) = 3 INTO _ready
     FROM pg_proc AS p
     JOIN pg_roles AS o ON o.oid = p.proowner AND o.rolname = _owner
@@ -5703,8 +5792,13 @@ $body$, _table,
 
     -- Rows that somebody else has locked are left out: embeddings never wait for an application, nor two lanes for each other.
     -- Triggers deferred to the commit would run as the lane, so they run at the end of this.
-    PERFORM autoembed._create_owned(_owner, format('_write_%s(keys text[], contents text[], embeddings %s[])', pipeline_id, _vector_type),
+    PERFORM autoembed._create_owned(_owner, format('_write_%s(keys text[], contents text[], model text, embeddings %s[])', pipeline_id, _vector_type),
         'TABLE (key text, outcome text)', format('%s SET autoembed.writing = %L', _options, _pipeline.table_id::oid), format($body$
+    -- Asked for before its model was changed: that of now may have been faster.
+    IF model IS DISTINCT FROM %7$L THEN
+        RETURN QUERY SELECT s.key, 'changed' FROM unnest(keys) AS s(key);
+        RETURN;
+    END IF;
     LOCK TABLE %3$s IN ROW EXCLUSIVE MODE NOWAIT;
     FOR key, outcome IN
     WITH sent AS MATERIALIZED (
@@ -5747,7 +5841,7 @@ $body$, _table,
        OR EXISTS (SELECT FROM pg_catalog.pg_constraint AS c WHERE c.contype = 'x' AND c.condeferrable) THEN
         SET CONSTRAINTS ALL IMMEDIATE;
     END IF;
-$body$, _content, _pipeline.embedding_column, _table, _sent_keys, _same_key, _keys));
+$body$, _content, _pipeline.embedding_column, _table, _sent_keys, _same_key, _keys, _model));
 
     IF _pipeline.managed THEN
         PERFORM autoembed._build_capture(_pipeline, _owner, _options);
@@ -6087,7 +6181,9 @@ BEGIN
     PERFORM autoembed._build_pipeline(NEW.id);
     BEGIN
         -- On no row, and undone, whatever the owner's code does: has PostgreSQL read all that will be read.
-        EXECUTE format('SELECT FROM autoembed._content_%s(''{}'')', NEW.id);
+        IF autoembed._missing_object(NEW) IS NULL THEN
+            EXECUTE format('SELECT FROM autoembed._content_%s(''{}'')', NEW.id);
+        END IF;
         RAISE EXCEPTION USING ERRCODE = 'AE000';
     EXCEPTION
         WHEN SQLSTATE 'AE000' THEN
@@ -6229,7 +6325,8 @@ BEGIN
                 condition_columns = _pipeline.condition_columns, table_shape = _after
             WHERE p.id = _pipeline.id;
         END IF;
-        IF (SELECT c.problem IS NULL FROM autoembed._check_pipeline(_pipeline) AS c) THEN
+        -- Whatever keeps rows from being embedded: a trigger made for other names would refuse them.
+        IF (SELECT c.errcode IS DISTINCT FROM 'undefined_column' FROM autoembed._check_pipeline(_pipeline) AS c) THEN
             PERFORM autoembed._build_pipeline(_pipeline.id);
         END IF;
         -- The vectors are of another type, or the texts may be others, or there are rows that came with a partition: no
@@ -6534,7 +6631,7 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._check_on_change(text) IS 'Fails unless it is keep or clear.';
 
-CREATE FUNCTION autoembed._read_condition(table_name regclass, INOUT condition text, OUT columns jsonb)
+CREATE FUNCTION autoembed._read_condition(table_name regclass, INOUT condition text, OUT columns jsonb, OUT objects jsonb)
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
     SET client_min_messages = warning
@@ -6544,6 +6641,7 @@ DECLARE
                    WHERE c.oid = table_name);
 BEGIN
     columns := '{}';
+    objects := '{}';
     IF condition IS NULL THEN
         RETURN;
     END IF;
@@ -6554,8 +6652,17 @@ BEGIN
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     SELECT pg_get_expr(k.conbin, k.conrelid),
            coalesce((SELECT jsonb_object_agg(a.attname, a.attname) FROM pg_attribute AS a
-                     WHERE a.attrelid = k.conrelid AND a.attnum = ANY (k.conkey) AND a.attnum > 0), '{}')
-    INTO STRICT condition, columns
+                     WHERE a.attrelid = k.conrelid AND a.attnum = ANY (k.conkey) AND a.attnum > 0), '{}'),
+           coalesce((SELECT jsonb_object_agg(i.identity, jsonb_build_object('type', i.type, 'oid', d.refobjid::text, 'name', (
+                                SELECT p.proname FROM pg_proc AS p WHERE p.oid = d.refobjid AND d.refclassid = 'pg_proc'::regclass
+                                UNION ALL SELECT p.oprname FROM pg_operator AS p WHERE p.oid = d.refobjid AND d.refclassid = 'pg_operator'::regclass
+                                UNION ALL SELECT t.typname FROM pg_type AS t WHERE t.oid = d.refobjid AND d.refclassid = 'pg_type'::regclass
+                                UNION ALL SELECT c.collname FROM pg_collation AS c WHERE c.oid = d.refobjid AND d.refclassid = 'pg_collation'::regclass)))
+                     FROM pg_depend AS d
+                     CROSS JOIN LATERAL pg_identify_object(d.refclassid, d.refobjid, 0) AS i
+                     WHERE d.classid = 'pg_constraint'::regclass AND d.objid = k.oid
+                       AND d.refclassid IN ('pg_proc'::regclass, 'pg_operator'::regclass, 'pg_type'::regclass, 'pg_collation'::regclass)), '{}')
+    INTO STRICT condition, columns, objects
     FROM pg_constraint AS k WHERE k.conrelid = 'pg_temp.autoembed_condition'::regclass AND k.conname = 'condition';
     DROP TABLE pg_temp.autoembed_condition;
 EXCEPTION WHEN syntax_error_or_access_rule_violation OR feature_not_supported OR data_exception THEN
@@ -6566,7 +6673,7 @@ EXCEPTION WHEN syntax_error_or_access_rule_violation OR feature_not_supported OR
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._read_condition(regclass, text) IS
-    'A condition on the rows of a table, with every name in it in full, and its columns, {name: name}; an error if it is none. Runs with the caller''s rights.';
+    'A condition on the rows of a table, with every name in it in full, its columns, {name: name}, and what else it uses; an error if it is none. Runs with the caller''s rights.';
 
 CREATE FUNCTION autoembed.enable(
     table_name regclass,
@@ -6649,9 +6756,9 @@ BEGIN
         EXECUTE format('ALTER TABLE %s ADD COLUMN %I @extschema:vector@.halfvec(%s)', enable.table_name, enable.embedding_column, _dimensions);
     END IF;
     INSERT INTO autoembed.pipeline AS p (table_id, embedding_column, content_columns, content_function, content_template,
-                                         condition, condition_columns, model, on_change, truncate, replicated)
+                                         condition, condition_columns, condition_objects, model, on_change, truncate, replicated)
     SELECT enable.table_name, enable.embedding_column, enable.content_columns, enable.content_function, enable.content_template,
-           c.condition, c.columns, enable.model, enable.on_change, coalesce(enable.truncate, true), coalesce(enable.replicated, false)
+           c.condition, c.columns, c.objects, enable.model, enable.on_change, coalesce(enable.truncate, true), coalesce(enable.replicated, false)
     FROM autoembed._read_condition(enable.table_name, enable.condition) AS c
     RETURNING p.* INTO _pipeline;
     SELECT k.* INTO _index FROM autoembed._index_key(_pipeline) AS k;
@@ -6720,6 +6827,7 @@ BEGIN
         model = CASE WHEN alter_pipeline.model IS NULL THEN p.model ELSE nullif(alter_pipeline.model, '') END,
         condition = CASE WHEN alter_pipeline.condition IS NULL THEN p.condition ELSE _condition.condition END,
         condition_columns = CASE WHEN alter_pipeline.condition IS NULL THEN p.condition_columns ELSE _condition.columns END,
+        condition_objects = CASE WHEN alter_pipeline.condition IS NULL THEN p.condition_objects ELSE _condition.objects END,
         on_change = coalesce(alter_pipeline.on_change, p.on_change),
         truncate = coalesce(alter_pipeline.truncate, p.truncate)
     WHERE p.id = _pipeline.id;
@@ -6967,6 +7075,8 @@ DECLARE
     _newest boolean;
     _ids bigint[] := '{}';
 BEGIN
+    -- As _gate() does: this begins a lane's transaction.
+    LOCK TABLE autoembed.lane IN ACCESS SHARE MODE;
     IF NOT EXISTS (SELECT FROM pgmq.q_embedding_jobs AS q WHERE q.vt <= _now) THEN
         RETURN;
     END IF;
@@ -7223,9 +7333,16 @@ CREATE FUNCTION autoembed._forget_all(pipeline_id integer)
     SET search_path = pg_catalog, pg_temp
 AS $sql$
     DELETE FROM autoembed.embedded AS e WHERE e.pipeline_id = _forget_all.pipeline_id;
-    DELETE FROM autoembed.failure AS f WHERE f.pipeline_id = _forget_all.pipeline_id;
+    -- One may be of a row that has come since: the newest messages are read before older ones.
+    WITH failed AS (
+        DELETE FROM autoembed.failure AS f WHERE f.pipeline_id = _forget_all.pipeline_id RETURNING f.key
+    )
+    INSERT INTO pgmq.q_embedding_jobs (vt, message)
+    SELECT clock_timestamp(), jsonb_build_object('pipeline', _forget_all.pipeline_id, 'keys', jsonb_agg(k.key::jsonb))
+    FROM (SELECT f.key, (row_number() OVER () - 1) / 100 AS message FROM failed AS f) AS k
+    GROUP BY k.message;
 $sql$;
-COMMENT ON FUNCTION autoembed._forget_all(integer) IS 'Forgets all rows of a table that was truncated.';
+COMMENT ON FUNCTION autoembed._forget_all(integer) IS 'Forgets all rows of a table that was truncated; those that have failed are looked at again.';
 
 CREATE FUNCTION autoembed._fail(pipeline_id integer, key text, reason text, attempts integer, excerpt text)
     RETURNS void
@@ -7275,9 +7392,10 @@ CREATE FUNCTION autoembed._lane_is_wanted()
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    SELECT NOT EXISTS (SELECT FROM autoembed.lane AS l WHERE (l.pid, l.backend_start) = (SELECT a.pid, a.backend_start FROM pg_stat_get_activity(pg_backend_pid()) AS a) AND l.stop);
+    -- One without an entry is of an extension that was dropped and made again.
+    SELECT EXISTS (SELECT FROM autoembed.lane AS l WHERE (l.pid, l.backend_start) = (SELECT a.pid, a.backend_start FROM pg_stat_get_activity(pg_backend_pid()) AS a) AND NOT l.stop);
 $sql$;
-COMMENT ON FUNCTION autoembed._lane_is_wanted() IS 'Whether nobody has asked this lane to stop.';
+COMMENT ON FUNCTION autoembed._lane_is_wanted() IS 'Whether this lane is signed on and nobody has asked it to stop.';
 
 CREATE FUNCTION autoembed._gate()
     RETURNS void
@@ -7311,6 +7429,8 @@ CREATE FUNCTION autoembed._next_backfill(dedicated boolean)
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
+    -- As _gate() does: this begins a lane's transaction.
+    LOCK TABLE autoembed.lane IN ACCESS SHARE MODE;
     IF NOT EXISTS (SELECT FROM autoembed.backfill AS b WHERE b.scanned_at IS NULL)
        -- Live changes do not wait behind a backfill where there is a lane for it.
        OR NOT dedicated AND EXISTS (SELECT FROM autoembed.lane AS l WHERE l.backfill) THEN
@@ -7432,7 +7552,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "dccd2c753a41d083":
+    if GD.get("autoembed") != "ce5fdc7808670979":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -7449,7 +7569,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "dccd2c753a41d083":
+    if GD.get("autoembed") != "ce5fdc7808670979":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
@@ -7465,7 +7585,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "dccd2c753a41d083":
+    if GD.get("autoembed") != "ce5fdc7808670979":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -8085,7 +8205,7 @@ CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embed
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "dccd2c753a41d083":
+    if GD.get("autoembed") != "ce5fdc7808670979":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
@@ -8190,7 +8310,7 @@ CREATE FUNCTION autoembed._estimate_texts(texts text[], model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "dccd2c753a41d083":
+    if GD.get("autoembed") != "ce5fdc7808670979":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.estimate(texts, model)]
@@ -8360,7 +8480,7 @@ CREATE FUNCTION autoembed._probe(model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "dccd2c753a41d083":
+    if GD.get("autoembed") != "ce5fdc7808670979":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.probe(model)
@@ -8400,9 +8520,9 @@ BEGIN
         _estimate_texts,_index_key,_operator}');
     EXECUTE format('GRANT SELECT,
                     INSERT (table_id, embedding_column, content_columns, content_function, content_template, condition, condition_columns,
-                            model, on_change, truncate, replicated),
-                    UPDATE (content_columns, content_function, content_template, condition, condition_columns, model, on_change, truncate,
-                            paused),
+                            condition_objects, model, on_change, truncate, replicated),
+                    UPDATE (content_columns, content_function, content_template, condition, condition_columns, condition_objects, model,
+                            on_change, truncate, paused),
                     DELETE ON autoembed.pipeline TO %s', role);
     EXECUTE format('GRANT SELECT, INSERT (pipeline_id, condition, force, create_index), DELETE ON autoembed.backfill TO %s', role);
     EXECUTE format('GRANT SELECT ON autoembed._row_state TO %s', role);

@@ -195,7 +195,8 @@ CREATE TABLE autoembed.pipeline (
     content_function text,
     content_function_id regprocedure,
     condition text,
-    condition_columns jsonb NOT NULL DEFAULT '{}',
+    condition_columns jsonb NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(condition_columns) = 'object'),
+    condition_objects jsonb NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(condition_objects) = 'object'),
     model text REFERENCES autoembed.model (name) ON UPDATE CASCADE,
     on_change text NOT NULL DEFAULT 'keep' CHECK (on_change IN ('keep', 'clear')),
     truncate boolean NOT NULL DEFAULT true,
@@ -221,6 +222,8 @@ COMMENT ON COLUMN autoembed.pipeline.content_function_id IS 'That function; foll
 COMMENT ON COLUMN autoembed.pipeline.condition IS 'Which rows have an embedding at all; NULL: every row with a text.';
 COMMENT ON COLUMN autoembed.pipeline.condition_columns IS
     'The columns that it uses: {name in the condition: name now}.';
+COMMENT ON COLUMN autoembed.pipeline.condition_objects IS
+    'The functions, operators, types and collations, PostgreSQL''s own aside, that it uses: {name in full: what it is}.';
 COMMENT ON COLUMN autoembed.pipeline.model IS 'Its model; NULL: the default model.';
 COMMENT ON COLUMN autoembed.pipeline.on_change IS
     'What becomes of a vector when its text changes: keep until the new one is there, or clear at once.';

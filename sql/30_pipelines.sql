@@ -110,6 +110,35 @@ $sql$;
 COMMENT ON FUNCTION autoembed._needed_columns(autoembed.pipeline) IS
     'The columns without which a pipeline cannot work, its embedding column aside.';
 
+CREATE FUNCTION autoembed._missing_object(pipeline autoembed.pipeline)
+    RETURNS text
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT concat_ws(' ', o.value ->> 'type', o.key)
+    FROM jsonb_each(pipeline.condition_objects) AS o
+    WHERE NOT EXISTS (
+        SELECT FROM (
+            SELECT 'pg_proc'::regclass AS class, p.oid FROM pg_proc AS p WHERE p.proname = o.value ->> 'name'
+            UNION ALL
+            SELECT 'pg_operator'::regclass, p.oid FROM pg_operator AS p WHERE p.oprname = o.value ->> 'name'
+            UNION ALL
+            SELECT 'pg_type'::regclass, t.oid FROM pg_type AS t WHERE t.typname = o.value ->> 'name'
+            UNION ALL
+            SELECT 'pg_collation'::regclass, c.oid FROM pg_collation AS c WHERE c.collname = o.value ->> 'name'
+        ) AS c
+        CROSS JOIN LATERAL pg_identify_object(c.class, c.oid, 0) AS i
+        -- Made anew it is as good. The types that it takes may have other names since: the condition does not tell them.
+        WHERE i.identity = o.key
+           OR c.oid::text = o.value ->> 'oid' AND split_part(i.identity, '(', 1) = split_part(o.key, '(', 1)
+    )
+    ORDER BY o.key
+    LIMIT 1;
+$sql$;
+COMMENT ON FUNCTION autoembed._missing_object(autoembed.pipeline) IS
+    'A function, operator, type or collation of a pipeline''s condition that no longer has the name that it has there; NULL if there is none.';
+
 CREATE FUNCTION autoembed._operator(table_id oid, column_name name, strategy integer)
     RETURNS text
     LANGUAGE sql
@@ -162,6 +191,8 @@ BEGIN
         FROM pg_proc AS p
         JOIN pg_namespace AS n ON n.oid = p.pronamespace
         WHERE p.oid = autoembed._content_function_of(pipeline);
+        -- One that is gone is an error in whatever calls it, and nobody can make it where this looks.
+        _text := coalesce(_text, format('autoembed.%I(%s)', pipeline.content_function, alias));
     END IF;
     IF pipeline.condition IS NOT NULL THEN
         _text := format('CASE WHEN (SELECT (%s) FROM (SELECT %s) AS r) THEN %s END', pipeline.condition, (
@@ -308,12 +339,12 @@ BEGIN
 
     IF _table.relforcerowsecurity AND _table.relrowsecurity
        AND NOT (SELECT r.rolsuper OR r.rolbypassrls FROM pg_roles AS r WHERE r.oid = _table.relowner)
-       AND (EXISTS (SELECT FROM pg_policy AS p WHERE p.polrelid = _table.oid AND NOT p.polpermissive)
-            OR NOT EXISTS (
-                SELECT FROM pg_policy AS p
-                WHERE p.polrelid = _table.oid AND p.polpermissive AND p.polcmd = '*' AND pg_get_expr(p.polqual, p.polrelid) = 'true'
-                  AND p.polroles && ARRAY[0::oid, _table.relowner]
-            )) THEN
+       AND (SELECT NOT coalesce(bool_or(p.polpermissive AND p.polcmd = '*' AND pg_get_expr(p.polqual, p.polrelid) = 'true'), false)
+                   OR NOT bool_and(p.polpermissive)
+            FROM pg_policy AS p
+            WHERE p.polrelid = _table.oid
+              -- Those that bind him: for PUBLIC, or for a role that he has the rights of.
+              AND EXISTS (SELECT FROM unnest(p.polroles) AS r(id) WHERE r.id = 0 OR pg_has_role(_table.relowner, r.id, 'USAGE'))) THEN
         problem := format('row level security is forced on the owner of table %s and may hide rows from him', pipeline.table_id);
         hint := format('Let him see all: CREATE POLICY embeddings ON %s TO %I USING (true), without restrictive policies; or ALTER TABLE %s NO FORCE ROW LEVEL SECURITY.',
                        pipeline.table_id, pg_get_userbyid(_table.relowner), pipeline.table_id);
@@ -393,6 +424,14 @@ BEGIN
             errcode := 'insufficient_privilege';
             RETURN;
         END IF;
+    END IF;
+
+    _missing := autoembed._missing_object(pipeline);
+    IF _missing IS NOT NULL THEN
+        problem := format('the condition on table %s uses %s, which is gone or has another name', pipeline.table_id, _missing);
+        hint := format('Bring it back, or give the condition anew: SELECT autoembed.alter_pipeline(%L, condition => …).', pipeline.table_id);
+        errcode := 'waits';
+        RETURN;
     END IF;
 
     _model := autoembed._model(pipeline.model);

@@ -89,6 +89,7 @@ DECLARE
     _sent_keys text;
     _same_key text;
     _later_key text;
+    _model text;
     _from text;
     _ready boolean;
 BEGIN
@@ -120,7 +121,11 @@ BEGIN
     FROM unnest(_pipeline.key_columns) WITH ORDINALITY AS k(name, position)
     JOIN pg_attribute AS a ON a.attrelid = _pipeline.table_id AND a.attname = k.name;
 
-    _from := concat_ws(' ', _table, _owner, _options, _keys, _sent_keys, _pipeline.embedding_column, _vector_type, _content);
+    -- As Model.identity has it.
+    SELECT concat_ws(' ', m.provider, m.model_id, m.dimensions, nullif(m.options ->> 'document_prefix', '')) INTO STRICT _model
+    FROM autoembed._model(_pipeline.model) AS m;
+
+    _from := concat_ws(' ', _table, _owner, _options, _keys, _sent_keys, _pipeline.embedding_column, _vector_type, _content, _model);
     SELECT count(*) = 3 INTO _ready
     FROM pg_proc AS p
     JOIN pg_roles AS o ON o.oid = p.proowner AND o.rolname = _owner
@@ -163,8 +168,13 @@ $body$, _table,
 
     -- Rows that somebody else has locked are left out: embeddings never wait for an application, nor two lanes for each other.
     -- Triggers deferred to the commit would run as the lane, so they run at the end of this.
-    PERFORM autoembed._create_owned(_owner, format('_write_%s(keys text[], contents text[], embeddings %s[])', pipeline_id, _vector_type),
+    PERFORM autoembed._create_owned(_owner, format('_write_%s(keys text[], contents text[], model text, embeddings %s[])', pipeline_id, _vector_type),
         'TABLE (key text, outcome text)', format('%s SET autoembed.writing = %L', _options, _pipeline.table_id::oid), format($body$
+    -- Asked for before its model was changed: that of now may have been faster.
+    IF model IS DISTINCT FROM %7$L THEN
+        RETURN QUERY SELECT s.key, 'changed' FROM unnest(keys) AS s(key);
+        RETURN;
+    END IF;
     LOCK TABLE %3$s IN ROW EXCLUSIVE MODE NOWAIT;
     FOR key, outcome IN
     WITH sent AS MATERIALIZED (
@@ -207,7 +217,7 @@ $body$, _table,
        OR EXISTS (SELECT FROM pg_catalog.pg_constraint AS c WHERE c.contype = 'x' AND c.condeferrable) THEN
         SET CONSTRAINTS ALL IMMEDIATE;
     END IF;
-$body$, _content, _pipeline.embedding_column, _table, _sent_keys, _same_key, _keys));
+$body$, _content, _pipeline.embedding_column, _table, _sent_keys, _same_key, _keys, _model));
 
     IF _pipeline.managed THEN
         PERFORM autoembed._build_capture(_pipeline, _owner, _options);

@@ -100,7 +100,9 @@ BEGIN
     PERFORM autoembed._build_pipeline(NEW.id);
     BEGIN
         -- On no row, and undone, whatever the owner's code does: has PostgreSQL read all that will be read.
-        EXECUTE format('SELECT FROM autoembed._content_%s(''{}'')', NEW.id);
+        IF autoembed._missing_object(NEW) IS NULL THEN
+            EXECUTE format('SELECT FROM autoembed._content_%s(''{}'')', NEW.id);
+        END IF;
         RAISE EXCEPTION USING ERRCODE = 'AE000';
     EXCEPTION
         WHEN SQLSTATE 'AE000' THEN
@@ -242,7 +244,8 @@ BEGIN
                 condition_columns = _pipeline.condition_columns, table_shape = _after
             WHERE p.id = _pipeline.id;
         END IF;
-        IF (SELECT c.problem IS NULL FROM autoembed._check_pipeline(_pipeline) AS c) THEN
+        -- Whatever keeps rows from being embedded: a trigger made for other names would refuse them.
+        IF (SELECT c.errcode IS DISTINCT FROM 'undefined_column' FROM autoembed._check_pipeline(_pipeline) AS c) THEN
             PERFORM autoembed._build_pipeline(_pipeline.id);
         END IF;
         -- The vectors are of another type, or the texts may be others, or there are rows that came with a partition: no

@@ -115,7 +115,7 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._check_on_change(text) IS 'Fails unless it is keep or clear.';
 
-CREATE FUNCTION autoembed._read_condition(table_name regclass, INOUT condition text, OUT columns jsonb)
+CREATE FUNCTION autoembed._read_condition(table_name regclass, INOUT condition text, OUT columns jsonb, OUT objects jsonb)
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
     SET client_min_messages = warning
@@ -125,6 +125,7 @@ DECLARE
                    WHERE c.oid = table_name);
 BEGIN
     columns := '{}';
+    objects := '{}';
     IF condition IS NULL THEN
         RETURN;
     END IF;
@@ -135,8 +136,17 @@ BEGIN
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     SELECT pg_get_expr(k.conbin, k.conrelid),
            coalesce((SELECT jsonb_object_agg(a.attname, a.attname) FROM pg_attribute AS a
-                     WHERE a.attrelid = k.conrelid AND a.attnum = ANY (k.conkey) AND a.attnum > 0), '{}')
-    INTO STRICT condition, columns
+                     WHERE a.attrelid = k.conrelid AND a.attnum = ANY (k.conkey) AND a.attnum > 0), '{}'),
+           coalesce((SELECT jsonb_object_agg(i.identity, jsonb_build_object('type', i.type, 'oid', d.refobjid::text, 'name', (
+                                SELECT p.proname FROM pg_proc AS p WHERE p.oid = d.refobjid AND d.refclassid = 'pg_proc'::regclass
+                                UNION ALL SELECT p.oprname FROM pg_operator AS p WHERE p.oid = d.refobjid AND d.refclassid = 'pg_operator'::regclass
+                                UNION ALL SELECT t.typname FROM pg_type AS t WHERE t.oid = d.refobjid AND d.refclassid = 'pg_type'::regclass
+                                UNION ALL SELECT c.collname FROM pg_collation AS c WHERE c.oid = d.refobjid AND d.refclassid = 'pg_collation'::regclass)))
+                     FROM pg_depend AS d
+                     CROSS JOIN LATERAL pg_identify_object(d.refclassid, d.refobjid, 0) AS i
+                     WHERE d.classid = 'pg_constraint'::regclass AND d.objid = k.oid
+                       AND d.refclassid IN ('pg_proc'::regclass, 'pg_operator'::regclass, 'pg_type'::regclass, 'pg_collation'::regclass)), '{}')
+    INTO STRICT condition, columns, objects
     FROM pg_constraint AS k WHERE k.conrelid = 'pg_temp.autoembed_condition'::regclass AND k.conname = 'condition';
     DROP TABLE pg_temp.autoembed_condition;
 EXCEPTION WHEN syntax_error_or_access_rule_violation OR feature_not_supported OR data_exception THEN
@@ -147,7 +157,7 @@ EXCEPTION WHEN syntax_error_or_access_rule_violation OR feature_not_supported OR
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._read_condition(regclass, text) IS
-    'A condition on the rows of a table, with every name in it in full, and its columns, {name: name}; an error if it is none. Runs with the caller''s rights.';
+    'A condition on the rows of a table, with every name in it in full, its columns, {name: name}, and what else it uses; an error if it is none. Runs with the caller''s rights.';
 
 CREATE FUNCTION autoembed.enable(
     table_name regclass,
@@ -230,9 +240,9 @@ BEGIN
         EXECUTE format('ALTER TABLE %s ADD COLUMN %I @extschema:vector@.halfvec(%s)', enable.table_name, enable.embedding_column, _dimensions);
     END IF;
     INSERT INTO autoembed.pipeline AS p (table_id, embedding_column, content_columns, content_function, content_template,
-                                         condition, condition_columns, model, on_change, truncate, replicated)
+                                         condition, condition_columns, condition_objects, model, on_change, truncate, replicated)
     SELECT enable.table_name, enable.embedding_column, enable.content_columns, enable.content_function, enable.content_template,
-           c.condition, c.columns, enable.model, enable.on_change, coalesce(enable.truncate, true), coalesce(enable.replicated, false)
+           c.condition, c.columns, c.objects, enable.model, enable.on_change, coalesce(enable.truncate, true), coalesce(enable.replicated, false)
     FROM autoembed._read_condition(enable.table_name, enable.condition) AS c
     RETURNING p.* INTO _pipeline;
     SELECT k.* INTO _index FROM autoembed._index_key(_pipeline) AS k;
@@ -301,6 +311,7 @@ BEGIN
         model = CASE WHEN alter_pipeline.model IS NULL THEN p.model ELSE nullif(alter_pipeline.model, '') END,
         condition = CASE WHEN alter_pipeline.condition IS NULL THEN p.condition ELSE _condition.condition END,
         condition_columns = CASE WHEN alter_pipeline.condition IS NULL THEN p.condition_columns ELSE _condition.columns END,
+        condition_objects = CASE WHEN alter_pipeline.condition IS NULL THEN p.condition_objects ELSE _condition.objects END,
         on_change = coalesce(alter_pipeline.on_change, p.on_change),
         truncate = coalesce(alter_pipeline.truncate, p.truncate)
     WHERE p.id = _pipeline.id;

@@ -17,6 +17,8 @@ DECLARE
     _newest boolean;
     _ids bigint[] := '{}';
 BEGIN
+    -- As _gate() does: this begins a lane's transaction.
+    LOCK TABLE autoembed.lane IN ACCESS SHARE MODE;
     IF NOT EXISTS (SELECT FROM pgmq.q_embedding_jobs AS q WHERE q.vt <= _now) THEN
         RETURN;
     END IF;
@@ -273,9 +275,16 @@ CREATE FUNCTION autoembed._forget_all(pipeline_id integer)
     SET search_path = pg_catalog, pg_temp
 AS $sql$
     DELETE FROM autoembed.embedded AS e WHERE e.pipeline_id = _forget_all.pipeline_id;
-    DELETE FROM autoembed.failure AS f WHERE f.pipeline_id = _forget_all.pipeline_id;
+    -- One may be of a row that has come since: the newest messages are read before older ones.
+    WITH failed AS (
+        DELETE FROM autoembed.failure AS f WHERE f.pipeline_id = _forget_all.pipeline_id RETURNING f.key
+    )
+    INSERT INTO pgmq.q_embedding_jobs (vt, message)
+    SELECT clock_timestamp(), jsonb_build_object('pipeline', _forget_all.pipeline_id, 'keys', jsonb_agg(k.key::jsonb))
+    FROM (SELECT f.key, (row_number() OVER () - 1) / 100 AS message FROM failed AS f) AS k
+    GROUP BY k.message;
 $sql$;
-COMMENT ON FUNCTION autoembed._forget_all(integer) IS 'Forgets all rows of a table that was truncated.';
+COMMENT ON FUNCTION autoembed._forget_all(integer) IS 'Forgets all rows of a table that was truncated; those that have failed are looked at again.';
 
 CREATE FUNCTION autoembed._fail(pipeline_id integer, key text, reason text, attempts integer, excerpt text)
     RETURNS void
@@ -325,9 +334,10 @@ CREATE FUNCTION autoembed._lane_is_wanted()
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    SELECT NOT EXISTS (SELECT FROM autoembed.lane AS l WHERE (l.pid, l.backend_start) = (SELECT a.pid, a.backend_start FROM pg_stat_get_activity(pg_backend_pid()) AS a) AND l.stop);
+    -- One without an entry is of an extension that was dropped and made again.
+    SELECT EXISTS (SELECT FROM autoembed.lane AS l WHERE (l.pid, l.backend_start) = (SELECT a.pid, a.backend_start FROM pg_stat_get_activity(pg_backend_pid()) AS a) AND NOT l.stop);
 $sql$;
-COMMENT ON FUNCTION autoembed._lane_is_wanted() IS 'Whether nobody has asked this lane to stop.';
+COMMENT ON FUNCTION autoembed._lane_is_wanted() IS 'Whether this lane is signed on and nobody has asked it to stop.';
 
 CREATE FUNCTION autoembed._gate()
     RETURNS void
@@ -361,6 +371,8 @@ CREATE FUNCTION autoembed._next_backfill(dedicated boolean)
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
+    -- As _gate() does: this begins a lane's transaction.
+    LOCK TABLE autoembed.lane IN ACCESS SHARE MODE;
     IF NOT EXISTS (SELECT FROM autoembed.backfill AS b WHERE b.scanned_at IS NULL)
        -- Live changes do not wait behind a backfill where there is a lane for it.
        OR NOT dedicated AND EXISTS (SELECT FROM autoembed.lane AS l WHERE l.backfill) THEN

@@ -31,9 +31,9 @@ BEGIN
         _estimate_texts,_index_key,_operator}');
     EXECUTE format('GRANT SELECT,
                     INSERT (table_id, embedding_column, content_columns, content_function, content_template, condition, condition_columns,
-                            model, on_change, truncate, replicated),
-                    UPDATE (content_columns, content_function, content_template, condition, condition_columns, model, on_change, truncate,
-                            paused),
+                            condition_objects, model, on_change, truncate, replicated),
+                    UPDATE (content_columns, content_function, content_template, condition, condition_columns, condition_objects, model,
+                            on_change, truncate, paused),
                     DELETE ON autoembed.pipeline TO %s', role);
     EXECUTE format('GRANT SELECT, INSERT (pipeline_id, condition, force, create_index), DELETE ON autoembed.backfill TO %s', role);
     EXECUTE format('GRANT SELECT ON autoembed._row_state TO %s', role);

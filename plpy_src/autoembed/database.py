@@ -262,9 +262,8 @@ class Database:
     def call_embedder(self, model: str, purpose: str, texts: Sequence[str]) -> list[bytes | None]:
         """What a model's SQL function makes of texts, in PostgreSQL's binary form. Raises Trouble."""
         row: Any = None
-        known = self._run("SELECT autoembed._prepared() AS statements")[0]["statements"]
         try:
-            with contextlib.suppress(_Undo), plpy.subtransaction():
+            with self.prepared_statements_kept(), contextlib.suppress(_Undo), plpy.subtransaction():
                 [row] = self._run(
                     "SELECT c.vectors, c.fault FROM autoembed._call_embedder($1, $2, $3) AS c",
                     ["pg_catalog.text", "pg_catalog.text", "pg_catalog.text[]"],
@@ -277,11 +276,18 @@ class Database:
             if trouble is None:
                 raise
             raise trouble from error
-        finally:
-            self._run("SELECT autoembed._forget_prepared($1)", ["pg_catalog.text[]"], [known])
         if row["fault"] is not None:
             raise ProviderTrouble(row["fault"], permanent=True)
         return list(row["vectors"])
+
+    @contextmanager
+    def prepared_statements_kept(self) -> Iterator[None]:
+        """Forgets those that an owner's code leaves: the session's user may execute one by its name."""
+        known = self._run("SELECT autoembed._prepared() AS statements")[0]["statements"]
+        try:
+            yield
+        finally:
+            self._run("SELECT autoembed._forget_prepared($1)", ["pg_catalog.text[]"], [known])
 
     # Limits --------------------------------------------------------------------------------------
 
@@ -359,12 +365,12 @@ class Database:
             if vectors is not None and (stage := self._staged(pipeline, vectors)):
                 embeddings, arguments = f"(SELECT pg_catalog.array_agg(s.v ORDER BY s.n) FROM {stage} AS s)", []
             else:
-                embeddings = f"$3::{pipeline.vector_type}[]"
+                embeddings = f"$4::{pipeline.vector_type}[]"
                 arguments = [[None] * len(keys) if vectors is None else literals(vectors)]
             rows = self._run(
-                f"SELECT w.key, w.outcome FROM autoembed._write_{pipeline.id}($1, $2, {embeddings}) AS w",
-                ["pg_catalog.text[]", "pg_catalog.text[]", "pg_catalog.text[]"][: 2 + len(arguments)],
-                [list(keys), list(contents), *arguments],
+                f"SELECT w.key, w.outcome FROM autoembed._write_{pipeline.id}($1, $2, $3, {embeddings}) AS w",
+                [*["pg_catalog.text[]"] * 2, "pg_catalog.text", *["pg_catalog.text[]"] * len(arguments)],
+                [list(keys), list(contents), pipeline.model.identity, *arguments],
             )
             if not pipeline.trusted:
                 self._run("SELECT autoembed._check_deferred()")

@@ -37,15 +37,18 @@ def process(batch_size: int, max_requests: int, timeout_milliseconds: int) -> di
     options = _options(batch_size, max_requests, timeout_milliseconds)
     here = database.Database(commits=False)
     here.clean_up()
-    report = worker.run_pass(here, _network, options)
+    with here.prepared_statements_kept():
+        report = worker.run_pass(here, _network, options)
     here.warn_of_blocked_pipelines()
     return {**vars(report), "failed_jobs": json.dumps(report.failed_jobs)}
 
 
 def work(run_seconds: float, batch_size: int, max_requests: int, timeout_milliseconds: int, backfill: bool) -> None:
     options = _options(batch_size, max_requests, timeout_milliseconds)
+    here = database.Database(commits=True)
     try:
-        worker.work(database.Database(commits=True), _network, options, run_seconds, backfill=backfill)
+        with here.prepared_statements_kept():
+            worker.work(here, _network, options, run_seconds, backfill=backfill)
     except database.Error:
         # DROP EXTENSION while the lane ran is no error.
         if database.is_installed():

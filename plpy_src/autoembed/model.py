@@ -55,6 +55,11 @@ class Model:
         """What goes before each text; see prefixed()."""
         return str(self.options.get(f"{purpose}_prefix", ""))
 
+    @property
+    def identity(self) -> str:
+        """What makes its vectors others than another's, as the functions that write them know it."""
+        return " ".join(filter(None, (self.provider, self.model_id, str(self.dimensions), self.prefix("document"))))
+
     def digest(self, content: str) -> bytes:
         """16 bytes that tell whether this text, by this model, has been embedded before."""
         name = f"{self.provider}\0{self.model_id}\0{self.dimensions}\0{self.prefix('document')}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from autoembed import batching
 from autoembed.errors import OverBudget, ProviderTrouble, Refused, RowError, rest_seconds
 from autoembed.flight import SLICE_SECONDS, Flight
-from autoembed.jobs import Job, Ledger, Report, address_of, are_keys, isolate
+from autoembed.jobs import Address, Job, Ledger, Report, address_of, are_keys, isolate
 from autoembed.limits import FIRST_ANSWER_SECONDS, NOTHING_KNOWN, PATIENCE_SECONDS, Limiter, Permit, tokens_per_request
 from autoembed.model import Ask, Embedded, Model, Share
 from autoembed.providers import IN_BACKEND, PROVIDERS, provider_of
@@ -254,8 +254,9 @@ class _Pass:
         now = time.monotonic()
         if now > self._claim_until or 2 * free < self._options.max_requests and (free < 1 or now < self._claim_at):
             return
-        # A vector that waits for its row is not to be asked for again by another message.
-        if self._locked or any(outbox.trouble or outbox.suspended for outbox in self._outboxes.values()):
+        # A vector that waits for its row is not to be asked for again by another message; and a provider that failed
+        # last time is tried with one request.
+        if self._locked or any(box.trouble or box.suspended or box.failures for box in self._outboxes.values()):
             return
         self._claim_at = now + POLL_SECONDS
         self._database.gate()
@@ -275,9 +276,8 @@ class _Pass:
         if set_aside:
             self._ledger.set_aside(set_aside)
 
-        rows: dict[tuple[int, str], tuple[int, list[Message]]] = {}
+        addressed: dict[int, list[tuple[Message, Address]]] = defaultdict(list)
         moved: dict[int, list[str]] = defaultdict(list)
-        room = self._options.max_rows
         for message in messages:
             try:
                 address = address_of(message.body)
@@ -289,24 +289,33 @@ class _Pass:
                 self._database.forget_all(pipeline_id)
                 self._ledger.settle(message)
                 continue
-            keys = address.keys
-            if message.read_count > 1 and len(keys) > 1:
+            if address.moved:
+                moved[pipeline_id].extend(address.keys)
+            if message.read_count > 1 and len(address.keys) > 1:
                 # A lane died of one of these rows, perhaps: from now on each stands for itself.
-                for key in keys:
+                for key in address.keys:
                     self._database.requeue(pipeline_id, [key], address.attempts, read_count=message.read_count - 1)
                 self._ledger.settle(message)
                 continue
-            if len(keys) > max(room, 1):
-                self._database.requeue(pipeline_id, keys[max(room, 1) :], address.attempts)
-                keys = keys[: max(room, 1)]
-            room -= len(keys)
-            if address.moved:
-                moved[pipeline_id].extend(keys)
-            for key in keys:
-                attempts, holders = rows.setdefault((pipeline_id, key), (address.attempts, []))
-                rows[pipeline_id, key] = (max(attempts, address.attempts), [*holders, message])
+            addressed[pipeline_id].append((message, address))
 
-        pipelines = self._database.pipelines(sorted({pipeline_id for pipeline_id, _ in rows})) if rows else {}
+        rows: dict[tuple[int, str], tuple[int, list[Message]]] = {}
+        for pipeline_id, of_pipeline in addressed.items():
+            room = max(1, self._options.max_rows // len(addressed))
+            for message, address in of_pipeline:
+                if room == 0:
+                    self._ledger.set_aside([message])
+                    continue
+                if len(address.keys) > room:
+                    self._database.requeue(pipeline_id, address.keys[room:], address.attempts)
+                keys = address.keys[:room]
+                room -= len(keys)
+                for key in keys:
+                    attempts, holders = rows.setdefault((pipeline_id, key), (address.attempts, []))
+                    rows[pipeline_id, key] = (max(attempts, address.attempts), [*holders, message])
+
+        ids = sorted({*addressed, *moved})
+        pipelines = self._database.pipelines(ids) if ids else {}
         for pipeline_id in moved.keys() & pipelines.keys():
             self._database.forget(pipelines[pipeline_id], moved[pipeline_id])
         by_pipeline: dict[int, list[Job]] = defaultdict(list)
@@ -329,6 +338,8 @@ class _Pass:
         try:
             rows = self._database.rows(pipeline, [job.key for job in jobs])
         except RowError as error:
+            if self._held_up(pipeline, jobs, error):
+                return []
             if len(jobs) > 1 and not error.locked:
                 return [job for half in batching.halves(jobs) for job in self._read(pipeline, half)]
             for job in jobs:
@@ -539,7 +550,13 @@ class _Pass:
                 self._submit(Request(request.model, half))
             return
         for job in self._outboxes[request.model].jobs.pop(request.texts[0]):
-            self._ledger.fail(job, str(refusal))
+            content = job.content
+            # It may say something else by now, and have a job for that, which may be done.
+            for existing in self._read(job.pipeline, [job]):
+                if existing.content == content:
+                    self._ledger.fail(existing, str(refusal))
+                else:
+                    self._ledger.retry(existing, CHANGED_DELAY_SECONDS)
 
     def _give_up_model(self, flight: Flight[Request, Embedded], request: Request, trouble: ProviderTrouble) -> None:
         """Lets the model rest, for all lanes, and puts back the jobs that were to be sent."""
@@ -590,6 +607,8 @@ class _Pass:
         try:
             outcomes = self._database.write(pipeline, [job.key for job in jobs], [job.content for job in jobs], vectors)
         except RowError as error:
+            if self._held_up(pipeline, jobs, error):
+                return
             if error.locked:
                 for index, job in enumerate(jobs):
                     self._locked.append((job, None if vectors is None else vectors[index : index + 1]))
@@ -645,6 +664,15 @@ class _Pass:
             self._database.forget(pipeline, [job.key for job in jobs])
         for job in jobs:
             self._ledger.done(job)
+
+    def _held_up(self, pipeline: Pipeline, jobs: Sequence[Job], error: RowError) -> bool:
+        """Puts jobs back if it is their table's fault by now: what it needs may go while a request is in flight."""
+        now = None if error.passes else self._database.pipelines([pipeline.id]).get(pipeline.id)
+        if now is None or now.blocked is None:
+            return False
+        for job in jobs:
+            self._ledger.retry(job, 0, now.blocked)
+        return True
 
     def _retry_or_fail(self, job: Job, error: RowError, *, at_once: bool = False) -> None:
         if error.passes:

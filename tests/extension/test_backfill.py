@@ -345,7 +345,7 @@ def test_a_lane_for_backfills_takes_what_becomes_of_its_table_calmly(
 # Messages of many rows ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tables", [1])
+@pytest.mark.parametrize("tables", [1, 5])
 def test_a_pass_never_takes_more_rows_than_it_may(db: Connection, api: FakeApi, tables: int) -> None:
     """The messages have a hundred rows each."""
     names = [f"documents{number}" for number in range(tables)]

@@ -23,12 +23,15 @@ from harness import Connection, Server, is_settled
 from lanes import Lane, stop_lanes
 from waiting import wait_until
 
-TABLE = """
-CREATE TABLE notes (id integer PRIMARY KEY, content text, embedding halfvec(1536));
-CREATE FUNCTION note_text(note notes) RETURNS text LANGUAGE sql IMMUTABLE AS 'SELECT note.content';
-CREATE TRIGGER embed AFTER INSERT OR UPDATE ON notes FOR EACH ROW
-EXECUTE FUNCTION autoembed.queue_embeddings('note_text', 'embedding');
-"""
+TABLE = "CREATE TABLE notes (id integer PRIMARY KEY, content text, embedding halfvec(1536))"
+ATTACHED = {
+    "by enable()": "SELECT autoembed.enable('notes', content_columns => '{content}')",
+    "by a trigger": """
+        CREATE FUNCTION note_text(note notes) RETURNS text LANGUAGE sql IMMUTABLE AS 'SELECT note.content';
+        CREATE TRIGGER embed AFTER INSERT OR UPDATE ON notes FOR EACH ROW
+        EXECUTE FUNCTION autoembed.queue_embeddings('note_text', 'embedding');
+    """,
+}
 
 POISON = {"status": 400, "match": "poison", "times": "forever"}
 FAULTS: list[dict[str, Any]] = [
@@ -70,6 +73,7 @@ class Chaos(RuleBasedStateMachine):
 
     server: Server
     template: str
+    attached: str
     did: Counter[str] = Counter()
 
     def __init__(self) -> None:
@@ -83,6 +87,7 @@ class Chaos(RuleBasedStateMachine):
         self.db.execute("SELECT autoembed.alter_model('text-embedding-3-small', base_url => %s)", [self.api.base_url])
         self.db.execute("SELECT autoembed.set_default_model('text-embedding-3-small')")
         self.db.execute(TABLE)
+        self.db.execute(ATTACHED[self.attached].encode())
         self.lanes: list[Lane] = []
         # Texts that may be paid for: changes committed, and what was claimed by a lane at its end or rolled back.
         self.changes = 0
@@ -221,8 +226,8 @@ class Chaos(RuleBasedStateMachine):
         self.did["examples"] += 1
 
 
-def run(server: Server, template: str, number: int, examples: int, steps: int) -> None:
-    Chaos.server, Chaos.template = server, template
+def run(server: Server, template: str, attached: str, number: int, examples: int, steps: int) -> None:
+    Chaos.server, Chaos.template, Chaos.attached = server, template, attached
     run_state_machine_as_test(
         seed(number)(Chaos),
         settings=settings(
@@ -236,8 +241,9 @@ def run(server: Server, template: str, number: int, examples: int, steps: int) -
     )
 
 
+@pytest.mark.parametrize("attached", ATTACHED)
 def test_after_any_trouble_every_row_is_fresh_and_nothing_was_paid_twice(
-    server: Server, template: str, request: pytest.FixtureRequest
+    server: Server, template: str, attached: str, request: pytest.FixtureRequest
 ) -> None:
     """Without the write guard a row keeps the vector of an older text.
 
@@ -245,11 +251,11 @@ def test_after_any_trouble_every_row_is_fresh_and_nothing_was_paid_twice(
     """
     minutes = request.config.getoption("--chaos-minutes")
     if not minutes:
-        run(server, template, random.randrange(1 << 32), examples=6, steps=25)
+        run(server, template, attached, random.randrange(1 << 32), examples=4, steps=25)
         return
-    end = time.monotonic() + 60 * minutes
+    end = time.monotonic() + 60 * minutes / len(ATTACHED)
     while time.monotonic() < end:
         number = random.randrange(1 << 32)
-        print(f"\nseed {number}: ", end="", flush=True)  # noqa: T201
-        run(server, template, number, examples=10, steps=60)
+        print(f"\nattached {attached}, seed {number}: ", end="", flush=True)  # noqa: T201
+        run(server, template, attached, number, examples=10, steps=60)
         print(f"{dict(Chaos.did)}, violations: 0", end="", flush=True)  # noqa: T201

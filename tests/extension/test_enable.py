@@ -173,6 +173,23 @@ def test_every_form_of_content_gives_its_text_before_and_after_a_change(db: Conn
     assert_fresh(db, text)
 
 
+def test_a_row_that_failed_before_its_tables_truncation_is_read_stays_known(db: Connection, api: FakeApi) -> None:
+    """The newest messages are claimed before older ones."""
+    api.behave(faults=[{"status": 400, "match": "poison", "times": "forever"}])
+    attached(db)
+    db.execute("UPDATE documents SET content = 'poison' WHERE id = 1")
+    db.execute("SELECT autoembed.process(); TRUNCATE documents")
+    db.execute("UPDATE pgmq.q_embedding_jobs SET vt = 'infinity'; INSERT INTO documents VALUES (5, 'poison', 'poison')")
+    db.execute("SELECT autoembed.process(); UPDATE pgmq.q_embedding_jobs SET vt = '-infinity'")
+    assert db.execute("SELECT key FROM autoembed.failed ORDER BY key").fetchall() == [("[1]",), ("[5]",)]
+
+    for _ in range(2):
+        db.execute("SELECT autoembed.process()")
+
+    assert waiting(db) == 0
+    assert db.execute("SELECT key FROM autoembed.failed").fetchall() == [("[5]",)]
+
+
 def test_a_blank_text_has_no_embedding(db: Connection, api: FakeApi) -> None:
     attached(db, "content_columns => '{content}'")
 
@@ -622,6 +639,148 @@ def test_a_rename_is_followed_and_costs_nothing(db: Connection, api: FakeApi, pi
     assert queued(db) == []
 
 
+# What a condition uses, besides columns: how it goes, and comes back.
+HELPERS = """
+CREATE SCHEMA helpers;
+CREATE FUNCTION helpers.odd(n int) RETURNS boolean LANGUAGE sql RETURN n % 2 = 1;
+CREATE OPERATOR helpers.%% (FUNCTION = helpers.odd, RIGHTARG = int);
+CREATE TYPE helpers.colour AS ENUM ('one', 'two', 'three');
+CREATE COLLATION helpers.plain (LOCALE = 'C');
+"""
+ODD = "helpers.odd(id)"
+GOING: dict[str, tuple[str, str, str]] = {
+    "a function, renamed": (
+        ODD,
+        "ALTER FUNCTION helpers.odd RENAME TO uneven",
+        "ALTER FUNCTION helpers.uneven RENAME TO odd",
+    ),
+    "a function, moved": (
+        ODD,
+        "ALTER FUNCTION helpers.odd SET SCHEMA public",
+        "ALTER FUNCTION public.odd SET SCHEMA helpers",
+    ),
+    "a function, dropped": (
+        ODD,
+        "DROP FUNCTION helpers.odd CASCADE",
+        "CREATE FUNCTION helpers.odd(n int) RETURNS boolean LANGUAGE sql RETURN n % 2 = 1",
+    ),
+    "a function, another of its name in its place": (
+        ODD,
+        "DROP FUNCTION helpers.odd CASCADE;"
+        "CREATE FUNCTION helpers.odd(t text) RETURNS boolean LANGUAGE sql RETURN true",
+        "CREATE FUNCTION helpers.odd(n int) RETURNS boolean LANGUAGE sql RETURN n % 2 = 1",
+    ),
+    "its schema, renamed": (ODD, "ALTER SCHEMA helpers RENAME TO tools", "ALTER SCHEMA tools RENAME TO helpers"),
+    "its schema, dropped": (ODD, "DROP SCHEMA helpers CASCADE", HELPERS),
+    "an operator": (
+        "OPERATOR(helpers.%%) id",
+        "DROP OPERATOR helpers.%% (NONE, int)",
+        "CREATE OPERATOR helpers.%% (FUNCTION = helpers.odd, RIGHTARG = int)",
+    ),
+    "a type": (
+        "title::helpers.colour <> 'two'",
+        "ALTER TYPE helpers.colour RENAME TO color",
+        "ALTER TYPE helpers.color RENAME TO colour",
+    ),
+    "a collation": (
+        "title COLLATE helpers.plain <> 'two'",
+        "DROP COLLATION helpers.plain",
+        "CREATE COLLATION helpers.plain (LOCALE = 'C')",
+    ),
+}
+
+
+def odd_pipeline(db: Connection, condition: str) -> None:
+    db.execute(HELPERS)
+    db.execute("SELECT autoembed.enable('documents', content_columns => '{content}', condition => %s)", [condition])
+    embed(db)
+
+
+def state(db: Connection) -> tuple[str, str | None, str | None]:
+    [row] = db.execute("SELECT state, reason, hint FROM autoembed.status").fetchall()
+    return row.state, row.reason, row.hint
+
+
+@pytest.mark.parametrize("going", GOING)
+@pytest.mark.parametrize("mended", ["it comes back", "the condition is given anew"])
+def test_what_a_condition_uses_may_go_and_its_rows_wait_until_that_is_mended(
+    db: Connection, going: str, mended: str
+) -> None:
+    condition, goes, comes_back = GOING[going]
+    odd_pipeline(db, condition)
+    assert vectors(db) == {1: True, 2: False, 3: True}
+
+    db.execute(goes)
+    db.execute("UPDATE documents SET content = 'new'; INSERT INTO documents VALUES (5, 'three', 'c5')")
+    with warnings_of(db) as warnings:
+        report = db.execute("SELECT read, failed FROM autoembed.process()").fetchone()
+    assert report == (0, 0)
+    assert queued(db) == [[1], [2], [3], [5]]
+    stopped, reason, hint = state(db)
+    assert stopped == "stopped"
+    assert reason is not None and "the condition on table app.documents uses" in reason and " helpers." in reason
+    assert hint is not None and "autoembed.alter_pipeline('app.documents', condition => …)" in hint
+    assert any(reason in warning and hint in warning for warning in warnings)
+    finding = "SELECT ok, finding, advice FROM autoembed.doctor() WHERE subject = 'table app.documents.embedding'"
+    assert db.execute(finding).fetchone() == (False, reason, hint)
+    # Nothing else of the pipeline is refused meanwhile.
+    db.execute("ALTER TABLE documents RENAME content TO body; UPDATE documents SET body = body || '!' WHERE id = 1")
+    db.execute("SELECT autoembed.alter_pipeline('documents', on_change => 'clear'), autoembed.resync('documents')")
+
+    if mended == "it comes back":
+        db.execute(comes_back)
+    else:
+        db.execute("SELECT autoembed.alter_pipeline('documents', condition => 'id <> 2')")
+    embed(db)
+    assert vectors(db) == {1: True, 2: False, 3: True, 5: True}
+    assert state(db) == ("idle", None, None)
+
+
+def test_a_type_that_a_conditions_function_takes_may_be_renamed(db: Connection) -> None:
+    db.execute(HELPERS)
+    db.execute("CREATE FUNCTION warm(c helpers.colour) RETURNS boolean LANGUAGE sql RETURN c::text <> 'two'")
+    db.execute("ALTER TABLE documents ADD colour helpers.colour; UPDATE documents SET colour = title::helpers.colour")
+    attached(db, "content_columns => '{content}', condition => 'warm(colour)'")
+
+    db.execute("ALTER TYPE helpers.colour RENAME TO color; UPDATE documents SET content = 'new'")
+    embed(db)
+
+    assert state(db) == ("idle", None, None)
+    assert_fresh(db, "CASE WHEN id <> 2 THEN content END")
+
+
+# What keeps a pipeline from being embedded, whose tables may be altered all the same.
+HELD_UP = {
+    "dimensions that do not fit": (COLUMNS, "ALTER TABLE documents ALTER embedding TYPE halfvec(3) USING NULL"),
+    "a type that is none of vectors": (COLUMNS, "ALTER TABLE documents ALTER embedding TYPE text USING NULL"),
+    "a content function that is gone": ("content_function => 'text_of'", "DROP FUNCTION text_of"),
+    "a condition's function that is gone": (
+        f"{COLUMNS}, condition => 'helpers.odd(id)'",
+        "DROP FUNCTION helpers.odd CASCADE",
+    ),
+    "a column that must not be NULL": (
+        f"{COLUMNS}, on_change => 'clear'",
+        "ALTER TABLE documents ALTER embedding SET NOT NULL",
+    ),
+}
+
+
+@pytest.mark.parametrize("held_up", HELD_UP)
+def test_a_rename_refuses_no_row_whatever_keeps_its_table_from_being_embedded(db: Connection, held_up: str) -> None:
+    arguments, holds_up = HELD_UP[held_up]
+    db.execute(HELPERS)
+    attached(db, arguments)
+    db.execute(holds_up)
+
+    db.execute("ALTER TABLE documents RENAME id TO number; ALTER TABLE documents RENAME content TO body")
+    if "NULL" not in held_up:
+        db.execute("UPDATE documents SET body = 'new'; INSERT INTO documents VALUES (4, 'four', 'c4')")
+    db.execute("DELETE FROM documents WHERE number = 2")
+
+    assert [2] in queued(db)
+    assert state(db)[0] == "stopped"
+
+
 def test_a_table_with_its_functions_may_be_altered_by_another_owner(db: Connection) -> None:
     db.execute(
         "CREATE ROLE enable_first; CREATE ROLE enable_second; GRANT ALL ON SCHEMA app TO enable_first, enable_second"
@@ -637,6 +796,57 @@ def test_a_table_with_its_functions_may_be_altered_by_another_owner(db: Connecti
     db.execute("UPDATE documents SET content = 'new'")
     embed(db)
     assert_fresh(db, "title || ': ' || content")
+
+
+# Policies may bind the owner himself ---------------------------------------------------------------
+
+FORCED = {
+    "none at all": ("", False),
+    "one that hides rows": ("CREATE POLICY few ON documents USING (id < 3)", False),
+    "one that hides rows by a setting": (
+        "CREATE POLICY tenant ON documents USING (note = current_setting('x'))",
+        False,
+    ),
+    "one that lets all be seen, but not written": ("CREATE POLICY seen ON documents FOR SELECT USING (true)", False),
+    "another's": ("CREATE POLICY others ON documents TO enable_other USING (true)", False),
+    "a restrictive one beside": (
+        "CREATE POLICY every ON documents USING (true); CREATE POLICY few ON documents AS RESTRICTIVE USING (id < 3)",
+        False,
+    ),
+    "one that hides nothing": ("CREATE POLICY every ON documents USING (true)", True),
+    "one for a group of the owner's": ("CREATE POLICY every ON documents TO enable_group USING (true)", True),
+    "a restrictive one for others beside": (
+        "CREATE POLICY every ON documents TO enable_owner USING (true);"
+        "CREATE POLICY few ON documents AS RESTRICTIVE TO enable_other USING (id < 3)",
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("policies", FORCED)
+def test_policies_that_may_hide_rows_from_their_owner_are_reported_and_leave_none_out(
+    db: Connection, policies: str
+) -> None:
+    statements, sound = FORCED[policies]
+    db.execute("CREATE ROLE enable_group; CREATE ROLE enable_other; CREATE ROLE enable_owner IN ROLE enable_group")
+    db.execute("GRANT ALL ON SCHEMA app TO enable_owner; ALTER TABLE documents OWNER TO enable_owner")
+    attached(db)
+    db.execute("ALTER TABLE documents ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
+    db.execute(f"{statements}; UPDATE documents SET content = 'new'")
+
+    if not sound:
+        assert db.execute("SELECT read FROM autoembed.process()").fetchone() == (0,)
+        assert queued(db) == [[1], [2], [3]]
+        problem = "row level security is forced on the owner of table app.documents and may hide rows from him"
+        stopped, reason, hint = state(db)
+        assert (stopped, reason) == ("stopped", problem)
+        assert hint is not None and "CREATE POLICY embeddings ON app.documents TO enable_owner USING (true)" in hint
+        finding = "SELECT finding, advice FROM autoembed.doctor() WHERE NOT ok AND subject ~ '^table'"
+        assert db.execute(finding).fetchall() == [(problem, hint)]
+        db.execute("ALTER TABLE documents NO FORCE ROW LEVEL SECURITY")
+
+    embed(db)
+    assert_fresh(db)
 
 
 # Types and columns may change ------------------------------------------------------------------------
@@ -1184,7 +1394,7 @@ STATEMENTS = [
     "SELECT autoembed._content_P(ARRAY['[1]'])",
     "SELECT autoembed._text_P(d) FROM app.documents AS d",
     "SELECT autoembed._scan_P(NULL, NULL, 9)",
-    "SELECT autoembed._write_P('{}', '{}', '{}')",
+    "SELECT autoembed._write_P('{}', '{}', 'm', '{}')",
     "SELECT autoembed._build_pipeline(P)",
 ]
 
@@ -1362,6 +1572,17 @@ MEANWHILE = {
     "its columns renamed": "ALTER TABLE documents RENAME content TO body; ALTER TABLE documents RENAME id TO number",
     "its content altered": "SELECT autoembed.alter_pipeline('documents', content_template => 'new {content}')",
     "paused": "SELECT autoembed.pause('documents')",
+    "its column altered": "ALTER TABLE documents ALTER embedding TYPE vector(1536)",
+    "its column altered and altered back": "ALTER TABLE documents ALTER embedding TYPE vector(1536);"
+    "ALTER TABLE documents ALTER embedding TYPE halfvec(1536)",
+    "its column shortened": "ALTER TABLE documents ALTER embedding TYPE halfvec(3)",
+    "its condition's function dropped": "DROP FUNCTION odd",
+    "its condition's function made anew": "DROP FUNCTION odd; CREATE FUNCTION odd(n int) RETURNS boolean RETURN n > 0",
+}
+# What is put right afterwards.
+MENDED = {
+    "its column shortened": "ALTER TABLE documents ALTER embedding TYPE halfvec(1536) USING NULL",
+    "its condition's function dropped": "CREATE FUNCTION odd(n int) RETURNS boolean RETURN n > 0",
 }
 
 
@@ -1371,7 +1592,9 @@ def test_a_lane_takes_it_calmly_when_its_table_changes_under_a_request_in_flight
 ) -> None:
     with connect() as db:
         db.execute("CREATE TABLE documents (id int PRIMARY KEY, content text); INSERT INTO documents VALUES (1, 'one')")
-        db.execute("SELECT autoembed.enable('documents', content_columns => '{content}')")
+        db.execute("CREATE FUNCTION odd(n int) RETURNS boolean RETURN n % 2 = 1")
+        condition = ", condition => 'odd(id)'" if "condition" in meanwhile else ""
+        db.execute(f"SELECT autoembed.enable('documents', content_columns => '{{content}}'{condition})")
         own_api.behave(hold=True)
         with running_lanes(db, connect) as [lane]:
             own_api.wait_for(held=1)
@@ -1385,14 +1608,17 @@ def test_a_lane_takes_it_calmly_when_its_table_changes_under_a_request_in_flight
             wait_until(lambda: lane.error or db.execute(embedded).fetchone() == (True,))
             assert lane.error is None
             db.execute("UPDATE autoembed.pipeline SET paused = false")
+            if meanwhile in MENDED:
+                reason = "SELECT reason FROM autoembed.status WHERE table_name = 'documents'::regclass"
+                assert db.execute(reason).fetchone() != (None,)
+                assert db.execute("SELECT * FROM autoembed.failed").fetchall() == []
+            db.execute(MENDED.get(meanwhile, ""))
             due = (
-                "SELECT EXISTS (SELECT FROM pgmq.q_embedding_jobs WHERE vt <= now())"
-                " OR EXISTS (SELECT FROM autoembed.backfill WHERE scanned_at IS NULL)"
+                "SELECT EXISTS (SELECT FROM pgmq.q_embedding_jobs) OR EXISTS (SELECT FROM autoembed.backfill)"
+                " OR EXISTS (SELECT FROM autoembed.failed)"
             )
             wait_until(lambda: lane.error or db.execute(due).fetchone() == (False,))
             assert lane.error is None
-            # A table that is gone has left its pipeline, which the lane takes away within a second.
-            wait_until(lambda: db.execute("SELECT * FROM autoembed.failed").fetchall() == [])
         table = "papers" if meanwhile == "its table renamed" else "documents"
         if meanwhile in list(MEANWHILE)[5:]:
             text = {"its columns renamed": "body", "its content altered": "'new ' || content"}.get(meanwhile, "content")
@@ -1419,3 +1645,36 @@ def test_an_update_of_another_column_does_not_fetch_a_long_text(own_api: FakeApi
 
         db.execute("SELECT upper(content) FROM documents")
         assert blocks_fetched() > before
+
+
+ANOTHER_MODEL = [
+    "alter_pipeline('documents', model => 'other')",
+    "alter_model('mine', model_id => 'text-embedding-3-large', base_url => '{url}')",
+]
+
+
+@pytest.mark.parametrize("change", ANOTHER_MODEL)
+def test_an_answer_of_the_model_before_is_never_written_over_that_of_the_model_now(
+    server: Server, own_api: FakeApi, connect: Connect, dbname: str, change: str
+) -> None:
+    """Two lanes, and the older answer comes last; both models have vectors of one length."""
+    url = server.fake_api(f"{dbname}_other").base_url
+    with connect() as db:
+        for model, kind, base_url in (("mine", "small", own_api.base_url), ("other", "large", url)):
+            db.execute(
+                "SELECT autoembed.create_model(%s, 'openai', 1536, model_id => %s, base_url => %s,"
+                " api_key => 'env:OPENAI_API_KEY')",
+                [model, f"text-embedding-3-{kind}", base_url],
+            )
+        db.execute("CREATE TABLE documents (id int PRIMARY KEY, content text)")
+        db.execute("SELECT autoembed.enable('documents', content_columns => '{content}', model => 'mine')")
+        own_api.behave(hold=True)
+        with running_lanes(db, connect, 2):
+            db.execute("INSERT INTO documents VALUES (1, 'one')")
+            own_api.wait_for(held=1)
+            db.execute(f"SELECT autoembed.{change.format(url=url)}")
+            db.execute("SELECT autoembed.resync('documents')")
+            wait_until(lambda: db.execute("SELECT FROM documents WHERE embedding IS NOT NULL").fetchone() is not None)
+            own_api.release()
+            wait_until(lambda: waiting(db) == 0)
+        assert_fresh(db, "content", model="text-embedding-3-large")

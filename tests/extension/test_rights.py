@@ -210,6 +210,29 @@ def test_an_owners_code_changes_no_setting_of_the_callers_session(
     assert [row for row in after if row not in before] == []
 
 
+@pytest.mark.parametrize("when", ["read", "written"])
+def test_an_owners_code_replaces_no_prepared_statement_of_the_caller(
+    documents: Connection, mallory: str, connect: Connect, when: str
+) -> None:
+    """No rollback undoes PREPARE; and drivers call theirs by names that can be guessed."""
+    plant = "DEALLOCATE known; EXECUTE 'PREPARE known AS SELECT {mallory}.attack()';"
+    act = plant + " EXECUTE 'PREPARE planted AS SELECT 1';"
+    where = {
+        "read": f"""CREATE OR REPLACE FUNCTION note_text(n notes) RETURNS text LANGUAGE plpgsql AS
+                        $$BEGIN {act} RETURN n.content; END$$""",
+        "written": f"""CREATE FUNCTION change() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN {act} RETURN NEW; END$$;
+                       CREATE TRIGGER change BEFORE UPDATE ON notes FOR EACH ROW EXECUTE FUNCTION change()""",
+    }
+    run(connect(user=mallory), mallory, HOSTILE_TABLE, where[when])
+    documents.execute("PREPARE known AS SELECT 1; PREPARE other AS SELECT 2")
+
+    documents.execute("SELECT autoembed.process()")
+
+    left = "SELECT name FROM pg_prepared_statements WHERE name IN ('known', 'other', 'planted')"
+    assert documents.execute(left).fetchall() == [("other",)]
+    assert_nothing_gained(documents, mallory)
+
+
 def test_a_key_types_cast_to_json_runs_as_the_writer(documents: Connection, mallory: str, connect: Connect) -> None:
     """The queueing trigger has rights that the writer has not, and to_jsonb() calls a cast that the type brings."""
     session = connect(user=mallory)
@@ -303,8 +326,8 @@ def test_an_error_of_any_class_in_a_content_function_fails_its_row_alone(documen
 
 OWN_FUNCTIONS = {
     "ALTER FUNCTION autoembed._content_{id}(text[]) SECURITY INVOKER": "cannot be altered",
-    "ALTER ROUTINE autoembed._write_{id}(text[], text[], halfvec[]) SECURITY INVOKER": "cannot be altered",
-    "ALTER FUNCTION autoembed._write_{id}(text[], text[], halfvec[]) RESET ALL": "cannot be altered",
+    "ALTER ROUTINE autoembed._write_{id}(text[], text[], text, halfvec[]) SECURITY INVOKER": "cannot be altered",
+    "ALTER FUNCTION autoembed._write_{id}(text[], text[], text, halfvec[]) RESET ALL": "cannot be altered",
     "ALTER FUNCTION autoembed._content_{id}(text[]) RENAME TO mine": "permission denied|cannot be altered",
     "ALTER FUNCTION autoembed._content_{id}(text[]) OWNER TO postgres": "must be able to SET ROLE",
     "CREATE OR REPLACE FUNCTION autoembed._content_{id}(keys text[]) RETURNS TABLE (key text, content text,"

@@ -90,6 +90,7 @@ _leave_lane - - - x
 _load_python - - - x
 _look_through - x - x
 _may_see - x x x
+_missing_object - - - x
 _model - - - x
 _model_facts - - - x
 _needed_columns - x - x
@@ -176,6 +177,7 @@ permit - - - rawd
 pipeline - rd - rawd
 pipeline.condition - raw - raw
 pipeline.condition_columns - raw - raw
+pipeline.condition_objects - raw - raw
 pipeline.content_columns - raw - raw
 pipeline.content_function - raw - raw
 pipeline.content_template - raw - raw
@@ -383,7 +385,7 @@ FOREIGN_CALLS = [
     " VALUES ('{table}', 'embedding', '{{content}}')",
     "INSERT INTO autoembed.backfill (pipeline_id) VALUES (2)",
     "SELECT autoembed._content_2('{{[1]}}')",
-    "SELECT autoembed._write_2('{{[1]}}', '{{x}}', '{{NULL}}')",
+    "SELECT autoembed._write_2('{{[1]}}', '{{x}}', 'm', '{{NULL}}')",
     "SELECT autoembed._scan_2(NULL, NULL, 1)",
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -54,6 +55,29 @@ def test_dropping_the_extension_ends_running_lanes_without_an_error(documents: C
 
     lane.join(5)
     assert lane.error is None
+
+
+@pytest.mark.parametrize(
+    "beginning", ["_claim(100, 60, '{}')", "_next_backfill(false)", "_lane_is_wanted()", "_gate()"]
+)
+def test_a_lanes_transaction_locks_the_table_of_lanes_first(
+    documents: Connection, connect: Connect, beginning: str
+) -> None:
+    """DROP EXTENSION does, too, so neither waits for the other while it holds what that wants."""
+    insert(documents, "text")
+    lane = connect()
+    locks = (
+        "SELECT relation::regclass::text, granted FROM pg_locks JOIN pg_class AS c ON c.oid = relation"
+        " WHERE pid = %s AND relkind = 'r' AND relnamespace IN ('autoembed'::regnamespace, 'pgmq'::regnamespace)"
+    )
+    with ThreadPoolExecutor() as pool, documents.transaction():
+        documents.execute("LOCK TABLE autoembed.lane IN ACCESS EXCLUSIVE MODE")
+        call = pool.submit(lane.execute, f"SELECT autoembed.{beginning}")
+        wait_until(
+            lambda: documents.execute(f"{locks} AND NOT granted", [lane.info.backend_pid]).fetchone() is not None
+        )
+        assert documents.execute(locks, [lane.info.backend_pid]).fetchall() == [("autoembed.lane", False)]
+    call.result()
 
 
 def test_dropping_the_extension_never_deadlocks_with_busy_lanes(

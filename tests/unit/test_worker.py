@@ -128,8 +128,8 @@ def test_the_fake_database_has_the_interface_of_the_real_one() -> None:
         for node in classes["Database"].body
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
     }
-    # For embed(), preview() and estimate() alone.
-    for name in ("model", "price_and_rate"):
+    # For the doors alone.
+    for name in ("model", "price_and_rate", "prepared_statements_kept"):
         del methods[name]
     fake_methods = {name: list(inspect.signature(getattr(FakeDatabase, name)).parameters) for name in methods}
     assert fake_methods == methods
@@ -469,6 +469,40 @@ def test_all_rows_of_a_guilty_text_fail(lane: Lane, database: FakeDatabase) -> N
 
     assert lane.run().failed == 3
     assert len(database.failures) == 3
+
+
+@pytest.mark.parametrize("now", ["another", "poison too", None, ""])
+def test_a_text_that_is_refused_when_its_row_says_another_fails_nobody(
+    lane: Lane, database: FakeDatabase, now: str | None
+) -> None:
+    """Another lane has the new text, and may be done with it."""
+    database.put(1, "poison")
+
+    def answer(texts: list[str]) -> Vector:
+        database.texts["[1]"] = now
+        if "poison" in texts:
+            raise Refused("the provider answered 400: not these words")
+        return vectors_of(texts)
+
+    lane.provider.answer = answer
+
+    report = lane.run()
+
+    assert (report.failed, report.retried) == (0, 1)
+    assert database.failures == {}
+    assert bodies(database.waiting()) == [{"pipeline": 1, "keys": [[1]], "attempts": 0}]
+
+
+def test_a_text_that_is_refused_when_its_row_is_gone_fails_nobody(lane: Lane, database: FakeDatabase) -> None:
+    database.put(1, "poison")
+    lane.refuse("poison")
+    database.interrupts["breathe"] = lambda: database.texts.clear()
+
+    report = lane.run()
+
+    assert (report.failed, report.completed) == (0, 1)
+    assert database.failures == {}
+    assert database.queue == {}
 
 
 def test_a_failed_row_that_changes_is_embedded_and_leaves_the_failed_list(lane: Lane, database: FakeDatabase) -> None:
@@ -957,6 +991,79 @@ def test_jobs_of_a_blocked_pipeline_wait_and_say_why(
     assert provider.requests == []
 
 
+@pytest.mark.parametrize("where", ["content_errors", "write_errors"])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_rows_wait_uncounted_when_what_their_table_needs_goes_under_their_lane(
+    lane: Lane, database: FakeDatabase, where: str, rows: int
+) -> None:
+    for row_id in range(rows):
+        database.put(row_id, f"text {row_id}")
+        database.send({"pipeline": 1, "keys": [[row_id]], "attempts": 4})
+        getattr(database, where)[key_of(row_id)] = RowError("function odd(integer) does not exist", passes=False)
+    database.interrupts["rows"] = lambda: database.defined.update({1: Pipeline(blocked="function odd is gone")})
+
+    report = lane.run()
+
+    assert (report.failed, report.retried) == (0, rows)
+    assert {job["error"] for job in report.failed_jobs} == {"function odd is gone"}
+    assert database.failures == {}
+    assert [message.body["attempts"] for message in database.waiting()] == [4]
+    assert sorted(database.waiting()[0].body["keys"]) == [[row_id] for row_id in range(rows)]
+
+
+@pytest.mark.parametrize(("pipelines", "each"), [(1, 60), (2, 30), (5, 12), (7, 8), (60, 1)])
+def test_pipelines_share_a_pass_however_long_their_messages_are(
+    lane: Lane, database: FakeDatabase, pipelines: int, each: int
+) -> None:
+    for number in range(1, pipelines + 1):
+        database.defined[number] = Pipeline(number)
+        for row_id in range(100 * number, 100 * number + 100):
+            database.texts[key_of(row_id)] = f"text {row_id}"
+            database.vectors[key_of(row_id)] = None
+        keys = [[row_id] for row_id in range(100 * number, 100 * number + 100)]
+        database.send({"pipeline": number, "keys": keys, "attempts": 3})
+
+    report = lane.run(batch_size=60)
+
+    assert (report.read, report.completed) == (each * pipelines, each * pipelines)
+    for message in database.waiting():
+        assert (message.read_count, message.body["attempts"], len(message.body["keys"])) == (0, 3, 100 - each)
+    assert len(database.waiting()) == pipelines
+
+
+def test_messages_beyond_a_pipelines_share_go_back_as_they_were(lane: Lane, database: FakeDatabase) -> None:
+    database.defined[2] = Pipeline(2)
+    for row_id in range(6):
+        database.put(row_id, f"text {row_id}")
+    database.send({"pipeline": 2, "keys": [[1]]})
+    before = list(database.queue.values())
+
+    report = lane.run(batch_size=7)
+
+    assert report.read == 4
+    assert database.waiting() == before[3:6]
+
+
+@pytest.mark.parametrize("died", [False, True])
+def test_what_is_known_of_keys_that_rows_have_left_or_taken_is_forgotten_whoever_embeds_them(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider, died: bool
+) -> None:
+    """A row that takes key and text of another has the vector of what it said before."""
+    database.put(1, "text")
+    lane.run()
+    database.vectors["[1]"] = vector_of("other").tolist()
+    message_id = database.send({"pipeline": 1, "keys": [[2], [1]], "moved": True})
+    if died:
+        database.claim(1, 60, [])
+        database.claimed.discard(message_id)
+
+    while database.waiting():
+        lane.run(batch_size=1)
+
+    assert database.is_fresh(1)
+    assert provider.texts == ["text", "text"]
+
+
 # --- commits -----------------------------------------------------------------------------------------
 
 
@@ -1298,6 +1405,57 @@ def test_a_row_that_is_queued_again_while_it_is_in_flight_ends_with_what_it_says
 
     assert database.is_fresh(1)
     assert provider.texts.count("same") == 1
+
+
+@pytest.mark.parametrize("old_first", [False, True])
+def test_a_refused_text_that_its_row_has_left_in_flight_puts_nothing_on_the_failed_list(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider, old_first: bool
+) -> None:
+    """Two jobs of one row, and each may come to its end first."""
+    database.put(1, "poison")
+    answered: list[str] = []
+
+    def answer(texts: list[str]) -> Vector:
+        if texts == ["poison"]:
+            database.put(1, "good")
+            wait_until(lambda: ["good"] in provider.requests and (old_first or database.is_fresh(1)))
+            answered.append("poison")
+            raise Refused("the provider answered 400: not these words")
+        if texts == ["good"] and old_first:
+            wait_until(lambda: answered)
+        return vectors_of(texts)
+
+    provider.answer = answer
+    database.interrupts["breathe"] = lambda: setattr(database, "wanted", database.queue != {})
+
+    lane.work(run_seconds=5, max_requests=2)
+
+    assert database.is_fresh(1)
+    assert database.failures == {}
+
+
+def test_a_provider_that_failed_is_tried_with_one_request(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider
+) -> None:
+    database.defined[1] = Pipeline(failures=1)
+    database.put(1, "text 1")
+    waited = []
+
+    def answer(texts: list[str]) -> Vector:
+        if texts == ["text 1"]:
+            database.put(2, "text 2")
+            looks = database.statements.count("breathe")
+            wait_until(lambda: database.statements.count("breathe") > looks + 4)
+            waited.append(list(provider.requests))
+        return vectors_of(texts)
+
+    provider.answer = answer
+    database.interrupts["breathe"] = lambda: setattr(database, "wanted", database.queue != {})
+
+    lane.work(run_seconds=5, max_requests=4)
+
+    assert waited == [[["text 1"]]]
+    assert database.is_fresh(2)
 
 
 def test_a_lane_claims_no_more_once_a_provider_is_in_trouble(
