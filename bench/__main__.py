@@ -65,6 +65,7 @@ def main() -> None:
     versions = [SYSTEMS[name].install() for name in options.systems if name in SYSTEMS]
     results = Results()
     described: dict[str, str] = {}
+    kept = report.read(options.output, but=(options.scenarios, options.systems)) if options.add else Results()
     try:
         for run in range(1, options.runs + 1):
             for scenario, name, measurement in _plan(options.scenarios, options.systems, sizes):
@@ -83,7 +84,7 @@ def main() -> None:
     finally:
         # An hour's figures outlive the failure of one measurement.
         if results:
-            report.write(options.output, results, described, asdict(sizes))
+            report.write(options.output, Results([*kept, *results]), described, asdict(sizes))
             print(f"written to {options.output}")
 
 
@@ -123,6 +124,7 @@ def _options() -> argparse.Namespace:
     add("--cost-rows", type=int, default=10_000, help="rows of the INSERT whose cost is measured (%(default)s)")
     add("--freshness-seconds", type=float, default=20, help="how long rows are inserted (%(default)s)")
     add("--idle-seconds", type=float, default=60, help="how long nothing happens (%(default)s)")
+    add("--add", action="store_true", help="keep the figures of other scenarios and systems that the report has")
     add("--output", type=Path, default=ROOT / "docs" / "bench", help="folder of the report (docs/bench)")
     parser.epilog = f"systems: {', '.join([*SYSTEMS, *LIMITS])}; scenarios: {', '.join(SCENARIOS)}"
     return parser.parse_args()

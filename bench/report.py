@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 
-from bench.results import Results
+from bench.results import Result, Results
 from bench.targets import TARGETS
 
 LABELS = {
@@ -107,6 +107,13 @@ a fresh server; each figure is the median of {runs}.
 - Cost is over the same table without triggers, in turns: {cost_rows} rows in one statement, 2,000 singly.
 - Private memory is that of the largest process. "All else" is the fake API, the bench, and neighbours on the machine.
 """
+
+
+def read(folder: Path, but: tuple[Sequence[str], Sequence[str]]) -> Results:
+    """The figures that a report has, without those of these scenarios and systems."""
+    found = json.loads((folder / "results.json").read_text())["results"]
+    scenarios, systems = but
+    return Results(Result(**one) for one in found if not (one["scenario"] in scenarios and one["system"] in systems))
 
 
 def write(folder: Path, results: Results, described: Mapping[str, str], sizes: Mapping[str, float]) -> None:
