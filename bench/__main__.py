@@ -39,6 +39,7 @@ SCENARIOS: dict[str, Callable[..., Measured]] = {
     "fresh-idle": scenarios.fresh_when_idle,
     "fresh-steady": scenarios.fresh_when_steady,
     "fresh-backfill": scenarios.fresh_during_backfill,
+    "fresh-backlog": scenarios.fresh_behind_a_backlog,
     "cost": scenarios.cost,
     "idle": scenarios.idle,
 }

@@ -88,7 +88,8 @@ TABLES: list[tuple[str, str, Columns]] = [
     ("The local model, without a network", "local-model", LOCAL),
     ("Freshness: single INSERTs, nothing else to do", "fresh-idle", FRESHNESS),
     ("Freshness: 50 rows/s", "fresh-steady", FRESHNESS),
-    ("Freshness: during a backfill", "fresh-backfill", FRESHNESS),
+    ("Freshness: during a backfill of {backfill_rows} rows", "fresh-backfill", FRESHNESS),
+    ("Freshness: behind an INSERT of {backfill_rows} rows", "fresh-backlog", FRESHNESS),
     ("Cost to the application", "cost", COST),
     ("Nothing to do", "idle", IDLE),
 ]

@@ -7,7 +7,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from bench import documents, limit, measure
@@ -208,15 +208,13 @@ def fresh_when_steady(server: Server, db: Connection, system: System, sizes: Siz
 
 
 def fresh_during_backfill(server: Server, db: Connection, system: System, sizes: Sizes) -> Measured:
-    """Single INSERTs while many older rows wait."""
-    system.attach(server, db)
-    documents.load(db, sizes.backfill_rows + 1)
-    with _warm(server, db, system):
-        documents.insert(db, sizes.backfill_rows, first=2)
-        inserted = _insert_steadily(db, BACKFILL_ROWS_PER_SECOND, sizes.freshness_seconds)
-        _wait_for_the_last(db, sizes)
-        waiting = documents.missing(db)
-    return Measured({**_freshness(db, inserted, sizes), "rows_waiting_at_the_end": waiting})
+    """Single INSERTs while many older rows are embedded: those that a table had before, where a system knows such."""
+    return _fresh_beside_many(server, db, system, sizes, system.older_rows(db))
+
+
+def fresh_behind_a_backlog(server: Server, db: Connection, system: System, sizes: Sizes) -> Measured:
+    """Single INSERTs behind one of many rows."""
+    return _fresh_beside_many(server, db, system, sizes, nullcontext())
 
 
 def cost(server: Server, db: Connection, system: System, sizes: Sizes) -> Measured:
@@ -345,6 +343,20 @@ def _insert_steadily(db: Connection, rows_per_second: float, seconds: float) -> 
         time.sleep(max(0.0, began + number / rows_per_second - time.monotonic()))
         inserted.append(_insert_one(db, number))
     return inserted
+
+
+def _fresh_beside_many(
+    server: Server, db: Connection, system: System, sizes: Sizes, how: AbstractContextManager[None]
+) -> Measured:
+    system.attach(server, db)
+    documents.load(db, sizes.backfill_rows + 1)
+    with _warm(server, db, system):
+        with how:
+            documents.insert(db, sizes.backfill_rows, first=2)
+        inserted = _insert_steadily(db, BACKFILL_ROWS_PER_SECOND, sizes.freshness_seconds)
+        _wait_for_the_last(db, sizes)
+        waiting = documents.missing(db)
+    return Measured({**_freshness(db, inserted, sizes), "rows_waiting_at_the_end": waiting})
 
 
 def _wait_for_the_last(db: Connection, sizes: Sizes) -> None:

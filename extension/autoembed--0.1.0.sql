@@ -1750,15 +1750,17 @@ class Flight(Generic[Tag, Result]):
         return [*(self._tags.pop(future) for future in taken), *(tag for tag, _ in taken_here)]
 
     def landed(self) -> Iterator[tuple[Tag, Result | BaseException]]:
-        """The outcome of every call, those submitted meanwhile included, as they come; breathe() runs between."""
+        """The outcome of every call, those submitted meanwhile included, as they come; breathe() runs before each.
+
+        Of those that are there, that of the newest call comes first.
+        """
         while self._tags or self._here:
             if self._here:
                 yield self._make_here()
             done = wait(self._tags, timeout=0 if self._here else SLICE_SECONDS, return_when=FIRST_COMPLETED).done
             self._breathe()
-            for future in done:
-                if future not in self._tags:
-                    continue
+            # One, as the others may wait while something newer is sent.
+            if future := next((future for future in reversed(self._tags) if future in done), None):
                 tag = self._tags.pop(future)
                 error = future.exception()
                 yield tag, future.result() if error is None else error
@@ -3761,6 +3763,10 @@ POLL_SECONDS = 0.1
 # Of a lane for backfills, which nobody waits for.
 BACKFILL_POLL_SECONDS = 1.0
 LOOK_AROUND_SECONDS = 1.0
+# What a lane holds takes about so long to write; what a write takes whatever it writes; and a row, while nobody knows.
+AHEAD_SECONDS = 1.0
+WRITE_SECONDS = 0.003
+FIRST_ROW_SECONDS = 0.0025
 # How long a pass claims on, before it comes to an end with its locked rows.
 CLAIMING_SECONDS = 5.0
 # The change that overtook us has a job of its own, which comes first; this one makes sure.
@@ -3800,6 +3806,7 @@ def work(database: Database, network: Network, options: Options, run_seconds: fl
     slice_seconds = BACKFILL_POLL_SECONDS / 4 if backfill else POLL_SECONDS
     queue = partial(_claim_queued, database, options)
     tables = partial(_claim_backfill, database, options, backfill)
+    pace = Pace(options.batch_size, options.max_rows)
     database.enter_lane(backfill=backfill)
     database.warn_of_blocked_pipelines([])
     database.commit()
@@ -3812,9 +3819,9 @@ def work(database: Database, network: Network, options: Options, run_seconds: fl
                     break
                 database.clean_up()
                 database.commit()
-            read = 0 if backfill else _work_on(database, network, options, queue, more=True).read
+            read = 0 if backfill else _work_on(database, network, options, queue, pace).read
             if read == 0 and look_around:
-                read = _work_on(database, network, options, tables, more=True).read
+                read = _work_on(database, network, options, tables, pace).read
                 if read > 0:
                     look_around_at = 0.0
             if read == 0:
@@ -3832,10 +3839,10 @@ def run_pass(database: Database, network: Network, options: Options) -> Report:
 
     Never raises for a bad row, a bad answer or a dead provider: the report says so.
     """
-    report = _work_on(database, network, options, partial(_claim_queued, database, options), more=False)
+    report = _work_on(database, network, options, partial(_claim_queued, database, options), None)
     if report.read == 0:
         tables = partial(_claim_backfill, database, options, False)
-        report = _work_on(database, network, options, tables, more=False)
+        report = _work_on(database, network, options, tables, None)
     return report
 
 
@@ -3843,15 +3850,15 @@ def run_pass(database: Database, network: Network, options: Options) -> Report:
 Claim = Callable[[int, list[int]], "list[Message]"]
 
 
-def _work_on(database: Database, network: Network, options: Options, claim: Claim, *, more: bool) -> Report:
-    """One pass; more: it claims again while requests are in flight, and commits after each step."""
-    messages = claim(options.max_rows, [])
+def _work_on(database: Database, network: Network, options: Options, claim: Claim, pace: Pace | None) -> Report:
+    """One pass; with the pace of a lane it claims again while requests are in flight."""
+    messages = claim(options.max_rows if pace is None else pace.max_rows(), [])
     if not messages:
         database.commit()
         return Report()
     ledger = Ledger(database, messages)
     try:
-        return _Pass(database, network, options, ledger, claim if more else None).run(messages)
+        return _Pass(database, network, options, ledger, claim, pace).run(messages)
     except BaseException:
         # Cancelled or shut down: what is not done goes back to the queue at once.
         ledger.release_open()
@@ -3923,15 +3930,48 @@ class Outbox:
     began_at: float = field(default_factory=time.monotonic)
 
 
+class Pace:
+    """How fast a lane writes: what it holds is to be written soon, or what changes now would wait behind it.
+
+    Where an index makes writing slow, rows that no lane holds are for whichever lane is free.
+    """
+
+    def __init__(self, batch_size: int, max_rows: int) -> None:
+        self._batch_size = batch_size
+        self._max_rows = max_rows
+        self._rows = float(batch_size)
+        self._seconds = batch_size * FIRST_ROW_SECONDS
+
+    def wrote(self, rows: int, seconds: float) -> None:
+        """Takes note of a write; with each full one what was before counts half as much."""
+        kept = 0.5 ** (rows / self._batch_size)
+        self._rows = kept * self._rows + rows
+        self._seconds = kept * self._seconds + max(0.0, seconds - WRITE_SECONDS)
+
+    def max_rows(self) -> int:
+        """How many rows the lane may hold: whole requests, two at least, as one is written while another flies."""
+        if self._seconds * self._max_rows <= AHEAD_SECONDS * self._rows:
+            return self._max_rows
+        requests = max(2, int(AHEAD_SECONDS * self._rows / self._seconds) // self._batch_size)
+        return min(self._max_rows, requests * self._batch_size)
+
+
 class _Pass:
     def __init__(
-        self, database: Database, network: Network, options: Options, ledger: Ledger, claim: Claim | None
+        self,
+        database: Database,
+        network: Network,
+        options: Options,
+        ledger: Ledger,
+        claim: Claim,
+        pace: Pace | None,
     ) -> None:
         self._database = database
         self._network = network
         self._options = options
         self._ledger = ledger
-        self._claim = claim
+        self._claim: Claim | None = claim if pace else None
+        self._pace = pace or Pace(options.batch_size, options.max_rows)
         self._outboxes: dict[Model, Outbox] = {}
         self._locked: list[tuple[Job, Any]] = []
         self._flight: Flight[Request, Embedded] | None = None
@@ -3978,9 +4018,12 @@ class _Pass:
 
     def _claim_more(self, flight: Flight[Request, Embedded], claim: Claim) -> None:
         """Claims for the requests that could be in flight besides, so that providers need not wait for our writing."""
-        free = self._options.max_requests - len(flight) - self._waiting()
+        batch_size = self._options.batch_size
+        unwritten = sum(len(outbox.jobs) for outbox in self._outboxes.values())
+        most = self._pace.max_rows() // batch_size
+        free = min(self._options.max_requests - len(flight) - self._waiting(), most - -(-unwritten // batch_size))
         now = time.monotonic()
-        if now > self._claim_until or 2 * free < self._options.max_requests and (free < 1 or now < self._claim_at):
+        if now > self._claim_until or free < 1 or 2 * free < most and now < self._claim_at:
             return
         # A vector that waits for its row is not to be asked for again by another message; and a provider that failed
         # last time is tried with one request.
@@ -3988,7 +4031,7 @@ class _Pass:
             return
         self._claim_at = now + POLL_SECONDS
         self._database.gate()
-        messages = claim(free * self._options.batch_size, self._ledger.open_message_ids())
+        messages = claim(free * batch_size, self._ledger.open_message_ids())
         self._ledger.take(messages)
         suspects = [message for message in messages if message.read_count > 1]
         if suspects:
@@ -4332,8 +4375,10 @@ class _Pass:
 
         A row that does not take its own stands alone in the end.
         """
+        began = time.monotonic()
         try:
             outcomes = self._database.write(pipeline, [job.key for job in jobs], [job.content for job in jobs], vectors)
+            self._pace.wrote(len(jobs), time.monotonic() - began)
         except RowError as error:
             if self._held_up(pipeline, jobs, error):
                 return
@@ -4451,7 +4496,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "ce5fdc7808670979"
+    GD["autoembed"] = "a3df3f0e46cbcb3f"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -4558,7 +4603,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "ce5fdc7808670979":
+    if GD.get("autoembed") != "a3df3f0e46cbcb3f":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -7110,9 +7155,9 @@ BEGIN
     LOOP
         -- Every pipeline has its share, so that none holds up another; a provider that failed last time is tried with one message.
         _share := CASE WHEN _ready.failures > 0 THEN 1 ELSE greatest(1, max_rows / _ready.pipelines) END;
-        -- Half of it the oldest, half the newest: a backlog is worked off, and what changes now need not wait for it.
-        FOREACH _newest IN ARRAY '{false,true}'::boolean[] LOOP
-            _room := CASE WHEN _newest THEN _share ELSE (_share + 1) / 2 END;
+        -- Up to half of it the newest, the rest the oldest: what changes now need not wait for a backlog, which is worked off.
+        FOREACH _newest IN ARRAY '{true,false}'::boolean[] LOOP
+            _room := CASE WHEN _newest THEN _share / 2 ELSE _share END;
             FOR _due IN EXECUTE format(
                 $sql$
                 SELECT q.msg_id,
@@ -7123,7 +7168,7 @@ BEGIN
                 FOR UPDATE SKIP LOCKED
                 $sql$, CASE WHEN _newest THEN 'DESC' END) USING _ready.pipeline, _now, _ids
             LOOP
-                EXIT WHEN _room <= 0;
+                EXIT WHEN _room <= 0 OR _newest AND _due.rows > _room;
                 _ids := _ids || _due.msg_id;
                 _room := _room - _due.rows;
                 _share := _share - _due.rows;
@@ -7552,7 +7597,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "ce5fdc7808670979":
+    if GD.get("autoembed") != "a3df3f0e46cbcb3f":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -7563,13 +7608,13 @@ COMMENT ON FUNCTION autoembed.process(integer, integer, integer) IS
 CREATE PROCEDURE autoembed.work(
     run_seconds double precision DEFAULT 300,
     batch_size integer DEFAULT 100,
-    max_requests integer DEFAULT 10,
+    max_requests integer DEFAULT 20,
     timeout_milliseconds integer DEFAULT 300000,
     backfill boolean DEFAULT false
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "ce5fdc7808670979":
+    if GD.get("autoembed") != "a3df3f0e46cbcb3f":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
@@ -7585,7 +7630,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "ce5fdc7808670979":
+    if GD.get("autoembed") != "a3df3f0e46cbcb3f":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -8205,7 +8250,7 @@ CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embed
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "ce5fdc7808670979":
+    if GD.get("autoembed") != "a3df3f0e46cbcb3f":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
@@ -8310,7 +8355,7 @@ CREATE FUNCTION autoembed._estimate_texts(texts text[], model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "ce5fdc7808670979":
+    if GD.get("autoembed") != "a3df3f0e46cbcb3f":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.estimate(texts, model)]
@@ -8480,7 +8525,7 @@ CREATE FUNCTION autoembed._probe(model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "ce5fdc7808670979":
+    if GD.get("autoembed") != "a3df3f0e46cbcb3f":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.probe(model)

@@ -52,9 +52,9 @@ BEGIN
     LOOP
         -- Every pipeline has its share, so that none holds up another; a provider that failed last time is tried with one message.
         _share := CASE WHEN _ready.failures > 0 THEN 1 ELSE greatest(1, max_rows / _ready.pipelines) END;
-        -- Half of it the oldest, half the newest: a backlog is worked off, and what changes now need not wait for it.
-        FOREACH _newest IN ARRAY '{false,true}'::boolean[] LOOP
-            _room := CASE WHEN _newest THEN _share ELSE (_share + 1) / 2 END;
+        -- Up to half of it the newest, the rest the oldest: what changes now need not wait for a backlog, which is worked off.
+        FOREACH _newest IN ARRAY '{true,false}'::boolean[] LOOP
+            _room := CASE WHEN _newest THEN _share / 2 ELSE _share END;
             FOR _due IN EXECUTE format(
                 $sql$
                 SELECT q.msg_id,
@@ -65,7 +65,7 @@ BEGIN
                 FOR UPDATE SKIP LOCKED
                 $sql$, CASE WHEN _newest THEN 'DESC' END) USING _ready.pipeline, _now, _ids
             LOOP
-                EXIT WHEN _room <= 0;
+                EXIT WHEN _room <= 0 OR _newest AND _due.rows > _room;
                 _ids := _ids || _due.msg_id;
                 _room := _room - _due.rows;
                 _share := _share - _due.rows;
@@ -505,7 +505,7 @@ COMMENT ON FUNCTION autoembed.process(integer, integer, integer) IS
 CREATE PROCEDURE autoembed.work(
     run_seconds double precision DEFAULT 300,
     batch_size integer DEFAULT 100,
-    max_requests integer DEFAULT 10,
+    max_requests integer DEFAULT 20,
     timeout_milliseconds integer DEFAULT 300000,
     backfill boolean DEFAULT false
 )

@@ -42,6 +42,9 @@ class System(Protocol):
     def attach(self, server: Server, db: Connection) -> None:
         """Have the table `documents` embedded."""
 
+    def older_rows(self, db: Connection) -> AbstractContextManager[None]:
+        """The rows inserted inside were there before the table was attached, as far as the system is concerned."""
+
     def running(self, server: Server, db: Connection) -> AbstractContextManager[Workers]:
         """The workers, ready for rows, until the end of the context."""
 

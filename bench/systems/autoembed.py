@@ -54,6 +54,13 @@ class Autoembed:
         db.execute(ENABLE, [enqueue_existing])
 
     @contextmanager
+    def older_rows(self, db: Connection) -> Iterator[None]:
+        db.execute("ALTER TABLE documents DISABLE TRIGGER USER")
+        yield
+        db.execute("ALTER TABLE documents ENABLE TRIGGER USER")
+        db.execute("SELECT autoembed.resync('documents')")
+
+    @contextmanager
     def running(self, server: Server, db: Connection) -> Iterator[Lanes]:
         db.execute("SELECT autoembed.schedule(%s)", [self.lanes])
         wait_until(lambda: db.execute(ARE_UP).fetchone() == (True,), 30)

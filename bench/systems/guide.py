@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,9 @@ class Guide:
     def attach(self, server: Server, db: Connection) -> None:
         db.execute((SOURCES / "guide.sql").read_text())
         db.execute(TRIGGERS)
+
+    def older_rows(self, db: Connection) -> AbstractContextManager[None]:
+        return nullcontext()
 
     @contextmanager
     def running(self, server: Server, db: Connection) -> Iterator[Processes]:

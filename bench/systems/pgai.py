@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +62,9 @@ class Pgai:
         subprocess.run([INSTALLED / "bin" / "pgai", "install", "--db-url", server.url], check=True, capture_output=True)
         settings = {"batch_size": self.batch_size, "concurrency": self.concurrency, "base_url": server.api.base_url}
         db.execute(CREATE_VECTORIZER, settings)
+
+    def older_rows(self, db: Connection) -> AbstractContextManager[None]:
+        return nullcontext()
 
     @contextmanager
     def running(self, server: Server, db: Connection) -> Iterator[Processes]:

@@ -125,15 +125,17 @@ class Flight(Generic[Tag, Result]):
         return [*(self._tags.pop(future) for future in taken), *(tag for tag, _ in taken_here)]
 
     def landed(self) -> Iterator[tuple[Tag, Result | BaseException]]:
-        """The outcome of every call, those submitted meanwhile included, as they come; breathe() runs between."""
+        """The outcome of every call, those submitted meanwhile included, as they come; breathe() runs before each.
+
+        Of those that are there, that of the newest call comes first.
+        """
         while self._tags or self._here:
             if self._here:
                 yield self._make_here()
             done = wait(self._tags, timeout=0 if self._here else SLICE_SECONDS, return_when=FIRST_COMPLETED).done
             self._breathe()
-            for future in done:
-                if future not in self._tags:
-                    continue
+            # One, as the others may wait while something newer is sent.
+            if future := next((future for future in reversed(self._tags) if future in done), None):
                 tag = self._tags.pop(future)
                 error = future.exception()
                 yield tag, future.result() if error is None else error

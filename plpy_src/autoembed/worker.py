@@ -33,6 +33,10 @@ POLL_SECONDS = 0.1
 # Of a lane for backfills, which nobody waits for.
 BACKFILL_POLL_SECONDS = 1.0
 LOOK_AROUND_SECONDS = 1.0
+# What a lane holds takes about so long to write; what a write takes whatever it writes; and a row, while nobody knows.
+AHEAD_SECONDS = 1.0
+WRITE_SECONDS = 0.003
+FIRST_ROW_SECONDS = 0.0025
 # How long a pass claims on, before it comes to an end with its locked rows.
 CLAIMING_SECONDS = 5.0
 # The change that overtook us has a job of its own, which comes first; this one makes sure.
@@ -72,6 +76,7 @@ def work(database: Database, network: Network, options: Options, run_seconds: fl
     slice_seconds = BACKFILL_POLL_SECONDS / 4 if backfill else POLL_SECONDS
     queue = partial(_claim_queued, database, options)
     tables = partial(_claim_backfill, database, options, backfill)
+    pace = Pace(options.batch_size, options.max_rows)
     database.enter_lane(backfill=backfill)
     database.warn_of_blocked_pipelines([])
     database.commit()
@@ -84,9 +89,9 @@ def work(database: Database, network: Network, options: Options, run_seconds: fl
                     break
                 database.clean_up()
                 database.commit()
-            read = 0 if backfill else _work_on(database, network, options, queue, more=True).read
+            read = 0 if backfill else _work_on(database, network, options, queue, pace).read
             if read == 0 and look_around:
-                read = _work_on(database, network, options, tables, more=True).read
+                read = _work_on(database, network, options, tables, pace).read
                 if read > 0:
                     look_around_at = 0.0
             if read == 0:
@@ -104,10 +109,10 @@ def run_pass(database: Database, network: Network, options: Options) -> Report:
 
     Never raises for a bad row, a bad answer or a dead provider: the report says so.
     """
-    report = _work_on(database, network, options, partial(_claim_queued, database, options), more=False)
+    report = _work_on(database, network, options, partial(_claim_queued, database, options), None)
     if report.read == 0:
         tables = partial(_claim_backfill, database, options, False)
-        report = _work_on(database, network, options, tables, more=False)
+        report = _work_on(database, network, options, tables, None)
     return report
 
 
@@ -115,15 +120,15 @@ def run_pass(database: Database, network: Network, options: Options) -> Report:
 Claim = Callable[[int, list[int]], "list[Message]"]
 
 
-def _work_on(database: Database, network: Network, options: Options, claim: Claim, *, more: bool) -> Report:
-    """One pass; more: it claims again while requests are in flight, and commits after each step."""
-    messages = claim(options.max_rows, [])
+def _work_on(database: Database, network: Network, options: Options, claim: Claim, pace: Pace | None) -> Report:
+    """One pass; with the pace of a lane it claims again while requests are in flight."""
+    messages = claim(options.max_rows if pace is None else pace.max_rows(), [])
     if not messages:
         database.commit()
         return Report()
     ledger = Ledger(database, messages)
     try:
-        return _Pass(database, network, options, ledger, claim if more else None).run(messages)
+        return _Pass(database, network, options, ledger, claim, pace).run(messages)
     except BaseException:
         # Cancelled or shut down: what is not done goes back to the queue at once.
         ledger.release_open()
@@ -195,15 +200,48 @@ class Outbox:
     began_at: float = field(default_factory=time.monotonic)
 
 
+class Pace:
+    """How fast a lane writes: what it holds is to be written soon, or what changes now would wait behind it.
+
+    Where an index makes writing slow, rows that no lane holds are for whichever lane is free.
+    """
+
+    def __init__(self, batch_size: int, max_rows: int) -> None:
+        self._batch_size = batch_size
+        self._max_rows = max_rows
+        self._rows = float(batch_size)
+        self._seconds = batch_size * FIRST_ROW_SECONDS
+
+    def wrote(self, rows: int, seconds: float) -> None:
+        """Takes note of a write; with each full one what was before counts half as much."""
+        kept = 0.5 ** (rows / self._batch_size)
+        self._rows = kept * self._rows + rows
+        self._seconds = kept * self._seconds + max(0.0, seconds - WRITE_SECONDS)
+
+    def max_rows(self) -> int:
+        """How many rows the lane may hold: whole requests, two at least, as one is written while another flies."""
+        if self._seconds * self._max_rows <= AHEAD_SECONDS * self._rows:
+            return self._max_rows
+        requests = max(2, int(AHEAD_SECONDS * self._rows / self._seconds) // self._batch_size)
+        return min(self._max_rows, requests * self._batch_size)
+
+
 class _Pass:
     def __init__(
-        self, database: Database, network: Network, options: Options, ledger: Ledger, claim: Claim | None
+        self,
+        database: Database,
+        network: Network,
+        options: Options,
+        ledger: Ledger,
+        claim: Claim,
+        pace: Pace | None,
     ) -> None:
         self._database = database
         self._network = network
         self._options = options
         self._ledger = ledger
-        self._claim = claim
+        self._claim: Claim | None = claim if pace else None
+        self._pace = pace or Pace(options.batch_size, options.max_rows)
         self._outboxes: dict[Model, Outbox] = {}
         self._locked: list[tuple[Job, Any]] = []
         self._flight: Flight[Request, Embedded] | None = None
@@ -250,9 +288,12 @@ class _Pass:
 
     def _claim_more(self, flight: Flight[Request, Embedded], claim: Claim) -> None:
         """Claims for the requests that could be in flight besides, so that providers need not wait for our writing."""
-        free = self._options.max_requests - len(flight) - self._waiting()
+        batch_size = self._options.batch_size
+        unwritten = sum(len(outbox.jobs) for outbox in self._outboxes.values())
+        most = self._pace.max_rows() // batch_size
+        free = min(self._options.max_requests - len(flight) - self._waiting(), most - -(-unwritten // batch_size))
         now = time.monotonic()
-        if now > self._claim_until or 2 * free < self._options.max_requests and (free < 1 or now < self._claim_at):
+        if now > self._claim_until or free < 1 or 2 * free < most and now < self._claim_at:
             return
         # A vector that waits for its row is not to be asked for again by another message; and a provider that failed
         # last time is tried with one request.
@@ -260,7 +301,7 @@ class _Pass:
             return
         self._claim_at = now + POLL_SECONDS
         self._database.gate()
-        messages = claim(free * self._options.batch_size, self._ledger.open_message_ids())
+        messages = claim(free * batch_size, self._ledger.open_message_ids())
         self._ledger.take(messages)
         suspects = [message for message in messages if message.read_count > 1]
         if suspects:
@@ -604,8 +645,10 @@ class _Pass:
 
         A row that does not take its own stands alone in the end.
         """
+        began = time.monotonic()
         try:
             outcomes = self._database.write(pipeline, [job.key for job in jobs], [job.content for job in jobs], vectors)
+            self._pace.wrote(len(jobs), time.monotonic() - began)
         except RowError as error:
             if self._held_up(pipeline, jobs, error):
                 return

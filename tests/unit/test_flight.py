@@ -91,6 +91,18 @@ def test_a_call_lands_while_another_still_runs() -> None:
         assert list(landing) == [("slow", "through")]
 
 
+def test_of_outcomes_that_are_there_the_newest_comes_first_and_each_after_a_breath() -> None:
+    breaths: list[None] = []
+    with Flight[int, int](3, lambda: breaths.append(None), nothing) as flight:
+        for number in range(3):
+            flight.submit(number, lambda number=number: number)  # type: ignore[misc]
+        wait_until(lambda: all(future.done() for future in flight._tags))
+
+        assert [tag for tag, _ in flight.landed()] == [2, 1, 0]
+
+    assert len(breaths) == 3
+
+
 def test_calls_submitted_while_landing_are_landed_too() -> None:
     landed = []
     with Flight[int, int](2, nothing, nothing) as flight:

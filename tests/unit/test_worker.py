@@ -1458,6 +1458,52 @@ def test_a_provider_that_failed_is_tried_with_one_request(
     assert database.is_fresh(2)
 
 
+@pytest.mark.parametrize(
+    ("writes", "most"),
+    [
+        ([], 400),
+        ([(1, 0.05)], 300),
+        ([(100, 0.02)], 1000),
+        ([(100, 0.44)], 200),
+        ([(100, 9.0)], 200),
+        ([(1, 0.002)] * 200, 1000),
+        ([(1, 0.007)] * 200, 200),
+        ([*[(100, 0.44)] * 6, *[(1, 0.002)] * 6], 200),
+        ([*[(100, 0.44)] * 6, *[(100, 0.02)] * 6], 1000),
+    ],
+)
+def test_a_lane_holds_what_it_writes_in_a_second_two_requests_at_least(
+    writes: list[tuple[int, float]], most: int
+) -> None:
+    pace = worker.Pace(100, 1000)
+    for rows, seconds in writes:
+        pace.wrote(rows, seconds)
+
+    assert pace.max_rows() == most
+
+
+def test_a_lane_that_writes_slowly_leaves_the_rest_to_others(
+    lane: Lane, database: FakeDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "AHEAD_SECONDS", 0.1)
+    monkeypatch.setattr(worker, "FIRST_ROW_SECONDS", 0.001)
+    for row_id in range(2000):
+        database.put(row_id, f"text {row_id}")
+    held: list[int] = []
+
+    def write() -> None:
+        held.append(len(database.claimed & database.queue.keys()))
+        time.sleep(0.06)
+        database.wanted = len(held) < 20
+
+    database.interrupts["write"] = write
+
+    lane.work(run_seconds=20, max_requests=8)
+
+    assert max(held) <= 300
+    assert all(database.is_fresh(row_id) for row_id in range(2000))
+
+
 def test_a_lane_claims_no_more_once_a_provider_is_in_trouble(
     lane: Lane, database: FakeDatabase, provider: FakeProvider
 ) -> None:
@@ -1476,7 +1522,8 @@ def test_a_lane_claims_no_more_once_a_provider_is_in_trouble(
 
     options = Options(100, 3, 60)
     claim = partial(worker._claim_queued, cast("Database", database), options)
-    worker._work_on(cast("Database", database), cast("Network", lane.network), options, claim, more=True)
+    pace = worker.Pace(options.batch_size, options.max_rows)
+    worker._work_on(cast("Database", database), cast("Network", lane.network), options, claim, pace)
 
     assert not database.is_fresh(9)
     assert len(database.rests) == 1
