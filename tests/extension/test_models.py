@@ -44,6 +44,25 @@ def test_a_model_is_created_changed_and_dropped(db: Connection, api: FakeApi) ->
     assert models(db) == BUILTIN
 
 
+@pytest.mark.parametrize("prefix", ["passage: ", "  # ", " ", "", "é 'quoted' \n"])
+def test_a_model_whose_documents_have_a_prefix_embeds_a_table_once(db: Connection, api: FakeApi, prefix: str) -> None:
+    """Lane and `_write_N` must name the model alike, or each answer is taken for that of a model before."""
+    db.execute(
+        "SELECT autoembed.create_model('e5', 'openai', 1536, 'text-embedding-3-small', base_url => %s,"
+        " api_key => 'env:OPENAI_API_KEY', options => jsonb_build_object('document_prefix', %s::text))",
+        [api.base_url, prefix],
+    )
+    db.execute("CREATE TABLE pages (id int PRIMARY KEY, body text)")
+    db.execute("SELECT autoembed.enable('pages', content_columns => '{body}', model => 'e5')")
+    db.execute("INSERT INTO pages VALUES (1, 'one')")
+
+    row = db.execute("SELECT read, completed FROM autoembed.process()").fetchone()
+
+    assert row == (1, 1)
+    assert api.texts() == [f"{prefix}one"]
+    assert db.execute("SELECT count(embedding) FROM pages").fetchone() == (1,)
+
+
 def test_limits_of_a_model_hold_below_the_providers(documents: Connection, api: FakeApi) -> None:
     documents.execute("SELECT autoembed.alter_model('text-embedding-3-small', max_inputs_per_request => 4)")
     documents.execute("INSERT INTO documents (title, content) SELECT 't', 'c' || n FROM generate_series(1, 10) AS n")
