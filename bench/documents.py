@@ -108,8 +108,8 @@ def vectors_of(api: FakeApi, inputs: list[str]) -> NDArray[np.float32]:
 def check(db: Connection, api: FakeApi, rows: int = 200) -> None:
     """Some rows have the vector of their own text, or the figures are worth nothing."""
     found = db.execute(
-        "SELECT embedding_input(d), embedding::vector::text FROM documents AS d"
-        " WHERE embedding IS NOT NULL ORDER BY md5(id::text) LIMIT %s",
+        "SELECT embedding_input(d), embedding::vector::text FROM documents AS d WHERE id IN"
+        " (SELECT id FROM documents WHERE embedding IS NOT NULL ORDER BY md5(id::text) LIMIT %s)",
         [rows],
     ).fetchall()
     stored = np.array([json.loads(vector) for _, vector in found])

@@ -3196,6 +3196,7 @@ import binascii
 import contextlib
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -3339,11 +3340,16 @@ def parse(body: bytes | bytearray) -> Any:
         return json.loads(body)
 
 
+# Answers are read one by one: each takes some times its size meanwhile, and only one thread computes anyway.
+_reading = threading.Lock()
+
+
 @contextlib.contextmanager
 def reading(api: str) -> Iterator[None]:
     """Makes ProviderTrouble of what an answer raises that is not in the form it should have."""
     try:
-        yield
+        with _reading:
+            yield
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ProviderTrouble(f"the provider's answer is not in the form of the {api} API ({error})") from error
 
@@ -4496,7 +4502,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "a3df3f0e46cbcb3f"
+    GD["autoembed"] = "5084bd4dd9828b8b"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -4603,7 +4609,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "a3df3f0e46cbcb3f":
+    if GD.get("autoembed") != "5084bd4dd9828b8b":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -7597,7 +7603,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "a3df3f0e46cbcb3f":
+    if GD.get("autoembed") != "5084bd4dd9828b8b":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -7614,7 +7620,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "a3df3f0e46cbcb3f":
+    if GD.get("autoembed") != "5084bd4dd9828b8b":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
@@ -7630,7 +7636,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "a3df3f0e46cbcb3f":
+    if GD.get("autoembed") != "5084bd4dd9828b8b":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -8250,7 +8256,7 @@ CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embed
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "a3df3f0e46cbcb3f":
+    if GD.get("autoembed") != "5084bd4dd9828b8b":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
@@ -8355,7 +8361,7 @@ CREATE FUNCTION autoembed._estimate_texts(texts text[], model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "a3df3f0e46cbcb3f":
+    if GD.get("autoembed") != "5084bd4dd9828b8b":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.estimate(texts, model)]
@@ -8525,7 +8531,7 @@ CREATE FUNCTION autoembed._probe(model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "a3df3f0e46cbcb3f":
+    if GD.get("autoembed") != "5084bd4dd9828b8b":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.probe(model)

@@ -7,6 +7,7 @@ import binascii
 import contextlib
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -150,11 +151,16 @@ def parse(body: bytes | bytearray) -> Any:
         return json.loads(body)
 
 
+# Answers are read one by one: each takes some times its size meanwhile, and only one thread computes anyway.
+_reading = threading.Lock()
+
+
 @contextlib.contextmanager
 def reading(api: str) -> Iterator[None]:
     """Makes ProviderTrouble of what an answer raises that is not in the form it should have."""
     try:
-        yield
+        with _reading:
+            yield
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ProviderTrouble(f"the provider's answer is not in the form of the {api} API ({error})") from error
 
