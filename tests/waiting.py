@@ -11,8 +11,15 @@ T = TypeVar("T")
 
 def wait_until(condition: Callable[[], T | None], seconds: float = 20) -> T:
     """The first true value of a condition; fails when it stays false for so long."""
+    value = soon(condition, seconds)
+    assert value, f"not true within {seconds} s"
+    return value
+
+
+def soon(condition: Callable[[], T | None], seconds: float) -> T | None:
+    """The first true value of a condition, or its last one when it stays false for so long."""
     end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, f"not true within {seconds} s"
+    while not (value := condition()) and time.monotonic() < end:
+        # The pause between two looks.
         time.sleep(0.02)
     return value

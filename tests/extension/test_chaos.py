@@ -9,7 +9,6 @@ import random
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -21,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from fake_api import embedding_of
 from harness import Connection, Server, is_settled
 from lanes import Lane, stop_lanes
-from waiting import wait_until
+from waiting import soon, wait_until
 
 TABLE = "CREATE TABLE notes (id integer PRIMARY KEY, content text, embedding halfvec(1536))"
 ATTACHED = {
@@ -156,21 +155,14 @@ class Chaos(RuleBasedStateMachine):
         self.db.execute("SELECT autoembed.resume_model('text-embedding-3-small')")
         self._apply(("upsert", key, old))
         # A request that fails just now rests the model again.
-        if self._soon(lambda: self.api.counters()["held"] > 0):
+        if soon(lambda: self.api.counters()["held"] > 0, 1):
             self._apply(("upsert", key, new))
-            self.did["overtaken"] += self._soon(lambda: self._embedded(key, new))
+            self.did["overtaken"] += bool(soon(lambda: self._embedded(key, new), 1))
         self.api.release()
 
     def _embedded(self, key: int, content: str) -> bool:
         row = self.db.execute("SELECT embedding::vector::real[] AS v FROM notes WHERE id = %s", [key]).fetchone()
         return row is not None and row.v is not None and bool(abs(embedding_of(content) - row.v).max() < 1e-3)
-
-    @staticmethod
-    def _soon(condition: Callable[[], bool]) -> bool:
-        end = time.monotonic() + 1
-        while not (true := condition()) and time.monotonic() < end:
-            time.sleep(0.02)
-        return true
 
     @rule(rolled_back=st.booleans())
     def process(self, rolled_back: bool) -> None:

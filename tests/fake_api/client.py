@@ -81,6 +81,7 @@ class FakeApi:
         while not done(counters := self.counters()):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"waited {seconds} s for {what}, have {counters}")
+            # The pause between two looks; this package stands alone, as it is copied to where it runs.
             time.sleep(0.01)
         return counters
 
