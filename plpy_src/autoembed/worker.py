@@ -343,7 +343,8 @@ class _Pass:
         rows: dict[tuple[int, str], tuple[int, list[Message]]] = {}
         for pipeline_id, of_pipeline in addressed.items():
             room = max(1, self._options.max_rows // len(addressed))
-            for message, address in of_pipeline:
+            # The shortest first, which have what changes now: it is the longest that may exceed the share.
+            for message, address in sorted(of_pipeline, key=lambda one: len(one[1].keys)):
                 if room == 0:
                     self._ledger.set_aside([message])
                     continue

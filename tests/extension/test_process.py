@@ -45,6 +45,20 @@ def test_requests_are_in_flight_side_by_side_up_to_max_requests(documents: Conne
     assert_fresh(documents)
 
 
+def test_a_change_that_comes_now_does_not_wait_behind_messages_of_many_rows(db: Connection, api: FakeApi) -> None:
+    """If the oldest message may fill the whole of a small claim, nothing newer is taken until all of them are done."""
+    db.execute("SELECT autoembed.set_default_model('text-embedding-3-small')")
+    db.execute("CREATE TABLE pages (id int PRIMARY KEY, body text)")
+    db.execute("SELECT autoembed.enable('pages', content_columns => '{body}')")
+    db.execute("INSERT INTO pages SELECT n, 'old ' || n FROM generate_series(1, 500) AS n")
+    db.execute("INSERT INTO pages VALUES (0, 'new')")
+
+    db.execute("SELECT autoembed.process(batch_size => 100, max_requests => 1)")
+
+    done = "SELECT count(*) FILTER (WHERE id = 0) AS new, count(*) AS rows FROM pages WHERE embedding IS NOT NULL"
+    assert db.execute(done).fetchone() == (1, 100)
+
+
 def test_the_reply_is_matched_by_index_not_by_order(documents: Connection, api: FakeApi) -> None:
     """If vectors are taken in the order of the answer, rows get each other's."""
     api.behave(faults=[{"shuffled": True, "times": "forever"}])
