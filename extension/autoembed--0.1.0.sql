@@ -422,6 +422,8 @@ Item = TypeVar("Item")
 
 ZERO_WIDTH_JOINER = "\u200d"
 SKIN_TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
+# The tokens that models put around a text.
+MARKS = 2
 # Characters that are kept together; more accents on one letter than that are somebody's joke.
 MAX_JOINED = 16
 
@@ -480,8 +482,12 @@ def estimate_tokens(text: str) -> int:
     tokens += kinds.count(b"ccc") + kinds.count(b"vvv")
     # A space is part of the word behind it, not of a number; many in a row are few tokens.
     tokens += words.count(b" d") + 0.25 * words.count(b"  ")
-    # Two more, for the marks that models put around a text.
-    return math.ceil(min(tokens, len(encoded))) + 2
+    return math.ceil(min(tokens, len(encoded))) + MARKS
+
+
+def most_tokens(text: str) -> int:
+    """What estimate_tokens() gives at most, and a fiftieth of its work: no text has more tokens than bytes."""
+    return len(text.encode("utf-8", "replace")) + MARKS
 
 
 def truncate(text: str, max_tokens: int, prefix: str = "") -> str:
@@ -490,6 +496,8 @@ def truncate(text: str, max_tokens: int, prefix: str = "") -> str:
     No letter is cut from its accents, and something is left of every text.
     """
     max_tokens = max(0, max_tokens - _before(prefix))
+    if len(text) <= max_tokens and most_tokens(text) <= max_tokens:
+        return text
     # Looked for from the front: nobody reads to the end of a text that is far too long.
     low, high = 1, 1 + 4 * max_tokens
     while high < len(text) and estimate_tokens(text[:high]) <= max_tokens:
@@ -527,8 +535,11 @@ def pack(texts: Sequence[str], max_inputs: int, max_tokens: int, prefix: str = "
     requests: list[list[str]] = []
     tokens_left = 0
     before = _before(prefix)
+    longest = max(map(most_tokens, texts), default=0)
+    # Where as many of the longest would fit, nobody needs to know better.
+    count = most_tokens if max_inputs * (before + longest) <= max_tokens else estimate_tokens
     for text in texts:
-        tokens = before + estimate_tokens(text)
+        tokens = before + count(text)
         if not requests or len(requests[-1]) == max_inputs or tokens > tokens_left:
             requests.append([])
             tokens_left = max_tokens
@@ -4104,7 +4115,11 @@ class _Pass:
             if job.pipeline is None:
                 self._ledger.done(job)
             elif job.pipeline.blocked is not None:
-                self._ledger.retry(job, 0, job.pipeline.blocked)
+                if all(message.body.get("pipeline") for message in holders):
+                    self._ledger.release(job, job.pipeline.blocked)
+                else:
+                    # By its pipeline, which a claim passes over meanwhile.
+                    self._ledger.retry(job, 0, job.pipeline.blocked)
             elif tries > MAX_ATTEMPTS:
                 self._ledger.fail(job, f"{tries - 1} lanes ended while they worked on it", tries - 1)
             else:
@@ -4283,18 +4298,21 @@ class _Pass:
 
     def _shares(self, request: Request, tokens: int | None) -> list[Share]:
         """Who had texts in a request; its tokens by estimate. A text of several pipelines is the first one's."""
-        estimates = [batching.estimate_tokens(text) for text in request.texts]
-        counted = sum(estimates) if tokens is None else tokens
-        texts: dict[int | None, list[int]] = defaultdict(list)
+        texts: dict[int | None, list[str]] = defaultdict(list)
         rows: dict[int | None, int] = defaultdict(int)
-        for text, estimate in zip(request.texts, estimates, strict=True):
+        for text in request.texts:
             jobs = [] if request.probe else self._outboxes[request.model].jobs[text]
-            texts[jobs[0].pipeline.id if jobs else None].append(estimate)
+            texts[jobs[0].pipeline.id if jobs else None].append(text)
             for job in jobs:
                 rows[job.pipeline.id] += 1
+        if tokens is not None and len(texts) == 1:
+            [(pipeline_id, own)] = texts.items()
+            return [Share(pipeline_id, 1, len(own), tokens, rows[pipeline_id])]
+        parts = [sum(map(batching.estimate_tokens, own)) for own in texts.values()]
+        counted = sum(parts) if tokens is None else tokens
         return [
-            Share(pipeline_id, int(number == 0), len(own), counted * sum(own) // sum(estimates), rows[pipeline_id])
-            for number, (pipeline_id, own) in enumerate(texts.items())
+            Share(pipeline_id, int(number == 0), len(own), counted * part // sum(parts), rows[pipeline_id])
+            for number, ((pipeline_id, own), part) in enumerate(zip(texts.items(), parts, strict=True))
         ]
 
     def _refuse(self, request: Request, refusal: Refused) -> None:
@@ -4451,7 +4469,7 @@ class _Pass:
         if now is None or now.blocked is None:
             return False
         for job in jobs:
-            self._ledger.retry(job, 0, now.blocked)
+            self._ledger.release(job, now.blocked)
         return True
 
     def _retry_or_fail(self, job: Job, error: RowError, *, at_once: bool = False) -> None:
@@ -4503,7 +4521,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "c0259bc232cb2437"
+    GD["autoembed"] = "bd979738178e6559"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -4610,7 +4628,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "c0259bc232cb2437":
+    if GD.get("autoembed") != "bd979738178e6559":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -7604,7 +7622,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "c0259bc232cb2437":
+    if GD.get("autoembed") != "bd979738178e6559":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -7621,7 +7639,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "c0259bc232cb2437":
+    if GD.get("autoembed") != "bd979738178e6559":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
@@ -7637,7 +7655,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "c0259bc232cb2437":
+    if GD.get("autoembed") != "bd979738178e6559":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -8257,7 +8275,7 @@ CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embed
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "c0259bc232cb2437":
+    if GD.get("autoembed") != "bd979738178e6559":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
@@ -8362,7 +8380,7 @@ CREATE FUNCTION autoembed._estimate_texts(texts text[], model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "c0259bc232cb2437":
+    if GD.get("autoembed") != "bd979738178e6559":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.estimate(texts, model)]
@@ -8532,7 +8550,7 @@ CREATE FUNCTION autoembed._probe(model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "c0259bc232cb2437":
+    if GD.get("autoembed") != "bd979738178e6559":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.probe(model)

@@ -368,7 +368,11 @@ class _Pass:
             if job.pipeline is None:
                 self._ledger.done(job)
             elif job.pipeline.blocked is not None:
-                self._ledger.retry(job, 0, job.pipeline.blocked)
+                if all(message.body.get("pipeline") for message in holders):
+                    self._ledger.release(job, job.pipeline.blocked)
+                else:
+                    # By its pipeline, which a claim passes over meanwhile.
+                    self._ledger.retry(job, 0, job.pipeline.blocked)
             elif tries > MAX_ATTEMPTS:
                 self._ledger.fail(job, f"{tries - 1} lanes ended while they worked on it", tries - 1)
             else:
@@ -547,18 +551,21 @@ class _Pass:
 
     def _shares(self, request: Request, tokens: int | None) -> list[Share]:
         """Who had texts in a request; its tokens by estimate. A text of several pipelines is the first one's."""
-        estimates = [batching.estimate_tokens(text) for text in request.texts]
-        counted = sum(estimates) if tokens is None else tokens
-        texts: dict[int | None, list[int]] = defaultdict(list)
+        texts: dict[int | None, list[str]] = defaultdict(list)
         rows: dict[int | None, int] = defaultdict(int)
-        for text, estimate in zip(request.texts, estimates, strict=True):
+        for text in request.texts:
             jobs = [] if request.probe else self._outboxes[request.model].jobs[text]
-            texts[jobs[0].pipeline.id if jobs else None].append(estimate)
+            texts[jobs[0].pipeline.id if jobs else None].append(text)
             for job in jobs:
                 rows[job.pipeline.id] += 1
+        if tokens is not None and len(texts) == 1:
+            [(pipeline_id, own)] = texts.items()
+            return [Share(pipeline_id, 1, len(own), tokens, rows[pipeline_id])]
+        parts = [sum(map(batching.estimate_tokens, own)) for own in texts.values()]
+        counted = sum(parts) if tokens is None else tokens
         return [
-            Share(pipeline_id, int(number == 0), len(own), counted * sum(own) // sum(estimates), rows[pipeline_id])
-            for number, (pipeline_id, own) in enumerate(texts.items())
+            Share(pipeline_id, int(number == 0), len(own), counted * part // sum(parts), rows[pipeline_id])
+            for number, ((pipeline_id, own), part) in enumerate(zip(texts.items(), parts, strict=True))
         ]
 
     def _refuse(self, request: Request, refusal: Refused) -> None:
@@ -715,7 +722,7 @@ class _Pass:
         if now is None or now.blocked is None:
             return False
         for job in jobs:
-            self._ledger.retry(job, 0, now.blocked)
+            self._ledger.release(job, now.blocked)
         return True
 
     def _retry_or_fail(self, job: Job, error: RowError, *, at_once: bool = False) -> None:

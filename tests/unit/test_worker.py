@@ -981,14 +981,28 @@ def test_jobs_of_a_pipeline_that_was_dropped_settle(lane: Lane, database: FakeDa
 def test_jobs_of_a_blocked_pipeline_wait_and_say_why(
     lane: Lane, database: FakeDatabase, provider: FakeProvider
 ) -> None:
+    """If they went back as a new message, each claim that meets a block would make one of many."""
     database.defined[1] = Pipeline(blocked="the column embedding does not exist")
-    database.put(1, "text")
+    message_id = database.put(1, "text")
 
     report = lane.run()
 
     assert [job["error"] for job in report.failed_jobs] == ["the column embedding does not exist"]
-    assert bodies(database.waiting()) == [{"pipeline": 1, "keys": [[1]], "attempts": 0}]
+    assert database.waiting() == [Message(message_id, 0, {"pipeline": 1, "keys": [[1]]})]
     assert provider.requests == []
+
+
+def test_a_job_of_a_blocked_pipeline_that_names_its_table_alone_waits_under_its_pipeline(
+    lane: Lane, database: FakeDatabase
+) -> None:
+    """If it went back as it was, it would be claimed again at once, and again."""
+    database.defined[1] = Pipeline(blocked="the column embedding does not exist")
+    names = {"schema": "public", "table": "documents", "contentFunction": "f", "embeddingColumn": "embedding"}
+    database.send({"id": 1, **names})
+
+    lane.run()
+
+    assert bodies(database.waiting()) == [{"pipeline": 1, "keys": [[1]], "attempts": 0}]
 
 
 @pytest.mark.parametrize("where", ["content_errors", "write_errors"])
@@ -1007,8 +1021,9 @@ def test_rows_wait_uncounted_when_what_their_table_needs_goes_under_their_lane(
     assert (report.failed, report.retried) == (0, rows)
     assert {job["error"] for job in report.failed_jobs} == {"function odd is gone"}
     assert database.failures == {}
-    assert [message.body["attempts"] for message in database.waiting()] == [4]
-    assert sorted(database.waiting()[0].body["keys"]) == [[row_id] for row_id in range(rows)]
+    assert [(message.read_count, message.body.get("attempts", 4)) for message in database.waiting()] == [
+        (0, 4)
+    ] * 2 * rows
 
 
 @pytest.mark.parametrize(("pipelines", "each"), [(1, 60), (2, 30), (5, 12), (7, 8), (60, 1)])
