@@ -689,10 +689,13 @@ class Database:
 
     def __init__(self, *, commits: bool) -> None:
         self._commits = commits
+        # The temporary tables that may have rows: each commit empties them.
+        self._filled: set[str] = set()
 
     def commit(self) -> None:
         if self._commits:
             plpy.commit()
+            self._filled.clear()
 
     def breathe(self) -> None:
         """Lets a cancel, a timeout or a shutdown through, and keeps a lane's transactions short."""
@@ -701,9 +704,14 @@ class Database:
 
     # Lanes ---------------------------------------------------------------------------------------
 
-    def enter_lane(self, *, backfill: bool) -> None:
-        """Signs the session on as a lane; backfill: as one for backfills alone."""
-        self._run("SELECT autoembed._enter_lane($1)", ["pg_catalog.bool"], [backfill])
+    def enter_lane(self, *, backfill: bool) -> bool:
+        """Signs the session on as a lane; backfill: as one for backfills alone.
+
+        Returns whether a vector index makes writing slow, of any of the tables.
+        """
+        return bool(
+            self._run("SELECT autoembed._enter_lane($1) AS indexed", ["pg_catalog.bool"], [backfill])[0]["indexed"]
+        )
 
     def leave_lane(self) -> None:
         self._run("SELECT autoembed._leave_lane()")
@@ -988,12 +996,15 @@ class Database:
         if not row["usable"]:
             return None
         stage = f"pg_temp._autoembed_{type_name}"
-        if row["owned"]:
-            plpy.execute(f"TRUNCATE {stage}")
-        else:
+        if not row["owned"]:
+            # Rows of up to a page stay whole, and are not moved to a TOAST table for a moment.
             plpy.execute(
-                f"CREATE TEMPORARY TABLE {stage} (n pg_catalog.int4, v {pipeline.vector_type}) ON COMMIT DELETE ROWS"
+                f"CREATE TEMPORARY TABLE {stage} (n pg_catalog.int4, v {pipeline.vector_type})"
+                " WITH (toast_tuple_target = 8160) ON COMMIT DELETE ROWS"
             )
+        elif stage in self._filled or not self._commits:
+            plpy.execute(f"TRUNCATE {stage}")
+        self._filled.add(stage)
         # A file that is only ours and in memory alone.
         file = os.memfd_create("autoembed")
         try:
@@ -2765,8 +2776,8 @@ def _load_session(path: str, threads: int) -> Any:
     # Both keep what the largest batches needed.
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
-    # Threads that spin while they wait take the cores from other backends.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Threads that spin when there is nothing to compute take the cores from other backends.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
@@ -3780,10 +3791,12 @@ POLL_SECONDS = 0.1
 # Of a lane for backfills, which nobody waits for.
 BACKFILL_POLL_SECONDS = 1.0
 LOOK_AROUND_SECONDS = 1.0
-# What a lane holds takes about so long to write; what a write takes whatever it writes; and a row, while nobody knows.
+# What a lane holds takes about so long to write; what a write takes whatever it writes; and a row, while nobody knows,
+# with an index and without.
 AHEAD_SECONDS = 1.0
 WRITE_SECONDS = 0.003
-FIRST_ROW_SECONDS = 0.0025
+INDEXED_ROW_SECONDS = 0.0025
+PLAIN_ROW_SECONDS = 0.0001
 # How long a pass claims on, before it comes to an end with its locked rows.
 CLAIMING_SECONDS = 5.0
 # The change that overtook us has a job of its own, which comes first; this one makes sure.
@@ -3823,8 +3836,8 @@ def work(database: Database, network: Network, options: Options, run_seconds: fl
     slice_seconds = BACKFILL_POLL_SECONDS / 4 if backfill else POLL_SECONDS
     queue = partial(_claim_queued, database, options)
     tables = partial(_claim_backfill, database, options, backfill)
-    pace = Pace(options.batch_size, options.max_rows)
-    database.enter_lane(backfill=backfill)
+    indexed = database.enter_lane(backfill=backfill)
+    pace = Pace(options.batch_size, options.max_rows, indexed=indexed)
     database.warn_of_blocked_pipelines([])
     database.commit()
     try:
@@ -3951,13 +3964,14 @@ class Pace:
     """How fast a lane writes: what it holds is to be written soon, or what changes now would wait behind it.
 
     Where an index makes writing slow, rows that no lane holds are for whichever lane is free.
+    indexed: whether that is to be expected, before anything was written.
     """
 
-    def __init__(self, batch_size: int, max_rows: int) -> None:
+    def __init__(self, batch_size: int, max_rows: int, *, indexed: bool) -> None:
         self._batch_size = batch_size
         self._max_rows = max_rows
         self._rows = float(batch_size)
-        self._seconds = batch_size * FIRST_ROW_SECONDS
+        self._seconds = batch_size * (INDEXED_ROW_SECONDS if indexed else PLAIN_ROW_SECONDS)
 
     def wrote(self, rows: int, seconds: float) -> None:
         """Takes note of a write; with each full one what was before counts half as much."""
@@ -3988,7 +4002,7 @@ class _Pass:
         self._options = options
         self._ledger = ledger
         self._claim: Claim | None = claim if pace else None
-        self._pace = pace or Pace(options.batch_size, options.max_rows)
+        self._pace = pace or Pace(options.batch_size, options.max_rows, indexed=True)
         self._outboxes: dict[Model, Outbox] = {}
         self._locked: list[tuple[Job, Any]] = []
         self._flight: Flight[Request, Embedded] | None = None
@@ -4521,7 +4535,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "bd979738178e6559"
+    GD["autoembed"] = "9cf93563a3018671"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -4628,7 +4642,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "bd979738178e6559":
+    if GD.get("autoembed") != "9cf93563a3018671":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -5331,12 +5345,14 @@ COMMENT ON FUNCTION autoembed._missing_object(autoembed.pipeline) IS
 
 CREATE FUNCTION autoembed._operator(table_id oid, column_name name, strategy integer)
     RETURNS text
-    LANGUAGE sql
+    LANGUAGE plpgsql
     STABLE
     SET search_path = pg_catalog, pg_temp
-AS $sql$
+AS $plpgsql$
+BEGIN
+    -- Not in SQL, which would be planned anew for each claim: 1 ms.
     -- As the index has it: the name alone might mean another operator, or none, where the type is not in a schema searched.
-    SELECT coalesce((
+    RETURN coalesce((
         SELECT format('OPERATOR(%I.%s)', n.nspname, o.oprname)
         FROM pg_index AS i
         CROSS JOIN LATERAL unnest(i.indkey::smallint[], i.indclass::oid[]) AS k(number, class)
@@ -5351,7 +5367,8 @@ AS $sql$
         ORDER BY i.indisprimary DESC, i.indisreplident DESC, i.indexrelid
         LIMIT 1
     ), CASE strategy WHEN 3 THEN '=' ELSE '>' END);
-$sql$;
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._operator(oid, name, integer) IS
     'The operator by which a key column is compared: 3 for equal, 5 for greater, as B-tree strategies are numbered.';
 
@@ -5397,19 +5414,23 @@ COMMENT ON FUNCTION autoembed._content_expression(autoembed.pipeline, text) IS
 
 CREATE FUNCTION autoembed._key_expression(pipeline autoembed.pipeline, alias text)
     RETURNS text
-    LANGUAGE sql
+    LANGUAGE plpgsql
     STABLE
     SET search_path = pg_catalog, pg_temp
-AS $sql$
-    SELECT format('pg_catalog.concat(''['', %s, '']'')', string_agg(
-        CASE WHEN coalesce(nullif(t.typbasetype, 0), t.oid) IN ('bigint'::regtype, 'integer'::regtype, 'smallint'::regtype)
-             THEN format('%s.%I', alias, k.name)
-             ELSE format('pg_catalog.to_json(pg_catalog.concat(%s.%I))', alias, k.name)
-        END, ', '','', ' ORDER BY k.position))
-    FROM unnest(pipeline.key_columns) WITH ORDINALITY AS k(name, position)
-    JOIN pg_attribute AS a ON a.attrelid = pipeline.table_id AND a.attname = k.name
-    JOIN pg_type AS t ON t.oid = a.atttypid;
-$sql$;
+AS $plpgsql$
+BEGIN
+    RETURN (
+        SELECT format('pg_catalog.concat(''['', %s, '']'')', string_agg(
+            CASE WHEN coalesce(nullif(t.typbasetype, 0), t.oid) IN ('bigint'::regtype, 'integer'::regtype, 'smallint'::regtype)
+                 THEN format('%s.%I', alias, k.name)
+                 ELSE format('pg_catalog.to_json(pg_catalog.concat(%s.%I))', alias, k.name)
+            END, ', '','', ' ORDER BY k.position))
+        FROM unnest(pipeline.key_columns) WITH ORDINALITY AS k(name, position)
+        JOIN pg_attribute AS a ON a.attrelid = pipeline.table_id AND a.attname = k.name
+        JOIN pg_type AS t ON t.oid = a.atttypid
+    );
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._key_expression(autoembed.pipeline, text) IS
     'The SQL expression that gives the key of the row of that alias as a JSON array.';
 
@@ -7348,18 +7369,21 @@ $sql$;
 COMMENT ON FUNCTION autoembed._digests(integer, text[]) IS 'From which text the embeddings of these rows were made.';
 
 CREATE FUNCTION autoembed._stage(name text, OUT usable boolean, OUT owned boolean)
-    LANGUAGE sql
+    LANGUAGE plpgsql
     STABLE
     -- As the caller: it is he who will COPY.
     SET search_path = pg_catalog, pg_temp
-AS $sql$
+AS $plpgsql$
+BEGIN
     SELECT pg_has_role('pg_read_server_files', 'USAGE')
            AND has_database_privilege(current_database(), 'TEMPORARY')
            AND coalesce(bool_and(pg_get_userbyid(c.relowner) = current_user), true),
            count(*) > 0
+    INTO usable, owned
     FROM pg_class AS c
     WHERE c.relnamespace = pg_my_temp_schema() AND c.relname = _stage.name;
-$sql$;
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._stage(text) IS
     'Whether the caller may COPY into a temporary table of that name, and whether it is there.';
 
@@ -7445,7 +7469,7 @@ COMMENT ON FUNCTION autoembed._fail_message(jsonb, text, integer) IS
     'Puts a message that names no row on the failed list.';
 
 CREATE FUNCTION autoembed._enter_lane(backfill boolean)
-    RETURNS void
+    RETURNS boolean
     LANGUAGE sql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
@@ -7453,18 +7477,26 @@ AS $sql$
     INSERT INTO autoembed.lane (pid, backend_start, backfill)
     SELECT a.pid, a.backend_start, _enter_lane.backfill FROM pg_stat_get_activity(pg_backend_pid()) AS a
     ON CONFLICT DO NOTHING;
+    SELECT EXISTS (
+        SELECT FROM autoembed.pipeline AS p
+        JOIN pg_index AS i ON i.indrelid = p.table_id
+        JOIN pg_class AS c ON c.oid = i.indexrelid
+        JOIN pg_am AS m ON m.oid = c.relam AND m.amname IN ('hnsw', 'ivfflat')
+    );
 $sql$;
-COMMENT ON FUNCTION autoembed._enter_lane(boolean) IS 'Signs this session on as a lane; backfill: for backfills alone.';
+COMMENT ON FUNCTION autoembed._enter_lane(boolean) IS 'Signs this session on as a lane; backfill: for backfills alone. Returns whether any embedded table has a vector index.';
 
 CREATE FUNCTION autoembed._lane_is_wanted()
     RETURNS boolean
-    LANGUAGE sql
+    LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-AS $sql$
+AS $plpgsql$
+BEGIN
     -- One without an entry is of an extension that was dropped and made again.
-    SELECT EXISTS (SELECT FROM autoembed.lane AS l WHERE (l.pid, l.backend_start) = (SELECT a.pid, a.backend_start FROM pg_stat_get_activity(pg_backend_pid()) AS a) AND NOT l.stop);
-$sql$;
+    RETURN EXISTS (SELECT FROM autoembed.lane AS l WHERE (l.pid, l.backend_start) = (SELECT a.pid, a.backend_start FROM pg_stat_get_activity(pg_backend_pid()) AS a) AND NOT l.stop);
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._lane_is_wanted() IS 'Whether this lane is signed on and nobody has asked it to stop.';
 
 CREATE FUNCTION autoembed._gate()
@@ -7622,7 +7654,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "bd979738178e6559":
+    if GD.get("autoembed") != "9cf93563a3018671":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -7639,7 +7671,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "bd979738178e6559":
+    if GD.get("autoembed") != "9cf93563a3018671":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
@@ -7655,7 +7687,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "bd979738178e6559":
+    if GD.get("autoembed") != "9cf93563a3018671":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -8275,7 +8307,7 @@ CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embed
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "bd979738178e6559":
+    if GD.get("autoembed") != "9cf93563a3018671":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
@@ -8380,7 +8412,7 @@ CREATE FUNCTION autoembed._estimate_texts(texts text[], model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "bd979738178e6559":
+    if GD.get("autoembed") != "9cf93563a3018671":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.estimate(texts, model)]
@@ -8550,7 +8582,7 @@ CREATE FUNCTION autoembed._probe(model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "bd979738178e6559":
+    if GD.get("autoembed") != "9cf93563a3018671":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.probe(model)

@@ -220,18 +220,21 @@ $sql$;
 COMMENT ON FUNCTION autoembed._digests(integer, text[]) IS 'From which text the embeddings of these rows were made.';
 
 CREATE FUNCTION autoembed._stage(name text, OUT usable boolean, OUT owned boolean)
-    LANGUAGE sql
+    LANGUAGE plpgsql
     STABLE
     -- As the caller: it is he who will COPY.
     SET search_path = pg_catalog, pg_temp
-AS $sql$
+AS $plpgsql$
+BEGIN
     SELECT pg_has_role('pg_read_server_files', 'USAGE')
            AND has_database_privilege(current_database(), 'TEMPORARY')
            AND coalesce(bool_and(pg_get_userbyid(c.relowner) = current_user), true),
            count(*) > 0
+    INTO usable, owned
     FROM pg_class AS c
     WHERE c.relnamespace = pg_my_temp_schema() AND c.relname = _stage.name;
-$sql$;
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._stage(text) IS
     'Whether the caller may COPY into a temporary table of that name, and whether it is there.';
 
@@ -317,7 +320,7 @@ COMMENT ON FUNCTION autoembed._fail_message(jsonb, text, integer) IS
     'Puts a message that names no row on the failed list.';
 
 CREATE FUNCTION autoembed._enter_lane(backfill boolean)
-    RETURNS void
+    RETURNS boolean
     LANGUAGE sql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
@@ -325,18 +328,26 @@ AS $sql$
     INSERT INTO autoembed.lane (pid, backend_start, backfill)
     SELECT a.pid, a.backend_start, _enter_lane.backfill FROM pg_stat_get_activity(pg_backend_pid()) AS a
     ON CONFLICT DO NOTHING;
+    SELECT EXISTS (
+        SELECT FROM autoembed.pipeline AS p
+        JOIN pg_index AS i ON i.indrelid = p.table_id
+        JOIN pg_class AS c ON c.oid = i.indexrelid
+        JOIN pg_am AS m ON m.oid = c.relam AND m.amname IN ('hnsw', 'ivfflat')
+    );
 $sql$;
-COMMENT ON FUNCTION autoembed._enter_lane(boolean) IS 'Signs this session on as a lane; backfill: for backfills alone.';
+COMMENT ON FUNCTION autoembed._enter_lane(boolean) IS 'Signs this session on as a lane; backfill: for backfills alone. Returns whether any embedded table has a vector index.';
 
 CREATE FUNCTION autoembed._lane_is_wanted()
     RETURNS boolean
-    LANGUAGE sql
+    LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-AS $sql$
+AS $plpgsql$
+BEGIN
     -- One without an entry is of an extension that was dropped and made again.
-    SELECT EXISTS (SELECT FROM autoembed.lane AS l WHERE (l.pid, l.backend_start) = (SELECT a.pid, a.backend_start FROM pg_stat_get_activity(pg_backend_pid()) AS a) AND NOT l.stop);
-$sql$;
+    RETURN EXISTS (SELECT FROM autoembed.lane AS l WHERE (l.pid, l.backend_start) = (SELECT a.pid, a.backend_start FROM pg_stat_get_activity(pg_backend_pid()) AS a) AND NOT l.stop);
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._lane_is_wanted() IS 'Whether this lane is signed on and nobody has asked it to stop.';
 
 CREATE FUNCTION autoembed._gate()

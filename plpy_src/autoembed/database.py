@@ -87,10 +87,13 @@ class Database:
 
     def __init__(self, *, commits: bool) -> None:
         self._commits = commits
+        # The temporary tables that may have rows: each commit empties them.
+        self._filled: set[str] = set()
 
     def commit(self) -> None:
         if self._commits:
             plpy.commit()
+            self._filled.clear()
 
     def breathe(self) -> None:
         """Lets a cancel, a timeout or a shutdown through, and keeps a lane's transactions short."""
@@ -99,9 +102,14 @@ class Database:
 
     # Lanes ---------------------------------------------------------------------------------------
 
-    def enter_lane(self, *, backfill: bool) -> None:
-        """Signs the session on as a lane; backfill: as one for backfills alone."""
-        self._run("SELECT autoembed._enter_lane($1)", ["pg_catalog.bool"], [backfill])
+    def enter_lane(self, *, backfill: bool) -> bool:
+        """Signs the session on as a lane; backfill: as one for backfills alone.
+
+        Returns whether a vector index makes writing slow, of any of the tables.
+        """
+        return bool(
+            self._run("SELECT autoembed._enter_lane($1) AS indexed", ["pg_catalog.bool"], [backfill])[0]["indexed"]
+        )
 
     def leave_lane(self) -> None:
         self._run("SELECT autoembed._leave_lane()")
@@ -386,12 +394,15 @@ class Database:
         if not row["usable"]:
             return None
         stage = f"pg_temp._autoembed_{type_name}"
-        if row["owned"]:
-            plpy.execute(f"TRUNCATE {stage}")
-        else:
+        if not row["owned"]:
+            # Rows of up to a page stay whole, and are not moved to a TOAST table for a moment.
             plpy.execute(
-                f"CREATE TEMPORARY TABLE {stage} (n pg_catalog.int4, v {pipeline.vector_type}) ON COMMIT DELETE ROWS"
+                f"CREATE TEMPORARY TABLE {stage} (n pg_catalog.int4, v {pipeline.vector_type})"
+                " WITH (toast_tuple_target = 8160) ON COMMIT DELETE ROWS"
             )
+        elif stage in self._filled or not self._commits:
+            plpy.execute(f"TRUNCATE {stage}")
+        self._filled.add(stage)
         # A file that is only ours and in memory alone.
         file = os.memfd_create("autoembed")
         try:

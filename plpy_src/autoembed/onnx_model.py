@@ -166,8 +166,8 @@ def _load_session(path: str, threads: int) -> Any:
     # Both keep what the largest batches needed.
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
-    # Threads that spin while they wait take the cores from other backends.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Threads that spin when there is nothing to compute take the cores from other backends.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 

@@ -33,10 +33,12 @@ POLL_SECONDS = 0.1
 # Of a lane for backfills, which nobody waits for.
 BACKFILL_POLL_SECONDS = 1.0
 LOOK_AROUND_SECONDS = 1.0
-# What a lane holds takes about so long to write; what a write takes whatever it writes; and a row, while nobody knows.
+# What a lane holds takes about so long to write; what a write takes whatever it writes; and a row, while nobody knows,
+# with an index and without.
 AHEAD_SECONDS = 1.0
 WRITE_SECONDS = 0.003
-FIRST_ROW_SECONDS = 0.0025
+INDEXED_ROW_SECONDS = 0.0025
+PLAIN_ROW_SECONDS = 0.0001
 # How long a pass claims on, before it comes to an end with its locked rows.
 CLAIMING_SECONDS = 5.0
 # The change that overtook us has a job of its own, which comes first; this one makes sure.
@@ -76,8 +78,8 @@ def work(database: Database, network: Network, options: Options, run_seconds: fl
     slice_seconds = BACKFILL_POLL_SECONDS / 4 if backfill else POLL_SECONDS
     queue = partial(_claim_queued, database, options)
     tables = partial(_claim_backfill, database, options, backfill)
-    pace = Pace(options.batch_size, options.max_rows)
-    database.enter_lane(backfill=backfill)
+    indexed = database.enter_lane(backfill=backfill)
+    pace = Pace(options.batch_size, options.max_rows, indexed=indexed)
     database.warn_of_blocked_pipelines([])
     database.commit()
     try:
@@ -204,13 +206,14 @@ class Pace:
     """How fast a lane writes: what it holds is to be written soon, or what changes now would wait behind it.
 
     Where an index makes writing slow, rows that no lane holds are for whichever lane is free.
+    indexed: whether that is to be expected, before anything was written.
     """
 
-    def __init__(self, batch_size: int, max_rows: int) -> None:
+    def __init__(self, batch_size: int, max_rows: int, *, indexed: bool) -> None:
         self._batch_size = batch_size
         self._max_rows = max_rows
         self._rows = float(batch_size)
-        self._seconds = batch_size * FIRST_ROW_SECONDS
+        self._seconds = batch_size * (INDEXED_ROW_SECONDS if indexed else PLAIN_ROW_SECONDS)
 
     def wrote(self, rows: int, seconds: float) -> None:
         """Takes note of a write; with each full one what was before counts half as much."""
@@ -241,7 +244,7 @@ class _Pass:
         self._options = options
         self._ledger = ledger
         self._claim: Claim | None = claim if pace else None
-        self._pace = pace or Pace(options.batch_size, options.max_rows)
+        self._pace = pace or Pace(options.batch_size, options.max_rows, indexed=True)
         self._outboxes: dict[Model, Outbox] = {}
         self._locked: list[tuple[Job, Any]] = []
         self._flight: Flight[Request, Embedded] | None = None

@@ -166,8 +166,9 @@ class FakeDatabase:
     def breathe(self) -> None:
         self._note("breathe")
 
-    def enter_lane(self, *, backfill: bool) -> None:
+    def enter_lane(self, *, backfill: bool) -> bool:
         self.in_lane = True
+        return True
 
     def leave_lane(self) -> None:
         self.in_lane = False

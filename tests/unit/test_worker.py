@@ -1490,11 +1490,16 @@ def test_a_provider_that_failed_is_tried_with_one_request(
 def test_a_lane_holds_what_it_writes_in_a_second_two_requests_at_least(
     writes: list[tuple[int, float]], most: int
 ) -> None:
-    pace = worker.Pace(100, 1000)
+    pace = worker.Pace(100, 1000, indexed=True)
     for rows, seconds in writes:
         pace.wrote(rows, seconds)
 
     assert pace.max_rows() == most
+
+
+@pytest.mark.parametrize(("indexed", "most"), [(True, 400), (False, 1000)])
+def test_a_lane_begins_carefully_where_an_index_makes_writing_slow(indexed: bool, most: int) -> None:
+    assert worker.Pace(100, 1000, indexed=indexed).max_rows() == most
 
 
 def test_a_lane_that_writes_slowly_leaves_the_rest_to_others(
@@ -1538,7 +1543,7 @@ def test_a_lane_claims_no_more_once_a_provider_is_in_trouble(
 
     options = Options(100, 3, 60)
     claim = partial(worker._claim_queued, cast("Database", database), options)
-    pace = worker.Pace(options.batch_size, options.max_rows)
+    pace = worker.Pace(options.batch_size, options.max_rows, indexed=True)
     worker._work_on(cast("Database", database), cast("Network", lane.network), options, claim, pace)
 
     assert not database.is_fresh(9)
