@@ -270,35 +270,28 @@ def idle(server: Server, db: Connection, system: System, sizes: Sizes) -> Measur
         db.execute("CHECKPOINT")
         # The first look prunes catalogs, sessions report what they wrote within ten seconds, and the server notes its
         # running transactions within fifteen.
-        _totals(server, db, workers)
+        _written(server, db)
         time.sleep(16)
-        before = _totals(server, db, workers)
+        written = _written(server, db)
+        before, worker_cpu_seconds = Usage.of(db), workers.cpu_seconds()
         time.sleep(sizes.idle_seconds)
-        after = _totals(server, db, workers)
+        used, worker_cpu_seconds = Usage.of(db) - before, workers.cpu_seconds() - worker_cpu_seconds
+        grown = {figure: value - written[figure] for figure, value in _written(server, db).items()}
         private_bytes = workers.private_bytes()
-    grown = {figure: after[figure] - before[figure] for figure in before}
     figures = {
-        "postgres_cpu_percent": 100 * grown["postgres_cpu_seconds"] / sizes.idle_seconds,
-        "worker_cpu_percent": 100 * grown["worker_cpu_seconds"] / sizes.idle_seconds,
-        "wal_bytes": grown["wal_bytes"],
-        "rows_written": grown["rows_written"],
-        "growth_bytes": grown["bytes"],
+        "postgres_cpu_percent": 100 * used.cpu_seconds / sizes.idle_seconds,
+        "worker_cpu_percent": 100 * worker_cpu_seconds / sizes.idle_seconds,
+        "wal_bytes": used.wal_bytes,
+        **grown,
         "private_bytes": private_bytes,
     }
     return Measured(figures)
 
 
-def _totals(server: Server, db: Connection, workers: Workers) -> Figures:
-    used = Usage.of(db)
+def _written(server: Server, db: Connection) -> Figures:
     [(rows,)] = db.execute("SELECT sum(n_tup_ins + n_tup_upd + n_tup_del) FROM pg_stat_user_tables")
     [(table_bytes,)] = db.execute("SELECT sum(pg_total_relation_size(oid)) FROM pg_class WHERE relkind = 'r'")
-    return {
-        "postgres_cpu_seconds": used.cpu_seconds,
-        "worker_cpu_seconds": workers.cpu_seconds(),
-        "wal_bytes": used.wal_bytes,
-        "rows_written": int(rows),
-        "bytes": int(table_bytes) + server.log_bytes(),
-    }
+    return {"rows_written": int(rows), "growth_bytes": int(table_bytes) + server.log_bytes()}
 
 
 def _end_over_start(seconds: list[float]) -> float:

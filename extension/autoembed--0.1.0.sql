@@ -282,7 +282,7 @@ CREATE POLICY table_owner ON autoembed.backfill USING (pipeline_id IN (SELECT p.
 
 CREATE TABLE autoembed.embedded (
     pipeline_id integer NOT NULL REFERENCES autoembed.pipeline (id) ON DELETE CASCADE,
-    key text NOT NULL,
+    key text COLLATE pg_catalog."C" NOT NULL,
     digest bytea NOT NULL,
     truncated boolean NOT NULL,
     PRIMARY KEY (pipeline_id, key)
@@ -360,7 +360,7 @@ SELECT pg_catalog.pg_extension_config_dump('autoembed.usage_day', '');
 CREATE TABLE autoembed.failure (
     id bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
     pipeline_id integer REFERENCES autoembed.pipeline (id) ON DELETE CASCADE,
-    key text,
+    key text COLLATE pg_catalog."C",
     message jsonb,
     error_class text NOT NULL,
     reason text NOT NULL,
@@ -692,14 +692,22 @@ class Database:
         # The temporary tables that may have rows: each commit empties them.
         self._filled: set[str] = set()
 
-    def commit(self) -> None:
+    def commit(self, *, synced: bool = True) -> None:
+        """synced: waits for the disk, if the server's settings ask for it."""
         if self._commits:
+            if not synced:
+                self._run("SELECT pg_catalog.set_config('synchronous_commit', 'off', true)")
             plpy.commit()
             self._filled.clear()
 
     def breathe(self) -> None:
         """Lets a cancel, a timeout or a shutdown through, and keeps a lane's transactions short."""
-        plpy.execute("SELECT 1")
+        self._run("SELECT 1")
+        self.commit()
+
+    def sleep(self, seconds: float) -> None:
+        """Waits, for a cancel, a timeout or a shutdown at most."""
+        self._run("SELECT pg_catalog.pg_sleep($1)", ["pg_catalog.float8"], [seconds])
         self.commit()
 
     # Lanes ---------------------------------------------------------------------------------------
@@ -3833,7 +3841,6 @@ def work(database: Database, network: Network, options: Options, run_seconds: fl
     limit = database.statement_timeout_seconds()
     end = time.monotonic() + (run_seconds if limit is None else min(run_seconds, limit / 2))
     look_around_at = 0.0
-    slice_seconds = BACKFILL_POLL_SECONDS / 4 if backfill else POLL_SECONDS
     queue = partial(_claim_queued, database, options)
     tables = partial(_claim_backfill, database, options, backfill)
     indexed = database.enter_lane(backfill=backfill)
@@ -3854,11 +3861,10 @@ def work(database: Database, network: Network, options: Options, run_seconds: fl
                 read = _work_on(database, network, options, tables, pace).read
                 if read > 0:
                     look_around_at = 0.0
-            if read == 0:
-                if backfill:
-                    # The others have just looked at the queue, which lets an interrupt through as well.
-                    database.breathe()
-                time.sleep(slice_seconds)
+            if read == 0 and backfill:
+                database.sleep(BACKFILL_POLL_SECONDS)
+            elif read == 0:
+                time.sleep(POLL_SECONDS)
     finally:
         database.leave_lane()
         database.commit()
@@ -4039,7 +4045,8 @@ class _Pass:
         """Reads the rows of claimed messages and sends their texts on their way."""
         for pipeline, jobs in self._jobs(messages):
             self._take(pipeline, self._read(pipeline, jobs))
-        self._commit()
+        # The try is counted for certain: a row that crashes the server is not to do so for ever.
+        self._commit(synced=True)
         for model in self._outboxes:
             self._send(model)
         self._launch(flight)
@@ -4496,9 +4503,10 @@ class _Pass:
 
     # In between ----------------------------------------------------------------------------------
 
-    def _commit(self) -> None:
+    def _commit(self, *, synced: bool = False) -> None:
+        """Not synced: a crash may undo the work, and gives its messages back."""
         self._ledger.flush()
-        self._database.commit()
+        self._database.commit(synced=synced)
 
     def _breathe(self) -> None:
         self._database.breathe()
@@ -4535,7 +4543,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "9cf93563a3018671"
+    GD["autoembed"] = "2a3176765935bcd2"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -4544,13 +4552,15 @@ COMMENT ON FUNCTION autoembed._load_python() IS
 
 CREATE FUNCTION autoembed._default_model()
     RETURNS text
-    LANGUAGE sql
+    LANGUAGE plpgsql
     STABLE
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-AS $sql$
-    SELECT coalesce((SELECT s.value FROM autoembed.setting AS s WHERE s.name = 'default_model'), 'all-MiniLM-L6-v2');
-$sql$;
+AS $plpgsql$
+BEGIN
+    RETURN coalesce((SELECT s.value FROM autoembed.setting AS s WHERE s.name = 'default_model'), 'all-MiniLM-L6-v2');
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._default_model() IS 'The model of pipelines and embed() calls that name none.';
 
 CREATE FUNCTION autoembed._model(name text)
@@ -4579,13 +4589,15 @@ COMMENT ON FUNCTION autoembed._model(text) IS 'The model of that name, NULL for 
 
 CREATE FUNCTION autoembed._http_hosts()
     RETURNS text[]
-    LANGUAGE sql
+    LANGUAGE plpgsql
     STABLE
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-AS $sql$
-    SELECT coalesce((SELECT string_to_array(s.value, ' ') FROM autoembed.setting AS s WHERE s.name = 'http_hosts'), '{}');
-$sql$;
+AS $plpgsql$
+BEGIN
+    RETURN coalesce((SELECT string_to_array(s.value, ' ') FROM autoembed.setting AS s WHERE s.name = 'http_hosts'), '{}');
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._http_hosts() IS 'The hosts that may be called without encryption; see allow_http_host().';
 
 CREATE FUNCTION autoembed._vault_key(reference text, OUT vault_key text, OUT vault_fault text)
@@ -4622,17 +4634,20 @@ COMMENT ON FUNCTION autoembed._vault_key(text) IS
 
 CREATE FUNCTION autoembed._model_facts(model autoembed.model)
     RETURNS jsonb
-    LANGUAGE sql
+    LANGUAGE plpgsql
     STABLE
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-AS $sql$
-    SELECT to_jsonb(_model_facts.model) || jsonb_build_object('http_hosts', autoembed._http_hosts(), 'learnt', to_jsonb(l)) || to_jsonb(v)
-    FROM autoembed._vault_key((_model_facts.model).api_key) AS v
-    LEFT JOIN LATERAL (
-        SELECT l.* FROM autoembed.model_limit AS l WHERE l.model = (_model_facts.model).name ORDER BY l.at DESC LIMIT 1
-    ) AS l ON true;
-$sql$;
+AS $plpgsql$
+BEGIN
+    RETURN to_jsonb(model)
+        || jsonb_build_object(
+            'http_hosts', autoembed._http_hosts(),
+            'learnt', (SELECT to_jsonb(l) FROM autoembed.model_limit AS l WHERE l.model = (_model_facts.model).name ORDER BY l.at DESC LIMIT 1)
+        )
+        || (SELECT to_jsonb(v) FROM autoembed._vault_key((_model_facts.model).api_key) AS v);
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._model_facts(autoembed.model) IS
     'What the Python side needs to know of a model: its row, and what the row refers to.';
 
@@ -4642,7 +4657,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "9cf93563a3018671":
+    if GD.get("autoembed") != "2a3176765935bcd2":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -5235,15 +5250,17 @@ COMMENT ON FUNCTION autoembed._content_function(oid, text) IS
 
 CREATE FUNCTION autoembed._content_function_of(pipeline autoembed.pipeline)
     RETURNS oid
-    LANGUAGE sql
+    LANGUAGE plpgsql
     STABLE
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-AS $sql$
+AS $plpgsql$
+BEGIN
     -- One that was dropped and made again has another OID, but the same name.
-    SELECT coalesce((SELECT p.oid FROM pg_proc AS p WHERE p.oid = pipeline.content_function_id),
+    RETURN coalesce((SELECT p.oid FROM pg_proc AS p WHERE p.oid = pipeline.content_function_id),
                     autoembed._content_function(pipeline.table_id, pipeline.content_function));
-$sql$;
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._content_function_of(autoembed.pipeline) IS 'The content function of a pipeline; NULL if there is none.';
 
 CREATE FUNCTION autoembed._key_columns(table_id oid)
@@ -5271,10 +5288,12 @@ COMMENT ON FUNCTION autoembed._key_columns(oid) IS
 
 CREATE FUNCTION autoembed._template(template text)
     RETURNS TABLE (literal text, column_name text)
-    LANGUAGE sql
+    LANGUAGE plpgsql
     IMMUTABLE
     SET search_path = pg_catalog, pg_temp
-AS $sql$
+AS $plpgsql$
+BEGIN
+    RETURN QUERY
     SELECT CASE
                WHEN t.part[1] IN ('{{', '}}', '\\') THEN left(t.part[1], 1)
                WHEN t.part[1] = '\n' THEN E'\n'
@@ -5283,63 +5302,72 @@ AS $sql$
            replace(t.part[2], '""', '"')
     FROM regexp_matches(template, '(\{\{|\}\}|\\\\|\\n|\{([^{}]+)\}|[^{}\\]+|.)', 'g') WITH ORDINALITY AS t(part, position)
     ORDER BY t.position;
-$sql$;
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._template(text) IS
     'The parts of a template in order: literal text, or a column. {{ and }} are braces, \n is a line break, \\ a backslash.';
 
 CREATE FUNCTION autoembed._columns_of(pipeline autoembed.pipeline)
     RETURNS name[]
-    LANGUAGE sql
+    LANGUAGE plpgsql
     STABLE
     SET search_path = pg_catalog, pg_temp
-AS $sql$
-    SELECT coalesce(
+AS $plpgsql$
+BEGIN
+    RETURN coalesce(
         pipeline.content_columns,
         (SELECT array_agg(DISTINCT t.column_name::name) FROM autoembed._template(pipeline.content_template) AS t
          WHERE t.column_name IS NOT NULL),
         '{}'
     );
-$sql$;
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._columns_of(autoembed.pipeline) IS 'The columns that a pipeline names as its content.';
 
 CREATE FUNCTION autoembed._needed_columns(pipeline autoembed.pipeline)
     RETURNS name[]
-    LANGUAGE sql
+    LANGUAGE plpgsql
     STABLE
     SET search_path = pg_catalog, pg_temp
-AS $sql$
-    SELECT pipeline.key_columns || autoembed._columns_of(pipeline)
+AS $plpgsql$
+BEGIN
+    RETURN pipeline.key_columns || autoembed._columns_of(pipeline)
         || ARRAY(SELECT c.value::name FROM jsonb_each_text(pipeline.condition_columns) AS c);
-$sql$;
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._needed_columns(autoembed.pipeline) IS
     'The columns without which a pipeline cannot work, its embedding column aside.';
 
 CREATE FUNCTION autoembed._missing_object(pipeline autoembed.pipeline)
     RETURNS text
-    LANGUAGE sql
+    LANGUAGE plpgsql
     STABLE
     SET search_path = pg_catalog, pg_temp
-AS $sql$
-    SELECT concat_ws(' ', o.value ->> 'type', o.key)
-    FROM jsonb_each(pipeline.condition_objects) AS o
-    WHERE NOT EXISTS (
-        SELECT FROM (
-            SELECT 'pg_proc'::regclass AS class, p.oid FROM pg_proc AS p WHERE p.proname = o.value ->> 'name'
-            UNION ALL
-            SELECT 'pg_operator'::regclass, p.oid FROM pg_operator AS p WHERE p.oprname = o.value ->> 'name'
-            UNION ALL
-            SELECT 'pg_type'::regclass, t.oid FROM pg_type AS t WHERE t.typname = o.value ->> 'name'
-            UNION ALL
-            SELECT 'pg_collation'::regclass, c.oid FROM pg_collation AS c WHERE c.collname = o.value ->> 'name'
-        ) AS c
-        CROSS JOIN LATERAL pg_identify_object(c.class, c.oid, 0) AS i
-        -- Made anew it is as good. The types that it takes may have other names since: the condition does not tell them.
-        WHERE i.identity = o.key
-           OR c.oid::text = o.value ->> 'oid' AND split_part(i.identity, '(', 1) = split_part(o.key, '(', 1)
-    )
-    ORDER BY o.key
-    LIMIT 1;
-$sql$;
+AS $plpgsql$
+BEGIN
+    RETURN (
+        SELECT concat_ws(' ', o.value ->> 'type', o.key)
+        FROM jsonb_each(pipeline.condition_objects) AS o
+        WHERE NOT EXISTS (
+            SELECT FROM (
+                SELECT 'pg_proc'::regclass AS class, p.oid FROM pg_proc AS p WHERE p.proname = o.value ->> 'name'
+                UNION ALL
+                SELECT 'pg_operator'::regclass, p.oid FROM pg_operator AS p WHERE p.oprname = o.value ->> 'name'
+                UNION ALL
+                SELECT 'pg_type'::regclass, t.oid FROM pg_type AS t WHERE t.typname = o.value ->> 'name'
+                UNION ALL
+                SELECT 'pg_collation'::regclass, c.oid FROM pg_collation AS c WHERE c.collname = o.value ->> 'name'
+            ) AS c
+            CROSS JOIN LATERAL pg_identify_object(c.class, c.oid, 0) AS i
+            -- Made anew it is as good. The types that it takes may have other names since: the condition does not tell them.
+            WHERE i.identity = o.key
+               OR c.oid::text = o.value ->> 'oid' AND split_part(i.identity, '(', 1) = split_part(o.key, '(', 1)
+        )
+        ORDER BY o.key
+        LIMIT 1
+    );
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._missing_object(autoembed.pipeline) IS
     'A function, operator, type or collation of a pipeline''s condition that no longer has the name that it has there; NULL if there is none.';
 
@@ -6335,12 +6363,14 @@ CREATE TRIGGER ended
 
 CREATE FUNCTION autoembed._drop_orphaned_pipelines()
     RETURNS void
-    LANGUAGE sql
+    LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-AS $sql$
+AS $plpgsql$
+BEGIN
     DELETE FROM autoembed.pipeline AS p WHERE NOT EXISTS (SELECT FROM pg_class AS c WHERE c.oid = p.table_id);
-$sql$;
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._drop_orphaned_pipelines() IS 'Ends the pipelines whose table was dropped, with their jobs.';
 
 CREATE FUNCTION autoembed._adopt(table_id oid, embedding_column text, content_function text)
@@ -7148,6 +7178,7 @@ COMMENT ON FUNCTION autoembed._trigger_problems(autoembed.pipeline) IS
     'What is wrong with the triggers of a pipeline, and what mends those that were made by hand; resync() makes the others anew.';
 
 -- 50_process.sql: the path of a job. First what the lane does to queue and state, one statement each; then the doors into Python.
+-- What every claim calls is in PL/pgSQL: an SQL function with settings of its own is planned anew in each transaction.
 
 CREATE FUNCTION autoembed._claim(max_rows integer, lease_seconds double precision, held bigint[])
     RETURNS TABLE (message_id bigint, read_count integer, message jsonb)
@@ -7253,24 +7284,28 @@ COMMENT ON FUNCTION autoembed._extend(bigint[], double precision) IS 'Hides clai
 
 CREATE FUNCTION autoembed._settle(message_ids bigint[])
     RETURNS void
-    LANGUAGE sql
+    LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-AS $sql$
+AS $plpgsql$
+BEGIN
     DELETE FROM pgmq.q_embedding_jobs AS q WHERE q.msg_id = ANY (message_ids);
-$sql$;
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._settle(bigint[]) IS 'Deletes messages that are dealt with.';
 
 CREATE FUNCTION autoembed._release(message_ids bigint[])
     RETURNS void
-    LANGUAGE sql
+    LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-AS $sql$
+AS $plpgsql$
+BEGIN
     UPDATE pgmq.q_embedding_jobs AS q
     SET vt = clock_timestamp(), read_ct = q.read_ct - 1
     WHERE q.msg_id = ANY (message_ids);
-$sql$;
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._release(bigint[]) IS 'Gives claimed messages back as if they had never been read.';
 
 CREATE FUNCTION autoembed._requeue(pipeline_id integer, keys jsonb, attempts integer, read_count integer, delay_seconds double precision)
@@ -7340,6 +7375,8 @@ CREATE FUNCTION autoembed._pipelines(ids integer[])
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
+    -- To plan for each list anew costs each claim half a millisecond.
+    SET plan_cache_mode = force_generic_plan
 AS $plpgsql$
 #variable_conflict use_column
 BEGIN
@@ -7359,13 +7396,16 @@ COMMENT ON FUNCTION autoembed._pipelines(integer[]) IS
 
 CREATE FUNCTION autoembed._digests(pipeline_id integer, keys text[])
     RETURNS TABLE (key text, digest bytea)
-    LANGUAGE sql
+    LANGUAGE plpgsql
     STABLE
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-AS $sql$
+AS $plpgsql$
+BEGIN
+    RETURN QUERY
     SELECT e.key, e.digest FROM autoembed.embedded AS e WHERE e.pipeline_id = _digests.pipeline_id AND e.key = ANY (keys);
-$sql$;
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._digests(integer, text[]) IS 'From which text the embeddings of these rows were made.';
 
 CREATE FUNCTION autoembed._stage(name text, OUT usable boolean, OUT owned boolean)
@@ -7399,7 +7439,7 @@ BEGIN
     FROM unnest(keys, digests, _record_embedded.truncated) AS s(key, digest, truncated)
     -- It may have been ended meanwhile.
     WHERE EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.id = _record_embedded.pipeline_id FOR KEY SHARE)
-    ORDER BY s.key
+    ORDER BY s.key COLLATE "C"
     ON CONFLICT ON CONSTRAINT embedded_pkey DO UPDATE
     SET digest = excluded.digest, truncated = excluded.truncated
     WHERE e.digest <> excluded.digest;
@@ -7654,7 +7694,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "9cf93563a3018671":
+    if GD.get("autoembed") != "2a3176765935bcd2":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -7671,7 +7711,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "9cf93563a3018671":
+    if GD.get("autoembed") != "2a3176765935bcd2":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
@@ -7687,7 +7727,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "9cf93563a3018671":
+    if GD.get("autoembed") != "2a3176765935bcd2":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -7776,25 +7816,28 @@ COMMENT ON COLUMN autoembed.usage.cost IS 'Tokens at the model''s price_per_mill
 
 CREATE FUNCTION autoembed._lane_lives(pid integer, backend_start timestamptz)
     RETURNS boolean
-    LANGUAGE sql
+    LANGUAGE plpgsql
     STABLE
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-AS $sql$
+AS $plpgsql$
+BEGIN
     -- With more rights than the reader of a view may have: others' processes show him no start.
-    SELECT EXISTS (SELECT FROM pg_stat_get_activity(_lane_lives.pid) AS a WHERE a.backend_start = _lane_lives.backend_start);
-$sql$;
+    RETURN EXISTS (SELECT FROM pg_stat_get_activity(_lane_lives.pid) AS a WHERE a.backend_start = _lane_lives.backend_start);
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._lane_lives(integer, timestamptz) IS 'Whether a process that started then is still there.';
 
 CREATE FUNCTION autoembed._clean_up()
     RETURNS void
-    LANGUAGE sql
+    LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-AS $sql$
-    SELECT autoembed._drop_orphaned_pipelines();
-    SELECT autoembed._finish_backfills();
-    SELECT autoembed._fold_usage();
+AS $plpgsql$
+BEGIN
+    PERFORM autoembed._drop_orphaned_pipelines();
+    PERFORM autoembed._finish_backfills();
+    PERFORM autoembed._fold_usage();
     WITH dead AS (
         DELETE FROM autoembed.lane AS l
         WHERE NOT autoembed._lane_lives(l.pid, l.backend_start)
@@ -7806,7 +7849,8 @@ AS $sql$
     CROSS JOIN LATERAL unnest(d.message_ids) AS m(id)
     -- Unless another lane has them since.
     WHERE q.msg_id = m.id AND q.last_read_at <= d.claimed_at;
-$sql$;
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._clean_up() IS
     'Ends the pipelines of dropped tables and the backfills that are done, and makes the jobs of lanes whose backend is gone visible at once; the try stays counted.';
 
@@ -8307,7 +8351,7 @@ CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embed
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "9cf93563a3018671":
+    if GD.get("autoembed") != "2a3176765935bcd2":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
@@ -8412,7 +8456,7 @@ CREATE FUNCTION autoembed._estimate_texts(texts text[], model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "9cf93563a3018671":
+    if GD.get("autoembed") != "2a3176765935bcd2":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.estimate(texts, model)]
@@ -8582,7 +8626,7 @@ CREATE FUNCTION autoembed._probe(model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "9cf93563a3018671":
+    if GD.get("autoembed") != "2a3176765935bcd2":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.probe(model)

@@ -280,7 +280,7 @@ CREATE POLICY table_owner ON autoembed.backfill USING (pipeline_id IN (SELECT p.
 
 CREATE TABLE autoembed.embedded (
     pipeline_id integer NOT NULL REFERENCES autoembed.pipeline (id) ON DELETE CASCADE,
-    key text NOT NULL,
+    key text COLLATE pg_catalog."C" NOT NULL,
     digest bytea NOT NULL,
     truncated boolean NOT NULL,
     PRIMARY KEY (pipeline_id, key)
@@ -358,7 +358,7 @@ SELECT pg_catalog.pg_extension_config_dump('autoembed.usage_day', '');
 CREATE TABLE autoembed.failure (
     id bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
     pipeline_id integer REFERENCES autoembed.pipeline (id) ON DELETE CASCADE,
-    key text,
+    key text COLLATE pg_catalog."C",
     message jsonb,
     error_class text NOT NULL,
     reason text NOT NULL,

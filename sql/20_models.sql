@@ -2,13 +2,15 @@
 
 CREATE FUNCTION autoembed._default_model()
     RETURNS text
-    LANGUAGE sql
+    LANGUAGE plpgsql
     STABLE
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-AS $sql$
-    SELECT coalesce((SELECT s.value FROM autoembed.setting AS s WHERE s.name = 'default_model'), 'all-MiniLM-L6-v2');
-$sql$;
+AS $plpgsql$
+BEGIN
+    RETURN coalesce((SELECT s.value FROM autoembed.setting AS s WHERE s.name = 'default_model'), 'all-MiniLM-L6-v2');
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._default_model() IS 'The model of pipelines and embed() calls that name none.';
 
 CREATE FUNCTION autoembed._model(name text)
@@ -37,13 +39,15 @@ COMMENT ON FUNCTION autoembed._model(text) IS 'The model of that name, NULL for 
 
 CREATE FUNCTION autoembed._http_hosts()
     RETURNS text[]
-    LANGUAGE sql
+    LANGUAGE plpgsql
     STABLE
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-AS $sql$
-    SELECT coalesce((SELECT string_to_array(s.value, ' ') FROM autoembed.setting AS s WHERE s.name = 'http_hosts'), '{}');
-$sql$;
+AS $plpgsql$
+BEGIN
+    RETURN coalesce((SELECT string_to_array(s.value, ' ') FROM autoembed.setting AS s WHERE s.name = 'http_hosts'), '{}');
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._http_hosts() IS 'The hosts that may be called without encryption; see allow_http_host().';
 
 CREATE FUNCTION autoembed._vault_key(reference text, OUT vault_key text, OUT vault_fault text)
@@ -80,17 +84,20 @@ COMMENT ON FUNCTION autoembed._vault_key(text) IS
 
 CREATE FUNCTION autoembed._model_facts(model autoembed.model)
     RETURNS jsonb
-    LANGUAGE sql
+    LANGUAGE plpgsql
     STABLE
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-AS $sql$
-    SELECT to_jsonb(_model_facts.model) || jsonb_build_object('http_hosts', autoembed._http_hosts(), 'learnt', to_jsonb(l)) || to_jsonb(v)
-    FROM autoembed._vault_key((_model_facts.model).api_key) AS v
-    LEFT JOIN LATERAL (
-        SELECT l.* FROM autoembed.model_limit AS l WHERE l.model = (_model_facts.model).name ORDER BY l.at DESC LIMIT 1
-    ) AS l ON true;
-$sql$;
+AS $plpgsql$
+BEGIN
+    RETURN to_jsonb(model)
+        || jsonb_build_object(
+            'http_hosts', autoembed._http_hosts(),
+            'learnt', (SELECT to_jsonb(l) FROM autoembed.model_limit AS l WHERE l.model = (_model_facts.model).name ORDER BY l.at DESC LIMIT 1)
+        )
+        || (SELECT to_jsonb(v) FROM autoembed._vault_key((_model_facts.model).api_key) AS v);
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._model_facts(autoembed.model) IS
     'What the Python side needs to know of a model: its row, and what the row refers to.';
 

@@ -31,15 +31,17 @@ COMMENT ON FUNCTION autoembed._content_function(oid, text) IS
 
 CREATE FUNCTION autoembed._content_function_of(pipeline autoembed.pipeline)
     RETURNS oid
-    LANGUAGE sql
+    LANGUAGE plpgsql
     STABLE
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-AS $sql$
+AS $plpgsql$
+BEGIN
     -- One that was dropped and made again has another OID, but the same name.
-    SELECT coalesce((SELECT p.oid FROM pg_proc AS p WHERE p.oid = pipeline.content_function_id),
+    RETURN coalesce((SELECT p.oid FROM pg_proc AS p WHERE p.oid = pipeline.content_function_id),
                     autoembed._content_function(pipeline.table_id, pipeline.content_function));
-$sql$;
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._content_function_of(autoembed.pipeline) IS 'The content function of a pipeline; NULL if there is none.';
 
 CREATE FUNCTION autoembed._key_columns(table_id oid)
@@ -67,10 +69,12 @@ COMMENT ON FUNCTION autoembed._key_columns(oid) IS
 
 CREATE FUNCTION autoembed._template(template text)
     RETURNS TABLE (literal text, column_name text)
-    LANGUAGE sql
+    LANGUAGE plpgsql
     IMMUTABLE
     SET search_path = pg_catalog, pg_temp
-AS $sql$
+AS $plpgsql$
+BEGIN
+    RETURN QUERY
     SELECT CASE
                WHEN t.part[1] IN ('{{', '}}', '\\') THEN left(t.part[1], 1)
                WHEN t.part[1] = '\n' THEN E'\n'
@@ -79,63 +83,72 @@ AS $sql$
            replace(t.part[2], '""', '"')
     FROM regexp_matches(template, '(\{\{|\}\}|\\\\|\\n|\{([^{}]+)\}|[^{}\\]+|.)', 'g') WITH ORDINALITY AS t(part, position)
     ORDER BY t.position;
-$sql$;
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._template(text) IS
     'The parts of a template in order: literal text, or a column. {{ and }} are braces, \n is a line break, \\ a backslash.';
 
 CREATE FUNCTION autoembed._columns_of(pipeline autoembed.pipeline)
     RETURNS name[]
-    LANGUAGE sql
+    LANGUAGE plpgsql
     STABLE
     SET search_path = pg_catalog, pg_temp
-AS $sql$
-    SELECT coalesce(
+AS $plpgsql$
+BEGIN
+    RETURN coalesce(
         pipeline.content_columns,
         (SELECT array_agg(DISTINCT t.column_name::name) FROM autoembed._template(pipeline.content_template) AS t
          WHERE t.column_name IS NOT NULL),
         '{}'
     );
-$sql$;
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._columns_of(autoembed.pipeline) IS 'The columns that a pipeline names as its content.';
 
 CREATE FUNCTION autoembed._needed_columns(pipeline autoembed.pipeline)
     RETURNS name[]
-    LANGUAGE sql
+    LANGUAGE plpgsql
     STABLE
     SET search_path = pg_catalog, pg_temp
-AS $sql$
-    SELECT pipeline.key_columns || autoembed._columns_of(pipeline)
+AS $plpgsql$
+BEGIN
+    RETURN pipeline.key_columns || autoembed._columns_of(pipeline)
         || ARRAY(SELECT c.value::name FROM jsonb_each_text(pipeline.condition_columns) AS c);
-$sql$;
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._needed_columns(autoembed.pipeline) IS
     'The columns without which a pipeline cannot work, its embedding column aside.';
 
 CREATE FUNCTION autoembed._missing_object(pipeline autoembed.pipeline)
     RETURNS text
-    LANGUAGE sql
+    LANGUAGE plpgsql
     STABLE
     SET search_path = pg_catalog, pg_temp
-AS $sql$
-    SELECT concat_ws(' ', o.value ->> 'type', o.key)
-    FROM jsonb_each(pipeline.condition_objects) AS o
-    WHERE NOT EXISTS (
-        SELECT FROM (
-            SELECT 'pg_proc'::regclass AS class, p.oid FROM pg_proc AS p WHERE p.proname = o.value ->> 'name'
-            UNION ALL
-            SELECT 'pg_operator'::regclass, p.oid FROM pg_operator AS p WHERE p.oprname = o.value ->> 'name'
-            UNION ALL
-            SELECT 'pg_type'::regclass, t.oid FROM pg_type AS t WHERE t.typname = o.value ->> 'name'
-            UNION ALL
-            SELECT 'pg_collation'::regclass, c.oid FROM pg_collation AS c WHERE c.collname = o.value ->> 'name'
-        ) AS c
-        CROSS JOIN LATERAL pg_identify_object(c.class, c.oid, 0) AS i
-        -- Made anew it is as good. The types that it takes may have other names since: the condition does not tell them.
-        WHERE i.identity = o.key
-           OR c.oid::text = o.value ->> 'oid' AND split_part(i.identity, '(', 1) = split_part(o.key, '(', 1)
-    )
-    ORDER BY o.key
-    LIMIT 1;
-$sql$;
+AS $plpgsql$
+BEGIN
+    RETURN (
+        SELECT concat_ws(' ', o.value ->> 'type', o.key)
+        FROM jsonb_each(pipeline.condition_objects) AS o
+        WHERE NOT EXISTS (
+            SELECT FROM (
+                SELECT 'pg_proc'::regclass AS class, p.oid FROM pg_proc AS p WHERE p.proname = o.value ->> 'name'
+                UNION ALL
+                SELECT 'pg_operator'::regclass, p.oid FROM pg_operator AS p WHERE p.oprname = o.value ->> 'name'
+                UNION ALL
+                SELECT 'pg_type'::regclass, t.oid FROM pg_type AS t WHERE t.typname = o.value ->> 'name'
+                UNION ALL
+                SELECT 'pg_collation'::regclass, c.oid FROM pg_collation AS c WHERE c.collname = o.value ->> 'name'
+            ) AS c
+            CROSS JOIN LATERAL pg_identify_object(c.class, c.oid, 0) AS i
+            -- Made anew it is as good. The types that it takes may have other names since: the condition does not tell them.
+            WHERE i.identity = o.key
+               OR c.oid::text = o.value ->> 'oid' AND split_part(i.identity, '(', 1) = split_part(o.key, '(', 1)
+        )
+        ORDER BY o.key
+        LIMIT 1
+    );
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._missing_object(autoembed.pipeline) IS
     'A function, operator, type or collation of a pipeline''s condition that no longer has the name that it has there; NULL if there is none.';
 

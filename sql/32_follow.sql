@@ -163,12 +163,14 @@ CREATE TRIGGER ended
 
 CREATE FUNCTION autoembed._drop_orphaned_pipelines()
     RETURNS void
-    LANGUAGE sql
+    LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-AS $sql$
+AS $plpgsql$
+BEGIN
     DELETE FROM autoembed.pipeline AS p WHERE NOT EXISTS (SELECT FROM pg_class AS c WHERE c.oid = p.table_id);
-$sql$;
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._drop_orphaned_pipelines() IS 'Ends the pipelines whose table was dropped, with their jobs.';
 
 CREATE FUNCTION autoembed._adopt(table_id oid, embedding_column text, content_function text)

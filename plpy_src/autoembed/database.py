@@ -90,14 +90,22 @@ class Database:
         # The temporary tables that may have rows: each commit empties them.
         self._filled: set[str] = set()
 
-    def commit(self) -> None:
+    def commit(self, *, synced: bool = True) -> None:
+        """synced: waits for the disk, if the server's settings ask for it."""
         if self._commits:
+            if not synced:
+                self._run("SELECT pg_catalog.set_config('synchronous_commit', 'off', true)")
             plpy.commit()
             self._filled.clear()
 
     def breathe(self) -> None:
         """Lets a cancel, a timeout or a shutdown through, and keeps a lane's transactions short."""
-        plpy.execute("SELECT 1")
+        self._run("SELECT 1")
+        self.commit()
+
+    def sleep(self, seconds: float) -> None:
+        """Waits, for a cancel, a timeout or a shutdown at most."""
+        self._run("SELECT pg_catalog.pg_sleep($1)", ["pg_catalog.float8"], [seconds])
         self.commit()
 
     # Lanes ---------------------------------------------------------------------------------------

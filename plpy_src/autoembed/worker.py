@@ -75,7 +75,6 @@ def work(database: Database, network: Network, options: Options, run_seconds: fl
     limit = database.statement_timeout_seconds()
     end = time.monotonic() + (run_seconds if limit is None else min(run_seconds, limit / 2))
     look_around_at = 0.0
-    slice_seconds = BACKFILL_POLL_SECONDS / 4 if backfill else POLL_SECONDS
     queue = partial(_claim_queued, database, options)
     tables = partial(_claim_backfill, database, options, backfill)
     indexed = database.enter_lane(backfill=backfill)
@@ -96,11 +95,10 @@ def work(database: Database, network: Network, options: Options, run_seconds: fl
                 read = _work_on(database, network, options, tables, pace).read
                 if read > 0:
                     look_around_at = 0.0
-            if read == 0:
-                if backfill:
-                    # The others have just looked at the queue, which lets an interrupt through as well.
-                    database.breathe()
-                time.sleep(slice_seconds)
+            if read == 0 and backfill:
+                database.sleep(BACKFILL_POLL_SECONDS)
+            elif read == 0:
+                time.sleep(POLL_SECONDS)
     finally:
         database.leave_lane()
         database.commit()
@@ -281,7 +279,8 @@ class _Pass:
         """Reads the rows of claimed messages and sends their texts on their way."""
         for pipeline, jobs in self._jobs(messages):
             self._take(pipeline, self._read(pipeline, jobs))
-        self._commit()
+        # The try is counted for certain: a row that crashes the server is not to do so for ever.
+        self._commit(synced=True)
         for model in self._outboxes:
             self._send(model)
         self._launch(flight)
@@ -738,9 +737,10 @@ class _Pass:
 
     # In between ----------------------------------------------------------------------------------
 
-    def _commit(self) -> None:
+    def _commit(self, *, synced: bool = False) -> None:
+        """Not synced: a crash may undo the work, and gives its messages back."""
         self._ledger.flush()
-        self._database.commit()
+        self._database.commit(synced=synced)
 
     def _breathe(self) -> None:
         self._database.breathe()

@@ -447,3 +447,23 @@ def test_a_lane_that_kills_its_backend_again_and_again_gives_the_row_up(
     [failure] = documents.execute("SELECT key, reason, attempts FROM autoembed.failed").fetchall()
     assert failure == ("[1]", "5 lanes ended while they worked on it", 5)
     assert stored(documents)[2] is not None
+
+
+def test_only_claims_wait_for_the_log(documents: Connection, api: FakeApi) -> None:
+    """Were each answer's commit written through, a drain would wait for the disk once for each of its requests."""
+    insert(documents, *(f"text {number}" for number in range(200)))
+    before = log_writes(documents)
+
+    documents.execute("CALL autoembed.work(run_seconds => 3, batch_size => 1)")
+
+    assert len(api.log()) == 200
+    assert_fresh(documents)
+    assert log_writes(documents) - before < 100
+    assert documents.execute("SHOW synchronous_commit").fetchone() == ("on",)
+
+
+def log_writes(db: Connection) -> int:
+    """How often the write-ahead log was written, by all sessions; this one's share included."""
+    db.execute("SELECT pg_stat_force_next_flush()")
+    [(writes,)] = db.execute("SELECT wal_write FROM pg_stat_wal")
+    return int(writes)

@@ -7,6 +7,7 @@ import itertools
 import json
 import struct
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -131,6 +132,8 @@ class FakeDatabase:
         self.interrupts: dict[str, Callable[[], None]] = {}
         # What was done, in order.
         self.statements: list[str] = []
+        # The commits among them that do not wait for the disk.
+        self.unsynced: list[int] = []
         self._numbers = itertools.count(1)
 
     # For tests -----------------------------------------------------------------------------------
@@ -160,8 +163,14 @@ class FakeDatabase:
 
     # As the real one has it ----------------------------------------------------------------------
 
-    def commit(self) -> None:
+    def commit(self, *, synced: bool = True) -> None:
+        if not synced:
+            self.unsynced.append(len(self.statements))
         self._note("commit")
+
+    def sleep(self, seconds: float) -> None:
+        self._note("sleep")
+        time.sleep(seconds)
 
     def breathe(self) -> None:
         self._note("breathe")

@@ -1101,6 +1101,19 @@ def test_the_claim_is_committed_before_the_first_request(
     assert work_of[-1] == "commit"
 
 
+def test_only_the_claim_waits_for_the_disk(lane: Lane, database: FakeDatabase) -> None:
+    """A row that crashes the server has its try counted; what is written a crash may undo."""
+    for row_id in range(4):
+        database.put(row_id, f"text {row_id}")
+    lane.limit_inputs(2)
+
+    lane.run()
+
+    commits = [index for index, statement in enumerate(database.statements) if statement == "commit"]
+    assert database.statements.index("claim") < commits[0]
+    assert database.unsynced == commits[1:]
+
+
 def test_each_answer_is_committed_before_the_next_is_waited_for(lane: Lane, database: FakeDatabase) -> None:
     for row_id in range(6):
         database.put(row_id, f"text {row_id}")
