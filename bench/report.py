@@ -82,8 +82,8 @@ IDLE: Columns = {
 }
 # Heading, scenario, and the columns: each a figure, with the factor to the column's unit.
 TABLES: list[tuple[str, str, Columns]] = [
-    ("Drain with an HNSW index", "drain", DRAIN),
-    ("Drain without index", "drain-no-index", DRAIN),
+    ("Drain with an HNSW index: {rows} rows", "drain", DRAIN),
+    ("Drain without index: {rows_without_index} rows", "drain-no-index", DRAIN),
     ("Backfill: enable() on a table of {backfill_rows} rows", "backfill", BACKFILL),
     ("The local model, without a network", "local-model", LOCAL),
     ("Freshness: single INSERTs, nothing else to do", "fresh-idle", FRESHNESS),
@@ -96,7 +96,7 @@ TABLES: list[tuple[str, str, Columns]] = [
 
 ABOUT = """# Bench
 
-`make bench` wrote this. A drain is one INSERT of {rows} rows of about 120 tokens, until the last has its vector of
+`make bench` wrote this. A drain is one INSERT of rows of about 120 tokens, until the last has its vector of
 1,536 dimensions; the fake API takes {request_ms:g} ms per request and {input_ms:g} ms per input. Each measurement has
 a fresh server; each figure is the median of {runs}.
 
@@ -128,7 +128,7 @@ def write(folder: Path, results: Results, described: Mapping[str, str], sizes: M
 
 
 def _markdown(results: Results, described: Mapping[str, str], sizes: Mapping[str, float]) -> str:
-    shown = {name: f"{sizes[name]:,}" for name in ("rows", "backfill_rows", "cost_rows")}
+    shown = {name: f"{sizes[name]:,}" for name in ("rows", "rows_without_index", "backfill_rows", "cost_rows")}
     about = ABOUT.format(
         **shown,
         request_ms=1000 * sizes["request_seconds"],
@@ -182,7 +182,7 @@ def _table(heads: list[str], rows: list[list[str]]) -> str:
 def _draw(results: Results, file: Path) -> None:
     rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "bench", "font.size": 9})
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    panels = figure.subplots(1, 2)
     for panel, scenario, heading in zip(
         panels, ["drain", "drain-no-index"], ["with an HNSW index", "without index"], strict=True
     ):
@@ -193,8 +193,9 @@ def _draw(results: Results, file: Path) -> None:
             )
         panel.set(xscale="log", xlabel="seconds", title=heading)
         panel.grid(alpha=0.3)
+        if results.systems(scenario):
+            panel.legend(fontsize=8)
     panels[0].set_ylabel("rows with vectors")
-    panels[0].legend(fontsize=8)
     figure.savefig(file, metadata={"Date": None})
 
 

@@ -35,6 +35,7 @@ class Measured:
 @dataclass(frozen=True)
 class Sizes:
     rows: int
+    rows_without_index: int
     backfill_rows: int
     cost_rows: int
     cost_rounds: int
@@ -295,9 +296,9 @@ def _written(server: Server, db: Connection) -> Figures:
 
 
 def _end_over_start(seconds: list[float]) -> float:
-    """Rows per second in the last tenth of the rows over those in the tenth after the first: a start warms up."""
+    """Rows per second in the ninth tenth of the rows over those in the second: a start warms up, an end runs dry."""
     tenth = len(seconds) // 10
-    return (seconds[2 * tenth] - seconds[tenth]) / (seconds[-1] - seconds[-tenth - 1])
+    return (seconds[2 * tenth] - seconds[tenth]) / (seconds[9 * tenth - 1] - seconds[8 * tenth - 1])
 
 
 def _curve(seconds: list[float]) -> list[tuple[float, int]]:

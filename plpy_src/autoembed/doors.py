@@ -24,10 +24,18 @@ QUERY_CACHE_SIZE = 100
 QUERY_TIMEOUT_SECONDS = 60.0
 PROBE_TIMEOUT_SECONDS = 10.0
 
-# glibc gives each thread a heap of its own, which keeps what it once had; a lane's threads do well with one for all.
+# Parameters of glibc's mallopt().
+M_MMAP_THRESHOLD = -3
 M_ARENA_MAX = -8
-with contextlib.suppress(AttributeError, OSError):
-    ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+
+
+def _mallopt(parameter: int, value: int) -> None:
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(parameter, value)
+
+
+# glibc gives each thread a heap of its own, which keeps what it once had; a lane's threads do well with one for all.
+_mallopt(M_ARENA_MAX, 1)
 
 _network = Network(max_connections=32)
 _queries: OrderedDict[tuple[Model, str], str] = OrderedDict()
@@ -45,6 +53,8 @@ def process(batch_size: int, max_requests: int, timeout_milliseconds: int) -> di
 
 def work(run_seconds: float, batch_size: int, max_requests: int, timeout_milliseconds: int, backfill: bool) -> None:
     options = _options(batch_size, max_requests, timeout_milliseconds)
+    # Answers are most of what a lane allocates: each goes back to the system when it is written.
+    _mallopt(M_MMAP_THRESHOLD, 256 << 10)
     here = database.Database(commits=True)
     try:
         with here.prepared_statements_kept():
