@@ -1169,6 +1169,7 @@ QUERY_TIMEOUT_SECONDS = 60.0
 PROBE_TIMEOUT_SECONDS = 10.0
 
 # Parameters of glibc's mallopt().
+M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 M_ARENA_MAX = -8
 
@@ -1197,8 +1198,10 @@ def process(batch_size: int, max_requests: int, timeout_milliseconds: int) -> di
 
 def work(run_seconds: float, batch_size: int, max_requests: int, timeout_milliseconds: int, backfill: bool) -> None:
     options = _options(batch_size, max_requests, timeout_milliseconds)
-    # Answers are most of what a lane allocates: each goes back to the system when it is written.
-    _mallopt(M_MMAP_THRESHOLD, 256 << 10)
+    # Answers are most of what a lane allocates: each goes back to the system when it is written, but not what an index
+    # takes for each of its rows.
+    _mallopt(M_MMAP_THRESHOLD, 600_000)
+    _mallopt(M_TRIM_THRESHOLD, 8 << 20)
     here = database.Database(commits=True)
     try:
         with here.prepared_statements_kept():
@@ -2290,6 +2293,7 @@ class Limiter:
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -2357,7 +2361,8 @@ class Model:
 class Ask:
     """Texts of one model that travel together, what they are, and how long the answer may take.
 
-    headers: is given those of the last answer, whatever its status; database: for the providers of IN_BACKEND.
+    headers: is given those of the last answer, whatever its status; sent: is set when only the answer is outstanding;
+    database: for the providers of IN_BACKEND.
     """
 
     model: Model
@@ -2365,6 +2370,7 @@ class Ask:
     timeout_seconds: float
     purpose: Purpose = "document"
     headers: dict[str, str] = field(default_factory=dict, compare=False)
+    sent: threading.Event = field(default_factory=threading.Event, compare=False, repr=False)
     database: Database | None = field(default=None, compare=False, repr=False)
 
 
@@ -2435,6 +2441,7 @@ class Network:
         self._max_connections = max_connections
         self._session: requests.Session | None = None
         self._sockets: dict[int, socket.socket] = {}
+        self._thread = threading.local()
         self._lock = threading.Lock()
 
     def post(
@@ -2446,11 +2453,13 @@ class Network:
         timeout_seconds: float,
         max_answer_bytes: int,
         ca_file: str | None = None,
+        sent: Callable[[], None] = lambda: None,
     ) -> Answer:
         """The answer to a POST, whatever its status; ProviderTrouble if there is none in time or it is too large.
 
         Redirects are not followed, certificates are verified, link-local addresses and metadata services not called.
-        ca_file: the certificate authorities to trust, in place of those of the environment and the system.
+        ca_file: the certificate authorities to trust, in place of those of the environment and the system. sent: is
+        called when only the answer is outstanding.
         """
         # 0.2-0.3 s in a new backend, so not before there is something to send.
         import requests
@@ -2458,6 +2467,7 @@ class Network:
 
         deadline = time.monotonic() + timeout_seconds
         timeouts = (min(CONNECT_TIMEOUT_SECONDS, timeout_seconds), timeout_seconds)
+        self._thread.sent = sent
         try:
             with self._connected().post(
                 url,
@@ -2518,12 +2528,14 @@ class Network:
     def _connected(self) -> requests.Session:
         with self._lock:
             if self._session is None:
-                self._session = _session(self._max_connections, self._watch)
+                self._session = _session(self._max_connections, self._watch, lambda: self._thread.sent())
             return self._session
 
 
-def _session(max_connections: int, watch: Callable[[socket.socket], None]) -> requests.Session:
-    """A session that shows watch() each socket before a thread first waits on it."""
+def _session(
+    max_connections: int, watch: Callable[[socket.socket], None], sent: Callable[[], None]
+) -> requests.Session:
+    """A session that shows watch() each socket before a thread first waits on it, and says when a request is sent."""
     import requests
     from requests.adapters import HTTPAdapter
     from urllib3.connection import HTTPConnection, HTTPSConnection
@@ -2534,6 +2546,10 @@ def _session(max_connections: int, watch: Callable[[socket.socket], None]) -> re
             if self.sock is not None:  # type: ignore[attr-defined]
                 watch(self.sock)  # type: ignore[attr-defined]
             return super().request(*args, **kwargs)  # type: ignore[misc]
+
+        def getresponse(self) -> Any:
+            sent()
+            return super().getresponse()  # type: ignore[misc]
 
         def _new_conn(self) -> Any:
             return _connect(self._dns_host, self.port, self.timeout, self.socket_options, watch)  # type: ignore[attr-defined]
@@ -3357,6 +3373,7 @@ def post(
         # A JSON number takes up to 24 bytes; the rest is room for a server that does not know the dimensions asked for.
         max_answer_bytes=(64 << 20) + 32 * len(ask.texts) * ask.model.dimensions,
         ca_file=ask.model.options.get("ca_file"),
+        sent=ask.sent.set,
     )
     ask.headers.update(answer.headers)
     if answer.status != 200:
@@ -3481,6 +3498,7 @@ def check(model: Model) -> None:
 
 
 def embed(ask: Ask, network: Network) -> Embedded:
+    ask.sent.set()
     with _running:
         _stopping.clear()
         vectors = _onnx_model(ask.model).embed(prefixed(ask), _stop_if_told)
@@ -3892,6 +3910,13 @@ def run_pass(database: Database, network: Network, options: Options) -> Report:
     return report
 
 
+def _embed(ask: Ask, network: Network) -> Embedded:
+    try:
+        return provider_of(ask.model).embed(ask, network)
+    finally:
+        ask.sent.set()
+
+
 # Claims so many rows, beside the messages that are held already.
 Claim = Callable[[int, list[int]], "list[Message]"]
 
@@ -4021,6 +4046,7 @@ class _Pass:
         self._pace = pace or Pace(options.batch_size, options.max_rows, indexed=True)
         self._outboxes: dict[Model, Outbox] = {}
         self._locked: list[tuple[Job, Any]] = []
+        self._unsent: list[Ask] = []
         self._flight: Flight[Request, Embedded] | None = None
         self._lease_ends = time.monotonic() + options.lease_seconds
         self._claim_at = time.monotonic() + POLL_SECONDS
@@ -4036,6 +4062,7 @@ class _Pass:
                 self._flight = flight
                 while flight or self._waiting():
                     for request, outcome in flight.landed():
+                        self._see_off()
                         self._database.gate()
                         self._land(flight, request, outcome)
                         self._commit()
@@ -4250,8 +4277,17 @@ class _Pass:
                 )
                 self._ledger.report.requests += 1
                 outbox.in_flight += 1
-                call = partial(provider_of(model).embed, ask, self._network)
-                flight.submit(request, call, here=model.provider in IN_BACKEND)
+                here = model.provider in IN_BACKEND
+                if not here:
+                    self._unsent.append(ask)
+                flight.submit(request, partial(_embed, ask, self._network), here=here)
+
+    def _see_off(self) -> None:
+        """Gives requests a moment to be sent: their threads need the interpreter, which a statement keeps."""
+        end = time.monotonic() + SLICE_SECONDS
+        for ask in self._unsent:
+            ask.sent.wait(end - time.monotonic())
+        self._unsent.clear()
 
     def _may_go(self, flight: Flight[Request, Embedded], outbox: Outbox) -> bool:
         """Whether the first request that waits may be sent now."""
@@ -4553,7 +4589,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "56e572168dda6271"
+    GD["autoembed"] = "8aa7fb77df58512e"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -4667,7 +4703,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "56e572168dda6271":
+    if GD.get("autoembed") != "8aa7fb77df58512e":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -7201,6 +7237,7 @@ DECLARE
     -- A parameter, unlike clock_timestamp() itself, can be looked up in an index.
     _now timestamptz := clock_timestamp();
     _ready record;
+    _messages refcursor;
     _due record;
     _share integer;
     _room integer;
@@ -7245,7 +7282,8 @@ BEGIN
         -- Up to half of it the newest, the rest the oldest: what changes now need not wait for a backlog, which is worked off.
         FOREACH _newest IN ARRAY '{true,false}'::boolean[] LOOP
             _room := CASE WHEN _newest THEN _share / 2 ELSE _share END;
-            FOR _due IN EXECUTE format(
+            -- Row by row: a FOR loop reads, and locks, fifty at a time, which other lanes would not see.
+            OPEN _messages FOR EXECUTE format(
                 $sql$
                 SELECT q.msg_id,
                        CASE jsonb_typeof(q.message -> 'keys') WHEN 'array' THEN jsonb_array_length(q.message -> 'keys') ELSE 1 END AS rows
@@ -7253,13 +7291,15 @@ BEGIN
                 WHERE coalesce(q.message ->> 'pipeline', '') = $1 AND q.vt <= $2 AND q.msg_id <> ALL ($3)
                 ORDER BY q.vt %s
                 FOR UPDATE SKIP LOCKED
-                $sql$, CASE WHEN _newest THEN 'DESC' END) USING _ready.pipeline, _now, _ids
-            LOOP
-                EXIT WHEN _room <= 0 OR _newest AND _due.rows > _room;
+                $sql$, CASE WHEN _newest THEN 'DESC' END) USING _ready.pipeline, _now, _ids;
+            WHILE _room > 0 LOOP
+                FETCH _messages INTO _due;
+                EXIT WHEN NOT FOUND OR _newest AND _due.rows > _room;
                 _ids := _ids || _due.msg_id;
                 _room := _room - _due.rows;
                 _share := _share - _due.rows;
             END LOOP;
+            CLOSE _messages;
         END LOOP;
     END LOOP;
     RETURN QUERY
@@ -7520,20 +7560,23 @@ COMMENT ON FUNCTION autoembed._fail_message(jsonb, text, integer) IS
 
 CREATE FUNCTION autoembed._enter_lane(backfill boolean)
     RETURNS boolean
-    LANGUAGE sql
+    LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-AS $sql$
+AS $plpgsql$
+BEGIN
+    PERFORM autoembed._forget_runs();
     INSERT INTO autoembed.lane (pid, backend_start, backfill)
     SELECT a.pid, a.backend_start, _enter_lane.backfill FROM pg_stat_get_activity(pg_backend_pid()) AS a
     ON CONFLICT DO NOTHING;
-    SELECT EXISTS (
+    RETURN EXISTS (
         SELECT FROM autoembed.pipeline AS p
         JOIN pg_index AS i ON i.indrelid = p.table_id
         JOIN pg_class AS c ON c.oid = i.indexrelid
         JOIN pg_am AS m ON m.oid = c.relam AND m.amname IN ('hnsw', 'ivfflat')
     );
-$sql$;
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._enter_lane(boolean) IS 'Signs this session on as a lane; backfill: for backfills alone. Returns whether any embedded table has a vector index.';
 
 CREATE FUNCTION autoembed._lane_is_wanted()
@@ -7704,7 +7747,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "56e572168dda6271":
+    if GD.get("autoembed") != "8aa7fb77df58512e":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -7721,7 +7764,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "56e572168dda6271":
+    if GD.get("autoembed") != "8aa7fb77df58512e":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
@@ -7737,7 +7780,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "56e572168dda6271":
+    if GD.get("autoembed") != "8aa7fb77df58512e":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -7947,6 +7990,24 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.schedule(integer, integer) IS
     'Has pg_cron run that many lanes side by side in this database, and that many more for backfills, in place of those it ran before; returns the number of lanes.';
+
+CREATE FUNCTION autoembed._forget_runs()
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF to_regclass('cron.job_run_details') IS NOT NULL THEN
+        -- Those that never started have no time, but a number.
+        DELETE FROM cron.job_run_details AS d
+        WHERE d.command LIKE 'CALL autoembed.work(%' AND d.database = current_database() AND d.status NOT IN ('starting', 'running')
+          AND d.runid < (SELECT min(r.runid) FROM cron.job_run_details AS r WHERE r.start_time > clock_timestamp() - interval '1 hour');
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._forget_runs() IS
+    'Deletes what pg_cron has noted of lanes more than an hour ago: it keeps such notes for ever.';
 
 CREATE FUNCTION autoembed._build_index(pipeline_id integer)
     RETURNS boolean
@@ -8361,7 +8422,7 @@ CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embed
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "56e572168dda6271":
+    if GD.get("autoembed") != "8aa7fb77df58512e":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
@@ -8466,7 +8527,7 @@ CREATE FUNCTION autoembed._estimate_texts(texts text[], model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "56e572168dda6271":
+    if GD.get("autoembed") != "8aa7fb77df58512e":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.estimate(texts, model)]
@@ -8636,7 +8697,7 @@ CREATE FUNCTION autoembed._probe(model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "56e572168dda6271":
+    if GD.get("autoembed") != "8aa7fb77df58512e":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.probe(model)

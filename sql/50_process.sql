@@ -12,6 +12,7 @@ DECLARE
     -- A parameter, unlike clock_timestamp() itself, can be looked up in an index.
     _now timestamptz := clock_timestamp();
     _ready record;
+    _messages refcursor;
     _due record;
     _share integer;
     _room integer;
@@ -56,7 +57,8 @@ BEGIN
         -- Up to half of it the newest, the rest the oldest: what changes now need not wait for a backlog, which is worked off.
         FOREACH _newest IN ARRAY '{true,false}'::boolean[] LOOP
             _room := CASE WHEN _newest THEN _share / 2 ELSE _share END;
-            FOR _due IN EXECUTE format(
+            -- Row by row: a FOR loop reads, and locks, fifty at a time, which other lanes would not see.
+            OPEN _messages FOR EXECUTE format(
                 $sql$
                 SELECT q.msg_id,
                        CASE jsonb_typeof(q.message -> 'keys') WHEN 'array' THEN jsonb_array_length(q.message -> 'keys') ELSE 1 END AS rows
@@ -64,13 +66,15 @@ BEGIN
                 WHERE coalesce(q.message ->> 'pipeline', '') = $1 AND q.vt <= $2 AND q.msg_id <> ALL ($3)
                 ORDER BY q.vt %s
                 FOR UPDATE SKIP LOCKED
-                $sql$, CASE WHEN _newest THEN 'DESC' END) USING _ready.pipeline, _now, _ids
-            LOOP
-                EXIT WHEN _room <= 0 OR _newest AND _due.rows > _room;
+                $sql$, CASE WHEN _newest THEN 'DESC' END) USING _ready.pipeline, _now, _ids;
+            WHILE _room > 0 LOOP
+                FETCH _messages INTO _due;
+                EXIT WHEN NOT FOUND OR _newest AND _due.rows > _room;
                 _ids := _ids || _due.msg_id;
                 _room := _room - _due.rows;
                 _share := _share - _due.rows;
             END LOOP;
+            CLOSE _messages;
         END LOOP;
     END LOOP;
     RETURN QUERY
@@ -331,20 +335,23 @@ COMMENT ON FUNCTION autoembed._fail_message(jsonb, text, integer) IS
 
 CREATE FUNCTION autoembed._enter_lane(backfill boolean)
     RETURNS boolean
-    LANGUAGE sql
+    LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-AS $sql$
+AS $plpgsql$
+BEGIN
+    PERFORM autoembed._forget_runs();
     INSERT INTO autoembed.lane (pid, backend_start, backfill)
     SELECT a.pid, a.backend_start, _enter_lane.backfill FROM pg_stat_get_activity(pg_backend_pid()) AS a
     ON CONFLICT DO NOTHING;
-    SELECT EXISTS (
+    RETURN EXISTS (
         SELECT FROM autoembed.pipeline AS p
         JOIN pg_index AS i ON i.indrelid = p.table_id
         JOIN pg_class AS c ON c.oid = i.indexrelid
         JOIN pg_am AS m ON m.oid = c.relam AND m.amname IN ('hnsw', 'ivfflat')
     );
-$sql$;
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._enter_lane(boolean) IS 'Signs this session on as a lane; backfill: for backfills alone. Returns whether any embedded table has a vector index.';
 
 CREATE FUNCTION autoembed._lane_is_wanted()

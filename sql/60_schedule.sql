@@ -82,6 +82,24 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed.schedule(integer, integer) IS
     'Has pg_cron run that many lanes side by side in this database, and that many more for backfills, in place of those it ran before; returns the number of lanes.';
 
+CREATE FUNCTION autoembed._forget_runs()
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF to_regclass('cron.job_run_details') IS NOT NULL THEN
+        -- Those that never started have no time, but a number.
+        DELETE FROM cron.job_run_details AS d
+        WHERE d.command LIKE 'CALL autoembed.work(%' AND d.database = current_database() AND d.status NOT IN ('starting', 'running')
+          AND d.runid < (SELECT min(r.runid) FROM cron.job_run_details AS r WHERE r.start_time > clock_timestamp() - interval '1 hour');
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._forget_runs() IS
+    'Deletes what pg_cron has noted of lanes more than an hour ago: it keeps such notes for ever.';
+
 CREATE FUNCTION autoembed._build_index(pipeline_id integer)
     RETURNS boolean
     LANGUAGE plpgsql

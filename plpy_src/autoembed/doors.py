@@ -25,6 +25,7 @@ QUERY_TIMEOUT_SECONDS = 60.0
 PROBE_TIMEOUT_SECONDS = 10.0
 
 # Parameters of glibc's mallopt().
+M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 M_ARENA_MAX = -8
 
@@ -53,8 +54,10 @@ def process(batch_size: int, max_requests: int, timeout_milliseconds: int) -> di
 
 def work(run_seconds: float, batch_size: int, max_requests: int, timeout_milliseconds: int, backfill: bool) -> None:
     options = _options(batch_size, max_requests, timeout_milliseconds)
-    # Answers are most of what a lane allocates: each goes back to the system when it is written.
-    _mallopt(M_MMAP_THRESHOLD, 256 << 10)
+    # Answers are most of what a lane allocates: each goes back to the system when it is written, but not what an index
+    # takes for each of its rows.
+    _mallopt(M_MMAP_THRESHOLD, 600_000)
+    _mallopt(M_TRIM_THRESHOLD, 8 << 20)
     here = database.Database(commits=True)
     try:
         with here.prepared_statements_kept():

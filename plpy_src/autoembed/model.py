@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -70,7 +71,8 @@ class Model:
 class Ask:
     """Texts of one model that travel together, what they are, and how long the answer may take.
 
-    headers: is given those of the last answer, whatever its status; database: for the providers of IN_BACKEND.
+    headers: is given those of the last answer, whatever its status; sent: is set when only the answer is outstanding;
+    database: for the providers of IN_BACKEND.
     """
 
     model: Model
@@ -78,6 +80,7 @@ class Ask:
     timeout_seconds: float
     purpose: Purpose = "document"
     headers: dict[str, str] = field(default_factory=dict, compare=False)
+    sent: threading.Event = field(default_factory=threading.Event, compare=False, repr=False)
     database: Database | None = field(default=None, compare=False, repr=False)
 
 

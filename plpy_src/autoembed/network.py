@@ -39,6 +39,7 @@ class Network:
         self._max_connections = max_connections
         self._session: requests.Session | None = None
         self._sockets: dict[int, socket.socket] = {}
+        self._thread = threading.local()
         self._lock = threading.Lock()
 
     def post(
@@ -50,11 +51,13 @@ class Network:
         timeout_seconds: float,
         max_answer_bytes: int,
         ca_file: str | None = None,
+        sent: Callable[[], None] = lambda: None,
     ) -> Answer:
         """The answer to a POST, whatever its status; ProviderTrouble if there is none in time or it is too large.
 
         Redirects are not followed, certificates are verified, link-local addresses and metadata services not called.
-        ca_file: the certificate authorities to trust, in place of those of the environment and the system.
+        ca_file: the certificate authorities to trust, in place of those of the environment and the system. sent: is
+        called when only the answer is outstanding.
         """
         # 0.2-0.3 s in a new backend, so not before there is something to send.
         import requests
@@ -62,6 +65,7 @@ class Network:
 
         deadline = time.monotonic() + timeout_seconds
         timeouts = (min(CONNECT_TIMEOUT_SECONDS, timeout_seconds), timeout_seconds)
+        self._thread.sent = sent
         try:
             with self._connected().post(
                 url,
@@ -122,12 +126,14 @@ class Network:
     def _connected(self) -> requests.Session:
         with self._lock:
             if self._session is None:
-                self._session = _session(self._max_connections, self._watch)
+                self._session = _session(self._max_connections, self._watch, lambda: self._thread.sent())
             return self._session
 
 
-def _session(max_connections: int, watch: Callable[[socket.socket], None]) -> requests.Session:
-    """A session that shows watch() each socket before a thread first waits on it."""
+def _session(
+    max_connections: int, watch: Callable[[socket.socket], None], sent: Callable[[], None]
+) -> requests.Session:
+    """A session that shows watch() each socket before a thread first waits on it, and says when a request is sent."""
     import requests
     from requests.adapters import HTTPAdapter
     from urllib3.connection import HTTPConnection, HTTPSConnection
@@ -138,6 +144,10 @@ def _session(max_connections: int, watch: Callable[[socket.socket], None]) -> re
             if self.sock is not None:  # type: ignore[attr-defined]
                 watch(self.sock)  # type: ignore[attr-defined]
             return super().request(*args, **kwargs)  # type: ignore[misc]
+
+        def getresponse(self) -> Any:
+            sent()
+            return super().getresponse()  # type: ignore[misc]
 
         def _new_conn(self) -> Any:
             return _connect(self._dns_host, self.port, self.timeout, self.socket_options, watch)  # type: ignore[attr-defined]

@@ -116,6 +116,13 @@ def run_pass(database: Database, network: Network, options: Options) -> Report:
     return report
 
 
+def _embed(ask: Ask, network: Network) -> Embedded:
+    try:
+        return provider_of(ask.model).embed(ask, network)
+    finally:
+        ask.sent.set()
+
+
 # Claims so many rows, beside the messages that are held already.
 Claim = Callable[[int, list[int]], "list[Message]"]
 
@@ -245,6 +252,7 @@ class _Pass:
         self._pace = pace or Pace(options.batch_size, options.max_rows, indexed=True)
         self._outboxes: dict[Model, Outbox] = {}
         self._locked: list[tuple[Job, Any]] = []
+        self._unsent: list[Ask] = []
         self._flight: Flight[Request, Embedded] | None = None
         self._lease_ends = time.monotonic() + options.lease_seconds
         self._claim_at = time.monotonic() + POLL_SECONDS
@@ -260,6 +268,7 @@ class _Pass:
                 self._flight = flight
                 while flight or self._waiting():
                     for request, outcome in flight.landed():
+                        self._see_off()
                         self._database.gate()
                         self._land(flight, request, outcome)
                         self._commit()
@@ -474,8 +483,17 @@ class _Pass:
                 )
                 self._ledger.report.requests += 1
                 outbox.in_flight += 1
-                call = partial(provider_of(model).embed, ask, self._network)
-                flight.submit(request, call, here=model.provider in IN_BACKEND)
+                here = model.provider in IN_BACKEND
+                if not here:
+                    self._unsent.append(ask)
+                flight.submit(request, partial(_embed, ask, self._network), here=here)
+
+    def _see_off(self) -> None:
+        """Gives requests a moment to be sent: their threads need the interpreter, which a statement keeps."""
+        end = time.monotonic() + SLICE_SECONDS
+        for ask in self._unsent:
+            ask.sent.wait(end - time.monotonic())
+        self._unsent.clear()
 
     def _may_go(self, flight: Flight[Request, Embedded], outbox: Outbox) -> bool:
         """Whether the first request that waits may be sent now."""

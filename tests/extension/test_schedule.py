@@ -233,3 +233,36 @@ def test_without_pg_cron_the_error_says_what_to_do_and_that_works(
     finally:
         cron.execute("SELECT cron.unschedule(jobid) FROM cron.job")
         cron.execute(f'DROP DATABASE "{quoted}" WITH (FORCE)')
+
+
+def test_a_lane_deletes_what_pg_cron_noted_of_lanes_an_hour_ago(cron: Connection) -> None:
+    """pg_cron keeps such notes for ever, a dozen an hour of each lane; those of other jobs are none of ours."""
+    lane, other = "CALL autoembed.work()", "SELECT 1"
+    cron.execute("DELETE FROM cron.job_run_details")
+    for command, database, status, started in [
+        (lane, "postgres", "failed", None),
+        (lane, "postgres", "succeeded", "2 hours"),
+        (lane, "postgres", "running", "2 hours"),
+        (lane, "elsewhere", "succeeded", "2 hours"),
+        (other, "postgres", "succeeded", "2 hours"),
+        (lane, "postgres", "succeeded", "50 minutes"),
+        (other, "postgres", "succeeded", "5 minutes"),
+    ]:
+        cron.execute(
+            "INSERT INTO cron.job_run_details (command, database, username, status, start_time)"
+            " VALUES (%s, %s, current_user, %s, now() - %s::interval)",
+            [command, database, status, started],
+        )
+
+    cron.execute("CALL autoembed.work(run_seconds => 0)")
+
+    assert cron.execute(
+        "SELECT command, database, status, date_trunc('hour', now() - start_time) = '2 hours' AS old"
+        " FROM cron.job_run_details ORDER BY runid"
+    ).fetchall() == [
+        (lane, "postgres", "running", True),
+        (lane, "elsewhere", "succeeded", True),
+        (other, "postgres", "succeeded", True),
+        (lane, "postgres", "succeeded", False),
+        (other, "postgres", "succeeded", False),
+    ]

@@ -449,6 +449,17 @@ def test_a_lane_that_kills_its_backend_again_and_again_gives_the_row_up(
     assert stored(documents)[2] is not None
 
 
+def test_a_claim_leaves_to_other_lanes_what_it_does_not_take(documents: Connection, connect: Connect) -> None:
+    """Read many at a time, messages would be locked that nobody takes: a lane beside finds nothing, and sleeps."""
+    insert(documents, *(f"text {number}" for number in range(20)))
+    claimed = "SELECT count(*) FROM autoembed._claim(%s, 60, '{}')"
+    with connect() as first, first.transaction():
+        assert first.execute(claimed, [4]).fetchone() == (4,)
+        # The newest that no longer fits its half may be locked, too.
+        with connect() as second, second.transaction():
+            assert second.execute(claimed, [15]).fetchone() == (15,)
+
+
 def test_only_claims_wait_for_the_log(documents: Connection, api: FakeApi) -> None:
     """Were each answer's commit written through, a drain would wait for the disk once for each of its requests."""
     insert(documents, *(f"text {number}" for number in range(200)))

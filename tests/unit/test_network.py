@@ -53,6 +53,7 @@ def post(
     timeout_seconds: float = 5,
     headers: dict[str, str] | None = None,
     ca_file: str | None = None,
+    sent: Callable[[], None] = lambda: None,
 ) -> Answer:
     return network.post(
         f"{url}/embeddings",
@@ -61,6 +62,7 @@ def post(
         timeout_seconds=timeout_seconds,
         max_answer_bytes=2 << 20,
         ca_file=ca_file,
+        sent=sent,
     )
 
 
@@ -96,6 +98,18 @@ def test_a_redirect_is_not_followed(network: Network, server: Server, api: FakeA
 
     assert post(network, api.base_url).status == 307
     assert elsewhere.log() == []
+
+
+def test_a_request_is_said_to_be_sent_when_only_the_answer_is_outstanding(network: Network, api: FakeApi) -> None:
+    sent = threading.Event()
+    api.behave(hold=True)
+    with ThreadPoolExecutor(1) as executor:
+        answer = executor.submit(post, network, api.base_url, sent=sent.set)
+        assert sent.wait(5)
+        api.wait_for(held=1)
+        assert not answer.done()
+        api.behave(hold=False)
+        assert answer.result(5).status == 200
 
 
 # --- connections -------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import pytest
 from autoembed import worker
 from autoembed.errors import ProviderTrouble, Refused, RowError
 from autoembed.jobs import Report
+from autoembed.model import Ask, Embedded
 from autoembed.providers import PROVIDERS
 from autoembed.worker import MAX_ATTEMPTS, PROBE, Options
 from unit import fakes
@@ -1112,6 +1113,46 @@ def test_only_the_claim_waits_for_the_disk(lane: Lane, database: FakeDatabase) -
     commits = [index for index, statement in enumerate(database.statements) if statement == "commit"]
     assert database.statements.index("claim") < commits[0]
     assert database.unsynced == commits[1:]
+
+
+def test_a_write_waits_a_moment_for_requests_that_are_being_sent(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their threads need the interpreter, which a statement keeps to its end."""
+    embed = provider.embed
+
+    def slowly(ask: Ask, network: Any) -> Embedded:
+        if ask.texts == ["second"]:
+            time.sleep(0.02)
+            database.statements.append("sent")
+            ask.sent.set()
+        return embed(ask, network)
+
+    monkeypatch.setattr(provider, "embed", slowly)
+    database.put(1, "first")
+    database.put(2, "second")
+    lane.limit_inputs(1)
+
+    lane.run(max_requests=2)
+
+    order = [statement for statement in database.statements if statement in ("write", "sent")]
+    assert order == ["sent", "write", "write"]
+
+
+def test_a_write_does_not_wait_for_a_request_that_cannot_be_sent(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider
+) -> None:
+    def answer(texts: list[str]) -> Vector:
+        if texts == ["second"]:
+            wait_until(lambda: "write" in database.statements)
+        return vectors_of(texts)
+
+    provider.answer = answer
+    database.put(1, "first")
+    database.put(2, "second")
+    lane.limit_inputs(1)
+
+    assert lane.run(max_requests=2).completed == 2
 
 
 def test_each_answer_is_committed_before_the_next_is_waited_for(lane: Lane, database: FakeDatabase) -> None:

@@ -128,6 +128,7 @@ def post(
         # A JSON number takes up to 24 bytes; the rest is room for a server that does not know the dimensions asked for.
         max_answer_bytes=(64 << 20) + 32 * len(ask.texts) * ask.model.dimensions,
         ca_file=ask.model.options.get("ca_file"),
+        sent=ask.sent.set,
     )
     ask.headers.update(answer.headers)
     if answer.status != 200:

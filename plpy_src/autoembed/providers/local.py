@@ -40,6 +40,7 @@ def check(model: Model) -> None:
 
 
 def embed(ask: Ask, network: Network) -> Embedded:
+    ask.sent.set()
     with _running:
         _stopping.clear()
         vectors = _onnx_model(ask.model).embed(prefixed(ask), _stop_if_told)
