@@ -1944,13 +1944,20 @@ class Report:
 
 
 class Ledger:
-    """Keeps what became of each job, and settles a message when all its jobs are dealt with."""
+    """Keeps what became of each job, and settles a message when all its jobs are dealt with.
+
+    Any statement may be where a cancel strikes: what it was to do is noted as done when it is.
+    """
 
     def __init__(self, database: Database, messages: Sequence[Message]) -> None:
         self._database = database
         # Messages whose jobs are not known yet, and the jobs of the others.
         self._unread = {message.id for message in messages}
         self._messages: dict[int, list[Job]] = defaultdict(list)
+        # Decided, and to be written by flush(): messages, and rows by pipeline, attempts and delay.
+        self._released: list[int] = []
+        self._settled: list[int] = []
+        self._again: dict[tuple[int, int, float], dict[str, None]] = defaultdict(dict)
         self.report = Report()
 
     def take(self, messages: Sequence[Message]) -> None:
@@ -1965,13 +1972,13 @@ class Ledger:
 
     def set_aside(self, messages: Sequence[Message]) -> None:
         """Back to the queue, for a later pass."""
-        self._unread.difference_update(message.id for message in messages)
         self._database.release([message.id for message in messages])
+        self._unread.difference_update(message.id for message in messages)
 
     def settle(self, message: Message) -> None:
         """A message that has no jobs is dealt with."""
-        self._unread.discard(message.id)
         self._database.settle([message.id])
+        self._unread.discard(message.id)
 
     def done(self, job: Job) -> None:
         job.outcome = DONE
@@ -1992,10 +1999,10 @@ class Ledger:
             self._note(job, error)
 
     def fail(self, job: Job, reason: str, attempts: int | None = None) -> None:
+        self._database.fail(job.pipeline, job.key, reason, attempts or job.attempts + 1, job.content)
         job.outcome = DONE
         self.report.failed += 1
         self._note(job, reason)
-        self._database.fail(job.pipeline, job.key, reason, attempts or job.attempts + 1, job.content)
 
     def fail_message(self, message: Message, reason: str) -> None:
         self.report.read += 1
@@ -2021,26 +2028,27 @@ class Ledger:
         decided = [
             message_id for message_id, jobs in self._messages.items() if all(job.outcome is not None for job in jobs)
         ]
-        released, settled = [], []
-        again: dict[tuple[int, int, float], dict[str, None]] = defaultdict(dict)
         for message_id in decided:
             jobs = self._messages.pop(message_id)
             if all(job.outcome is RELEASED for job in jobs):
-                released.append(message_id)
+                self._released.append(message_id)
                 continue
-            settled.append(message_id)
+            self._settled.append(message_id)
             for job in jobs:
                 outcome = job.outcome
                 if outcome is RELEASED:
-                    again[job.pipeline.id, job.attempts, 0.0][job.key] = None
+                    self._again[job.pipeline.id, job.attempts, 0.0][job.key] = None
                 elif outcome is not None and outcome.again_in_seconds is not None:
-                    again[job.pipeline.id, outcome.attempts, outcome.again_in_seconds][job.key] = None
-        for (pipeline_id, attempts, delay_seconds), keys in again.items():
+                    self._again[job.pipeline.id, outcome.attempts, outcome.again_in_seconds][job.key] = None
+        for (pipeline_id, attempts, delay_seconds), keys in list(self._again.items()):
             self._database.requeue(pipeline_id, list(keys), attempts, delay_seconds=delay_seconds)
-        if released:
-            self._database.release(released)
-        if settled:
-            self._database.settle(settled)
+            del self._again[pipeline_id, attempts, delay_seconds]
+        if self._released:
+            self._database.release(self._released)
+            self._released = []
+        if self._settled:
+            self._database.settle(self._settled)
+            self._settled = []
 
     def _note(self, job: Job, error: str) -> None:
         pipeline: Pipeline = job.pipeline
@@ -4589,7 +4597,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "8aa7fb77df58512e"
+    GD["autoembed"] = "20063994e6005d77"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -4703,7 +4711,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "8aa7fb77df58512e":
+    if GD.get("autoembed") != "20063994e6005d77":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -7747,7 +7755,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "8aa7fb77df58512e":
+    if GD.get("autoembed") != "20063994e6005d77":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -7764,7 +7772,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "8aa7fb77df58512e":
+    if GD.get("autoembed") != "20063994e6005d77":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
@@ -7780,7 +7788,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "8aa7fb77df58512e":
+    if GD.get("autoembed") != "20063994e6005d77":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -8422,7 +8430,7 @@ CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embed
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "8aa7fb77df58512e":
+    if GD.get("autoembed") != "20063994e6005d77":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
@@ -8527,7 +8535,7 @@ CREATE FUNCTION autoembed._estimate_texts(texts text[], model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "8aa7fb77df58512e":
+    if GD.get("autoembed") != "20063994e6005d77":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.estimate(texts, model)]
@@ -8697,7 +8705,7 @@ CREATE FUNCTION autoembed._probe(model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "8aa7fb77df58512e":
+    if GD.get("autoembed") != "20063994e6005d77":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.probe(model)

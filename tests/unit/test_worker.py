@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import inspect
+import json
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -1234,6 +1236,50 @@ def test_a_cancel_in_flight_gives_all_jobs_back_and_leaves_no_thread(
     assert set(threading.enumerate()) <= before
     assert [(message.id, message.read_count) for message in database.waiting()] == [(number, 0) for number in sent]
     assert (database.failures, database.rests) == ({}, [])
+
+
+def test_a_cancel_at_any_statement_leaves_no_message_claimed_and_no_row_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A message that stays claimed comes back when its lease is over, minutes later; one settled too early, never."""
+    cancelled_at: list[str] = []
+    for number in count():
+        lane = Lane()
+        monkeypatch.setitem(PROVIDERS, "fake", lane.provider)
+        database, remaining = lane.database, iter(range(number))
+        for row_id, text in enumerate(["good", "poison", "changed", "", "odd", "deleted", "locked"]):
+            database.put(row_id, text)
+        database.content_errors[key_of(4)] = RowError("division by zero", passes=False)
+        del database.texts[key_of(5)]
+        database.locked[key_of(6)] = math.inf
+        database.send({"pipeline": 1, "truncated": True})
+        database.send({"pipeline": "none"})
+        lane.refuse("poison")
+
+        def note(statement: str, database: FakeDatabase = database, remaining: Iterator[int] = remaining) -> None:
+            if statement == "write":
+                database.texts[key_of(2)] = "changed since"
+            if next(remaining, None) is None and not cancelled_at[-1]:
+                cancelled_at[-1] = statement
+                raise Cancelled
+            database.statements.append(statement)
+
+        monkeypatch.setattr(database, "_note", note)
+        monkeypatch.setattr(worker, "LOCK_PATIENCE_SECONDS", 0.0)
+        cancelled_at.append("")
+        with contextlib.suppress(Cancelled):
+            lane.run(batch_size=3, max_requests=3)
+
+        assert database.claimed & database.queue.keys() == set(), cancelled_at[-1]
+        queued = {key_of(message.body["id"]) for message in database.waiting() if "id" in message.body} | {
+            json.dumps(key) for message in database.waiting() for key in message.body.get("keys", [])
+        }
+        written = {key for key, vector in database.vectors.items() if vector is not None}
+        dealt_with = written | database.failures.keys() | queued
+        assert {key_of(row_id) for row_id in (0, 1, 2, 4, 6)} <= dealt_with, cancelled_at[-1]
+        if not cancelled_at[-1]:
+            break
+    assert {"claim", "rows", "write", "record_embedded", "fail", "settle", "requeue", "commit"} <= set(cancelled_at)
 
 
 def test_a_cancel_ends_although_more_requests_wait_than_may_be_in_flight(lane: Lane, database: FakeDatabase) -> None:
