@@ -75,6 +75,7 @@ _forget - - - x
 _forget_all - - - x
 _forget_permits - - - x
 _forget_prepared - - - x
+_forget_runs - - - x
 _free_slots - - - x
 _gate - - - x
 _grant - - - x
