@@ -7,7 +7,6 @@ import itertools
 import json
 import struct
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -167,10 +166,6 @@ class FakeDatabase:
         if not synced:
             self.unsynced.append(len(self.statements))
         self._note("commit")
-
-    def sleep(self, seconds: float) -> None:
-        self._note("sleep")
-        time.sleep(seconds)
 
     def breathe(self) -> None:
         self._note("breathe")

@@ -41,7 +41,7 @@ from unit.fakes import (
     vector_of,
     vectors_of,
 )
-from waiting import wait_until
+from waiting import soon, wait_until
 
 if TYPE_CHECKING:
     from autoembed.database import Database
@@ -1125,12 +1125,13 @@ def test_a_write_waits_a_moment_for_requests_that_are_being_sent(
 
     def slowly(ask: Ask, network: Any) -> Embedded:
         if ask.texts == ["second"]:
-            time.sleep(0.02)
+            assert not soon(lambda: "write" in database.statements, 0.02)
             database.statements.append("sent")
             ask.sent.set()
         return embed(ask, network)
 
     monkeypatch.setattr(provider, "embed", slowly)
+    monkeypatch.setattr(worker, "SLICE_SECONDS", 5)
     database.put(1, "first")
     database.put(2, "second")
     lane.limit_inputs(1)
