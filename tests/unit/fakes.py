@@ -170,6 +170,9 @@ class FakeDatabase:
     def breathe(self) -> None:
         self._note("breathe")
 
+    def sleep(self, seconds: float) -> None:
+        self._note("sleep")
+
     def enter_lane(self, *, backfill: bool) -> bool:
         self.in_lane = True
         return True
