@@ -4597,7 +4597,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "20063994e6005d77"
+    GD["autoembed"] = "9f9614cdd2d5f848"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -4711,7 +4711,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "20063994e6005d77":
+    if GD.get("autoembed") != "9f9614cdd2d5f848":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -7755,7 +7755,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "20063994e6005d77":
+    if GD.get("autoembed") != "9f9614cdd2d5f848":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -7772,7 +7772,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "20063994e6005d77":
+    if GD.get("autoembed") != "9f9614cdd2d5f848":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
@@ -7788,7 +7788,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "20063994e6005d77":
+    if GD.get("autoembed") != "9f9614cdd2d5f848":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -8025,6 +8025,8 @@ CREATE FUNCTION autoembed._build_index(pipeline_id integer)
 AS $plpgsql$
 DECLARE
     _job text := 'autoembed-index-' || pipeline_id;
+    -- Lanes look once a second: before a second run, which would find the index there and say so in the log.
+    _interval text := '2 seconds';
     _pipeline autoembed.pipeline;
     _index pg_index;
     _key record;
@@ -8061,11 +8063,19 @@ BEGIN
         -- Either it is being built, or a build was interrupted.
         BEGIN
             EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE NOWAIT', _pipeline.table_id);
-            EXECUTE format('DROP INDEX %s', _index.indexrelid::regclass);
+            -- It may have been finished before the lock was ours.
+            IF EXISTS (SELECT FROM pg_index AS i WHERE i.indexrelid = _index.indexrelid AND NOT i.indisvalid) THEN
+                EXECUTE format('DROP INDEX %s', _index.indexrelid::regclass);
+            END IF;
         EXCEPTION WHEN lock_not_available THEN
-            NULL;
+            -- The next run would begin as soon as this one ends; to unschedule the job would end this one.
+            PERFORM cron.alter_job(j.jobid, schedule => '0 0 1 1 *')
+            FROM cron.job AS j
+            WHERE j.jobname = _job AND j.database = current_database() AND j.schedule = _interval;
         END;
-    ELSIF _problem IS NULL AND NOT EXISTS (SELECT FROM cron.job AS j WHERE j.jobname = _job AND j.database = current_database()) THEN
+    ELSIF _problem IS NULL AND NOT EXISTS (
+        SELECT FROM cron.job AS j WHERE j.jobname = _job AND j.database = current_database() AND j.schedule = _interval
+    ) THEN
         SELECT CASE WHEN to_regclass(format('%I.%I', n.nspname, k.name)) IS NULL THEN k.name ELSE format('autoembed_%s_idx', pipeline_id) END
         INTO STRICT _name
         FROM pg_class AS c
@@ -8073,8 +8083,8 @@ BEGIN
         CROSS JOIN LATERAL (SELECT left(c.relname, 30) || '_' || left(_pipeline.embedding_column, 25) || '_idx' AS name) AS k
         WHERE c.oid = _pipeline.table_id;
         -- By pg_cron, as no function can build one concurrently.
-        PERFORM cron.schedule(_job, '1 second', format('CREATE INDEX CONCURRENTLY IF NOT EXISTS %I ON %s USING hnsw (%s)',
-                                                       _name, _pipeline.table_id, _key.key));
+        PERFORM cron.schedule(_job, _interval, format('CREATE INDEX CONCURRENTLY IF NOT EXISTS %I ON %s USING hnsw (%s)',
+                                                      _name, _pipeline.table_id, _key.key));
     END IF;
     RETURN false;
 END;
@@ -8430,7 +8440,7 @@ CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embed
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "20063994e6005d77":
+    if GD.get("autoembed") != "9f9614cdd2d5f848":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
@@ -8535,7 +8545,7 @@ CREATE FUNCTION autoembed._estimate_texts(texts text[], model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "20063994e6005d77":
+    if GD.get("autoembed") != "9f9614cdd2d5f848":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.estimate(texts, model)]
@@ -8705,7 +8715,7 @@ CREATE FUNCTION autoembed._probe(model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "20063994e6005d77":
+    if GD.get("autoembed") != "9f9614cdd2d5f848":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.probe(model)

@@ -108,6 +108,8 @@ CREATE FUNCTION autoembed._build_index(pipeline_id integer)
 AS $plpgsql$
 DECLARE
     _job text := 'autoembed-index-' || pipeline_id;
+    -- Lanes look once a second: before a second run, which would find the index there and say so in the log.
+    _interval text := '2 seconds';
     _pipeline autoembed.pipeline;
     _index pg_index;
     _key record;
@@ -144,11 +146,19 @@ BEGIN
         -- Either it is being built, or a build was interrupted.
         BEGIN
             EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE NOWAIT', _pipeline.table_id);
-            EXECUTE format('DROP INDEX %s', _index.indexrelid::regclass);
+            -- It may have been finished before the lock was ours.
+            IF EXISTS (SELECT FROM pg_index AS i WHERE i.indexrelid = _index.indexrelid AND NOT i.indisvalid) THEN
+                EXECUTE format('DROP INDEX %s', _index.indexrelid::regclass);
+            END IF;
         EXCEPTION WHEN lock_not_available THEN
-            NULL;
+            -- The next run would begin as soon as this one ends; to unschedule the job would end this one.
+            PERFORM cron.alter_job(j.jobid, schedule => '0 0 1 1 *')
+            FROM cron.job AS j
+            WHERE j.jobname = _job AND j.database = current_database() AND j.schedule = _interval;
         END;
-    ELSIF _problem IS NULL AND NOT EXISTS (SELECT FROM cron.job AS j WHERE j.jobname = _job AND j.database = current_database()) THEN
+    ELSIF _problem IS NULL AND NOT EXISTS (
+        SELECT FROM cron.job AS j WHERE j.jobname = _job AND j.database = current_database() AND j.schedule = _interval
+    ) THEN
         SELECT CASE WHEN to_regclass(format('%I.%I', n.nspname, k.name)) IS NULL THEN k.name ELSE format('autoembed_%s_idx', pipeline_id) END
         INTO STRICT _name
         FROM pg_class AS c
@@ -156,8 +166,8 @@ BEGIN
         CROSS JOIN LATERAL (SELECT left(c.relname, 30) || '_' || left(_pipeline.embedding_column, 25) || '_idx' AS name) AS k
         WHERE c.oid = _pipeline.table_id;
         -- By pg_cron, as no function can build one concurrently.
-        PERFORM cron.schedule(_job, '1 second', format('CREATE INDEX CONCURRENTLY IF NOT EXISTS %I ON %s USING hnsw (%s)',
-                                                       _name, _pipeline.table_id, _key.key));
+        PERFORM cron.schedule(_job, _interval, format('CREATE INDEX CONCURRENTLY IF NOT EXISTS %I ON %s USING hnsw (%s)',
+                                                      _name, _pipeline.table_id, _key.key));
     END IF;
     RETURN false;
 END;
