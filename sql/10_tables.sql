@@ -57,6 +57,9 @@ SELECT pgmq.create('embedding_jobs');
 CREATE INDEX q_embedding_jobs_pipeline_idx
     ON pgmq.q_embedding_jobs ((coalesce(message ->> 'pipeline', '')), vt);
 
+-- A hundred keys are more than 2 kB, and to compress them would be an eighth of what an application's INSERT pays for us.
+ALTER TABLE pgmq.q_embedding_jobs SET (toast_tuple_target = 8160);
+
 SELECT pg_catalog.pg_extension_config_dump('pgmq.q_embedding_jobs', '');
 SELECT pg_catalog.pg_extension_config_dump('pgmq.q_embedding_jobs_msg_id_seq', '');
 

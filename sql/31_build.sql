@@ -238,8 +238,8 @@ DECLARE
     _key_changed text;
     _text_changed text;
     -- A row whose key is NULL, now that it may be, cannot be found again.
-    _no_key text := (SELECT format('num_nulls(%s)', string_agg(format('%%1$s.%I', k.name), ', ')) FROM unnest(pipeline.key_columns) AS k(name));
-    _new_rows text := format('SELECT %s AS key FROM new_rows AS n WHERE %s = 0', autoembed._key_expression(pipeline, 'n'), format(_no_key, 'n'));
+    _has_key text := (SELECT format('ROW(%s) IS NOT NULL', string_agg(format('%%1$s.%I', k.name), ', ')) FROM unnest(pipeline.key_columns) AS k(name));
+    _new_rows text := format('SELECT %s AS key FROM new_rows AS n WHERE %s', autoembed._key_expression(pipeline, 'n'), format(_has_key, 'n'));
     _enqueue text;
     _options text := 'SECURITY DEFINER SET search_path = pg_catalog, pg_temp';
 BEGIN
@@ -298,7 +298,7 @@ DECLARE
 BEGIN
     IF TG_OP = 'UPDATE' THEN
         %1$s
-        IF %8$s > 0 THEN
+        IF NOT (%8$s) THEN
             RETURN NULL;
         END IF;
         INSERT INTO pgmq.q_embedding_jobs (vt, message)
@@ -309,7 +309,7 @@ BEGIN
     ELSIF TG_LEVEL = 'ROW' THEN
         INSERT INTO pgmq.q_embedding_jobs (vt, message)
         SELECT clock_timestamp(), concat('{"pipeline": %2$s, "keys": [', CASE TG_OP WHEN 'INSERT' THEN %5$s ELSE %4$s END, ']}')::jsonb
-        WHERE CASE TG_OP WHEN 'INSERT' THEN %9$s ELSE %10$s END = 0;
+        WHERE CASE TG_OP WHEN 'INSERT' THEN %9$s ELSE %10$s END;
     ELSIF TG_OP = 'INSERT' THEN
         %6$s
     ELSE
@@ -350,10 +350,10 @@ END;$body$,
                          format(_enqueue, format('%s AND autoembed._text_%s(n::%s) IS NOT NULL', _new_rows, pipeline.id, pipeline.table_id)),
                          format(_enqueue, _new_rows))
         END,
-        format(_enqueue, format('SELECT %s AS key FROM old_rows AS o WHERE %s = 0', autoembed._key_expression(pipeline, 'o'), format(_no_key, 'o'))),
-        format(_no_key, 'OLD') || ' + ' || format(_no_key, 'NEW'),
-        format(_no_key, 'NEW'),
-        format(_no_key, 'OLD')));
+        format(_enqueue, format('SELECT %s AS key FROM old_rows AS o WHERE %s', autoembed._key_expression(pipeline, 'o'), format(_has_key, 'o'))),
+        format(_has_key, 'OLD') || ' AND ' || format(_has_key, 'NEW'),
+        format(_has_key, 'NEW'),
+        format(_has_key, 'OLD')));
     EXECUTE format('REVOKE ALL ON FUNCTION autoembed._capture_%s() FROM PUBLIC', pipeline.id);
 
     EXECUTE format('CREATE OR REPLACE FUNCTION autoembed._clear_%s() RETURNS trigger LANGUAGE plpgsql %s AS %L',
