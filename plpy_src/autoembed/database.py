@@ -305,6 +305,25 @@ class Database:
         finally:
             self._run("SELECT autoembed._forget_prepared($1)", ["pg_catalog.text[]"], [known])
 
+    @contextmanager
+    def read_committed(self) -> Iterator[None]:
+        """Transactions that see what is committed, whatever the session's default.
+
+        In others, two lanes or an application would fail each other's statements, and COMMIT itself.
+        """
+        default = self._run("SELECT pg_catalog.current_setting('default_transaction_isolation') AS level")[0]["level"]
+        self._isolate("read committed")
+        try:
+            yield
+        finally:
+            self._isolate(default)
+
+    def _isolate(self, level: str) -> None:
+        self._run(
+            "SELECT pg_catalog.set_config('default_transaction_isolation', $1, false)", ["pg_catalog.text"], [level]
+        )
+        self.commit()
+
     # Limits --------------------------------------------------------------------------------------
 
     def take_permit(self, model: str, tolls: Sequence[Toll | None], slots_held: Sequence[int]) -> Permit:

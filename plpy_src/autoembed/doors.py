@@ -60,7 +60,7 @@ def work(run_seconds: float, batch_size: int, max_requests: int, timeout_millise
     _mallopt(M_TRIM_THRESHOLD, 8 << 20)
     here = database.Database(commits=True)
     try:
-        with here.prepared_statements_kept():
+        with here.read_committed(), here.prepared_statements_kept():
             worker.work(here, _network, options, run_seconds, backfill=backfill)
     except database.Error:
         # DROP EXTENSION while the lane ran is no error.

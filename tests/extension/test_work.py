@@ -35,6 +35,32 @@ def test_a_lane_ends_by_itself_when_its_time_is_up(db: Connection) -> None:
     assert db.execute("SELECT count(*) FROM autoembed.lane").fetchone() == (0,)
 
 
+@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+def test_a_lane_reads_what_is_committed_whatever_the_sessions_default(
+    documents: Connection, connect: Connect, level: str
+) -> None:
+    """At another level a row that somebody changes meanwhile ends the lane, or takes back what it has written."""
+    documents.execute("""
+        CREATE TABLE seen (level text);
+        CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $plpgsql$
+        BEGIN
+            INSERT INTO public.seen VALUES (current_setting('transaction_isolation'));
+            RETURN NULL;
+        END $plpgsql$;
+        CREATE TRIGGER note AFTER UPDATE OF embedding ON documents EXECUTE FUNCTION note();
+    """)
+    insert(documents, "a text")
+    session = connect()
+    session.execute(f"SET default_transaction_isolation = '{level}'".encode())
+    lane = Lane(session)
+    wait_until(lambda: is_settled(documents))
+    documents.execute("SELECT autoembed.unschedule()")
+    lane.join()
+
+    assert documents.execute("SELECT level FROM seen").fetchall() == [("read committed",)]
+    assert session.execute("SHOW default_transaction_isolation").fetchone() == (level,)
+
+
 def test_unschedule_ends_running_lanes(documents: Connection, connect: Connect) -> None:
     """If a lane does not ask whether it is wanted, it runs on until its time is up."""
     lane = Lane(connect())
