@@ -64,10 +64,11 @@ def main() -> None:
         grace_seconds=10,
     )
     CACHE.mkdir(exist_ok=True)
-    versions = [SYSTEMS[name].install() for name in options.systems if name in SYSTEMS]
     results = Results()
     described: dict[str, str] = {}
     kept = report.read(options.output, but=(options.scenarios, options.systems)) if options.add else Results()
+    shown = dict.fromkeys([*options.systems, *(result.system for result in kept)])
+    versions = [SYSTEMS[name].install() for name in shown if name in SYSTEMS]
     try:
         for run in range(1, options.runs + 1):
             for scenario, name, measurement in _plan(options.scenarios, options.systems, sizes):
@@ -81,8 +82,8 @@ def main() -> None:
                     measured = measurement(server, db)
                     took = time.monotonic() - began
                 results.append(Result(scenario, name, run, measured.figures, measured.curve))
-                shown = ", ".join(f"{figure} {value:.4g}" for figure, value in measured.figures.items())
-                print(f"{run} {scenario} {name}: {shown} ({took:.0f} s)", flush=True)
+                figures = ", ".join(f"{figure} {value:.4g}" for figure, value in measured.figures.items())
+                print(f"{run} {scenario} {name}: {figures} ({took:.0f} s)", flush=True)
     finally:
         # An hour's figures outlive the failure of one measurement.
         if results:

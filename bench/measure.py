@@ -39,6 +39,14 @@ def postgres_cpu_seconds(db: Connection) -> float:
     return sum(_cpu_seconds(stat, with_children=stat.startswith("1 ")) for (stat,) in stats if stat)
 
 
+def lane_cpu_seconds(db: Connection) -> float:
+    """Of the sessions that are lanes of autoembed, those for backfills not counted, in the scheduler's nanoseconds."""
+    if db.execute("SELECT to_regclass('autoembed.lane')").fetchone() == (None,):
+        return 0.0
+    read = "SELECT pg_read_file(format('/proc/%s/schedstat', pid)) FROM autoembed.lane WHERE NOT backfill"
+    return sum(int(schedstat.split()[0]) for (schedstat,) in db.execute(read)) / 1e9
+
+
 def process_cpu_seconds(pid: int) -> float:
     return _cpu_seconds(Path(f"/proc/{pid}/stat").read_text(), with_children=False)
 

@@ -74,7 +74,8 @@ LOCAL: Columns = {
 }
 IDLE: Columns = {
     "CPU of the server, %": ("postgres_cpu_percent", 1),
-    "CPU of the worker, %": ("worker_cpu_percent", 1),
+    "of a lane, %": ("lane_cpu_percent", 1),
+    "of a rival's worker, %": ("worker_cpu_percent", 1),
     "WAL, bytes": ("wal_bytes", 1),
     "rows written": ("rows_written", 1),
     "growth of tables and log, bytes": ("growth_bytes", 1),

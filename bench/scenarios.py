@@ -280,13 +280,16 @@ def idle(server: Server, db: Connection, system: System, sizes: Sizes) -> Measur
         time.sleep(16)
         written = _written(server, db)
         before, worker_cpu_seconds = Usage.of(db), workers.cpu_seconds()
+        lane_cpu_seconds = measure.lane_cpu_seconds(db)
         time.sleep(sizes.idle_seconds)
+        lane_cpu_seconds = measure.lane_cpu_seconds(db) - lane_cpu_seconds
         used, worker_cpu_seconds = Usage.of(db) - before, workers.cpu_seconds() - worker_cpu_seconds
         grown = {figure: value - written[figure] for figure, value in _written(server, db).items()}
         private_bytes = workers.private_bytes()
     figures = {
         "postgres_cpu_percent": 100 * used.cpu_seconds / sizes.idle_seconds,
         "worker_cpu_percent": 100 * worker_cpu_seconds / sizes.idle_seconds,
+        "lane_cpu_percent": 100 * lane_cpu_seconds / sizes.idle_seconds,
         "wal_bytes": used.wal_bytes,
         **grown,
         "private_bytes": private_bytes,
