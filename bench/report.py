@@ -115,6 +115,9 @@ def read(folder: Path, but: tuple[Sequence[str], Sequence[str]]) -> Results:
     """The figures that a report has, without those of these scenarios and systems."""
     found = json.loads((folder / "results.json").read_text())["results"]
     scenarios, systems = but
+    for one in found:
+        # JSON has no ∞.
+        one["figures"] = {name: math.inf if value is None else value for name, value in one["figures"].items()}
     return Results(Result(**one) for one in found if not (one["scenario"] in scenarios and one["system"] in systems))
 
 

@@ -1168,15 +1168,13 @@ def _body(message: str | None) -> Any:
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-from autoembed import database, worker
+from autoembed import database, heap, worker
 from autoembed.batching import estimate_tokens, pack, truncate
 from autoembed.errors import InvalidInput, OverBudget, ProviderTrouble, Trouble
 from autoembed.flight import SLICE_SECONDS, Flight
@@ -1190,20 +1188,7 @@ QUERY_CACHE_SIZE = 100
 QUERY_TIMEOUT_SECONDS = 60.0
 PROBE_TIMEOUT_SECONDS = 10.0
 
-# Parameters of glibc's mallopt().
-M_TRIM_THRESHOLD = -1
-M_MMAP_THRESHOLD = -3
-M_ARENA_MAX = -8
-
-
-def _mallopt(parameter: int, value: int) -> None:
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(parameter, value)
-
-
-# glibc gives each thread a heap of its own, which keeps what it once had; a lane's threads do well with one for all.
-_mallopt(M_ARENA_MAX, 1)
-
+heap.share_one_arena()
 _network = Network(max_connections=32)
 _queries: OrderedDict[tuple[Model, str], str] = OrderedDict()
 
@@ -1222,8 +1207,7 @@ def work(run_seconds: float, batch_size: int, max_requests: int, timeout_millise
     options = _options(batch_size, max_requests, timeout_milliseconds)
     # Answers are most of what a lane allocates: each goes back to the system when it is written, but not what an index
     # takes for each of its rows.
-    _mallopt(M_MMAP_THRESHOLD, 600_000)
-    _mallopt(M_TRIM_THRESHOLD, 8 << 20)
+    heap.keep(block_bytes=600_000, free_bytes=8 << 20)
     here = database.Database(commits=True)
     try:
         with here.read_committed(), here.prepared_statements_kept():
@@ -1837,6 +1821,39 @@ class Flight(Generic[Tag, Result]):
             return tag, call()
         except Trouble as trouble:
             return tag, trouble
+''',
+"autoembed.heap": r'''"""What a process keeps of the memory that it frees: glibc's mallopt(3), malloc_trim(3); elsewhere these do nothing."""
+
+from __future__ import annotations
+
+import ctypes
+
+# malloc.h
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+M_ARENA_MAX = -8
+
+
+def share_one_arena() -> None:
+    """Otherwise each thread has a heap of its own, which keeps what it once had; a lane's do well with one for all."""
+    _call("mallopt", M_ARENA_MAX, 1)
+
+
+def keep(block_bytes: int, free_bytes: int) -> None:
+    """Keeps freed blocks up to a size, 32 MiB at most, and so much at the heap's end; the system gets the rest."""
+    _call("mallopt", M_MMAP_THRESHOLD, block_bytes)
+    _call("mallopt", M_TRIM_THRESHOLD, free_bytes)
+
+
+def trim() -> None:
+    """Gives back all that is free. Takes 1 to 3 ms."""
+    _call("malloc_trim", 0)
+
+
+def _call(name: str, *arguments: int) -> None:
+    function = getattr(ctypes.CDLL(None), name, None)
+    if function:
+        function(*arguments)
 ''',
 "autoembed.jobs": r'''"""Jobs and messages: which rows a message is for, what became of each, and when the message can go."""
 
@@ -2676,10 +2693,11 @@ def _cause(error: BaseException) -> str:
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+
+from autoembed import heap
 
 if TYPE_CHECKING:
     import numpy as np
@@ -2725,7 +2743,8 @@ class OnnxModel:
         self.dimensions: int = output.shape[2]
         self._max_tokens = max_tokens
         self._run: Any = None
-        _release_memory()
+        # 60 MB after loading, up to 70 MB after long texts.
+        heap.trim()
 
     def embed(self, texts: Sequence[str], between_batches: Callable[[], None] = lambda: None) -> Array:
         """Return one float32 vector of unit length for each text, in their order.
@@ -2737,6 +2756,8 @@ class OnnxModel:
         import onnxruntime
 
         vectors = np.empty((len(texts), self.dimensions), np.float32)
+        # Mapped anew for each batch, the activations would take half as long again.
+        heap.keep(block_bytes=32 << 20, free_bytes=64 << 20)
         try:
             tokens = self._tokenize(texts, between_batches)
             for batch in batches([len(ids) for ids in tokens], BATCH_TOKENS):
@@ -2744,7 +2765,7 @@ class OnnxModel:
                 between_batches()
                 vectors[batch] = self._embed_batch([tokens[i] for i in batch])
         finally:
-            _release_memory()
+            heap.trim()
         return vectors
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
@@ -2843,13 +2864,6 @@ def _load_session(path: str, threads: int) -> Any:
     # Threads that spin when there is nothing to compute take the cores from other backends.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-
-def _release_memory() -> None:
-    # glibc keeps freed memory: 60 MB after loading, up to 70 MB after long texts. This takes 1 to 3 ms.
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if malloc_trim:
-        malloc_trim(0)
 ''',
 "autoembed.providers": r'''"""The ways to speak to a model: texts in, vectors out. One module each; nothing of one provider is known outside it."""
 
@@ -4619,7 +4633,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "e021386802fcc468"
+    GD["autoembed"] = "9bf8c442ccce7422"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -4733,7 +4747,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "e021386802fcc468":
+    if GD.get("autoembed") != "9bf8c442ccce7422":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -7778,7 +7792,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "e021386802fcc468":
+    if GD.get("autoembed") != "9bf8c442ccce7422":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -7795,7 +7809,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "e021386802fcc468":
+    if GD.get("autoembed") != "9bf8c442ccce7422":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
@@ -7811,7 +7825,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "e021386802fcc468":
+    if GD.get("autoembed") != "9bf8c442ccce7422":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -8463,7 +8477,7 @@ CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embed
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "e021386802fcc468":
+    if GD.get("autoembed") != "9bf8c442ccce7422":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
@@ -8568,7 +8582,7 @@ CREATE FUNCTION autoembed._estimate_texts(texts text[], model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "e021386802fcc468":
+    if GD.get("autoembed") != "9bf8c442ccce7422":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.estimate(texts, model)]
@@ -8738,7 +8752,7 @@ CREATE FUNCTION autoembed._probe(model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "e021386802fcc468":
+    if GD.get("autoembed") != "9bf8c442ccce7422":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.probe(model)

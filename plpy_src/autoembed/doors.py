@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-from autoembed import database, worker
+from autoembed import database, heap, worker
 from autoembed.batching import estimate_tokens, pack, truncate
 from autoembed.errors import InvalidInput, OverBudget, ProviderTrouble, Trouble
 from autoembed.flight import SLICE_SECONDS, Flight
@@ -24,20 +22,7 @@ QUERY_CACHE_SIZE = 100
 QUERY_TIMEOUT_SECONDS = 60.0
 PROBE_TIMEOUT_SECONDS = 10.0
 
-# Parameters of glibc's mallopt().
-M_TRIM_THRESHOLD = -1
-M_MMAP_THRESHOLD = -3
-M_ARENA_MAX = -8
-
-
-def _mallopt(parameter: int, value: int) -> None:
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(parameter, value)
-
-
-# glibc gives each thread a heap of its own, which keeps what it once had; a lane's threads do well with one for all.
-_mallopt(M_ARENA_MAX, 1)
-
+heap.share_one_arena()
 _network = Network(max_connections=32)
 _queries: OrderedDict[tuple[Model, str], str] = OrderedDict()
 
@@ -56,8 +41,7 @@ def work(run_seconds: float, batch_size: int, max_requests: int, timeout_millise
     options = _options(batch_size, max_requests, timeout_milliseconds)
     # Answers are most of what a lane allocates: each goes back to the system when it is written, but not what an index
     # takes for each of its rows.
-    _mallopt(M_MMAP_THRESHOLD, 600_000)
-    _mallopt(M_TRIM_THRESHOLD, 8 << 20)
+    heap.keep(block_bytes=600_000, free_bytes=8 << 20)
     here = database.Database(commits=True)
     try:
         with here.read_committed(), here.prepared_statements_kept():
