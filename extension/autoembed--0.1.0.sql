@@ -692,7 +692,7 @@ class Database:
 
     def __init__(self, *, commits: bool) -> None:
         self._commits = commits
-        # The temporary tables that may have rows: each commit empties them.
+        # The types of vectors whose temporary tables may have rows: each commit empties them.
         self._filled: set[str] = set()
 
     def commit(self, *, synced: bool = True) -> None:
@@ -1018,32 +1018,22 @@ class Database:
 
     def _staged(self, pipeline: Pipeline, vectors: np.ndarray) -> str | None:
         """The temporary table that holds the vectors, in their order; None if this role may not COPY from a file."""
-        type_name = pipeline.vector_type.rpartition(".")[2]
-        # Made before any owner's code could make one of that name: only ours belongs to us.
-        [row] = self._run(
-            "SELECT s.usable, s.owned FROM autoembed._stage($1) AS s", ["pg_catalog.text"], [f"_autoembed_{type_name}"]
-        )
-        if not row["usable"]:
-            return None
-        stage = f"pg_temp._autoembed_{type_name}"
-        if not row["owned"]:
-            # Rows of up to a page stay whole, and are not moved to a TOAST table for a moment.
-            plpy.execute(
-                f"CREATE TEMPORARY TABLE {stage} (n pg_catalog.int4, v {pipeline.vector_type})"
-                " WITH (toast_tuple_target = 8160) ON COMMIT DELETE ROWS"
-            )
-        elif stage in self._filled or not self._commits:
-            plpy.execute(f"TRUNCATE {stage}")
-        self._filled.add(stage)
+        may_have_rows = not self._commits or pipeline.vector_type in self._filled
+        self._filled.add(pipeline.vector_type)
+        rows = copy_rows(vectors, pipeline.vector_type.rpartition(".")[2])
         # A file that is only ours and in memory alone.
         file = os.memfd_create("autoembed")
         try:
             with open(file, "wb", closefd=False) as stream:
-                stream.write(copy_rows(vectors, type_name))
-            plpy.execute(f"COPY {stage} FROM '/proc/self/fd/{file}' (FORMAT binary)")
+                stream.write(rows)
+            [row] = self._run(
+                "SELECT autoembed._stage($1, $2, $3, $4) AS name",
+                ["pg_catalog.regtype", "pg_catalog.int4", "pg_catalog.int4", "pg_catalog.bool"],
+                [pipeline.vector_type, len(rows) // len(vectors), file, may_have_rows],
+            )
         finally:
             os.close(file)
-        return stage
+        return row["name"]  # type: ignore[no-any-return]
 
     def record_embedded(
         self, pipeline: Pipeline, keys: Sequence[str], digests: Sequence[bytes], truncated: Sequence[bool]
@@ -3848,7 +3838,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from autoembed import batching
+from autoembed import batching, heap
 from autoembed.errors import OverBudget, ProviderTrouble, Refused, RowError, rest_seconds
 from autoembed.flight import SLICE_SECONDS, Flight
 from autoembed.jobs import Address, Job, Ledger, Report, address_of, are_keys, isolate
@@ -3913,6 +3903,7 @@ def work(database: Database, network: Network, options: Options, run_seconds: fl
     limit = database.statement_timeout_seconds()
     end = time.monotonic() + (run_seconds if limit is None else min(run_seconds, limit / 2))
     look_around_at = 0.0
+    has_worked = False
     queue = partial(_claim_queued, database, options)
     tables = partial(_claim_backfill, database, options, backfill)
     indexed = database.enter_lane(backfill=backfill)
@@ -3928,14 +3919,19 @@ def work(database: Database, network: Network, options: Options, run_seconds: fl
                     break
                 database.clean_up()
                 database.commit()
+                if has_worked:
+                    heap.trim()
+                    has_worked = False
             read = 0 if backfill else _work_on(database, network, options, queue, pace).read
             if read == 0 and look_around:
                 read = _work_on(database, network, options, tables, pace).read
                 if read > 0:
                     look_around_at = 0.0
-            if read == 0 and backfill:
+            if read > 0:
+                has_worked = True
+            elif backfill:
                 database.sleep(BACKFILL_POLL_SECONDS)
-            elif read == 0:
+            else:
                 time.sleep(POLL_SECONDS)
     finally:
         database.leave_lane()
@@ -4633,7 +4629,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "9bf8c442ccce7422"
+    GD["autoembed"] = "b137d7d78974c851"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -4747,7 +4743,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "9bf8c442ccce7422":
+    if GD.get("autoembed") != "b137d7d78974c851":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -7503,24 +7499,40 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._digests(integer, text[]) IS 'From which text the embeddings of these rows were made.';
 
-CREATE FUNCTION autoembed._stage(name text, OUT usable boolean, OUT owned boolean)
+CREATE FUNCTION autoembed._stage(vector_type regtype, row_bytes integer, file integer, may_have_rows boolean) RETURNS text
     LANGUAGE plpgsql
-    STABLE
-    -- As the caller: it is he who will COPY.
+    -- As the caller: it is he who COPYs.
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    -- What fits in a page needs no TOAST table, which each commit would empty and index anew, at a cost of 2 kB of the lane's memory.
+    storage CONSTANT text := CASE WHEN row_bytes <= 8100 THEN 'PLAIN' ELSE 'EXTERNAL' END;
+    name CONSTANT text := format('_autoembed_%s_%s', (SELECT t.typname FROM pg_type AS t WHERE t.oid = vector_type), lower(storage));
+    stage CONSTANT text := format('pg_temp.%I', name);
+    usable boolean;
+    is_there boolean;
 BEGIN
     SELECT pg_has_role('pg_read_server_files', 'USAGE')
            AND has_database_privilege(current_database(), 'TEMPORARY')
+           -- Made before any owner's code could make one of that name: only ours belongs to us.
            AND coalesce(bool_and(pg_get_userbyid(c.relowner) = current_user), true),
            count(*) > 0
-    INTO usable, owned
+    INTO usable, is_there
     FROM pg_class AS c
-    WHERE c.relnamespace = pg_my_temp_schema() AND c.relname = _stage.name;
+    WHERE c.relnamespace = pg_my_temp_schema() AND c.relname = name;
+    IF NOT usable THEN
+        RETURN NULL;
+    ELSIF NOT is_there THEN
+        EXECUTE format('CREATE TEMPORARY TABLE %s (n integer, v %s STORAGE %s) ON COMMIT DELETE ROWS', stage, vector_type, storage);
+    ELSIF may_have_rows THEN
+        EXECUTE format('TRUNCATE %s', stage);
+    END IF;
+    EXECUTE format('COPY %s FROM ''/proc/self/fd/%s'' (FORMAT binary)', stage, file);
+    RETURN stage;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._stage(text) IS
-    'Whether the caller may COPY into a temporary table of that name, and whether it is there.';
+COMMENT ON FUNCTION autoembed._stage(regtype, integer, integer, boolean) IS
+    'Reads numbered vectors of about so many bytes from an open file into a temporary table, and returns its name; NULL if the caller may not do so.';
 
 CREATE FUNCTION autoembed._record_embedded(pipeline_id integer, keys text[], digests bytea[], truncated boolean[])
     RETURNS void
@@ -7792,7 +7804,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "9bf8c442ccce7422":
+    if GD.get("autoembed") != "b137d7d78974c851":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -7809,7 +7821,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "9bf8c442ccce7422":
+    if GD.get("autoembed") != "b137d7d78974c851":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
@@ -7825,7 +7837,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "9bf8c442ccce7422":
+    if GD.get("autoembed") != "b137d7d78974c851":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -8477,7 +8489,7 @@ CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embed
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "9bf8c442ccce7422":
+    if GD.get("autoembed") != "b137d7d78974c851":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
@@ -8582,7 +8594,7 @@ CREATE FUNCTION autoembed._estimate_texts(texts text[], model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "9bf8c442ccce7422":
+    if GD.get("autoembed") != "b137d7d78974c851":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.estimate(texts, model)]
@@ -8752,7 +8764,7 @@ CREATE FUNCTION autoembed._probe(model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "9bf8c442ccce7422":
+    if GD.get("autoembed") != "b137d7d78974c851":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.probe(model)

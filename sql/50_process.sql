@@ -233,24 +233,40 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._digests(integer, text[]) IS 'From which text the embeddings of these rows were made.';
 
-CREATE FUNCTION autoembed._stage(name text, OUT usable boolean, OUT owned boolean)
+CREATE FUNCTION autoembed._stage(vector_type regtype, row_bytes integer, file integer, may_have_rows boolean) RETURNS text
     LANGUAGE plpgsql
-    STABLE
-    -- As the caller: it is he who will COPY.
+    -- As the caller: it is he who COPYs.
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    -- What fits in a page needs no TOAST table, which each commit would empty and index anew, at a cost of 2 kB of the lane's memory.
+    storage CONSTANT text := CASE WHEN row_bytes <= 8100 THEN 'PLAIN' ELSE 'EXTERNAL' END;
+    name CONSTANT text := format('_autoembed_%s_%s', (SELECT t.typname FROM pg_type AS t WHERE t.oid = vector_type), lower(storage));
+    stage CONSTANT text := format('pg_temp.%I', name);
+    usable boolean;
+    is_there boolean;
 BEGIN
     SELECT pg_has_role('pg_read_server_files', 'USAGE')
            AND has_database_privilege(current_database(), 'TEMPORARY')
+           -- Made before any owner's code could make one of that name: only ours belongs to us.
            AND coalesce(bool_and(pg_get_userbyid(c.relowner) = current_user), true),
            count(*) > 0
-    INTO usable, owned
+    INTO usable, is_there
     FROM pg_class AS c
-    WHERE c.relnamespace = pg_my_temp_schema() AND c.relname = _stage.name;
+    WHERE c.relnamespace = pg_my_temp_schema() AND c.relname = name;
+    IF NOT usable THEN
+        RETURN NULL;
+    ELSIF NOT is_there THEN
+        EXECUTE format('CREATE TEMPORARY TABLE %s (n integer, v %s STORAGE %s) ON COMMIT DELETE ROWS', stage, vector_type, storage);
+    ELSIF may_have_rows THEN
+        EXECUTE format('TRUNCATE %s', stage);
+    END IF;
+    EXECUTE format('COPY %s FROM ''/proc/self/fd/%s'' (FORMAT binary)', stage, file);
+    RETURN stage;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._stage(text) IS
-    'Whether the caller may COPY into a temporary table of that name, and whether it is there.';
+COMMENT ON FUNCTION autoembed._stage(regtype, integer, integer, boolean) IS
+    'Reads numbered vectors of about so many bytes from an open file into a temporary table, and returns its name; NULL if the caller may not do so.';
 
 CREATE FUNCTION autoembed._record_embedded(pipeline_id integer, keys text[], digests bytea[], truncated boolean[])
     RETURNS void

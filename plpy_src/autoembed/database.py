@@ -87,7 +87,7 @@ class Database:
 
     def __init__(self, *, commits: bool) -> None:
         self._commits = commits
-        # The temporary tables that may have rows: each commit empties them.
+        # The types of vectors whose temporary tables may have rows: each commit empties them.
         self._filled: set[str] = set()
 
     def commit(self, *, synced: bool = True) -> None:
@@ -413,32 +413,22 @@ class Database:
 
     def _staged(self, pipeline: Pipeline, vectors: np.ndarray) -> str | None:
         """The temporary table that holds the vectors, in their order; None if this role may not COPY from a file."""
-        type_name = pipeline.vector_type.rpartition(".")[2]
-        # Made before any owner's code could make one of that name: only ours belongs to us.
-        [row] = self._run(
-            "SELECT s.usable, s.owned FROM autoembed._stage($1) AS s", ["pg_catalog.text"], [f"_autoembed_{type_name}"]
-        )
-        if not row["usable"]:
-            return None
-        stage = f"pg_temp._autoembed_{type_name}"
-        if not row["owned"]:
-            # Rows of up to a page stay whole, and are not moved to a TOAST table for a moment.
-            plpy.execute(
-                f"CREATE TEMPORARY TABLE {stage} (n pg_catalog.int4, v {pipeline.vector_type})"
-                " WITH (toast_tuple_target = 8160) ON COMMIT DELETE ROWS"
-            )
-        elif stage in self._filled or not self._commits:
-            plpy.execute(f"TRUNCATE {stage}")
-        self._filled.add(stage)
+        may_have_rows = not self._commits or pipeline.vector_type in self._filled
+        self._filled.add(pipeline.vector_type)
+        rows = copy_rows(vectors, pipeline.vector_type.rpartition(".")[2])
         # A file that is only ours and in memory alone.
         file = os.memfd_create("autoembed")
         try:
             with open(file, "wb", closefd=False) as stream:
-                stream.write(copy_rows(vectors, type_name))
-            plpy.execute(f"COPY {stage} FROM '/proc/self/fd/{file}' (FORMAT binary)")
+                stream.write(rows)
+            [row] = self._run(
+                "SELECT autoembed._stage($1, $2, $3, $4) AS name",
+                ["pg_catalog.regtype", "pg_catalog.int4", "pg_catalog.int4", "pg_catalog.bool"],
+                [pipeline.vector_type, len(rows) // len(vectors), file, may_have_rows],
+            )
         finally:
             os.close(file)
-        return stage
+        return row["name"]  # type: ignore[no-any-return]
 
     def record_embedded(
         self, pipeline: Pipeline, keys: Sequence[str], digests: Sequence[bytes], truncated: Sequence[bool]

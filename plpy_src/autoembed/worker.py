@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from autoembed import batching
+from autoembed import batching, heap
 from autoembed.errors import OverBudget, ProviderTrouble, Refused, RowError, rest_seconds
 from autoembed.flight import SLICE_SECONDS, Flight
 from autoembed.jobs import Address, Job, Ledger, Report, address_of, are_keys, isolate
@@ -75,6 +75,7 @@ def work(database: Database, network: Network, options: Options, run_seconds: fl
     limit = database.statement_timeout_seconds()
     end = time.monotonic() + (run_seconds if limit is None else min(run_seconds, limit / 2))
     look_around_at = 0.0
+    has_worked = False
     queue = partial(_claim_queued, database, options)
     tables = partial(_claim_backfill, database, options, backfill)
     indexed = database.enter_lane(backfill=backfill)
@@ -90,14 +91,19 @@ def work(database: Database, network: Network, options: Options, run_seconds: fl
                     break
                 database.clean_up()
                 database.commit()
+                if has_worked:
+                    heap.trim()
+                    has_worked = False
             read = 0 if backfill else _work_on(database, network, options, queue, pace).read
             if read == 0 and look_around:
                 read = _work_on(database, network, options, tables, pace).read
                 if read > 0:
                     look_around_at = 0.0
-            if read == 0 and backfill:
+            if read > 0:
+                has_worked = True
+            elif backfill:
                 database.sleep(BACKFILL_POLL_SECONDS)
-            elif read == 0:
+            else:
                 time.sleep(POLL_SECONDS)
     finally:
         database.leave_lane()

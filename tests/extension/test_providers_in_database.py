@@ -427,3 +427,28 @@ def test_a_delay_beyond_the_timeout_is_no_answer(db: Connection) -> None:
 def test_a_wrong_option_of_a_fake_is_one_clear_error(db: Connection) -> None:
     with pytest.raises(psycopg.errors.InvalidParameterValue, match='option faults of model "test" has a fault without'):
         fake(db, '{"faults": [{"match": "x"}]}')
+
+
+@Doors
+def test_vectors_of_all_lengths_are_written_whether_they_fit_in_a_page_or_not(
+    db: Connection, connect: Connect, door: str
+) -> None:
+    """A row of 8,160 bytes fits in a page: one that does not is refused where nothing may be moved out of it."""
+    kinds = [f"vector({n})" for n in (1, 1990, *range(2015, 2040), 3072, 16000)]
+    kinds += [f"halfvec({n})" for n in (1, 3072, *range(4030, 4080, 2), 8192, 16000)]
+    for number, kind in enumerate(kinds):
+        dimensions = kind.partition("(")[2][:-1]
+        db.execute(f"SELECT autoembed.create_model('fake {number}', 'fake', {dimensions})")
+        db.execute(f"CREATE TABLE notes_{number} (id int PRIMARY KEY, content text, embedding {kind})")
+        db.execute(
+            f"SELECT autoembed.enable('notes_{number}', content_columns => '{{content}}', model => 'fake {number}')"
+        )
+        db.execute(f"INSERT INTO notes_{number} VALUES (1, 'one'), (2, 'two')")
+
+    run(db, connect, door)
+
+    for number, kind in enumerate(kinds):
+        [(is_right,)] = db.execute(
+            f"SELECT bool_and(embedding = autoembed.embed(content, 'fake {number}')::{kind}) FROM notes_{number}"
+        )
+        assert is_right, kind

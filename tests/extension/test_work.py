@@ -61,6 +61,29 @@ def test_a_lane_reads_what_is_committed_whatever_the_sessions_default(
     assert session.execute("SHOW default_transaction_isolation").fetchone() == (level,)
 
 
+def test_a_lanes_memory_does_not_grow_with_its_requests(documents: Connection, connect: Connect) -> None:
+    """What a statement leaves in the memory of the call stays until the lane ends: COPY leaves 2 kB each time."""
+    documents.execute("""
+        CREATE TABLE memory (id integer GENERATED ALWAYS AS IDENTITY, used_bytes bigint);
+        CREATE FUNCTION note_memory() RETURNS trigger LANGUAGE plpgsql AS $plpgsql$
+        BEGIN
+            INSERT INTO public.memory (used_bytes)
+            -- But for the buffers of temporary tables, which have a size of their own.
+            SELECT sum(used_bytes) FROM pg_backend_memory_contexts WHERE name <> 'LocalBufferContext';
+            RETURN NULL;
+        END $plpgsql$;
+        CREATE TRIGGER note_memory AFTER UPDATE OF embedding ON documents EXECUTE FUNCTION note_memory();
+    """)
+    insert(documents, *(f"text {number}" for number in range(300)))
+
+    with running_lanes(documents, connect, arguments="batch_size => 1"):
+        wait_until(lambda: is_settled(documents))
+
+    used_bytes = [used for (used,) in documents.execute("SELECT used_bytes FROM memory ORDER BY id")]
+    assert len(used_bytes) == 300
+    assert max(used_bytes[200:]) - max(used_bytes[:100]) < 50_000
+
+
 def test_unschedule_ends_running_lanes(documents: Connection, connect: Connect) -> None:
     """If a lane does not ask whether it is wanted, it runs on until its time is up."""
     lane = Lane(connect())

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from autoembed import worker
+from autoembed import heap, worker
 from autoembed.errors import ProviderTrouble, Refused, RowError
 from autoembed.jobs import Report
 from autoembed.model import Ask, Embedded
@@ -1456,6 +1456,20 @@ def test_a_lane_frees_the_jobs_of_dead_lanes_now_and_then(
     lane.work(run_seconds=0.7)
 
     assert 2 <= database.statements.count("clean_up") <= 3
+
+
+def test_a_lane_gives_memory_back_once_when_it_has_worked(
+    lane: Lane, database: FakeDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never, and it keeps what its fullest moment took; with each look, and an idle lane is never idle."""
+    trimmed: list[bool] = []
+    monkeypatch.setattr(heap, "trim", lambda: trimmed.append(database.is_fresh(1)))
+    monkeypatch.setattr(worker, "LOOK_AROUND_SECONDS", 0.1)
+    database.put(1, "a text")
+
+    lane.work(run_seconds=0.7)
+
+    assert trimmed == [True]
 
 
 # --- claiming while requests are in flight -----------------------------------------------------------
