@@ -36,6 +36,7 @@ SCENARIOS: dict[str, Callable[..., Measured]] = {
     "drain-no-index": scenarios.drain,
     "backfill": scenarios.backfill,
     "local-model": scenarios.local_model,
+    "search": scenarios.search,
     "fresh-idle": scenarios.fresh_when_idle,
     "fresh-steady": scenarios.fresh_when_steady,
     "fresh-backfill": scenarios.fresh_during_backfill,
@@ -44,7 +45,7 @@ SCENARIOS: dict[str, Callable[..., Measured]] = {
     "idle": scenarios.idle,
 }
 # The index would be the wall, or is of other dimensions.
-WITHOUT_INDEX = ("drain-no-index", "backfill", "local-model")
+WITHOUT_INDEX = ("drain-no-index", "backfill", "local-model", "search")
 
 Measurement = Callable[[Server, Connection], Measured]
 
@@ -105,8 +106,8 @@ def _plan(names_of_scenarios: list[str], names: list[str], sizes: Sizes) -> Iter
 
 def _is_of_use(scenario: str, system: System) -> bool:
     if scenario == "local-model" or system.settings == "local":
-        return scenario == "local-model" and system.settings == "local"
-    if scenario == "backfill":
+        return scenario in ("local-model", "search") and system.settings == "local"
+    if scenario in ("backfill", "search"):
         return system.name == "autoembed" and system.settings == "defaults"
     if scenario == "drain-no-index" and system.name != "autoembed":
         return system.settings == "best"  # a rival's defaults are its speed, with an index or without

@@ -17,7 +17,7 @@ from bench.targets import TARGETS
 LABELS = {
     "autoembed": "autoembed, defaults",
     "autoembed-best": "autoembed, 2 lanes",
-    "autoembed-local": "autoembed",
+    "autoembed-local": "autoembed, local model",
     "guide": "the guide, defaults",
     "guide-best": "the guide at its best",
     "pgai": "pgai, defaults",
@@ -72,6 +72,11 @@ LOCAL: Columns = {
     "×": ("ratio", 1),
     "private MB": ("private_bytes", 1e-6),
 }
+SEARCH: Columns = {
+    "a text, ms": ("first_seconds", 1000),
+    "the same again, ms": ("again_seconds", 1000),
+    "private MB": ("private_bytes", 1e-6),
+}
 IDLE: Columns = {
     "CPU of the server, %": ("postgres_cpu_percent", 1),
     "of a lane, %": ("lane_cpu_percent", 1),
@@ -87,6 +92,7 @@ TABLES: list[tuple[str, str, Columns]] = [
     ("Drain without index: {rows_without_index} rows", "drain-no-index", DRAIN),
     ("Backfill: enable() on a table of {backfill_rows} rows", "backfill", BACKFILL),
     ("The local model, without a network", "local-model", LOCAL),
+    ("A session that calls embed()", "search", SEARCH),
     ("Freshness: single INSERTs, nothing else to do", "fresh-idle", FRESHNESS),
     ("Freshness: 50 rows/s", "fresh-steady", FRESHNESS),
     ("Freshness: during a backfill of {backfill_rows} rows", "fresh-backfill", FRESHNESS),

@@ -18,6 +18,7 @@ from bench.systems import System, Workers
 from bench.systems.autoembed import Autoembed
 
 SINGLE_ROWS = 2000
+SEARCHES = 300  # more than a session keeps
 CURVE_POINTS = 100
 MEMORY_POLL_SECONDS = 1.0
 # A backfill's lane is looked at when it has embedded so many rows, and at the end.
@@ -185,6 +186,25 @@ def local_model(server: Server, db: Connection, system: Autoembed, sizes: Sizes)
         "bare_rows_per_second": sizes.rows / bare_seconds,
         "ratio": rows_per_second * bare_seconds / sizes.rows,
         "private_bytes": private_bytes,
+    }
+    return Measured(figures)
+
+
+def search(server: Server, db: Connection, system: Autoembed, sizes: Sizes) -> Measured:
+    """A session that calls embed() with one text after another, and with the last one again and again."""
+    system.create(server, db)
+    [(pid,)] = db.execute("SELECT pg_backend_pid()")
+    texts = [content for _, _, content in documents.texts(SEARCHES)]
+
+    def seconds(text: str) -> float:
+        began = time.perf_counter()
+        db.execute("SELECT autoembed.embed(%s)", [text])
+        return time.perf_counter() - began
+
+    figures = {
+        "first_seconds": statistics.median([seconds(text) for text in texts]),
+        "again_seconds": statistics.median([seconds(texts[-1]) for _ in texts]),
+        "private_bytes": measure.backend_private_bytes(db, pid),
     }
     return Measured(figures)
 

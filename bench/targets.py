@@ -47,6 +47,7 @@ TARGETS = [
     _drain("… × the limit of 2 connections", 0.85, "drain", "autoembed-best", "limit-2"),
     _drain("Drain without index, best settings: × the guide", 8, "drain-no-index", "autoembed-best", "guide-best"),
     _drain("… × pgai", 7, "drain-no-index", "autoembed-best", "pgai-best"),
+    Target("Inputs in a request, of 100 that may be", "≥", 100, "drain", "autoembed", "inputs_per_request"),
     Target("Inputs sent per row", "≤", 1, "drain", "autoembed", "inputs_per_row"),
     Target("Freshness, idle lane: p50, ms", "≤", 100, "fresh-idle", "autoembed", "p50_seconds", factor=1000),
     Target("… p99, ms", "≤", 400, "fresh-idle", "autoembed", "p99_seconds", factor=1000),
@@ -63,6 +64,8 @@ TARGETS = [
     Target("Private memory of a lane, MB", "≤", 80, "drain", "autoembed", "private_bytes", factor=1e-6),
     Target("… in a backfill", "≤", 80, "backfill", "autoembed", "private_bytes", factor=1e-6),
     Target("… with the local model", "≤", 200, "local-model", "autoembed-local", "private_bytes", factor=1e-6),
+    Target("… of a session that calls embed()", "≤", 80, "search", "autoembed", "private_bytes", factor=1e-6),
+    Target("… with the local model", "≤", 200, "search", "autoembed-local", "private_bytes", factor=1e-6),
     Target("Backfill: rows/s at the end × at the start", "≥", 0.9, "backfill", "autoembed", "end_over_start"),
     Target("Local model: × a bare onnxruntime loop", "≥", 0.9, "local-model", "autoembed-local", "ratio"),
 ]
