@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -105,7 +106,7 @@ ABOUT = """# Bench
 
 `make bench` wrote this. A drain is one INSERT of rows of about 120 tokens, until the last has its vector of
 1,536 dimensions; the fake API takes {request_ms:g} ms per request and {input_ms:g} ms per input. Each measurement has
-a fresh server; each figure is the median of {runs}.
+a fresh server; each figure is the median of {runs} of them.
 
 - Ours runs from the INSERT's COMMIT, a rival's from its first request: its start, or the wait for its next tick, is
   not counted. Every system has embedded a row before, but for pgai's defaults, which look every five minutes.
@@ -138,13 +139,15 @@ def write(folder: Path, results: Results, described: Mapping[str, str], sizes: M
 
 
 def _markdown(results: Results, described: Mapping[str, str], sizes: Mapping[str, float]) -> str:
+    runs = Counter((result.scenario, result.system) for result in results).values()
+    fewest, most = min(runs), max(runs)
     shown = {name: f"{sizes[name]:,}" for name in ("rows", "rows_without_index", "backfill_rows", "cost_rows")}
     about = ABOUT.format(
         **shown,
         request_ms=1000 * sizes["request_seconds"],
         input_ms=1000 * sizes["input_seconds"],
         grace=sizes["grace_seconds"],
-        runs=max(result.run for result in results),
+        runs=f"{fewest}" if fewest == most else f"{fewest} to {most}",
     )
     parts = [about, "![Rows with vectors over time](drain.svg)\n"]
     parts.append("".join(f"- {name}: {value}\n" for name, value in described.items()))
