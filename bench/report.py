@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from bench.results import Result, Results
 from bench.targets import TARGETS
 
+# In the order of the tables.
 LABELS = {
     "autoembed": "autoembed, defaults",
     "autoembed-best": "autoembed, 2 lanes",
@@ -155,7 +156,7 @@ def _markdown(results: Results, described: Mapping[str, str], sizes: Mapping[str
     for heading, scenario, columns in TABLES:
         rows = [
             [LABELS[system], *(_cell(results, scenario, system, *column) for column in columns.values())]
-            for system in results.systems(scenario)
+            for system in sorted(results.systems(scenario), key=list(LABELS).index)
         ]
         if rows:
             parts.append(f"## {heading.format(**shown)}\n\n" + _table(["", *columns], rows))
