@@ -20,6 +20,7 @@ def soon(condition: Callable[[], T | None], seconds: float) -> T | None:
     """The first true value of a condition, or its last one when it stays false for so long."""
     end = time.monotonic() + seconds
     while not (value := condition()) and time.monotonic() < end:
-        # The pause between two looks.
+        # No event tells a test of a row, a process or a line of a log; without a pause the looks would take the core
+        # from what they wait for.
         time.sleep(0.02)
     return value

@@ -6,6 +6,7 @@ POST /{tenant}/v1/embeddings   OpenAI's protocol; each tenant has its own behavi
 POST /{tenant}/...             the protocols of Azure, Cohere, Voyage (under /voyage/v1), Gemini and Ollama
 PUT /control/{tenant}          set the tenant's behaviour (PATCH: amend it; DELETE: forget the tenant)
 GET /control/{tenant}          its behaviour, counters and log (?only=counters leaves the log out)
+POST /control/{tenant}/wait    its counters, as soon as they are `least` and `most`, or after `seconds`
 PUT /ports/{port}              open a further port (DELETE: close it, so that connections are refused)
 GET /health                    answers as soon as the server does
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import ssl
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,19 +68,18 @@ class FakeApi:
 
     def wait_for(self, seconds: float = 10, **least: int) -> dict[str, Any]:
         """Wait until each named counter has at least this value; return all of them."""
-        return self._wait(seconds, f"{least}", lambda now: all(now[name] >= least[name] for name in least))
+        return self._wait(seconds, least=least, most={})
 
     def wait_until_idle(self, seconds: float = 10) -> dict[str, Any]:
         """Wait until no request is in flight; return all counters."""
-        return self._wait(seconds, "no request in flight", lambda now: not now["in_flight"])
+        return self._wait(seconds, least={}, most={"in_flight": 0})
 
-    def _wait(self, seconds: float, what: str, done: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        deadline = time.monotonic() + seconds
-        while not done(counters := self.counters()):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"waited {seconds} s for {what}, have {counters}")
-            # The pause between two looks; this package stands alone, as it is copied to where it runs.
-            time.sleep(0.01)
+    def _wait(self, seconds: float, least: dict[str, int], most: dict[str, int]) -> dict[str, Any]:
+        order = {"seconds": seconds, "least": least, "most": most}
+        answer = self._call("POST", f"control/{self.tenant}/wait", order, 30 + seconds)
+        counters: dict[str, Any] = answer["counters"]
+        if not answer["reached"]:
+            raise TimeoutError(f"waited {seconds} s for at least {least}, at most {most}, have {counters}")
         return counters
 
     def listen(self, port: int = 0, **tls: str) -> int:
@@ -93,7 +90,7 @@ class FakeApi:
         """Close that port: connections to it end, new ones are refused."""
         self._call("DELETE", f"ports/{port}")
 
-    def _call(self, method: str, path: str, order: object = None) -> Any:
+    def _call(self, method: str, path: str, order: object = None, timeout_seconds: float = 30) -> Any:
         body = None if order is None else json.dumps(order).encode()
         request = urllib.request.Request(f"{self.control_url}/{path}", body, method=method)
         # neither a proxy nor a certificate's name matters on the way to our own server
@@ -102,7 +99,7 @@ class FakeApi:
             urllib.request.HTTPSHandler(context=ssl._create_unverified_context()),
         ]
         try:
-            with urllib.request.build_opener(*handlers).open(request, timeout=30) as answer:
+            with urllib.request.build_opener(*handlers).open(request, timeout=timeout_seconds) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             raise ValueError(json.load(error)["error"]) from None

@@ -30,7 +30,7 @@ class Exchange:
         self, handler: Handler, protocol: Protocol, tenant: Tenant, body: bytes, address: Mapping[str, str]
     ) -> None:
         self.handler, self.protocol, self.tenant, self.address = handler, protocol, tenant, address
-        self.changed = handler.state.changed
+        self.changed, self.counted = handler.state.changed, handler.state.counted
         try:
             self.body = json.loads(body)
         except ValueError:
@@ -71,6 +71,7 @@ class Exchange:
             if tenant not in self.handler.tenants_seen:
                 self.handler.tenants_seen.append(tenant)
                 tenant.connections += 1
+            self.counted.notify_all()
         return entry
 
     def finish(self, status: int | None) -> None:
@@ -81,6 +82,7 @@ class Exchange:
                 self.tenant.statuses[str(status or "none")] += 1
                 self.tenant.in_flight -= 1
                 self.tenant.tokens += self.ask.tokens if self.ask and status == 200 else 0
+                self.counted.notify_all()
 
     def run(self) -> Reply | None:
         """The answer, when it is due; None for none at all."""
@@ -105,6 +107,7 @@ class Exchange:
         with self.changed:
             if self.tenant.behaviour.holds(self.texts):
                 self.tenant.held += 1
+                self.counted.notify_all()
                 try:
                     self.wait(math.inf, lambda: not self.tenant.behaviour.holds(self.texts))
                 finally:

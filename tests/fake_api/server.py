@@ -60,6 +60,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.state.behave(tenant, order, amend=self.command == "PATCH")
             case "GET", ["control", tenant]:
                 answer = self.state.look(tenant, with_log="only=counters" not in query)
+            case "POST", ["control", tenant, "wait"]:
+                answer = self.state.wait(tenant, **order)
             case "DELETE", ["control", tenant]:
                 self.state.reset(tenant)
             case "PUT", ["ports", port]:

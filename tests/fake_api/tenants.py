@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -59,10 +60,12 @@ class Tenant:
 
 
 class State:
-    """All tenants behind one lock; `changed` wakes the requests that wait."""
+    """All tenants behind one lock; `changed` wakes the requests that wait, `counted` the tests that do."""
 
     def __init__(self) -> None:
-        self.changed = threading.Condition()
+        lock = threading.RLock()
+        self.changed = threading.Condition(lock)
+        self.counted = threading.Condition(lock)
         self.tenants: dict[str, Tenant] = {}
 
     def tenant(self, name: str) -> Tenant:
@@ -82,9 +85,25 @@ class State:
             requests = [dict(entry) for entry in tenant.log] if with_log else None
             return {"behaviour": tenant.order, "counters": tenant.counters(), "requests": requests}
 
+    def wait(self, name: str, seconds: float, least: Mapping[str, int], most: Mapping[str, int]) -> dict[str, Any]:
+        """The counters as soon as they are within these bounds, or when the time is over; and whether they are."""
+        deadline = time.monotonic() + seconds
+        with self.counted:
+            while True:
+                counters = self.tenant(name).counters()
+                if unknown := sorted((least.keys() | most.keys()) - counters.keys()):
+                    raise ValueError(f"no such counters: {', '.join(unknown)}")
+                reached = all(counters[each] >= least[each] for each in least)
+                reached = reached and all(counters[each] <= most[each] for each in most)
+                left = deadline - time.monotonic()
+                if reached or left <= 0:
+                    return {"reached": reached, "counters": counters}
+                self.counted.wait(left)
+
     def reset(self, name: str) -> None:
         """Forget the tenant; requests that still wait are let go and belong to nobody."""
         with self.changed:
             self.tenant(name).gone = True
             del self.tenants[name]
             self.changed.notify_all()
+            self.counted.notify_all()

@@ -297,6 +297,11 @@ def test_waiting_for_what_does_not_come_ends(api: FakeApi) -> None:
         api.wait_for(seconds=0.05, requests=1)
 
 
+def test_waiting_for_a_counter_that_is_none_is_an_error(api: FakeApi) -> None:
+    with pytest.raises(ValueError, match="no such counters: hold"):
+        api.wait_for(hold=1)
+
+
 def test_tenants_are_apart(session: requests.Session, server: Server) -> None:
     left, right = server.api("left"), server.api("right")
     left.behave(faults=[{"status": 500, "times": "forever"}])
