@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from bench.results import Result, Results
 from bench.targets import TARGETS
 
-# In the order of the tables.
+# In the order of tables and chart.
 LABELS = {
     "autoembed": "autoembed, defaults",
     "autoembed-best": "autoembed, 2 lanes",
@@ -131,6 +131,7 @@ def read(folder: Path, but: tuple[Sequence[str], Sequence[str]]) -> Results:
 
 def write(folder: Path, results: Results, described: Mapping[str, str], sizes: Mapping[str, float]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    results = Results(sorted(results, key=lambda result: list(LABELS).index(result.system)))
     head = json.dumps({"machine": described, "sizes": sizes}, indent=1).removesuffix("\n}")
     lines = ",\n  ".join(json.dumps(_finite(asdict(result)), allow_nan=False) for result in results)
     (folder / "results.json").write_text(f'{head},\n "results": [\n  {lines}\n ]\n}}\n')
@@ -156,7 +157,7 @@ def _markdown(results: Results, described: Mapping[str, str], sizes: Mapping[str
     for heading, scenario, columns in TABLES:
         rows = [
             [LABELS[system], *(_cell(results, scenario, system, *column) for column in columns.values())]
-            for system in sorted(results.systems(scenario), key=list(LABELS).index)
+            for system in results.systems(scenario)
         ]
         if rows:
             parts.append(f"## {heading.format(**shown)}\n\n" + _table(["", *columns], rows))
