@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +40,25 @@ def postgres_cpu_seconds(db: Connection) -> float:
     return sum(_cpu_seconds(stat, with_children=stat.startswith("1 ")) for (stat,) in stats if stat)
 
 
-def lane_cpu_seconds(db: Connection) -> float:
-    """Of the sessions that are lanes of autoembed, those for backfills not counted, in the scheduler's nanoseconds."""
+def lane_cpu_percent(db: Connection, seconds: float) -> float:
+    """What the lanes of autoembed take over so many seconds, those for backfills not counted; 100: one core.
+
+    Longer if one of them is made anew meanwhile.
+    """
+    while True:
+        before = _lane_cpu_seconds(db)
+        time.sleep(seconds)
+        after = _lane_cpu_seconds(db)
+        if before.keys() == after.keys():
+            return 100 * (sum(after.values()) - sum(before.values())) / seconds
+
+
+def _lane_cpu_seconds(db: Connection) -> dict[int, float]:
+    """By process, from the scheduler's nanoseconds."""
     if db.execute("SELECT to_regclass('autoembed.lane')").fetchone() == (None,):
-        return 0.0
-    read = "SELECT pg_read_file(format('/proc/%s/schedstat', pid)) FROM autoembed.lane WHERE NOT backfill"
-    return sum(int(schedstat.split()[0]) for (schedstat,) in db.execute(read)) / 1e9
+        return {}
+    read = "SELECT pid, pg_read_file(format('/proc/%s/schedstat', pid)) FROM autoembed.lane WHERE NOT backfill"
+    return {pid: int(schedstat.split()[0]) / 1e9 for pid, schedstat in db.execute(read)}
 
 
 def process_cpu_seconds(pid: int) -> float:

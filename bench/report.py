@@ -67,6 +67,7 @@ BACKFILL: Columns = {
     "private MB, first rows": ("early_private_bytes", 1e-6),
     "private MB, most": ("private_bytes", 1e-6),
     "queue, MB at most": ("queue_bytes", 1e-6),
+    "CPU of the idle lane then, %": ("idle_lane_cpu_percent", 1),
 }
 LOCAL: Columns = {
     "rows/s": ("rows_per_second", 1),

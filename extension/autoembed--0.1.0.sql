@@ -179,6 +179,7 @@ CREATE UNLOGGED TABLE autoembed.permit (
     requests_until timestamptz,
     tokens_until timestamptz
 );
+CREATE INDEX permit_at_idx ON autoembed.permit (at);
 CREATE INDEX permit_requests_until_idx ON autoembed.permit (model, requests_until);
 CREATE INDEX permit_tokens_until_idx ON autoembed.permit (model, tokens_until);
 COMMENT ON TABLE autoembed.permit IS
@@ -328,6 +329,7 @@ CREATE TABLE autoembed.usage_entry (
     tokens bigint NOT NULL,
     rows integer NOT NULL
 );
+CREATE INDEX usage_entry_at_idx ON autoembed.usage_entry (at);
 COMMENT ON TABLE autoembed.usage_entry IS
     'Requests of the last minutes, one by one, so that lanes never wait for each other''s counts; older ones are added up in usage_day.';
 COMMENT ON COLUMN autoembed.usage_entry.at IS 'When the answer came.';
@@ -4629,7 +4631,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "b137d7d78974c851"
+    GD["autoembed"] = "a9466f7cfa0608ac"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -4743,7 +4745,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "b137d7d78974c851":
+    if GD.get("autoembed") != "a9466f7cfa0608ac":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -5294,7 +5296,7 @@ CREATE FUNCTION autoembed._forget_permits()
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    IF EXISTS (SELECT FROM autoembed.permit AS p WHERE p.at < clock_timestamp() - interval '10 minutes') THEN
+    IF (SELECT min(p.at) FROM autoembed.permit AS p) < clock_timestamp() - interval '10 minutes' THEN
         DELETE FROM autoembed.permit AS p WHERE greatest(p.at, p.requests_until, p.tokens_until) < clock_timestamp() - interval '5 minutes';
         DELETE FROM autoembed.model_limit AS l
         WHERE EXISTS (SELECT FROM autoembed.model_limit AS n WHERE n.model = l.model AND n.at > l.at);
@@ -7287,7 +7289,8 @@ DECLARE
 BEGIN
     -- As _gate() does: this begins a lane's transaction.
     LOCK TABLE autoembed.lane IN ACCESS SHARE MODE;
-    IF NOT EXISTS (SELECT FROM pgmq.q_embedding_jobs AS q WHERE q.vt <= _now) THEN
+    -- By the index, whatever the queue holds or has held: EXISTS may read all of a table in which many rows are expected.
+    IF (SELECT min(q.vt) FROM pgmq.q_embedding_jobs AS q) <= _now IS NOT TRUE THEN
         RETURN;
     END IF;
     FOR _ready IN
@@ -7804,7 +7807,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "b137d7d78974c851":
+    if GD.get("autoembed") != "a9466f7cfa0608ac":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -7821,7 +7824,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "b137d7d78974c851":
+    if GD.get("autoembed") != "a9466f7cfa0608ac":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
@@ -7837,7 +7840,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "b137d7d78974c851":
+    if GD.get("autoembed") != "a9466f7cfa0608ac":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -7877,7 +7880,7 @@ CREATE FUNCTION autoembed._fold_usage()
 AS $plpgsql$
 BEGIN
     -- One lane at a time; what the last minutes show is read one by one.
-    IF EXISTS (SELECT FROM autoembed.usage_entry AS u WHERE u.at < clock_timestamp() - interval '10 minutes')
+    IF (SELECT min(u.at) FROM autoembed.usage_entry AS u) < clock_timestamp() - interval '10 minutes'
        AND pg_try_advisory_xact_lock('autoembed.usage_entry'::regclass::oid::integer, 0) THEN
         WITH folded AS (
             DELETE FROM autoembed.usage_entry AS u WHERE u.at < clock_timestamp() - interval '5 minutes' RETURNING u.*
@@ -8489,7 +8492,7 @@ CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embed
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "b137d7d78974c851":
+    if GD.get("autoembed") != "a9466f7cfa0608ac":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
@@ -8594,7 +8597,7 @@ CREATE FUNCTION autoembed._estimate_texts(texts text[], model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "b137d7d78974c851":
+    if GD.get("autoembed") != "a9466f7cfa0608ac":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.estimate(texts, model)]
@@ -8764,7 +8767,7 @@ CREATE FUNCTION autoembed._probe(model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "b137d7d78974c851":
+    if GD.get("autoembed") != "a9466f7cfa0608ac":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.probe(model)

@@ -177,6 +177,7 @@ CREATE UNLOGGED TABLE autoembed.permit (
     requests_until timestamptz,
     tokens_until timestamptz
 );
+CREATE INDEX permit_at_idx ON autoembed.permit (at);
 CREATE INDEX permit_requests_until_idx ON autoembed.permit (model, requests_until);
 CREATE INDEX permit_tokens_until_idx ON autoembed.permit (model, tokens_until);
 COMMENT ON TABLE autoembed.permit IS
@@ -326,6 +327,7 @@ CREATE TABLE autoembed.usage_entry (
     tokens bigint NOT NULL,
     rows integer NOT NULL
 );
+CREATE INDEX usage_entry_at_idx ON autoembed.usage_entry (at);
 COMMENT ON TABLE autoembed.usage_entry IS
     'Requests of the last minutes, one by one, so that lanes never wait for each other''s counts; older ones are added up in usage_day.';
 COMMENT ON COLUMN autoembed.usage_entry.at IS 'When the answer came.';

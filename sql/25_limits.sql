@@ -132,7 +132,7 @@ CREATE FUNCTION autoembed._forget_permits()
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    IF EXISTS (SELECT FROM autoembed.permit AS p WHERE p.at < clock_timestamp() - interval '10 minutes') THEN
+    IF (SELECT min(p.at) FROM autoembed.permit AS p) < clock_timestamp() - interval '10 minutes' THEN
         DELETE FROM autoembed.permit AS p WHERE greatest(p.at, p.requests_until, p.tokens_until) < clock_timestamp() - interval '5 minutes';
         DELETE FROM autoembed.model_limit AS l
         WHERE EXISTS (SELECT FROM autoembed.model_limit AS n WHERE n.model = l.model AND n.at > l.at);

@@ -21,7 +21,8 @@ DECLARE
 BEGIN
     -- As _gate() does: this begins a lane's transaction.
     LOCK TABLE autoembed.lane IN ACCESS SHARE MODE;
-    IF NOT EXISTS (SELECT FROM pgmq.q_embedding_jobs AS q WHERE q.vt <= _now) THEN
+    -- By the index, whatever the queue holds or has held: EXISTS may read all of a table in which many rows are expected.
+    IF (SELECT min(q.vt) FROM pgmq.q_embedding_jobs AS q) <= _now IS NOT TRUE THEN
         RETURN;
     END IF;
     FOR _ready IN

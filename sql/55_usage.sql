@@ -30,7 +30,7 @@ CREATE FUNCTION autoembed._fold_usage()
 AS $plpgsql$
 BEGIN
     -- One lane at a time; what the last minutes show is read one by one.
-    IF EXISTS (SELECT FROM autoembed.usage_entry AS u WHERE u.at < clock_timestamp() - interval '10 minutes')
+    IF (SELECT min(u.at) FROM autoembed.usage_entry AS u) < clock_timestamp() - interval '10 minutes'
        AND pg_try_advisory_xact_lock('autoembed.usage_entry'::regclass::oid::integer, 0) THEN
         WITH folded AS (
             DELETE FROM autoembed.usage_entry AS u WHERE u.at < clock_timestamp() - interval '5 minutes' RETURNING u.*

@@ -475,6 +475,34 @@ def test_an_idle_lane_writes_nothing(documents: Connection, connect: Connect) ->
         wait_until(two_seconds_are_quiet, 30)
 
 
+@pytest.mark.parametrize("queue", ["hidden", "emptied"])
+def test_an_idle_lane_reads_no_table_that_a_backfill_made_large(documents: Connection, queue: str) -> None:
+    """Tables that are read from end to end, ten times a second, cost the more the more was done before."""
+    documents.execute(
+        "INSERT INTO pgmq.q_embedding_jobs (vt, message) SELECT now() + interval '1 hour', "
+        """'{"pipeline": 1, "keys": []}' FROM generate_series(1, 10000)"""
+    )
+    documents.execute(
+        "INSERT INTO autoembed.usage_entry (model, requests, inputs, tokens, rows) "
+        "SELECT 'text-embedding-3-small', 1, 1, 1, 1 FROM generate_series(1, 10000)"
+    )
+    documents.execute(
+        "INSERT INTO autoembed.permit (model, at) SELECT 'text-embedding-3-small', now() FROM generate_series(1, 10000)"
+    )
+    if queue == "emptied":
+        documents.execute("DELETE FROM pgmq.q_embedding_jobs")
+    # What this session has read so far is counted no more.
+    documents.execute("SELECT pg_stat_force_next_flush()")
+
+    with documents.transaction():
+        documents.execute("SELECT FROM autoembed._claim(100, 60, '{}')")
+        documents.execute("SELECT autoembed._lane_is_wanted(), autoembed._clean_up()")
+        documents.execute("SELECT FROM autoembed._next_backfill(false)")
+        read = documents.execute("SELECT relname FROM pg_stat_xact_user_tables WHERE seq_scan > 0").fetchall()
+
+    assert not {"q_embedding_jobs", "usage_entry", "permit", "embedded"} & {name for (name,) in read}
+
+
 def test_a_lane_that_kills_its_backend_again_and_again_gives_the_row_up(
     documents: Connection, api: FakeApi, connect: Connect
 ) -> None:
