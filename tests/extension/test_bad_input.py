@@ -184,6 +184,16 @@ def test_a_broken_message_ends_in_the_failed_list_with_its_reason(
     assert documents.execute("SELECT count(*) FROM pgmq.q_embedding_jobs").fetchone() == (0,)
 
 
+def test_a_broken_message_does_not_wait_for_a_model(documents: Connection) -> None:
+    """It is of no pipeline; taken for one of the default model's, it would rest with it."""
+    documents.execute("SELECT autoembed._rest_model(autoembed._default_model(), 60, false, 'it is down')")
+    documents.execute("SELECT pgmq.send('embedding_jobs', '{\"id\": 1}')")
+
+    row = documents.execute("SELECT read, failed FROM autoembed.process()").fetchone()
+
+    assert row == (1, 1)
+
+
 def test_a_message_for_a_row_key_of_another_type_ends_in_the_failed_list(documents: Connection) -> None:
     """Without max_attempts it loops for ever; if the error is not caught, every pass ends with it."""
     documents.execute(

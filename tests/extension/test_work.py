@@ -503,6 +503,24 @@ def test_an_idle_lane_reads_no_table_that_a_backfill_made_large(documents: Conne
     assert not {"q_embedding_jobs", "usage_entry", "permit", "embedded"} & {name for (name,) in read}
 
 
+@pytest.mark.parametrize(
+    "wait", ["autoembed.pause('documents')", "autoembed._rest_model('text-embedding-3-small', 60, false, 'it is down')"]
+)
+def test_a_table_that_waits_is_not_checked_at_each_look(documents: Connection, wait: str) -> None:
+    """Ten times a second, a hundred tables whose provider is down would take a tenth of a core."""
+    insert(documents, "first")
+    documents.execute(f"SELECT {wait}")
+    documents.execute("SET track_functions = 'all'")
+
+    with documents.transaction():
+        claimed = documents.execute("SELECT count(*) FROM autoembed._claim(100, 60, '{}')").fetchone()
+        called = documents.execute("SELECT funcname FROM pg_stat_xact_user_functions").fetchall()
+
+    assert claimed == (0,)
+    assert ("_claim",) in called
+    assert ("_check_pipeline",) not in called
+
+
 def test_a_lane_that_kills_its_backend_again_and_again_gives_the_row_up(
     documents: Connection, api: FakeApi, connect: Connect
 ) -> None:
