@@ -4631,7 +4631,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "0dff497cc4ffd244"
+    GD["autoembed"] = "d41cf2b15be9d4f5"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -4745,7 +4745,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "0dff497cc4ffd244":
+    if GD.get("autoembed") != "d41cf2b15be9d4f5":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -7306,19 +7306,22 @@ BEGIN
             FROM queued AS n
             WHERE n.pipeline IS NOT NULL
         )
-        SELECT n.pipeline, r.failures, count(*) OVER () AS pipelines
+        SELECT n.pipeline, s.failures, count(*) OVER () AS pipelines
         FROM queued AS n
-        LEFT JOIN (
-            autoembed.pipeline AS p
+        -- OFFSET 0: looks at these pipelines alone, however many there are.
+        LEFT JOIN LATERAL (
+            SELECT p.id, p.paused OR r.until > _now AS waits, r.failures
+            FROM autoembed.pipeline AS p
             LEFT JOIN autoembed.model_rest AS r ON r.model = coalesce(p.model, autoembed._default_model())
-        ) ON p.id = CASE WHEN n.pipeline ~ '^[1-9][0-9]{0,8}$' THEN n.pipeline::integer END
+            WHERE p.id = CASE WHEN n.pipeline ~ '^[1-9][0-9]{0,8}$' THEN n.pipeline::integer END
+            OFFSET 0
+        ) AS s ON true
         WHERE EXISTS (
                   SELECT FROM pgmq.q_embedding_jobs AS q
                   WHERE coalesce(q.message ->> 'pipeline', '') = n.pipeline AND q.vt <= _now
               )
           -- First what is quick to see: many tables may wait for one model, and are looked at ten times a second.
-          AND CASE WHEN p.paused OR r.until > _now THEN false
-                   ELSE (SELECT s.blocked FROM autoembed._pipeline_state AS s WHERE s.id = p.id) IS NULL END
+          AND CASE WHEN s.waits THEN false ELSE (SELECT b.blocked FROM autoembed._pipeline_state AS b WHERE b.id = s.id) IS NULL END
     LOOP
         -- Every pipeline has its share, so that none holds up another; a provider that failed last time is tried with one message.
         _share := CASE WHEN _ready.failures > 0 THEN 1 ELSE greatest(1, max_rows / _ready.pipelines) END;
@@ -7806,7 +7809,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "0dff497cc4ffd244":
+    if GD.get("autoembed") != "d41cf2b15be9d4f5":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -7823,7 +7826,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "0dff497cc4ffd244":
+    if GD.get("autoembed") != "d41cf2b15be9d4f5":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
@@ -7839,7 +7842,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "0dff497cc4ffd244":
+    if GD.get("autoembed") != "d41cf2b15be9d4f5":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -8491,7 +8494,7 @@ CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embed
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "0dff497cc4ffd244":
+    if GD.get("autoembed") != "d41cf2b15be9d4f5":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
@@ -8596,7 +8599,7 @@ CREATE FUNCTION autoembed._estimate_texts(texts text[], model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "0dff497cc4ffd244":
+    if GD.get("autoembed") != "d41cf2b15be9d4f5":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.estimate(texts, model)]
@@ -8766,7 +8769,7 @@ CREATE FUNCTION autoembed._probe(model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "0dff497cc4ffd244":
+    if GD.get("autoembed") != "d41cf2b15be9d4f5":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.probe(model)

@@ -38,19 +38,22 @@ BEGIN
             FROM queued AS n
             WHERE n.pipeline IS NOT NULL
         )
-        SELECT n.pipeline, r.failures, count(*) OVER () AS pipelines
+        SELECT n.pipeline, s.failures, count(*) OVER () AS pipelines
         FROM queued AS n
-        LEFT JOIN (
-            autoembed.pipeline AS p
+        -- OFFSET 0: looks at these pipelines alone, however many there are.
+        LEFT JOIN LATERAL (
+            SELECT p.id, p.paused OR r.until > _now AS waits, r.failures
+            FROM autoembed.pipeline AS p
             LEFT JOIN autoembed.model_rest AS r ON r.model = coalesce(p.model, autoembed._default_model())
-        ) ON p.id = CASE WHEN n.pipeline ~ '^[1-9][0-9]{0,8}$' THEN n.pipeline::integer END
+            WHERE p.id = CASE WHEN n.pipeline ~ '^[1-9][0-9]{0,8}$' THEN n.pipeline::integer END
+            OFFSET 0
+        ) AS s ON true
         WHERE EXISTS (
                   SELECT FROM pgmq.q_embedding_jobs AS q
                   WHERE coalesce(q.message ->> 'pipeline', '') = n.pipeline AND q.vt <= _now
               )
           -- First what is quick to see: many tables may wait for one model, and are looked at ten times a second.
-          AND CASE WHEN p.paused OR r.until > _now THEN false
-                   ELSE (SELECT s.blocked FROM autoembed._pipeline_state AS s WHERE s.id = p.id) IS NULL END
+          AND CASE WHEN s.waits THEN false ELSE (SELECT b.blocked FROM autoembed._pipeline_state AS b WHERE b.id = s.id) IS NULL END
     LOOP
         -- Every pipeline has its share, so that none holds up another; a provider that failed last time is tried with one message.
         _share := CASE WHEN _ready.failures > 0 THEN 1 ELSE greatest(1, max_rows / _ready.pipelines) END;

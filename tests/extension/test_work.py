@@ -521,6 +521,27 @@ def test_a_table_that_waits_is_not_checked_at_each_look(documents: Connection, w
     assert ("_check_pipeline",) not in called
 
 
+def test_a_claim_looks_at_no_pipeline_that_has_no_messages(documents: Connection) -> None:
+    """Joined as a whole, hundreds of pipelines would be gone through at each look."""
+    insert(documents, "first")
+    columns = "table_id, key_columns, content_function, managed, on_change"
+    # No trigger checks them: their columns are not there.
+    documents.execute("SET session_replication_role = 'replica'")
+    documents.execute(
+        f"INSERT INTO autoembed.pipeline (embedding_column, {columns})"
+        f" SELECT 'other_' || n, {columns} FROM autoembed.pipeline, generate_series(1, 1000) AS n"
+    )
+    documents.execute("ANALYZE autoembed.pipeline")
+    documents.execute("SET track_functions = 'all'")
+
+    with documents.transaction():
+        claimed = documents.execute("SELECT count(*) FROM autoembed._claim(100, 60, '{}')").fetchone()
+        calls = dict(documents.execute("SELECT funcname, calls FROM pg_stat_xact_user_functions").fetchall())
+
+    assert claimed == (1,)
+    assert calls["_default_model"] < 10
+
+
 def test_a_lane_that_kills_its_backend_again_and_again_gives_the_row_up(
     documents: Connection, api: FakeApi, connect: Connect
 ) -> None:
