@@ -9,7 +9,7 @@ SHELL_SCRIPTS = $(wildcard .ci/run docker/*.sh docker/*/*.sh demo/*.sh)
 help: ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
-image: build ## build the image autoembed, with what it takes: a Docker engine, a base image (or name one: BASE_IMAGE=)
+image: ## build the image autoembed, with what it takes: a Docker engine, a base image (or name one: BASE_IMAGE=)
 	@docker/engine.sh
 	base=$${BASE_IMAGE:-$$(docker/base.sh)} && docker build -f Dockerfile.postgres --build-arg BASE_IMAGE=$$base --build-arg VERSION=$(VERSION) -t autoembed .
 
@@ -30,11 +30,11 @@ lint: .venv/stamp ## check style and types
 	.venv/bin/mypy --strict $(PYTHON_SOURCES)
 	.venv/bin/shellcheck $(SHELL_SCRIPTS)
 
-build: ## make the extension's SQL script out of sql/ and plpy_src/
+build: ## make the extension's SQL scripts out of sql/ and plpy_src/, into build/
 	$(PYTHON) build.py
 
 install: build ## install the extension into the PostgreSQL that pg_config names
-	install -m 644 extension/autoembed.control extension/autoembed--*.sql "$$(pg_config --sharedir)/extension/"
+	install -m 644 extension/autoembed.control build/autoembed--*.sql "$$(pg_config --sharedir)/extension/"
 
 lock: ## choose the tests' packages anew: requirements-dev.txt from requirements-dev.in
 	$(PYTHON) -m venv .venv/lock && .venv/lock/bin/pip install --quiet uv

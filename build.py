@@ -1,4 +1,7 @@
-"""Makes extension/autoembed--VERSION.sql out of sql/ and plpy_src/."""
+"""Makes the extension's SQL scripts, for install and update, out of sql/ and plpy_src/.
+
+Usage: build.py [FOLDER], build/ by default.
+"""
 
 from __future__ import annotations
 
@@ -8,39 +11,82 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-PACKAGE = ROOT / "plpy_src"
 
 # CREATE EXTENSION substitutes the @…@ names inside Python bodies too; the others would end a literal early.
 FORBIDDEN_IN_PYTHON = ("@extschema", "@extowner@", "MODULE_PATHNAME", "$autoembed_python$", "'''", "\n\t")
+FORBIDDEN_IN_TEMPLATES = ("$template$", "$templates$", "@BUILD@", "@PYTHON_SOURCES@", "@TEMPLATES@")
 
 
 def module_name(path: Path) -> str:
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    parts = path.relative_to(ROOT / "plpy_src").with_suffix("").parts
     return ".".join(part for part in parts if part != "__init__")
 
 
-def python_sources() -> dict[str, str]:
-    """The source of every module by its dotted name; raises ValueError for what the loader cannot carry."""
-    sources = {module_name(path): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
+def carried(sources: dict[str, str], forbidden: tuple[str, ...]) -> dict[str, str]:
+    """The sources as they are; raises ValueError for what a generated script cannot carry."""
     for name, source in sources.items():
-        for forbidden in FORBIDDEN_IN_PYTHON:
-            if forbidden in source:
-                raise ValueError(f"{name} contains {forbidden!r}, which the generated SQL cannot carry")
+        for word in forbidden:
+            if word in source:
+                raise ValueError(f"{name} contains {word!r}, which the generated SQL cannot carry")
     return sources
 
 
-def literal(sources: dict[str, str]) -> str:
+def python_sources() -> dict[str, str]:
+    """The source of every module by its dotted name."""
+    paths = sorted((ROOT / "plpy_src").rglob("*.py"))
+    return carried({module_name(path): path.read_text() for path in paths}, FORBIDDEN_IN_PYTHON)
+
+
+def templates() -> dict[str, str]:
+    """The text of every template of a function by its name, without the comment at its top."""
+    paths = sorted((ROOT / "sql" / "templates").glob("*.sql"))
+    texts = {path.stem: re.sub(r"\A(--.*\n)+", "", path.read_text()).rstrip() for path in paths}
+    return carried(texts, FORBIDDEN_IN_TEMPLATES)
+
+
+def python_literal(sources: dict[str, str]) -> str:
     """The sources as lines of a Python dict of raw strings, for the body of _load_python()."""
     return "\n".join(f"\"{name}\": r'''{source}'''," for name, source in sources.items())
 
 
-def extension_sql() -> str:
-    """The whole install script."""
-    sources = python_sources()
-    text = "\n".join(path.read_text() for path in sorted((ROOT / "sql").glob("*.sql")))
-    build = hashlib.sha256((text + repr(sources)).encode()).hexdigest()[:16]
-    text = text.replace("@BUILD@", build).replace("@PYTHON_SOURCES@", literal(sources))
-    return "-- Made by build.py out of sql/ and plpy_src/: edit those.\n\n" + text
+def template_literal(texts: dict[str, str]) -> str:
+    """The templates as branches of an SQL CASE, for the body of _function_template()."""
+    return "\n".join(f"WHEN '{name}' THEN $template${text}$template$" for name, text in texts.items())
+
+
+def read(folder: str) -> str:
+    return "\n".join(path.read_text() for path in sorted((ROOT / "sql" / folder).glob("*.sql")))
+
+
+def script(state: str) -> str:
+    """A whole script: what is run once, between what begins each script and what is run in each."""
+    sources, texts = python_sources(), templates()
+    head, code, attach = (ROOT / "sql/head.sql").read_text(), read("code"), (ROOT / "sql/attach.sql").read_text()
+    build = hashlib.sha256(repr((code, attach, sources, texts)).encode()).hexdigest()[:16]
+    code = code.replace("@PYTHON_SOURCES@", python_literal(sources)).replace("@TEMPLATES@", template_literal(texts))
+    made = "-- Made by build.py out of sql/ and plpy_src/: edit those."
+    return "\n".join([made, head, state, code.replace("@BUILD@", build), attach])
+
+
+def steps_from(version_before: str) -> str:
+    """The changes of state that lead from a released version to the present one."""
+    steps = {path.stem.partition("--")[0]: path for path in (ROOT / "sql" / "upgrade").glob("*.sql")}
+    texts = []
+    at = version_before
+    while at != version():
+        if at not in steps:
+            raise ValueError(f"sql/upgrade/ has no script that begins at version {at}")
+        path = steps.pop(at)
+        texts.append(path.read_text())
+        at = path.stem.partition("--")[2]
+    return "\n".join(texts)
+
+
+def scripts() -> dict[str, str]:
+    """All scripts by their names: the present version's, and one from each released version straight to it."""
+    made = {f"autoembed--{version()}.sql": script(read("state"))}
+    released = sorted(path.stem.partition("--")[2] for path in (ROOT / "extension").glob("autoembed--*.sql"))
+    return made | {f"autoembed--{before}--{version()}.sql": script(steps_from(before)) for before in released}
 
 
 def version() -> str:
@@ -52,9 +98,11 @@ def version() -> str:
 
 
 def main() -> int:
-    target = ROOT / "extension" / f"autoembed--{version()}.sql"
-    target.write_text(extension_sql())
-    print(target.relative_to(ROOT))
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build"
+    target.mkdir(parents=True, exist_ok=True)
+    for name, text in scripts().items():
+        (target / name).write_text(text)
+        print(target / name)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -59,7 +60,9 @@ class Model:
     @property
     def identity(self) -> str:
         """What makes its vectors others than another's, as the functions that write them know it."""
-        return " ".join(filter(None, (self.provider, self.model_id, str(self.dimensions), self.prefix("document"))))
+        return json.dumps(
+            [self.provider, self.model_id, self.dimensions, self.prefix("document")], ensure_ascii=False
+        )
 
     def digest(self, content: str) -> bytes:
         """16 bytes that tell whether this text, by this model, has been embedded before."""

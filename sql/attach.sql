@@ -1,0 +1,124 @@
+-- Triggers, event triggers and privileges, which cannot be replaced by CREATE OR REPLACE alone.
+
+CREATE OR REPLACE TRIGGER autoembed_keep_restored
+    BEFORE INSERT ON pgmq.meta
+    FOR EACH ROW
+    WHEN (NEW.queue_name = 'embedding_jobs')
+    EXECUTE FUNCTION autoembed._keep_restored_queue();
+
+CREATE OR REPLACE TRIGGER keep_restored
+    BEFORE INSERT ON autoembed.model
+    FOR EACH ROW
+    EXECUTE FUNCTION autoembed._keep_restored_model();
+
+CREATE OR REPLACE TRIGGER define
+    BEFORE INSERT ON autoembed.pipeline
+    FOR EACH ROW
+    EXECUTE FUNCTION autoembed._define();
+
+-- What follows an ALTER TABLE comes with another shape.
+CREATE OR REPLACE TRIGGER define_again
+    BEFORE UPDATE OF content_columns, content_template, content_function, condition, model, on_change ON autoembed.pipeline
+    FOR EACH ROW
+    WHEN (OLD.table_shape = NEW.table_shape)
+    EXECUTE FUNCTION autoembed._define();
+
+CREATE OR REPLACE TRIGGER defined
+    AFTER INSERT ON autoembed.pipeline
+    FOR EACH ROW
+    EXECUTE FUNCTION autoembed._defined();
+
+-- What follows an ALTER TABLE comes with another shape.
+CREATE OR REPLACE TRIGGER defined_again
+    AFTER UPDATE OF content_columns, content_template, content_function, condition, model, on_change ON autoembed.pipeline
+    FOR EACH ROW
+    WHEN (OLD.table_shape = NEW.table_shape)
+    EXECUTE FUNCTION autoembed._defined();
+
+CREATE OR REPLACE TRIGGER ended
+    AFTER DELETE ON autoembed.pipeline
+    FOR EACH ROW
+    EXECUTE FUNCTION autoembed._ended();
+
+DROP EVENT TRIGGER IF EXISTS autoembed_end_broken;
+CREATE EVENT TRIGGER autoembed_end_broken
+    ON sql_drop
+    EXECUTE FUNCTION autoembed._end_broken();
+
+DROP EVENT TRIGGER IF EXISTS autoembed_follow_tables;
+CREATE EVENT TRIGGER autoembed_follow_tables
+    ON ddl_command_end
+    WHEN TAG IN ('ALTER TABLE')
+    EXECUTE FUNCTION autoembed._follow_tables();
+
+DROP EVENT TRIGGER IF EXISTS autoembed_check_trigger;
+CREATE EVENT TRIGGER autoembed_check_trigger
+    ON ddl_command_end
+    WHEN TAG IN ('CREATE TRIGGER')
+    EXECUTE FUNCTION autoembed._check_trigger();
+
+DROP EVENT TRIGGER IF EXISTS autoembed_protect_functions;
+CREATE EVENT TRIGGER autoembed_protect_functions
+    ON ddl_command_end
+    WHEN TAG IN ('ALTER FUNCTION', 'ALTER ROUTINE')
+    EXECUTE FUNCTION autoembed._protect_functions();
+
+DROP EVENT TRIGGER IF EXISTS autoembed_before_drop;
+CREATE EVENT TRIGGER autoembed_before_drop
+    ON ddl_command_start
+    WHEN TAG IN ('DROP EXTENSION', 'DROP OWNED')
+    EXECUTE FUNCTION autoembed._before_drop();
+
+DROP EVENT TRIGGER IF EXISTS autoembed_after_drop;
+CREATE EVENT TRIGGER autoembed_after_drop
+    ON ddl_command_end
+    WHEN TAG IN ('DROP EXTENSION', 'DROP OWNED')
+    EXECUTE FUNCTION autoembed._after_drop();
+
+DROP EVENT TRIGGER IF EXISTS autoembed_updated;
+CREATE EVENT TRIGGER autoembed_updated
+    ON ddl_command_end
+    WHEN TAG IN ('ALTER EXTENSION')
+    EXECUTE FUNCTION autoembed._updated();
+
+-- A new object is for nobody but its owner, whatever the default privileges are. An object with initial privileges is not
+-- new, and its grants stay.
+DO LANGUAGE plpgsql $plpgsql$
+DECLARE
+    _member record;
+BEGIN
+    FOR _member IN
+        SELECT format('%s %s', m.kind, m.name) AS object,
+               string_agg(CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END, ', ') AS grantees
+        FROM (
+            SELECT d.classid, d.objid, 'ROUTINE' AS kind, p.oid::regprocedure::text AS name, p.proowner AS owner, p.proacl AS acl
+            FROM pg_depend AS d
+            JOIN pg_proc AS p ON d.classid = 'pg_proc'::regclass AND p.oid = d.objid
+            WHERE d.deptype = 'e'
+              AND d.refobjid = (SELECT e.oid FROM pg_extension AS e WHERE e.extname = 'autoembed')
+            UNION ALL
+            SELECT d.classid, d.objid, CASE c.relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END, c.oid::regclass::text,
+                   c.relowner, c.relacl
+            FROM pg_depend AS d
+            JOIN pg_class AS c ON d.classid = 'pg_class'::regclass AND c.oid = d.objid AND c.relkind IN ('r', 'v', 'S')
+            WHERE d.deptype = 'e'
+              AND d.refobjid = (SELECT e.oid FROM pg_extension AS e WHERE e.extname = 'autoembed')
+            UNION ALL
+            SELECT 'pg_namespace'::regclass, n.oid, 'SCHEMA', 'autoembed', n.nspowner, n.nspacl
+            FROM pg_namespace AS n
+            WHERE n.nspname = 'autoembed'
+        ) AS m
+        CROSS JOIN LATERAL (
+            SELECT x.grantee FROM aclexplode(m.acl) AS x WHERE x.grantee <> m.owner
+            UNION
+            SELECT 0
+        ) AS a
+        WHERE NOT EXISTS (
+            SELECT FROM pg_init_privs AS i WHERE i.classoid = m.classid AND i.objoid = m.objid AND i.objsubid = 0
+        )
+        GROUP BY m.kind, m.name
+    LOOP
+        EXECUTE format('REVOKE ALL ON %s FROM %s', _member.object, _member.grantees);
+    END LOOP;
+END;
+$plpgsql$;

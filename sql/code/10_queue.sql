@@ -1,0 +1,206 @@
+-- The queue. Only this file and state/10_queue.sql name pgmq's objects.
+
+CREATE OR REPLACE VIEW autoembed._job AS
+SELECT q.msg_id AS message_id,
+       q.vt AS due_at,
+       q.read_ct AS read_count,
+       q.enqueued_at,
+       q.last_read_at,
+       q.message,
+       coalesce(q.message ->> 'pipeline', '') AS pipeline,
+       CASE jsonb_typeof(q.message -> 'keys') WHEN 'array' THEN jsonb_array_length(q.message -> 'keys') ELSE 1 END AS rows
+FROM pgmq.q_embedding_jobs AS q;
+COMMENT ON VIEW autoembed._job IS
+    'The messages of the queue. pipeline: its id as text, empty if the message names none; rows: how many rows it names.';
+
+CREATE OR REPLACE FUNCTION autoembed._keys_per_message()
+    RETURNS integer
+    LANGUAGE sql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT 100;
+$sql$;
+COMMENT ON FUNCTION autoembed._keys_per_message IS 'The most rows that one message names.';
+
+CREATE OR REPLACE FUNCTION autoembed._list_queue(listed boolean)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF listed THEN
+        INSERT INTO pgmq.meta (queue_name, is_partitioned, is_unlogged)
+        VALUES ('embedding_jobs', false, false)
+        ON CONFLICT (queue_name) DO NOTHING;
+    ELSE
+        DELETE FROM pgmq.meta AS m WHERE m.queue_name = 'embedding_jobs';
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._list_queue IS 'Puts the queue on pgmq''s list of queues, or takes it off.';
+
+CREATE OR REPLACE FUNCTION autoembed._keep_restored_queue()
+    RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    PERFORM autoembed._list_queue(false);
+    RETURN NEW;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._keep_restored_queue IS
+    'Lets a restored dump replace the entry that CREATE EXTENSION has made in pgmq''s list.';
+
+CREATE OR REPLACE FUNCTION autoembed._claim(max_rows integer, lease_seconds double precision, held bigint[])
+    RETURNS TABLE (message_id bigint, read_count integer, message jsonb)
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+#variable_conflict use_column
+DECLARE
+    -- A parameter, unlike clock_timestamp() itself, can be looked up in an index.
+    _now timestamptz := clock_timestamp();
+    _ready record;
+    _messages refcursor;
+    _due record;
+    _share integer;
+    _room integer;
+    _newest boolean;
+    _ids bigint[] := '{}';
+BEGIN
+    -- The same lock as in _gate(), since this begins a lane's transaction.
+    LOCK TABLE autoembed.lane IN ACCESS SHARE MODE;
+    -- min() always uses the index. EXISTS may choose a sequential scan.
+    IF (SELECT min(q.due_at) FROM autoembed._job AS q) <= _now IS NOT TRUE THEN
+        RETURN;
+    END IF;
+    FOR _ready IN
+        -- From one pipeline in the index to the next: a DISTINCT would read the whole queue.
+        WITH RECURSIVE queued AS (
+            (SELECT min(q.pipeline) AS pipeline FROM autoembed._job AS q)
+            UNION ALL
+            SELECT (
+                SELECT min(q.pipeline) FROM autoembed._job AS q WHERE q.pipeline > n.pipeline
+            )
+            FROM queued AS n
+            WHERE n.pipeline IS NOT NULL
+        )
+        SELECT n.pipeline, s.failures, count(*) OVER () AS pipelines
+        FROM queued AS n
+        -- OFFSET 0: looks at these pipelines alone, however many there are.
+        LEFT JOIN LATERAL (
+            SELECT p.id, p.paused OR r.until > _now AS waits, r.failures
+            FROM autoembed.pipeline AS p
+            LEFT JOIN autoembed.model_rest AS r ON r.model = coalesce(p.model, autoembed._default_model())
+            WHERE p.id = CASE WHEN n.pipeline ~ '^[1-9][0-9]{0,8}$' THEN n.pipeline::integer END
+            OFFSET 0
+        ) AS s ON true
+        WHERE EXISTS (SELECT FROM autoembed._job AS q WHERE q.pipeline = n.pipeline AND q.due_at <= _now)
+          -- The quick test comes first: many tables may wait for one model, and each lane looks ten times a second.
+          AND CASE WHEN s.waits THEN false
+                   ELSE (SELECT b.blocked FROM autoembed._pipeline_state AS b WHERE b.id = s.id) IS NULL END
+    LOOP
+        -- Each pipeline has its share, so that none holds up another. A provider that has failed is tried with one message.
+        _share := CASE WHEN _ready.failures > 0 THEN 1 ELSE greatest(1, max_rows / _ready.pipelines) END;
+        -- Up to half of the share goes to the newest messages, so that a change does not wait behind a backlog.
+        FOREACH _newest IN ARRAY '{true,false}'::boolean[] LOOP
+            _room := CASE WHEN _newest THEN _share / 2 ELSE _share END;
+            -- A FOR loop would lock fifty messages at a time, and hide those that it leaves from other lanes.
+            OPEN _messages FOR EXECUTE format(
+                $sql$
+                SELECT q.message_id, q.rows
+                FROM autoembed._job AS q
+                WHERE q.pipeline = $1 AND q.due_at <= $2 AND q.message_id <> ALL ($3)
+                ORDER BY q.due_at %s
+                FOR UPDATE SKIP LOCKED
+                $sql$, CASE WHEN _newest THEN 'DESC' END) USING _ready.pipeline, _now, _ids;
+            WHILE _room > 0 LOOP
+                FETCH _messages INTO _due;
+                EXIT WHEN NOT FOUND OR _newest AND _due.rows > _room;
+                _ids := _ids || _due.message_id;
+                _room := _room - _due.rows;
+                _share := _share - _due.rows;
+            END LOOP;
+            CLOSE _messages;
+        END LOOP;
+    END LOOP;
+    RETURN QUERY
+    WITH claimed AS (
+        UPDATE autoembed._job AS q
+        SET due_at = _now + make_interval(secs => lease_seconds), read_count = q.read_count + 1, last_read_at = _now
+        WHERE q.message_id = ANY (_ids)
+        RETURNING q.message_id, q.read_count, q.message
+    ),
+    held AS (
+        UPDATE autoembed._this_lane
+        SET claimed_at = _now, message_ids = held || _ids
+        WHERE _ids <> '{}'
+    )
+    SELECT c.message_id, c.read_count, c.message FROM claimed AS c ORDER BY c.message_id;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._claim IS
+    'Claims due messages of the pipelines that can be embedded now: hides them for the lease and counts the try. '
+    'The last message of each pipeline may exceed its share of max_rows. held: messages that the lane has already.';
+
+CREATE OR REPLACE FUNCTION autoembed._extend(message_ids bigint[], lease_seconds double precision)
+    RETURNS void
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    UPDATE autoembed._job AS q
+    SET due_at = clock_timestamp() + make_interval(secs => lease_seconds)
+    WHERE q.message_id = ANY (message_ids);
+$sql$;
+COMMENT ON FUNCTION autoembed._extend IS 'Hides claimed messages for longer.';
+
+CREATE OR REPLACE FUNCTION autoembed._settle(message_ids bigint[])
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    DELETE FROM autoembed._job AS q WHERE q.message_id = ANY (message_ids);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._settle IS 'Deletes messages that are dealt with.';
+
+CREATE OR REPLACE FUNCTION autoembed._release(message_ids bigint[])
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    UPDATE autoembed._job AS q
+    SET due_at = clock_timestamp(), read_count = q.read_count - 1
+    WHERE q.message_id = ANY (message_ids);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._release IS 'Gives claimed messages back as if they had never been read.';
+
+CREATE OR REPLACE FUNCTION autoembed._requeue(
+    pipeline_id integer,
+    keys jsonb,
+    attempts integer,
+    read_count integer,
+    delay_seconds double precision
+)
+    RETURNS void
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    INSERT INTO autoembed._job (due_at, read_count, message)
+    VALUES (clock_timestamp() + make_interval(secs => delay_seconds),
+            read_count,
+            jsonb_build_object('pipeline', pipeline_id, 'keys', keys, 'attempts', attempts));
+$sql$;
+COMMENT ON FUNCTION autoembed._requeue IS
+    'Queues rows again, due after the delay. read_count: how many lanes have died while they held these rows.';

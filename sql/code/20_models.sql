@@ -1,0 +1,140 @@
+-- What a model is.
+
+CREATE OR REPLACE FUNCTION autoembed._default_model()
+    RETURNS text
+    LANGUAGE plpgsql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    RETURN coalesce((SELECT s.value FROM autoembed.setting AS s WHERE s.name = 'default_model'), 'all-MiniLM-L6-v2');
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._default_model IS 'The model of pipelines and embed() calls that name none.';
+
+CREATE OR REPLACE FUNCTION autoembed._model(name text)
+    RETURNS autoembed.model
+    LANGUAGE plpgsql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _name text := coalesce(_model.name, autoembed._default_model());
+    _found autoembed.model;
+BEGIN
+    SELECT m.* INTO _found FROM autoembed.model AS m WHERE m.name = _name;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'undefined_object',
+            MESSAGE = format('model "%s" does not exist', _name),
+            DETAIL = (SELECT 'The models are: ' || string_agg(m.name, ', ' ORDER BY m.name) || '.' FROM autoembed.model AS m),
+            HINT = 'Create it with autoembed.create_model().';
+    END IF;
+    RETURN _found;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._model IS 'The model of that name, NULL for the default one; an error if there is none.';
+
+CREATE OR REPLACE FUNCTION autoembed._dimensions(model text)
+    RETURNS integer
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT (autoembed._model(model)).dimensions;
+$sql$;
+COMMENT ON FUNCTION autoembed._dimensions IS 'The length of a model''s vectors.';
+
+CREATE OR REPLACE FUNCTION autoembed._model_identity(model autoembed.model)
+    RETURNS text
+    LANGUAGE sql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT jsonb_build_array(
+        model.provider, model.model_id, model.dimensions, coalesce(model.options ->> 'document_prefix', '')
+    )::text;
+$sql$;
+COMMENT ON FUNCTION autoembed._model_identity IS
+    'What makes the vectors of two models interchangeable, as a JSON array: provider, model_id, dimensions, document_prefix.';
+
+CREATE OR REPLACE FUNCTION autoembed._http_hosts()
+    RETURNS text[]
+    LANGUAGE plpgsql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    RETURN coalesce((SELECT string_to_array(s.value, ' ') FROM autoembed.setting AS s WHERE s.name = 'http_hosts'), '{}');
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._http_hosts IS 'The hosts that may be called without encryption; see allow_http_host().';
+
+CREATE OR REPLACE FUNCTION autoembed._vault_key(reference text, OUT vault_key text, OUT vault_fault text)
+    LANGUAGE plpgsql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _name text := substring(reference FROM '^vault:(.*)$');
+    _view oid := to_regclass('vault.decrypted_secrets');
+BEGIN
+    IF _name IS NULL THEN
+        RETURN;
+    END IF;
+    -- Where there is no Vault, anybody who may create schemas could make such a view, and its code would run as us.
+    IF NOT EXISTS (SELECT FROM pg_class AS c JOIN pg_roles AS r ON r.oid = c.relowner WHERE c.oid = _view AND r.rolsuper) THEN
+        vault_fault := 'this database has no Vault: no view vault.decrypted_secrets that belongs to a superuser';
+        RETURN;
+    END IF;
+    EXECUTE 'SELECT s.decrypted_secret::text FROM vault.decrypted_secrets AS s WHERE s.name = $1'
+    INTO vault_key USING _name;
+    IF vault_key IS NULL THEN
+        vault_fault := format('the vault has no secret "%s"', _name);
+    END IF;
+EXCEPTION WHEN OTHERS THEN
+    -- Not raised: other models have work to do. Not repeated: the message may hold what was read.
+    vault_key := NULL;
+    vault_fault := format('the vault gives no secret "%s" (SQLSTATE %s)', _name, SQLSTATE);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._vault_key IS
+    'The key that vault:NAME refers to, or why it cannot be had; nothing for other references.';
+
+CREATE OR REPLACE FUNCTION autoembed._model_facts(model autoembed.model)
+    RETURNS jsonb
+    LANGUAGE plpgsql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    RETURN to_jsonb(model)
+        || jsonb_build_object(
+            'identity', autoembed._model_identity(model),
+            'http_hosts', autoembed._http_hosts(),
+            'learnt', (SELECT to_jsonb(l) FROM autoembed.model_limit AS l WHERE l.model = (_model_facts.model).name ORDER BY l.at DESC LIMIT 1)
+        )
+        || (SELECT to_jsonb(v) FROM autoembed._vault_key((_model_facts.model).api_key) AS v);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._model_facts IS
+    'What the Python side needs to know of a model: its row, and what the row refers to.';
+
+CREATE OR REPLACE FUNCTION autoembed._keep_restored_model()
+    RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    DELETE FROM autoembed.model AS m WHERE m.name = NEW.name AND m.builtin;
+    RETURN NEW;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._keep_restored_model IS
+    'Lets a restored dump replace the models that CREATE EXTENSION has made.';

@@ -1,0 +1,130 @@
+-- Models whose provider is "function": SQL functions, which run with their owner's rights.
+
+CREATE OR REPLACE FUNCTION autoembed._embedder(
+    model autoembed.model,
+    purpose text,
+    OUT function_name text,
+    OUT function_id oid,
+    OUT wrapper name,
+    OUT problem text,
+    OUT hint text,
+    OUT errcode text
+)
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _query_function text := CASE purpose WHEN 'query' THEN model.options ->> 'query_function' END;
+    _named text := coalesce(_query_function, model.model_id);
+    _parts text[];
+BEGIN
+    wrapper := format('_embed_%s_%s', CASE WHEN _query_function IS NULL THEN 'document' ELSE 'query' END, md5(model.name));
+    BEGIN
+        _parts := parse_ident(_named);
+    EXCEPTION WHEN invalid_parameter_value THEN
+        NULL;
+    END;
+    IF cardinality(_parts) IS DISTINCT FROM 2 THEN
+        problem := format('model "%s" names the function "%s", which has to be a schema, a dot and a name', model.name, _named);
+        hint := 'Write it as SQL does, in double quotes where they are needed, and without arguments.';
+        errcode := 'invalid_parameter_value';
+        RETURN;
+    END IF;
+    function_name := format('%I.%I', _parts[1], _parts[2]);
+    function_id := to_regprocedure(function_name || '(pg_catalog.text[])');
+    IF function_id IS NULL THEN
+        problem := format('there is no function %s(text[])', function_name);
+        hint := format('Create it; then SELECT autoembed.alter_model(%L).', model.name);
+        errcode := CASE WHEN to_regproc(function_name) IS NULL THEN 'waits' ELSE 'undefined_function' END;
+    ELSIF NOT EXISTS (
+        SELECT FROM pg_proc AS p
+        WHERE p.oid = function_id AND p.prokind = 'f' AND NOT p.proretset
+          AND p.prorettype IN ('@extschema:vector@.vector[]'::regtype, '@extschema:vector@.halfvec[]'::regtype)
+    ) THEN
+        problem := format('function %s(text[]) does not return vector[] or halfvec[]', function_name);
+        hint := 'It is given texts, and returns a vector for each, in their order.';
+        errcode := 'datatype_mismatch';
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._embedder IS
+    'The function that a model names for documents or queries, the name of our own that runs it as its owner, and what is wrong with it. errcode waits: it may come yet.';
+
+CREATE OR REPLACE FUNCTION autoembed._build_embedders(name text)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _built regprocedure;
+    _embedder record;
+BEGIN
+    FOR _built IN
+        SELECT p.oid FROM pg_proc AS p
+        WHERE p.pronamespace = 'autoembed'::regnamespace AND p.proname IN ('_embed_document_' || md5(name), '_embed_query_' || md5(name))
+    LOOP
+        EXECUTE format('DROP FUNCTION %s', _built);
+    END LOOP;
+    FOR _embedder IN
+        SELECT e.*, f.proowner, f.prorettype, n.nspname
+        FROM autoembed.model AS m
+        JOIN unnest('{document,query}'::text[]) AS p(purpose) ON p.purpose = 'document' OR m.options ? 'query_function'
+        CROSS JOIN LATERAL autoembed._embedder(m, p.purpose) AS e
+        LEFT JOIN pg_proc AS f ON f.oid = e.function_id
+        LEFT JOIN pg_namespace AS n ON n.oid = f.pronamespace
+        WHERE m.name = _build_embedders.name AND m.provider = 'function'
+    LOOP
+        IF _embedder.errcode = 'waits' THEN
+            RAISE WARNING USING
+                ERRCODE = 'undefined_function',
+                MESSAGE = format('model "%s" cannot be used yet: %s', name, _embedder.problem),
+                HINT = _embedder.hint;
+        ELSIF _embedder.problem IS NOT NULL THEN
+            RAISE EXCEPTION USING MESSAGE = _embedder.problem, HINT = _embedder.hint, ERRCODE = _embedder.errcode;
+        ELSE
+            PERFORM autoembed._create_function('embedder', jsonb_build_object(
+                'wrapper', _embedder.wrapper,
+                'function', _embedder.function_name,
+                'vector_type', format_type(_embedder.prorettype, NULL),
+                'search_path', format('%I, public, pg_temp', _embedder.nspname)
+            ), pg_get_userbyid(_embedder.proowner));
+        END IF;
+    END LOOP;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._build_embedders IS
+    'Makes the functions that run a model''s own as their owners, in place of those that there were; of a model that is gone, takes them away.';
+
+CREATE OR REPLACE FUNCTION autoembed._call_embedder(model text, purpose text, texts text[], OUT vectors bytea[], OUT fault text)
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _embedder record;
+BEGIN
+    SELECT e.* INTO STRICT _embedder
+    FROM autoembed._model(model) AS m
+    CROSS JOIN LATERAL autoembed._embedder(m, purpose) AS e;
+    fault := _embedder.problem;
+    -- Another's function of that name would run as the owner of the one that a superuser has chosen.
+    IF fault IS NULL AND NOT EXISTS (
+        SELECT FROM pg_proc AS b
+        JOIN pg_proc AS f ON f.oid = _embedder.function_id AND f.proowner = b.proowner
+        WHERE b.pronamespace = 'autoembed'::regnamespace AND b.proname = _embedder.wrapper AND b.prosecdef
+    ) THEN
+        fault := format('function %s(text[]) was not there, or was not its owner''s, when the model was defined; SELECT autoembed.alter_model(%L) takes it as it is',
+                        _embedder.function_name, model);
+    END IF;
+    IF fault IS NULL THEN
+        -- One statement, read before the owner's code can change what its names mean; the last one, too.
+        EXECUTE format('SELECT ARRAY(SELECT %1$s.vector_send(u.v::%1$s.vector) FROM pg_catalog.unnest(autoembed.%2$I($1)) WITH ORDINALITY AS u(v, n) ORDER BY u.n)',
+                       '@extschema:vector@', _embedder.wrapper)
+        INTO vectors
+        USING texts;
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._call_embedder IS
+    'What a model''s function makes of texts, in binary form; or why it is not called. To be rolled back: its owner''s code may have changed the session.';

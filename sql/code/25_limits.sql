@@ -1,0 +1,142 @@
+-- How often a model may be asked and what it may use a day, for all sessions together.
+
+CREATE OR REPLACE FUNCTION autoembed._spent_budget(name text)
+    RETURNS text
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT CASE WHEN u.tokens >= m.daily_token_budget
+                THEN format('its budget of %s tokens a day is used up; the next day begins at 00:00 UTC', m.daily_token_budget)
+                WHEN u.tokens * m.price_per_million_tokens >= m.daily_cost_budget * 1000000
+                THEN format('its budget of %s a day is used up; the next day begins at 00:00 UTC', m.daily_cost_budget) END
+    FROM autoembed.model AS m
+    CROSS JOIN LATERAL (
+        SELECT coalesce(sum(t.tokens), 0) AS tokens
+        FROM (
+            SELECT d.tokens FROM autoembed.usage_day AS d WHERE d.model = m.name AND d.day = (clock_timestamp() AT TIME ZONE 'UTC')::date
+            UNION ALL
+            SELECT e.tokens FROM autoembed.usage_entry AS e WHERE e.model = m.name AND e.at >= date_trunc('day', clock_timestamp(), 'UTC')
+        ) AS t
+    ) AS u
+    WHERE m.name = _spent_budget.name AND num_nonnulls(m.daily_token_budget, m.daily_cost_budget) > 0;
+$sql$;
+COMMENT ON FUNCTION autoembed._spent_budget IS 'Why a model may use no more today; NULL: it may.';
+
+CREATE OR REPLACE FUNCTION autoembed._take_permit(
+    model text,
+    in_turn boolean,
+    requests_seconds double precision,
+    requests_saved_seconds double precision,
+    tokens_seconds double precision,
+    tokens_saved_seconds double precision,
+    slots_held integer[],
+    OUT wait_seconds double precision,
+    OUT slot integer,
+    OUT spent text,
+    OUT rest_seconds double precision
+)
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _slots integer := (SELECT m.max_requests_in_flight FROM autoembed.model AS m WHERE m.name = _take_permit.model);
+    _now timestamptz;
+    _requests_until timestamptz;
+    _tokens_until timestamptz;
+BEGIN
+    PERFORM autoembed._gate();
+    spent := autoembed._spent_budget(_take_permit.model);
+    IF spent IS NOT NULL THEN
+        rest_seconds := extract(epoch FROM date_trunc('day', clock_timestamp(), 'UTC') + interval '1 day' - clock_timestamp());
+        RETURN;
+    END IF;
+    IF _slots IS NOT NULL THEN
+        -- A lock for each request in flight: seen by all sessions at once, and gone with the session.
+        SELECT s.slot INTO slot
+        FROM generate_series(1, _slots) AS s(slot)
+        WHERE CASE WHEN s.slot <> ALL (slots_held) THEN pg_try_advisory_lock(autoembed._slot_key(_take_permit.model, s.slot)) END
+        LIMIT 1;
+        IF slot IS NULL THEN
+            RETURN;
+        END IF;
+    END IF;
+    wait_seconds := 0;
+    IF num_nonnulls(requests_seconds, tokens_seconds) = 0 OR current_setting('transaction_read_only')::boolean THEN
+        RETURN;
+    END IF;
+    IF in_turn THEN
+        -- Until the lane's commit, which comes at once. A caller's transaction may last: it goes without, and what it takes is seen late.
+        PERFORM pg_advisory_xact_lock(autoembed._slot_key(_take_permit.model, 0));
+    END IF;
+    _now := clock_timestamp();
+    _requests_until := (SELECT max(p.requests_until) FROM autoembed.permit AS p WHERE p.model = _take_permit.model);
+    _tokens_until := (SELECT max(p.tokens_until) FROM autoembed.permit AS p WHERE p.model = _take_permit.model);
+    -- NULL where there is no limit; greatest() passes over a NULL.
+    _requests_until := greatest(_requests_until, _now - make_interval(secs => requests_saved_seconds)) + make_interval(secs => requests_seconds);
+    _tokens_until := greatest(_tokens_until, _now - make_interval(secs => tokens_saved_seconds)) + make_interval(secs => tokens_seconds);
+    INSERT INTO autoembed.permit (model, at, requests_until, tokens_until)
+    VALUES (_take_permit.model, _now, _requests_until, _tokens_until);
+    wait_seconds := extract(epoch FROM greatest(_now, _requests_until, _tokens_until) - _now);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._take_permit IS
+    'A permit for one request: in how many seconds, and the slot that it holds where only so many may be in flight, none of slots_held; both NULL: all are taken, or the budget is spent. What it takes is given in seconds of each allowance, with how much may have been saved up.';
+
+CREATE OR REPLACE FUNCTION autoembed._slot_key(model text, slot integer)
+    RETURNS bigint
+    LANGUAGE sql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT hashtextextended('autoembed ' || model, slot);
+$sql$;
+COMMENT ON FUNCTION autoembed._slot_key IS 'The advisory lock of a request in flight; 0: of taking turns.';
+
+CREATE OR REPLACE FUNCTION autoembed._free_slots(model text, slots integer[])
+    RETURNS void
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT pg_advisory_unlock(autoembed._slot_key(_free_slots.model, s.slot)) FROM unnest(slots) AS s(slot);
+$sql$;
+COMMENT ON FUNCTION autoembed._free_slots IS 'Says that these requests are no longer in flight.';
+
+CREATE OR REPLACE FUNCTION autoembed._learn_limits(model text, requests_per_minute integer, requests_at_once integer, tokens_per_minute integer, tokens_at_once integer)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF NOT current_setting('transaction_read_only')::boolean THEN
+        -- Unless it was dropped meanwhile.
+        INSERT INTO autoembed.model_limit (model, requests_per_minute, requests_at_once, tokens_per_minute, tokens_at_once)
+        SELECT m.name, _learn_limits.requests_per_minute, _learn_limits.requests_at_once,
+               _learn_limits.tokens_per_minute, _learn_limits.tokens_at_once
+        FROM autoembed.model AS m
+        WHERE m.name = _learn_limits.model;
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._learn_limits IS
+    'Notes the limits that an answer told; NULLs: it told none.';
+
+CREATE OR REPLACE FUNCTION autoembed._forget_permits()
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF (SELECT min(p.at) FROM autoembed.permit AS p) < clock_timestamp() - interval '10 minutes' THEN
+        DELETE FROM autoembed.permit AS p WHERE greatest(p.at, p.requests_until, p.tokens_until) < clock_timestamp() - interval '5 minutes';
+        DELETE FROM autoembed.model_limit AS l
+        WHERE EXISTS (SELECT FROM autoembed.model_limit AS n WHERE n.model = l.model AND n.at > l.at);
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._forget_permits IS 'Forgets permits of some minutes ago, and limits that have changed since.';

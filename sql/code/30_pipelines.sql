@@ -1,0 +1,259 @@
+-- What a pipeline is: the keys of its rows, and their text.
+
+CREATE OR REPLACE FUNCTION autoembed._content_function(table_id oid, name text)
+    RETURNS oid
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _found oid[];
+BEGIN
+    -- The table's own schema comes first, as the caller's search_path is not known here.
+    SELECT array_agg(f.oid ORDER BY f.same_schema DESC, f.oid)
+    INTO _found
+    FROM (
+        SELECT p.oid, p.pronamespace = c.relnamespace AS same_schema
+        FROM pg_class AS c
+        -- By its name without a schema first, which has an index.
+        JOIN pg_proc AS p
+            ON p.proname IN (name, substring(name FROM '^"(.*)"$'), substring(name FROM '[.]([^.]*)$'), substring(name FROM '[.]"(.*)"$'))
+           AND p.proargtypes[0] = c.reltype AND p.pronargs = 1 AND p.prokind = 'f' AND NOT p.proretset
+        JOIN pg_namespace AS n ON n.oid = p.pronamespace
+        WHERE c.oid = table_id
+          AND name IN (p.proname::text, quote_ident(p.proname), format('%s.%s', n.nspname, p.proname), format('%I.%I', n.nspname, p.proname))
+    ) AS f;
+    RETURN _found[1];
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._content_function IS
+    'The function of one row of the table with that name, which may name its schema; NULL if there is none.';
+
+CREATE OR REPLACE FUNCTION autoembed._content_function_of(pipeline autoembed.pipeline)
+    RETURNS oid
+    LANGUAGE plpgsql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    -- One that was dropped and made again has another OID, but the same name.
+    RETURN coalesce((SELECT p.oid FROM pg_proc AS p WHERE p.oid = pipeline.content_function_id),
+                    autoembed._content_function(pipeline.table_id, pipeline.content_function));
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._content_function_of IS 'The content function of a pipeline; NULL if there is none.';
+
+CREATE OR REPLACE FUNCTION autoembed._key_columns(table_id oid)
+    RETURNS name[]
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT k.columns
+    FROM pg_index AS i
+    CROSS JOIN LATERAL (
+        SELECT array_agg(a.attname ORDER BY n.position) AS columns, bool_and(a.attnotnull) AS not_null
+        FROM unnest(i.indkey::smallint[]) WITH ORDINALITY AS n(number, position)
+        JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = n.number
+        WHERE n.position <= i.indnkeyatts
+    ) AS k
+    WHERE i.indrelid = table_id AND i.indisunique AND i.indisvalid
+      AND i.indpred IS NULL AND i.indexprs IS NULL AND k.not_null
+    ORDER BY i.indisprimary DESC, i.indisreplident DESC, i.indimmediate DESC, i.indnkeyatts, i.indexrelid
+    LIMIT 1;
+$sql$;
+COMMENT ON FUNCTION autoembed._key_columns IS
+    'The columns that tell the rows of a table apart: its primary key, else its replica identity, else a unique index without NULLs; NULL if there is none.';
+
+CREATE OR REPLACE FUNCTION autoembed._template(template text)
+    RETURNS TABLE (literal text, column_name text)
+    LANGUAGE plpgsql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    RETURN QUERY
+    SELECT CASE
+               WHEN t.part[1] IN ('{{', '}}', '\\') THEN left(t.part[1], 1)
+               WHEN t.part[1] = '\n' THEN E'\n'
+               WHEN t.part[2] IS NULL THEN t.part[1]
+           END,
+           replace(t.part[2], '""', '"')
+    FROM regexp_matches(template, '(\{\{|\}\}|\\\\|\\n|\{([^{}]+)\}|[^{}\\]+|.)', 'g') WITH ORDINALITY AS t(part, position)
+    ORDER BY t.position;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._template IS
+    'The parts of a template in order: literal text, or a column. {{ and }} are braces, \n is a line break, \\ a backslash.';
+
+CREATE OR REPLACE FUNCTION autoembed._columns_of(pipeline autoembed.pipeline)
+    RETURNS name[]
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    RETURN coalesce(
+        pipeline.content_columns,
+        (SELECT array_agg(DISTINCT t.column_name::name) FROM autoembed._template(pipeline.content_template) AS t
+         WHERE t.column_name IS NOT NULL),
+        '{}'
+    );
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._columns_of IS 'The columns that a pipeline names as its content.';
+
+CREATE OR REPLACE FUNCTION autoembed._needed_columns(pipeline autoembed.pipeline)
+    RETURNS name[]
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    RETURN pipeline.key_columns || autoembed._columns_of(pipeline)
+        || ARRAY(SELECT c.value::name FROM jsonb_each_text(pipeline.condition_columns) AS c);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._needed_columns IS
+    'The columns without which a pipeline cannot work, its embedding column aside.';
+
+CREATE OR REPLACE FUNCTION autoembed._missing_object(pipeline autoembed.pipeline)
+    RETURNS text
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    RETURN (
+        SELECT concat_ws(' ', o.value ->> 'type', o.key)
+        FROM jsonb_each(pipeline.condition_objects) AS o
+        WHERE NOT EXISTS (
+            SELECT FROM (
+                SELECT 'pg_proc'::regclass AS class, p.oid FROM pg_proc AS p WHERE p.proname = o.value ->> 'name'
+                UNION ALL
+                SELECT 'pg_operator'::regclass, p.oid FROM pg_operator AS p WHERE p.oprname = o.value ->> 'name'
+                UNION ALL
+                SELECT 'pg_type'::regclass, t.oid FROM pg_type AS t WHERE t.typname = o.value ->> 'name'
+                UNION ALL
+                SELECT 'pg_collation'::regclass, c.oid FROM pg_collation AS c WHERE c.collname = o.value ->> 'name'
+            ) AS c
+            CROSS JOIN LATERAL pg_identify_object(c.class, c.oid, 0) AS i
+            -- Made anew it is as good. The types that it takes may have other names since: the condition does not tell them.
+            WHERE i.identity = o.key
+               OR c.oid::text = o.value ->> 'oid' AND split_part(i.identity, '(', 1) = split_part(o.key, '(', 1)
+        )
+        ORDER BY o.key
+        LIMIT 1
+    );
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._missing_object IS
+    'A function, operator, type or collation of a pipeline''s condition that no longer has the name that it has there; NULL if there is none.';
+
+CREATE OR REPLACE FUNCTION autoembed._operator(table_id oid, column_name name, strategy integer)
+    RETURNS text
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    -- Not in SQL, which would be planned anew for each claim: 1 ms.
+    -- As the index has it: the name alone might mean another operator, or none, where the type is not in a schema searched.
+    RETURN coalesce((
+        SELECT format('OPERATOR(%I.%s)', n.nspname, o.oprname)
+        FROM pg_index AS i
+        CROSS JOIN LATERAL unnest(i.indkey::smallint[], i.indclass::oid[]) AS k(number, class)
+        JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = k.number AND a.attname = column_name
+        JOIN pg_opclass AS c ON c.oid = k.class
+        JOIN pg_amop AS m ON m.amopfamily = c.opcfamily AND m.amoplefttype = c.opcintype AND m.amoprighttype = c.opcintype
+                         AND m.amopstrategy = strategy
+        JOIN pg_am ON pg_am.oid = m.amopmethod AND pg_am.amname = 'btree'
+        JOIN pg_operator AS o ON o.oid = m.amopopr
+        JOIN pg_namespace AS n ON n.oid = o.oprnamespace
+        WHERE i.indrelid = table_id AND i.indisunique
+        ORDER BY i.indisprimary DESC, i.indisreplident DESC, i.indexrelid
+        LIMIT 1
+    ), CASE strategy WHEN 3 THEN '=' ELSE '>' END);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._operator IS
+    'The operator by which a key column is compared: 3 for equal, 5 for greater, as B-tree strategies are numbered.';
+
+CREATE OR REPLACE FUNCTION autoembed._content_expression(pipeline autoembed.pipeline, alias text)
+    RETURNS text
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _columns text;
+    _text text;
+BEGIN
+    -- Output functions, not casts: a cast to text may be the owner's, and triggers evaluate this with more rights than his.
+    -- An empty string is as good as none.
+    SELECT string_agg(format('nullif(pg_catalog.concat(%s.%I), '''')', alias, c.name), ', ' ORDER BY c.position) INTO _columns
+    FROM unnest(autoembed._columns_of(pipeline)) WITH ORDINALITY AS c(name, position);
+    IF pipeline.content_columns IS NOT NULL THEN
+        _text := format('pg_catalog.concat_ws(%L, %s)', E'\n\n', _columns);
+    ELSIF pipeline.content_template IS NOT NULL THEN
+        SELECT format('CASE WHEN pg_catalog.num_nonnulls(%s) OPERATOR(pg_catalog.>) 0 THEN pg_catalog.concat(%s) END', _columns,
+                      string_agg(CASE WHEN t.column_name IS NULL THEN quote_literal(t.literal) ELSE format('%s.%I', alias, t.column_name) END, ', '))
+        INTO _text
+        FROM autoembed._template(pipeline.content_template) AS t;
+    ELSE
+        -- With .* the alias cannot be taken for a column of that name.
+        SELECT format('%I.%I(%s.*)::pg_catalog.text', n.nspname, p.proname, alias) INTO _text
+        FROM pg_proc AS p
+        JOIN pg_namespace AS n ON n.oid = p.pronamespace
+        WHERE p.oid = autoembed._content_function_of(pipeline);
+        -- A function that is gone is an error in what calls it. Nobody can create one in this schema.
+        _text := coalesce(_text, format('autoembed.%I(%s.*)', pipeline.content_function, alias));
+    END IF;
+    IF pipeline.condition IS NOT NULL THEN
+        _text := format('CASE WHEN (SELECT (%s) FROM (SELECT %s) AS r) THEN %s END', pipeline.condition, (
+            SELECT string_agg(format('%s.%I AS %I', alias, c.value, c.key), ', ') FROM jsonb_each_text(pipeline.condition_columns) AS c
+        ), _text);
+    END IF;
+    RETURN _text;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._content_expression IS
+    'The SQL expression that gives the text of the row of that alias; NULL in rows that have no embedding.';
+
+CREATE OR REPLACE FUNCTION autoembed._key_expression(pipeline autoembed.pipeline, alias text)
+    RETURNS text
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    RETURN (
+        SELECT format('pg_catalog.concat(''['', %s, '']'')', string_agg(
+            CASE WHEN coalesce(nullif(t.typbasetype, 0), t.oid) IN ('bigint'::regtype, 'integer'::regtype, 'smallint'::regtype)
+                 THEN format('%s.%I', alias, k.name)
+                 ELSE format('pg_catalog.to_json(pg_catalog.concat(%s.%I))', alias, k.name)
+            END, ', '','', ' ORDER BY k.position))
+        FROM unnest(pipeline.key_columns) WITH ORDINALITY AS k(name, position)
+        JOIN pg_attribute AS a ON a.attrelid = pipeline.table_id AND a.attname = k.name
+        JOIN pg_type AS t ON t.oid = a.atttypid
+    );
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._key_expression IS
+    'The SQL expression that gives the key of the row of that alias as a JSON array.';
+
+CREATE OR REPLACE FUNCTION autoembed._has_key_expression(pipeline autoembed.pipeline, alias text)
+    RETURNS text
+    LANGUAGE plpgsql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    RETURN (SELECT format('ROW(%s) IS NOT NULL', string_agg(format('%s.%I', alias, k.name), ', '))
+            FROM unnest(pipeline.key_columns) AS k(name));
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._has_key_expression IS
+    'The SQL expression that says whether the row of that alias has a key, with no NULL in it.';

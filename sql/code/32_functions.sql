@@ -1,0 +1,278 @@
+-- The functions made for a pipeline, from the templates in sql/templates/.
+
+CREATE OR REPLACE FUNCTION autoembed._function_template(name text)
+    RETURNS text
+    LANGUAGE sql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $templates$
+    SELECT CASE _function_template.name
+@TEMPLATES@
+    END;
+$templates$;
+COMMENT ON FUNCTION autoembed._function_template IS 'The text of a file of sql/templates/, by its name. build.py fills it in.';
+
+CREATE OR REPLACE FUNCTION autoembed._filled(template text, slots jsonb)
+    RETURNS text
+    LANGUAGE plpgsql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _filled text;
+    _unknown text;
+BEGIN
+    -- One pass over the template alone, so that no value is taken for a template.
+    SELECT string_agg(CASE WHEN p.number % 2 = 1 THEN p.part ELSE slots ->> p.part END, '' ORDER BY p.number),
+           min(p.part) FILTER (WHERE p.number % 2 = 0 AND slots ->> p.part IS NULL)
+    INTO _filled, _unknown
+    FROM string_to_table(replace(template, '}}', '{{'), '{{') WITH ORDINALITY AS p(part, number);
+    IF _unknown IS NOT NULL THEN
+        RAISE EXCEPTION 'no value for the slot % of a template', _unknown;
+    END IF;
+    RETURN _filled;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._filled IS 'A template with {{name}} replaced by the value of that name; an error if there is none.';
+
+CREATE OR REPLACE FUNCTION autoembed._create_function(template_name text, slots jsonb, owner name DEFAULT NULL)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _template text[] := string_to_array(autoembed._function_template(template_name), '$body$');
+    _name text := autoembed._filled(substring(_template[1] FROM 'FUNCTION autoembed\.([^(]+)'), slots);
+    _function regprocedure;
+BEGIN
+    -- The body is quoted as a whole: a name in it that contained a dollar quote would end it otherwise.
+    EXECUTE concat(autoembed._filled(_template[1], slots), quote_literal(autoembed._filled(_template[2], slots)));
+    SELECT p.oid INTO STRICT _function
+    FROM pg_proc AS p
+    WHERE p.pronamespace = 'autoembed'::regnamespace
+      AND p.proname = _name;
+    IF owner IS NOT NULL THEN
+        EXECUTE format('ALTER FUNCTION %s OWNER TO %I', _function, owner);
+    END IF;
+    EXECUTE format('REVOKE ALL ON FUNCTION %s FROM PUBLIC', _function);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._create_function IS
+    'Makes a function from a template, for nobody but its owner. owner: the role that it runs as; NULL: the current one.';
+
+CREATE OR REPLACE FUNCTION autoembed._slots(pipeline autoembed.pipeline)
+    RETURNS jsonb
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _table jsonb;
+    _key jsonb;
+    _text_changed text;
+    _runs_owners_code boolean := num_nonnulls(pipeline.content_function, pipeline.condition) > 0;
+BEGIN
+    SELECT jsonb_build_object(
+        'table_id', c.oid,
+        -- Rows of tables that inherit from it have keys of their own.
+        'table', CASE c.relkind WHEN 'r' THEN 'ONLY ' ELSE '' END || c.oid::regclass::text,
+        'owner', pg_get_userbyid(c.relowner),
+        'search_path', format('%I, public, pg_temp', n.nspname),
+        'embedding_column', quote_ident(e.attname),
+        'vector_type', format_type(e.atttypid, NULL)
+    )
+    INTO STRICT _table
+    FROM pg_class AS c
+    JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    JOIN pg_attribute AS e ON e.attrelid = c.oid AND e.attname = pipeline.embedding_column AND NOT e.attisdropped
+    WHERE c.oid = pipeline.table_id;
+
+    SELECT jsonb_build_object(
+        'keys', string_agg(format('t.%I', k.name), ', ' ORDER BY k.number),
+        'sent_keys', string_agg(
+            format('(s.key::pg_catalog.jsonb ->> %s)::%s AS k%s', k.number - 1, k.type, k.number), ', ' ORDER BY k.number
+        ),
+        'same_key', string_agg(format('t.%I %s s.k%s', k.name, k.equal, k.number), ' AND ' ORDER BY k.number),
+        -- A row comparison uses the index. Operators of other schemas are compared one by one.
+        'later_key', CASE
+            WHEN bool_and(k.greater IN ('OPERATOR(pg_catalog.>)', '>')) THEN
+                format('ROW(%s) OPERATOR(pg_catalog.>) ROW(%s)',
+                       string_agg(format('t.%I', k.name), ', ' ORDER BY k.number),
+                       string_agg('s.k' || k.number, ', ' ORDER BY k.number))
+            ELSE
+                string_agg(format('%st.%I %s s.k%s', k.equal_before, k.name, k.greater, k.number), ' OR ' ORDER BY k.number)
+        END,
+        -- Values are compared as they are stored, which calls no code of a type.
+        'key_changed', format('record_image_ne(ROW(%s), ROW(%s))',
+                              string_agg(format('OLD.%I', k.name), ', ' ORDER BY k.number),
+                              string_agg(format('NEW.%I', k.name), ', ' ORDER BY k.number)),
+        -- The text of such a key depends on settings of the session.
+        'key_settings', CASE WHEN bool_and(k.is_plain) THEN '' ELSE autoembed._output_settings() END
+    )
+    INTO STRICT _key
+    FROM (
+        SELECT p.*,
+               string_agg(format('t.%I %s s.k%s AND ', p.name, p.equal, p.number), '')
+                   OVER (ORDER BY p.number ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS equal_before
+        FROM (
+            SELECT n.name, n.number,
+                   format_type(a.atttypid, a.atttypmod) AS type,
+                   autoembed._operator(pipeline.table_id, n.name, 3) AS equal,
+                   autoembed._operator(pipeline.table_id, n.name, 5) AS greater,
+                   y.typtype = 'e' OR coalesce(nullif(y.typbasetype, 0), y.oid) IN (
+                       'bigint'::regtype, 'integer'::regtype, 'smallint'::regtype, 'numeric'::regtype,
+                       'boolean'::regtype, 'text'::regtype, 'varchar'::regtype, 'bpchar'::regtype, 'name'::regtype,
+                       'uuid'::regtype
+                   ) AS is_plain
+            FROM unnest(pipeline.key_columns) WITH ORDINALITY AS n(name, number)
+            JOIN pg_attribute AS a ON a.attrelid = pipeline.table_id AND a.attname = n.name
+            JOIN pg_type AS y ON y.oid = a.atttypid
+        ) AS p
+    ) AS k;
+
+    IF _runs_owners_code THEN
+        _text_changed := format('autoembed._text_%1$s(OLD) COLLATE "C" IS DISTINCT FROM autoembed._text_%1$s(NEW)',
+                                pipeline.id);
+    ELSE
+        -- A long text that was left alone is the same value in the TOAST table, and is not fetched.
+        SELECT string_agg(concat(
+            CASE WHEN a.attlen = -1 AND a.attstorage <> 'p' THEN
+                format('(pg_column_toast_chunk_id(OLD.%1$I) = pg_column_toast_chunk_id(NEW.%1$I)) IS NOT TRUE AND ', k.name)
+            END,
+            format('record_image_ne(ROW(OLD.%1$I), ROW(NEW.%1$I))', k.name)
+        ), ' OR ')
+        INTO _text_changed
+        FROM unnest(autoembed._columns_of(pipeline)) AS k(name)
+        JOIN pg_attribute AS a ON a.attrelid = pipeline.table_id AND a.attname = k.name;
+    END IF;
+
+    RETURN _table || _key || jsonb_build_object(
+        'id', pipeline.id,
+        'output_settings', autoembed._output_settings(),
+        'keys_per_message', autoembed._keys_per_message(),
+        'model', (SELECT quote_literal(autoembed._model_identity(m)) FROM autoembed._model(pipeline.model) AS m),
+        'content', autoembed._content_expression(pipeline, 't'),
+        'content_of_r', autoembed._content_expression(pipeline, 'r'),
+        'key', autoembed._key_expression(pipeline, 't'),
+        'old_key', autoembed._key_expression(pipeline, 'OLD'),
+        'new_key', autoembed._key_expression(pipeline, 'NEW'),
+        'has_old_key', autoembed._has_key_expression(pipeline, 'OLD'),
+        'has_new_key', autoembed._has_key_expression(pipeline, 'NEW'),
+        'old_rows', format('SELECT %s AS key FROM old_rows AS o WHERE %s',
+                           autoembed._key_expression(pipeline, 'o'), autoembed._has_key_expression(pipeline, 'o')),
+        'new_rows', format('SELECT %s AS key FROM new_rows AS n WHERE %s',
+                           autoembed._key_expression(pipeline, 'n'), autoembed._has_key_expression(pipeline, 'n')),
+        'with_text', CASE WHEN pipeline.condition IS NULL THEN ''
+                          ELSE format(' AND autoembed._text_%s(ROW(n.*)::%s) IS NOT NULL', pipeline.id, pipeline.table_id)
+                     END,
+        'text_changed', _text_changed,
+        'runs_owners_code', _runs_owners_code,
+        'managed', pipeline.managed
+    );
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._slots IS
+    'All facts that the functions made for a pipeline depend on, as names and pieces of SQL for the templates.';
+
+CREATE OR REPLACE FUNCTION autoembed._build_pipeline(pipeline_id integer)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+    SET client_min_messages = warning
+AS $plpgsql$
+DECLARE
+    _slots jsonb;
+    _built_from text;
+    _is_built boolean;
+BEGIN
+    SELECT autoembed._slots(p), p.built_from INTO STRICT _slots, _built_from
+    FROM autoembed.pipeline AS p
+    WHERE p.id = pipeline_id;
+    SELECT count(*) = 3 INTO _is_built
+    FROM pg_proc AS p
+    JOIN pg_roles AS o ON o.oid = p.proowner AND o.rolname = _slots ->> 'owner'
+    WHERE p.pronamespace = 'autoembed'::regnamespace
+      AND p.proname IN ('_content_' || pipeline_id, '_write_' || pipeline_id, '_scan_' || pipeline_id)
+      AND p.prosecdef;
+    IF _is_built AND _built_from = md5('@BUILD@' || _slots::text) THEN
+        RETURN;
+    END IF;
+    PERFORM autoembed._drop_functions(pipeline_id, false);
+    PERFORM autoembed._create_functions(_slots);
+    UPDATE autoembed.pipeline AS p SET built_from = md5('@BUILD@' || _slots::text) WHERE p.id = pipeline_id;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._build_pipeline IS
+    'Makes the functions of a pipeline, unless they are there and made from the same facts by the same version.';
+
+CREATE OR REPLACE FUNCTION autoembed._create_functions(slots jsonb)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _owner name := slots ->> 'owner';
+    -- By name: the pieces that go into other templates.
+    _pieces jsonb := '{}';
+    _piece text;
+BEGIN
+    slots := slots || jsonb_build_object(
+        'scan_query', quote_literal(autoembed._filled(autoembed._function_template('scan_query'), slots)),
+        'and_later_key', quote_literal(format(' AND (%s)', slots ->> 'later_key')),
+        'order_by_key', quote_literal(format(' ORDER BY %s', slots ->> 'keys'))
+    );
+    PERFORM autoembed._create_function('content', slots, _owner);
+    PERFORM autoembed._create_function('scan', slots, _owner);
+    PERFORM autoembed._create_function('write', slots, _owner);
+    IF NOT (slots ->> 'managed')::boolean THEN
+        RETURN;
+    END IF;
+
+    FOREACH _piece IN ARRAY '{queue_update,queue_truncate,queue_row}'::text[] LOOP
+        _pieces := _pieces || jsonb_build_object(_piece, autoembed._filled(autoembed._function_template(_piece), slots));
+    END LOOP;
+    SELECT _pieces || jsonb_object_agg(r.name, autoembed._filled(
+        autoembed._function_template('queue_rows'), slots || jsonb_build_object('rows', r.rows)
+    ))
+    INTO _pieces
+    FROM (VALUES
+        ('queue_old_rows', slots ->> 'old_rows'),
+        ('queue_new_rows', slots ->> 'new_rows'),
+        ('queue_new_rows_with_text', concat(slots ->> 'new_rows', slots ->> 'with_text'))
+    ) AS r(name, rows);
+    IF (slots ->> 'runs_owners_code')::boolean THEN
+        PERFORM autoembed._create_function('text', slots, _owner);
+        PERFORM autoembed._create_function('capture_by_owners_code', slots || _pieces);
+    ELSE
+        PERFORM autoembed._create_function('capture', slots || _pieces);
+    END IF;
+    PERFORM autoembed._create_function('clear', slots);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._create_functions IS 'Makes the functions of a pipeline from its facts.';
+
+CREATE OR REPLACE FUNCTION autoembed._drop_functions(pipeline_id integer, with_triggers boolean)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+    SET client_min_messages = warning
+AS $plpgsql$
+DECLARE
+    _function regprocedure;
+BEGIN
+    FOR _function IN
+        SELECT p.oid
+        FROM pg_proc AS p
+        WHERE p.pronamespace = 'autoembed'::regnamespace
+          AND (p.proname IN ('_content_' || pipeline_id, '_write_' || pipeline_id,
+                             '_scan_' || pipeline_id, '_text_' || pipeline_id)
+               OR with_triggers AND p.proname IN ('_capture_' || pipeline_id, '_clear_' || pipeline_id))
+    LOOP
+        EXECUTE format('DROP FUNCTION %s %s', _function, CASE WHEN with_triggers THEN 'CASCADE' END);
+    END LOOP;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._drop_functions IS
+    'Drops the functions made for a pipeline. with_triggers: those of its triggers and the triggers, too.';

@@ -1,0 +1,126 @@
+-- HNSW indexes on embedding columns.
+
+CREATE OR REPLACE FUNCTION autoembed._vector_index(table_id regclass, embedding_column name)
+    RETURNS SETOF pg_index
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT i.*
+    FROM pg_index AS i
+    JOIN pg_class AS c ON c.oid = i.indexrelid
+    JOIN pg_am AS m ON m.oid = c.relam AND m.amname IN ('hnsw', 'ivfflat')
+    JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attname = _vector_index.embedding_column
+    WHERE i.indrelid = _vector_index.table_id
+      -- Of the column, or of an expression with it.
+      AND (a.attnum = i.indkey[0] OR i.indkey[0] = 0 AND EXISTS (
+          SELECT FROM pg_depend AS d
+          WHERE d.classid = 'pg_class'::regclass AND d.objid = i.indexrelid
+            AND d.refclassid = 'pg_class'::regclass AND d.refobjid = i.indrelid AND d.refobjsubid = a.attnum
+      ))
+    ORDER BY i.indisvalid DESC
+    LIMIT 1;
+$sql$;
+COMMENT ON FUNCTION autoembed._vector_index IS
+    'The index on the embeddings of a table or partition, a valid one first; no row if there is none.';
+
+CREATE OR REPLACE FUNCTION autoembed._index_key(pipeline autoembed.pipeline, OUT key text, OUT expression text, OUT problem text, OUT hint text)
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _type name;
+    _dimensions integer;
+BEGIN
+    SELECT t.typname, nullif(a.atttypmod, -1) INTO STRICT _type, _dimensions
+    FROM pg_attribute AS a
+    JOIN pg_type AS t ON t.oid = a.atttypid
+    WHERE a.attrelid = pipeline.table_id AND a.attname = pipeline.embedding_column;
+    IF _dimensions IS NULL THEN
+        _dimensions := autoembed._dimensions(pipeline.model);
+        problem := format('column "%s" of table %s has no dimensions, which an HNSW index needs', pipeline.embedding_column, pipeline.table_id);
+        hint := format('ALTER TABLE %s ALTER COLUMN %I TYPE @extschema:vector@.%s(%s);',
+                       pipeline.table_id, pipeline.embedding_column, _type, _dimensions);
+    END IF;
+    expression := quote_ident(pipeline.embedding_column);
+    -- pgvector's limits of an HNSW index.
+    IF _dimensions > 4000 THEN
+        problem := format('embeddings of %s dimensions cannot have an HNSW index, which takes up to 4000', _dimensions);
+        hint := 'Many models give shorter ones: autoembed.create_model(…, dimensions => 1024).';
+    ELSIF _type = 'vector' AND _dimensions > 2000 THEN
+        expression := format('%s::@extschema:vector@.halfvec(%s)', expression, _dimensions);
+        key := format('(%s) @extschema:vector@.halfvec_cosine_ops', expression);
+    ELSE
+        key := format('%s @extschema:vector@.%s_cosine_ops', expression, _type);
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._index_key IS
+    'What an HNSW index on a pipeline''s embeddings is built on, NULL: none can be; the expression by which queries use it; what is in its way, and what to do before.';
+
+CREATE OR REPLACE FUNCTION autoembed._build_index(pipeline_id integer)
+    RETURNS boolean
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _pipeline autoembed.pipeline;
+    _index pg_index;
+    _key record;
+    _job record;
+    _name text;
+    _problem text;
+BEGIN
+    SELECT p.* INTO STRICT _pipeline FROM autoembed.pipeline AS p WHERE p.id = pipeline_id;
+    SELECT i.* INTO _index FROM autoembed._vector_index(_pipeline.table_id, _pipeline.embedding_column) AS i;
+    IF _index.indisvalid THEN
+        PERFORM autoembed._unschedule('index-' || pipeline_id);
+        RETURN true;
+    ELSIF NOT autoembed._cron_is_here() THEN
+        RAISE WARNING USING MESSAGE = format('%s.%I has no index', _pipeline.table_id, _pipeline.embedding_column),
+                            HINT = 'Create it by hand: indexes are built by pg_cron, which is not installed in this database.';
+        RETURN true;
+    END IF;
+    SELECT k.* INTO _key FROM autoembed._index_key(_pipeline) AS k;
+    SELECT j.* INTO _job FROM autoembed._index_job(pipeline_id) AS j;
+    SELECT coalesce(b.index_problem, CASE WHEN _key.key IS NULL THEN _key.problem END, _job.problem)
+    INTO _problem
+    FROM autoembed.backfill AS b
+    WHERE b.pipeline_id = _build_index.pipeline_id;
+    IF _problem IS NOT NULL THEN
+        PERFORM autoembed._unschedule('index-' || pipeline_id);
+        UPDATE autoembed.backfill AS b
+        SET index_problem = _problem
+        WHERE b.pipeline_id = _build_index.pipeline_id AND b.index_problem IS NULL;
+    END IF;
+    IF _index.indexrelid IS NOT NULL THEN
+        -- Either it is being built, or a build was interrupted.
+        BEGIN
+            EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE NOWAIT', _pipeline.table_id);
+            -- The build may have ended before the lock was granted.
+            IF EXISTS (SELECT FROM pg_index AS i WHERE i.indexrelid = _index.indexrelid AND NOT i.indisvalid) THEN
+                EXECUTE format('DROP INDEX %s', _index.indexrelid::regclass);
+            END IF;
+        EXCEPTION WHEN lock_not_available THEN
+            PERFORM autoembed._hold_index_job(pipeline_id);
+        END;
+    ELSIF _problem IS NULL AND _job.is_due IS NOT TRUE THEN
+        SELECT CASE WHEN to_regclass(format('%I.%I', n.nspname, k.name)) IS NULL THEN k.name
+                    ELSE format('autoembed_%s_idx', pipeline_id) END
+        INTO STRICT _name
+        FROM pg_class AS c
+        JOIN pg_namespace AS n ON n.oid = c.relnamespace
+        CROSS JOIN LATERAL (SELECT left(c.relname, 30) || '_' || left(_pipeline.embedding_column, 25) || '_idx' AS name) AS k
+        WHERE c.oid = _pipeline.table_id;
+        -- No function can build an index concurrently.
+        PERFORM autoembed._schedule_index(pipeline_id, format(
+            'CREATE INDEX CONCURRENTLY IF NOT EXISTS %I ON %s USING hnsw (%s)', _name, _pipeline.table_id, _key.key
+        ));
+    END IF;
+    RETURN false;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._build_index IS
+    'Has pg_cron build the HNSW index of a pipeline''s column, concurrently. True if it is there, or cannot be built here.';

@@ -1,0 +1,221 @@
+-- Whether a pipeline can be embedded, and why not.
+
+CREATE OR REPLACE FUNCTION autoembed._check_pipeline(pipeline autoembed.pipeline, OUT problem text, OUT hint text, OUT errcode text)
+    LANGUAGE plpgsql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _table pg_class;
+    _function pg_proc;
+    _missing text;
+    _type text;
+    _type_dimensions integer;
+    _generated boolean;
+    _model autoembed.model;
+BEGIN
+    SELECT c.* INTO _table FROM pg_class AS c WHERE c.oid = pipeline.table_id;
+    IF NOT FOUND THEN
+        problem := format('the table with OID %s no longer exists', pipeline.table_id::oid);
+        hint := 'It is ended by the next lane, or by SELECT autoembed.process().';
+        errcode := 'undefined_table';
+        RETURN;
+    END IF;
+    IF _table.relkind NOT IN ('r', 'p') THEN
+        problem := format('%s is not a table', pipeline.table_id);
+        hint := 'Only tables and partitioned tables hold embeddings.';
+        errcode := 'wrong_object_type';
+        RETURN;
+    END IF;
+    IF pipeline.managed AND cardinality(pipeline.key_columns) = 0 THEN
+        problem := format('table %s has no key to find its rows by', pipeline.table_id);
+        hint := format('Add a primary key, or a unique index on columns that are NOT NULL: ALTER TABLE %s ADD COLUMN id bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY.', pipeline.table_id);
+        errcode := 'object_not_in_prerequisite_state';
+        RETURN;
+    END IF;
+    SELECT k.name INTO _missing
+    FROM unnest(autoembed._needed_columns(pipeline)) WITH ORDINALITY AS k(name, position)
+    WHERE NOT EXISTS (
+        SELECT FROM pg_attribute AS a
+        WHERE a.attrelid = _table.oid AND a.attname = k.name AND a.attnum > 0 AND NOT a.attisdropped
+    )
+    ORDER BY k.position
+    LIMIT 1;
+    IF FOUND THEN
+        problem := format('table %s has no column "%s"', pipeline.table_id, _missing);
+        hint := CASE
+            WHEN pipeline.managed THEN
+                (SELECT 'Its columns are: ' || string_agg(a.attname, ', ' ORDER BY a.attnum) || '.'
+                 FROM pg_attribute AS a
+                 WHERE a.attrelid = _table.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attname <> pipeline.embedding_column)
+            ELSE 'queue_embeddings() finds rows by a primary key column called id.'
+        END;
+        errcode := 'undefined_column';
+        RETURN;
+    END IF;
+
+    IF _table.relforcerowsecurity AND _table.relrowsecurity
+       AND NOT (SELECT r.rolsuper OR r.rolbypassrls FROM pg_roles AS r WHERE r.oid = _table.relowner)
+       AND (SELECT NOT coalesce(bool_or(p.polpermissive AND p.polcmd = '*' AND pg_get_expr(p.polqual, p.polrelid) = 'true'), false)
+                   OR NOT bool_and(p.polpermissive)
+            FROM pg_policy AS p
+            WHERE p.polrelid = _table.oid
+              -- Those that bind him: for PUBLIC, or for a role that he has the rights of.
+              AND EXISTS (SELECT FROM unnest(p.polroles) AS r(id) WHERE r.id = 0 OR pg_has_role(_table.relowner, r.id, 'USAGE'))) THEN
+        problem := format('row level security is forced on the owner of table %s and may hide rows from him', pipeline.table_id);
+        hint := format('Let him see all: CREATE POLICY embeddings ON %s TO %I USING (true), without restrictive policies; or ALTER TABLE %s NO FORCE ROW LEVEL SECURITY.',
+                       pipeline.table_id, pg_get_userbyid(_table.relowner), pipeline.table_id);
+        errcode := 'waits';
+        RETURN;
+    END IF;
+
+    SELECT CASE WHEN e.oid IS NOT NULL THEN t.typname ELSE format_type(a.atttypid, a.atttypmod) END, a.atttypmod, a.attgenerated <> ''
+    INTO _type, _type_dimensions, _generated
+    FROM pg_attribute AS a
+    JOIN pg_type AS t ON t.oid = a.atttypid
+    LEFT JOIN pg_extension AS e ON e.extname = 'vector' AND e.extnamespace = t.typnamespace
+    WHERE a.attrelid = _table.oid AND a.attname = pipeline.embedding_column AND a.attnum > 0 AND NOT a.attisdropped;
+    IF NOT FOUND THEN
+        problem := format('table %s has no column "%s"', pipeline.table_id, pipeline.embedding_column);
+        hint := format('Add it: ALTER TABLE %s ADD COLUMN %I halfvec(%s).',
+                       pipeline.table_id, pipeline.embedding_column, (autoembed._model(pipeline.model)).dimensions);
+        errcode := 'undefined_column';
+        RETURN;
+    END IF;
+    IF _type NOT IN ('vector', 'halfvec') OR _generated THEN
+        problem := format('column "%s" of table %s is %s', pipeline.embedding_column, pipeline.table_id,
+                          CASE WHEN _generated THEN 'a generated column' ELSE 'of type ' || _type END);
+        hint := 'An embedding column is of type halfvec or vector.';
+        errcode := 'datatype_mismatch';
+        RETURN;
+    END IF;
+    IF pipeline.embedding_column = ANY (autoembed._columns_of(pipeline)) THEN
+        problem := format('column "%s" cannot be its own content', pipeline.embedding_column);
+        hint := 'Leave it out of the content.';
+        errcode := 'invalid_parameter_value';
+        RETURN;
+    END IF;
+
+    IF pipeline.on_change = 'clear' AND EXISTS (
+        SELECT FROM pg_attribute AS a
+        WHERE a.attrelid = _table.oid AND a.attname = pipeline.embedding_column AND a.attnotnull AND NOT a.attisdropped
+    ) THEN
+        problem := format('column "%s" of table %s is NOT NULL and cannot be cleared', pipeline.embedding_column, pipeline.table_id);
+        hint := 'Use on_change => ''keep'', or drop the constraint.';
+        errcode := 'invalid_parameter_value';
+        RETURN;
+    END IF;
+    -- A BEFORE trigger sees no generated column; what a function reads is not known.
+    IF pipeline.on_change = 'clear' AND EXISTS (
+        SELECT FROM pg_attribute AS a
+        WHERE a.attrelid = _table.oid AND a.attgenerated <> '' AND NOT a.attisdropped
+          AND (a.attname = ANY (autoembed._needed_columns(pipeline)) OR pipeline.content_function IS NOT NULL)
+    ) THEN
+        problem := format('on_change => ''clear'' does not work with the generated columns of table %s', pipeline.table_id);
+        hint := 'Use on_change => ''keep'', or columns that are not generated.';
+        errcode := 'feature_not_supported';
+        RETURN;
+    END IF;
+
+    IF pipeline.content_function IS NOT NULL THEN
+        SELECT p.* INTO _function FROM pg_proc AS p WHERE p.oid = autoembed._content_function_of(pipeline);
+        IF NOT FOUND THEN
+            problem := format('there is no function "%s" of one row of %s', pipeline.content_function, pipeline.table_id);
+            hint := format('Create it: CREATE FUNCTION %s(%s) RETURNS text.', pipeline.content_function, pipeline.table_id);
+            errcode := 'undefined_function';
+            RETURN;
+        END IF;
+        IF (SELECT t.typcategory FROM pg_type AS t WHERE t.oid = _function.prorettype) <> 'S' THEN
+            problem := format('function %s returns %s', _function.oid::regprocedure, format_type(_function.prorettype, NULL));
+            hint := 'A content function returns text.';
+            errcode := 'datatype_mismatch';
+            RETURN;
+        END IF;
+        -- It will run as the table's owner, so it must come from somebody who already has the owner's rights.
+        IF NOT pg_has_role(_function.proowner, _table.relowner, 'MEMBER') THEN
+            problem := format('function %s belongs to %I, who has not the rights of %I, the owner of table %s',
+                              _function.oid::regprocedure, pg_get_userbyid(_function.proowner),
+                              pg_get_userbyid(_table.relowner), pipeline.table_id);
+            hint := format('Make it the table owner''s: ALTER FUNCTION %s OWNER TO %I.',
+                           _function.oid::regprocedure, pg_get_userbyid(_table.relowner));
+            errcode := 'insufficient_privilege';
+            RETURN;
+        END IF;
+    END IF;
+
+    _missing := autoembed._missing_object(pipeline);
+    IF _missing IS NOT NULL THEN
+        problem := format('the condition on table %s uses %s, which is gone or has another name', pipeline.table_id, _missing);
+        hint := format('Bring it back, or give the condition anew: SELECT autoembed.alter_pipeline(%L, condition => …).', pipeline.table_id);
+        errcode := 'waits';
+        RETURN;
+    END IF;
+
+    _model := autoembed._model(pipeline.model);
+    IF _type_dimensions NOT IN (-1, _model.dimensions) THEN
+        problem := format('column "%s" of table %s has %s dimensions, model "%s" has %s',
+                          pipeline.embedding_column, pipeline.table_id, _type_dimensions, _model.name, _model.dimensions);
+        hint := format('Change the column: ALTER TABLE %s ALTER COLUMN %I TYPE %s(%s) USING NULL; or the model: SELECT %s.',
+                       pipeline.table_id, pipeline.embedding_column, _type, _model.dimensions,
+                       CASE WHEN pipeline.managed THEN format('autoembed.alter_pipeline(%L, model => …)', pipeline.table_id)
+                            ELSE 'autoembed.set_default_model(…)' END);
+        -- Not an error of the pipeline: another model cures it at any time.
+        errcode := 'waits';
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._check_pipeline IS
+    'Why the column cannot be embedded as things stand, and what to do; NULLs if it can. errcode waits: the jobs wait for a change.';
+
+CREATE OR REPLACE VIEW autoembed._pipeline_state AS
+SELECT p.id,
+       p.table_id,
+       p.embedding_column,
+       p.content_function,
+       p.truncate,
+       p.paused,
+       coalesce(p.model, autoembed._default_model()) AS model,
+       coalesce(c.problem, CASE WHEN p.paused THEN 'it is paused' WHEN r.until > clock_timestamp() THEN format('model "%s" rests: %s', r.model, r.reason) END)
+           AS blocked,
+       coalesce(c.hint, CASE WHEN p.paused THEN format('SELECT autoembed.resume(%L).', p.table_id)
+                             WHEN r.needs_attention THEN format('SELECT autoembed.resume_model(%L) tries it at once.', r.model) END)
+           AS hint,
+       c.problem IS NULL AS sound,
+       coalesce(r.failures, 0) AS failures
+FROM autoembed.pipeline AS p
+CROSS JOIN LATERAL autoembed._check_pipeline(p) AS c
+LEFT JOIN autoembed.model_rest AS r ON r.model = coalesce(p.model, autoembed._default_model());
+COMMENT ON VIEW autoembed._pipeline_state IS 'Every pipeline, and why its jobs wait, if they do.';
+
+CREATE OR REPLACE FUNCTION autoembed._warn_of_blocked_pipelines(only_with_jobs boolean DEFAULT false, resting text[] DEFAULT NULL)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _state record;
+BEGIN
+    IF resting IS NOT NULL THEN
+        -- For the server's log: a lane's client is pg_cron, which would write it there again.
+        PERFORM set_config('client_min_messages', 'error', true);
+    END IF;
+    FOR _state IN
+        SELECT s.*
+        FROM autoembed.pipeline AS p
+        JOIN autoembed._pipeline_state AS s ON s.id = p.id AND s.blocked IS NOT NULL AND NOT s.paused
+        WHERE (resting IS NULL OR CASE WHEN s.sound THEN s.model = ANY (resting) ELSE resting = '{}' END)
+          AND (NOT only_with_jobs
+               OR EXISTS (SELECT FROM autoembed._job AS q WHERE q.pipeline = p.id::text))
+        ORDER BY p.id
+    LOOP
+        RAISE WARNING USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = format('%s.%I is not being embedded: %s', _state.table_id, _state.embedding_column, _state.blocked),
+            HINT = coalesce(_state.hint, 'Its jobs are kept, and go on by themselves.');
+    END LOOP;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._warn_of_blocked_pipelines IS
+    'Says which pipelines wait, why, and what to do. With resting, for lanes, in the server''s log: those that wait for one of these models, or, with none, for no model.';

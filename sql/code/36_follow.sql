@@ -1,0 +1,284 @@
+-- What follows when a pipeline is defined, changed or ended, and when its table is altered.
+
+CREATE OR REPLACE FUNCTION autoembed._table_shape(pipeline autoembed.pipeline)
+    RETURNS jsonb
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT jsonb_build_object(
+        'columns', (SELECT jsonb_object_agg(a.attnum, a.attname) FROM pg_attribute AS a
+                    WHERE a.attrelid = pipeline.table_id AND a.attnum > 0 AND NOT a.attisdropped),
+        'type', (SELECT concat_ws(' ', a.attnum, format_type(a.atttypid, a.atttypmod)) FROM pg_attribute AS a
+                 WHERE a.attrelid = pipeline.table_id AND a.attname = pipeline.embedding_column),
+        'contents', (SELECT jsonb_object_agg(a.attnum, concat_ws(' ', format_type(a.atttypid, a.atttypmod), pg_get_expr(d.adbin, d.adrelid)))
+                     FROM pg_attribute AS a
+                     LEFT JOIN pg_attrdef AS d ON a.attgenerated <> '' AND d.adrelid = a.attrelid AND d.adnum = a.attnum
+                     WHERE a.attrelid = pipeline.table_id AND a.attnum > 0 AND NOT a.attisdropped AND a.attname <> pipeline.embedding_column),
+        'partitions', (SELECT coalesce(jsonb_agg(t.relid::oid::bigint ORDER BY t.relid::oid), '[]') FROM pg_partition_tree(pipeline.table_id) AS t
+                       WHERE t.isleaf)
+    );
+$sql$;
+COMMENT ON FUNCTION autoembed._table_shape IS
+    'What of a table matters to its pipeline: its columns by number, number and type of the embedding column, types and expressions of the others, its partitions.';
+
+CREATE OR REPLACE FUNCTION autoembed._renamed(names name[], renames jsonb)
+    RETURNS name[]
+    LANGUAGE sql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT array_agg(coalesce((renames ->> n.name)::name, n.name) ORDER BY n.position)
+    FROM unnest(names) WITH ORDINALITY AS n(name, position);
+$sql$;
+COMMENT ON FUNCTION autoembed._renamed IS 'The names after renames, {then: now}.';
+
+CREATE OR REPLACE FUNCTION autoembed._backfill(pipeline_id integer)
+    RETURNS void
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    INSERT INTO autoembed.backfill AS b (pipeline_id)
+    VALUES (_backfill.pipeline_id)
+    ON CONFLICT ON CONSTRAINT backfill_pkey DO UPDATE
+    SET position = NULL, rows_queued = 0, scanned_at = NULL, index_problem = NULL, started_at = clock_timestamp();
+$sql$;
+COMMENT ON FUNCTION autoembed._backfill IS 'Has the rows of a pipeline looked through for what is missing or stale.';
+
+CREATE OR REPLACE FUNCTION autoembed._define()
+    RETURNS trigger
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _check record;
+BEGIN
+    -- Out of a dump, where it was sound once and its table's triggers are yet to come.
+    IF TG_OP = 'INSERT' AND NEW.built_from IS NOT NULL THEN
+        NEW.table_shape := autoembed._table_shape(NEW);
+        RETURN NEW;
+    END IF;
+    -- A dump of the schema alone brings functions and triggers, but no pipelines: their numbers are taken.
+    WHILE TG_OP = 'INSERT' AND EXISTS (
+        SELECT FROM pg_proc AS p WHERE p.pronamespace = 'autoembed'::regnamespace AND p.proname = '_content_' || NEW.id
+    ) LOOP
+        NEW.id := nextval('autoembed.pipeline_id_seq');
+    END LOOP;
+    IF NEW.managed AND NEW.key_columns IS NULL THEN
+        NEW.key_columns := coalesce(autoembed._key_columns(NEW.table_id), '{}');
+    END IF;
+    IF NEW.content_function IS NULL THEN
+        NEW.content_function_id := NULL;
+    ELSIF TG_OP = 'INSERT' OR NEW.content_function IS DISTINCT FROM OLD.content_function THEN
+        NEW.content_function_id := autoembed._content_function(NEW.table_id, NEW.content_function);
+    END IF;
+    SELECT c.* INTO _check FROM autoembed._check_pipeline(NEW) AS c;
+    IF _check.errcode = 'waits' THEN
+        RAISE WARNING USING MESSAGE = _check.problem, HINT = _check.hint, ERRCODE = 'object_not_in_prerequisite_state';
+    ELSIF _check.problem IS NOT NULL THEN
+        RAISE EXCEPTION USING MESSAGE = _check.problem, HINT = _check.hint, ERRCODE = _check.errcode;
+    END IF;
+    NEW.table_shape := autoembed._table_shape(NEW);
+    RETURN NEW;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._define IS 'Completes the definition of a pipeline, and refuses one that cannot work.';
+
+CREATE OR REPLACE FUNCTION autoembed._defined()
+    RETURNS trigger
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _stale integer;
+BEGIN
+    IF TG_OP = 'INSERT' AND NEW.built_from IS NOT NULL THEN
+        RETURN NULL;
+    END IF;
+    IF TG_OP = 'INSERT' THEN
+        FOR _stale IN
+            SELECT DISTINCT substring(f.proname FROM '[0-9]+$')::integer
+            FROM pg_trigger AS t
+            JOIN pg_proc AS f ON f.oid = t.tgfoid AND f.pronamespace = 'autoembed'::regnamespace AND f.proname ~ '^_(capture|clear)_[0-9]+$'
+            WHERE t.tgrelid = NEW.table_id
+              AND NOT EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.id::text = substring(f.proname FROM '[0-9]+$'))
+        LOOP
+            PERFORM autoembed._drop_functions(_stale, true);
+        END LOOP;
+    END IF;
+    PERFORM autoembed._build_pipeline(NEW.id);
+    BEGIN
+        -- On no row, and undone, whatever the owner's code does: has PostgreSQL read all that will be read.
+        IF autoembed._missing_object(NEW) IS NULL THEN
+            EXECUTE format('SELECT FROM autoembed._content_%s(''{}'')', NEW.id);
+        END IF;
+        RAISE EXCEPTION USING ERRCODE = 'AE000';
+    EXCEPTION
+        WHEN SQLSTATE 'AE000' THEN
+            NULL;
+        WHEN lock_not_available THEN
+            NULL;
+    END;
+    IF NEW.managed AND (TG_OP = 'INSERT' OR NEW.on_change <> OLD.on_change OR EXISTS (SELECT FROM autoembed._trigger_problems(NEW))) THEN
+        PERFORM autoembed._build_triggers(NEW);
+    END IF;
+    RETURN NULL;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._defined IS 'Makes the functions and triggers of a pipeline that was defined or changed.';
+
+CREATE OR REPLACE FUNCTION autoembed._ended()
+    RETURNS trigger
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _trigger name;
+BEGIN
+    DELETE FROM autoembed._job AS q WHERE q.pipeline = OLD.id::text;
+    PERFORM autoembed._drop_functions(OLD.id, true);
+    PERFORM autoembed._unschedule('index-' || OLD.id);
+    FOR _trigger IN
+        SELECT t.tgname FROM autoembed._guide_triggers(OLD) AS t WHERE t.tgrelid = OLD.table_id
+    LOOP
+        EXECUTE format('DROP TRIGGER %I ON %s', _trigger, OLD.table_id);
+    END LOOP;
+    RETURN NULL;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._ended IS 'Takes away the jobs, functions and triggers of a pipeline that was ended.';
+
+CREATE OR REPLACE FUNCTION autoembed._drop_orphaned_pipelines()
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    -- A look-up for each; NOT EXISTS would read the whole catalog, every second.
+    DELETE FROM autoembed.pipeline AS p WHERE (SELECT c.oid FROM pg_class AS c WHERE c.oid = p.table_id) IS NULL;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._drop_orphaned_pipelines IS 'Ends the pipelines whose table was dropped, with their jobs.';
+
+CREATE OR REPLACE FUNCTION autoembed._follow_tables()
+    RETURNS event_trigger
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _pipeline autoembed.pipeline;
+    _before jsonb;
+    _after jsonb;
+    _renames jsonb;
+BEGIN
+    FOR _pipeline IN
+        SELECT p.*
+        FROM autoembed.pipeline AS p
+        WHERE p.table_id IN (
+            SELECT coalesce(pg_partition_root(d.objid), d.objid) FROM pg_event_trigger_ddl_commands() AS d
+            WHERE d.classid = 'pg_class'::regclass
+        )
+        ORDER BY p.id
+    LOOP
+        _before := _pipeline.table_shape;
+        SELECT coalesce(jsonb_object_agg(b.value, a.value), '{}') INTO _renames
+        FROM jsonb_each_text(_before -> 'columns') AS b
+        JOIN jsonb_each_text(autoembed._table_shape(_pipeline) -> 'columns') AS a ON a.key = b.key AND a.value <> b.value;
+        IF _renames <> '{}' THEN
+            _pipeline.embedding_column := coalesce(_renames ->> _pipeline.embedding_column, _pipeline.embedding_column);
+            _pipeline.key_columns := autoembed._renamed(_pipeline.key_columns, _renames);
+            _pipeline.content_columns := autoembed._renamed(_pipeline.content_columns, _renames);
+            _pipeline.content_template := (
+                SELECT string_agg(
+                    CASE WHEN t.column_name IS NOT NULL THEN format('{%s}', coalesce(_renames ->> t.column_name, t.column_name))
+                         WHEN t.literal IN ('{', '}', '\') THEN t.literal || t.literal
+                         ELSE t.literal
+                    END, '')
+                FROM autoembed._template(_pipeline.content_template) AS t
+            );
+            -- The condition is an expression of the owner's, not to be read with more rights than his: it keeps its names.
+            SELECT coalesce(jsonb_object_agg(c.key, coalesce(_renames ->> c.value, c.value)), '{}') INTO _pipeline.condition_columns
+            FROM jsonb_each_text(_pipeline.condition_columns) AS c;
+        END IF;
+        _after := autoembed._table_shape(_pipeline);
+
+        IF _before <> _after THEN
+            UPDATE autoembed.pipeline AS p
+            SET embedding_column = _pipeline.embedding_column, key_columns = _pipeline.key_columns,
+                content_columns = _pipeline.content_columns, content_template = _pipeline.content_template,
+                condition_columns = _pipeline.condition_columns, table_shape = _after
+            WHERE p.id = _pipeline.id;
+        END IF;
+        -- Whatever keeps rows from being embedded: a trigger made for other names would refuse them.
+        IF (SELECT c.errcode IS DISTINCT FROM 'undefined_column' FROM autoembed._check_pipeline(_pipeline) AS c) THEN
+            PERFORM autoembed._build_pipeline(_pipeline.id);
+        END IF;
+        -- The vectors are of another type, or the texts may be others, or there are rows that came with a partition: no
+        -- trigger has seen it.
+        IF _before ->> 'type' <> _after ->> 'type'
+           OR EXISTS (
+               SELECT FROM jsonb_each_text(_before -> 'contents') AS b
+               JOIN jsonb_each_text(_after -> 'contents') AS a ON a.key = b.key AND a.value <> b.value
+           )
+           OR NOT _before -> 'partitions' @> (_after -> 'partitions') THEN
+            PERFORM autoembed._backfill(_pipeline.id);
+        END IF;
+    END LOOP;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._follow_tables IS
+    'Has pipelines follow what ALTER TABLE changes: names, owners, types, partitions.';
+
+CREATE OR REPLACE FUNCTION autoembed._end_broken()
+    RETURNS event_trigger
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _broken record;
+BEGIN
+    -- Its trigger would refuse rows that are written. A rename is no drop: the numbers of the columns tell.
+    FOR _broken IN
+        SELECT p.id, p.table_id, p.embedding_column, min(k.name::text) AS lost
+        FROM autoembed.pipeline AS p
+        JOIN pg_class AS c ON c.oid = p.table_id
+        CROSS JOIN LATERAL unnest(p.embedding_column || autoembed._needed_columns(p)) AS k(name)
+        WHERE p.managed
+          AND NOT EXISTS (
+              SELECT FROM pg_attribute AS a
+              WHERE a.attrelid = p.table_id AND NOT a.attisdropped
+                AND (a.attname = k.name OR p.table_shape -> 'columns' ->> a.attnum::text = k.name)
+          )
+        GROUP BY p.id
+    LOOP
+        DELETE FROM autoembed.pipeline AS p WHERE p.id = _broken.id;
+        RAISE NOTICE '%.% is no longer embedded: column "%" is gone', _broken.table_id, quote_ident(_broken.embedding_column), _broken.lost;
+    END LOOP;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._end_broken IS 'Ends the pipelines that have lost a column, however it was dropped.';
+
+CREATE OR REPLACE FUNCTION autoembed._protect_functions()
+    RETURNS event_trigger
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    -- A table owner owns his pipelines' functions; as SECURITY INVOKER they would run as the lane, a superuser.
+    IF NOT (SELECT r.rolsuper FROM pg_roles AS r WHERE r.rolname = current_user)
+       AND EXISTS (SELECT FROM pg_event_trigger_ddl_commands() AS d WHERE d.schema_name = 'autoembed') THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'insufficient_privilege',
+            MESSAGE = 'the functions in schema autoembed cannot be altered',
+            HINT = 'They are made anew when their table changes.';
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._protect_functions IS 'Keeps table owners from altering the functions made for them.';

@@ -1,0 +1,415 @@
+-- Attaching a table, changing it, pausing it and detaching it, with the caller's rights.
+
+CREATE OR REPLACE FUNCTION autoembed._owned_pipelines(table_name regclass, embedding_column name)
+    RETURNS SETOF autoembed.pipeline
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    RETURN QUERY
+    SELECT p.*
+    FROM autoembed.pipeline AS p
+    WHERE p.table_id = _owned_pipelines.table_name
+      AND (_owned_pipelines.embedding_column IS NULL OR p.embedding_column = _owned_pipelines.embedding_column)
+    ORDER BY p.id;
+    IF table_name IS NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'null_value_not_allowed', MESSAGE = 'table_name must not be NULL';
+    ELSIF NOT FOUND THEN
+        PERFORM autoembed._check_owner(table_name);
+        RAISE EXCEPTION USING
+            ERRCODE = 'undefined_object',
+            MESSAGE = CASE WHEN embedding_column IS NULL THEN format('table %s has no embeddings of ours', table_name)
+                           ELSE format('column "%s" of table %s has no embeddings of ours', embedding_column, table_name) END,
+            HINT = format('SELECT autoembed.enable(%L, …) attaches it.', table_name);
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._owned_pipelines IS
+    'The pipelines of a table of the caller''s, or the one of that column; an error if there are none.';
+
+CREATE OR REPLACE FUNCTION autoembed._owned_pipeline(table_name regclass, embedding_column name)
+    RETURNS autoembed.pipeline
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _found autoembed.pipeline[] := ARRAY(SELECT p FROM autoembed._owned_pipelines(table_name, embedding_column) AS p);
+BEGIN
+    IF cardinality(_found) > 1 THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'ambiguous_column',
+            MESSAGE = format('table %s has several embedding columns', table_name),
+            HINT = 'Say which: embedding_column => '
+                || (SELECT string_agg(quote_literal(f.embedding_column), ' or ') FROM unnest(_found) AS f) || '.';
+    END IF;
+    RETURN _found[1];
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._owned_pipeline IS
+    'The pipeline of a table of the caller''s; an error if there is none, or more than one and no column is given.';
+
+CREATE OR REPLACE FUNCTION autoembed._check_owner(table_name regclass)
+    RETURNS void
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF NOT (SELECT pg_has_role(c.relowner, 'USAGE') FROM pg_class AS c WHERE c.oid = table_name) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'insufficient_privilege',
+            MESSAGE = format('must be owner of table %s', table_name),
+            HINT = 'The owner of a table decides on its embeddings.';
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._check_owner IS 'Fails unless the caller has the rights of the table''s owner.';
+
+CREATE OR REPLACE FUNCTION autoembed._check_content(content_columns name[], content_function text, content_template text, required boolean)
+    RETURNS void
+    LANGUAGE plpgsql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF num_nonnulls(content_columns, content_function, content_template) NOT IN (required::integer, 1) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'the text of a row comes from one of content_columns, content_function and content_template',
+            HINT = 'For example: content_columns => ''{title,content}''.';
+    ELSIF cardinality(content_columns) = 0 OR array_position(content_columns, NULL) IS NOT NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'content_columns has no columns, or a NULL among them',
+            HINT = 'For example: content_columns => ''{title,content}''.';
+    ELSIF content_template IS NOT NULL AND (
+        NOT EXISTS (SELECT FROM autoembed._template(content_template) AS t WHERE t.column_name IS NOT NULL)
+        OR regexp_replace(content_template, '\{\{|\}\}|\{[^{}]+\}', '', 'g') ~ '[{}]'
+    ) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = format('content_template %L names no column, or has a brace without its other', content_template),
+            HINT = 'For example: content_template => ''# {title}\n\n{content}''; {{ and }} stand for braces.';
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._check_content IS 'Fails unless exactly one way to the text is given, and well formed.';
+
+CREATE OR REPLACE FUNCTION autoembed._check_on_change(on_change text)
+    RETURNS void
+    LANGUAGE plpgsql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF on_change IS NULL OR on_change NOT IN ('keep', 'clear') THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = format('on_change must be keep or clear, not %s', coalesce(on_change, 'NULL')),
+            HINT = 'keep: the old vector stays until the new one is there; clear: it goes with the old text.';
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._check_on_change IS 'Fails unless it is keep or clear.';
+
+CREATE OR REPLACE FUNCTION autoembed._read_condition(table_name regclass, INOUT condition text, OUT columns jsonb, OUT objects jsonb)
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+    SET client_min_messages = warning
+AS $plpgsql$
+DECLARE
+    _path text := (SELECT format('%I, public, pg_temp', n.nspname) FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+                   WHERE c.oid = table_name);
+BEGIN
+    columns := '{}';
+    objects := '{}';
+    IF condition IS NULL THEN
+        RETURN;
+    END IF;
+    -- PostgreSQL itself reads the expression, on a copy without rows, and writes it again with every name in full.
+    EXECUTE format('CREATE TEMP TABLE autoembed_condition (LIKE %s)', table_name);
+    PERFORM set_config('search_path', _path, true);
+    EXECUTE format(E'ALTER TABLE pg_temp.autoembed_condition ADD CONSTRAINT condition CHECK (%s\n) NO INHERIT NOT VALID', condition);
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    SELECT pg_get_expr(k.conbin, k.conrelid),
+           coalesce((SELECT jsonb_object_agg(a.attname, a.attname) FROM pg_attribute AS a
+                     WHERE a.attrelid = k.conrelid AND a.attnum = ANY (k.conkey) AND a.attnum > 0), '{}'),
+           coalesce((SELECT jsonb_object_agg(i.identity, jsonb_build_object('type', i.type, 'oid', d.refobjid::text, 'name', (
+                                SELECT p.proname FROM pg_proc AS p WHERE p.oid = d.refobjid AND d.refclassid = 'pg_proc'::regclass
+                                UNION ALL SELECT p.oprname FROM pg_operator AS p WHERE p.oid = d.refobjid AND d.refclassid = 'pg_operator'::regclass
+                                UNION ALL SELECT t.typname FROM pg_type AS t WHERE t.oid = d.refobjid AND d.refclassid = 'pg_type'::regclass
+                                UNION ALL SELECT c.collname FROM pg_collation AS c WHERE c.oid = d.refobjid AND d.refclassid = 'pg_collation'::regclass)))
+                     FROM pg_depend AS d
+                     CROSS JOIN LATERAL pg_identify_object(d.refclassid, d.refobjid, 0) AS i
+                     WHERE d.classid = 'pg_constraint'::regclass AND d.objid = k.oid
+                       AND d.refclassid IN ('pg_proc'::regclass, 'pg_operator'::regclass, 'pg_type'::regclass, 'pg_collation'::regclass)), '{}')
+    INTO STRICT condition, columns, objects
+    FROM pg_constraint AS k WHERE k.conrelid = 'pg_temp.autoembed_condition'::regclass AND k.conname = 'condition';
+    DROP TABLE pg_temp.autoembed_condition;
+EXCEPTION WHEN syntax_error_or_access_rule_violation OR feature_not_supported OR data_exception THEN
+    RAISE EXCEPTION USING
+        ERRCODE = SQLSTATE,
+        MESSAGE = format('the condition %s does not work on table %s: %s', condition, table_name, SQLERRM),
+        HINT = 'A condition is a boolean expression of the columns of one row, without subqueries.';
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._read_condition IS
+    'A condition on the rows of a table, with every name in it in full, its columns, {name: name}, and what else it uses; an error if it is none. Runs with the caller''s rights.';
+
+CREATE OR REPLACE FUNCTION autoembed.enable(
+    table_name regclass,
+    embedding_column name DEFAULT 'embedding',
+    content_columns name[] DEFAULT NULL,
+    content_function text DEFAULT NULL,
+    content_template text DEFAULT NULL,
+    model text DEFAULT NULL,
+    condition text DEFAULT NULL,
+    on_change text DEFAULT 'keep',
+    truncate boolean DEFAULT true,
+    enqueue_existing boolean DEFAULT true,
+    create_index boolean DEFAULT false,
+    replicated boolean DEFAULT false,
+    if_not_exists boolean DEFAULT false
+)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _table pg_class;
+    _dimensions integer;
+    _pipeline autoembed.pipeline;
+    _index record;
+BEGIN
+    IF table_name IS NULL OR embedding_column IS NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'null_value_not_allowed',
+            MESSAGE = 'table_name and embedding_column must not be NULL';
+    END IF;
+    SELECT c.* INTO _table FROM pg_class AS c WHERE c.oid = enable.table_name;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION USING ERRCODE = 'undefined_table', MESSAGE = format('there is no table with OID %s', enable.table_name::oid);
+    ELSIF _table.relpersistence = 't' THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'wrong_object_type',
+            MESSAGE = format('%s is a temporary table, which only its own session sees', enable.table_name),
+            HINT = 'Attach a table that lanes see, too.';
+    ELSIF _table.relkind NOT IN ('r', 'p') THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'wrong_object_type',
+            MESSAGE = format('%s is %s, not a table', enable.table_name,
+                             CASE _table.relkind WHEN 'v' THEN 'a view' WHEN 'm' THEN 'a materialized view'
+                                                 WHEN 'f' THEN 'a foreign table' ELSE 'no table' END),
+            HINT = 'Attach the table that holds the rows.';
+    ELSIF _table.relkind = 'p' AND create_index THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'feature_not_supported',
+            MESSAGE = format('no index can be built concurrently on the partitioned table %s', enable.table_name),
+            HINT = 'Leave create_index out. Later, create the index concurrently on each partition, then on the table, which takes those.';
+    ELSIF _table.relispartition THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'wrong_object_type',
+            MESSAGE = format('table %s is a partition', enable.table_name),
+            HINT = format('Attach the whole table: SELECT autoembed.enable(%L, …).', pg_partition_root(enable.table_name));
+    END IF;
+    PERFORM autoembed._check_owner(enable.table_name);
+    PERFORM autoembed._check_content(content_columns, content_function, content_template, true);
+    PERFORM autoembed._check_on_change(on_change);
+    IF EXISTS (
+        SELECT FROM autoembed.pipeline AS p
+        WHERE p.table_id = enable.table_name AND p.embedding_column = enable.embedding_column
+    ) THEN
+        IF if_not_exists THEN
+            RAISE NOTICE '%.% is being embedded already, skipping', enable.table_name, quote_ident(enable.embedding_column);
+            RETURN;
+        END IF;
+        RAISE EXCEPTION USING
+            ERRCODE = 'duplicate_object',
+            MESSAGE = format('%s.%I is being embedded already', enable.table_name, enable.embedding_column),
+            HINT = 'autoembed.alter_pipeline() changes how; autoembed.disable() ends it.';
+    END IF;
+
+    _dimensions := autoembed._dimensions(enable.model);
+    IF NOT EXISTS (
+        SELECT FROM pg_attribute AS a
+        WHERE a.attrelid = enable.table_name AND a.attname = enable.embedding_column AND a.attnum > 0 AND NOT a.attisdropped
+    ) THEN
+        EXECUTE format('ALTER TABLE %s ADD COLUMN %I @extschema:vector@.halfvec(%s)', enable.table_name, enable.embedding_column, _dimensions);
+    END IF;
+    INSERT INTO autoembed.pipeline AS p (table_id, embedding_column, content_columns, content_function, content_template,
+                                         condition, condition_columns, condition_objects, model, on_change, truncate, replicated)
+    SELECT enable.table_name, enable.embedding_column, enable.content_columns, enable.content_function, enable.content_template,
+           c.condition, c.columns, c.objects, enable.model, enable.on_change, coalesce(enable.truncate, true), coalesce(enable.replicated, false)
+    FROM autoembed._read_condition(enable.table_name, enable.condition) AS c
+    RETURNING p.* INTO _pipeline;
+    SELECT k.* INTO _index FROM autoembed._index_key(_pipeline) AS k;
+    IF create_index AND _index.problem IS NOT NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = _index.problem,
+            HINT = _index.hint;
+    ELSIF _index.key IS NULL THEN
+        RAISE WARNING USING MESSAGE = _index.problem, HINT = _index.hint;
+    END IF;
+    IF enqueue_existing OR create_index THEN
+        INSERT INTO autoembed.backfill (pipeline_id, create_index) VALUES (_pipeline.id, coalesce(enable.create_index, false));
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed.enable IS
+    'Keeps a column of a table of the caller''s the embedding of its rows'' text: columns, a template with columns in braces, or a function of the row. Adds the column if it is missing, and embeds the rows that are there.';
+
+CREATE OR REPLACE FUNCTION autoembed.alter_pipeline(
+    table_name regclass,
+    embedding_column name DEFAULT NULL,
+    content_columns name[] DEFAULT NULL,
+    content_function text DEFAULT NULL,
+    content_template text DEFAULT NULL,
+    model text DEFAULT NULL,
+    condition text DEFAULT NULL,
+    on_change text DEFAULT NULL,
+    truncate boolean DEFAULT NULL
+)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _pipeline autoembed.pipeline := autoembed._owned_pipeline(table_name, embedding_column);
+    _condition record;
+    _new_content boolean := num_nonnulls(content_columns, content_function, content_template) > 0;
+BEGIN
+    PERFORM autoembed._check_content(content_columns, content_function, content_template, false);
+    IF NOT _pipeline.managed AND (_new_content OR condition IS NOT NULL OR on_change IS NOT NULL) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = format('the triggers of %s.%I were made by hand', _pipeline.table_id, _pipeline.embedding_column),
+            HINT = 'autoembed.disable() it, and autoembed.enable() it with what it should be.';
+    END IF;
+    IF alter_pipeline.on_change IS NOT NULL THEN
+        PERFORM autoembed._check_on_change(alter_pipeline.on_change);
+    END IF;
+    SELECT c.* INTO _condition FROM autoembed._read_condition(_pipeline.table_id, nullif(alter_pipeline.condition, '')) AS c;
+    UPDATE autoembed.pipeline AS p
+    SET content_columns = CASE WHEN _new_content THEN alter_pipeline.content_columns ELSE p.content_columns END,
+        content_function = CASE WHEN _new_content THEN alter_pipeline.content_function ELSE p.content_function END,
+        content_template = CASE WHEN _new_content THEN alter_pipeline.content_template ELSE p.content_template END,
+        model = CASE WHEN alter_pipeline.model IS NULL THEN p.model ELSE nullif(alter_pipeline.model, '') END,
+        condition = CASE WHEN alter_pipeline.condition IS NULL THEN p.condition ELSE _condition.condition END,
+        condition_columns = CASE WHEN alter_pipeline.condition IS NULL THEN p.condition_columns ELSE _condition.columns END,
+        condition_objects = CASE WHEN alter_pipeline.condition IS NULL THEN p.condition_objects ELSE _condition.objects END,
+        on_change = coalesce(alter_pipeline.on_change, p.on_change),
+        truncate = coalesce(alter_pipeline.truncate, p.truncate)
+    WHERE p.id = _pipeline.id;
+    IF _new_content OR alter_pipeline.model IS NOT NULL OR alter_pipeline.condition IS NOT NULL THEN
+        PERFORM autoembed.resync(_pipeline.table_id, _pipeline.embedding_column);
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed.alter_pipeline IS
+    'Changes what is not NULL of how a table is embedded, and has the rows embedded to which that makes a difference. An empty model is the default model, an empty condition none.';
+
+CREATE OR REPLACE FUNCTION autoembed.disable(table_name regclass, embedding_column name DEFAULT NULL, drop_column boolean DEFAULT false)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _pipeline autoembed.pipeline;
+BEGIN
+    FOR _pipeline IN SELECT p.* FROM autoembed._owned_pipelines(table_name, embedding_column) AS p LOOP
+        DELETE FROM autoembed.pipeline AS p WHERE p.id = _pipeline.id;
+        IF drop_column THEN
+            EXECUTE format('ALTER TABLE %s DROP COLUMN %I', _pipeline.table_id, _pipeline.embedding_column);
+        END IF;
+    END LOOP;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed.disable IS
+    'Ends the embedding of a table of the caller''s, or of one column of it: triggers, jobs and failures go, the vectors stay unless drop_column.';
+
+CREATE OR REPLACE FUNCTION autoembed.pause(table_name regclass, embedding_column name DEFAULT NULL)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _pipeline autoembed.pipeline;
+BEGIN
+    FOR _pipeline IN SELECT p.* FROM autoembed._owned_pipelines(table_name, embedding_column) AS p LOOP
+        UPDATE autoembed.pipeline AS p SET paused = true WHERE p.id = _pipeline.id;
+    END LOOP;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed.pause IS
+    'Has the jobs of a table of the caller''s, or of one column of it, wait. Changes go on being queued.';
+
+CREATE OR REPLACE FUNCTION autoembed.resume(table_name regclass, embedding_column name DEFAULT NULL)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _pipeline autoembed.pipeline;
+BEGIN
+    FOR _pipeline IN SELECT p.* FROM autoembed._owned_pipelines(table_name, embedding_column) AS p LOOP
+        UPDATE autoembed.pipeline AS p SET paused = false WHERE p.id = _pipeline.id;
+    END LOOP;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed.resume IS 'Ends a pause.';
+
+CREATE OR REPLACE FUNCTION autoembed.resync(table_name regclass, embedding_column name DEFAULT NULL)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _pipeline autoembed.pipeline;
+BEGIN
+    FOR _pipeline IN SELECT p.* FROM autoembed._owned_pipelines(table_name, embedding_column) AS p LOOP
+        -- Has triggers that are missing or disabled made anew.
+        UPDATE autoembed.pipeline AS p SET on_change = p.on_change WHERE p.id = _pipeline.id AND p.managed;
+        PERFORM autoembed._look_through(_pipeline, NULL, false);
+    END LOOP;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed.resync IS
+    'Looks through all rows of a table of the caller''s and embeds those whose embedding is missing or stale: after a restore, a load with triggers off, another model. Triggers of ours that are missing or disabled are made anew. A row that is as it should be is not sent.';
+
+CREATE OR REPLACE FUNCTION autoembed.reembed(table_name regclass, embedding_column name DEFAULT NULL, condition text DEFAULT NULL)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _pipeline autoembed.pipeline := autoembed._owned_pipeline(table_name, embedding_column);
+BEGIN
+    PERFORM autoembed._look_through(_pipeline, (autoembed._read_condition(_pipeline.table_id, reembed.condition)).condition, true);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed.reembed IS
+    'Embeds all rows of a table of the caller''s anew, or those that a condition holds for, fresh or not.';
+
+CREATE OR REPLACE FUNCTION autoembed._look_through(pipeline autoembed.pipeline, condition text, force boolean)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _before autoembed.backfill;
+BEGIN
+    DELETE FROM autoembed.backfill AS b WHERE b.pipeline_id = pipeline.id RETURNING b.* INTO _before;
+    -- What one under way has not come to yet is not forgotten: for all rows, unless both are for the same.
+    INSERT INTO autoembed.backfill (pipeline_id, condition, force, create_index)
+    VALUES (
+        pipeline.id,
+        CASE WHEN _before.pipeline_id IS NULL OR _before.condition = _look_through.condition THEN _look_through.condition END,
+        _look_through.force OR coalesce(_before.force, false),
+        coalesce(_before.create_index, false)
+    );
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._look_through IS 'Asks the lanes to look through a table''s rows.';

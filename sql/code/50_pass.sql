@@ -1,0 +1,216 @@
+-- What a pass reads and writes, and the functions by which SQL enters Python.
+
+CREATE OR REPLACE FUNCTION autoembed._pipelines(ids integer[])
+    RETURNS TABLE (id integer, schema_name text, table_name text, content_function text, embedding_column text, vector_type text,
+                   truncate boolean, trusted boolean, blocked text, failures integer, model jsonb)
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+    -- To plan for each list anew costs each claim half a millisecond.
+    SET plan_cache_mode = force_generic_plan
+AS $plpgsql$
+#variable_conflict use_column
+BEGIN
+    PERFORM autoembed._build_pipeline(s.id) FROM autoembed._pipeline_state AS s WHERE s.id = ANY (ids) AND s.sound;
+    RETURN QUERY
+    SELECT s.id, n.nspname::text, c.relname::text, s.content_function, s.embedding_column::text,
+           (SELECT format_type(a.atttypid, NULL) FROM pg_attribute AS a WHERE a.attrelid = s.table_id AND a.attname = s.embedding_column),
+           s.truncate, coalesce((SELECT r.rolsuper FROM pg_roles AS r WHERE r.oid = c.relowner), true), s.blocked, s.failures, autoembed._model_facts(autoembed._model(s.model))
+    FROM autoembed._pipeline_state AS s
+    LEFT JOIN pg_class AS c ON c.oid = s.table_id
+    LEFT JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE s.id = ANY (ids);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._pipelines IS
+    'What a pass needs to know of its pipelines, their functions made ready.';
+
+CREATE OR REPLACE FUNCTION autoembed._digests(pipeline_id integer, keys text[])
+    RETURNS TABLE (key text, digest bytea)
+    LANGUAGE plpgsql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    RETURN QUERY
+    SELECT e.key, e.digest FROM autoembed.embedded AS e WHERE e.pipeline_id = _digests.pipeline_id AND e.key = ANY (keys);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._digests IS 'From which text the embeddings of these rows were made.';
+
+CREATE OR REPLACE FUNCTION autoembed._stage(vector_type regtype, row_bytes integer, file integer, may_have_rows boolean) RETURNS text
+    LANGUAGE plpgsql
+    -- As the caller: it is he who COPYs.
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    -- What fits in a page needs no TOAST table, which each commit would empty and index anew, at a cost of 2 kB of the lane's memory.
+    storage CONSTANT text := CASE WHEN row_bytes <= 8100 THEN 'PLAIN' ELSE 'EXTERNAL' END;
+    name CONSTANT text := format('_autoembed_%s_%s', (SELECT t.typname FROM pg_type AS t WHERE t.oid = vector_type), lower(storage));
+    stage CONSTANT text := format('pg_temp.%I', name);
+    usable boolean;
+    is_there boolean;
+BEGIN
+    SELECT pg_has_role('pg_read_server_files', 'USAGE')
+           AND has_database_privilege(current_database(), 'TEMPORARY')
+           -- Made before any owner's code could make one of that name: only ours belongs to us.
+           AND coalesce(bool_and(pg_get_userbyid(c.relowner) = current_user), true),
+           count(*) > 0
+    INTO usable, is_there
+    FROM pg_class AS c
+    WHERE c.relnamespace = pg_my_temp_schema() AND c.relname = name;
+    IF NOT usable THEN
+        RETURN NULL;
+    ELSIF NOT is_there THEN
+        EXECUTE format('CREATE TEMPORARY TABLE %s (n integer, v %s STORAGE %s) ON COMMIT DELETE ROWS', stage, vector_type, storage);
+    ELSIF may_have_rows THEN
+        EXECUTE format('TRUNCATE %s', stage);
+    END IF;
+    EXECUTE format('COPY %s FROM ''/proc/self/fd/%s'' (FORMAT binary)', stage, file);
+    RETURN stage;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._stage IS
+    'Reads numbered vectors of about so many bytes from an open file into a temporary table, and returns its name; NULL if the caller may not do so.';
+
+CREATE OR REPLACE FUNCTION autoembed._record_embedded(pipeline_id integer, keys text[], digests bytea[], truncated boolean[])
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    INSERT INTO autoembed.embedded AS e (pipeline_id, key, digest, truncated)
+    SELECT _record_embedded.pipeline_id, s.key, s.digest, s.truncated
+    FROM unnest(keys, digests, _record_embedded.truncated) AS s(key, digest, truncated)
+    -- It may have been ended meanwhile.
+    WHERE EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.id = _record_embedded.pipeline_id FOR KEY SHARE)
+    ORDER BY s.key COLLATE "C"
+    ON CONFLICT ON CONSTRAINT embedded_pkey DO UPDATE
+    SET digest = excluded.digest, truncated = excluded.truncated
+    WHERE e.digest <> excluded.digest;
+    DELETE FROM autoembed.failure AS f WHERE f.pipeline_id = _record_embedded.pipeline_id AND f.key = ANY (keys);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._record_embedded IS
+    'Notes from which text each embedding was made, and strikes the rows off the failed list.';
+
+CREATE OR REPLACE FUNCTION autoembed._forget(pipeline_id integer, keys text[])
+    RETURNS void
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    DELETE FROM autoembed.embedded AS e WHERE e.pipeline_id = _forget.pipeline_id AND e.key = ANY (keys);
+    DELETE FROM autoembed.failure AS f WHERE f.pipeline_id = _forget.pipeline_id AND f.key = ANY (keys);
+$sql$;
+COMMENT ON FUNCTION autoembed._forget IS 'Forgets rows that were deleted.';
+
+CREATE OR REPLACE FUNCTION autoembed._forget_all(pipeline_id integer)
+    RETURNS void
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    DELETE FROM autoembed.embedded AS e WHERE e.pipeline_id = _forget_all.pipeline_id;
+    -- One may be of a row that has come since: the newest messages are read before older ones.
+    WITH failed AS (
+        DELETE FROM autoembed.failure AS f WHERE f.pipeline_id = _forget_all.pipeline_id RETURNING f.key
+    )
+    INSERT INTO autoembed._job (due_at, message)
+    SELECT clock_timestamp(), jsonb_build_object('pipeline', _forget_all.pipeline_id, 'keys', jsonb_agg(k.key::jsonb))
+    FROM (SELECT f.key, (row_number() OVER () - 1) / 100 AS message FROM failed AS f) AS k
+    GROUP BY k.message;
+$sql$;
+COMMENT ON FUNCTION autoembed._forget_all IS 'Forgets all rows of a table that was truncated; those that have failed are looked at again.';
+
+CREATE OR REPLACE FUNCTION autoembed._fail(pipeline_id integer, key text, reason text, attempts integer, excerpt text)
+    RETURNS void
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    -- It may have been ended meanwhile.
+    INSERT INTO autoembed.failure AS f (pipeline_id, key, error_class, reason, attempts, excerpt)
+    SELECT p.id, _fail.key, 'row', _fail.reason, _fail.attempts, left(_fail.excerpt, 200)
+    FROM autoembed.pipeline AS p
+    WHERE p.id = _fail.pipeline_id
+    FOR KEY SHARE
+    ON CONFLICT (pipeline_id, key) DO UPDATE
+    SET reason = excluded.reason, attempts = excluded.attempts, excerpt = excluded.excerpt,
+        last_failed_at = excluded.last_failed_at;
+$sql$;
+COMMENT ON FUNCTION autoembed._fail IS 'Puts a row on the failed list.';
+
+CREATE OR REPLACE FUNCTION autoembed._fail_message(message jsonb, reason text, attempts integer)
+    RETURNS void
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    INSERT INTO autoembed.failure (message, error_class, reason, attempts)
+    VALUES (coalesce(_fail_message.message, 'null'), 'message', _fail_message.reason, _fail_message.attempts);
+$sql$;
+COMMENT ON FUNCTION autoembed._fail_message IS
+    'Puts a message that names no row on the failed list.';
+
+-- The doors ---------------------------------------------------------------------------------------
+
+CREATE OR REPLACE FUNCTION autoembed.process(
+    batch_size integer DEFAULT 100,
+    max_requests integer DEFAULT 10,
+    timeout_milliseconds integer DEFAULT 300000,
+    OUT read integer,
+    OUT completed integer,
+    OUT retried integer,
+    OUT failed integer,
+    OUT requests integer,
+    OUT failed_jobs jsonb
+)
+    LANGUAGE plpython3u
+    VOLATILE
+    SECURITY DEFINER
+    -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
+    -- As in work(), every name that the Python side uses is qualified.
+AS $python$
+    if GD.get("autoembed") != "@BUILD@":
+        plpy.execute("SELECT autoembed._load_python()")
+    from autoembed import doors
+    return doors.process(batch_size, max_requests, timeout_milliseconds)
+$python$;
+COMMENT ON FUNCTION autoembed.process IS
+    'Embeds waiting jobs once, in the caller''s transaction: up to max_requests requests at a time of up to batch_size texts, each request to a provider given timeout_milliseconds. Returns how many jobs were read, completed, put back to be tried again, and given up, and the requests sent; failed_jobs lists the jobs that did not complete, each with its error.';
+
+CREATE OR REPLACE PROCEDURE autoembed.work(
+    run_seconds double precision DEFAULT 300,
+    batch_size integer DEFAULT 100,
+    max_requests integer DEFAULT 20,
+    timeout_milliseconds integer DEFAULT 300000,
+    backfill boolean DEFAULT false
+)
+    LANGUAGE plpython3u
+AS $python$
+    if GD.get("autoembed") != "@BUILD@":
+        plpy.execute("SELECT autoembed._load_python()")
+    from autoembed import doors
+    doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
+$python$;
+COMMENT ON PROCEDURE autoembed.work IS
+    'A lane: embeds what waits, and what comes, for run_seconds; commits as it goes and holds no transaction while a request is in flight. With backfill it looks through tables instead, and leaves the queue to others. schedule() has pg_cron call it.';
+
+CREATE OR REPLACE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
+    RETURNS @extschema:vector@.vector
+    LANGUAGE plpython3u
+    STABLE
+    PARALLEL RESTRICTED
+    SECURITY DEFINER
+    SET search_path = pg_catalog, @extschema:vector@, pg_temp
+AS $python$
+    if GD.get("autoembed") != "@BUILD@":
+        plpy.execute("SELECT autoembed._load_python()")
+    from autoembed import doors
+    return doors.embed(content, model)
+$python$;
+COMMENT ON FUNCTION autoembed.embed IS
+    'The embedding of a search text by that model, NULL for the default one; NULL for NULL. ORDER BY column <=> autoembed.embed(…) uses the column''s index.';

@@ -1,0 +1,114 @@
+-- Scans of whole tables for missing and stale embeddings.
+
+-- Backfills ---------------------------------------------------------------------------------------
+
+CREATE OR REPLACE FUNCTION autoembed._next_backfill(dedicated boolean)
+    RETURNS TABLE (pipeline_id integer, after text, condition text, failures integer)
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    -- As _gate() does: this begins a lane's transaction.
+    LOCK TABLE autoembed.lane IN ACCESS SHARE MODE;
+    IF NOT EXISTS (SELECT FROM autoembed.backfill AS b WHERE b.scanned_at IS NULL)
+       -- Live changes do not wait behind a backfill where there is a lane for it.
+       OR NOT dedicated AND EXISTS (SELECT FROM autoembed.lane AS l WHERE l.backfill) THEN
+        RETURN;
+    END IF;
+    -- In turn, so that none holds up another, whatever becomes of its scan.
+    RETURN QUERY
+    WITH next AS (
+        SELECT b.pipeline_id, s.failures
+        FROM autoembed.backfill AS b
+        JOIN autoembed._pipeline_state AS s ON s.id = b.pipeline_id AND s.blocked IS NULL
+        WHERE b.scanned_at IS NULL
+        ORDER BY b.served_at NULLS FIRST, b.started_at
+        LIMIT 1
+        FOR UPDATE OF b SKIP LOCKED
+    )
+    UPDATE autoembed.backfill AS b
+    SET served_at = clock_timestamp()
+    FROM next AS n
+    WHERE b.pipeline_id = n.pipeline_id
+    RETURNING b.pipeline_id, b.position, b.condition, n.failures;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._next_backfill IS
+    'A table to look through, locked until the commit; dedicated: for a lane that does nothing else.';
+
+CREATE OR REPLACE FUNCTION autoembed._queue_backfill(pipeline_id integer, keys text[], exhausted boolean, lease_seconds double precision, held bigint[])
+    RETURNS TABLE (message_id bigint, read_count integer, message jsonb)
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+#variable_conflict use_column
+DECLARE
+    _now timestamptz := clock_timestamp();
+    _backfill autoembed.backfill;
+BEGIN
+    UPDATE autoembed.backfill AS b
+    SET position = coalesce(keys[cardinality(keys)], b.position),
+        rows_queued = b.rows_queued + cardinality(keys),
+        scanned_at = CASE WHEN exhausted THEN _now END
+    WHERE b.pipeline_id = _queue_backfill.pipeline_id
+    RETURNING b.* INTO _backfill;
+    IF keys = '{}' THEN
+        RETURN;
+    END IF;
+    IF _backfill.force THEN
+        DELETE FROM autoembed.embedded AS e WHERE e.pipeline_id = _queue_backfill.pipeline_id AND e.key = ANY (keys);
+    END IF;
+    -- In the queue, but claimed already: should this lane die, another finds them there.
+    INSERT INTO autoembed._job AS q (due_at, read_count, last_read_at, message)
+    VALUES (_now + make_interval(secs => lease_seconds), 1, _now,
+            jsonb_build_object('pipeline', _queue_backfill.pipeline_id, 'keys', (SELECT jsonb_agg(k.key::jsonb) FROM unnest(keys) AS k(key))))
+    RETURNING q.message_id, q.read_count, q.message INTO message_id, read_count, message;
+    UPDATE autoembed._this_lane SET claimed_at = _now, message_ids = held || message_id;
+    RETURN NEXT;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._queue_backfill IS
+    'Moves a backfill on behind these keys, and returns the message that names them, as claimed.';
+
+CREATE OR REPLACE FUNCTION autoembed._fail_backfill(pipeline_id integer, reason text)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _backfill autoembed.backfill;
+BEGIN
+    DELETE FROM autoembed.backfill AS b WHERE b.pipeline_id = _fail_backfill.pipeline_id RETURNING b.* INTO _backfill;
+    PERFORM autoembed._fail_message(jsonb_build_object('backfill', to_jsonb(_backfill)), reason, 1);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._fail_backfill IS 'Gives a backfill up, with the reason on the failed list.';
+
+CREATE OR REPLACE FUNCTION autoembed._finish_backfills()
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _backfill record;
+BEGIN
+    FOR _backfill IN
+        SELECT b.pipeline_id, b.create_index, p.table_id, p.embedding_column
+        FROM autoembed.backfill AS b
+        JOIN autoembed.pipeline AS p ON p.id = b.pipeline_id
+        WHERE b.scanned_at IS NOT NULL
+          AND NOT EXISTS (SELECT FROM autoembed._job AS q WHERE q.pipeline = b.pipeline_id::text)
+        FOR UPDATE OF b SKIP LOCKED
+    LOOP
+        IF NOT _backfill.create_index OR autoembed._build_index(_backfill.pipeline_id) THEN
+            DELETE FROM autoembed.backfill AS b WHERE b.pipeline_id = _backfill.pipeline_id;
+        END IF;
+    END LOOP;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._finish_backfills IS
+    'Ends the backfills whose rows are all embedded, once those that asked for an index have it.';

@@ -1,0 +1,106 @@
+-- Lanes: who is one, what each holds, and what they do every second besides their jobs.
+
+CREATE OR REPLACE VIEW autoembed._this_lane AS
+SELECT l.*
+FROM autoembed.lane AS l
+WHERE (l.pid, l.backend_start) = (
+    SELECT a.pid, a.backend_start FROM pg_stat_get_activity(pg_backend_pid()) AS a
+);
+COMMENT ON VIEW autoembed._this_lane IS 'The entry of this session, if it is a lane.';
+
+CREATE OR REPLACE FUNCTION autoembed._enter_lane(backfill boolean)
+    RETURNS boolean
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    PERFORM autoembed._forget_runs();
+    INSERT INTO autoembed.lane (pid, backend_start, backfill)
+    SELECT a.pid, a.backend_start, _enter_lane.backfill FROM pg_stat_get_activity(pg_backend_pid()) AS a
+    ON CONFLICT DO NOTHING;
+    RETURN EXISTS (
+        SELECT FROM autoembed.pipeline AS p
+        JOIN pg_index AS i ON i.indrelid = p.table_id
+        JOIN pg_class AS c ON c.oid = i.indexrelid
+        JOIN pg_am AS m ON m.oid = c.relam AND m.amname IN ('hnsw', 'ivfflat')
+    );
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._enter_lane IS 'Signs this session on as a lane; backfill: for backfills alone. Returns whether any embedded table has a vector index.';
+
+CREATE OR REPLACE FUNCTION autoembed._lane_is_wanted()
+    RETURNS boolean
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    -- One without an entry is of an extension that was dropped and made again.
+    RETURN EXISTS (SELECT FROM autoembed._this_lane AS l WHERE NOT l.stop);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._lane_is_wanted IS 'Whether this lane is signed on and nobody has asked it to stop.';
+
+CREATE OR REPLACE FUNCTION autoembed._gate()
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    LOCK TABLE autoembed.lane IN ACCESS SHARE MODE;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._gate IS
+    'The first lock of a lane''s transaction, which DROP EXTENSION takes first too: neither waits for the other in a circle.';
+
+CREATE OR REPLACE FUNCTION autoembed._leave_lane()
+    RETURNS void
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    DELETE FROM autoembed._this_lane;
+$sql$;
+COMMENT ON FUNCTION autoembed._leave_lane IS 'Signs this session off.';
+
+CREATE OR REPLACE FUNCTION autoembed._lane_lives(pid integer, backend_start timestamptz)
+    RETURNS boolean
+    LANGUAGE plpgsql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    -- With more rights than the reader of a view may have: others' processes show him no start.
+    RETURN EXISTS (SELECT FROM pg_stat_get_activity(_lane_lives.pid) AS a WHERE a.backend_start = _lane_lives.backend_start);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._lane_lives IS 'Whether a process that started then is still there.';
+
+CREATE OR REPLACE FUNCTION autoembed._clean_up()
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    PERFORM autoembed._drop_orphaned_pipelines();
+    PERFORM autoembed._finish_backfills();
+    PERFORM autoembed._fold_usage();
+    WITH dead AS (
+        DELETE FROM autoembed.lane AS l
+        WHERE NOT autoembed._lane_lives(l.pid, l.backend_start)
+        RETURNING l.claimed_at, l.message_ids
+    )
+    UPDATE autoembed._job AS q
+    SET due_at = clock_timestamp()
+    FROM dead AS d
+    CROSS JOIN LATERAL unnest(d.message_ids) AS m(id)
+    -- Unless another lane has them since.
+    WHERE q.message_id = m.id AND q.last_read_at <= d.claimed_at;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._clean_up IS
+    'Ends the pipelines of dropped tables and the backfills that are done, and makes the jobs of lanes whose backend is gone visible at once; the try stays counted.';

@@ -1,0 +1,242 @@
+-- Lanes as jobs of pg_cron. Only this file names pg_cron's objects.
+
+CREATE OR REPLACE FUNCTION autoembed._cron_is_here()
+    RETURNS boolean
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT to_regclass('cron.job') IS NOT NULL;
+$sql$;
+COMMENT ON FUNCTION autoembed._cron_is_here IS 'Whether pg_cron is installed in this database.';
+
+CREATE OR REPLACE FUNCTION autoembed._unschedule(jobs text)
+    RETURNS integer
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _unscheduled integer := 0;
+BEGIN
+    IF autoembed._cron_is_here() THEN
+        SELECT count(u.unscheduled) INTO _unscheduled
+        FROM cron.job AS j
+        CROSS JOIN LATERAL cron.unschedule(j.jobid) AS u(unscheduled)
+        WHERE j.jobname ~ format('^autoembed-%s$', jobs) AND j.database = current_database();
+    END IF;
+    RETURN _unscheduled;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._unschedule IS 'Takes the jobs of such names out of pg_cron; returns how many.';
+
+CREATE OR REPLACE FUNCTION autoembed.unschedule()
+    RETURNS integer
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    UPDATE autoembed.lane SET stop = true;
+    -- Nobody would see to the builds of indexes: the next lane begins them anew.
+    PERFORM autoembed._unschedule('(backfill|index)-\d+');
+    RETURN autoembed._unschedule('lane-\d+');
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed.unschedule IS
+    'Ends all lanes; returns how many were scheduled, those for backfills not counted. What a lane has in flight goes back to the queue.';
+
+CREATE OR REPLACE FUNCTION autoembed.schedule(lanes integer DEFAULT 1, backfill_lanes integer DEFAULT 1)
+    RETURNS integer
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF lanes IS NULL OR lanes NOT BETWEEN 1 AND 32 THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = format('lanes must be between 1 and 32, not %s', coalesce(lanes::text, 'NULL')),
+            HINT = 'autoembed.unschedule() ends all lanes.';
+    END IF;
+    IF backfill_lanes IS NULL OR backfill_lanes NOT BETWEEN 0 AND 32 THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = format('backfill_lanes must be between 0 and 32, not %s', coalesce(backfill_lanes::text, 'NULL')),
+            HINT = 'With 0, the other lanes do backfills when nothing else waits.';
+    END IF;
+    IF NOT autoembed._cron_is_here() THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = format('pg_cron is not installed in database "%s"', current_database()),
+            DETAIL = 'pg_cron lives in one database of a server, the one that cron.database_name names.',
+            HINT = format(
+                'CREATE EXTENSION pg_cron here; or, in its database, SELECT cron.schedule_in_database(%L, %L, %L, %L).',
+                'autoembed-lane-1', '1 second', 'CALL autoembed.work()', current_database()
+            );
+    END IF;
+    -- Beside the lanes run pg_cron's own worker and that of logical replication.
+    IF current_setting('cron.use_background_workers')::boolean
+       AND lanes + backfill_lanes > current_setting('max_worker_processes')::integer - 3 THEN
+        RAISE WARNING USING
+            ERRCODE = 'configuration_limit_exceeded',
+            MESSAGE = format('%s lanes may not all run with max_worker_processes at %s', lanes + backfill_lanes,
+                             current_setting('max_worker_processes')),
+            HINT = format('Set max_worker_processes to at least %s and restart the server.', lanes + backfill_lanes + 3);
+    END IF;
+    UPDATE autoembed.lane SET stop = true;
+    PERFORM autoembed._unschedule('(lane|backfill)-\d+');
+    PERFORM cron.schedule('autoembed-lane-' || n, '1 second', 'CALL autoembed.work()') FROM generate_series(1, lanes) AS n;
+    PERFORM cron.schedule('autoembed-backfill-' || n, '1 second', 'CALL autoembed.work(backfill => true)')
+    FROM generate_series(1, backfill_lanes) AS n;
+    RETURN lanes;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed.schedule IS
+    'Has pg_cron run that many lanes side by side in this database, and that many more for backfills, in place of those it ran before; returns the number of lanes.';
+
+CREATE OR REPLACE FUNCTION autoembed._forget_runs()
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF to_regclass('cron.job_run_details') IS NOT NULL THEN
+        -- Those that never started have no time, but a number.
+        DELETE FROM cron.job_run_details AS d
+        WHERE d.command LIKE 'CALL autoembed.work(%' AND d.database = current_database() AND d.status NOT IN ('starting', 'running')
+          AND d.runid < (SELECT min(r.runid) FROM cron.job_run_details AS r WHERE r.start_time > clock_timestamp() - interval '1 hour');
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._forget_runs IS
+    'Deletes what pg_cron has noted of lanes more than an hour ago: it keeps such notes for ever.';
+
+CREATE OR REPLACE FUNCTION autoembed._lane_jobs(OUT scheduled bigint, OUT last_message text)
+    LANGUAGE plpgsql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF autoembed._cron_is_here() THEN
+        SELECT count(*), (
+            SELECT split_part(d.return_message, E'\n', 1)
+            FROM cron.job_run_details AS d
+            WHERE d.jobid = ANY (array_agg(j.jobid))
+            ORDER BY d.runid DESC
+            LIMIT 1
+        )
+        INTO scheduled, last_message
+        FROM cron.job AS j
+        WHERE j.active AND j.database = current_database() AND j.command ~ 'autoembed\.work';
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._lane_jobs IS
+    'How many lanes pg_cron is to run in this database, and what the last one said when it ended; NULLs without pg_cron.';
+
+CREATE OR REPLACE FUNCTION autoembed._start_advice()
+    RETURNS text
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT CASE
+        WHEN autoembed._cron_is_here() THEN 'SELECT autoembed.schedule();'
+        WHEN current_setting('cron.database_name', true) IS NULL THEN
+            'Set shared_preload_libraries = ''pg_cron'', restart the server, and look here again; '
+            'or have something else call autoembed.work().'
+        WHEN current_setting('cron.database_name') = current_database() THEN
+            'CREATE EXTENSION pg_cron; SELECT autoembed.schedule();'
+        ELSE
+            format('In database "%s": SELECT cron.schedule_in_database(%L, %L, %L, %L);',
+                   current_setting('cron.database_name'), 'autoembed-lane-1', '1 second', 'CALL autoembed.work()',
+                   current_database())
+    END;
+$sql$;
+COMMENT ON FUNCTION autoembed._start_advice IS 'What to do so that lanes run in this database.';
+
+CREATE OR REPLACE FUNCTION autoembed._index_job(pipeline_id integer, OUT is_due boolean, OUT problem text)
+    LANGUAGE plpgsql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    SELECT j.schedule <> '0 0 1 1 *', (
+        -- An error is not tried again. A server that was restarted, or has no process to spare, is.
+        SELECT substring(d.return_message FROM '^ERROR:\s*([^\n]*)')
+        FROM cron.job_run_details AS d
+        WHERE d.jobid = j.jobid AND d.status = 'failed' AND d.return_message LIKE 'ERROR%'
+        LIMIT 1
+    )
+    INTO is_due, problem
+    FROM cron.job AS j
+    WHERE j.jobname = 'autoembed-index-' || pipeline_id AND j.database = current_database();
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._index_job IS
+    'Whether pg_cron is to build the index of a pipeline, and the error that its build ended with; NULLs without a job.';
+
+CREATE OR REPLACE FUNCTION autoembed._schedule_index(pipeline_id integer, command text)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    -- Lanes look once a second: before a second run, which would find the index there and say so in the log.
+    PERFORM cron.schedule('autoembed-index-' || pipeline_id, '2 seconds', command);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._schedule_index IS 'Has pg_cron build the index of a pipeline.';
+
+CREATE OR REPLACE FUNCTION autoembed._hold_index_job(pipeline_id integer)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    -- To unschedule the job would end the build.
+    PERFORM cron.alter_job(j.jobid, schedule => '0 0 1 1 *')
+    FROM cron.job AS j
+    WHERE j.jobname = 'autoembed-index-' || pipeline_id AND j.database = current_database()
+      AND j.schedule <> '0 0 1 1 *';
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._hold_index_job IS
+    'Keeps pg_cron from beginning the build of an index again as soon as the present one ends.';
+
+-- DROP EXTENSION does not call us, and neither cron.job nor pgmq.meta is ours: so our rows there go before any extension is
+-- dropped, and come back if it was not this one.
+CREATE OR REPLACE FUNCTION autoembed._before_drop()
+    RETURNS event_trigger
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    -- What every transaction of a lane locks first: taken first here too, it leaves no way to a deadlock.
+    LOCK TABLE autoembed.lane IN ACCESS EXCLUSIVE MODE;
+    PERFORM set_config('autoembed.lanes', autoembed.unschedule()::text, true);
+    PERFORM autoembed._list_queue(false);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._before_drop IS
+    'Takes the lanes out of pg_cron and the queue off pgmq''s list before an extension is dropped.';
+
+CREATE OR REPLACE FUNCTION autoembed._after_drop()
+    RETURNS event_trigger
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _lanes integer := nullif(current_setting('autoembed.lanes', true), '');
+BEGIN
+    PERFORM autoembed._list_queue(true);
+    IF _lanes > 0 AND autoembed._cron_is_here() THEN
+        PERFORM autoembed.schedule(_lanes);
+    END IF;
+    PERFORM set_config('autoembed.lanes', '', true);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._after_drop IS 'Puts both back if the extension dropped was another.';

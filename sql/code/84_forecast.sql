@@ -1,0 +1,153 @@
+-- Texts, tokens and costs of rows, without sending anything.
+
+CREATE OR REPLACE FUNCTION autoembed.preview(table_name regclass, key text, embedding_column name DEFAULT NULL)
+    RETURNS TABLE (content text, tokens integer, truncated boolean, state text)
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+    -- As _output_settings() has them: the lanes' text and key.
+    SET TimeZone = 'UTC'
+    SET DateStyle = 'ISO, YMD'
+    SET IntervalStyle = 'postgres'
+    SET extra_float_digits = 1
+    SET bytea_output = 'hex'
+AS $plpgsql$
+DECLARE
+    _pipeline autoembed.pipeline := autoembed._owned_pipeline(table_name, embedding_column);
+    _condition text;
+    _has_embedding boolean;
+    _key jsonb;
+BEGIN
+    -- One value for a key of one column, a JSON array for more.
+    IF cardinality(_pipeline.key_columns) = 1 AND key !~ '^\s*\[' THEN
+        _key := jsonb_build_array(key);
+    ELSIF pg_input_is_valid(key, 'jsonb') THEN
+        _key := key::jsonb;
+    END IF;
+    -- In its own type and by its own operator, so that its index serves.
+    SELECT string_agg(format('t.%I %s %L::%s', k.name, autoembed._operator(table_name, k.name, 3), k.value, k.type), ' AND ')
+    INTO _condition
+    FROM (
+        SELECT n.name, format_type(a.atttypid, a.atttypmod) AS type, _key ->> (n.position - 1)::integer AS value
+        FROM unnest(_pipeline.key_columns) WITH ORDINALITY AS n(name, position)
+        JOIN pg_attribute AS a ON a.attrelid = table_name AND a.attname = n.name
+    ) AS k
+    HAVING jsonb_typeof(_key) = 'array' AND jsonb_array_length(_key) = count(*) AND bool_and(coalesce(pg_input_is_valid(k.value, k.type), false));
+    IF _condition IS NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = format('%s is no key of table %s', coalesce(key, 'NULL'), table_name),
+            HINT = format('Its key is %s%s.', array_to_string(_pipeline.key_columns, ', '),
+                          CASE WHEN cardinality(_pipeline.key_columns) > 1 THEN ', to be given as a JSON array' ELSE '' END);
+    END IF;
+    -- As the caller, so that row level security holds.
+    EXECUTE format('SELECT %s, t.%I IS NOT NULL, %s FROM %s AS t WHERE %s LIMIT 1', autoembed._content_expression(_pipeline, 't'),
+                   _pipeline.embedding_column, autoembed._key_expression(_pipeline, 't'), table_name, _condition)
+    INTO content, _has_embedding, _key;
+    IF _has_embedding IS NULL THEN
+        RETURN;
+    END IF;
+    SELECT s.tokens, s.truncated, s.state INTO tokens, truncated, state
+    FROM (
+        SELECT max(encode(r.digest, 'hex')) AS digest, max(r.state) AS state
+        FROM autoembed._row_state AS r
+        WHERE r.pipeline_id = _pipeline.id AND r.key = replace(_key::text, ', ', ',')
+    ) AS r
+    CROSS JOIN LATERAL autoembed._state_of(_pipeline.id, content, _has_embedding, r.digest, r.state) AS s;
+    RETURN NEXT;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed.preview IS
+    'What a row of a table of the caller''s is embedded as: its text, about how many tokens that has, whether it is cut, and whether its embedding is fresh, waiting, failed, missing, stale, or not wanted. No row if there is none with that key.';
+
+CREATE OR REPLACE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embedding boolean, digest text, outstanding text)
+    RETURNS TABLE (tokens integer, truncated boolean, state text)
+    LANGUAGE plpython3u
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $python$
+    if GD.get("autoembed") != "@BUILD@":
+        plpy.execute("SELECT autoembed._load_python()")
+    from autoembed import doors
+    return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
+$python$;
+COMMENT ON FUNCTION autoembed._state_of IS
+    'How a row stands whose text is this, and of whose embedding that digest is known.';
+
+CREATE OR REPLACE FUNCTION autoembed.estimate(
+    table_name regclass,
+    embedding_column name DEFAULT NULL,
+    content_columns name[] DEFAULT NULL,
+    content_function text DEFAULT NULL,
+    content_template text DEFAULT NULL,
+    model text DEFAULT NULL,
+    condition text DEFAULT NULL,
+    OUT rows bigint,
+    OUT tokens bigint,
+    OUT requests bigint,
+    OUT cost numeric,
+    OUT duration interval
+)
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _pipeline autoembed.pipeline;
+    _sample bigint;
+    _percent numeric;
+    _texts text[];
+    _found record;
+BEGIN
+    IF num_nonnulls(content_columns, content_function, content_template) = 0 THEN
+        _pipeline := autoembed._owned_pipeline(table_name, embedding_column);
+    ELSE
+        PERFORM autoembed._check_owner(table_name);
+        PERFORM autoembed._check_content(content_columns, content_function, content_template, true);
+        _pipeline.table_id := table_name;
+        _pipeline.content_columns := estimate.content_columns;
+        _pipeline.content_function := estimate.content_function;
+        _pipeline.content_template := estimate.content_template;
+        _pipeline.condition_columns := '{}';
+    END IF;
+    _pipeline.model := coalesce(estimate.model, _pipeline.model);
+    IF estimate.condition IS NOT NULL THEN
+        SELECT c.condition, c.columns INTO _pipeline.condition, _pipeline.condition_columns
+        FROM autoembed._read_condition(table_name, estimate.condition) AS c;
+    END IF;
+    rows := coalesce(autoembed._estimated_rows(table_name), 0);
+    -- About 10,000 rows of a large table stand for all.
+    _percent := CASE WHEN rows > 20000 THEN 1000000.0 / rows ELSE 100 END;
+    EXECUTE format('SELECT count(*), array_agg(s.content) FILTER (WHERE s.content ~ ''\S'') FROM (SELECT %s AS content FROM %s AS t %s) AS s',
+                   autoembed._content_expression(_pipeline, 't'), table_name,
+                   CASE WHEN _percent < 100 THEN format('TABLESAMPLE SYSTEM (%s)', _percent) END)
+    INTO _sample, _texts;
+    SELECT e.* INTO _found FROM autoembed._estimate_texts(coalesce(_texts, '{}'), _pipeline.model) AS e;
+    IF _percent = 100 THEN
+        rows := cardinality(coalesce(_texts, '{}'));
+        tokens := _found.tokens;
+        requests := _found.requests;
+    ELSE
+        tokens := _found.tokens * rows / greatest(_sample, 1);
+        requests := ceil(_found.requests * rows / greatest(_sample, 1)::numeric);
+        rows := cardinality(coalesce(_texts, '{}')) * rows / greatest(_sample, 1);
+    END IF;
+    cost := round(tokens * _found.price / 1000000, 4);
+    duration := make_interval(secs => rows / nullif(_found.rows_per_second, 0));
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed.estimate IS
+    'What it would take to embed all rows of a table of the caller''s, as enable() would be told, or as it is enabled: about how many rows, tokens and requests, the cost at the model''s price, and the time at the rate of its busiest minute of late. Nothing is sent; large tables are sampled.';
+
+CREATE OR REPLACE FUNCTION autoembed._estimate_texts(texts text[], model text)
+    RETURNS TABLE (tokens bigint, requests bigint, price numeric, rows_per_second numeric)
+    LANGUAGE plpython3u
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $python$
+    if GD.get("autoembed") != "@BUILD@":
+        plpy.execute("SELECT autoembed._load_python()")
+    from autoembed import doors
+    return [doors.estimate(texts, model)]
+$python$;
+COMMENT ON FUNCTION autoembed._estimate_texts IS 'What it takes to embed these texts.';

@@ -1,0 +1,94 @@
+-- Which functions each audience may call.
+
+CREATE OR REPLACE FUNCTION autoembed._grant(role regrole, functions text[])
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    EXECUTE format('GRANT USAGE ON SCHEMA autoembed TO %s', role);
+    EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %s', (
+        SELECT string_agg(p.oid::regprocedure::text, ', ')
+        FROM pg_proc AS p
+        -- A view's functions are called with the rights of whoever reads it.
+        WHERE p.pronamespace = 'autoembed'::regnamespace
+          AND p.proname = ANY (functions || '{_check_pipeline,_default_model,_estimated_rows,_lane_lives,_may_see,_owns}'::text[])
+    ), role);
+    EXECUTE format('GRANT SELECT ON autoembed.status, autoembed.progress, autoembed.failed TO %s', role);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._grant IS 'Grants these functions, and what every reader of the views needs.';
+
+CREATE OR REPLACE FUNCTION autoembed.grant_usage(role regrole)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    PERFORM autoembed._grant(role, '{embed,queue_embeddings,clear_column,enable,alter_pipeline,disable,pause,resume,resync,reembed,preview,
+        estimate,wait_until_fresh,_owned_pipelines,_owned_pipeline,_check_owner,_check_content,_check_on_change,_needed_columns,_template,_dimensions,_read_condition,
+        _look_through,_state_of,_content_expression,_key_expression,_columns_of,_content_function,_content_function_of,
+        _estimate_texts,_index_key,_operator}');
+    EXECUTE format('GRANT SELECT,
+                    INSERT (table_id, embedding_column, content_columns, content_function, content_template, condition, condition_columns,
+                            condition_objects, model, on_change, truncate, replicated),
+                    UPDATE (content_columns, content_function, content_template, condition, condition_columns, condition_objects, model,
+                            on_change, truncate, paused),
+                    DELETE ON autoembed.pipeline TO %s', role);
+    EXECUTE format('GRANT SELECT, INSERT (pipeline_id, condition, force, create_index), DELETE ON autoembed.backfill TO %s', role);
+    EXECUTE format('GRANT SELECT ON autoembed._row_state TO %s', role);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed.grant_usage IS
+    'Lets a role attach tables that it owns, see how they do, and call embed(); all of it costs your provider''s money.';
+
+CREATE OR REPLACE FUNCTION autoembed.grant_monitor(role regrole)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    PERFORM autoembed._grant(role, '{}');
+    EXECUTE format('GRANT SELECT ON autoembed.usage, autoembed.model_rest TO %s', role);
+    EXECUTE format('GRANT pg_monitor TO %s', role);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed.grant_monitor IS
+    'Lets a role see how all tables do, their texts excepted, and what they cost; makes it a member of pg_monitor.';
+
+CREATE OR REPLACE FUNCTION autoembed._updated()
+    RETURNS event_trigger
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _role oid;
+BEGIN
+    IF NOT EXISTS (
+        SELECT FROM pg_event_trigger_ddl_commands() AS d
+        JOIN pg_extension AS e ON e.oid = d.objid AND e.extname = 'autoembed'
+        WHERE d.classid = 'pg_extension'::regclass
+    ) THEN
+        RETURN;
+    END IF;
+    -- Not in the script itself: what it grants would count as the extension's own and be missing in dumps, and the functions
+    -- that it makes would be members.
+    FOR _role IN
+        SELECT a.grantee FROM pg_proc AS p CROSS JOIN LATERAL aclexplode(p.proacl) AS a
+        WHERE p.oid = 'autoembed.enable'::regproc AND a.grantee NOT IN (0, p.proowner)
+    LOOP
+        PERFORM autoembed.grant_usage(_role);
+    END LOOP;
+    FOR _role IN
+        SELECT a.grantee FROM pg_class AS c CROSS JOIN LATERAL aclexplode(c.relacl) AS a
+        WHERE c.oid = 'autoembed.usage'::regclass AND a.privilege_type = 'SELECT' AND a.grantee NOT IN (0, c.relowner)
+    LOOP
+        PERFORM autoembed.grant_monitor(_role);
+    END LOOP;
+    PERFORM autoembed._build_pipeline(s.id) FROM autoembed._pipeline_state AS s WHERE s.sound;
+    PERFORM autoembed._build_embedders(m.name) FROM autoembed.model AS m WHERE m.provider = 'function';
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._updated IS
+    'After an update of the extension: grants again what roles had, and makes the functions of pipelines and models again.';

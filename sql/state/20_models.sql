@@ -1,0 +1,112 @@
+-- Models, their settings, and what is known of their providers.
+
+CREATE TABLE autoembed.model (
+    name text PRIMARY KEY,
+    provider text NOT NULL,
+    model_id text NOT NULL,
+    dimensions integer NOT NULL CHECK (dimensions BETWEEN 1 AND 16000),
+    base_url text,
+    api_key text CHECK (api_key ~ '^(env|file|vault):.'),
+    max_inputs_per_request integer CHECK (max_inputs_per_request > 0),
+    max_tokens_per_request integer CHECK (max_tokens_per_request > 0),
+    max_tokens_per_input integer CHECK (max_tokens_per_input > 0),
+    requests_per_minute integer CHECK (requests_per_minute > 0),
+    tokens_per_minute integer CHECK (tokens_per_minute > 0),
+    max_requests_in_flight integer CHECK (max_requests_in_flight > 0),
+    price_per_million_tokens numeric CHECK (price_per_million_tokens >= 0),
+    daily_token_budget bigint CHECK (daily_token_budget >= 0),
+    daily_cost_budget numeric CHECK (daily_cost_budget >= 0),
+    options jsonb NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(options) = 'object'),
+    builtin boolean NOT NULL DEFAULT false,
+    CONSTRAINT cost_needs_price CHECK (daily_cost_budget IS NULL OR price_per_million_tokens IS NOT NULL)
+);
+COMMENT ON TABLE autoembed.model IS 'The ways to embed a text; see create_model().';
+COMMENT ON COLUMN autoembed.model.name IS 'What pipelines and embed() call it.';
+COMMENT ON COLUMN autoembed.model.provider IS 'How it is spoken to: local, openai, azure, cohere, voyage, gemini, ollama, function or fake.';
+COMMENT ON COLUMN autoembed.model.model_id IS 'What the provider calls it; of the provider function, the name of the SQL function.';
+COMMENT ON COLUMN autoembed.model.dimensions IS 'Length of its vectors.';
+COMMENT ON COLUMN autoembed.model.base_url IS
+    'Where it is: the URL before /embeddings, or the folder of a local model; NULL: the provider''s own.';
+COMMENT ON COLUMN autoembed.model.api_key IS
+    'Where its key is found, never the key: env:NAME or file:PATH on the database server, or vault:NAME, a secret of the Vault extension.';
+COMMENT ON COLUMN autoembed.model.max_inputs_per_request IS 'Texts in one request; NULL: the provider''s limit.';
+COMMENT ON COLUMN autoembed.model.max_tokens_per_request IS 'Tokens in one request; NULL: the provider''s limit.';
+COMMENT ON COLUMN autoembed.model.max_tokens_per_input IS
+    'Tokens of one text, longer ones are truncated; NULL: the provider''s limit.';
+COMMENT ON COLUMN autoembed.model.requests_per_minute IS 'Requests a minute, of all sessions; NULL: what its provider''s answers tell.';
+COMMENT ON COLUMN autoembed.model.tokens_per_minute IS 'Tokens a minute, of all sessions; NULL: what its provider''s answers tell.';
+COMMENT ON COLUMN autoembed.model.max_requests_in_flight IS 'Requests at a time, of all sessions; NULL: no limit.';
+COMMENT ON COLUMN autoembed.model.price_per_million_tokens IS 'What its provider asks for, in your currency; NULL: nothing known.';
+COMMENT ON COLUMN autoembed.model.daily_token_budget IS 'Tokens a day (UTC), after which it rests until the next; NULL: no budget.';
+COMMENT ON COLUMN autoembed.model.daily_cost_budget IS
+    'Cost a day (UTC) at price_per_million_tokens, after which it rests until the next; NULL: no budget.';
+COMMENT ON COLUMN autoembed.model.options IS
+    'What only its provider knows; every one over HTTP takes extra_headers and extra_body, objects sent with each request, and ca_file.';
+COMMENT ON COLUMN autoembed.model.builtin IS 'Came with the extension and was never changed.';
+
+INSERT INTO autoembed.model (name, provider, model_id, dimensions, api_key, builtin)
+VALUES ('all-MiniLM-L6-v2', 'local', 'all-MiniLM-L6-v2', 384, NULL, true),
+       ('text-embedding-3-small', 'openai', 'text-embedding-3-small', 1536, 'env:OPENAI_API_KEY', true);
+
+SELECT pg_catalog.pg_extension_config_dump('autoembed.model', 'WHERE NOT builtin');
+
+CREATE TABLE autoembed.setting (
+    name text PRIMARY KEY CHECK (name IN ('default_model', 'http_hosts')),
+    value text NOT NULL
+);
+COMMENT ON TABLE autoembed.setting IS 'Settings of this database; what is not here has its default.';
+COMMENT ON COLUMN autoembed.setting.name IS
+    'default_model: for pipelines and embed() calls that name none; http_hosts: hosts that may be called without encryption, with blanks between.';
+COMMENT ON COLUMN autoembed.setting.value IS 'Its value.';
+
+SELECT pg_catalog.pg_extension_config_dump('autoembed.setting', '');
+
+CREATE TABLE autoembed.model_rest (
+    model text PRIMARY KEY REFERENCES autoembed.model (name) ON UPDATE CASCADE ON DELETE CASCADE,
+    until timestamptz NOT NULL,
+    failures integer NOT NULL,
+    needs_attention boolean NOT NULL,
+    reason text NOT NULL
+);
+COMMENT ON TABLE autoembed.model_rest IS
+    'Models whose provider is in trouble; no lane calls them before their time.';
+COMMENT ON COLUMN autoembed.model_rest.model IS 'The model that rests.';
+COMMENT ON COLUMN autoembed.model_rest.until IS 'When one request will try it again.';
+COMMENT ON COLUMN autoembed.model_rest.failures IS 'Failed tries in a row.';
+COMMENT ON COLUMN autoembed.model_rest.needs_attention IS
+    'Whether somebody must act (a wrong key, an unknown model), rather than wait.';
+COMMENT ON COLUMN autoembed.model_rest.reason IS 'What the provider answered last.';
+
+CREATE TABLE autoembed.model_limit (
+    model text NOT NULL REFERENCES autoembed.model (name) ON UPDATE CASCADE ON DELETE CASCADE,
+    at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    requests_per_minute integer,
+    requests_at_once integer,
+    tokens_per_minute integer,
+    tokens_at_once integer
+);
+COMMENT ON TABLE autoembed.model_limit IS
+    'Limits that the providers'' answers told. The newest row of a model counts: rows are added and never changed, so that nobody waits for another''s.';
+COMMENT ON COLUMN autoembed.model_limit.model IS 'The model.';
+COMMENT ON COLUMN autoembed.model_limit.at IS 'When the answer came.';
+COMMENT ON COLUMN autoembed.model_limit.requests_per_minute IS 'Requests a minute; NULL: the answers do not tell.';
+COMMENT ON COLUMN autoembed.model_limit.requests_at_once IS 'The most that were left after a request.';
+COMMENT ON COLUMN autoembed.model_limit.tokens_per_minute IS 'Tokens a minute; NULL: the answers do not tell.';
+COMMENT ON COLUMN autoembed.model_limit.tokens_at_once IS 'The most that were left after a request.';
+
+-- Not logged: a crash forgets the last minute's requests, and their provider will say so.
+CREATE UNLOGGED TABLE autoembed.permit (
+    model text NOT NULL,
+    at timestamptz NOT NULL,
+    requests_until timestamptz,
+    tokens_until timestamptz
+);
+CREATE INDEX permit_at_idx ON autoembed.permit (at);
+CREATE INDEX permit_requests_until_idx ON autoembed.permit (model, requests_until);
+CREATE INDEX permit_tokens_until_idx ON autoembed.permit (model, tokens_until);
+COMMENT ON TABLE autoembed.permit IS
+    'Requests of the last minutes to models with limits. Rows are added and never changed, so that a caller''s transaction keeps no lane waiting.';
+COMMENT ON COLUMN autoembed.permit.model IS 'The model.';
+COMMENT ON COLUMN autoembed.permit.at IS 'When it was given.';
+COMMENT ON COLUMN autoembed.permit.requests_until IS 'Until when its requests a minute are given away.';
+COMMENT ON COLUMN autoembed.permit.tokens_until IS 'Until when its tokens a minute are given away.';

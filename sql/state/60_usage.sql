@@ -1,0 +1,45 @@
+-- Requests, inputs and tokens by model and pipeline.
+
+CREATE TABLE autoembed.usage_entry (
+    at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    model text NOT NULL,
+    pipeline_id integer,
+    requests integer NOT NULL,
+    inputs integer NOT NULL,
+    tokens bigint NOT NULL,
+    rows integer NOT NULL
+);
+
+CREATE INDEX usage_entry_at_idx ON autoembed.usage_entry (at);
+COMMENT ON TABLE autoembed.usage_entry IS
+    'Requests of the last minutes, one by one, so that lanes never wait for each other''s counts; older ones are added up in usage_day.';
+COMMENT ON COLUMN autoembed.usage_entry.at IS 'When the answer came.';
+COMMENT ON COLUMN autoembed.usage_entry.model IS 'The model.';
+COMMENT ON COLUMN autoembed.usage_entry.pipeline_id IS 'The pipeline; NULL: embed().';
+COMMENT ON COLUMN autoembed.usage_entry.requests IS 'Requests; 0 for the second pipeline in one request.';
+COMMENT ON COLUMN autoembed.usage_entry.inputs IS 'Texts in them.';
+COMMENT ON COLUMN autoembed.usage_entry.tokens IS 'Tokens as the provider counted them, or as estimated where it does not.';
+COMMENT ON COLUMN autoembed.usage_entry.rows IS 'Rows that the texts are of.';
+
+CREATE TABLE autoembed.usage_day (
+    day date NOT NULL,
+    model text NOT NULL,
+    pipeline_id integer,
+    requests bigint NOT NULL,
+    inputs bigint NOT NULL,
+    tokens bigint NOT NULL,
+    rows bigint NOT NULL,
+    UNIQUE NULLS NOT DISTINCT (day, model, pipeline_id)
+);
+COMMENT ON TABLE autoembed.usage_day IS 'What was asked of each model a day, up to some minutes ago; see the view usage.';
+COMMENT ON COLUMN autoembed.usage_day.day IS 'The day, in UTC.';
+COMMENT ON COLUMN autoembed.usage_day.model IS 'The model.';
+COMMENT ON COLUMN autoembed.usage_day.pipeline_id IS 'The pipeline; NULL: embed().';
+COMMENT ON COLUMN autoembed.usage_day.requests IS 'Requests.';
+COMMENT ON COLUMN autoembed.usage_day.inputs IS 'Texts in them.';
+COMMENT ON COLUMN autoembed.usage_day.tokens IS 'Tokens.';
+COMMENT ON COLUMN autoembed.usage_day.rows IS 'Rows.';
+
+SELECT pg_catalog.pg_extension_config_dump('autoembed.usage_entry', '');
+
+SELECT pg_catalog.pg_extension_config_dump('autoembed.usage_day', '');

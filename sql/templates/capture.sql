@@ -1,0 +1,27 @@
+-- Queues the keys of rows whose text or key has changed. Runs as the extension's owner, after a write of the table.
+CREATE OR REPLACE FUNCTION autoembed._capture_{{id}}()
+    RETURNS trigger
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+    {{key_settings}}
+AS $body$
+BEGIN
+    IF TG_OP = 'UPDATE' THEN
+        -- A row whose key is NULL cannot be found again.
+        IF NOT ({{key_changed}} OR {{text_changed}}) OR NOT ({{has_old_key}} AND {{has_new_key}}) THEN
+            RETURN NULL;
+        END IF;
+        {{queue_update}}
+    ELSIF TG_OP = 'TRUNCATE' THEN
+        {{queue_truncate}}
+    ELSIF TG_LEVEL = 'ROW' THEN
+        {{queue_row}}
+    ELSIF TG_OP = 'INSERT' THEN
+        {{queue_new_rows}}
+    ELSE
+        {{queue_old_rows}}
+    END IF;
+    RETURN NULL;
+END;
+$body$

@@ -1,0 +1,42 @@
+-- The same as capture.sql where the text or the condition is the owner's code, which runs in _text_{{id}}(), as the owner.
+CREATE OR REPLACE FUNCTION autoembed._capture_{{id}}()
+    RETURNS trigger
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+    {{key_settings}}
+AS $body$
+DECLARE
+    _changed boolean;
+BEGIN
+    IF TG_OP = 'UPDATE' THEN
+        -- A lane writes the vector, and nothing else has changed.
+        IF pg_trigger_depth() = 1 AND current_setting('autoembed.writing', true) = '{{table_id}}' THEN
+            RETURN NULL;
+        END IF;
+        BEGIN
+            _changed := {{key_changed}} OR {{text_changed}};
+        EXCEPTION WHEN OTHERS OR assert_failure THEN
+            -- No row is refused for its embedding. The lane meets the error again, and reports it.
+            _changed := true;
+        END;
+        IF NOT _changed OR NOT ({{has_old_key}} AND {{has_new_key}}) THEN
+            RETURN NULL;
+        END IF;
+        {{queue_update}}
+    ELSIF TG_OP = 'TRUNCATE' THEN
+        {{queue_truncate}}
+    ELSIF TG_LEVEL = 'ROW' THEN
+        {{queue_row}}
+    ELSIF TG_OP = 'INSERT' THEN
+        BEGIN
+            {{queue_new_rows_with_text}}
+        EXCEPTION WHEN OTHERS OR assert_failure THEN
+            {{queue_new_rows}}
+        END;
+    ELSE
+        {{queue_old_rows}}
+    END IF;
+    RETURN NULL;
+END;
+$body$

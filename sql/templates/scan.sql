@@ -1,0 +1,33 @@
+-- Reads the next keys of a backfill. Runs as the table's owner, in lanes.
+CREATE FUNCTION autoembed._scan_{{id}}(after text, condition text, max_rows integer)
+    RETURNS TABLE (key text)
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = {{search_path}}
+    {{output_settings}}
+AS $body$
+#variable_conflict use_column
+DECLARE
+    _context text;
+BEGIN
+    LOCK TABLE {{table}} IN ACCESS SHARE MODE NOWAIT;
+    FOR key IN EXECUTE pg_catalog.concat(
+        {{scan_query}},
+        -- Nothing comes before the first key.
+        CASE WHEN after IS NOT NULL THEN {{and_later_key}} END,
+        CASE WHEN condition IS NOT NULL THEN pg_catalog.concat(' AND (', condition, ')') END,
+        {{order_by_key}},
+        ' LIMIT $2'
+    ) USING after, max_rows LOOP
+        RETURN NEXT;
+        max_rows := max_rows - 1;
+        EXIT WHEN max_rows = 0;
+    END LOOP;
+EXCEPTION WHEN operator_intervention OR insufficient_resources OR system_error THEN
+    GET STACKED DIAGNOSTICS _context = PG_EXCEPTION_CONTEXT;
+    IF pg_catalog.split_part(_context, E'\n', 1) LIKE '% at RAISE' THEN
+        RAISE EXCEPTION USING MESSAGE = SQLERRM;
+    END IF;
+    RAISE;
+END;
+$body$

@@ -1,0 +1,70 @@
+-- Writes vectors into the rows that still say the text that was sent. Runs as the table's owner, in lanes.
+CREATE FUNCTION autoembed._write_{{id}}(keys text[], contents text[], model text, embeddings {{vector_type}}[])
+    RETURNS TABLE (key text, outcome text)
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = {{search_path}}
+    {{output_settings}}
+    SET autoembed.writing = '{{table_id}}'
+AS $body$
+#variable_conflict use_column
+DECLARE
+    _context text;
+BEGIN
+    -- The request was sent for another model. An answer of the present model may have come first.
+    IF model IS DISTINCT FROM {{model}} THEN
+        RETURN QUERY SELECT s.key, 'changed' FROM unnest(keys) AS s(key);
+        RETURN;
+    END IF;
+    LOCK TABLE {{table}} IN ROW EXCLUSIVE MODE NOWAIT;
+    FOR key, outcome IN
+    WITH sent AS MATERIALIZED (
+        SELECT s.key, s.content, s.embedding, {{sent_keys}}
+        FROM unnest(keys, contents, embeddings) AS s(key, content, embedding)
+    ),
+    -- Rows that somebody else has locked are left out: a lane waits for no application, and no lane for another.
+    locked AS MATERIALIZED (
+        SELECT s.*, {{content}} COLLATE "C" IS NOT DISTINCT FROM s.content AS unchanged
+        FROM sent AS s
+        JOIN {{table}} AS t ON {{same_key}}
+        ORDER BY {{keys}}
+        FOR NO KEY UPDATE OF t SKIP LOCKED
+    ),
+    written AS (
+        UPDATE {{table}} AS t
+        SET {{embedding_column}} = s.embedding
+        FROM locked AS s
+        WHERE {{same_key}} AND s.unchanged
+        RETURNING s.key, {{content}} COLLATE "C" IS NOT DISTINCT FROM s.content AS unchanged
+    )
+    SELECT s.key,
+           CASE WHEN w.unchanged THEN 'written'
+                WHEN w.key IS NOT NULL THEN 'overtaken'
+                WHEN l.key IS NOT NULL THEN 'changed'
+                WHEN EXISTS (SELECT FROM {{table}} AS t WHERE {{same_key}}) THEN 'locked'
+                ELSE 'gone'
+           END
+    FROM sent AS s
+    LEFT JOIN locked AS l ON l.key = s.key
+    LEFT JOIN (SELECT w.key, pg_catalog.bool_and(w.unchanged) AS unchanged FROM written AS w GROUP BY w.key) AS w
+        ON w.key = s.key
+    LOOP
+        -- The error undoes the write, which would leave the vector of one text beside another.
+        IF outcome = 'overtaken' THEN
+            RAISE EXCEPTION 'a trigger of the table changes the text when its embedding is written';
+        END IF;
+        RETURN NEXT;
+    END LOOP;
+    -- Triggers deferred to the commit would run with the lane's rights.
+    IF EXISTS (SELECT FROM pg_catalog.pg_trigger AS g WHERE g.tgdeferrable AND NOT g.tgisinternal)
+       OR EXISTS (SELECT FROM pg_catalog.pg_constraint AS c WHERE c.contype = 'x' AND c.condeferrable) THEN
+        SET CONSTRAINTS ALL IMMEDIATE;
+    END IF;
+EXCEPTION WHEN operator_intervention OR insufficient_resources OR system_error THEN
+    GET STACKED DIAGNOSTICS _context = PG_EXCEPTION_CONTEXT;
+    IF pg_catalog.split_part(_context, E'\n', 1) LIKE '% at RAISE' THEN
+        RAISE EXCEPTION USING MESSAGE = SQLERRM;
+    END IF;
+    RAISE;
+END;
+$body$
