@@ -1,0 +1,151 @@
+"""PostgreSQL's own guards around somebody else's code, reached by ctypes.
+
+They are C functions of the server (miscadmin.h, guc.h, guc_tables.h, timeout.h), the same in PostgreSQL 17 and 18.
+A security-restricted operation refuses what would outlive it: cursors WITH HOLD, PREPARE, LISTEN, DISCARD, SET ROLE,
+temporary objects, events deferred to the commit. A nest level of its own puts every setting back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+SECURITY_RESTRICTED_OPERATION = 2
+STATEMENT_TIMEOUT = 3
+PGC_SUSET = 5
+# PostgreSQL counts microseconds from 2000-01-01.
+EPOCH_SECONDS = 946_684_800
+
+SYMBOLS = (
+    "GetUserIdAndSecContext",
+    "SetUserIdAndSecContext",
+    "NewGUCNestLevel",
+    "AtEOXact_GUC",
+    "find_option",
+    "enable_timeout_at",
+    "disable_timeout",
+    "get_timeout_active",
+    "get_timeout_finish_time",
+    "get_timeout_indicator",
+    "QueryCancelPending",
+)
+# A change of this setting by a role without rights ends the whole session at once, which no guard undoes.
+ENDS_SESSION = b"transaction_timeout"
+
+
+class _Setting(ctypes.Structure):
+    """The beginning of struct config_generic."""
+
+    _fields_ = (("name", ctypes.c_char_p), ("context", ctypes.c_int))
+
+
+@cache
+def _server() -> Any:
+    """The server's symbols; None outside a server, or in one that lacks some of them."""
+    # PyDLL keeps the interpreter's lock: no thread runs while the server's state is being changed.
+    library = ctypes.PyDLL(None)
+    if not all(hasattr(library, name) for name in SYMBOLS):
+        return None
+    library.find_option.restype = ctypes.POINTER(_Setting)
+    library.find_option.argtypes = (ctypes.c_char_p, ctypes.c_bool, ctypes.c_bool, ctypes.c_int)
+    library.get_timeout_active.restype = ctypes.c_bool
+    library.get_timeout_finish_time.restype = ctypes.c_int64
+    library.enable_timeout_at.argtypes = (ctypes.c_int, ctypes.c_int64)
+    library.disable_timeout.argtypes = (ctypes.c_int, ctypes.c_bool)
+    library.get_timeout_indicator.argtypes = (ctypes.c_int, ctypes.c_bool)
+    library.AtEOXact_GUC.argtypes = (ctypes.c_bool, ctypes.c_int)
+    library.SetUserIdAndSecContext.argtypes = (ctypes.c_uint, ctypes.c_int)
+    return library
+
+
+def available() -> bool:
+    """Whether this server has the guards."""
+    return _server() is not None
+
+
+@dataclass
+class Run:
+    """A run of somebody else's code. timed_out: whether it was ended because it ran too long."""
+
+    timed_out: bool = False
+
+
+@contextmanager
+def restricted(seconds: float) -> Iterator[Run]:
+    """Runs the block's statements under the guards, for so many seconds at most.
+
+    To be used inside a subtransaction: after an error, its rollback puts user, security context and settings back.
+    """
+    server = _server()
+    run = Run()
+    before = _Context.now()
+    setting = _ends_session()
+    context_before = setting and setting.context
+    timer = _Timer(seconds)
+    try:
+        if setting:
+            setting.context = PGC_SUSET
+        server.SetUserIdAndSecContext(before.user, before.flags | SECURITY_RESTRICTED_OPERATION)
+        level = server.NewGUCNestLevel()
+        yield run
+    finally:
+        run.timed_out = timer.stop()
+        if setting:
+            setting.context = context_before
+    server.AtEOXact_GUC(False, level)
+    server.SetUserIdAndSecContext(before.user, before.flags)
+
+
+@dataclass(frozen=True)
+class _Context:
+    user: int
+    flags: int
+
+    @classmethod
+    def now(cls) -> _Context:
+        user, flags = ctypes.c_uint(), ctypes.c_int()
+        _server().GetUserIdAndSecContext(ctypes.byref(user), ctypes.byref(flags))
+        return cls(user.value, flags.value)
+
+
+def _ends_session() -> _Setting | None:
+    """The setting ENDS_SESSION, where this server has it."""
+    found = _server().find_option(ENDS_SESSION, False, True, 0)
+    if not found or found.contents.name != ENDS_SESSION:
+        return None
+    setting: _Setting = found.contents
+    return setting
+
+
+class _Timer:
+    """Cancels the statement after so many seconds, unless the session's statement_timeout does so before."""
+
+    def __init__(self, seconds: float) -> None:
+        server = _server()
+        ends = int((time.time() + seconds - EPOCH_SECONDS) * 1e6)
+        self._session_ends = server.get_timeout_finish_time(STATEMENT_TIMEOUT)
+        self._session_is_timed = server.get_timeout_active(STATEMENT_TIMEOUT)
+        self._is_set = not (self._session_is_timed and self._session_ends <= ends)
+        if self._is_set:
+            server.enable_timeout_at(STATEMENT_TIMEOUT, ends)
+
+    def stop(self) -> bool:
+        """Puts the session's own timeout back; whether this one has struck."""
+        if not self._is_set:
+            return False
+        server = _server()
+        has_struck = not server.get_timeout_active(STATEMENT_TIMEOUT)
+        if has_struck:
+            # It may have struck just after the code ended, and would cancel what comes next.
+            server.get_timeout_indicator(STATEMENT_TIMEOUT, True)
+            ctypes.c_int.in_dll(server, "QueryCancelPending").value = 0
+        if self._session_is_timed:
+            server.enable_timeout_at(STATEMENT_TIMEOUT, self._session_ends)
+        else:
+            server.disable_timeout(STATEMENT_TIMEOUT, False)
+        return has_struck
