@@ -35,10 +35,20 @@ CREATE OR REPLACE TRIGGER defined_again
     WHEN (OLD.table_shape = NEW.table_shape)
     EXECUTE FUNCTION autoembed._defined();
 
+CREATE OR REPLACE TRIGGER end_pipeline
+    AFTER UPDATE OF ended ON autoembed.pipeline
+    FOR EACH ROW
+    WHEN (NEW.ended)
+    EXECUTE FUNCTION autoembed._end();
+
 CREATE OR REPLACE TRIGGER ended
     AFTER DELETE ON autoembed.pipeline
     FOR EACH ROW
     EXECUTE FUNCTION autoembed._ended();
+
+-- With a function of code/, as a long key does not fit into an index.
+CREATE UNIQUE INDEX IF NOT EXISTS failure_pipeline_id_key_idx
+    ON autoembed.failure (pipeline_id, autoembed._short_key(key));
 
 DROP EVENT TRIGGER IF EXISTS autoembed_end_broken;
 CREATE EVENT TRIGGER autoembed_end_broken

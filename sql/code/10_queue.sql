@@ -54,7 +54,12 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._keep_restored_queue IS
     'Lets a restored dump replace the entry that CREATE EXTENSION has made in pgmq''s list.';
 
-CREATE OR REPLACE FUNCTION autoembed._claim(max_rows integer, lease_seconds double precision, held bigint[])
+CREATE OR REPLACE FUNCTION autoembed._claim(
+    max_rows integer,
+    lease_seconds double precision,
+    held bigint[],
+    busy_models text[]
+)
     RETURNS TABLE (message_id bigint, read_count integer, message jsonb)
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -67,6 +72,8 @@ DECLARE
     _ready record;
     _messages refcursor;
     _due record;
+    _owner oid;
+    _owner_room integer;
     _share integer;
     _room integer;
     _newest boolean;
@@ -88,24 +95,45 @@ BEGIN
             )
             FROM queued AS n
             WHERE n.pipeline IS NOT NULL
+        ),
+        ready AS (
+            SELECT n.pipeline, s.failures, s.owner
+            FROM queued AS n
+            -- OFFSET 0: looks at these pipelines alone, however many there are.
+            LEFT JOIN LATERAL (
+                SELECT p.id,
+                       p.paused OR r.until > _now OR e.until > _now OR m.model = ANY (busy_models) AS waits,
+                       r.failures,
+                       c.relowner AS owner
+                FROM autoembed.pipeline AS p
+                CROSS JOIN LATERAL (SELECT coalesce(p.model, autoembed._default_model()) AS model) AS m
+                LEFT JOIN autoembed.model_rest AS r ON r.model = m.model
+                LEFT JOIN autoembed.pipeline_rest AS e ON e.pipeline_id = p.id
+                LEFT JOIN pg_class AS c ON c.oid = p.table_id
+                WHERE p.id = CASE WHEN n.pipeline ~ '^[1-9][0-9]{0,8}$' THEN n.pipeline::integer END
+                OFFSET 0
+            ) AS s ON true
+            WHERE EXISTS (SELECT FROM autoembed._job AS q WHERE q.pipeline = n.pipeline AND q.due_at <= _now)
+              -- The quick test comes first: many tables may wait for one model, and each lane looks ten times a second.
+              AND CASE WHEN s.waits THEN false
+                       ELSE (SELECT b.blocked FROM autoembed._pipeline_state AS b WHERE b.id = s.id) IS NULL END
         )
-        SELECT n.pipeline, s.failures, count(*) OVER () AS pipelines
-        FROM queued AS n
-        -- OFFSET 0: looks at these pipelines alone, however many there are.
-        LEFT JOIN LATERAL (
-            SELECT p.id, p.paused OR r.until > _now AS waits, r.failures
-            FROM autoembed.pipeline AS p
-            LEFT JOIN autoembed.model_rest AS r ON r.model = coalesce(p.model, autoembed._default_model())
-            WHERE p.id = CASE WHEN n.pipeline ~ '^[1-9][0-9]{0,8}$' THEN n.pipeline::integer END
-            OFFSET 0
-        ) AS s ON true
-        WHERE EXISTS (SELECT FROM autoembed._job AS q WHERE q.pipeline = n.pipeline AND q.due_at <= _now)
-          -- The quick test comes first: many tables may wait for one model, and each lane looks ten times a second.
-          AND CASE WHEN s.waits THEN false
-                   ELSE (SELECT b.blocked FROM autoembed._pipeline_state AS b WHERE b.id = s.id) IS NULL END
+        SELECT r.pipeline, r.failures, r.owner,
+               count(*) OVER (PARTITION BY r.owner) AS pipelines,
+               (SELECT count(DISTINCT coalesce(o.owner, 0)) FROM ready AS o) AS owners
+        FROM ready AS r
+        -- An owner with more pipelines than rows in its share has another few of them served each time.
+        ORDER BY r.owner, random()
     LOOP
-        -- Each pipeline has its share, so that none holds up another. A provider that has failed is tried with one message.
-        _share := CASE WHEN _ready.failures > 0 THEN 1 ELSE greatest(1, max_rows / _ready.pipelines) END;
+        IF _owner IS DISTINCT FROM _ready.owner OR _owner_room IS NULL THEN
+            _owner := _ready.owner;
+            _owner_room := greatest(1, max_rows / _ready.owners);
+        END IF;
+        CONTINUE WHEN _owner_room <= 0;
+        -- Each owner has its share, and each of the owner's pipelines: no tenant and no table holds up another.
+        -- A provider that has failed is tried with one message.
+        _share := CASE WHEN _ready.failures > 0 THEN 1
+                       ELSE greatest(1, max_rows / _ready.owners / _ready.pipelines) END;
         -- Up to half of the share goes to the newest messages, so that a change does not wait behind a backlog.
         FOREACH _newest IN ARRAY '{true,false}'::boolean[] LOOP
             _room := CASE WHEN _newest THEN _share / 2 ELSE _share END;
@@ -124,6 +152,7 @@ BEGIN
                 _ids := _ids || _due.message_id;
                 _room := _room - _due.rows;
                 _share := _share - _due.rows;
+                _owner_room := _owner_room - _due.rows;
             END LOOP;
             CLOSE _messages;
         END LOOP;
@@ -145,7 +174,8 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._claim IS
     'Claims due messages of the pipelines that can be embedded now: hides them for the lease and counts the try. '
-    'The last message of each pipeline may exceed its share of max_rows. held: messages that the lane has already.';
+    'The last message of each pipeline may exceed its share of max_rows. held: messages that the lane has already. '
+    'busy_models: models that have not answered the lane for a while.';
 
 CREATE OR REPLACE FUNCTION autoembed._extend(message_ids bigint[], lease_seconds double precision)
     RETURNS void

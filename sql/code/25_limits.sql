@@ -24,14 +24,61 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._spent_budget IS 'Why a model may use no more today; NULL: it may.';
 
+CREATE OR REPLACE FUNCTION autoembed._take_slot(model text)
+    RETURNS integer
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _slots integer := (SELECT m.max_requests_in_flight FROM autoembed.model AS m WHERE m.name = _take_slot.model);
+    _number integer;
+BEGIN
+    IF _slots IS NULL THEN
+        RETURN 0;
+    END IF;
+    IF (SELECT count(*) FROM autoembed.slot AS s WHERE s.model = _take_slot.model) < _slots THEN
+        INSERT INTO autoembed.slot (model, number)
+        SELECT _take_slot.model, n FROM generate_series(1, _slots) AS n
+        ON CONFLICT DO NOTHING;
+    END IF;
+    SELECT s.number INTO _number
+    FROM autoembed.slot AS s
+    WHERE s.model = _take_slot.model AND s.number <= _slots
+      AND (s.pid IS NULL OR NOT autoembed._lane_lives(s.pid, s.backend_start))
+    LIMIT 1
+    FOR UPDATE SKIP LOCKED;
+    UPDATE autoembed.slot AS s
+    SET pid = a.pid, backend_start = a.backend_start
+    FROM pg_stat_get_activity(pg_backend_pid()) AS a
+    WHERE s.model = _take_slot.model AND s.number = _number;
+    RETURN _number;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._take_slot IS
+    'Takes a slot for one request in flight, until _free_slots() or the end of the session. 0: the model has no limit of '
+    'requests in flight; NULL: all slots are taken.';
+
+CREATE OR REPLACE FUNCTION autoembed._free_slots(model text, slots integer[])
+    RETURNS void
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    UPDATE autoembed.slot AS s
+    SET pid = NULL, backend_start = NULL
+    WHERE s.model = _free_slots.model AND s.number = ANY (slots) AND s.pid = pg_backend_pid();
+$sql$;
+COMMENT ON FUNCTION autoembed._free_slots IS 'Frees the slots of requests of this session that are no longer in flight.';
+
 CREATE OR REPLACE FUNCTION autoembed._take_permit(
     model text,
     in_turn boolean,
+    with_slot boolean,
     requests_seconds double precision,
     requests_saved_seconds double precision,
     tokens_seconds double precision,
     tokens_saved_seconds double precision,
-    slots_held integer[],
     OUT wait_seconds double precision,
     OUT slot integer,
     OUT spent text,
@@ -42,7 +89,6 @@ CREATE OR REPLACE FUNCTION autoembed._take_permit(
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE
-    _slots integer := (SELECT m.max_requests_in_flight FROM autoembed.model AS m WHERE m.name = _take_permit.model);
     _now timestamptz;
     _requests_until timestamptz;
     _tokens_until timestamptz;
@@ -50,60 +96,51 @@ BEGIN
     PERFORM autoembed._gate();
     spent := autoembed._spent_budget(_take_permit.model);
     IF spent IS NOT NULL THEN
-        rest_seconds := extract(epoch FROM date_trunc('day', clock_timestamp(), 'UTC') + interval '1 day' - clock_timestamp());
+        rest_seconds := extract(
+            epoch FROM date_trunc('day', clock_timestamp(), 'UTC') + interval '1 day' - clock_timestamp()
+        );
         RETURN;
     END IF;
-    IF _slots IS NOT NULL THEN
-        -- A lock for each request in flight: seen by all sessions at once, and gone with the session.
-        SELECT s.slot INTO slot
-        FROM generate_series(1, _slots) AS s(slot)
-        WHERE CASE WHEN s.slot <> ALL (slots_held) THEN pg_try_advisory_lock(autoembed._slot_key(_take_permit.model, s.slot)) END
-        LIMIT 1;
+    IF current_setting('transaction_read_only')::boolean THEN
+        wait_seconds := 0;
+        RETURN;
+    END IF;
+    IF with_slot THEN
+        slot := autoembed._take_slot(_take_permit.model);
         IF slot IS NULL THEN
             RETURN;
         END IF;
+        slot := nullif(slot, 0);
     END IF;
     wait_seconds := 0;
-    IF num_nonnulls(requests_seconds, tokens_seconds) = 0 OR current_setting('transaction_read_only')::boolean THEN
+    IF num_nonnulls(requests_seconds, tokens_seconds) = 0 THEN
         RETURN;
     END IF;
     IF in_turn THEN
-        -- Until the lane's commit, which comes at once. A caller's transaction may last: it goes without, and what it takes is seen late.
-        PERFORM pg_advisory_xact_lock(autoembed._slot_key(_take_permit.model, 0));
+        -- A lane commits at once. A caller's transaction may last: it takes no turn, and what it takes is seen late.
+        PERFORM FROM autoembed.model AS m WHERE m.name = _take_permit.model FOR NO KEY UPDATE;
     END IF;
     _now := clock_timestamp();
-    _requests_until := (SELECT max(p.requests_until) FROM autoembed.permit AS p WHERE p.model = _take_permit.model);
-    _tokens_until := (SELECT max(p.tokens_until) FROM autoembed.permit AS p WHERE p.model = _take_permit.model);
+    _requests_until := (
+        SELECT max(p.requests_until) FROM autoembed.permit AS p WHERE p.model = _take_permit.model
+    );
+    _tokens_until := (
+        SELECT max(p.tokens_until) FROM autoembed.permit AS p WHERE p.model = _take_permit.model
+    );
     -- NULL where there is no limit; greatest() passes over a NULL.
-    _requests_until := greatest(_requests_until, _now - make_interval(secs => requests_saved_seconds)) + make_interval(secs => requests_seconds);
-    _tokens_until := greatest(_tokens_until, _now - make_interval(secs => tokens_saved_seconds)) + make_interval(secs => tokens_seconds);
+    _requests_until := greatest(_requests_until, _now - make_interval(secs => requests_saved_seconds))
+        + make_interval(secs => requests_seconds);
+    _tokens_until := greatest(_tokens_until, _now - make_interval(secs => tokens_saved_seconds))
+        + make_interval(secs => tokens_seconds);
     INSERT INTO autoembed.permit (model, at, requests_until, tokens_until)
     VALUES (_take_permit.model, _now, _requests_until, _tokens_until);
     wait_seconds := extract(epoch FROM greatest(_now, _requests_until, _tokens_until) - _now);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._take_permit IS
-    'A permit for one request: in how many seconds, and the slot that it holds where only so many may be in flight, none of slots_held; both NULL: all are taken, or the budget is spent. What it takes is given in seconds of each allowance, with how much may have been saved up.';
-
-CREATE OR REPLACE FUNCTION autoembed._slot_key(model text, slot integer)
-    RETURNS bigint
-    LANGUAGE sql
-    IMMUTABLE
-    SET search_path = pg_catalog, pg_temp
-AS $sql$
-    SELECT hashtextextended('autoembed ' || model, slot);
-$sql$;
-COMMENT ON FUNCTION autoembed._slot_key IS 'The advisory lock of a request in flight; 0: of taking turns.';
-
-CREATE OR REPLACE FUNCTION autoembed._free_slots(model text, slots integer[])
-    RETURNS void
-    LANGUAGE sql
-    SECURITY DEFINER
-    SET search_path = pg_catalog, pg_temp
-AS $sql$
-    SELECT pg_advisory_unlock(autoembed._slot_key(_free_slots.model, s.slot)) FROM unnest(slots) AS s(slot);
-$sql$;
-COMMENT ON FUNCTION autoembed._free_slots IS 'Says that these requests are no longer in flight.';
+    'A permit for one request: the seconds to wait, and the slot where with_slot asks for one and only so many requests '
+    'may be in flight. Both NULL: all slots are taken, or the budget is spent. What the request takes is given in seconds '
+    'of each allowance, with how much may have been saved up.';
 
 CREATE OR REPLACE FUNCTION autoembed._learn_limits(model text, requests_per_minute integer, requests_at_once integer, tokens_per_minute integer, tokens_at_once integer)
     RETURNS void

@@ -29,9 +29,12 @@ CREATE OR REPLACE FUNCTION autoembed._fold_usage()
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    -- One lane at a time; what the last minutes show is read one by one.
-    IF (SELECT min(u.at) FROM autoembed.usage_entry AS u) < clock_timestamp() - interval '10 minutes'
-       AND pg_try_advisory_xact_lock('autoembed.usage_entry'::regclass::oid::integer, 0) THEN
+    IF (SELECT min(u.at) FROM autoembed.usage_entry AS u) < clock_timestamp() - interval '10 minutes' THEN
+        PERFORM FROM autoembed.turn AS t WHERE t.name = 'usage' FOR UPDATE SKIP LOCKED;
+        IF NOT FOUND THEN
+            RETURN;
+        END IF;
+        -- The last minutes stay one by one: rates are read from them.
         WITH folded AS (
             DELETE FROM autoembed.usage_entry AS u WHERE u.at < clock_timestamp() - interval '5 minutes' RETURNING u.*
         )

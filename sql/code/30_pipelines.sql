@@ -1,33 +1,75 @@
 -- What a pipeline is: the keys of its rows, and their text.
 
-CREATE OR REPLACE FUNCTION autoembed._content_function(table_id oid, name text)
+CREATE OR REPLACE FUNCTION autoembed._owns(table_id regclass)
+    RETURNS boolean
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT coalesce((SELECT pg_has_role(c.relowner, 'USAGE') FROM pg_class AS c WHERE c.oid = table_id), false);
+$sql$;
+COMMENT ON FUNCTION autoembed._owns IS 'Whether the current role has the rights of a table''s owner.';
+
+CREATE OR REPLACE FUNCTION autoembed._may_see(table_id regclass)
+    RETURNS boolean
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT autoembed._owns(table_id) OR pg_has_role('pg_monitor', 'USAGE');
+$sql$;
+COMMENT ON FUNCTION autoembed._may_see IS 'Whether the current role owns a table or monitors the server.';
+
+CREATE OR REPLACE FUNCTION autoembed._vector_types()
+    RETURNS TABLE (id oid, name name, full_name text)
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    -- Members of the extension: a type of that name elsewhere may be anybody's.
+    SELECT t.oid, t.typname, format('%I.%I', n.nspname, t.typname)
+    FROM pg_extension AS e
+    JOIN pg_namespace AS n ON n.oid = e.extnamespace
+    JOIN pg_type AS t ON t.typnamespace = e.extnamespace AND t.typname IN ('vector', 'halfvec')
+    JOIN pg_depend AS d ON d.classid = 'pg_type'::regclass AND d.objid = t.oid
+                       AND d.refclassid = 'pg_extension'::regclass AND d.refobjid = e.oid AND d.deptype = 'e'
+    WHERE e.extname = 'vector';
+$sql$;
+COMMENT ON FUNCTION autoembed._vector_types IS
+    'The types of pgvector that hold embeddings: OID, name, and name with the schema.';
+
+CREATE OR REPLACE FUNCTION autoembed._content_function(table_id oid, name text, schema_name name DEFAULT NULL)
     RETURNS oid
     LANGUAGE plpgsql
     STABLE
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
-DECLARE
-    _found oid[];
 BEGIN
-    -- The table's own schema comes first, as the caller's search_path is not known here.
-    SELECT array_agg(f.oid ORDER BY f.same_schema DESC, f.oid)
-    INTO _found
-    FROM (
-        SELECT p.oid, p.pronamespace = c.relnamespace AS same_schema
+    RETURN (
+        SELECT p.oid
         FROM pg_class AS c
-        -- By its name without a schema first, which has an index.
+        -- The name without a schema comes first, since it has an index.
         JOIN pg_proc AS p
-            ON p.proname IN (name, substring(name FROM '^"(.*)"$'), substring(name FROM '[.]([^.]*)$'), substring(name FROM '[.]"(.*)"$'))
+            ON p.proname IN (
+                name, substring(name FROM '^"(.*)"$'), substring(name FROM '[.]([^.]*)$'), substring(name FROM '[.]"(.*)"$')
+            )
            AND p.proargtypes[0] = c.reltype AND p.pronargs = 1 AND p.prokind = 'f' AND NOT p.proretset
         JOIN pg_namespace AS n ON n.oid = p.pronamespace
         WHERE c.oid = table_id
-          AND name IN (p.proname::text, quote_ident(p.proname), format('%s.%s', n.nspname, p.proname), format('%I.%I', n.nspname, p.proname))
-    ) AS f;
-    RETURN _found[1];
+          AND name IN (
+              p.proname::text, quote_ident(p.proname),
+              format('%s.%s', n.nspname, p.proname), format('%I.%I', n.nspname, p.proname)
+          )
+          AND n.nspname = coalesce(schema_name, n.nspname)
+        -- The caller's search_path is not known here.
+        ORDER BY p.pronamespace = c.relnamespace DESC, p.oid
+        LIMIT 1
+    );
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._content_function IS
-    'The function of one row of the table with that name, which may name its schema; NULL if there is none.';
+    'The function of one row of the table with that name, which may have its schema before it. Without a schema, one in '
+    'the schema of the table is preferred. NULL if there is none.';
 
 CREATE OR REPLACE FUNCTION autoembed._content_function_of(pipeline autoembed.pipeline)
     RETURNS oid
@@ -37,9 +79,11 @@ CREATE OR REPLACE FUNCTION autoembed._content_function_of(pipeline autoembed.pip
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    -- One that was dropped and made again has another OID, but the same name.
-    RETURN coalesce((SELECT p.oid FROM pg_proc AS p WHERE p.oid = pipeline.content_function_id),
-                    autoembed._content_function(pipeline.table_id, pipeline.content_function));
+    -- A function that was dropped and created again has another OID.
+    RETURN coalesce(
+        (SELECT p.oid FROM pg_proc AS p WHERE p.oid = pipeline.content_function_id),
+        autoembed._content_function(pipeline.table_id, pipeline.content_function, pipeline.content_function_schema)
+    );
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._content_function_of IS 'The content function of a pipeline; NULL if there is none.';
@@ -221,6 +265,55 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._content_expression IS
     'The SQL expression that gives the text of the row of that alias; NULL in rows that have no embedding.';
+
+CREATE OR REPLACE FUNCTION autoembed._content_bytes_expression(pipeline autoembed.pipeline, alias text)
+    RETURNS text
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    RETURN coalesce((
+        SELECT string_agg(format('coalesce(pg_catalog.%s(%s.%I), 0)::pg_catalog.int8', CASE
+                   WHEN a.atttypid IN ('text'::regtype, 'varchar'::regtype) THEN 'octet_length'
+                   ELSE 'pg_column_size'
+               END, alias, c.name), ' OPERATOR(pg_catalog.+) ')
+        FROM unnest(autoembed._columns_of(pipeline)) AS c(name)
+        JOIN pg_attribute AS a ON a.attrelid = pipeline.table_id AND a.attname = c.name AND a.attlen = -1
+    ), '0::pg_catalog.int8');
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._content_bytes_expression IS
+    'The SQL expression that gives the bytes of the columns that a text is made of, without reading them. 0 where a '
+    'function gives the text.';
+
+CREATE OR REPLACE FUNCTION autoembed._short_key(key text)
+    RETURNS text
+    LANGUAGE sql
+    IMMUTABLE
+    PARALLEL SAFE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT CASE WHEN octet_length(key) <= 1000 THEN key
+                ELSE 'sha256:' || encode(sha256(convert_to(key, 'UTF8')), 'hex') END;
+$sql$;
+COMMENT ON FUNCTION autoembed._short_key IS
+    'A key as the tables of what is known of rows have it: a long one does not fit into an index.';
+
+CREATE OR REPLACE FUNCTION autoembed._short_keys(keys text[])
+    RETURNS text[]
+    LANGUAGE plpgsql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF EXISTS (SELECT FROM unnest(keys) AS k(key) WHERE octet_length(k.key) > 1000) THEN
+        RETURN ARRAY(SELECT autoembed._short_key(k.key) FROM unnest(keys) WITH ORDINALITY AS k(key, number) ORDER BY k.number);
+    END IF;
+    RETURN keys;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._short_keys IS 'The same for many keys, in their order.';
 
 CREATE OR REPLACE FUNCTION autoembed._key_expression(pipeline autoembed.pipeline, alias text)
     RETURNS text

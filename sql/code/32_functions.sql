@@ -79,7 +79,7 @@ BEGIN
         'owner', pg_get_userbyid(c.relowner),
         'search_path', format('%I, public, pg_temp', n.nspname),
         'embedding_column', quote_ident(e.attname),
-        'vector_type', format_type(e.atttypid, NULL)
+        'vector_type', (SELECT v.full_name FROM autoembed._vector_types() AS v WHERE v.id = e.atttypid)
     )
     INTO STRICT _table
     FROM pg_class AS c
@@ -152,6 +152,7 @@ BEGIN
         'keys_per_message', autoembed._keys_per_message(),
         'model', (SELECT quote_literal(autoembed._model_identity(m)) FROM autoembed._model(pipeline.model) AS m),
         'content', autoembed._content_expression(pipeline, 't'),
+        'content_bytes', autoembed._content_bytes_expression(pipeline, 't'),
         'content_of_r', autoembed._content_expression(pipeline, 'r'),
         'key', autoembed._key_expression(pipeline, 't'),
         'old_key', autoembed._key_expression(pipeline, 'OLD'),

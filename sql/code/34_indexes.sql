@@ -106,7 +106,7 @@ BEGIN
         EXCEPTION WHEN lock_not_available THEN
             PERFORM autoembed._hold_index_job(pipeline_id);
         END;
-    ELSIF _problem IS NULL AND _job.is_due IS NOT TRUE THEN
+    ELSIF _problem IS NULL AND _job.is_due IS NOT TRUE AND autoembed._index_may_be_built(pipeline_id) THEN
         SELECT CASE WHEN to_regclass(format('%I.%I', n.nspname, k.name)) IS NULL THEN k.name
                     ELSE format('autoembed_%s_idx', pipeline_id) END
         INTO STRICT _name

@@ -11,6 +11,7 @@ DECLARE
     _function pg_proc;
     _missing text;
     _type text;
+    _is_vector boolean;
     _type_dimensions integer;
     _generated boolean;
     _model autoembed.model;
@@ -70,11 +71,10 @@ BEGIN
         RETURN;
     END IF;
 
-    SELECT CASE WHEN e.oid IS NOT NULL THEN t.typname ELSE format_type(a.atttypid, a.atttypmod) END, a.atttypmod, a.attgenerated <> ''
-    INTO _type, _type_dimensions, _generated
+    SELECT coalesce(v.name, format_type(a.atttypid, a.atttypmod)), v.name IS NOT NULL, a.atttypmod, a.attgenerated <> ''
+    INTO _type, _is_vector, _type_dimensions, _generated
     FROM pg_attribute AS a
-    JOIN pg_type AS t ON t.oid = a.atttypid
-    LEFT JOIN pg_extension AS e ON e.extname = 'vector' AND e.extnamespace = t.typnamespace
+    LEFT JOIN autoembed._vector_types() AS v ON v.id = a.atttypid
     WHERE a.attrelid = _table.oid AND a.attname = pipeline.embedding_column AND a.attnum > 0 AND NOT a.attisdropped;
     IF NOT FOUND THEN
         problem := format('table %s has no column "%s"', pipeline.table_id, pipeline.embedding_column);
@@ -83,7 +83,7 @@ BEGIN
         errcode := 'undefined_column';
         RETURN;
     END IF;
-    IF _type NOT IN ('vector', 'halfvec') OR _generated THEN
+    IF NOT _is_vector OR _generated THEN
         problem := format('column "%s" of table %s is %s', pipeline.embedding_column, pipeline.table_id,
                           CASE WHEN _generated THEN 'a generated column' ELSE 'of type ' || _type END);
         hint := 'An embedding column is of type halfvec or vector.';
@@ -133,7 +133,8 @@ BEGIN
             RETURN;
         END IF;
         -- It will run as the table's owner, so it must come from somebody who already has the owner's rights.
-        IF NOT pg_has_role(_function.proowner, _table.relowner, 'MEMBER') THEN
+        -- Who may SET ROLE to the owner has these rights; a membership alone may give none.
+        IF NOT pg_has_role(_function.proowner, _table.relowner, 'SET') THEN
             problem := format('function %s belongs to %I, who has not the rights of %I, the owner of table %s',
                               _function.oid::regprocedure, pg_get_userbyid(_function.proowner),
                               pg_get_userbyid(_table.relowner), pipeline.table_id);
@@ -176,16 +177,25 @@ SELECT p.id,
        p.truncate,
        p.paused,
        coalesce(p.model, autoembed._default_model()) AS model,
-       coalesce(c.problem, CASE WHEN p.paused THEN 'it is paused' WHEN r.until > clock_timestamp() THEN format('model "%s" rests: %s', r.model, r.reason) END)
-           AS blocked,
-       coalesce(c.hint, CASE WHEN p.paused THEN format('SELECT autoembed.resume(%L).', p.table_id)
-                             WHEN r.needs_attention THEN format('SELECT autoembed.resume_model(%L) tries it at once.', r.model) END)
-           AS hint,
+       coalesce(c.problem, CASE
+           WHEN p.paused THEN 'it is paused'
+           WHEN r.until > clock_timestamp() THEN
+               -- The words of a provider may quote texts of other tenants.
+               format('model "%s" rests: %s', r.model,
+                      CASE WHEN pg_has_role('pg_monitor', 'USAGE') THEN r.reason ELSE r.summary END)
+           WHEN e.until > clock_timestamp() THEN
+               concat_ws(': ', 'it rests after an error', CASE WHEN autoembed._owns(p.table_id) THEN e.reason END)
+       END) AS blocked,
+       coalesce(c.hint, CASE
+           WHEN p.paused THEN format('SELECT autoembed.resume(%L).', p.table_id)
+           WHEN r.needs_attention THEN format('SELECT autoembed.resume_model(%L) tries it at once.', r.model)
+       END) AS hint,
        c.problem IS NULL AS sound,
        coalesce(r.failures, 0) AS failures
 FROM autoembed.pipeline AS p
 CROSS JOIN LATERAL autoembed._check_pipeline(p) AS c
-LEFT JOIN autoembed.model_rest AS r ON r.model = coalesce(p.model, autoembed._default_model());
+LEFT JOIN autoembed.model_rest AS r ON r.model = coalesce(p.model, autoembed._default_model())
+LEFT JOIN autoembed.pipeline_rest AS e ON e.pipeline_id = p.id;
 COMMENT ON VIEW autoembed._pipeline_state IS 'Every pipeline, and why its jobs wait, if they do.';
 
 CREATE OR REPLACE FUNCTION autoembed._warn_of_blocked_pipelines(only_with_jobs boolean DEFAULT false, resting text[] DEFAULT NULL)

@@ -71,8 +71,15 @@ BEGIN
     END IF;
     IF NEW.content_function IS NULL THEN
         NEW.content_function_id := NULL;
+        NEW.content_function_schema := NULL;
     ELSIF TG_OP = 'INSERT' OR NEW.content_function IS DISTINCT FROM OLD.content_function THEN
         NEW.content_function_id := autoembed._content_function(NEW.table_id, NEW.content_function);
+        NEW.content_function_schema := (
+            SELECT n.nspname
+            FROM pg_proc AS p
+            JOIN pg_namespace AS n ON n.oid = p.pronamespace
+            WHERE p.oid = NEW.content_function_id
+        );
     END IF;
     SELECT c.* INTO _check FROM autoembed._check_pipeline(NEW) AS c;
     IF _check.errcode = 'waits' THEN
@@ -152,6 +159,19 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._ended IS 'Takes away the jobs, functions and triggers of a pipeline that was ended.';
 
+CREATE OR REPLACE FUNCTION autoembed._end()
+    RETURNS trigger
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    DELETE FROM autoembed.pipeline AS p WHERE p.id = NEW.id;
+    RETURN NULL;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._end IS 'Deletes a pipeline that was marked as ended.';
+
 CREATE OR REPLACE FUNCTION autoembed._drop_orphaned_pipelines()
     RETURNS void
     LANGUAGE plpgsql
@@ -160,7 +180,13 @@ CREATE OR REPLACE FUNCTION autoembed._drop_orphaned_pipelines()
 AS $plpgsql$
 BEGIN
     -- A look-up for each; NOT EXISTS would read the whole catalog, every second.
-    DELETE FROM autoembed.pipeline AS p WHERE (SELECT c.oid FROM pg_class AS c WHERE c.oid = p.table_id) IS NULL;
+    DELETE FROM autoembed.pipeline AS p
+    WHERE p.id IN (
+        SELECT o.id
+        FROM autoembed.pipeline AS o
+        WHERE (SELECT c.oid FROM pg_class AS c WHERE c.oid = o.table_id) IS NULL
+        FOR UPDATE SKIP LOCKED
+    );
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._drop_orphaned_pipelines IS 'Ends the pipelines whose table was dropped, with their jobs.';
@@ -251,6 +277,11 @@ BEGIN
         JOIN pg_class AS c ON c.oid = p.table_id
         CROSS JOIN LATERAL unnest(p.embedding_column || autoembed._needed_columns(p)) AS k(name)
         WHERE p.managed
+          AND p.table_id IN (
+              SELECT coalesce(pg_partition_root(d.objid), d.objid)
+              FROM pg_event_trigger_dropped_objects() AS d
+              WHERE d.classid = 'pg_class'::regclass AND d.objsubid > 0
+          )
           AND NOT EXISTS (
               SELECT FROM pg_attribute AS a
               WHERE a.attrelid = p.table_id AND NOT a.attisdropped

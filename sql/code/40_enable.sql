@@ -320,7 +320,7 @@ DECLARE
     _pipeline autoembed.pipeline;
 BEGIN
     FOR _pipeline IN SELECT p.* FROM autoembed._owned_pipelines(table_name, embedding_column) AS p LOOP
-        DELETE FROM autoembed.pipeline AS p WHERE p.id = _pipeline.id;
+        UPDATE autoembed.pipeline AS p SET ended = true WHERE p.id = _pipeline.id;
         IF drop_column THEN
             EXECUTE format('ALTER TABLE %s DROP COLUMN %I', _pipeline.table_id, _pipeline.embedding_column);
         END IF;
@@ -398,18 +398,15 @@ CREATE OR REPLACE FUNCTION autoembed._look_through(pipeline autoembed.pipeline, 
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
-DECLARE
-    _before autoembed.backfill;
 BEGIN
-    DELETE FROM autoembed.backfill AS b WHERE b.pipeline_id = pipeline.id RETURNING b.* INTO _before;
-    -- What one under way has not come to yet is not forgotten: for all rows, unless both are for the same.
-    INSERT INTO autoembed.backfill (pipeline_id, condition, force, create_index)
-    VALUES (
-        pipeline.id,
-        CASE WHEN _before.pipeline_id IS NULL OR _before.condition = _look_through.condition THEN _look_through.condition END,
-        _look_through.force OR coalesce(_before.force, false),
-        coalesce(_before.create_index, false)
-    );
+    -- A backfill in progress is widened, not replaced: to all rows, unless both have the same condition.
+    INSERT INTO autoembed.backfill AS b (pipeline_id, condition, force, create_index)
+    VALUES (pipeline.id, _look_through.condition, _look_through.force, false)
+    ON CONFLICT ON CONSTRAINT backfill_pkey DO UPDATE
+    SET condition = CASE WHEN b.condition = excluded.condition THEN excluded.condition END,
+        force = b.force OR excluded.force,
+        position = NULL, rows_queued = 0, started_at = clock_timestamp(), served_at = NULL, scanned_at = NULL,
+        index_problem = NULL;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._look_through IS 'Asks the lanes to look through a table''s rows.';

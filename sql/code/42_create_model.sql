@@ -244,7 +244,13 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.resume_model IS 'Ends a model''s rest: the next pass calls its provider again.';
 
-CREATE OR REPLACE FUNCTION autoembed._rest_model(name text, seconds double precision, needs_attention boolean, reason text)
+CREATE OR REPLACE FUNCTION autoembed._rest_model(
+    name text,
+    seconds double precision,
+    needs_attention boolean,
+    reason text,
+    summary text
+)
     RETURNS boolean
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -253,18 +259,22 @@ AS $plpgsql$
 DECLARE
     _is_new boolean;
 BEGIN
-    INSERT INTO autoembed.model_rest AS r (model, until, failures, needs_attention, reason)
-    VALUES (_rest_model.name, clock_timestamp() + make_interval(secs => seconds), 1,
-            _rest_model.needs_attention, _rest_model.reason)
+    -- The model may have been dropped since.
+    INSERT INTO autoembed.model_rest AS r (model, until, failures, needs_attention, reason, summary)
+    SELECT m.name, clock_timestamp() + make_interval(secs => seconds), 1, _rest_model.needs_attention,
+           _rest_model.reason, _rest_model.summary
+    FROM autoembed.model AS m
+    WHERE m.name = _rest_model.name
     ON CONFLICT (model) DO UPDATE
     SET until = greatest(r.until, excluded.until),
         -- Requests side by side fail together: one failed try.
         failures = r.failures + (r.until <= clock_timestamp())::integer,
         needs_attention = excluded.needs_attention,
-        reason = excluded.reason
+        reason = excluded.reason,
+        summary = excluded.summary
     -- An update leaves a mark there.
     RETURNING r.xmax = 0 INTO _is_new;
-    RETURN _is_new;
+    RETURN coalesce(_is_new, false);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._rest_model IS

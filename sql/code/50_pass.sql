@@ -1,24 +1,36 @@
 -- What a pass reads and writes, and the functions by which SQL enters Python.
 
 CREATE OR REPLACE FUNCTION autoembed._pipelines(ids integer[])
-    RETURNS TABLE (id integer, schema_name text, table_name text, content_function text, embedding_column text, vector_type text,
-                   truncate boolean, trusted boolean, blocked text, failures integer, model jsonb)
+    RETURNS TABLE (
+        id integer,
+        schema_name text,
+        table_name text,
+        owner bigint,
+        content_function text,
+        embedding_column text,
+        vector_type text,
+        truncate boolean,
+        blocked text,
+        failures integer,
+        model jsonb
+    )
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-    -- To plan for each list anew costs each claim half a millisecond.
+    -- A plan for each list would cost each claim half a millisecond.
     SET plan_cache_mode = force_generic_plan
 AS $plpgsql$
 #variable_conflict use_column
 BEGIN
     PERFORM autoembed._build_pipeline(s.id) FROM autoembed._pipeline_state AS s WHERE s.id = ANY (ids) AND s.sound;
     RETURN QUERY
-    SELECT s.id, n.nspname::text, c.relname::text, s.content_function, s.embedding_column::text,
-           (SELECT format_type(a.atttypid, NULL) FROM pg_attribute AS a WHERE a.attrelid = s.table_id AND a.attname = s.embedding_column),
-           s.truncate, coalesce((SELECT r.rolsuper FROM pg_roles AS r WHERE r.oid = c.relowner), true), s.blocked, s.failures, autoembed._model_facts(autoembed._model(s.model))
+    SELECT s.id, n.nspname::text, c.relname::text, c.relowner::bigint, s.content_function, s.embedding_column::text,
+           v.full_name, s.truncate, s.blocked, s.failures, autoembed._model_facts(autoembed._model(s.model))
     FROM autoembed._pipeline_state AS s
     LEFT JOIN pg_class AS c ON c.oid = s.table_id
     LEFT JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    LEFT JOIN pg_attribute AS a ON a.attrelid = s.table_id AND a.attname = s.embedding_column
+    LEFT JOIN autoembed._vector_types() AS v ON v.id = a.atttypid
     WHERE s.id = ANY (ids);
 END;
 $plpgsql$;
@@ -34,7 +46,9 @@ CREATE OR REPLACE FUNCTION autoembed._digests(pipeline_id integer, keys text[])
 AS $plpgsql$
 BEGIN
     RETURN QUERY
-    SELECT e.key, e.digest FROM autoembed.embedded AS e WHERE e.pipeline_id = _digests.pipeline_id AND e.key = ANY (keys);
+    SELECT k.key, e.digest
+    FROM unnest(keys, autoembed._short_keys(keys)) AS k(key, short_key)
+    JOIN autoembed.embedded AS e ON e.pipeline_id = _digests.pipeline_id AND e.key = k.short_key;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._digests IS 'From which text the embeddings of these rows were made.';
@@ -83,14 +97,15 @@ AS $plpgsql$
 BEGIN
     INSERT INTO autoembed.embedded AS e (pipeline_id, key, digest, truncated)
     SELECT _record_embedded.pipeline_id, s.key, s.digest, s.truncated
-    FROM unnest(keys, digests, _record_embedded.truncated) AS s(key, digest, truncated)
+    FROM unnest(autoembed._short_keys(keys), digests, _record_embedded.truncated) AS s(key, digest, truncated)
     -- It may have been ended meanwhile.
     WHERE EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.id = _record_embedded.pipeline_id FOR KEY SHARE)
     ORDER BY s.key COLLATE "C"
     ON CONFLICT ON CONSTRAINT embedded_pkey DO UPDATE
     SET digest = excluded.digest, truncated = excluded.truncated
     WHERE e.digest <> excluded.digest;
-    DELETE FROM autoembed.failure AS f WHERE f.pipeline_id = _record_embedded.pipeline_id AND f.key = ANY (keys);
+    DELETE FROM autoembed.failure AS f
+    WHERE f.pipeline_id = _record_embedded.pipeline_id AND autoembed._short_key(f.key) = ANY (autoembed._short_keys(keys));
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._record_embedded IS
@@ -102,8 +117,10 @@ CREATE OR REPLACE FUNCTION autoembed._forget(pipeline_id integer, keys text[])
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    DELETE FROM autoembed.embedded AS e WHERE e.pipeline_id = _forget.pipeline_id AND e.key = ANY (keys);
-    DELETE FROM autoembed.failure AS f WHERE f.pipeline_id = _forget.pipeline_id AND f.key = ANY (keys);
+    DELETE FROM autoembed.embedded AS e
+    WHERE e.pipeline_id = _forget.pipeline_id AND e.key = ANY (autoembed._short_keys(keys));
+    DELETE FROM autoembed.failure AS f
+    WHERE f.pipeline_id = _forget.pipeline_id AND autoembed._short_key(f.key) = ANY (autoembed._short_keys(keys));
 $sql$;
 COMMENT ON FUNCTION autoembed._forget IS 'Forgets rows that were deleted.';
 
@@ -120,8 +137,8 @@ AS $sql$
     )
     INSERT INTO autoembed._job (due_at, message)
     SELECT clock_timestamp(), jsonb_build_object('pipeline', _forget_all.pipeline_id, 'keys', jsonb_agg(k.key::jsonb))
-    FROM (SELECT f.key, (row_number() OVER () - 1) / 100 AS message FROM failed AS f) AS k
-    GROUP BY k.message;
+    FROM (SELECT f.key, (row_number() OVER () - 1) / autoembed._keys_per_message() AS number FROM failed AS f) AS k
+    GROUP BY k.number;
 $sql$;
 COMMENT ON FUNCTION autoembed._forget_all IS 'Forgets all rows of a table that was truncated; those that have failed are looked at again.';
 
@@ -137,7 +154,7 @@ AS $sql$
     FROM autoembed.pipeline AS p
     WHERE p.id = _fail.pipeline_id
     FOR KEY SHARE
-    ON CONFLICT (pipeline_id, key) DO UPDATE
+    ON CONFLICT (pipeline_id, autoembed._short_key(key)) DO UPDATE
     SET reason = excluded.reason, attempts = excluded.attempts, excerpt = excluded.excerpt,
         last_failed_at = excluded.last_failed_at;
 $sql$;

@@ -58,7 +58,7 @@ BEGIN
         RETURN;
     END IF;
     IF _backfill.force THEN
-        DELETE FROM autoembed.embedded AS e WHERE e.pipeline_id = _queue_backfill.pipeline_id AND e.key = ANY (keys);
+        DELETE FROM autoembed.embedded AS e WHERE e.pipeline_id = _queue_backfill.pipeline_id AND e.key = ANY (autoembed._short_keys(keys));
     END IF;
     -- In the queue, but claimed already: should this lane die, another finds them there.
     INSERT INTO autoembed._job AS q (due_at, read_count, last_read_at, message)

@@ -10,6 +10,35 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._cron_is_here IS 'Whether pg_cron is installed in this database.';
 
+CREATE OR REPLACE FUNCTION autoembed._cron_places()
+    RETURNS integer
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    -- pg_cron's default with background workers; without them it may be more.
+    SELECT coalesce(current_setting('cron.max_running_jobs', true)::integer, 5);
+$sql$;
+COMMENT ON FUNCTION autoembed._cron_places IS 'How many jobs pg_cron runs at a time.';
+
+CREATE OR REPLACE FUNCTION autoembed._index_may_be_built(pipeline_id integer)
+    RETURNS boolean
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    -- One at a time: a build may wait long for old snapshots, and a lane must find a place when it begins again.
+    SELECT NOT EXISTS (
+               SELECT FROM cron.job AS j
+               WHERE j.jobname ~ '^autoembed-index-\d+$' AND j.jobname <> 'autoembed-index-' || pipeline_id
+           )
+           AND (SELECT count(*) FROM cron.job AS j WHERE j.active AND j.jobname ~ '^autoembed-(lane|backfill)-\d+$')
+               < autoembed._cron_places();
+$sql$;
+COMMENT ON FUNCTION autoembed._index_may_be_built IS
+    'Whether pg_cron has a place for the build of an index that no lane needs.';
+
 CREATE OR REPLACE FUNCTION autoembed._unschedule(jobs text)
     RETURNS integer
     LANGUAGE plpgsql
@@ -72,7 +101,7 @@ BEGIN
                 'autoembed-lane-1', '1 second', 'CALL autoembed.work()', current_database()
             );
     END IF;
-    -- Beside the lanes run pg_cron's own worker and that of logical replication.
+    -- pg_cron's own worker and that of logical replication run as well.
     IF current_setting('cron.use_background_workers')::boolean
        AND lanes + backfill_lanes > current_setting('max_worker_processes')::integer - 3 THEN
         RAISE WARNING USING
@@ -80,6 +109,12 @@ BEGIN
             MESSAGE = format('%s lanes may not all run with max_worker_processes at %s', lanes + backfill_lanes,
                              current_setting('max_worker_processes')),
             HINT = format('Set max_worker_processes to at least %s and restart the server.', lanes + backfill_lanes + 3);
+    ELSIF lanes + backfill_lanes >= autoembed._cron_places() THEN
+        RAISE WARNING USING
+            ERRCODE = 'configuration_limit_exceeded',
+            MESSAGE = format('%s lanes leave no other job of pg_cron a place: it runs %s jobs at a time',
+                             lanes + backfill_lanes, autoembed._cron_places()),
+            HINT = format('Set cron.max_running_jobs to at least %s and restart the server.', lanes + backfill_lanes + 2);
     END IF;
     UPDATE autoembed.lane SET stop = true;
     PERFORM autoembed._unschedule('(lane|backfill)-\d+');
@@ -205,18 +240,33 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._hold_index_job IS
     'Keeps pg_cron from beginning the build of an index again as soon as the present one ends.';
 
--- DROP EXTENSION does not call us, and neither cron.job nor pgmq.meta is ours: so our rows there go before any extension is
--- dropped, and come back if it was not this one.
+-- DROP EXTENSION runs no code of the extension, and its entries in cron.job and pgmq.meta are not its members. So they go
+-- before an extension is dropped, and come back as they were if it was another one.
 CREATE OR REPLACE FUNCTION autoembed._before_drop()
     RETURNS event_trigger
     LANGUAGE plpgsql
-    SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    _jobs jsonb;
 BEGIN
-    -- What every transaction of a lane locks first: taken first here too, it leaves no way to a deadlock.
+    -- Nobody else can drop this extension, so nobody else has anything done. A direct DROP EXTENSION says what it drops.
+    IF NOT (SELECT r.rolsuper FROM pg_roles AS r WHERE r.rolname = current_user)
+       OR current_query() ~* '^\s*DROP\s+EXTENSION'
+          AND current_query() !~* '(autoembed|pgmq|vector|plpython3u|pg_cron)' THEN
+        RETURN;
+    END IF;
+    -- Each transaction of a lane takes this lock first, so there is no deadlock.
     LOCK TABLE autoembed.lane IN ACCESS EXCLUSIVE MODE;
-    PERFORM set_config('autoembed.lanes', autoembed.unschedule()::text, true);
+    IF autoembed._cron_is_here() THEN
+        WITH taken AS (
+            DELETE FROM cron.job AS j
+            WHERE j.jobname ~ '^autoembed-(lane|backfill|index)-\d+$' AND j.database = current_database()
+            RETURNING j.*
+        )
+        SELECT jsonb_agg(to_jsonb(t)) INTO _jobs FROM taken AS t;
+    END IF;
+    PERFORM set_config('autoembed.jobs_before_drop', coalesce(_jobs, '[]')::text, true);
     PERFORM autoembed._list_queue(false);
 END;
 $plpgsql$;
@@ -226,17 +276,19 @@ COMMENT ON FUNCTION autoembed._before_drop IS
 CREATE OR REPLACE FUNCTION autoembed._after_drop()
     RETURNS event_trigger
     LANGUAGE plpgsql
-    SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE
-    _lanes integer := nullif(current_setting('autoembed.lanes', true), '');
+    _jobs jsonb := nullif(current_setting('autoembed.jobs_before_drop', true), '');
 BEGIN
-    PERFORM autoembed._list_queue(true);
-    IF _lanes > 0 AND autoembed._cron_is_here() THEN
-        PERFORM autoembed.schedule(_lanes);
+    IF _jobs IS NULL OR NOT (SELECT r.rolsuper FROM pg_roles AS r WHERE r.rolname = current_user) THEN
+        RETURN;
     END IF;
-    PERFORM set_config('autoembed.lanes', '', true);
+    PERFORM set_config('autoembed.jobs_before_drop', '', true);
+    PERFORM autoembed._list_queue(true);
+    IF autoembed._cron_is_here() THEN
+        INSERT INTO cron.job SELECT j.* FROM jsonb_populate_recordset(NULL::cron.job, _jobs) AS j;
+    END IF;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._after_drop IS 'Puts both back if the extension dropped was another.';
+COMMENT ON FUNCTION autoembed._after_drop IS 'Puts both back as they were if the extension dropped was another.';

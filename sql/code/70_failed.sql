@@ -1,25 +1,5 @@
 -- Rows and messages that were given up.
 
-CREATE OR REPLACE FUNCTION autoembed._owns(table_id regclass)
-    RETURNS boolean
-    LANGUAGE sql
-    STABLE
-    SET search_path = pg_catalog, pg_temp
-AS $sql$
-    SELECT coalesce((SELECT pg_has_role(c.relowner, 'USAGE') FROM pg_class AS c WHERE c.oid = table_id), false);
-$sql$;
-COMMENT ON FUNCTION autoembed._owns IS 'Whether the current role has the rights of a table''s owner.';
-
-CREATE OR REPLACE FUNCTION autoembed._may_see(table_id regclass)
-    RETURNS boolean
-    LANGUAGE sql
-    STABLE
-    SET search_path = pg_catalog, pg_temp
-AS $sql$
-    SELECT autoembed._owns(table_id) OR pg_has_role('pg_monitor', 'USAGE');
-$sql$;
-COMMENT ON FUNCTION autoembed._may_see IS 'Whether the current role owns a table or monitors the server.';
-
 CREATE OR REPLACE VIEW autoembed.failed WITH (security_barrier) AS
 SELECT f.id,
        p.table_id AS table_name,

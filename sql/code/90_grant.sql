@@ -29,13 +29,18 @@ BEGIN
         estimate,wait_until_fresh,_owned_pipelines,_owned_pipeline,_check_owner,_check_content,_check_on_change,_needed_columns,_template,_dimensions,_read_condition,
         _look_through,_state_of,_content_expression,_key_expression,_columns_of,_content_function,_content_function_of,
         _estimate_texts,_index_key,_operator}');
+    -- Rights to columns only: a right to the whole table, as 0.1.0 gave, includes LOCK TABLE, which stops all lanes.
+    EXECUTE format('REVOKE DELETE ON autoembed.pipeline, autoembed.backfill FROM %s', role);
     EXECUTE format('GRANT SELECT,
-                    INSERT (table_id, embedding_column, content_columns, content_function, content_template, condition, condition_columns,
-                            condition_objects, model, on_change, truncate, replicated),
-                    UPDATE (content_columns, content_function, content_template, condition, condition_columns, condition_objects, model,
-                            on_change, truncate, paused),
-                    DELETE ON autoembed.pipeline TO %s', role);
-    EXECUTE format('GRANT SELECT, INSERT (pipeline_id, condition, force, create_index), DELETE ON autoembed.backfill TO %s', role);
+                    INSERT (table_id, embedding_column, content_columns, content_function, content_template, condition,
+                            condition_columns, condition_objects, model, on_change, truncate, replicated),
+                    UPDATE (content_columns, content_function, content_template, condition, condition_columns,
+                            condition_objects, model, on_change, truncate, paused, ended)
+                    ON autoembed.pipeline TO %s', role);
+    EXECUTE format('GRANT SELECT,
+                    INSERT (pipeline_id, condition, force, create_index),
+                    UPDATE (condition, force, position, rows_queued, started_at, served_at, scanned_at, index_problem)
+                    ON autoembed.backfill TO %s', role);
     EXECUTE format('GRANT SELECT ON autoembed._row_state TO %s', role);
 END;
 $plpgsql$;

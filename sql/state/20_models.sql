@@ -66,7 +66,8 @@ CREATE TABLE autoembed.model_rest (
     until timestamptz NOT NULL,
     failures integer NOT NULL,
     needs_attention boolean NOT NULL,
-    reason text NOT NULL
+    reason text NOT NULL,
+    summary text NOT NULL DEFAULT 'its provider is in trouble'
 );
 COMMENT ON TABLE autoembed.model_rest IS
     'Models whose provider is in trouble; no lane calls them before their time.';
@@ -75,7 +76,9 @@ COMMENT ON COLUMN autoembed.model_rest.until IS 'When one request will try it ag
 COMMENT ON COLUMN autoembed.model_rest.failures IS 'Failed tries in a row.';
 COMMENT ON COLUMN autoembed.model_rest.needs_attention IS
     'Whether somebody must act (a wrong key, an unknown model), rather than wait.';
-COMMENT ON COLUMN autoembed.model_rest.reason IS 'What the provider answered last.';
+COMMENT ON COLUMN autoembed.model_rest.reason IS
+    'The last error, which may quote the provider, and a text of some tenant with it. For superusers and monitors.';
+COMMENT ON COLUMN autoembed.model_rest.summary IS 'The same without words of the provider, for every tenant.';
 
 CREATE TABLE autoembed.model_limit (
     model text NOT NULL REFERENCES autoembed.model (name) ON UPDATE CASCADE ON DELETE CASCADE,
@@ -110,3 +113,18 @@ COMMENT ON COLUMN autoembed.permit.model IS 'The model.';
 COMMENT ON COLUMN autoembed.permit.at IS 'When it was given.';
 COMMENT ON COLUMN autoembed.permit.requests_until IS 'Until when its requests a minute are given away.';
 COMMENT ON COLUMN autoembed.permit.tokens_until IS 'Until when its tokens a minute are given away.';
+
+-- Not logged: after a crash no request is in flight.
+CREATE UNLOGGED TABLE autoembed.slot (
+    model text NOT NULL,
+    number integer NOT NULL,
+    pid integer,
+    backend_start timestamptz,
+    PRIMARY KEY (model, number)
+);
+COMMENT ON TABLE autoembed.slot IS
+    'One row for each request that a model with max_requests_in_flight may have in flight, and the session that has it.';
+COMMENT ON COLUMN autoembed.slot.model IS 'The model.';
+COMMENT ON COLUMN autoembed.slot.number IS 'The number of the slot, from 1.';
+COMMENT ON COLUMN autoembed.slot.pid IS 'The process that holds it; NULL: none.';
+COMMENT ON COLUMN autoembed.slot.backend_start IS 'When that process started.';

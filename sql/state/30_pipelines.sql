@@ -20,6 +20,8 @@ CREATE TABLE autoembed.pipeline (
     paused boolean NOT NULL DEFAULT false,
     table_shape jsonb,
     built_from text,
+    ended boolean NOT NULL DEFAULT false,
+    content_function_schema name,
     UNIQUE (table_id, embedding_column),
     CHECK (num_nonnulls(content_columns, content_template, content_function) = 1)
 );
@@ -53,6 +55,10 @@ COMMENT ON COLUMN autoembed.pipeline.table_shape IS
     'The table''s columns, embedding type and partitions as last seen, to follow changes.';
 COMMENT ON COLUMN autoembed.pipeline.built_from IS
     'What its functions were built from, to see when the table has changed.';
+COMMENT ON COLUMN autoembed.pipeline.content_function_schema IS
+    'Its schema when it was named. A function of that name in another schema is not taken for it.';
+COMMENT ON COLUMN autoembed.pipeline.ended IS
+    'Set to true by disable(), which deletes the row. Owners have no right to DELETE, since it includes LOCK TABLE.';
 
 SELECT pg_catalog.pg_extension_config_dump('autoembed.pipeline', '');
 SELECT pg_catalog.pg_extension_config_dump('autoembed.pipeline_id_seq', '');
@@ -95,6 +101,19 @@ ALTER TABLE autoembed.backfill ENABLE ROW LEVEL SECURITY;
 -- The pipeline's own policy decides which of its rows are seen here.
 CREATE POLICY table_owner ON autoembed.backfill USING (pipeline_id IN (SELECT p.id FROM autoembed.pipeline AS p));
 
+CREATE TABLE autoembed.pipeline_rest (
+    pipeline_id integer PRIMARY KEY REFERENCES autoembed.pipeline (id) ON DELETE CASCADE,
+    until timestamptz NOT NULL,
+    failures integer NOT NULL,
+    reason text NOT NULL
+);
+COMMENT ON TABLE autoembed.pipeline_rest IS
+    'Pipelines that have ended a pass by an error of their own; no lane claims their jobs before their time.';
+COMMENT ON COLUMN autoembed.pipeline_rest.pipeline_id IS 'The pipeline that rests.';
+COMMENT ON COLUMN autoembed.pipeline_rest.until IS 'When its jobs are claimed again.';
+COMMENT ON COLUMN autoembed.pipeline_rest.failures IS 'Errors in a row. Each doubles the next rest.';
+COMMENT ON COLUMN autoembed.pipeline_rest.reason IS 'The last error.';
+
 CREATE TABLE autoembed.embedded (
     pipeline_id integer NOT NULL REFERENCES autoembed.pipeline (id) ON DELETE CASCADE,
     key text COLLATE pg_catalog."C" NOT NULL,
@@ -122,7 +141,6 @@ CREATE TABLE autoembed.failure (
     excerpt text,
     first_failed_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
     last_failed_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
-    UNIQUE (pipeline_id, key),
     CHECK ((pipeline_id IS NULL) = (key IS NULL) AND (pipeline_id IS NULL) = (message IS NOT NULL))
 );
 COMMENT ON TABLE autoembed.failure IS

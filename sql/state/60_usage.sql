@@ -43,3 +43,12 @@ COMMENT ON COLUMN autoembed.usage_day.rows IS 'Rows.';
 SELECT pg_catalog.pg_extension_config_dump('autoembed.usage_entry', '');
 
 SELECT pg_catalog.pg_extension_config_dump('autoembed.usage_day', '');
+
+CREATE TABLE autoembed.turn (
+    name text PRIMARY KEY
+);
+COMMENT ON TABLE autoembed.turn IS
+    'Locks that nobody else can take: a session has the turn of that name while it holds the lock of the row.';
+COMMENT ON COLUMN autoembed.turn.name IS 'usage: adding up old usage.';
+
+INSERT INTO autoembed.turn (name) VALUES ('usage');

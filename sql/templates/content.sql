@@ -1,6 +1,6 @@
--- Reads the texts of rows by key. Runs as the table's owner, in lanes.
-CREATE FUNCTION autoembed._content_{{id}}(keys text[])
-    RETURNS TABLE (key text, content text, has_embedding boolean)
+-- Reads the texts of rows by key, up to about max_bytes. Runs as the table's owner, in lanes.
+CREATE FUNCTION autoembed._content_{{id}}(keys text[], max_bytes bigint, max_text_bytes bigint)
+    RETURNS TABLE (key text, content text, has_embedding boolean, bytes bigint)
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = {{search_path}}
@@ -8,20 +8,31 @@ CREATE FUNCTION autoembed._content_{{id}}(keys text[])
 AS $body$
 #variable_conflict use_column
 DECLARE
-    _context text;
+    -- Fetched one by one: more than one text at a time may be more than fits into memory.
+    _rows CURSOR FOR
+        SELECT s.key,
+               CASE WHEN {{content_bytes}} OPERATOR(pg_catalog.<=) max_text_bytes THEN {{content}} END,
+               t.{{embedding_column}} IS NOT NULL,
+               {{content_bytes}}
+        FROM (SELECT s.key, {{sent_keys}} FROM pg_catalog.unnest(keys) AS s(key)) AS s
+        JOIN {{table}} AS t ON {{same_key}};
 BEGIN
     -- A lane does not wait for a lock on the table. The mode is that of a write, since a row that could not be written is
     -- not embedded.
     LOCK TABLE {{table}} IN ROW EXCLUSIVE MODE NOWAIT;
-    RETURN QUERY
-    SELECT s.key, {{content}}, t.{{embedding_column}} IS NOT NULL
-    FROM (SELECT s.key, {{sent_keys}} FROM pg_catalog.unnest(keys) AS s(key)) AS s
-    JOIN {{table}} AS t ON {{same_key}};
-EXCEPTION WHEN operator_intervention OR insufficient_resources OR system_error THEN
-    GET STACKED DIAGNOSTICS _context = PG_EXCEPTION_CONTEXT;
-    IF pg_catalog.split_part(_context, E'\n', 1) LIKE '% at RAISE' THEN
-        RAISE EXCEPTION USING MESSAGE = SQLERRM;
-    END IF;
-    RAISE;
+    OPEN _rows;
+    LOOP
+        FETCH _rows INTO key, content, has_embedding, bytes;
+        EXIT WHEN NOT FOUND;
+        bytes := GREATEST(bytes, pg_catalog.octet_length(content));
+        RETURN NEXT;
+        max_bytes := max_bytes - bytes;
+        IF max_bytes < 0 THEN
+            -- The mark that rows are left.
+            key := NULL;
+            RETURN NEXT;
+            EXIT;
+        END IF;
+    END LOOP;
 END;
 $body$

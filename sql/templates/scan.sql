@@ -7,8 +7,6 @@ CREATE FUNCTION autoembed._scan_{{id}}(after text, condition text, max_rows inte
     {{output_settings}}
 AS $body$
 #variable_conflict use_column
-DECLARE
-    _context text;
 BEGIN
     LOCK TABLE {{table}} IN ACCESS SHARE MODE NOWAIT;
     FOR key IN EXECUTE pg_catalog.concat(
@@ -23,11 +21,5 @@ BEGIN
         max_rows := max_rows - 1;
         EXIT WHEN max_rows = 0;
     END LOOP;
-EXCEPTION WHEN operator_intervention OR insufficient_resources OR system_error THEN
-    GET STACKED DIAGNOSTICS _context = PG_EXCEPTION_CONTEXT;
-    IF pg_catalog.split_part(_context, E'\n', 1) LIKE '% at RAISE' THEN
-        RAISE EXCEPTION USING MESSAGE = SQLERRM;
-    END IF;
-    RAISE;
 END;
 $body$

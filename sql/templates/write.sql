@@ -8,8 +8,6 @@ CREATE FUNCTION autoembed._write_{{id}}(keys text[], contents text[], model text
     SET autoembed.writing = '{{table_id}}'
 AS $body$
 #variable_conflict use_column
-DECLARE
-    _context text;
 BEGIN
     -- The request was sent for another model. An answer of the present model may have come first.
     IF model IS DISTINCT FROM {{model}} THEN
@@ -40,6 +38,8 @@ BEGIN
     SELECT s.key,
            CASE WHEN w.unchanged THEN 'written'
                 WHEN w.key IS NOT NULL THEN 'overtaken'
+                -- A trigger or a policy has left the row out.
+                WHEN l.unchanged THEN 'skipped'
                 WHEN l.key IS NOT NULL THEN 'changed'
                 WHEN EXISTS (SELECT FROM {{table}} AS t WHERE {{same_key}}) THEN 'locked'
                 ELSE 'gone'
@@ -55,16 +55,5 @@ BEGIN
         END IF;
         RETURN NEXT;
     END LOOP;
-    -- Triggers deferred to the commit would run with the lane's rights.
-    IF EXISTS (SELECT FROM pg_catalog.pg_trigger AS g WHERE g.tgdeferrable AND NOT g.tgisinternal)
-       OR EXISTS (SELECT FROM pg_catalog.pg_constraint AS c WHERE c.contype = 'x' AND c.condeferrable) THEN
-        SET CONSTRAINTS ALL IMMEDIATE;
-    END IF;
-EXCEPTION WHEN operator_intervention OR insufficient_resources OR system_error THEN
-    GET STACKED DIAGNOSTICS _context = PG_EXCEPTION_CONTEXT;
-    IF pg_catalog.split_part(_context, E'\n', 1) LIKE '% at RAISE' THEN
-        RAISE EXCEPTION USING MESSAGE = SQLERRM;
-    END IF;
-    RAISE;
 END;
 $body$
