@@ -615,7 +615,6 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import plpy  # type: ignore[import-not-found]
@@ -624,6 +623,7 @@ from autoembed.binary import copy_rows
 from autoembed.errors import InvalidInput, ProviderTrouble, row_error, trouble_of_function
 from autoembed.limits import Limits, Permit, Toll
 from autoembed.model import Model, Share
+from autoembed.records import Backfill, Message, Pipeline, Row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -632,57 +632,6 @@ if TYPE_CHECKING:
 Error = plpy.SPIError
 
 _plans: dict[str, Any] = {}
-
-
-@dataclass(frozen=True)
-class Message:
-    """A message of the queue: its number, how often it was read, and what it says."""
-
-    id: int
-    read_count: int
-    body: Any
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    """One embedding column of one table.
-
-    vector_type: the column's type, in full; truncate: too long texts are cut rather than failed; trusted: its owner is
-    a superuser; blocked: why its jobs wait, if they do; failures: how often its model's provider has failed in a row.
-    """
-
-    id: int
-    schema_name: str
-    table_name: str
-    content_function: str
-    embedding_column: str
-    vector_type: str
-    truncate: bool
-    trusted: bool
-    blocked: str | None
-    failures: int
-    model: Model
-
-
-@dataclass(frozen=True)
-class Backfill:
-    """A table being looked through: the last key queued (None: none yet), and which rows (None: all).
-
-    failures: how often its model's provider has failed in a row.
-    """
-
-    pipeline_id: int
-    after: str | None
-    condition: str | None
-    failures: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row as it stands: its text, and whether its embedding is there."""
-
-    content: str | None
-    has_embedding: bool
 
 
 class _Undo(Exception):
@@ -1166,14 +1115,14 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-from autoembed import database, heap, worker
+from autoembed import database, heap, providers, worker
 from autoembed.batching import estimate_tokens, pack, truncate
 from autoembed.errors import InvalidInput, OverBudget, ProviderTrouble, Trouble
 from autoembed.flight import SLICE_SECONDS, Flight
 from autoembed.limits import NOTHING_KNOWN, PATIENCE_SECONDS, Limiter, Permit, Toll, tokens_per_request
-from autoembed.model import Ask, Embedded, Model, Share
+from autoembed.model import Embedded, Model, Request, Share
 from autoembed.network import Network
-from autoembed.providers import IN_BACKEND, provider_of
+from autoembed.providers import provider_of
 
 # A plan without an index calls embed() for every row, a search page for every page.
 QUERY_CACHE_SIZE = 100
@@ -1344,11 +1293,13 @@ def _embed_query(
         provider.abort()
 
     with Flight[None, Embedded](1, here.breathe, abort) as flight:
-        ask = Ask(model, [content], timeout_seconds, purpose="query", database=here)
-        flight.submit(None, lambda: provider.embed(ask, _network), here=model.provider in IN_BACKEND)
+        request = Request(model, [content], timeout_seconds, purpose="query")
+        flight.submit(
+            None, lambda: providers.embed(request, _network, here.call_embedder), here=provider.RUNS_IN_BACKEND
+        )
         [(_, outcome)] = flight.landed()
     limiter = Limiter(model)
-    if limiter.heard(ask.headers, time.monotonic(), answered=isinstance(outcome, Embedded)):
+    if limiter.learn_from(outcome, time.monotonic()):
         here.learn_limits(model.name, limiter.learnt or NOTHING_KNOWN)
     if isinstance(outcome, BaseException):
         raise outcome
@@ -1490,6 +1441,7 @@ import re
 import time
 from collections.abc import Mapping
 from datetime import UTC
+from types import MappingProxyType
 
 
 class InvalidInput(Exception):
@@ -1502,7 +1454,12 @@ class InvalidInput(Exception):
 
 
 class Trouble(Exception):
-    """An embedding that could not be had; str() is one sentence for the operator, without secrets."""
+    """An embedding that could not be had; str() is one sentence for the operator, without secrets.
+
+    headers: those of the HTTP answer that says so, in lower case; empty without an answer.
+    """
+
+    headers: Mapping[str, str] = MappingProxyType({})
 
 
 class Refused(Trouble):
@@ -1858,7 +1815,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from autoembed.database import Database, Message, Pipeline, Row
+    from autoembed.database import Database
+    from autoembed.records import Message, Pipeline, Row
 
 
 class Address(NamedTuple):
@@ -2147,6 +2105,9 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from autoembed.errors import Trouble
+from autoembed.model import Embedded
+
 if TYPE_CHECKING:
     from autoembed.model import Model
 
@@ -2198,7 +2159,7 @@ _SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1, "ms": 0.001}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|[dhms]|$)")
 
 
-def told_by(headers: Mapping[str, str]) -> Limits:
+def limits_in(headers: Mapping[str, str]) -> Limits:
     """What the x-ratelimit headers of an answer say, OpenAI's and those of whoever has them too; at_once: what is left.
 
     A limit that takes longer than a minute to be whole again is one of an hour or a day: its 429s say when.
@@ -2313,10 +2274,10 @@ class Limiter:
             toll(token_allowance, tokens - refund, self._told.tokens.at_once, age),
         )
 
-    def heard(self, headers: Mapping[str, str], now: float, *, answered: bool) -> bool:
-        """Takes in an answer's headers; whether something was learnt. answered: with vectors, not with an error."""
-        told = told_by(headers)
-        if told == NOTHING_KNOWN and not answered:
+    def learn_from(self, outcome: Embedded | BaseException, now: float) -> bool:
+        """Takes the limits from the headers of an answer. Returns whether they differ from those known before."""
+        told = limits_in(outcome.headers) if isinstance(outcome, Embedded | Trouble) else NOTHING_KNOWN
+        if told == NOTHING_KNOWN and not isinstance(outcome, Embedded):
             return False
         before, self.learnt = self.learnt, learn(self.learnt, told)
         self._told, self._told_at = told, now
@@ -2327,7 +2288,7 @@ class Limiter:
         if tokens is not None:
             self._overpaid += max(0, estimated - tokens)
 ''',
-"autoembed.model": r'''"""A model as the table autoembed.model defines it; what it is asked, and what it answers."""
+"autoembed.model": r'''"""A model as the table autoembed.model defines it, a request to it, and its answer."""
 
 from __future__ import annotations
 
@@ -2340,21 +2301,19 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 if TYPE_CHECKING:
     import numpy as np
 
-    from autoembed.database import Database
-
-# What a text is embedded as: many models embed a question and the document that answers it in two ways.
+# The role of a text. Many models embed a question and the document that answers it in two ways.
 Purpose = Literal["document", "query"]
-# The options of a model that prefixed() obeys.
+# The options that prefixed() obeys.
 PREFIXES = frozenset({"document_prefix", "query_prefix"})
 
 
 @dataclass(frozen=True)
 class Model:
-    """A way to embed; the limits are the model's own, None where it leaves them to its provider.
+    """One row of autoembed.model, and what it refers to. A limit that is None is left to the provider.
 
-    learnt: the limits that its provider's answers told, a row of autoembed.model_limit; None: it never answered.
-    http_hosts: the hosts that may be called without encryption; vault_key: what vault:NAME refers to, or vault_fault:
-    why it cannot be had.
+    learnt: the limits in the provider's answers, a row of autoembed.model_limit; None: it never answered.
+    http_hosts: the hosts that may be called without encryption.
+    vault_key: the secret that vault:NAME refers to; vault_fault: why it cannot be had.
     """
 
     name: str
@@ -2382,48 +2341,51 @@ class Model:
         return cls(**{name: row[name] for name in cls.__dataclass_fields__ if name in row})
 
     def prefix(self, purpose: Purpose) -> str:
-        """What goes before each text; see prefixed()."""
+        """The text that goes before each text; see prefixed()."""
         return str(self.options.get(f"{purpose}_prefix", ""))
 
     @property
     def identity(self) -> str:
-        """What makes its vectors others than another's, as the functions that write them know it."""
+        """Two models with the same identity produce interchangeable vectors."""
         return " ".join(filter(None, (self.provider, self.model_id, str(self.dimensions), self.prefix("document"))))
 
     def digest(self, content: str) -> bytes:
-        """16 bytes that tell whether this text, by this model, has been embedded before."""
+        """16 bytes that tell whether this model has embedded this text before."""
         name = f"{self.provider}\0{self.model_id}\0{self.dimensions}\0{self.prefix('document')}"
         return hashlib.blake2b((name + content).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-@dataclass(frozen=True)
-class Ask:
-    """Texts of one model that travel together, what they are, and how long the answer may take.
+@dataclass(eq=False)
+class Request:
+    """Texts of one model that travel together, and how long the answer may take.
 
-    headers: is given those of the last answer, whatever its status; sent: is set when only the answer is outstanding;
-    database: for the providers of IN_BACKEND.
+    probe: the text is a harmless one, to see whether the model accepts any. tokens: the estimate that a permit was
+    taken for. slot: the request's own, where the number of requests in flight is limited. sent: set when only the
+    answer is outstanding.
     """
 
     model: Model
     texts: Sequence[str]
     timeout_seconds: float
     purpose: Purpose = "document"
-    headers: dict[str, str] = field(default_factory=dict, compare=False)
-    sent: threading.Event = field(default_factory=threading.Event, compare=False, repr=False)
-    database: Database | None = field(default=None, compare=False, repr=False)
+    probe: bool = False
+    tokens: int = 0
+    slot: int | None = None
+    sent: threading.Event = field(default_factory=threading.Event, repr=False)
 
 
-def prefixed(ask: Ask) -> list[str]:
-    """The texts as a model wants them that knows documents from queries by how they begin.
+def prefixed(request: Request) -> list[str]:
+    """The texts, each behind the prefix that tells the model whether it is a document or a query.
 
-    E5, BGE, nomic and others say in their cards what to put before each, say "query: " and "passage: ": that is what
-    the options document_prefix and query_prefix hold, spaces included.
+    The cards of E5, BGE, nomic and others name these prefixes, for example "query: " and "passage: ". The options
+    document_prefix and query_prefix hold them, spaces included.
     """
-    return [ask.model.prefix(ask.purpose) + text for text in ask.texts]
+    prefix = request.model.prefix(request.purpose)
+    return [prefix + text for text in request.texts]
 
 
 class Share(NamedTuple):
-    """A pipeline's part in a request (None: embed()'s): its texts, their tokens, the rows they are of."""
+    """The part of a request that belongs to one pipeline (None: to embed()): texts, their tokens, and their rows."""
 
     pipeline_id: int | None
     requests: int
@@ -2434,10 +2396,15 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class Embedded:
-    """What a provider made of them: (n, dimensions) float32, in their order, finite; and the tokens it counted."""
+    """The answer to a request.
+
+    vectors: (n, dimensions) float32, finite, in the order of the texts. tokens: as the provider counted them.
+    headers: those of the HTTP answer, in lower case.
+    """
 
     vectors: np.ndarray
     tokens: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict, compare=False)
 ''',
 "autoembed.network": r'''"""The one door to the network: posts a body, returns the answer, and lets go when told to."""
 
@@ -2857,33 +2824,42 @@ def _load_session(path: str, threads: int) -> Any:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 ''',
-"autoembed.providers": r'''"""The ways to speak to a model: texts in, vectors out. One module each; nothing of one provider is known outside it."""
+"autoembed.providers": r'''"""The ways to speak to a model: texts in, vectors out. Each provider is one module, and only it knows its API."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from autoembed.errors import InvalidInput
-from autoembed.model import Ask, Embedded, Model
+from autoembed.model import Embedded, Model, Request
 from autoembed.providers import azure, cohere, fake, function, gemini, local, ollama, openai, voyage
 
 if TYPE_CHECKING:
     from autoembed.network import Network
 
+# Calls the SQL function of a model: its name, the purpose and the texts in, vectors in PostgreSQL's binary form out.
+CallEmbedder = Callable[[str, str, Sequence[str]], list[bytes | None]]
+
 
 class Provider(Protocol):
-    """What a provider's module offers."""
+    """The contents of a provider's module."""
 
     MAX_INPUTS_PER_REQUEST: int
     MAX_TOKENS_PER_REQUEST: int
     # None: the model truncates by its own tokenizer, so nothing is cut before.
     MAX_TOKENS_PER_INPUT: int | None
+    # True: embed() goes through the database, which only the backend's own thread may use.
+    RUNS_IN_BACKEND: bool
 
     def check(self, model: Model) -> None:
         """Raises InvalidInput if the model cannot work as defined, ProviderTrouble if something is not there yet."""
 
-    def embed(self, ask: Ask, network: Network) -> Embedded:
-        """The vectors of the texts. Raises Trouble. Runs in a thread, unless it is one of IN_BACKEND."""
+    def embed(self, request: Request, reach: Any, /) -> Embedded:
+        """The vectors of the texts. Raises Trouble.
+
+        reach: the network; a provider that runs in the backend is given a CallEmbedder instead.
+        """
 
     def abort(self) -> None:
         """Ends what embed() is doing without the network."""
@@ -2900,8 +2876,6 @@ PROVIDERS: dict[str, Provider] = {
     "function": function,
     "fake": fake,
 }
-# Those that go through the database, which is for the backend's own thread alone.
-IN_BACKEND = {"function"}
 
 
 def provider_of(model: Model) -> Provider:
@@ -2912,6 +2886,15 @@ def provider_of(model: Model) -> Provider:
             f'model "{model.name}" names the provider "{model.provider}", which is not known',
             hint=f"The providers are: {', '.join(sorted(PROVIDERS))}.",
         ) from None
+
+
+def embed(request: Request, network: Network, call_embedder: CallEmbedder) -> Embedded:
+    """The vectors of a request's texts, from the provider of its model. Raises Trouble."""
+    provider = provider_of(request.model)
+    try:
+        return provider.embed(request, call_embedder if provider.RUNS_IN_BACKEND else network)
+    finally:
+        request.sent.set()
 ''',
 "autoembed.providers.azure": r'''"""OpenAI's models as Azure serves them: by resource and deployment.
 
@@ -2926,7 +2909,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from autoembed import keys
-from autoembed.model import Ask, Embedded, Model
+from autoembed.model import Embedded, Model, Request
 from autoembed.providers import http, openai
 
 if TYPE_CHECKING:
@@ -2936,6 +2919,7 @@ API_VERSION = "2024-10-21"
 MAX_INPUTS_PER_REQUEST = 2048
 MAX_TOKENS_PER_REQUEST = 300_000
 MAX_TOKENS_PER_INPUT: int | None = 8192
+RUNS_IN_BACKEND = False
 
 
 def check(model: Model) -> None:
@@ -2947,10 +2931,10 @@ def check(model: Model) -> None:
     )
 
 
-def embed(ask: Ask, network: Network) -> Embedded:
-    key = keys.resolve(ask.model)
+def embed(request: Request, network: Network) -> Embedded:
+    key = keys.resolve(request.model)
     headers = {} if key is None else {"api-key": key}
-    return openai.embed_at(url_of(ask.model), ask, network, headers, key)
+    return openai.embed_at(url_of(request.model), request, network, headers, key)
 
 
 def abort() -> None:
@@ -2975,7 +2959,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoembed import keys
 from autoembed.errors import ProviderTrouble, Refused, Trouble, trouble_of_answer
-from autoembed.model import Ask, Embedded, Model
+from autoembed.model import Embedded, Model, Request
 from autoembed.providers import http
 
 if TYPE_CHECKING:
@@ -2986,6 +2970,7 @@ MAX_INPUTS_PER_REQUEST = 96
 # The reference sets none for a request; one text of embed-v4.0 may have as many.
 MAX_TOKENS_PER_REQUEST = 128_000
 MAX_TOKENS_PER_INPUT: int | None = 128_000
+RUNS_IN_BACKEND = False
 
 # The models before embed-v4.0, which take shorter texts and refuse output_dimension.
 OLD_MODELS = "-v3.0"
@@ -2999,30 +2984,29 @@ def check(model: Model) -> None:
         http.check_tokens_per_input(model, OLD_MAX_TOKENS_PER_INPUT)
 
 
-def embed(ask: Ask, network: Network) -> Embedded:
-    key = keys.resolve(ask.model)
-    url = http.url(ask.model, BASE_URL, "/v2/embed")
-    answer = http.post(ask, network, url, http.bearer(key), request_body(ask), key, trouble_of)
-    return embedded_in(answer, len(ask.texts), ask.model.dimensions)
+def embed(request: Request, network: Network) -> Embedded:
+    key = keys.resolve(request.model)
+    url = http.url(request.model, BASE_URL, "/v2/embed")
+    return http.post(request, network, url, http.bearer(key), request_body(request), key, embedded_in, trouble_of)
 
 
 def abort() -> None:
     """Nothing to end: all it does goes over the network."""
 
 
-def request_body(ask: Ask) -> dict[str, Any]:
+def request_body(request: Request) -> dict[str, Any]:
     body = {
-        "model": ask.model.model_id,
-        "texts": list(ask.texts),
-        "input_type": INPUT_TYPES[ask.purpose],
+        "model": request.model.model_id,
+        "texts": list(request.texts),
+        "input_type": INPUT_TYPES[request.purpose],
         # There is base64 too, but the reference does not say of what bytes.
         "embedding_types": ["float"],
         # What is too long was cut before, or must not be cut at all.
         "truncate": "NONE",
     }
-    if ask.model.model_id.endswith(OLD_MODELS):
+    if request.model.model_id.endswith(OLD_MODELS):
         return body
-    return {**body, "output_dimension": ask.model.dimensions}
+    return {**body, "output_dimension": request.model.dimensions}
 
 
 def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedded:
@@ -3055,7 +3039,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoembed.batching import estimate_tokens
 from autoembed.errors import InvalidInput, ProviderTrouble, trouble_of_answer
-from autoembed.model import Ask, Embedded, Model
+from autoembed.model import Embedded, Model, Request
 from autoembed.providers import http
 
 if TYPE_CHECKING:
@@ -3067,6 +3051,7 @@ MAX_INPUTS_PER_REQUEST = 2048
 MAX_TOKENS_PER_REQUEST = 300_000
 # Nothing is cut, so that a search for a text finds the row that says it, however long it is.
 MAX_TOKENS_PER_INPUT: int | None = None
+RUNS_IN_BACKEND = False
 
 OPTIONS = frozenset({"delay_seconds", "faults"})
 FAULT = frozenset({"match", "status", "message", "retry_after_seconds"})
@@ -3105,21 +3090,21 @@ def _wrong(model: Model, option: str, fault: str) -> InvalidInput:
     )
 
 
-def embed(ask: Ask, network: Network) -> Embedded:
-    options = ask.model.options
+def embed(request: Request, network: Network) -> Embedded:
+    options = request.model.options
     delay = options.get("delay_seconds", 0)
     _stopping.clear()
-    if _stopping.wait(min(delay, ask.timeout_seconds)):
+    if _stopping.wait(min(delay, request.timeout_seconds)):
         raise ProviderTrouble("the request was stopped")
-    if delay > ask.timeout_seconds:
-        raise ProviderTrouble(f"the fake provider did not answer within {ask.timeout_seconds:g} s")
+    if delay > request.timeout_seconds:
+        raise ProviderTrouble(f"the fake provider did not answer within {request.timeout_seconds:g} s")
     for fault in options.get("faults", []):
-        if any(fault.get("match", "") in text for text in ask.texts):
+        if any(fault.get("match", "") in text for text in request.texts):
             raise trouble_of_answer(fault["status"], _headers(fault), fault.get("message", "").encode())
     import numpy as np
 
-    vectors = np.stack([vector_of(text, ask.model.dimensions) for text in ask.texts])
-    return Embedded(vectors, sum(map(estimate_tokens, ask.texts)))
+    vectors = np.stack([vector_of(text, request.model.dimensions) for text in request.texts])
+    return Embedded(vectors, sum(map(estimate_tokens, request.texts)))
 
 
 def abort() -> None:
@@ -3147,16 +3132,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from autoembed.errors import Refused
-from autoembed.model import Ask, Embedded, Model
+from autoembed.model import Embedded, Model, Request
 from autoembed.providers import http
 
 if TYPE_CHECKING:
-    from autoembed.network import Network
+    from autoembed.providers import CallEmbedder
 
 # Lower than where the function is a gateway: it answers before anything else is done in this session.
 MAX_INPUTS_PER_REQUEST = 100
 MAX_TOKENS_PER_REQUEST = 100_000
 MAX_TOKENS_PER_INPUT: int | None = None
+RUNS_IN_BACKEND = True
 
 # vector_send(): two int16 before the numbers, which are big-endian.
 HEADER_BYTES = 4
@@ -3167,18 +3153,17 @@ def check(model: Model) -> None:
     http.check_options(model, frozenset({"query_function"}))
 
 
-def embed(ask: Ask, network: Network) -> Embedded:
+def embed(request: Request, call_embedder: CallEmbedder) -> Embedded:
     import numpy as np
 
-    assert ask.database is not None
-    answer = ask.database.call_embedder(ask.model.name, ask.purpose, ask.texts)
-    if len(answer) != len(ask.texts):
-        raise Refused(f"the function returned {len(answer)} vectors for {len(ask.texts)} texts")
+    answer = call_embedder(request.model.name, request.purpose, request.texts)
+    if len(answer) != len(request.texts):
+        raise Refused(f"the function returned {len(answer)} vectors for {len(request.texts)} texts")
     sent = [vector for vector in answer if vector is not None]
     if len(sent) < len(answer):
         raise Refused("the function returned NULL in place of a vector")
     vectors = [np.frombuffer(vector, ">f4", offset=HEADER_BYTES) for vector in sent]
-    return Embedded(http.matrix(vectors, len(vectors), ask.model.dimensions))
+    return Embedded(http.matrix(vectors, len(vectors), request.model.dimensions))
 
 
 def abort() -> None:
@@ -3200,7 +3185,7 @@ from urllib.parse import quote
 
 from autoembed import keys
 from autoembed.errors import ProviderTrouble, Refused, Trouble, trouble_of_answer
-from autoembed.model import PREFIXES, Ask, Embedded, Model, prefixed
+from autoembed.model import PREFIXES, Embedded, Model, Request, prefixed
 from autoembed.providers import http
 
 if TYPE_CHECKING:
@@ -3213,6 +3198,7 @@ MAX_INPUTS_PER_REQUEST = 100
 # The reference sets none; a request should be a small part of what a key may send in a minute.
 MAX_TOKENS_PER_REQUEST = 20_000
 MAX_TOKENS_PER_INPUT: int | None = 2048
+RUNS_IN_BACKEND = False
 
 TASK_TYPES = {"document": "RETRIEVAL_DOCUMENT", "query": "RETRIEVAL_QUERY"}
 # These are told the task in the text, by document_prefix and query_prefix.
@@ -3229,12 +3215,11 @@ def check(model: Model) -> None:
     )
 
 
-def embed(ask: Ask, network: Network) -> Embedded:
-    key = keys.resolve(ask.model)
+def embed(request: Request, network: Network) -> Embedded:
+    key = keys.resolve(request.model)
     headers = {} if key is None else {"x-goog-api-key": key}
-    url = http.url(ask.model, BASE_URL, f"/{quote(name_of(ask.model))}:batchEmbedContents")
-    answer = http.post(ask, network, url, headers, request_body(ask), key, trouble_of)
-    return embedded_in(answer, len(ask.texts), ask.model.dimensions)
+    url = http.url(request.model, BASE_URL, f"/{quote(name_of(request.model))}:batchEmbedContents")
+    return http.post(request, network, url, headers, request_body(request), key, embedded_in, trouble_of)
 
 
 def abort() -> None:
@@ -3245,12 +3230,12 @@ def name_of(model: Model) -> str:
     return "models/" + model.model_id.removeprefix("models/")
 
 
-def request_body(ask: Ask) -> dict[str, Any]:
-    name = name_of(ask.model)
-    each: dict[str, Any] = {"model": name, "outputDimensionality": ask.model.dimensions}
+def request_body(request: Request) -> dict[str, Any]:
+    name = name_of(request.model)
+    each: dict[str, Any] = {"model": name, "outputDimensionality": request.model.dimensions}
     if WITHOUT_TASK_TYPE not in name:
-        each["taskType"] = TASK_TYPES[ask.purpose]
-    return {"requests": [{**each, "content": {"parts": [{"text": text}]}} for text in prefixed(ask)]}
+        each["taskType"] = TASK_TYPES[request.purpose]
+    return {"requests": [{**each, "content": {"parts": [{"text": text}]}} for text in prefixed(request)]}
 
 
 def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedded:
@@ -3290,11 +3275,12 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from autoembed import endpoints, keys
 from autoembed.errors import InvalidInput, ProviderTrouble, Refused, Trouble, trouble_of_answer
-from autoembed.model import Ask, Model
+from autoembed.model import Embedded, Model, Request
 
 if TYPE_CHECKING:
     import numpy as np
@@ -3383,17 +3369,22 @@ def bearer(key: str | None) -> dict[str, str]:
 
 
 def post(
-    ask: Ask,
+    request: Request,
     network: Network,
     url: str,
     headers: Mapping[str, str],
     body: Mapping[str, Any],
     secret: str | None,
+    embedded_in: Callable[[bytes | bytearray, int, int], Embedded],
     trouble_of: Callable[[int, Mapping[str, str], bytes | bytearray, str | None], Trouble] = trouble_of_answer,
-) -> bytes | bytearray:
-    """The body of a 200 answer; raises what trouble_of says of any other. secret: to be kept out of errors."""
-    # Checked again: a host may be allowed no more.
-    fault = endpoints.fault_of(url, ask.model.http_hosts)
+) -> Embedded:
+    """The vectors that embedded_in() reads from a 200 answer; raises what trouble_of() makes of any other.
+
+    embedded_in: is given the body, the count of texts and the dimensions. secret: is kept out of errors.
+    The headers of the answer go with the vectors and with the trouble.
+    """
+    # The check is repeated because a host may have lost its permission since the model was defined.
+    fault = endpoints.fault_of(url, request.model.http_hosts)
     if fault is not None:
         raise ProviderTrouble(f"{endpoints.without_user(url)} {fault.reason}", permanent=True)
     answer = network.post(
@@ -3402,19 +3393,23 @@ def post(
             "Content-Type": "application/json",
             "Accept": "application/json",
             **headers,
-            **ask.model.options.get("extra_headers", {}),
+            **request.model.options.get("extra_headers", {}),
         },
-        encode({**body, **ask.model.options.get("extra_body", {})}),
-        timeout_seconds=ask.timeout_seconds,
-        # A JSON number takes up to 24 bytes; the rest is room for a server that does not know the dimensions asked for.
-        max_answer_bytes=(64 << 20) + 32 * len(ask.texts) * ask.model.dimensions,
-        ca_file=ask.model.options.get("ca_file"),
-        sent=ask.sent.set,
+        encode({**body, **request.model.options.get("extra_body", {})}),
+        timeout_seconds=request.timeout_seconds,
+        # A JSON number takes up to 24 bytes. The rest is room for a server that ignores the dimensions asked for.
+        max_answer_bytes=(64 << 20) + 32 * len(request.texts) * request.model.dimensions,
+        ca_file=request.model.options.get("ca_file"),
+        sent=request.sent.set,
     )
-    ask.headers.update(answer.headers)
-    if answer.status != 200:
-        raise trouble_of(answer.status, answer.headers, answer.body, secret)
-    return answer.body
+    try:
+        if answer.status != 200:
+            raise trouble_of(answer.status, answer.headers, answer.body, secret)
+        embedded = embedded_in(answer.body, len(request.texts), request.model.dimensions)
+    except Trouble as trouble:
+        trouble.headers = answer.headers
+        raise
+    return replace(embedded, headers=answer.headers)
 
 
 def encode(body: Mapping[str, Any]) -> bytes:
@@ -3501,7 +3496,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from autoembed.errors import ProviderTrouble
-from autoembed.model import PREFIXES, Ask, Embedded, Model, prefixed
+from autoembed.model import PREFIXES, Embedded, Model, Request, prefixed
 from autoembed.providers import http
 
 if TYPE_CHECKING:
@@ -3512,6 +3507,7 @@ MODELS_FOLDER = "/usr/local/share/autoembed/models"
 MAX_INPUTS_PER_REQUEST = 256
 MAX_TOKENS_PER_REQUEST = 1_000_000
 MAX_TOKENS_PER_INPUT: int | None = None
+RUNS_IN_BACKEND = False
 DEFAULT_MAX_TOKENS = 256
 
 _loaded: dict[tuple[str, int], OnnxModel] = {}
@@ -3533,14 +3529,14 @@ def check(model: Model) -> None:
             raise ProviderTrouble(f"the model's file {path} does not exist on the server", permanent=True)
 
 
-def embed(ask: Ask, network: Network) -> Embedded:
-    ask.sent.set()
+def embed(request: Request, network: Network) -> Embedded:
+    request.sent.set()
     with _running:
         _stopping.clear()
-        vectors = _onnx_model(ask.model).embed(prefixed(ask), _stop_if_told)
-    if vectors.shape[1] != ask.model.dimensions:
+        vectors = _onnx_model(request.model).embed(prefixed(request), _stop_if_told)
+    if vectors.shape[1] != request.model.dimensions:
         raise ProviderTrouble(
-            f"the model's vectors have {vectors.shape[1]} dimensions, it is defined with {ask.model.dimensions}",
+            f"the model's vectors have {vectors.shape[1]} dimensions, it is defined with {request.model.dimensions}",
             permanent=True,
         )
     return Embedded(vectors)
@@ -3583,7 +3579,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoembed import keys
 from autoembed.errors import Refused, Trouble, trouble_of_answer
-from autoembed.model import PREFIXES, Ask, Embedded, Model, prefixed
+from autoembed.model import PREFIXES, Embedded, Model, Request, prefixed
 from autoembed.providers import http
 
 if TYPE_CHECKING:
@@ -3593,6 +3589,7 @@ BASE_URL = "http://127.0.0.1:11434"
 MAX_INPUTS_PER_REQUEST = 64
 MAX_TOKENS_PER_REQUEST = 32_000
 MAX_TOKENS_PER_INPUT: int | None = None
+RUNS_IN_BACKEND = False
 
 # What it says with status 500 of a text, and says again each time it is sent.
 TEXTS_FAULTS = (b"context length", b"NaN")
@@ -3604,22 +3601,21 @@ def check(model: Model) -> None:
     http.check(placed, default_url=None, example=f"{BASE_URL}, what comes before /api", options=http.OPTIONS | PREFIXES)
 
 
-def embed(ask: Ask, network: Network) -> Embedded:
-    key = keys.resolve(ask.model)
-    url = http.url(ask.model, BASE_URL, "/api/embed")
-    answer = http.post(ask, network, url, http.bearer(key), request_body(ask), key, trouble_of)
-    return embedded_in(answer, len(ask.texts), ask.model.dimensions)
+def embed(request: Request, network: Network) -> Embedded:
+    key = keys.resolve(request.model)
+    url = http.url(request.model, BASE_URL, "/api/embed")
+    return http.post(request, network, url, http.bearer(key), request_body(request), key, embedded_in, trouble_of)
 
 
 def abort() -> None:
     """Nothing to end: all it does goes over the network."""
 
 
-def request_body(ask: Ask) -> dict[str, Any]:
+def request_body(request: Request) -> dict[str, Any]:
     return {
-        "model": ask.model.model_id,
-        "input": prefixed(ask),
-        "dimensions": ask.model.dimensions,
+        "model": request.model.model_id,
+        "input": prefixed(request),
+        "dimensions": request.model.dimensions,
         "truncate": True,
     }
 
@@ -3653,7 +3649,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoembed import keys
 from autoembed.errors import ProviderTrouble, Refused, Trouble, trouble_of_answer
-from autoembed.model import PREFIXES, Ask, Embedded, Model, prefixed
+from autoembed.model import PREFIXES, Embedded, Model, Request, prefixed
 from autoembed.providers import http
 
 if TYPE_CHECKING:
@@ -3665,6 +3661,7 @@ BASE_URL = "https://api.openai.com/v1"
 MAX_INPUTS_PER_REQUEST = 2048
 MAX_TOKENS_PER_REQUEST = 300_000
 MAX_TOKENS_PER_INPUT: int | None = 8192
+RUNS_IN_BACKEND = False
 
 # What a server may refuse to hear of: then it is done without.
 OPTIONAL_FIELDS = frozenset({"dimensions", "encoding_format"})
@@ -3686,9 +3683,9 @@ def check(model: Model) -> None:
     )
 
 
-def embed(ask: Ask, network: Network) -> Embedded:
-    key = keys.resolve(ask.model)
-    return embed_at(http.url(ask.model, BASE_URL, "/embeddings"), ask, network, http.bearer(key), key)
+def embed(request: Request, network: Network) -> Embedded:
+    key = keys.resolve(request.model)
+    return embed_at(http.url(request.model, BASE_URL, "/embeddings"), request, network, http.bearer(key), key)
 
 
 def abort() -> None:
@@ -3712,18 +3709,17 @@ def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray,
     return FieldsRefused(str(trouble), frozenset(name for name in OPTIONAL_FIELDS if name in words))
 
 
-def embed_at(url: str, ask: Ask, network: Network, headers: Mapping[str, str], key: str | None) -> Embedded:
+def embed_at(url: str, request: Request, network: Network, headers: Mapping[str, str], key: str | None) -> Embedded:
     """Asks again without the fields that the server names when it refuses; remembers them where that has worked."""
-    which = (url, ask.model.model_id)
+    which = (url, request.model.model_id)
     # What the model asks for by itself is sent come what may.
-    optional = OPTIONAL_FIELDS - ask.model.options.get("extra_body", {}).keys()
+    optional = OPTIONAL_FIELDS - request.model.options.get("extra_body", {}).keys()
     left_out = _refused.get(which, frozenset()) & optional
     refusal: Refused | None = None
     while True:
-        body = {name: value for name, value in request_body(ask).items() if name not in left_out}
+        body = {name: value for name, value in request_body(request).items() if name not in left_out}
         try:
-            answer = http.post(ask, network, url, headers, body, key, trouble_of)
-            embedded = embedded_in(answer, len(ask.texts), ask.model.dimensions)
+            embedded = http.post(request, network, url, headers, body, key, embedded_in, trouble_of)
         except FieldsRefused as error:
             named = error.fields & optional & body.keys()
             if not named:
@@ -3733,6 +3729,7 @@ def embed_at(url: str, ask: Ask, network: Network, headers: Mapping[str, str], k
         except ProviderTrouble as error:
             if refusal and error.permanent:
                 # Vectors of another length, most likely: the refusal says more.
+                refusal.headers = error.headers
                 raise refusal from error
             raise
         else:
@@ -3741,11 +3738,11 @@ def embed_at(url: str, ask: Ask, network: Network, headers: Mapping[str, str], k
             return embedded
 
 
-def request_body(ask: Ask) -> dict[str, Any]:
-    body = {"model": ask.model.model_id, "input": prefixed(ask), "encoding_format": "base64"}
-    if ask.model.model_id in WITHOUT_DIMENSIONS:
+def request_body(request: Request) -> dict[str, Any]:
+    body = {"model": request.model.model_id, "input": prefixed(request), "encoding_format": "base64"}
+    if request.model.model_id in WITHOUT_DIMENSIONS:
         return body
-    return {**body, "dimensions": ask.model.dimensions}
+    return {**body, "dimensions": request.model.dimensions}
 
 
 def embedded_in(body: bytes | bytearray, count: int, dimensions: int, api: str = "OpenAI") -> Embedded:
@@ -3768,11 +3765,12 @@ https://docs.voyageai.com/docs/error-codes. The answer is in the form of OpenAI'
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from autoembed import keys
 from autoembed.errors import ProviderTrouble, Trouble, trouble_of_answer
-from autoembed.model import Ask, Embedded, Model
+from autoembed.model import Embedded, Model, Request
 from autoembed.providers import http, openai
 
 if TYPE_CHECKING:
@@ -3783,6 +3781,7 @@ MAX_INPUTS_PER_REQUEST = 1000
 # What every model takes; max_tokens_per_request says so of a model that takes more.
 MAX_TOKENS_PER_REQUEST = 120_000
 MAX_TOKENS_PER_INPUT: int | None = 32_000
+RUNS_IN_BACKEND = False
 
 SHORT_MODELS = ("voyage-law-2", "voyage-code-2")
 SHORT_MAX_TOKENS_PER_INPUT = 16_000
@@ -3796,29 +3795,31 @@ def check(model: Model) -> None:
         http.check_tokens_per_input(model, SHORT_MAX_TOKENS_PER_INPUT)
 
 
-def embed(ask: Ask, network: Network) -> Embedded:
-    key = keys.resolve(ask.model)
-    url = http.url(ask.model, BASE_URL, "/embeddings")
-    answer = http.post(ask, network, url, http.bearer(key), request_body(ask), key, trouble_of)
-    return openai.embedded_in(answer, len(ask.texts), ask.model.dimensions, "Voyage")
+def embed(request: Request, network: Network) -> Embedded:
+    key = keys.resolve(request.model)
+    url = http.url(request.model, BASE_URL, "/embeddings")
+    return http.post(request, network, url, http.bearer(key), request_body(request), key, embedded_in, trouble_of)
 
 
 def abort() -> None:
     """Nothing to end: all it does goes over the network."""
 
 
-def request_body(ask: Ask) -> dict[str, Any]:
+embedded_in = partial(openai.embedded_in, api="Voyage")
+
+
+def request_body(request: Request) -> dict[str, Any]:
     body = {
-        "model": ask.model.model_id,
-        "input": list(ask.texts),
-        "input_type": ask.purpose,
+        "model": request.model.model_id,
+        "input": list(request.texts),
+        "input_type": request.purpose,
         "encoding_format": "base64",
         # What is too long was cut before, or must not be cut at all.
         "truncation": False,
     }
-    if ask.model.model_id in WITHOUT_DIMENSIONS:
+    if request.model.model_id in WITHOUT_DIMENSIONS:
         return body
-    return {**body, "output_dimension": ask.model.dimensions}
+    return {**body, "output_dimension": request.model.dimensions}
 
 
 def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray, secret: str | None = None) -> Trouble:
@@ -3827,6 +3828,68 @@ def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray,
     if status == 400 and b"Supported models are" in body:
         return ProviderTrouble(str(trouble), permanent=True)
     return trouble
+''',
+"autoembed.records": r'''"""What the database hands to a pass: messages of the queue, pipelines, backfills and rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from autoembed.model import Model
+
+
+@dataclass(frozen=True)
+class Message:
+    """A message of the queue: its number, how often it was read, and its body."""
+
+    id: int
+    read_count: int
+    body: Any
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """One embedding column of one table.
+
+    vector_type: the column's type with its schema. truncate: texts that are too long are cut instead of failed.
+    trusted: the table's owner is a superuser. blocked: why the jobs must wait; None: they need not.
+    failures: how often the provider of the model has failed in a row.
+    """
+
+    id: int
+    schema_name: str
+    table_name: str
+    content_function: str
+    embedding_column: str
+    vector_type: str
+    truncate: bool
+    trusted: bool
+    blocked: str | None
+    failures: int
+    model: Model
+
+
+@dataclass(frozen=True)
+class Backfill:
+    """A table that is being scanned.
+
+    after: the last key that was queued; None: none yet. condition: which rows are wanted; None: all.
+    failures: how often the provider of the model has failed in a row.
+    """
+
+    pipeline_id: int
+    after: str | None
+    condition: str | None
+    failures: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row as it is now: its text, and whether it has an embedding."""
+
+    content: str | None
+    has_embedding: bool
 ''',
 "autoembed.worker": r'''"""The path of a job: claim, embed, apply. Knows neither plpy nor requests: database and network are handed in."""
 
@@ -3840,19 +3903,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from autoembed import batching, heap
+from autoembed import batching, heap, providers
 from autoembed.errors import OverBudget, ProviderTrouble, Refused, RowError, rest_seconds
 from autoembed.flight import SLICE_SECONDS, Flight
 from autoembed.jobs import Address, Job, Ledger, Report, address_of, are_keys, isolate
 from autoembed.limits import FIRST_ANSWER_SECONDS, NOTHING_KNOWN, PATIENCE_SECONDS, Limiter, Permit, tokens_per_request
-from autoembed.model import Ask, Embedded, Model, Share
-from autoembed.providers import IN_BACKEND, PROVIDERS, provider_of
+from autoembed.model import Embedded, Model, Request, Share
+from autoembed.providers import PROVIDERS, provider_of
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from autoembed.database import Database, Message, Pipeline
+    from autoembed.database import Database
     from autoembed.network import Network
+    from autoembed.records import Message, Pipeline
 
 # As the SQL functions have it.
 DEFAULT_BATCH_SIZE = 100
@@ -3952,13 +4016,6 @@ def run_pass(database: Database, network: Network, options: Options) -> Report:
     return report
 
 
-def _embed(ask: Ask, network: Network) -> Embedded:
-    try:
-        return provider_of(ask.model).embed(ask, network)
-    finally:
-        ask.sent.set()
-
-
 # Claims so many rows, beside the messages that are held already.
 Claim = Callable[[int, list[int]], "list[Message]"]
 
@@ -4004,21 +4061,6 @@ def _claim_backfill(
         return []
     exhausted = len(keys) < max_rows
     return database.queue_backfill(backfill, keys, exhausted=exhausted, lease_seconds=options.lease_seconds, held=held)
-
-
-@dataclass(eq=False)
-class Request:
-    """Texts of one model that travel together; probe: a text of ours, to see whether the model takes any.
-
-    tokens: by estimate; slot: its own, where only so many may be in flight; headers: of its last answer.
-    """
-
-    model: Model
-    texts: list[str]
-    probe: bool = False
-    tokens: int = 0
-    slot: int | None = None
-    headers: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -4088,7 +4130,7 @@ class _Pass:
         self._pace = pace or Pace(options.batch_size, options.max_rows, indexed=True)
         self._outboxes: dict[Model, Outbox] = {}
         self._locked: list[tuple[Job, Any]] = []
-        self._unsent: list[Ask] = []
+        self._unsent: list[Request] = []
         self._flight: Flight[Request, Embedded] | None = None
         self._lease_ends = time.monotonic() + options.lease_seconds
         self._claim_at = time.monotonic() + POLL_SECONDS
@@ -4284,7 +4326,7 @@ class _Pass:
     def _send(self, model: Model) -> None:
         unsent, self._outboxes[model].unsent = self._outboxes[model].unsent, []
         for texts in self._pack(model, unsent):
-            self._submit(Request(model, texts))
+            self._submit(self._request(model, texts))
 
     def _pack(self, model: Model, texts: Sequence[str]) -> list[list[str]]:
         provider = provider_of(model)
@@ -4294,6 +4336,9 @@ class _Pass:
             tokens_per_request(model, provider.MAX_TOKENS_PER_REQUEST, self._outboxes[model].limiter.learnt),
             model.prefix("document"),
         )
+
+    def _request(self, model: Model, texts: Sequence[str], *, probe: bool = False) -> Request:
+        return Request(model, texts, self._options.timeout_seconds, probe=probe)
 
     def _submit(self, request: Request) -> None:
         """Has a request sent when the limits of its model allow."""
@@ -4310,25 +4355,19 @@ class _Pass:
                 request = outbox.waiting.popleft()
                 if outbox.permit is not None:
                     request.slot, outbox.permit = outbox.permit.slot, None
-                ask = Ask(
-                    model,
-                    request.texts,
-                    self._options.timeout_seconds,
-                    headers=request.headers,
-                    database=self._database,
-                )
                 self._ledger.report.requests += 1
                 outbox.in_flight += 1
-                here = model.provider in IN_BACKEND
+                here = provider_of(model).RUNS_IN_BACKEND
                 if not here:
-                    self._unsent.append(ask)
-                flight.submit(request, partial(_embed, ask, self._network), here=here)
+                    self._unsent.append(request)
+                call = partial(providers.embed, request, self._network, self._database.call_embedder)
+                flight.submit(request, call, here=here)
 
     def _see_off(self) -> None:
         """Gives requests a moment to be sent: their threads need the interpreter, which a statement keeps."""
         end = time.monotonic() + SLICE_SECONDS
-        for ask in self._unsent:
-            ask.sent.wait(end - time.monotonic())
+        for request in self._unsent:
+            request.sent.wait(end - time.monotonic())
         self._unsent.clear()
 
     def _may_go(self, flight: Flight[Request, Embedded], outbox: Outbox) -> bool:
@@ -4386,20 +4425,19 @@ class _Pass:
 
     def _listen(self, outbox: Outbox, request: Request, outcome: Embedded | BaseException) -> None:
         """Takes from an answer what it tells of the model's limits; a request that failed frees its slot."""
-        answered = isinstance(outcome, Embedded)
         outbox.in_flight -= 1
         outbox.slots.discard(request.slot or 0)
-        if request.slot is not None and not answered:
+        if request.slot is not None and not isinstance(outcome, Embedded):
             self._free(request.model, {request.slot})
         if isinstance(outcome, Embedded):
             outbox.limiter.counted(request.tokens, outcome.tokens)
-        if outbox.limiter.heard(request.headers, time.monotonic(), answered=answered):
+        if outbox.limiter.learn_from(outcome, time.monotonic()):
             self._database.learn_limits(request.model.name, outbox.limiter.learnt or NOTHING_KNOWN)
             if outbox.permit is None and not any(other.probe for other in outbox.waiting):
                 # What still waits may have too many tokens.
                 waiting, outbox.waiting = outbox.waiting, deque()
                 for texts in self._pack(request.model, [text for other in waiting for text in other.texts]):
-                    self._submit(Request(request.model, texts))
+                    self._submit(self._request(request.model, texts))
 
     def _free(self, model: Model, slots: Iterable[int]) -> None:
         if slots:
@@ -4432,7 +4470,7 @@ class _Pass:
             return
         outbox.suspended.append((request, refusal))
         if len(outbox.suspended) == 1:
-            self._submit(Request(request.model, [PROBE], probe=True))
+            self._submit(self._request(request.model, [PROBE], probe=True))
 
     def _accept(self, request: Request, vectors: np.ndarray) -> None:
         outbox = self._outboxes[request.model]
@@ -4451,8 +4489,8 @@ class _Pass:
     def _split(self, request: Request, refusal: Refused) -> None:
         """Finds the text that is to blame for a refusal: halves the request until it stands alone."""
         if len(request.texts) > 1:
-            for half in batching.halves(request.texts):
-                self._submit(Request(request.model, half))
+            for half in batching.halves(list(request.texts)):
+                self._submit(self._request(request.model, half))
             return
         for job in self._outboxes[request.model].jobs.pop(request.texts[0]):
             content = job.content
@@ -4631,7 +4669,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "d41cf2b15be9d4f5"
+    GD["autoembed"] = "90ebe8d06e4558fb"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -4745,7 +4783,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "d41cf2b15be9d4f5":
+    if GD.get("autoembed") != "90ebe8d06e4558fb":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -7809,7 +7847,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "d41cf2b15be9d4f5":
+    if GD.get("autoembed") != "90ebe8d06e4558fb":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -7826,7 +7864,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "d41cf2b15be9d4f5":
+    if GD.get("autoembed") != "90ebe8d06e4558fb":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
@@ -7842,7 +7880,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "d41cf2b15be9d4f5":
+    if GD.get("autoembed") != "90ebe8d06e4558fb":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -8494,7 +8532,7 @@ CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embed
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "d41cf2b15be9d4f5":
+    if GD.get("autoembed") != "90ebe8d06e4558fb":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
@@ -8599,7 +8637,7 @@ CREATE FUNCTION autoembed._estimate_texts(texts text[], model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "d41cf2b15be9d4f5":
+    if GD.get("autoembed") != "90ebe8d06e4558fb":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.estimate(texts, model)]
@@ -8769,7 +8807,7 @@ CREATE FUNCTION autoembed._probe(model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "d41cf2b15be9d4f5":
+    if GD.get("autoembed") != "90ebe8d06e4558fb":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.probe(model)

@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import plpy  # type: ignore[import-not-found]
@@ -17,6 +16,7 @@ from autoembed.binary import copy_rows
 from autoembed.errors import InvalidInput, ProviderTrouble, row_error, trouble_of_function
 from autoembed.limits import Limits, Permit, Toll
 from autoembed.model import Model, Share
+from autoembed.records import Backfill, Message, Pipeline, Row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,57 +25,6 @@ if TYPE_CHECKING:
 Error = plpy.SPIError
 
 _plans: dict[str, Any] = {}
-
-
-@dataclass(frozen=True)
-class Message:
-    """A message of the queue: its number, how often it was read, and what it says."""
-
-    id: int
-    read_count: int
-    body: Any
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    """One embedding column of one table.
-
-    vector_type: the column's type, in full; truncate: too long texts are cut rather than failed; trusted: its owner is
-    a superuser; blocked: why its jobs wait, if they do; failures: how often its model's provider has failed in a row.
-    """
-
-    id: int
-    schema_name: str
-    table_name: str
-    content_function: str
-    embedding_column: str
-    vector_type: str
-    truncate: bool
-    trusted: bool
-    blocked: str | None
-    failures: int
-    model: Model
-
-
-@dataclass(frozen=True)
-class Backfill:
-    """A table being looked through: the last key queued (None: none yet), and which rows (None: all).
-
-    failures: how often its model's provider has failed in a row.
-    """
-
-    pipeline_id: int
-    after: str | None
-    condition: str | None
-    failures: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row as it stands: its text, and whether its embedding is there."""
-
-    content: str | None
-    has_embedding: bool
 
 
 class _Undo(Exception):

@@ -8,14 +8,14 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-from autoembed import database, heap, worker
+from autoembed import database, heap, providers, worker
 from autoembed.batching import estimate_tokens, pack, truncate
 from autoembed.errors import InvalidInput, OverBudget, ProviderTrouble, Trouble
 from autoembed.flight import SLICE_SECONDS, Flight
 from autoembed.limits import NOTHING_KNOWN, PATIENCE_SECONDS, Limiter, Permit, Toll, tokens_per_request
-from autoembed.model import Ask, Embedded, Model, Share
+from autoembed.model import Embedded, Model, Request, Share
 from autoembed.network import Network
-from autoembed.providers import IN_BACKEND, provider_of
+from autoembed.providers import provider_of
 
 # A plan without an index calls embed() for every row, a search page for every page.
 QUERY_CACHE_SIZE = 100
@@ -186,11 +186,13 @@ def _embed_query(
         provider.abort()
 
     with Flight[None, Embedded](1, here.breathe, abort) as flight:
-        ask = Ask(model, [content], timeout_seconds, purpose="query", database=here)
-        flight.submit(None, lambda: provider.embed(ask, _network), here=model.provider in IN_BACKEND)
+        request = Request(model, [content], timeout_seconds, purpose="query")
+        flight.submit(
+            None, lambda: providers.embed(request, _network, here.call_embedder), here=provider.RUNS_IN_BACKEND
+        )
         [(_, outcome)] = flight.landed()
     limiter = Limiter(model)
-    if limiter.heard(ask.headers, time.monotonic(), answered=isinstance(outcome, Embedded)):
+    if limiter.learn_from(outcome, time.monotonic()):
         here.learn_limits(model.name, limiter.learnt or NOTHING_KNOWN)
     if isinstance(outcome, BaseException):
         raise outcome

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from autoembed.database import Database, Message, Pipeline, Row
+    from autoembed.database import Database
+    from autoembed.records import Message, Pipeline, Row
 
 
 class Address(NamedTuple):

@@ -6,6 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from autoembed.errors import Trouble
+from autoembed.model import Embedded
+
 if TYPE_CHECKING:
     from autoembed.model import Model
 
@@ -57,7 +60,7 @@ _SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1, "ms": 0.001}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|[dhms]|$)")
 
 
-def told_by(headers: Mapping[str, str]) -> Limits:
+def limits_in(headers: Mapping[str, str]) -> Limits:
     """What the x-ratelimit headers of an answer say, OpenAI's and those of whoever has them too; at_once: what is left.
 
     A limit that takes longer than a minute to be whole again is one of an hour or a day: its 429s say when.
@@ -172,10 +175,10 @@ class Limiter:
             toll(token_allowance, tokens - refund, self._told.tokens.at_once, age),
         )
 
-    def heard(self, headers: Mapping[str, str], now: float, *, answered: bool) -> bool:
-        """Takes in an answer's headers; whether something was learnt. answered: with vectors, not with an error."""
-        told = told_by(headers)
-        if told == NOTHING_KNOWN and not answered:
+    def learn_from(self, outcome: Embedded | BaseException, now: float) -> bool:
+        """Takes the limits from the headers of an answer. Returns whether they differ from those known before."""
+        told = limits_in(outcome.headers) if isinstance(outcome, Embedded | Trouble) else NOTHING_KNOWN
+        if told == NOTHING_KNOWN and not isinstance(outcome, Embedded):
             return False
         before, self.learnt = self.learnt, learn(self.learnt, told)
         self._told, self._told_at = told, now

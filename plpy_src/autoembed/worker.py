@@ -10,19 +10,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from autoembed import batching, heap
+from autoembed import batching, heap, providers
 from autoembed.errors import OverBudget, ProviderTrouble, Refused, RowError, rest_seconds
 from autoembed.flight import SLICE_SECONDS, Flight
 from autoembed.jobs import Address, Job, Ledger, Report, address_of, are_keys, isolate
 from autoembed.limits import FIRST_ANSWER_SECONDS, NOTHING_KNOWN, PATIENCE_SECONDS, Limiter, Permit, tokens_per_request
-from autoembed.model import Ask, Embedded, Model, Share
-from autoembed.providers import IN_BACKEND, PROVIDERS, provider_of
+from autoembed.model import Embedded, Model, Request, Share
+from autoembed.providers import PROVIDERS, provider_of
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from autoembed.database import Database, Message, Pipeline
+    from autoembed.database import Database
     from autoembed.network import Network
+    from autoembed.records import Message, Pipeline
 
 # As the SQL functions have it.
 DEFAULT_BATCH_SIZE = 100
@@ -122,13 +123,6 @@ def run_pass(database: Database, network: Network, options: Options) -> Report:
     return report
 
 
-def _embed(ask: Ask, network: Network) -> Embedded:
-    try:
-        return provider_of(ask.model).embed(ask, network)
-    finally:
-        ask.sent.set()
-
-
 # Claims so many rows, beside the messages that are held already.
 Claim = Callable[[int, list[int]], "list[Message]"]
 
@@ -174,21 +168,6 @@ def _claim_backfill(
         return []
     exhausted = len(keys) < max_rows
     return database.queue_backfill(backfill, keys, exhausted=exhausted, lease_seconds=options.lease_seconds, held=held)
-
-
-@dataclass(eq=False)
-class Request:
-    """Texts of one model that travel together; probe: a text of ours, to see whether the model takes any.
-
-    tokens: by estimate; slot: its own, where only so many may be in flight; headers: of its last answer.
-    """
-
-    model: Model
-    texts: list[str]
-    probe: bool = False
-    tokens: int = 0
-    slot: int | None = None
-    headers: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -258,7 +237,7 @@ class _Pass:
         self._pace = pace or Pace(options.batch_size, options.max_rows, indexed=True)
         self._outboxes: dict[Model, Outbox] = {}
         self._locked: list[tuple[Job, Any]] = []
-        self._unsent: list[Ask] = []
+        self._unsent: list[Request] = []
         self._flight: Flight[Request, Embedded] | None = None
         self._lease_ends = time.monotonic() + options.lease_seconds
         self._claim_at = time.monotonic() + POLL_SECONDS
@@ -454,7 +433,7 @@ class _Pass:
     def _send(self, model: Model) -> None:
         unsent, self._outboxes[model].unsent = self._outboxes[model].unsent, []
         for texts in self._pack(model, unsent):
-            self._submit(Request(model, texts))
+            self._submit(self._request(model, texts))
 
     def _pack(self, model: Model, texts: Sequence[str]) -> list[list[str]]:
         provider = provider_of(model)
@@ -464,6 +443,9 @@ class _Pass:
             tokens_per_request(model, provider.MAX_TOKENS_PER_REQUEST, self._outboxes[model].limiter.learnt),
             model.prefix("document"),
         )
+
+    def _request(self, model: Model, texts: Sequence[str], *, probe: bool = False) -> Request:
+        return Request(model, texts, self._options.timeout_seconds, probe=probe)
 
     def _submit(self, request: Request) -> None:
         """Has a request sent when the limits of its model allow."""
@@ -480,25 +462,19 @@ class _Pass:
                 request = outbox.waiting.popleft()
                 if outbox.permit is not None:
                     request.slot, outbox.permit = outbox.permit.slot, None
-                ask = Ask(
-                    model,
-                    request.texts,
-                    self._options.timeout_seconds,
-                    headers=request.headers,
-                    database=self._database,
-                )
                 self._ledger.report.requests += 1
                 outbox.in_flight += 1
-                here = model.provider in IN_BACKEND
+                here = provider_of(model).RUNS_IN_BACKEND
                 if not here:
-                    self._unsent.append(ask)
-                flight.submit(request, partial(_embed, ask, self._network), here=here)
+                    self._unsent.append(request)
+                call = partial(providers.embed, request, self._network, self._database.call_embedder)
+                flight.submit(request, call, here=here)
 
     def _see_off(self) -> None:
         """Gives requests a moment to be sent: their threads need the interpreter, which a statement keeps."""
         end = time.monotonic() + SLICE_SECONDS
-        for ask in self._unsent:
-            ask.sent.wait(end - time.monotonic())
+        for request in self._unsent:
+            request.sent.wait(end - time.monotonic())
         self._unsent.clear()
 
     def _may_go(self, flight: Flight[Request, Embedded], outbox: Outbox) -> bool:
@@ -556,20 +532,19 @@ class _Pass:
 
     def _listen(self, outbox: Outbox, request: Request, outcome: Embedded | BaseException) -> None:
         """Takes from an answer what it tells of the model's limits; a request that failed frees its slot."""
-        answered = isinstance(outcome, Embedded)
         outbox.in_flight -= 1
         outbox.slots.discard(request.slot or 0)
-        if request.slot is not None and not answered:
+        if request.slot is not None and not isinstance(outcome, Embedded):
             self._free(request.model, {request.slot})
         if isinstance(outcome, Embedded):
             outbox.limiter.counted(request.tokens, outcome.tokens)
-        if outbox.limiter.heard(request.headers, time.monotonic(), answered=answered):
+        if outbox.limiter.learn_from(outcome, time.monotonic()):
             self._database.learn_limits(request.model.name, outbox.limiter.learnt or NOTHING_KNOWN)
             if outbox.permit is None and not any(other.probe for other in outbox.waiting):
                 # What still waits may have too many tokens.
                 waiting, outbox.waiting = outbox.waiting, deque()
                 for texts in self._pack(request.model, [text for other in waiting for text in other.texts]):
-                    self._submit(Request(request.model, texts))
+                    self._submit(self._request(request.model, texts))
 
     def _free(self, model: Model, slots: Iterable[int]) -> None:
         if slots:
@@ -602,7 +577,7 @@ class _Pass:
             return
         outbox.suspended.append((request, refusal))
         if len(outbox.suspended) == 1:
-            self._submit(Request(request.model, [PROBE], probe=True))
+            self._submit(self._request(request.model, [PROBE], probe=True))
 
     def _accept(self, request: Request, vectors: np.ndarray) -> None:
         outbox = self._outboxes[request.model]
@@ -621,8 +596,8 @@ class _Pass:
     def _split(self, request: Request, refusal: Refused) -> None:
         """Finds the text that is to blame for a refusal: halves the request until it stands alone."""
         if len(request.texts) > 1:
-            for half in batching.halves(request.texts):
-                self._submit(Request(request.model, half))
+            for half in batching.halves(list(request.texts)):
+                self._submit(self._request(request.model, half))
             return
         for job in self._outboxes[request.model].jobs.pop(request.texts[0]):
             content = job.content

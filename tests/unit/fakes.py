@@ -9,58 +9,43 @@ import struct
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autoembed.errors import Refused, RowError
 from autoembed.limits import Limits, Permit, Toll
-from autoembed.model import Ask, Embedded, Model, Share
+from autoembed.model import Embedded, Model, Request, Share
+from autoembed.network import Network
+from autoembed.records import Backfill, Message, Pipeline, Row
+
+if TYPE_CHECKING:
+    # mypy compares the fake's methods with the real ones. Inside a test they cannot be imported: they need plpy.
+    from autoembed.database import Database
+else:
+    Database = object
 
 Vector = NDArray[np.float32]
 
 MODEL = Model("small", "fake", "fake-small", 3)
+PIPELINE = Pipeline(
+    id=1,
+    schema_name="public",
+    table_name="documents",
+    content_function="embedding_input",
+    embedding_column="embedding",
+    vector_type="public.halfvec",
+    truncate=True,
+    trusted=True,
+    blocked=None,
+    failures=0,
+    model=MODEL,
+)
 
 
 class Cancelled(BaseException):
     """What the database raises when somebody cancels the query."""
-
-
-@dataclass(frozen=True)
-class Message:
-    id: int
-    read_count: int
-    body: Any
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    id: int = 1
-    schema_name: str = "public"
-    table_name: str = "documents"
-    content_function: str = "embedding_input"
-    embedding_column: str = "embedding"
-    vector_type: str = "public.halfvec"
-    truncate: bool = True
-    trusted: bool = True
-    blocked: str | None = None
-    failures: int = 0
-    model: Model = MODEL
-
-
-@dataclass(frozen=True)
-class Backfill:
-    pipeline_id: int = 1
-    after: str | None = None
-    condition: str | None = None
-    failures: int = 0
-
-
-@dataclass(frozen=True)
-class Row:
-    content: str | None
-    has_embedding: bool
 
 
 @dataclass(frozen=True)
@@ -91,7 +76,7 @@ def vectors_of(texts: Sequence[str]) -> Vector:
     return np.stack([vector_of(text) for text in texts])
 
 
-class FakeDatabase:
+class FakeDatabase(Database):
     """One table, the queue and the failed list; delays are noted, not waited for.
 
     The faults: content_errors and write_errors by key; locked, how many writes find a row locked; bad_texts, parts of
@@ -99,7 +84,7 @@ class FakeDatabase:
     """
 
     def __init__(self) -> None:
-        self.defined = {1: Pipeline()}
+        self.defined = {1: PIPELINE}
         self.texts: dict[str, str | None] = {}
         self.vectors: dict[str, list[float] | None] = {}
         self.embedded: dict[str, tuple[bytes, bool]] = {}
@@ -367,12 +352,13 @@ class FakeDatabase:
         self.failed_messages.append((body, reason, attempts))
 
 
-class FakeNetwork:
+class FakeNetwork(Network):
     """Calls nobody; fails where it is aborted for ever, which would hang a backend."""
 
     MAX_ABORTS = 40
 
     def __init__(self) -> None:
+        super().__init__(1)
         self.aborts = 0
 
     def abort(self) -> None:
@@ -386,6 +372,7 @@ class FakeProvider:
     MAX_INPUTS_PER_REQUEST = 2048
     MAX_TOKENS_PER_REQUEST = 300_000
     MAX_TOKENS_PER_INPUT: int | None = 8192
+    RUNS_IN_BACKEND = False
 
     def __init__(self) -> None:
         self.requests: list[list[str]] = []
@@ -397,10 +384,9 @@ class FakeProvider:
     def check(self, model: Model) -> None:
         pass
 
-    def embed(self, ask: Ask, network: Any) -> Embedded:
-        self.requests.append(list(ask.texts))
-        ask.headers.update(self.headers)
-        return Embedded(self.answer(list(ask.texts)), self.tokens)
+    def embed(self, request: Request, reach: Any, /) -> Embedded:
+        self.requests.append(list(request.texts))
+        return Embedded(self.answer(list(request.texts)), self.tokens, self.headers)
 
     def abort(self) -> None:
         self.aborted.set()

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from autoembed.jobs import Address, Job, Ledger, address_of, isolate
-from unit.fakes import FakeDatabase, Message, Pipeline
-
-if TYPE_CHECKING:
-    from autoembed import database
+from autoembed.records import Message
+from unit.fakes import PIPELINE, FakeDatabase
 
 GUIDE = {"id": 7, "schema": "public", "table": "documents", "contentFunction": "f", "embeddingColumn": "embedding"}
 
@@ -118,12 +116,12 @@ class Book:
 
     def __init__(self) -> None:
         self.database = FakeDatabase()
-        self.ledger = Ledger(cast("database.Database", self.database), [])
+        self.ledger = Ledger(self.database, [])
 
     def claim(self, *keys: int, attempts: int = 0) -> tuple[int, list[Job]]:
         message_id = self.database.send({"pipeline": 1, "keys": [[key] for key in keys]})
         self.database.claim(1, 60, [])
-        jobs = [Job(Pipeline(), f"[{key}]", attempts, [message_id]) for key in keys]
+        jobs = [Job(PIPELINE, f"[{key}]", attempts, [message_id]) for key in keys]
         for job in jobs:
             self.ledger.open(job)
         return message_id, jobs
@@ -213,7 +211,7 @@ def test_what_is_dealt_with_is_not_released(book: Book) -> None:
 def test_a_row_of_two_messages_settles_both(book: Book) -> None:
     ids = [book.database.send({}) for _ in range(2)]
     book.database.claim(2, 60, [])
-    job = Job(Pipeline(), "[1]", 0, ids)
+    job = Job(PIPELINE, "[1]", 0, ids)
     book.ledger.open(job)
 
     book.ledger.retry(job, 1.0)
@@ -225,7 +223,7 @@ def test_a_row_of_two_messages_settles_both(book: Book) -> None:
 
 @pytest.mark.parametrize(("key", "row_id"), [("[7]", 7), ('["a"]', "a"), ("[7,8]", [7, 8])])
 def test_a_failed_job_is_reported_with_the_guides_keys(book: Book, key: str, row_id: Any) -> None:
-    job = Job(Pipeline(), key, 0, [12])
+    job = Job(PIPELINE, key, 0, [12])
     book.ledger.open(job)
 
     book.ledger.fail(job, "too long")

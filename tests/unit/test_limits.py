@@ -24,14 +24,14 @@ from autoembed.limits import (
     Permit,
     Toll,
     learn,
+    limits_in,
     stricter,
     tokens_per_request,
-    told_by,
     toll,
 )
-from autoembed.model import Model
+from autoembed.model import Embedded, Model
 from autoembed.providers import PROVIDERS
-from unit.fakes import MODEL, Pipeline, Vector, vectors_of
+from unit.fakes import MODEL, PIPELINE, Vector, vectors_of
 from unit.test_worker import Lane
 
 
@@ -44,7 +44,7 @@ def lane(monkeypatch: pytest.MonkeyPatch) -> Lane:
 
 def define(lane: Lane, **limits: object) -> Model:
     model = dataclasses.replace(MODEL, **limits)  # type: ignore[arg-type]
-    lane.database.defined[1] = Pipeline(model=model)
+    lane.database.defined[1] = dataclasses.replace(PIPELINE, model=model)
     return model
 
 
@@ -77,12 +77,12 @@ def headers(limit: str, left: str, reset: str, unit: str = "requests") -> dict[s
     ],
 )
 def test_headers_are_read_as_openai_writes_them(told: Mapping[str, str], limits: Limits) -> None:
-    assert told_by(told) == limits
+    assert limits_in(told) == limits
 
 
 @given(st.lists(st.text(), min_size=3, max_size=3))
 def test_no_header_breaks_the_reading(values: list[str]) -> None:
-    told = told_by(headers(*values)).requests
+    told = limits_in(headers(*values)).requests
 
     assert told.per_minute is None or told.per_minute > 0
 
@@ -112,11 +112,21 @@ def test_what_is_learnt_is_the_newest_limit_and_the_most_that_was_left(
 def test_an_error_without_limits_teaches_nothing() -> None:
     limiter = Limiter(dataclasses.replace(MODEL, learnt=None))
 
-    assert not limiter.heard({}, 0, answered=False)
+    assert not limiter.learn_from(Refused("no"), 0)
+    assert not limiter.learn_from(KeyError("a mistake"), 0)
     assert limiter.learnt is None
-    assert limiter.heard({}, 0, answered=True)
+    assert limiter.learn_from(Embedded(vectors_of(["a"])), 0)
     assert limiter.learnt == NOTHING_KNOWN
-    assert not limiter.heard({}, 0, answered=True)
+    assert not limiter.learn_from(Embedded(vectors_of(["a"])), 0)
+
+
+def test_an_error_with_limits_teaches_them() -> None:
+    limiter = Limiter(dataclasses.replace(MODEL, learnt=None))
+    refusal = Refused("no")
+    refusal.headers = headers("60", "59", "1s")
+
+    assert limiter.learn_from(refusal, 0)
+    assert limiter.learnt == Limits(Allowance(60, 59))
 
 
 # --- what follows of it --------------------------------------------------------------------------------

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import dataclasses
-import inspect
 import json
 import math
 import threading
@@ -14,27 +11,25 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import count
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import pytest
 
 from autoembed import heap, worker
 from autoembed.errors import ProviderTrouble, Refused, RowError
 from autoembed.jobs import Report
-from autoembed.model import Ask, Embedded
+from autoembed.model import Embedded, Request
 from autoembed.providers import PROVIDERS
+from autoembed.records import Message
 from autoembed.worker import MAX_ATTEMPTS, PROBE, Options
-from unit import fakes
 from unit.fakes import (
     MODEL,
+    PIPELINE,
     Cancelled,
     Failure,
     FakeDatabase,
     FakeNetwork,
     FakeProvider,
-    Message,
-    Pipeline,
     Rest,
     Vector,
     key_of,
@@ -42,10 +37,6 @@ from unit.fakes import (
     vectors_of,
 )
 from waiting import soon, wait_until
-
-if TYPE_CHECKING:
-    from autoembed.database import Database
-    from autoembed.network import Network
 
 BUSY = ProviderTrouble("busy", retry_after_seconds=7)
 
@@ -60,15 +51,15 @@ class Lane:
 
     def run(self, batch_size: int = 100, max_requests: int = 1, timeout_seconds: float = 60) -> Report:
         options = Options(batch_size, max_requests, timeout_seconds)
-        return worker.run_pass(cast("Database", self.database), cast("Network", self.network), options)
+        return worker.run_pass(self.database, self.network, options)
 
     def work(self, run_seconds: float, max_requests: int = 1) -> None:
         options = Options(100, max_requests, 60)
-        worker.work(cast("Database", self.database), cast("Network", self.network), options, run_seconds)
+        worker.work(self.database, self.network, options, run_seconds)
 
     def limit_inputs(self, most: int) -> None:
         """From now on a request holds so many texts, and a claim may take several requests' worth."""
-        self.database.defined[1] = Pipeline(model=replace(MODEL, max_inputs_per_request=most))
+        self.database.defined[1] = replace(PIPELINE, model=replace(MODEL, max_inputs_per_request=most))
 
     def refuse(self, *guilty: str) -> None:
         """From now on the provider refuses requests that contain one of these parts of texts."""
@@ -116,30 +107,6 @@ def provider(lane: Lane) -> FakeProvider:
 
 def bodies(messages: list[Message]) -> list[Any]:
     return [message.body for message in messages]
-
-
-# --- the fakes ---------------------------------------------------------------------------------------
-
-
-def test_the_fake_database_has_the_interface_of_the_real_one() -> None:
-    # It cannot be imported here: it needs plpy.
-    source = Path(inspect.getfile(worker)).with_name("database.py").read_text()
-    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
-
-    methods = {
-        node.name: [argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)]
-        for node in classes["Database"].body
-        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
-    }
-    # For the doors alone.
-    for name in ("model", "price_and_rate", "prepared_statements_kept", "read_committed"):
-        del methods[name]
-    fake_methods = {name: list(inspect.signature(getattr(FakeDatabase, name)).parameters) for name in methods}
-    assert fake_methods == methods
-
-    for name in ("Message", "Pipeline", "Row", "Backfill"):
-        fields = [node.target.id for node in classes[name].body if isinstance(node, ast.AnnAssign)]  # type: ignore[union-attr]
-        assert [field.name for field in dataclasses.fields(getattr(fakes, name))] == fields
 
 
 # --- rows and texts ----------------------------------------------------------------------------------
@@ -252,7 +219,7 @@ def test_an_unchanged_text_is_sent_to_another_model(
 ) -> None:
     database.put(1, "text")
     lane.run()
-    database.defined[1] = Pipeline(model=replace(MODEL, **change))
+    database.defined[1] = replace(PIPELINE, model=replace(MODEL, **change))
     database.put(1, "text")
 
     lane.run()
@@ -308,7 +275,7 @@ def test_a_text_beyond_the_limit_is_cut_and_marked(
     lane: Lane, database: FakeDatabase, provider: FakeProvider, limit: int | None, sent: str
 ) -> None:
     model = replace(MODEL, max_tokens_per_input=limit)
-    database.defined[1] = Pipeline(model=model)
+    database.defined[1] = replace(PIPELINE, model=model)
     text = "x" * 30_000
     database.put(1, text)
     database.put(2, "short")
@@ -323,7 +290,7 @@ def test_a_text_beyond_the_limit_is_cut_and_marked(
 def test_a_prefix_counts_towards_both_limits(lane: Lane, database: FakeDatabase, provider: FakeProvider) -> None:
     options = {"document_prefix": "search_document: "}
     model = replace(MODEL, max_tokens_per_input=15, max_tokens_per_request=30, options=options)
-    database.defined[1] = Pipeline(model=model)
+    database.defined[1] = replace(PIPELINE, model=model)
     for row_id in range(3):
         database.put(row_id, f"{row_id}" + "x" * 100)
 
@@ -336,7 +303,7 @@ def test_a_prefix_counts_towards_both_limits(lane: Lane, database: FakeDatabase,
 def test_a_text_beyond_the_limit_fails_where_it_must_not_be_cut(
     lane: Lane, database: FakeDatabase, provider: FakeProvider
 ) -> None:
-    database.defined[1] = Pipeline(model=replace(MODEL, max_tokens_per_input=11), truncate=False)
+    database.defined[1] = replace(PIPELINE, model=replace(MODEL, max_tokens_per_input=11), truncate=False)
     database.put(1, "x" * 18)
     database.put(2, "x" * 17)
 
@@ -368,7 +335,7 @@ def test_a_provider_that_truncates_by_itself_gets_the_whole_text(
 def test_requests_keep_to_the_models_limits(
     lane: Lane, database: FakeDatabase, provider: FakeProvider, limits: dict[str, Any], sizes: list[int]
 ) -> None:
-    database.defined[1] = Pipeline(model=replace(MODEL, **limits))
+    database.defined[1] = replace(PIPELINE, model=replace(MODEL, **limits))
     for row_id in range(5):
         database.put(row_id, f"no {row_id}")
 
@@ -658,7 +625,7 @@ def test_trouble_that_somebody_must_mend_needs_attention(lane: Lane, database: F
 
 
 def test_a_provider_that_is_back_is_resumed_once(lane: Lane, database: FakeDatabase) -> None:
-    database.defined[1] = Pipeline(failures=3)
+    database.defined[1] = replace(PIPELINE, failures=3)
     for row_id in range(6):
         database.put(row_id, f"text {row_id}")
 
@@ -686,7 +653,7 @@ def test_trouble_of_one_model_does_not_hold_up_another(
 
     dead.answer = answer
     lane.limit_inputs(1)
-    database.defined[2] = Pipeline(id=2, model=replace(MODEL, name="dead", provider="dead"))
+    database.defined[2] = replace(PIPELINE, id=2, model=replace(MODEL, name="dead", provider="dead"))
     for row_id in range(3):
         database.texts[key_of(row_id + 10)] = f"text {row_id}"
         database.vectors[key_of(row_id + 10)] = None
@@ -985,7 +952,7 @@ def test_jobs_of_a_blocked_pipeline_wait_and_say_why(
     lane: Lane, database: FakeDatabase, provider: FakeProvider
 ) -> None:
     """If they went back as a new message, each claim that meets a block would make one of many."""
-    database.defined[1] = Pipeline(blocked="the column embedding does not exist")
+    database.defined[1] = replace(PIPELINE, blocked="the column embedding does not exist")
     message_id = database.put(1, "text")
 
     report = lane.run()
@@ -999,7 +966,7 @@ def test_a_job_of_a_blocked_pipeline_that_names_its_table_alone_waits_under_its_
     lane: Lane, database: FakeDatabase
 ) -> None:
     """If it went back as it was, it would be claimed again at once, and again."""
-    database.defined[1] = Pipeline(blocked="the column embedding does not exist")
+    database.defined[1] = replace(PIPELINE, blocked="the column embedding does not exist")
     names = {"schema": "public", "table": "documents", "contentFunction": "f", "embeddingColumn": "embedding"}
     database.send({"id": 1, **names})
 
@@ -1017,7 +984,9 @@ def test_rows_wait_uncounted_when_what_their_table_needs_goes_under_their_lane(
         database.put(row_id, f"text {row_id}")
         database.send({"pipeline": 1, "keys": [[row_id]], "attempts": 4})
         getattr(database, where)[key_of(row_id)] = RowError("function odd(integer) does not exist", passes=False)
-    database.interrupts["rows"] = lambda: database.defined.update({1: Pipeline(blocked="function odd is gone")})
+    database.interrupts["rows"] = lambda: database.defined.update(
+        {1: replace(PIPELINE, blocked="function odd is gone")}
+    )
 
     report = lane.run()
 
@@ -1034,7 +1003,7 @@ def test_pipelines_share_a_pass_however_long_their_messages_are(
     lane: Lane, database: FakeDatabase, pipelines: int, each: int
 ) -> None:
     for number in range(1, pipelines + 1):
-        database.defined[number] = Pipeline(number)
+        database.defined[number] = replace(PIPELINE, id=number)
         for row_id in range(100 * number, 100 * number + 100):
             database.texts[key_of(row_id)] = f"text {row_id}"
             database.vectors[key_of(row_id)] = None
@@ -1050,7 +1019,7 @@ def test_pipelines_share_a_pass_however_long_their_messages_are(
 
 
 def test_messages_beyond_a_pipelines_share_go_back_as_they_were(lane: Lane, database: FakeDatabase) -> None:
-    database.defined[2] = Pipeline(2)
+    database.defined[2] = replace(PIPELINE, id=2)
     for row_id in range(6):
         database.put(row_id, f"text {row_id}")
     database.send({"pipeline": 2, "keys": [[1]]})
@@ -1123,12 +1092,12 @@ def test_a_write_waits_a_moment_for_requests_that_are_being_sent(
     """Their threads need the interpreter, which a statement keeps to its end."""
     embed = provider.embed
 
-    def slowly(ask: Ask, network: Any) -> Embedded:
-        if ask.texts == ["second"]:
+    def slowly(request: Request, network: Any) -> Embedded:
+        if request.texts == ["second"]:
             assert not soon(lambda: "write" in database.statements, 0.02)
             database.statements.append("sent")
-            ask.sent.set()
-        return embed(ask, network)
+            request.sent.set()
+        return embed(request, network)
 
     monkeypatch.setattr(provider, "embed", slowly)
     monkeypatch.setattr(worker, "SLICE_SECONDS", 5)
@@ -1330,7 +1299,7 @@ def test_a_cancel_in_the_database_gives_all_jobs_back(lane: Lane, database: Fake
 
 
 def test_a_text_that_an_sql_function_refuses_fails_alone(lane: Lane, database: FakeDatabase) -> None:
-    database.defined[1] = Pipeline(model=replace(MODEL, provider="function"))
+    database.defined[1] = replace(PIPELINE, model=replace(MODEL, provider="function"))
     for row_id, text in enumerate(["one", "poison", "three", "four"]):
         database.put(row_id, text)
     database.bad_texts = ["poison"]
@@ -1343,7 +1312,7 @@ def test_a_text_that_an_sql_function_refuses_fails_alone(lane: Lane, database: F
 
 
 def test_a_cancel_in_an_sql_function_gives_all_jobs_back(lane: Lane, database: FakeDatabase) -> None:
-    database.defined[1] = Pipeline(model=replace(MODEL, provider="function"))
+    database.defined[1] = replace(PIPELINE, model=replace(MODEL, provider="function"))
     sent = [database.put(row_id, f"text {row_id}") for row_id in range(4)]
     database.interrupts["call_embedder"] = cancel
 
@@ -1567,7 +1536,7 @@ def test_a_refused_text_that_its_row_has_left_in_flight_puts_nothing_on_the_fail
 def test_a_provider_that_failed_is_tried_with_one_request(
     lane: Lane, database: FakeDatabase, provider: FakeProvider
 ) -> None:
-    database.defined[1] = Pipeline(failures=1)
+    database.defined[1] = replace(PIPELINE, failures=1)
     database.put(1, "text 1")
     waited = []
 
@@ -1657,9 +1626,9 @@ def test_a_lane_claims_no_more_once_a_provider_is_in_trouble(
     provider.answer = answer
 
     options = Options(100, 3, 60)
-    claim = partial(worker._claim_queued, cast("Database", database), options)
+    claim = partial(worker._claim_queued, database, options)
     pace = worker.Pace(options.batch_size, options.max_rows, indexed=True)
-    worker._work_on(cast("Database", database), cast("Network", lane.network), options, claim, pace)
+    worker._work_on(database, lane.network, options, claim, pace)
 
     assert not database.is_fresh(9)
     assert len(database.rests) == 1
