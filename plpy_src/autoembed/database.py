@@ -14,7 +14,7 @@ import plpy  # type: ignore[import-not-found]
 
 from autoembed.binary import copy_rows
 from autoembed.errors import InvalidInput, ProviderTrouble, row_error, trouble_of_function
-from autoembed.limits import Limits, Permit, Toll
+from autoembed.limits import Charge, Limits, Permit
 from autoembed.model import Model, Share
 from autoembed.records import Backfill, Message, Pipeline, Row
 
@@ -47,7 +47,7 @@ class Database:
             plpy.commit()
             self._filled.clear()
 
-    def breathe(self) -> None:
+    def check_interrupts(self) -> None:
         """Lets a cancel, a timeout or a shutdown through, and keeps a lane's transactions short."""
         self._run("SELECT 1")
         self.commit()
@@ -75,7 +75,7 @@ class Database:
         """What dropped tables, dead lanes and finished backfills have left."""
         self._run("SELECT autoembed._clean_up()")
 
-    def gate(self) -> None:
+    def lock_lanes(self) -> None:
         """To be called first in a transaction that writes: keeps it from a deadlock with DROP EXTENSION."""
         self._run("SELECT autoembed._gate()")
 
@@ -275,12 +275,18 @@ class Database:
 
     # Limits --------------------------------------------------------------------------------------
 
-    def take_permit(self, model: str, tolls: Sequence[Toll | None], slots_held: Sequence[int]) -> Permit:
+    def take_permit(self, model: str, charges: Sequence[Charge | None], slots_held: Sequence[int]) -> Permit:
         """A permit for one more request of a model. To be committed at once where that is possible."""
+        seconds = [value for charge in charges for value in charge or (None, None)]
         [row] = self._run(
             "SELECT p.* FROM autoembed._take_permit($1, $2, $3, $4, $5, $6, $7) AS p",
             ["pg_catalog.text", "pg_catalog.bool", *["pg_catalog.float8"] * 4, "pg_catalog.int4[]"],
-            [model, self._commits, *(value for toll in tolls for value in toll or (None, None)), list(slots_held)],
+            [
+                model,
+                self._commits,
+                *seconds,
+                list(slots_held),
+            ],
         )
         wait = row["wait_seconds"]
         at = None if wait is None else time.monotonic() + wait

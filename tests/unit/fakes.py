@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoembed.errors import Refused, RowError
-from autoembed.limits import Limits, Permit, Toll
+from autoembed.limits import Charge, Limits, Permit
 from autoembed.model import Embedded, Model, Request, Share
 from autoembed.network import Network
 from autoembed.records import Backfill, Message, Pipeline, Row
@@ -97,14 +97,14 @@ class FakeDatabase(Database):
         self.rests: list[Rest] = []
         self.resumed: list[str] = []
         self.in_lane = False
-        self.wanted = True
+        self.is_wanted: Callable[[], bool] = lambda: True
         self.backfill: Backfill | None = None
         self.scan_error: RowError | None = None
         self.failed_backfills: list[str] = []
         self.usage: list[Share] = []
         # The next ones; then as many as are asked for, at once.
         self.permits: list[Permit] = []
-        self.tolls: list[tuple[Toll | None, ...]] = []
+        self.charges: list[tuple[Charge | None, ...]] = []
         self.slots_held: list[list[int]] = []
         self.slots_freed: list[int] = []
         self.limits_learnt: list[Limits] = []
@@ -114,6 +114,8 @@ class FakeDatabase(Database):
         self.locked: dict[str, float] = {}
         self.bad_texts: list[str] = []
         self.interrupts: dict[str, Callable[[], None]] = {}
+        # Called with the name of each statement.
+        self.watch: Callable[[str], None] = lambda statement: None
         # What was done, in order.
         self.statements: list[str] = []
         # The commits among them that do not wait for the disk.
@@ -138,11 +140,15 @@ class FakeDatabase(Database):
         return [message for message in self.queue.values() if message.id not in self.claimed]
 
     def is_fresh(self, row_id: int) -> bool:
-        text, vector = self.texts[key_of(row_id)], self.vectors[key_of(row_id)]
-        return vector == (None if text is None else vector_of(text).tolist())
+        key = key_of(row_id)
+        if key not in self.texts:
+            return False
+        text = self.texts[key]
+        return self.vectors[key] == (None if text is None else vector_of(text).tolist())
 
     def _note(self, statement: str) -> None:
         self.statements.append(statement)
+        self.watch(statement)
         self.interrupts.get(statement, lambda: None)()
 
     # As the real one has it ----------------------------------------------------------------------
@@ -152,8 +158,8 @@ class FakeDatabase(Database):
             self.unsynced.append(len(self.statements))
         self._note("commit")
 
-    def breathe(self) -> None:
-        self._note("breathe")
+    def check_interrupts(self) -> None:
+        self._note("check_interrupts")
 
     def sleep(self, seconds: float) -> None:
         self._note("sleep")
@@ -168,11 +174,11 @@ class FakeDatabase(Database):
     def clean_up(self) -> None:
         self._note("clean_up")
 
-    def gate(self) -> None:
-        self._note("gate")
+    def lock_lanes(self) -> None:
+        self._note("lock_lanes")
 
     def lane_is_wanted(self) -> bool:
-        return self.wanted
+        return self.is_wanted()
 
     def warn_of_blocked_pipelines(self, resting: Sequence[str] | None = None) -> None:
         self._note("warn_of_blocked_pipelines")
@@ -320,9 +326,9 @@ class FakeDatabase(Database):
             raise Refused("not these words")
         return [struct.pack(">hh3f", 3, 0, *vector_of(text)) for text in texts]
 
-    def take_permit(self, model: str, tolls: Sequence[Toll | None], slots_held: Sequence[int]) -> Permit:
+    def take_permit(self, model: str, charges: Sequence[Charge | None], slots_held: Sequence[int]) -> Permit:
         self._note("take_permit")
-        self.tolls.append(tuple(tolls))
+        self.charges.append(tuple(charges))
         self.slots_held.append(list(slots_held))
         return self.permits.pop(0) if self.permits else Permit(0.0)
 

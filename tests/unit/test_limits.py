@@ -19,27 +19,19 @@ from autoembed.limits import (
     NOTHING_KNOWN,
     SAVED_SECONDS,
     Allowance,
+    Charge,
     Limiter,
     Limits,
     Permit,
-    Toll,
+    charge_for,
     learn,
     limits_in,
     stricter,
-    tokens_per_request,
-    toll,
 )
 from autoembed.model import Embedded, Model
-from autoembed.providers import PROVIDERS
+from autoembed.providers import sizes_of
 from unit.fakes import MODEL, PIPELINE, Vector, vectors_of
-from unit.test_worker import Lane
-
-
-@pytest.fixture
-def lane(monkeypatch: pytest.MonkeyPatch) -> Lane:
-    lane = Lane()
-    monkeypatch.setitem(PROVIDERS, "fake", lane.provider)
-    return lane
+from unit.lane import Lane
 
 
 def define(lane: Lane, **limits: object) -> Model:
@@ -163,26 +155,26 @@ def test_the_stricter_of_two_limits_counts(per_minute: int | None, known: Allowa
 def test_a_request_takes_its_part_of_a_minute(
     allowance: Allowance, amount: int, left: int | None, age: float, result: tuple[float, float] | None
 ) -> None:
-    found = toll(allowance, amount, left, age)
+    found = charge_for(amount, allowance, left, age)
 
     assert found == (None if result is None else pytest.approx([seconds * HEADROOM for seconds in result]))
 
 
 def test_what_came_since_an_answer_may_be_used() -> None:
-    assert toll(Allowance(60, 5), 1, 0, 0.5) == pytest.approx((HEADROOM, 0.5))
+    assert charge_for(1, Allowance(60, 5), 0, 0.5) == pytest.approx((HEADROOM, 0.5))
 
 
 def test_a_fast_limit_is_not_lost_between_two_looks() -> None:
-    assert toll(Allowance(60_000), 1) == pytest.approx((0.001 * HEADROOM, SAVED_SECONDS))
+    assert charge_for(1, Allowance(60_000)) == pytest.approx((0.001 * HEADROOM, SAVED_SECONDS))
 
 
 def test_tokens_that_were_estimated_and_not_used_are_given_back_once() -> None:
     limiter = Limiter(dataclasses.replace(MODEL, tokens_per_minute=60))
-    limiter.counted(estimated=100, tokens=70)
-    limiter.counted(estimated=100, tokens=None)
-    limiter.counted(estimated=100, tokens=120)
+    limiter.correct_estimate(estimated=100, tokens=70)
+    limiter.correct_estimate(estimated=100, tokens=None)
+    limiter.correct_estimate(estimated=100, tokens=120)
 
-    taken = [tokens.seconds for _, tokens in [limiter.tolls(20, 0) for _ in range(3)] if tokens]
+    taken = [tokens.seconds for _, tokens in [limiter.charge(20, 0) for _ in range(3)] if tokens]
 
     assert taken == pytest.approx([0, 10 * HEADROOM, 20 * HEADROOM])
 
@@ -208,14 +200,20 @@ def test_only_a_model_with_limits_needs_permits(limits: dict[str, object], needs
 
 @pytest.mark.parametrize(
     ("own", "per_minute", "learnt", "most"),
-    [(None, None, None, 300), (200, None, None, 200), (None, 100, None, 100), (None, 100, 50, 50), (20, 100, 50, 20)],
+    [
+        (None, None, None, 300_000),
+        (200, None, None, 200),
+        (None, 100, None, 100),
+        (None, 100, 50, 50),
+        (20, 100, 50, 20),
+    ],
 )
 def test_a_request_has_at_most_a_minutes_tokens(
     own: int | None, per_minute: int | None, learnt: int | None, most: int
 ) -> None:
     model = dataclasses.replace(MODEL, max_tokens_per_request=own, tokens_per_minute=per_minute)
 
-    assert tokens_per_request(model, 300, Limits(tokens=Allowance(learnt))) == most
+    assert sizes_of(model, Limits(tokens=Allowance(learnt))).tokens_per_request == most
 
 
 # --- refusals ------------------------------------------------------------------------------------------
@@ -288,7 +286,7 @@ def test_the_first_request_goes_alone_and_its_limits_hold_for_the_others(lane: L
     assert lane.database.limits_learnt == [Limits(Allowance(600, 4), Allowance(40, 30))]
     # The second was too large for a minute's tokens, by estimate.
     assert len(lane.provider.requests) > 2
-    assert lane.database.tolls[0][0] == pytest.approx(Toll(0.1 * HEADROOM, 0.4 * HEADROOM), abs=0.3)
+    assert lane.database.charges[0][0] == pytest.approx(Charge(0.1 * HEADROOM, 0.4 * HEADROOM), abs=0.3)
 
 
 def test_a_request_waits_for_its_moment(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from autoembed.errors import InvalidInput
 from autoembed.model import Embedded, Model, Request
 from autoembed.providers import azure, cohere, fake, function, gemini, local, ollama, openai, voyage
 
 if TYPE_CHECKING:
+    from autoembed.limits import Limits
     from autoembed.network import Network
 
 # Calls the SQL function of a model: its name, the purpose and the texts in, vectors in PostgreSQL's binary form out.
@@ -60,6 +61,29 @@ def provider_of(model: Model) -> Provider:
             f'model "{model.name}" names the provider "{model.provider}", which is not known',
             hint=f"The providers are: {', '.join(sorted(PROVIDERS))}.",
         ) from None
+
+
+class Sizes(NamedTuple):
+    """The most that one request to a model may hold. tokens_per_input None: the provider shortens texts itself."""
+
+    inputs_per_request: int
+    tokens_per_request: int
+    tokens_per_input: int | None
+
+
+def sizes_of(model: Model, learnt: Limits | None = None) -> Sizes:
+    """The model's own limits, or else its provider's. A request has no more tokens than a minute allows.
+
+    learnt: the limits that the provider's answers told.
+    """
+    provider = provider_of(model)
+    per_request = model.max_tokens_per_request or provider.MAX_TOKENS_PER_REQUEST
+    per_minute = (model.tokens_per_minute, learnt.tokens.per_minute if learnt else None)
+    return Sizes(
+        model.max_inputs_per_request or provider.MAX_INPUTS_PER_REQUEST,
+        min([per_request, *(limit for limit in per_minute if limit is not None)]),
+        model.max_tokens_per_input or provider.MAX_TOKENS_PER_INPUT,
+    )
 
 
 def embed(request: Request, network: Network, call_embedder: CallEmbedder) -> Embedded:
