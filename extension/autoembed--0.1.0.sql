@@ -615,15 +615,15 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import plpy  # type: ignore[import-not-found]
 
 from autoembed.binary import copy_rows
 from autoembed.errors import InvalidInput, ProviderTrouble, row_error, trouble_of_function
-from autoembed.limits import Limits, Permit, Toll
+from autoembed.limits import Charge, Limits, Permit
 from autoembed.model import Model, Share
+from autoembed.records import Backfill, Message, Pipeline, Row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -632,57 +632,6 @@ if TYPE_CHECKING:
 Error = plpy.SPIError
 
 _plans: dict[str, Any] = {}
-
-
-@dataclass(frozen=True)
-class Message:
-    """A message of the queue: its number, how often it was read, and what it says."""
-
-    id: int
-    read_count: int
-    body: Any
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    """One embedding column of one table.
-
-    vector_type: the column's type, in full; truncate: too long texts are cut rather than failed; trusted: its owner is
-    a superuser; blocked: why its jobs wait, if they do; failures: how often its model's provider has failed in a row.
-    """
-
-    id: int
-    schema_name: str
-    table_name: str
-    content_function: str
-    embedding_column: str
-    vector_type: str
-    truncate: bool
-    trusted: bool
-    blocked: str | None
-    failures: int
-    model: Model
-
-
-@dataclass(frozen=True)
-class Backfill:
-    """A table being looked through: the last key queued (None: none yet), and which rows (None: all).
-
-    failures: how often its model's provider has failed in a row.
-    """
-
-    pipeline_id: int
-    after: str | None
-    condition: str | None
-    failures: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row as it stands: its text, and whether its embedding is there."""
-
-    content: str | None
-    has_embedding: bool
 
 
 class _Undo(Exception):
@@ -705,7 +654,7 @@ class Database:
             plpy.commit()
             self._filled.clear()
 
-    def breathe(self) -> None:
+    def check_interrupts(self) -> None:
         """Lets a cancel, a timeout or a shutdown through, and keeps a lane's transactions short."""
         self._run("SELECT 1")
         self.commit()
@@ -733,7 +682,7 @@ class Database:
         """What dropped tables, dead lanes and finished backfills have left."""
         self._run("SELECT autoembed._clean_up()")
 
-    def gate(self) -> None:
+    def lock_lanes(self) -> None:
         """To be called first in a transaction that writes: keeps it from a deadlock with DROP EXTENSION."""
         self._run("SELECT autoembed._gate()")
 
@@ -933,12 +882,18 @@ class Database:
 
     # Limits --------------------------------------------------------------------------------------
 
-    def take_permit(self, model: str, tolls: Sequence[Toll | None], slots_held: Sequence[int]) -> Permit:
+    def take_permit(self, model: str, charges: Sequence[Charge | None], slots_held: Sequence[int]) -> Permit:
         """A permit for one more request of a model. To be committed at once where that is possible."""
+        seconds = [value for charge in charges for value in charge or (None, None)]
         [row] = self._run(
             "SELECT p.* FROM autoembed._take_permit($1, $2, $3, $4, $5, $6, $7) AS p",
             ["pg_catalog.text", "pg_catalog.bool", *["pg_catalog.float8"] * 4, "pg_catalog.int4[]"],
-            [model, self._commits, *(value for toll in tolls for value in toll or (None, None)), list(slots_held)],
+            [
+                model,
+                self._commits,
+                *seconds,
+                list(slots_held),
+            ],
         )
         wait = row["wait_seconds"]
         at = None if wait is None else time.monotonic() + wait
@@ -1166,14 +1121,14 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-from autoembed import database, heap, worker
+from autoembed import database, heap, providers, worker
 from autoembed.batching import estimate_tokens, pack, truncate
 from autoembed.errors import InvalidInput, OverBudget, ProviderTrouble, Trouble
 from autoembed.flight import SLICE_SECONDS, Flight
-from autoembed.limits import NOTHING_KNOWN, PATIENCE_SECONDS, Limiter, Permit, Toll, tokens_per_request
-from autoembed.model import Ask, Embedded, Model, Share
+from autoembed.limits import NOTHING_KNOWN, PATIENCE_SECONDS, Charge, Limiter, Permit
+from autoembed.model import Embedded, Model, Request, Share
 from autoembed.network import Network
-from autoembed.providers import IN_BACKEND, provider_of
+from autoembed.providers import provider_of, sizes_of
 
 # A plan without an index calls embed() for every row, a search page for every page.
 QUERY_CACHE_SIZE = 100
@@ -1237,7 +1192,7 @@ def state_of(
 ) -> dict[str, Any]:
     """How a row stands whose text is this: the columns of autoembed._state_of()."""
     pipeline = database.Database(commits=False).pipelines([pipeline_id])[pipeline_id]
-    limit = pipeline.model.max_tokens_per_input or provider_of(pipeline.model).MAX_TOKENS_PER_INPUT
+    limit = sizes_of(pipeline.model).tokens_per_input
     tokens = estimate_tokens(content or "")
     wanted = content is not None and content.strip() != ""
     fresh = wanted and has_embedding and content is not None and digest == pipeline.model.digest(content).hex()
@@ -1252,16 +1207,11 @@ def estimate(texts: list[str], model_name: str | None) -> dict[str, Any]:
     """What it takes to embed these texts: the columns of autoembed._estimate_texts()."""
     here = database.Database(commits=False)
     model = here.model(model_name)
-    provider = provider_of(model)
-    limit = model.max_tokens_per_input or provider.MAX_TOKENS_PER_INPUT
-    prefix = model.prefix("document")
+    sizes = sizes_of(model, Limiter(model).learnt)
+    limit, prefix = sizes.tokens_per_input, model.prefix("document")
     distinct = list(dict.fromkeys(text if limit is None else truncate(text, limit, prefix) for text in texts))
-    requests = pack(
-        distinct,
-        min(worker.DEFAULT_BATCH_SIZE, model.max_inputs_per_request or provider.MAX_INPUTS_PER_REQUEST),
-        tokens_per_request(model, provider.MAX_TOKENS_PER_REQUEST, Limiter(model).learnt),
-        prefix,
-    )
+    most = min(worker.DEFAULT_BATCH_SIZE, sizes.inputs_per_request)
+    requests = pack(distinct, most, sizes.tokens_per_request, prefix)
     price, rows_per_second = here.price_and_rate(model)
     return {
         "tokens": sum(estimate_tokens(prefix + text) for text in distinct),
@@ -1300,7 +1250,7 @@ def _embed_in_turn(here: database.Database, model: Model, content: str) -> str:
     limiter = Limiter(model)
     if not limiter.needs_permits:
         return _embed_query(here, model, content)
-    permit = _permit(here, model, limiter.tolls(estimate_tokens(content), time.monotonic()))
+    permit = _permit(here, model, limiter.charge(estimate_tokens(content), time.monotonic()))
     try:
         return _embed_query(here, model, content)
     finally:
@@ -1308,10 +1258,10 @@ def _embed_in_turn(here: database.Database, model: Model, content: str) -> str:
             here.free_slots(model.name, [permit.slot])
 
 
-def _permit(here: database.Database, model: Model, tolls: Sequence[Toll | None]) -> Permit:
+def _permit(here: database.Database, model: Model, charges: Sequence[Charge | None]) -> Permit:
     """Waits until the model may be asked once more; ProviderTrouble if that takes too long."""
     end = time.monotonic() + PATIENCE_SECONDS
-    while (permit := here.take_permit(model.name, tolls, [])).at is None:
+    while (permit := here.take_permit(model.name, charges, [])).at is None:
         if permit.spent is not None:
             raise OverBudget(permit.spent)
         if time.monotonic() > end:
@@ -1330,7 +1280,7 @@ def _permit(here: database.Database, model: Model, tolls: Sequence[Toll | None])
 
 
 def _wait(here: database.Database) -> None:
-    here.breathe()
+    here.check_interrupts()
     time.sleep(SLICE_SECONDS)
 
 
@@ -1343,12 +1293,14 @@ def _embed_query(
         _network.abort()
         provider.abort()
 
-    with Flight[None, Embedded](1, here.breathe, abort) as flight:
-        ask = Ask(model, [content], timeout_seconds, purpose="query", database=here)
-        flight.submit(None, lambda: provider.embed(ask, _network), here=model.provider in IN_BACKEND)
+    with Flight[None, Embedded](1, here.check_interrupts, abort) as flight:
+        request = Request(model, [content], timeout_seconds, purpose="query")
+        flight.submit(
+            None, lambda: providers.embed(request, _network, here.call_embedder), here=provider.RUNS_IN_BACKEND
+        )
         [(_, outcome)] = flight.landed()
     limiter = Limiter(model)
-    if limiter.heard(ask.headers, time.monotonic(), answered=isinstance(outcome, Embedded)):
+    if limiter.learn_from(outcome, time.monotonic()):
         here.learn_limits(model.name, limiter.learnt or NOTHING_KNOWN)
     if isinstance(outcome, BaseException):
         raise outcome
@@ -1490,6 +1442,7 @@ import re
 import time
 from collections.abc import Mapping
 from datetime import UTC
+from types import MappingProxyType
 
 
 class InvalidInput(Exception):
@@ -1502,7 +1455,12 @@ class InvalidInput(Exception):
 
 
 class Trouble(Exception):
-    """An embedding that could not be had; str() is one sentence for the operator, without secrets."""
+    """An embedding that could not be had; str() is one sentence for the operator, without secrets.
+
+    headers: those of the HTTP answer that says so, in lower case; empty without an answer.
+    """
+
+    headers: Mapping[str, str] = MappingProxyType({})
 
 
 class Refused(Trouble):
@@ -1664,7 +1622,7 @@ def _words_in(error: object) -> str:
         return f"{place}{error['msg']}"
     return str(error)
 ''',
-"autoembed.flight": r'''"""Calls that run side by side in threads, while the backend stays able to be interrupted."""
+"autoembed.flight": r'''"""Calls that run side by side in threads, while the backend can still be interrupted."""
 
 from __future__ import annotations
 
@@ -1686,13 +1644,13 @@ from autoembed.errors import Trouble
 Tag = TypeVar("Tag")
 Result = TypeVar("Result")
 
-# How long a cancel or a shutdown may have to wait before it is noticed.
+# A cancel or a shutdown is noticed after at most this long, in seconds.
 SLICE_SECONDS = 0.05
 
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Threads started inside never receive a signal: PostgreSQL's handlers must run in its own thread."""
+    """Threads started inside never receive a signal: PostgreSQL's handlers must run in the backend's own thread."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         yield
@@ -1700,12 +1658,12 @@ def signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-# How long a backend that is told to leave may be kept by a thread that does not end.
+# A thread that does not end keeps a backend from leaving for at most this long, in seconds.
 EXIT_SECONDS = 1.0
 
 
 def _flights() -> set[Flight[Any, Any]]:
-    """The flights of this process. A set of its own in sys.modules, which outlives a new version of these modules."""
+    """The flights of this process, in a module of their own: sys.modules keeps it when this module is loaded again."""
     name = "_autoembed_flights"
     if name not in sys.modules:
         holder: Any = types.ModuleType(name)
@@ -1718,12 +1676,12 @@ def _flights() -> set[Flight[Any, Any]]:
 def _end_flights_before_exit(flights: set[Flight[Any, Any]]) -> Any:
     """Has PostgreSQL end all flights before it leaves the process.
 
-    exit() tears down libraries, OpenSSL first, under threads that still use them: a segmentation fault then, which
-    restarts the whole server. PostgreSQL's own exit callbacks run before that.
+    exit() tears down libraries, OpenSSL first, under threads that still use them. The segmentation fault that follows
+    would restart the whole server. PostgreSQL's own exit callbacks run before that.
     """
     on_proc_exit = getattr(ctypes.CDLL(None), "on_proc_exit", None)
     if on_proc_exit is None:
-        # Not inside a backend.
+        # This process is no backend.
         return None
 
     def end_all(code: int, _argument: int) -> None:
@@ -1737,14 +1695,15 @@ def _end_flights_before_exit(flights: set[Flight[Any, Any]]) -> Any:
 
 
 class Flight(Generic[Tag, Result]):
-    """Up to max_calls calls at a time, in threads. Leaving the context ends those that still run: abort() is called.
+    """Up to max_calls calls at a time, in threads. Calls for the backend's own thread are made in landed(), one by one.
 
-    Calls that are for the backend's own thread are made in landed(), one after the other.
+    between_waits: is called between two waits for outcomes; a cancel comes out of it.
+    abort: is called to end the calls that still run when the context is left.
     """
 
-    def __init__(self, max_calls: int, breathe: Callable[[], None], abort: Callable[[], None]) -> None:
+    def __init__(self, max_calls: int, between_waits: Callable[[], None], abort: Callable[[], None]) -> None:
         self._executor = ThreadPoolExecutor(max_calls, thread_name_prefix="autoembed")
-        self._breathe = breathe
+        self._between_waits = between_waits
         self._abort = abort
         self._tags: dict[Future[Result], Tag] = {}
         self._here: deque[tuple[Tag, Callable[[], Result]]] = deque()
@@ -1758,10 +1717,10 @@ class Flight(Generic[Tag, Result]):
         _flights().discard(self)
 
     def end(self, seconds: float = math.inf) -> bool:
-        """Ends all calls and their threads; False if one is still there after so many seconds."""
+        """Ends all calls and their threads. Returns False if one is still there after so many seconds."""
         until = time.monotonic() + seconds
         self._executor.shutdown(wait=False, cancel_futures=True)
-        # Not wait() on all: a call cancelled before it began is never done for it.
+        # A wait() on all calls would not end: it does not count a call that was cancelled before it began.
         while running := [future for future in self._tags if not future.done()]:
             if time.monotonic() > until:
                 return False
@@ -1771,11 +1730,11 @@ class Flight(Generic[Tag, Result]):
         return True
 
     def __len__(self) -> int:
-        """How many calls are made or wait to be."""
+        """The number of calls that are made or wait to be made."""
         return len(self._tags) + len(self._here)
 
     def submit(self, tag: Tag, call: Callable[[], Result], *, here: bool = False) -> None:
-        """Has a call made; landed() gives its tag back with the outcome. here: in the backend's own thread."""
+        """Has a call made. landed() returns its tag with the outcome. here: in the backend's own thread."""
         if here:
             self._here.append((tag, call))
             return
@@ -1783,7 +1742,7 @@ class Flight(Generic[Tag, Result]):
             self._tags[self._executor.submit(call)] = tag
 
     def withdraw(self, unwanted: Callable[[Tag], bool]) -> list[Tag]:
-        """Takes back calls that have not begun; returns their tags."""
+        """Takes back calls that have not begun. Returns their tags."""
         taken = [future for future, tag in self._tags.items() if unwanted(tag) and future.cancel()]
         taken_here = [(tag, call) for tag, call in self._here if unwanted(tag)]
         for mine in taken_here:
@@ -1791,23 +1750,23 @@ class Flight(Generic[Tag, Result]):
         return [*(self._tags.pop(future) for future in taken), *(tag for tag, _ in taken_here)]
 
     def landed(self) -> Iterator[tuple[Tag, Result | BaseException]]:
-        """The outcome of every call, those submitted meanwhile included, as they come; breathe() runs before each.
+        """The outcome of each call as it comes, including calls that are submitted meanwhile.
 
-        Of those that are there, that of the newest call comes first.
+        Where several outcomes are there, that of the newest call comes first. between_waits() runs before each.
         """
         while self._tags or self._here:
             if self._here:
                 yield self._make_here()
             done = wait(self._tags, timeout=0 if self._here else SLICE_SECONDS, return_when=FIRST_COMPLETED).done
-            self._breathe()
-            # One, as the others may wait while something newer is sent.
+            self._between_waits()
+            # One at a time: the others may wait while something newer is sent.
             if future := next((future for future in reversed(self._tags) if future in done), None):
                 tag = self._tags.pop(future)
                 error = future.exception()
                 yield tag, future.result() if error is None else error
 
     def _make_here(self) -> tuple[Tag, Result | BaseException]:
-        """Makes the next call of the backend's own thread. What is no Trouble, a cancel, ends more than this call."""
+        """Makes the next call in the backend's own thread. An error that is no Trouble, such as a cancel, is raised."""
         tag, call = self._here.popleft()
         try:
             return tag, call()
@@ -1847,25 +1806,32 @@ def _call(name: str, *arguments: int) -> None:
     if function:
         function(*arguments)
 ''',
-"autoembed.jobs": r'''"""Jobs and messages: which rows a message is for, what became of each, and when the message can go."""
+"autoembed.jobs": r'''"""Jobs and messages: the rows a message is for, the outcome of each, and when the message can leave the queue."""
 
 from __future__ import annotations
 
 import json
+import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from autoembed.errors import RowError
+
 if TYPE_CHECKING:
-    from autoembed.database import Database, Message, Pipeline, Row
+    from autoembed.database import Database
+    from autoembed.records import Message, Pipeline, Row
+
+# A row fails after this many attempts.
+MAX_ATTEMPTS = 5
 
 
 class Address(NamedTuple):
-    """The rows that a message is for: their pipeline (None: to be found by names) and their keys as JSON arrays.
+    """The rows that a message is for: their pipeline (None: to be found by names), and their keys as JSON arrays.
 
-    truncated: the table was emptied, there are no keys then; moved: rows have changed their keys, and what is known of
-    these keys is of others.
+    truncated: the table was emptied, and there are no keys.
+    moved: rows have changed their keys, so the digests known under these keys belong to other rows.
     """
 
     pipeline_id: int | None
@@ -1876,7 +1842,10 @@ class Address(NamedTuple):
 
 
 def address_of(body: Any) -> Address:
-    """Reads a message of ours (pipeline, keys) or of the guide's form (id, schema, …); ValueError if it is neither."""
+    """Reads a message of this extension (pipeline, keys) or of the guide's form (id, schema, …).
+
+    Raises ValueError for any other.
+    """
     if not isinstance(body, dict):
         raise ValueError("the message is not an object")
     pipeline_id, keys, attempts = body.get("pipeline"), body.get("keys"), body.get("attempts", 0)
@@ -1895,7 +1864,7 @@ def address_of(body: Any) -> Address:
 
 
 def are_keys(texts: Sequence[str]) -> bool:
-    """Whether these are keys as JSON arrays."""
+    """Whether these texts are keys as JSON arrays."""
     try:
         return all(_is_key(json.loads(text)) for text in texts)
     except (TypeError, ValueError, RecursionError):
@@ -1907,11 +1876,12 @@ def _is_key(key: Any) -> bool:
 
 
 def isolate(messages: list[Message], fraction: float) -> tuple[list[Message], list[Message]]:
-    """The messages to work on now, and those to set aside; fraction: random, from 0 to 1.
+    """Separates the messages to work on now from those for later. fraction: random, from 0 to 1.
 
-    A message read before was never settled: its lane died, perhaps of it. The more often, the smaller the company it
-    is tried in, so that a deadly one takes few others with it. Those that died least come first, so that servers
-    killed for other reasons add to the count of many, not again and again of one; half the time, those never tried.
+    A message that was read before was never settled: its lane died, perhaps because of it. The more often this has
+    happened, the fewer other messages it is tried with. A message that kills its lane then takes few others with it.
+    Messages with the fewest deaths are tried first: restarts for other reasons then spread over all messages and do
+    not exhaust one. Half the time, messages that were never read go first.
     """
     fresh = [message for message in messages if message.read_count == 1]
     if len(fresh) == len(messages):
@@ -1928,7 +1898,7 @@ def isolate(messages: list[Message], fraction: float) -> tuple[list[Message], li
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job; again_in_seconds: it goes back to the queue; released: as if it had never been read."""
+    """The outcome of a job. again_in_seconds: it goes back to the queue; released: unchanged, as if never read."""
 
     again_in_seconds: float | None = None
     attempts: int = 0
@@ -1943,14 +1913,13 @@ RELEASED = Outcome(released=True)
 class Job:
     """One row to embed, as claimed by one or more messages."""
 
-    pipeline: Any  # Pipeline; None if it was dropped meanwhile
+    pipeline: Any  # Pipeline; None if it was dropped after the row was queued
     key: str
     attempts: int
     message_ids: list[int]
     row: Row | None = None
     digest: bytes = b""
     truncated: bool = False
-    moved: bool = False
     outcome: Outcome | None = None
 
     @property
@@ -1962,9 +1931,105 @@ class Job:
         return self.row is not None and self.row.has_embedding
 
 
+def open_jobs(
+    database: Database, ledger: Ledger, messages: list[Message], max_rows: int
+) -> list[tuple[Pipeline, list[Job]]]:
+    """The claimed messages as jobs, one for each row, by pipeline. Messages that cannot be jobs are settled here."""
+    chosen, others = isolate(messages, random.random())
+    if others:
+        ledger.release_messages(others)
+    addressed: dict[int, list[tuple[Message, Address]]] = defaultdict(list)
+    moved: dict[int, list[str]] = defaultdict(list)
+    for message in chosen:
+        found = _address_in(database, ledger, message)
+        if found is None:
+            continue
+        pipeline_id, address = found
+        if address.moved:
+            moved[pipeline_id].extend(address.keys)
+        if message.read_count > 1 and len(address.keys) > 1:
+            # A lane died, perhaps because of one of these rows: from now on each row has its own message.
+            for key in address.keys:
+                database.requeue(pipeline_id, [key], address.attempts, read_count=message.read_count - 1)
+            ledger.settle(message)
+        else:
+            addressed[pipeline_id].append((message, address))
+
+    rows = _rows_of(database, ledger, addressed, max_rows)
+    ids = sorted({*addressed, *moved})
+    pipelines = database.pipelines(ids) if ids else {}
+    for pipeline_id in moved.keys() & pipelines.keys():
+        database.forget(pipelines[pipeline_id], moved[pipeline_id])
+    by_pipeline: dict[int, list[Job]] = defaultdict(list)
+    for (pipeline_id, key), (attempts, holders) in rows.items():
+        job = Job(pipelines.get(pipeline_id), key, attempts, [message.id for message in holders])
+        ledger.open(job)
+        if _can_begin(ledger, job, holders):
+            by_pipeline[pipeline_id].append(job)
+    return [(pipelines[pipeline_id], jobs) for pipeline_id, jobs in by_pipeline.items()]
+
+
+def _address_in(database: Database, ledger: Ledger, message: Message) -> tuple[int, Address] | None:
+    """The pipeline and the rows of a message; None if it is settled already, because it names none."""
+    try:
+        address = address_of(message.body)
+        pipeline_id = address.pipeline_id or database.resolve(message.body)
+    except (ValueError, RowError) as error:
+        ledger.fail_message(message, str(error))
+        return None
+    if address.truncated:
+        database.forget_all(pipeline_id)
+        ledger.settle(message)
+        return None
+    return pipeline_id, address
+
+
+def _rows_of(
+    database: Database, ledger: Ledger, addressed: dict[int, list[tuple[Message, Address]]], max_rows: int
+) -> dict[tuple[int, str], tuple[int, list[Message]]]:
+    """The attempts and the messages of each row, by pipeline and key. Each pipeline has an equal share of max_rows.
+
+    Rows beyond the share go back to the queue.
+    """
+    rows: dict[tuple[int, str], tuple[int, list[Message]]] = {}
+    for pipeline_id, of_pipeline in addressed.items():
+        room = max(1, max_rows // len(addressed))
+        # Short messages come first: they hold the latest changes. A long one may exceed the share.
+        for message, address in sorted(of_pipeline, key=lambda one: len(one[1].keys)):
+            if room == 0:
+                ledger.release_messages([message])
+                continue
+            if len(address.keys) > room:
+                database.requeue(pipeline_id, address.keys[room:], address.attempts)
+            keys = address.keys[:room]
+            room -= len(keys)
+            for key in keys:
+                attempts, holders = rows.setdefault((pipeline_id, key), (address.attempts, []))
+                rows[pipeline_id, key] = (max(attempts, address.attempts), [*holders, message])
+    return rows
+
+
+def _can_begin(ledger: Ledger, job: Job, holders: list[Message]) -> bool:
+    """Whether a job can be worked on now; otherwise its outcome is decided here."""
+    read_count = min(message.read_count for message in holders)
+    if job.pipeline is None:
+        ledger.done(job)
+    elif job.pipeline.blocked is not None:
+        if all(message.body.get("pipeline") for message in holders):
+            ledger.release(job, job.pipeline.blocked)
+        else:
+            # The new message names its pipeline, which claims pass over as long as it is blocked.
+            ledger.retry(job, 0, job.pipeline.blocked)
+    elif read_count > MAX_ATTEMPTS:
+        ledger.fail(job, f"{read_count - 1} lanes ended while they worked on it", read_count - 1)
+    else:
+        return True
+    return False
+
+
 @dataclass
 class Report:
-    """What a pass did, in jobs; failed_jobs has the guide's keys."""
+    """The work of a pass, counted in jobs. failed_jobs has the guide's keys."""
 
     read: int = 0
     completed: int = 0
@@ -1975,9 +2040,9 @@ class Report:
 
 
 class Ledger:
-    """Keeps what became of each job, and settles a message when all its jobs are dealt with.
+    """Notes the outcome of each job, and settles a message when all its jobs have one.
 
-    Any statement may be where a cancel strikes: what it was to do is noted as done when it is.
+    A cancel may strike at any statement: nothing is noted as done before it is done.
     """
 
     def __init__(self, database: Database, messages: Sequence[Message]) -> None:
@@ -1985,14 +2050,14 @@ class Ledger:
         # Messages whose jobs are not known yet, and the jobs of the others.
         self._unread = {message.id for message in messages}
         self._messages: dict[int, list[Job]] = defaultdict(list)
-        # Decided, and to be written by flush(): messages, and rows by pipeline, attempts and delay.
+        # Decided, and written by flush(): messages, and rows by pipeline, attempts and delay.
         self._released: list[int] = []
         self._settled: list[int] = []
         self._again: dict[tuple[int, int, float], dict[str, None]] = defaultdict(dict)
         self.report = Report()
 
     def take(self, messages: Sequence[Message]) -> None:
-        """Further messages, whose jobs are not known yet."""
+        """Adds messages whose jobs are not known yet."""
         self._unread.update(message.id for message in messages)
 
     def open(self, job: Job) -> None:
@@ -2001,13 +2066,13 @@ class Ledger:
             self._unread.discard(message_id)
             self._messages[message_id].append(job)
 
-    def set_aside(self, messages: Sequence[Message]) -> None:
-        """Back to the queue, for a later pass."""
+    def release_messages(self, messages: Sequence[Message]) -> None:
+        """Gives messages whose jobs are not known back to the queue, for a later pass."""
         self._database.release([message.id for message in messages])
         self._unread.difference_update(message.id for message in messages)
 
     def settle(self, message: Message) -> None:
-        """A message that has no jobs is dealt with."""
+        """Deletes a message that has no jobs."""
         self._database.settle([message.id])
         self._unread.discard(message.id)
 
@@ -2016,14 +2081,14 @@ class Ledger:
         self.report.completed += 1
 
     def retry(self, job: Job, delay_seconds: float, error: str | None = None, *, counts: bool = False) -> None:
-        """Back to the queue; counts: as an attempt."""
+        """Gives a job back to the queue, to be read again after the delay. counts: as an attempt."""
         job.outcome = Outcome(delay_seconds, job.attempts + counts)
         self.report.retried += 1
         if error is not None:
             self._note(job, error)
 
     def release(self, job: Job, error: str) -> None:
-        """Back to the queue as it was: not the row's fault."""
+        """Gives a job back to the queue unchanged: its row is not to blame."""
         if job.outcome is None:
             job.outcome = RELEASED
             self.report.retried += 1
@@ -2043,7 +2108,7 @@ class Ledger:
         self.settle(message)
 
     def release_open(self) -> None:
-        """Gives back all that is not dealt with, when a pass ends before its time."""
+        """Releases all jobs and messages without an outcome, when a pass ends early."""
         for jobs in self._messages.values():
             for job in jobs:
                 job.outcome = job.outcome or RELEASED
@@ -2055,7 +2120,7 @@ class Ledger:
         return [*self._unread, *self._messages]
 
     def flush(self) -> None:
-        """Writes what is decided: messages whose jobs are all dealt with leave the queue or go back to it."""
+        """Writes the decisions: a message whose jobs all have an outcome leaves the queue or goes back to it."""
         decided = [
             message_id for message_id, jobs in self._messages.items() if all(job.outcome is not None for job in jobs)
         ]
@@ -2139,7 +2204,7 @@ def _read(path: str) -> tuple[str, str]:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         return "", f"the file {path} cannot be read ({reason})"
 ''',
-"autoembed.limits": r'''"""How fast a model may be asked: what its definition says, what its provider's answers tell, and what follows of it."""
+"autoembed.limits": r'''"""The speed at which a model may be asked: by its definition, and by what its provider's answers tell."""
 
 from __future__ import annotations
 
@@ -2147,44 +2212,51 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from autoembed.errors import Trouble
+from autoembed.model import Embedded
+
 if TYPE_CHECKING:
     from autoembed.model import Model
 
-# No clock of ours runs like the provider's, and no two requests take equally long to arrive.
+# Requests stay 3 % below the limit, because clocks and network delays differ.
 HEADROOM = 1.03
-# Requests are looked after every 50 ms; what one comes too late must not be lost for the next.
+# Sending is checked every SLICE_SECONDS. Allowance that is unused for up to this long, in seconds, carries over, so
+# that being late does not lower the rate.
 SAVED_SECONDS = 0.1
-# How long the others wait for the first answer of a model that nothing is known of.
+# The first request to an unknown model goes alone for at most this long, in seconds.
 FIRST_ANSWER_SECONDS = 1.0
-# How long a pass, or embed(), waits for its turns.
+# A pass, or embed(), waits this long for its turn, in seconds.
 PATIENCE_SECONDS = 10.0
+# A limit that takes longer than this to be whole again, in seconds, is not one of a minute.
+MINUTE_SECONDS = 61
 
 
 class Allowance(NamedTuple):
-    """Requests or tokens: so many a minute, so many more at once; None: not known."""
+    """Requests or tokens: so many a minute, and so many more at once. None: not known."""
 
     per_minute: int | None = None
     at_once: int | None = None
 
 
 class Limits(NamedTuple):
-    """What a provider allows, as far as it is known."""
+    """The limits of a provider, as far as they are known."""
 
     requests: Allowance = Allowance()
     tokens: Allowance = Allowance()
 
 
-class Toll(NamedTuple):
-    """What a request takes from an allowance, and how much of it may have been saved up before, both in seconds."""
+class Charge(NamedTuple):
+    """The part of an allowance that a request uses, and how much of it may have been saved up. Both in seconds."""
 
     seconds: float
     saved_seconds: float
 
 
 class Permit(NamedTuple):
-    """What a request needs to be sent: the moment, by time.monotonic(), and a slot where only so many may be in flight.
+    """The permission to send a request.
 
-    at None: no slot is free; spent: why nothing may be sent for rest_seconds.
+    at: the moment, by time.monotonic(); None: no slot is free. slot: where the number of requests in flight is limited.
+    spent: why nothing may be sent for rest_seconds.
     """
 
     at: float | None = None
@@ -2198,17 +2270,17 @@ _SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1, "ms": 0.001}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|[dhms]|$)")
 
 
-def told_by(headers: Mapping[str, str]) -> Limits:
-    """What the x-ratelimit headers of an answer say, OpenAI's and those of whoever has them too; at_once: what is left.
+def limits_in(headers: Mapping[str, str]) -> Limits:
+    """The limits in the x-ratelimit headers of an answer, which OpenAI and others send. at_once: what is left.
 
-    A limit that takes longer than a minute to be whole again is one of an hour or a day: its 429s say when.
+    Limits of an hour or a day are left out: the provider's 429s say when they end.
     """
-    return Limits(*(_allowance_told(headers, unit) for unit in ("requests", "tokens")))
+    return Limits(*(_allowance_in(headers, unit) for unit in ("requests", "tokens")))
 
 
-def _allowance_told(headers: Mapping[str, str], unit: str) -> Allowance:
+def _allowance_in(headers: Mapping[str, str], unit: str) -> Allowance:
     limit, left = (_count(headers.get(f"x-ratelimit-{what}-{unit}", "")) for what in ("limit", "remaining"))
-    if not limit or _seconds(headers.get(f"x-ratelimit-reset-{unit}", "")) > 61:
+    if not limit or _seconds(headers.get(f"x-ratelimit-reset-{unit}", "")) > MINUTE_SECONDS:
         return Allowance()
     return Allowance(limit, left)
 
@@ -2218,12 +2290,12 @@ def _count(value: str) -> int | None:
 
 
 def _seconds(value: str) -> float:
-    """A duration as OpenAI writes it: 12ms, 1.5s, 6m0s; without a unit, seconds."""
+    """A duration in OpenAI's notation: 12ms, 1.5s, 6m0s; without a unit, seconds."""
     return sum(float(number) * _SECONDS[unit or "s"] for number, unit in _DURATION.findall(value))
 
 
 def learn(known: Limits | None, told: Limits) -> Limits:
-    """What is known after an answer; the most that was ever left is how much may be sent at once."""
+    """The limits known after an answer. The most that was ever left is how much may be sent at once."""
     before = known or NOTHING_KNOWN
     return Limits(_learn(before.requests, told.requests), _learn(before.tokens, told.tokens))
 
@@ -2231,42 +2303,35 @@ def learn(known: Limits | None, told: Limits) -> Limits:
 def _learn(known: Allowance, told: Allowance) -> Allowance:
     if told.per_minute is None:
         return known
-    # Not each time that a little more is left: it is written down.
+    # A small difference is not worth a write.
     if told.per_minute != known.per_minute or (told.at_once or 0) > 1.1 * (known.at_once or 0):
         return told
     return known
 
 
 def stricter(per_minute: int | None, known: Allowance) -> Allowance:
-    """The lower of a limit of the model's own and its provider's."""
+    """The lower of a model's own limit and its provider's."""
     if per_minute is not None and (known.per_minute is None or per_minute < known.per_minute):
         return Allowance(per_minute)
     return known
 
 
-def toll(allowance: Allowance, amount: float, left: int | None = None, age_seconds: float = 0.0) -> Toll | None:
-    """What a request of that amount takes; None: there is no limit. left: what an answer of that age said there is."""
+def charge_for(amount: float, allowance: Allowance, left: int | None = None, age_seconds: float = 0.0) -> Charge | None:
+    """The charge for a request of that amount; None if there is no limit.
+
+    left: the allowance that an answer of that age said was left.
+    """
     if allowance.per_minute is None:
         return None
     each = HEADROOM * 60 / allowance.per_minute
     saved = max(max(allowance.at_once or 0, amount) * each, SAVED_SECONDS)
     if left is not None:
         saved = min(saved, left * each + age_seconds)
-    return Toll(amount * each, saved)
-
-
-def tokens_per_request(model: Model, most: int, learnt: Limits | None) -> int:
-    """The tokens that one request may have: no more than a minute's."""
-    limits = (
-        model.max_tokens_per_request or most,
-        model.tokens_per_minute,
-        (learnt or NOTHING_KNOWN).tokens.per_minute,
-    )
-    return min(limit for limit in limits if limit is not None)
+    return Charge(amount * each, saved)
 
 
 class Limiter:
-    """One model's limits, as a pass or a call of embed() keeps to them."""
+    """The limits of one model, as a pass or a call of embed() keeps to them."""
 
     def __init__(self, model: Model) -> None:
         row = model.learnt
@@ -2281,7 +2346,7 @@ class Limiter:
         )
         self._told = NOTHING_KNOWN
         self._told_at = 0.0
-        # Tokens that were estimated and not used.
+        # Tokens that were charged by estimate and not used.
         self._overpaid = 0
 
     @property
@@ -2302,32 +2367,32 @@ class Limiter:
             stricter(self._model.tokens_per_minute, known.tokens),
         )
 
-    def tolls(self, tokens: int, now: float) -> tuple[Toll | None, Toll | None]:
-        """What a request of so many tokens, by estimate, takes of requests and tokens."""
+    def charge(self, tokens: int, now: float) -> tuple[Charge | None, Charge | None]:
+        """Charges a request of so many tokens, by estimate: in requests, and in tokens less those overpaid before."""
         requests, token_allowance = self._allowances()
         refund = min(self._overpaid, tokens)
         self._overpaid -= refund
         age = now - self._told_at
         return (
-            toll(requests, 1, self._told.requests.at_once, age),
-            toll(token_allowance, tokens - refund, self._told.tokens.at_once, age),
+            charge_for(1, requests, self._told.requests.at_once, age),
+            charge_for(tokens - refund, token_allowance, self._told.tokens.at_once, age),
         )
 
-    def heard(self, headers: Mapping[str, str], now: float, *, answered: bool) -> bool:
-        """Takes in an answer's headers; whether something was learnt. answered: with vectors, not with an error."""
-        told = told_by(headers)
-        if told == NOTHING_KNOWN and not answered:
+    def learn_from(self, outcome: Embedded | BaseException, now: float) -> bool:
+        """Takes the limits from the headers of an answer. Returns whether they differ from those known before."""
+        told = limits_in(outcome.headers) if isinstance(outcome, Embedded | Trouble) else NOTHING_KNOWN
+        if told == NOTHING_KNOWN and not isinstance(outcome, Embedded):
             return False
         before, self.learnt = self.learnt, learn(self.learnt, told)
         self._told, self._told_at = told, now
         return self.learnt != before
 
-    def counted(self, estimated: int, tokens: int | None) -> None:
-        """An answer says how many tokens there were."""
+    def correct_estimate(self, estimated: int, tokens: int | None) -> None:
+        """Notes the tokens that a request had by its answer: those charged in excess are credited to the next."""
         if tokens is not None:
             self._overpaid += max(0, estimated - tokens)
 ''',
-"autoembed.model": r'''"""A model as the table autoembed.model defines it; what it is asked, and what it answers."""
+"autoembed.model": r'''"""A model as the table autoembed.model defines it, a request to it, and its answer."""
 
 from __future__ import annotations
 
@@ -2340,21 +2405,19 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 if TYPE_CHECKING:
     import numpy as np
 
-    from autoembed.database import Database
-
-# What a text is embedded as: many models embed a question and the document that answers it in two ways.
+# The role of a text. Many models embed a question and the document that answers it in two ways.
 Purpose = Literal["document", "query"]
-# The options of a model that prefixed() obeys.
+# The options that prefixed() obeys.
 PREFIXES = frozenset({"document_prefix", "query_prefix"})
 
 
 @dataclass(frozen=True)
 class Model:
-    """A way to embed; the limits are the model's own, None where it leaves them to its provider.
+    """One row of autoembed.model, and what it refers to. A limit that is None is left to the provider.
 
-    learnt: the limits that its provider's answers told, a row of autoembed.model_limit; None: it never answered.
-    http_hosts: the hosts that may be called without encryption; vault_key: what vault:NAME refers to, or vault_fault:
-    why it cannot be had.
+    learnt: the limits in the provider's answers, a row of autoembed.model_limit; None: it never answered.
+    http_hosts: the hosts that may be called without encryption.
+    vault_key: the secret that vault:NAME refers to; vault_fault: why it cannot be had.
     """
 
     name: str
@@ -2382,48 +2445,51 @@ class Model:
         return cls(**{name: row[name] for name in cls.__dataclass_fields__ if name in row})
 
     def prefix(self, purpose: Purpose) -> str:
-        """What goes before each text; see prefixed()."""
+        """The text that goes before each text; see prefixed()."""
         return str(self.options.get(f"{purpose}_prefix", ""))
 
     @property
     def identity(self) -> str:
-        """What makes its vectors others than another's, as the functions that write them know it."""
+        """Two models with the same identity produce interchangeable vectors."""
         return " ".join(filter(None, (self.provider, self.model_id, str(self.dimensions), self.prefix("document"))))
 
     def digest(self, content: str) -> bytes:
-        """16 bytes that tell whether this text, by this model, has been embedded before."""
+        """16 bytes that tell whether this model has embedded this text before."""
         name = f"{self.provider}\0{self.model_id}\0{self.dimensions}\0{self.prefix('document')}"
         return hashlib.blake2b((name + content).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-@dataclass(frozen=True)
-class Ask:
-    """Texts of one model that travel together, what they are, and how long the answer may take.
+@dataclass(eq=False)
+class Request:
+    """Texts of one model that travel together, and how long the answer may take.
 
-    headers: is given those of the last answer, whatever its status; sent: is set when only the answer is outstanding;
-    database: for the providers of IN_BACKEND.
+    probe: the text is a harmless one, to see whether the model accepts any. tokens: the estimate that a permit was
+    taken for. slot: the request's own, where the number of requests in flight is limited. sent: set when only the
+    answer is outstanding.
     """
 
     model: Model
     texts: Sequence[str]
     timeout_seconds: float
     purpose: Purpose = "document"
-    headers: dict[str, str] = field(default_factory=dict, compare=False)
-    sent: threading.Event = field(default_factory=threading.Event, compare=False, repr=False)
-    database: Database | None = field(default=None, compare=False, repr=False)
+    probe: bool = False
+    tokens: int = 0
+    slot: int | None = None
+    sent: threading.Event = field(default_factory=threading.Event, repr=False)
 
 
-def prefixed(ask: Ask) -> list[str]:
-    """The texts as a model wants them that knows documents from queries by how they begin.
+def prefixed(request: Request) -> list[str]:
+    """The texts, each behind the prefix that tells the model whether it is a document or a query.
 
-    E5, BGE, nomic and others say in their cards what to put before each, say "query: " and "passage: ": that is what
-    the options document_prefix and query_prefix hold, spaces included.
+    The cards of E5, BGE, nomic and others name these prefixes, for example "query: " and "passage: ". The options
+    document_prefix and query_prefix hold them, spaces included.
     """
-    return [ask.model.prefix(ask.purpose) + text for text in ask.texts]
+    prefix = request.model.prefix(request.purpose)
+    return [prefix + text for text in request.texts]
 
 
 class Share(NamedTuple):
-    """A pipeline's part in a request (None: embed()'s): its texts, their tokens, the rows they are of."""
+    """The part of a request that belongs to one pipeline (None: to embed()): texts, their tokens, and their rows."""
 
     pipeline_id: int | None
     requests: int
@@ -2434,10 +2500,15 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class Embedded:
-    """What a provider made of them: (n, dimensions) float32, in their order, finite; and the tokens it counted."""
+    """The answer to a request.
+
+    vectors: (n, dimensions) float32, finite, in the order of the texts. tokens: as the provider counted them.
+    headers: those of the HTTP answer, in lower case.
+    """
 
     vectors: np.ndarray
     tokens: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict, compare=False)
 ''',
 "autoembed.network": r'''"""The one door to the network: posts a body, returns the answer, and lets go when told to."""
 
@@ -2857,33 +2928,43 @@ def _load_session(path: str, threads: int) -> Any:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 ''',
-"autoembed.providers": r'''"""The ways to speak to a model: texts in, vectors out. One module each; nothing of one provider is known outside it."""
+"autoembed.providers": r'''"""The ways to speak to a model: texts in, vectors out. Each provider is one module, and only it knows its API."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from autoembed.errors import InvalidInput
-from autoembed.model import Ask, Embedded, Model
+from autoembed.model import Embedded, Model, Request
 from autoembed.providers import azure, cohere, fake, function, gemini, local, ollama, openai, voyage
 
 if TYPE_CHECKING:
+    from autoembed.limits import Limits
     from autoembed.network import Network
+
+# Calls the SQL function of a model: its name, the purpose and the texts in, vectors in PostgreSQL's binary form out.
+CallEmbedder = Callable[[str, str, Sequence[str]], list[bytes | None]]
 
 
 class Provider(Protocol):
-    """What a provider's module offers."""
+    """The contents of a provider's module."""
 
     MAX_INPUTS_PER_REQUEST: int
     MAX_TOKENS_PER_REQUEST: int
     # None: the model truncates by its own tokenizer, so nothing is cut before.
     MAX_TOKENS_PER_INPUT: int | None
+    # True: embed() goes through the database, which only the backend's own thread may use.
+    RUNS_IN_BACKEND: bool
 
     def check(self, model: Model) -> None:
         """Raises InvalidInput if the model cannot work as defined, ProviderTrouble if something is not there yet."""
 
-    def embed(self, ask: Ask, network: Network) -> Embedded:
-        """The vectors of the texts. Raises Trouble. Runs in a thread, unless it is one of IN_BACKEND."""
+    def embed(self, request: Request, reach: Any, /) -> Embedded:
+        """The vectors of the texts. Raises Trouble.
+
+        reach: the network; a provider that runs in the backend is given a CallEmbedder instead.
+        """
 
     def abort(self) -> None:
         """Ends what embed() is doing without the network."""
@@ -2900,8 +2981,6 @@ PROVIDERS: dict[str, Provider] = {
     "function": function,
     "fake": fake,
 }
-# Those that go through the database, which is for the backend's own thread alone.
-IN_BACKEND = {"function"}
 
 
 def provider_of(model: Model) -> Provider:
@@ -2912,6 +2991,38 @@ def provider_of(model: Model) -> Provider:
             f'model "{model.name}" names the provider "{model.provider}", which is not known',
             hint=f"The providers are: {', '.join(sorted(PROVIDERS))}.",
         ) from None
+
+
+class Sizes(NamedTuple):
+    """The most that one request to a model may hold. tokens_per_input None: the provider shortens texts itself."""
+
+    inputs_per_request: int
+    tokens_per_request: int
+    tokens_per_input: int | None
+
+
+def sizes_of(model: Model, learnt: Limits | None = None) -> Sizes:
+    """The model's own limits, or else its provider's. A request has no more tokens than a minute allows.
+
+    learnt: the limits that the provider's answers told.
+    """
+    provider = provider_of(model)
+    per_request = model.max_tokens_per_request or provider.MAX_TOKENS_PER_REQUEST
+    per_minute = (model.tokens_per_minute, learnt.tokens.per_minute if learnt else None)
+    return Sizes(
+        model.max_inputs_per_request or provider.MAX_INPUTS_PER_REQUEST,
+        min([per_request, *(limit for limit in per_minute if limit is not None)]),
+        model.max_tokens_per_input or provider.MAX_TOKENS_PER_INPUT,
+    )
+
+
+def embed(request: Request, network: Network, call_embedder: CallEmbedder) -> Embedded:
+    """The vectors of a request's texts, from the provider of its model. Raises Trouble."""
+    provider = provider_of(request.model)
+    try:
+        return provider.embed(request, call_embedder if provider.RUNS_IN_BACKEND else network)
+    finally:
+        request.sent.set()
 ''',
 "autoembed.providers.azure": r'''"""OpenAI's models as Azure serves them: by resource and deployment.
 
@@ -2926,7 +3037,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from autoembed import keys
-from autoembed.model import Ask, Embedded, Model
+from autoembed.model import Embedded, Model, Request
 from autoembed.providers import http, openai
 
 if TYPE_CHECKING:
@@ -2936,6 +3047,7 @@ API_VERSION = "2024-10-21"
 MAX_INPUTS_PER_REQUEST = 2048
 MAX_TOKENS_PER_REQUEST = 300_000
 MAX_TOKENS_PER_INPUT: int | None = 8192
+RUNS_IN_BACKEND = False
 
 
 def check(model: Model) -> None:
@@ -2947,10 +3059,10 @@ def check(model: Model) -> None:
     )
 
 
-def embed(ask: Ask, network: Network) -> Embedded:
-    key = keys.resolve(ask.model)
+def embed(request: Request, network: Network) -> Embedded:
+    key = keys.resolve(request.model)
     headers = {} if key is None else {"api-key": key}
-    return openai.embed_at(url_of(ask.model), ask, network, headers, key)
+    return openai.embed_at(url_of(request.model), request, network, headers, key)
 
 
 def abort() -> None:
@@ -2975,7 +3087,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoembed import keys
 from autoembed.errors import ProviderTrouble, Refused, Trouble, trouble_of_answer
-from autoembed.model import Ask, Embedded, Model
+from autoembed.model import Embedded, Model, Request
 from autoembed.providers import http
 
 if TYPE_CHECKING:
@@ -2986,6 +3098,7 @@ MAX_INPUTS_PER_REQUEST = 96
 # The reference sets none for a request; one text of embed-v4.0 may have as many.
 MAX_TOKENS_PER_REQUEST = 128_000
 MAX_TOKENS_PER_INPUT: int | None = 128_000
+RUNS_IN_BACKEND = False
 
 # The models before embed-v4.0, which take shorter texts and refuse output_dimension.
 OLD_MODELS = "-v3.0"
@@ -2999,30 +3112,29 @@ def check(model: Model) -> None:
         http.check_tokens_per_input(model, OLD_MAX_TOKENS_PER_INPUT)
 
 
-def embed(ask: Ask, network: Network) -> Embedded:
-    key = keys.resolve(ask.model)
-    url = http.url(ask.model, BASE_URL, "/v2/embed")
-    answer = http.post(ask, network, url, http.bearer(key), request_body(ask), key, trouble_of)
-    return embedded_in(answer, len(ask.texts), ask.model.dimensions)
+def embed(request: Request, network: Network) -> Embedded:
+    key = keys.resolve(request.model)
+    url = http.url(request.model, BASE_URL, "/v2/embed")
+    return http.post(request, network, url, http.bearer(key), request_body(request), key, embedded_in, trouble_of)
 
 
 def abort() -> None:
     """Nothing to end: all it does goes over the network."""
 
 
-def request_body(ask: Ask) -> dict[str, Any]:
+def request_body(request: Request) -> dict[str, Any]:
     body = {
-        "model": ask.model.model_id,
-        "texts": list(ask.texts),
-        "input_type": INPUT_TYPES[ask.purpose],
+        "model": request.model.model_id,
+        "texts": list(request.texts),
+        "input_type": INPUT_TYPES[request.purpose],
         # There is base64 too, but the reference does not say of what bytes.
         "embedding_types": ["float"],
         # What is too long was cut before, or must not be cut at all.
         "truncate": "NONE",
     }
-    if ask.model.model_id.endswith(OLD_MODELS):
+    if request.model.model_id.endswith(OLD_MODELS):
         return body
-    return {**body, "output_dimension": ask.model.dimensions}
+    return {**body, "output_dimension": request.model.dimensions}
 
 
 def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedded:
@@ -3055,7 +3167,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoembed.batching import estimate_tokens
 from autoembed.errors import InvalidInput, ProviderTrouble, trouble_of_answer
-from autoembed.model import Ask, Embedded, Model
+from autoembed.model import Embedded, Model, Request
 from autoembed.providers import http
 
 if TYPE_CHECKING:
@@ -3067,6 +3179,7 @@ MAX_INPUTS_PER_REQUEST = 2048
 MAX_TOKENS_PER_REQUEST = 300_000
 # Nothing is cut, so that a search for a text finds the row that says it, however long it is.
 MAX_TOKENS_PER_INPUT: int | None = None
+RUNS_IN_BACKEND = False
 
 OPTIONS = frozenset({"delay_seconds", "faults"})
 FAULT = frozenset({"match", "status", "message", "retry_after_seconds"})
@@ -3105,21 +3218,21 @@ def _wrong(model: Model, option: str, fault: str) -> InvalidInput:
     )
 
 
-def embed(ask: Ask, network: Network) -> Embedded:
-    options = ask.model.options
+def embed(request: Request, network: Network) -> Embedded:
+    options = request.model.options
     delay = options.get("delay_seconds", 0)
     _stopping.clear()
-    if _stopping.wait(min(delay, ask.timeout_seconds)):
+    if _stopping.wait(min(delay, request.timeout_seconds)):
         raise ProviderTrouble("the request was stopped")
-    if delay > ask.timeout_seconds:
-        raise ProviderTrouble(f"the fake provider did not answer within {ask.timeout_seconds:g} s")
+    if delay > request.timeout_seconds:
+        raise ProviderTrouble(f"the fake provider did not answer within {request.timeout_seconds:g} s")
     for fault in options.get("faults", []):
-        if any(fault.get("match", "") in text for text in ask.texts):
+        if any(fault.get("match", "") in text for text in request.texts):
             raise trouble_of_answer(fault["status"], _headers(fault), fault.get("message", "").encode())
     import numpy as np
 
-    vectors = np.stack([vector_of(text, ask.model.dimensions) for text in ask.texts])
-    return Embedded(vectors, sum(map(estimate_tokens, ask.texts)))
+    vectors = np.stack([vector_of(text, request.model.dimensions) for text in request.texts])
+    return Embedded(vectors, sum(map(estimate_tokens, request.texts)))
 
 
 def abort() -> None:
@@ -3147,16 +3260,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from autoembed.errors import Refused
-from autoembed.model import Ask, Embedded, Model
+from autoembed.model import Embedded, Model, Request
 from autoembed.providers import http
 
 if TYPE_CHECKING:
-    from autoembed.network import Network
+    from autoembed.providers import CallEmbedder
 
 # Lower than where the function is a gateway: it answers before anything else is done in this session.
 MAX_INPUTS_PER_REQUEST = 100
 MAX_TOKENS_PER_REQUEST = 100_000
 MAX_TOKENS_PER_INPUT: int | None = None
+RUNS_IN_BACKEND = True
 
 # vector_send(): two int16 before the numbers, which are big-endian.
 HEADER_BYTES = 4
@@ -3167,18 +3281,17 @@ def check(model: Model) -> None:
     http.check_options(model, frozenset({"query_function"}))
 
 
-def embed(ask: Ask, network: Network) -> Embedded:
+def embed(request: Request, call_embedder: CallEmbedder) -> Embedded:
     import numpy as np
 
-    assert ask.database is not None
-    answer = ask.database.call_embedder(ask.model.name, ask.purpose, ask.texts)
-    if len(answer) != len(ask.texts):
-        raise Refused(f"the function returned {len(answer)} vectors for {len(ask.texts)} texts")
+    answer = call_embedder(request.model.name, request.purpose, request.texts)
+    if len(answer) != len(request.texts):
+        raise Refused(f"the function returned {len(answer)} vectors for {len(request.texts)} texts")
     sent = [vector for vector in answer if vector is not None]
     if len(sent) < len(answer):
         raise Refused("the function returned NULL in place of a vector")
     vectors = [np.frombuffer(vector, ">f4", offset=HEADER_BYTES) for vector in sent]
-    return Embedded(http.matrix(vectors, len(vectors), ask.model.dimensions))
+    return Embedded(http.matrix(vectors, len(vectors), request.model.dimensions))
 
 
 def abort() -> None:
@@ -3200,7 +3313,7 @@ from urllib.parse import quote
 
 from autoembed import keys
 from autoembed.errors import ProviderTrouble, Refused, Trouble, trouble_of_answer
-from autoembed.model import PREFIXES, Ask, Embedded, Model, prefixed
+from autoembed.model import PREFIXES, Embedded, Model, Request, prefixed
 from autoembed.providers import http
 
 if TYPE_CHECKING:
@@ -3213,6 +3326,7 @@ MAX_INPUTS_PER_REQUEST = 100
 # The reference sets none; a request should be a small part of what a key may send in a minute.
 MAX_TOKENS_PER_REQUEST = 20_000
 MAX_TOKENS_PER_INPUT: int | None = 2048
+RUNS_IN_BACKEND = False
 
 TASK_TYPES = {"document": "RETRIEVAL_DOCUMENT", "query": "RETRIEVAL_QUERY"}
 # These are told the task in the text, by document_prefix and query_prefix.
@@ -3229,12 +3343,11 @@ def check(model: Model) -> None:
     )
 
 
-def embed(ask: Ask, network: Network) -> Embedded:
-    key = keys.resolve(ask.model)
+def embed(request: Request, network: Network) -> Embedded:
+    key = keys.resolve(request.model)
     headers = {} if key is None else {"x-goog-api-key": key}
-    url = http.url(ask.model, BASE_URL, f"/{quote(name_of(ask.model))}:batchEmbedContents")
-    answer = http.post(ask, network, url, headers, request_body(ask), key, trouble_of)
-    return embedded_in(answer, len(ask.texts), ask.model.dimensions)
+    url = http.url(request.model, BASE_URL, f"/{quote(name_of(request.model))}:batchEmbedContents")
+    return http.post(request, network, url, headers, request_body(request), key, embedded_in, trouble_of)
 
 
 def abort() -> None:
@@ -3245,12 +3358,12 @@ def name_of(model: Model) -> str:
     return "models/" + model.model_id.removeprefix("models/")
 
 
-def request_body(ask: Ask) -> dict[str, Any]:
-    name = name_of(ask.model)
-    each: dict[str, Any] = {"model": name, "outputDimensionality": ask.model.dimensions}
+def request_body(request: Request) -> dict[str, Any]:
+    name = name_of(request.model)
+    each: dict[str, Any] = {"model": name, "outputDimensionality": request.model.dimensions}
     if WITHOUT_TASK_TYPE not in name:
-        each["taskType"] = TASK_TYPES[ask.purpose]
-    return {"requests": [{**each, "content": {"parts": [{"text": text}]}} for text in prefixed(ask)]}
+        each["taskType"] = TASK_TYPES[request.purpose]
+    return {"requests": [{**each, "content": {"parts": [{"text": text}]}} for text in prefixed(request)]}
 
 
 def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedded:
@@ -3290,11 +3403,12 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from autoembed import endpoints, keys
 from autoembed.errors import InvalidInput, ProviderTrouble, Refused, Trouble, trouble_of_answer
-from autoembed.model import Ask, Model
+from autoembed.model import Embedded, Model, Request
 
 if TYPE_CHECKING:
     import numpy as np
@@ -3383,17 +3497,22 @@ def bearer(key: str | None) -> dict[str, str]:
 
 
 def post(
-    ask: Ask,
+    request: Request,
     network: Network,
     url: str,
     headers: Mapping[str, str],
     body: Mapping[str, Any],
     secret: str | None,
+    embedded_in: Callable[[bytes | bytearray, int, int], Embedded],
     trouble_of: Callable[[int, Mapping[str, str], bytes | bytearray, str | None], Trouble] = trouble_of_answer,
-) -> bytes | bytearray:
-    """The body of a 200 answer; raises what trouble_of says of any other. secret: to be kept out of errors."""
-    # Checked again: a host may be allowed no more.
-    fault = endpoints.fault_of(url, ask.model.http_hosts)
+) -> Embedded:
+    """The vectors that embedded_in() reads from a 200 answer; raises what trouble_of() makes of any other.
+
+    embedded_in: is given the body, the count of texts and the dimensions. secret: is kept out of errors.
+    The headers of the answer go with the vectors and with the trouble.
+    """
+    # The check is repeated because a host may have lost its permission since the model was defined.
+    fault = endpoints.fault_of(url, request.model.http_hosts)
     if fault is not None:
         raise ProviderTrouble(f"{endpoints.without_user(url)} {fault.reason}", permanent=True)
     answer = network.post(
@@ -3402,19 +3521,23 @@ def post(
             "Content-Type": "application/json",
             "Accept": "application/json",
             **headers,
-            **ask.model.options.get("extra_headers", {}),
+            **request.model.options.get("extra_headers", {}),
         },
-        encode({**body, **ask.model.options.get("extra_body", {})}),
-        timeout_seconds=ask.timeout_seconds,
-        # A JSON number takes up to 24 bytes; the rest is room for a server that does not know the dimensions asked for.
-        max_answer_bytes=(64 << 20) + 32 * len(ask.texts) * ask.model.dimensions,
-        ca_file=ask.model.options.get("ca_file"),
-        sent=ask.sent.set,
+        encode({**body, **request.model.options.get("extra_body", {})}),
+        timeout_seconds=request.timeout_seconds,
+        # A JSON number takes up to 24 bytes. The rest is room for a server that ignores the dimensions asked for.
+        max_answer_bytes=(64 << 20) + 32 * len(request.texts) * request.model.dimensions,
+        ca_file=request.model.options.get("ca_file"),
+        sent=request.sent.set,
     )
-    ask.headers.update(answer.headers)
-    if answer.status != 200:
-        raise trouble_of(answer.status, answer.headers, answer.body, secret)
-    return answer.body
+    try:
+        if answer.status != 200:
+            raise trouble_of(answer.status, answer.headers, answer.body, secret)
+        embedded = embedded_in(answer.body, len(request.texts), request.model.dimensions)
+    except Trouble as trouble:
+        trouble.headers = answer.headers
+        raise
+    return replace(embedded, headers=answer.headers)
 
 
 def encode(body: Mapping[str, Any]) -> bytes:
@@ -3501,7 +3624,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from autoembed.errors import ProviderTrouble
-from autoembed.model import PREFIXES, Ask, Embedded, Model, prefixed
+from autoembed.model import PREFIXES, Embedded, Model, Request, prefixed
 from autoembed.providers import http
 
 if TYPE_CHECKING:
@@ -3512,6 +3635,7 @@ MODELS_FOLDER = "/usr/local/share/autoembed/models"
 MAX_INPUTS_PER_REQUEST = 256
 MAX_TOKENS_PER_REQUEST = 1_000_000
 MAX_TOKENS_PER_INPUT: int | None = None
+RUNS_IN_BACKEND = False
 DEFAULT_MAX_TOKENS = 256
 
 _loaded: dict[tuple[str, int], OnnxModel] = {}
@@ -3533,14 +3657,14 @@ def check(model: Model) -> None:
             raise ProviderTrouble(f"the model's file {path} does not exist on the server", permanent=True)
 
 
-def embed(ask: Ask, network: Network) -> Embedded:
-    ask.sent.set()
+def embed(request: Request, network: Network) -> Embedded:
+    request.sent.set()
     with _running:
         _stopping.clear()
-        vectors = _onnx_model(ask.model).embed(prefixed(ask), _stop_if_told)
-    if vectors.shape[1] != ask.model.dimensions:
+        vectors = _onnx_model(request.model).embed(prefixed(request), _stop_if_told)
+    if vectors.shape[1] != request.model.dimensions:
         raise ProviderTrouble(
-            f"the model's vectors have {vectors.shape[1]} dimensions, it is defined with {ask.model.dimensions}",
+            f"the model's vectors have {vectors.shape[1]} dimensions, it is defined with {request.model.dimensions}",
             permanent=True,
         )
     return Embedded(vectors)
@@ -3583,7 +3707,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoembed import keys
 from autoembed.errors import Refused, Trouble, trouble_of_answer
-from autoembed.model import PREFIXES, Ask, Embedded, Model, prefixed
+from autoembed.model import PREFIXES, Embedded, Model, Request, prefixed
 from autoembed.providers import http
 
 if TYPE_CHECKING:
@@ -3593,6 +3717,7 @@ BASE_URL = "http://127.0.0.1:11434"
 MAX_INPUTS_PER_REQUEST = 64
 MAX_TOKENS_PER_REQUEST = 32_000
 MAX_TOKENS_PER_INPUT: int | None = None
+RUNS_IN_BACKEND = False
 
 # What it says with status 500 of a text, and says again each time it is sent.
 TEXTS_FAULTS = (b"context length", b"NaN")
@@ -3604,22 +3729,21 @@ def check(model: Model) -> None:
     http.check(placed, default_url=None, example=f"{BASE_URL}, what comes before /api", options=http.OPTIONS | PREFIXES)
 
 
-def embed(ask: Ask, network: Network) -> Embedded:
-    key = keys.resolve(ask.model)
-    url = http.url(ask.model, BASE_URL, "/api/embed")
-    answer = http.post(ask, network, url, http.bearer(key), request_body(ask), key, trouble_of)
-    return embedded_in(answer, len(ask.texts), ask.model.dimensions)
+def embed(request: Request, network: Network) -> Embedded:
+    key = keys.resolve(request.model)
+    url = http.url(request.model, BASE_URL, "/api/embed")
+    return http.post(request, network, url, http.bearer(key), request_body(request), key, embedded_in, trouble_of)
 
 
 def abort() -> None:
     """Nothing to end: all it does goes over the network."""
 
 
-def request_body(ask: Ask) -> dict[str, Any]:
+def request_body(request: Request) -> dict[str, Any]:
     return {
-        "model": ask.model.model_id,
-        "input": prefixed(ask),
-        "dimensions": ask.model.dimensions,
+        "model": request.model.model_id,
+        "input": prefixed(request),
+        "dimensions": request.model.dimensions,
         "truncate": True,
     }
 
@@ -3653,7 +3777,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoembed import keys
 from autoembed.errors import ProviderTrouble, Refused, Trouble, trouble_of_answer
-from autoembed.model import PREFIXES, Ask, Embedded, Model, prefixed
+from autoembed.model import PREFIXES, Embedded, Model, Request, prefixed
 from autoembed.providers import http
 
 if TYPE_CHECKING:
@@ -3665,6 +3789,7 @@ BASE_URL = "https://api.openai.com/v1"
 MAX_INPUTS_PER_REQUEST = 2048
 MAX_TOKENS_PER_REQUEST = 300_000
 MAX_TOKENS_PER_INPUT: int | None = 8192
+RUNS_IN_BACKEND = False
 
 # What a server may refuse to hear of: then it is done without.
 OPTIONAL_FIELDS = frozenset({"dimensions", "encoding_format"})
@@ -3686,9 +3811,9 @@ def check(model: Model) -> None:
     )
 
 
-def embed(ask: Ask, network: Network) -> Embedded:
-    key = keys.resolve(ask.model)
-    return embed_at(http.url(ask.model, BASE_URL, "/embeddings"), ask, network, http.bearer(key), key)
+def embed(request: Request, network: Network) -> Embedded:
+    key = keys.resolve(request.model)
+    return embed_at(http.url(request.model, BASE_URL, "/embeddings"), request, network, http.bearer(key), key)
 
 
 def abort() -> None:
@@ -3712,18 +3837,17 @@ def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray,
     return FieldsRefused(str(trouble), frozenset(name for name in OPTIONAL_FIELDS if name in words))
 
 
-def embed_at(url: str, ask: Ask, network: Network, headers: Mapping[str, str], key: str | None) -> Embedded:
+def embed_at(url: str, request: Request, network: Network, headers: Mapping[str, str], key: str | None) -> Embedded:
     """Asks again without the fields that the server names when it refuses; remembers them where that has worked."""
-    which = (url, ask.model.model_id)
+    which = (url, request.model.model_id)
     # What the model asks for by itself is sent come what may.
-    optional = OPTIONAL_FIELDS - ask.model.options.get("extra_body", {}).keys()
+    optional = OPTIONAL_FIELDS - request.model.options.get("extra_body", {}).keys()
     left_out = _refused.get(which, frozenset()) & optional
     refusal: Refused | None = None
     while True:
-        body = {name: value for name, value in request_body(ask).items() if name not in left_out}
+        body = {name: value for name, value in request_body(request).items() if name not in left_out}
         try:
-            answer = http.post(ask, network, url, headers, body, key, trouble_of)
-            embedded = embedded_in(answer, len(ask.texts), ask.model.dimensions)
+            embedded = http.post(request, network, url, headers, body, key, embedded_in, trouble_of)
         except FieldsRefused as error:
             named = error.fields & optional & body.keys()
             if not named:
@@ -3733,6 +3857,7 @@ def embed_at(url: str, ask: Ask, network: Network, headers: Mapping[str, str], k
         except ProviderTrouble as error:
             if refusal and error.permanent:
                 # Vectors of another length, most likely: the refusal says more.
+                refusal.headers = error.headers
                 raise refusal from error
             raise
         else:
@@ -3741,11 +3866,11 @@ def embed_at(url: str, ask: Ask, network: Network, headers: Mapping[str, str], k
             return embedded
 
 
-def request_body(ask: Ask) -> dict[str, Any]:
-    body = {"model": ask.model.model_id, "input": prefixed(ask), "encoding_format": "base64"}
-    if ask.model.model_id in WITHOUT_DIMENSIONS:
+def request_body(request: Request) -> dict[str, Any]:
+    body = {"model": request.model.model_id, "input": prefixed(request), "encoding_format": "base64"}
+    if request.model.model_id in WITHOUT_DIMENSIONS:
         return body
-    return {**body, "dimensions": ask.model.dimensions}
+    return {**body, "dimensions": request.model.dimensions}
 
 
 def embedded_in(body: bytes | bytearray, count: int, dimensions: int, api: str = "OpenAI") -> Embedded:
@@ -3768,11 +3893,12 @@ https://docs.voyageai.com/docs/error-codes. The answer is in the form of OpenAI'
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from autoembed import keys
 from autoembed.errors import ProviderTrouble, Trouble, trouble_of_answer
-from autoembed.model import Ask, Embedded, Model
+from autoembed.model import Embedded, Model, Request
 from autoembed.providers import http, openai
 
 if TYPE_CHECKING:
@@ -3783,6 +3909,7 @@ MAX_INPUTS_PER_REQUEST = 1000
 # What every model takes; max_tokens_per_request says so of a model that takes more.
 MAX_TOKENS_PER_REQUEST = 120_000
 MAX_TOKENS_PER_INPUT: int | None = 32_000
+RUNS_IN_BACKEND = False
 
 SHORT_MODELS = ("voyage-law-2", "voyage-code-2")
 SHORT_MAX_TOKENS_PER_INPUT = 16_000
@@ -3796,29 +3923,31 @@ def check(model: Model) -> None:
         http.check_tokens_per_input(model, SHORT_MAX_TOKENS_PER_INPUT)
 
 
-def embed(ask: Ask, network: Network) -> Embedded:
-    key = keys.resolve(ask.model)
-    url = http.url(ask.model, BASE_URL, "/embeddings")
-    answer = http.post(ask, network, url, http.bearer(key), request_body(ask), key, trouble_of)
-    return openai.embedded_in(answer, len(ask.texts), ask.model.dimensions, "Voyage")
+def embed(request: Request, network: Network) -> Embedded:
+    key = keys.resolve(request.model)
+    url = http.url(request.model, BASE_URL, "/embeddings")
+    return http.post(request, network, url, http.bearer(key), request_body(request), key, embedded_in, trouble_of)
 
 
 def abort() -> None:
     """Nothing to end: all it does goes over the network."""
 
 
-def request_body(ask: Ask) -> dict[str, Any]:
+embedded_in = partial(openai.embedded_in, api="Voyage")
+
+
+def request_body(request: Request) -> dict[str, Any]:
     body = {
-        "model": ask.model.model_id,
-        "input": list(ask.texts),
-        "input_type": ask.purpose,
+        "model": request.model.model_id,
+        "input": list(request.texts),
+        "input_type": request.purpose,
         "encoding_format": "base64",
         # What is too long was cut before, or must not be cut at all.
         "truncation": False,
     }
-    if ask.model.model_id in WITHOUT_DIMENSIONS:
+    if request.model.model_id in WITHOUT_DIMENSIONS:
         return body
-    return {**body, "output_dimension": ask.model.dimensions}
+    return {**body, "output_dimension": request.model.dimensions}
 
 
 def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray, secret: str | None = None) -> Trouble:
@@ -3828,7 +3957,308 @@ def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray,
         return ProviderTrouble(str(trouble), permanent=True)
     return trouble
 ''',
-"autoembed.worker": r'''"""The path of a job: claim, embed, apply. Knows neither plpy nor requests: database and network are handed in."""
+"autoembed.records": r'''"""What the database hands to a pass: messages of the queue, pipelines, backfills and rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from autoembed.model import Model
+
+
+@dataclass(frozen=True)
+class Message:
+    """A message of the queue: its number, how often it was read, and its body."""
+
+    id: int
+    read_count: int
+    body: Any
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """One embedding column of one table.
+
+    vector_type: the column's type with its schema. truncate: texts that are too long are cut instead of failed.
+    trusted: the table's owner is a superuser. blocked: why the jobs must wait; None: they need not.
+    failures: how often the provider of the model has failed in a row.
+    """
+
+    id: int
+    schema_name: str
+    table_name: str
+    content_function: str
+    embedding_column: str
+    vector_type: str
+    truncate: bool
+    trusted: bool
+    blocked: str | None
+    failures: int
+    model: Model
+
+
+@dataclass(frozen=True)
+class Backfill:
+    """A table that is being scanned.
+
+    after: the last key that was queued; None: none yet. condition: which rows are wanted; None: all.
+    failures: how often the provider of the model has failed in a row.
+    """
+
+    pipeline_id: int
+    after: str | None
+    condition: str | None
+    failures: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row as it is now: its text, and whether it has an embedding."""
+
+    content: str | None
+    has_embedding: bool
+''',
+"autoembed.rows": r'''"""The rows of a pass: their texts are read, their vectors are written, and the ledger learns the outcome of each."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from autoembed import batching
+from autoembed.errors import RowError
+from autoembed.jobs import MAX_ATTEMPTS, Job, Ledger
+from autoembed.providers import sizes_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from autoembed.database import Database
+    from autoembed.records import Pipeline
+
+# A lane claims no more rows than it can write in this time, in seconds.
+AHEAD_SECONDS = 1.0
+# The fixed cost of a write statement, in seconds.
+WRITE_SECONDS = 0.003
+# The first guess for a row of a table with a vector index, in seconds.
+INDEXED_ROW_SECONDS = 0.0025
+# The first guess for a row of a table without one, in seconds.
+PLAIN_ROW_SECONDS = 0.0001
+# The delay before a row that changed during its request is read again, in seconds. The change queued a message of its
+# own; this is only a safety net.
+CHANGED_DELAY_SECONDS = 5.0
+# Locked rows are tried for this long, in seconds, because their vectors are paid for.
+LOCK_PATIENCE_SECONDS = 1.0
+# The pause between two tries of locked rows, in seconds.
+LOCK_POLL_SECONDS = 0.05
+# The delay before a row that is still locked is claimed again, in seconds.
+LOCKED_DELAY_SECONDS = 1.0
+
+
+class Pace:
+    """The speed at which a lane writes. A lane holds few rows, so that a new change does not wait behind them.
+
+    Where an index makes writing slow, the rows that one lane does not hold are free for the others.
+    indexed: slow writing is expected, before anything was written.
+    """
+
+    def __init__(self, batch_size: int, max_rows: int, *, indexed: bool) -> None:
+        self._batch_size = batch_size
+        self._max_rows = max_rows
+        self._rows = float(batch_size)
+        self._seconds = batch_size * (INDEXED_ROW_SECONDS if indexed else PLAIN_ROW_SECONDS)
+
+    def wrote(self, rows: int, seconds: float) -> None:
+        """Takes note of a write. Each full batch halves the weight of the writes before it."""
+        kept = 0.5 ** (rows / self._batch_size)
+        self._rows = kept * self._rows + rows
+        self._seconds = kept * self._seconds + max(0.0, seconds - WRITE_SECONDS)
+
+    def max_rows(self) -> int:
+        """The number of rows that the lane may hold: whole requests, and at least two.
+
+        One request is then written while another is in flight.
+        """
+        if self._seconds * self._max_rows <= AHEAD_SECONDS * self._rows:
+            return self._max_rows
+        requests = max(2, int(AHEAD_SECONDS * self._rows / self._seconds) // self._batch_size)
+        return min(self._max_rows, requests * self._batch_size)
+
+
+class Rows:
+    """Reads and writes the rows of a pass."""
+
+    def __init__(self, database: Database, ledger: Ledger, pace: Pace) -> None:
+        self._database = database
+        self._ledger = ledger
+        self._pace = pace
+        self._locked: list[tuple[Job, np.ndarray | None]] = []
+
+    @property
+    def some_are_locked(self) -> bool:
+        """Whether vectors wait for rows that were locked when they were to be written."""
+        return bool(self._locked)
+
+    def read(self, pipeline: Pipeline, jobs: list[Job]) -> list[Job]:
+        """Reads the texts; returns the jobs whose row exists.
+
+        If the content function fails, the jobs are halved until the row that it fails for stands alone.
+        """
+        try:
+            rows = self._database.rows(pipeline, [job.key for job in jobs])
+        except RowError as error:
+            if self._release_if_blocked(pipeline, jobs, error):
+                return []
+            if len(jobs) > 1 and not error.locked:
+                return [job for half in batching.halves(jobs) for job in self.read(pipeline, half)]
+            for job in jobs:
+                self._retry_or_fail(job, error)
+            return []
+        self._forget(pipeline, [job for job in jobs if job.key not in rows])
+        for job in jobs:
+            job.row = rows.get(job.key)
+        return [job for job in jobs if job.row is not None]
+
+    def to_embed(self, pipeline: Pipeline, jobs: list[Job]) -> list[tuple[Job, str]]:
+        """The jobs that need a vector, each with the text to send. All others are settled here.
+
+        Settled are rows without a text, rows whose vector is of this text already, and texts that must not be cut.
+        """
+        if not jobs:
+            return []
+        digests = self._database.digests(pipeline, [job.key for job in jobs])
+        limit = sizes_of(pipeline.model).tokens_per_input
+        prefix = pipeline.model.prefix("document")
+        chosen: list[tuple[Job, str]] = []
+        blank: list[Job] = []
+        empty: list[Job] = []
+        unchanged: list[Job] = []
+        for job in jobs:
+            if job.content is None or not job.content.strip():
+                (blank if job.has_embedding else empty).append(job)
+                continue
+            job.digest = pipeline.model.digest(job.content)
+            if job.has_embedding and digests.get(job.key) == job.digest:
+                unchanged.append(job)
+                continue
+            text = job.content if limit is None else batching.truncate(job.content, limit, prefix)
+            job.truncated = text is not job.content
+            if job.truncated and not pipeline.truncate:
+                self._ledger.fail(job, f"the text has more than the {limit} tokens that the model takes")
+            else:
+                chosen.append((job, text))
+        if unchanged:
+            self._record(pipeline, unchanged)
+        if blank:
+            self.write(pipeline, blank, None)
+        self._forget(pipeline, empty)
+        return chosen
+
+    def fail_unless_changed(self, job: Job, reason: str) -> None:
+        """Fails a row whose text was refused. A row that has another text by now is read again."""
+        content = job.content
+        for existing in self.read(job.pipeline, [job]):
+            if existing.content == content:
+                self._ledger.fail(existing, reason)
+            else:
+                self._retry_changed(existing)
+
+    def write(self, pipeline: Pipeline, jobs: list[Job], vectors: np.ndarray | None) -> None:
+        """Writes the vectors (None: NULLs) of the rows whose text is still the same.
+
+        If a row does not take its vector, the jobs are halved until it stands alone.
+        """
+        began_at = time.monotonic()
+        try:
+            outcomes = self._database.write(pipeline, [job.key for job in jobs], [job.content for job in jobs], vectors)
+            self._pace.wrote(len(jobs), time.monotonic() - began_at)
+        except RowError as error:
+            if self._release_if_blocked(pipeline, jobs, error):
+                return
+            if error.locked:
+                self._note_locked(jobs, vectors, range(len(jobs)))
+            elif len(jobs) > 1:
+                middle = len(jobs) // 2
+                self.write(pipeline, jobs[:middle], None if vectors is None else vectors[:middle])
+                self.write(pipeline, jobs[middle:], None if vectors is None else vectors[middle:])
+            else:
+                self._retry_or_fail(jobs[0], error, at_once=True)
+            return
+        by_outcome: dict[str, list[Job]] = defaultdict(list)
+        for job in jobs:
+            by_outcome[outcomes[job.key]].append(job)
+        self._note_locked(jobs, vectors, [i for i, job in enumerate(jobs) if outcomes[job.key] == "locked"])
+        written = by_outcome["written"]
+        if vectors is None:
+            self._forget(pipeline, written)
+        elif written:
+            self._record(pipeline, written)
+        for job in by_outcome["changed"]:
+            self._retry_changed(job)
+        self._forget(pipeline, by_outcome["gone"])
+
+    def write_locked(self, check_interrupts: Callable[[], None]) -> None:
+        """Tries for a moment to write the rows that were locked, then gives them back to the queue."""
+        end = time.monotonic() + LOCK_PATIENCE_SECONDS
+        while self._locked and time.monotonic() < end:
+            self._ledger.flush()
+            self._database.commit(synced=False)
+            check_interrupts()
+            time.sleep(LOCK_POLL_SECONDS)
+            self._database.lock_lanes()
+            locked, self._locked = self._locked, []
+            for job, vector in locked:
+                self.write(job.pipeline, [job], vector)
+        for job, _ in self._locked:
+            self._ledger.retry(job, LOCKED_DELAY_SECONDS, "the row or its table is locked by another transaction")
+
+    def _note_locked(self, jobs: Sequence[Job], vectors: np.ndarray | None, indexes: Sequence[int]) -> None:
+        for i in indexes:
+            self._locked.append((jobs[i], None if vectors is None else vectors[i : i + 1]))
+
+    def _record(self, pipeline: Pipeline, jobs: list[Job]) -> None:
+        """Settles rows whose vector is of their text."""
+        self._database.record_embedded(
+            pipeline,
+            [job.key for job in jobs],
+            [job.digest for job in jobs],
+            [job.truncated for job in jobs],
+        )
+        for job in jobs:
+            self._ledger.done(job)
+
+    def _forget(self, pipeline: Pipeline, jobs: Sequence[Job]) -> None:
+        """Settles rows that need no vector: deleted ones, and those without a text."""
+        if jobs:
+            self._database.forget(pipeline, [job.key for job in jobs])
+        for job in jobs:
+            self._ledger.done(job)
+
+    def _retry_changed(self, job: Job) -> None:
+        self._ledger.retry(job, CHANGED_DELAY_SECONDS)
+
+    def _release_if_blocked(self, pipeline: Pipeline, jobs: Sequence[Job], error: RowError) -> bool:
+        """Releases the jobs if their table has become unusable since the claim. Returns whether it has."""
+        now = None if error.passes else self._database.pipelines([pipeline.id]).get(pipeline.id)
+        if now is None or now.blocked is None:
+            return False
+        for job in jobs:
+            self._ledger.release(job, now.blocked)
+        return True
+
+    def _retry_or_fail(self, job: Job, error: RowError, *, at_once: bool = False) -> None:
+        """Decides on a row that caused an error. at_once: it fails without further attempts."""
+        if error.passes:
+            self._ledger.retry(job, LOCKED_DELAY_SECONDS, str(error))
+        elif at_once or job.attempts + 1 >= MAX_ATTEMPTS:
+            self._ledger.fail(job, str(error))
+        else:
+            self._ledger.retry(job, 2.0**job.attempts, str(error), counts=True)
+''',
+"autoembed.worker": r'''"""The path of a job: claim, embed, apply. Database and network are handed in, so this module needs no plpy."""
 
 from __future__ import annotations
 
@@ -3838,50 +4268,43 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from autoembed import batching, heap
+from autoembed import batching, heap, providers
 from autoembed.errors import OverBudget, ProviderTrouble, Refused, RowError, rest_seconds
 from autoembed.flight import SLICE_SECONDS, Flight
-from autoembed.jobs import Address, Job, Ledger, Report, address_of, are_keys, isolate
-from autoembed.limits import FIRST_ANSWER_SECONDS, NOTHING_KNOWN, PATIENCE_SECONDS, Limiter, Permit, tokens_per_request
-from autoembed.model import Ask, Embedded, Model, Share
-from autoembed.providers import IN_BACKEND, PROVIDERS, provider_of
+from autoembed.jobs import Job, Ledger, Report, are_keys, open_jobs
+from autoembed.limits import FIRST_ANSWER_SECONDS, NOTHING_KNOWN, PATIENCE_SECONDS, Limiter, Permit
+from autoembed.model import Embedded, Model, Request, Share
+from autoembed.providers import PROVIDERS, provider_of, sizes_of
+from autoembed.rows import Pace, Rows
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from autoembed.database import Database, Message, Pipeline
+    from autoembed.database import Database
     from autoembed.network import Network
+    from autoembed.records import Message, Pipeline
 
-# As the SQL functions have it.
+# The default of batch_size in process() and work(), in texts.
 DEFAULT_BATCH_SIZE = 100
-MAX_ATTEMPTS = 5
-# Beyond the time that a request may take: for the database's own work on a claim.
+# Added to the time that a request may take, in seconds: the database's own work on a claim.
 LEASE_MARGIN_SECONDS = 60.0
+# The pause of an idle lane between two looks at the queue, in seconds.
 POLL_SECONDS = 0.1
-# Of a lane for backfills, which nobody waits for.
+# The same for a lane that does backfills alone, in seconds: nobody waits for these.
 BACKFILL_POLL_SECONDS = 1.0
+# A lane cleans up, and checks whether it is still wanted, this often, in seconds.
 LOOK_AROUND_SECONDS = 1.0
-# What a lane holds takes about so long to write; what a write takes whatever it writes; and a row, while nobody knows,
-# with an index and without.
-AHEAD_SECONDS = 1.0
-WRITE_SECONDS = 0.003
-INDEXED_ROW_SECONDS = 0.0025
-PLAIN_ROW_SECONDS = 0.0001
-# How long a pass claims on, before it comes to an end with its locked rows.
+# A pass claims further rows for this long, in seconds. Then it ends, and deals with its locked rows.
 CLAIMING_SECONDS = 5.0
-# The change that overtook us has a job of its own, which comes first; this one makes sure.
-CHANGED_DELAY_SECONDS = 5.0
-LOCK_PATIENCE_SECONDS = 1.0
-LOCKED_DELAY_SECONDS = 1.0
-# A text that no model refuses, to tell a bad text from a bad request.
+# A text that no model refuses. It shows whether a text or the whole request is to blame.
 PROBE = "autoembed"
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a pass works: texts per request, requests at a time, seconds for each."""
+    """The settings of a pass: texts per request, requests at a time, and seconds for each."""
 
     batch_size: int
     max_requests: int
@@ -3897,11 +4320,11 @@ class Options:
 
 
 def work(database: Database, network: Network, options: Options, run_seconds: float, *, backfill: bool = False) -> None:
-    """A lane: passes until the time is up or somebody ends it, a look at the queue a few times a second while idle.
+    """Runs a lane: makes passes until its time is up or it is told to end. While idle it polls the queue.
 
-    backfill: it looks through tables and leaves the queue to others.
+    backfill: the lane scans tables and leaves the queue to others.
     """
-    # A lane that ends by itself in good time is no cancelled statement in anybody's log.
+    # A lane that ends in time is not logged as a statement that was cancelled.
     limit = database.statement_timeout_seconds()
     end = time.monotonic() + (run_seconds if limit is None else min(run_seconds, limit / 2))
     look_around_at = 0.0
@@ -3941,9 +4364,9 @@ def work(database: Database, network: Network, options: Options, run_seconds: fl
 
 
 def run_pass(database: Database, network: Network, options: Options) -> Report:
-    """Claims once, embeds what was claimed, applies it: what is queued, or else the next rows of a backfill.
+    """Makes one pass over the queue or, if nothing is due, over the next rows of a backfill.
 
-    Never raises for a bad row, a bad answer or a dead provider: the report says so.
+    A bad row, a bad answer or a dead provider raises nothing: the report says so.
     """
     report = _work_on(database, network, options, partial(_claim_queued, database, options), None)
     if report.read == 0:
@@ -3952,19 +4375,12 @@ def run_pass(database: Database, network: Network, options: Options) -> Report:
     return report
 
 
-def _embed(ask: Ask, network: Network) -> Embedded:
-    try:
-        return provider_of(ask.model).embed(ask, network)
-    finally:
-        ask.sent.set()
-
-
-# Claims so many rows, beside the messages that are held already.
+# Claims messages for so many rows, in addition to the messages with these ids.
 Claim = Callable[[int, list[int]], "list[Message]"]
 
 
 def _work_on(database: Database, network: Network, options: Options, claim: Claim, pace: Pace | None) -> Report:
-    """One pass; with the pace of a lane it claims again while requests are in flight."""
+    """Makes one pass. With the pace of a lane, it claims further rows while requests are in flight."""
     messages = claim(options.max_rows if pace is None else pace.max_rows(), [])
     if not messages:
         database.commit()
@@ -3973,7 +4389,7 @@ def _work_on(database: Database, network: Network, options: Options, claim: Clai
     try:
         return _Pass(database, network, options, ledger, claim, pace).run(messages)
     except BaseException:
-        # Cancelled or shut down: what is not done goes back to the queue at once.
+        # After a cancel or a shutdown, all that is not done goes back to the queue at once.
         ledger.release_open()
         ledger.flush()
         raise
@@ -3986,7 +4402,7 @@ def _claim_queued(database: Database, options: Options, max_rows: int, held: lis
 def _claim_backfill(
     database: Database, options: Options, dedicated: bool, max_rows: int, held: list[int]
 ) -> list[Message]:
-    """The next rows of a table that is being looked through, as one message that is claimed at birth."""
+    """The next rows of a table that is being scanned, as one message that is claimed already."""
     backfill = database.next_backfill(dedicated=dedicated)
     if backfill is None:
         return []
@@ -4000,32 +4416,19 @@ def _claim_backfill(
             database.fail_backfill(backfill, str(error))
         return []
     if not are_keys(keys):
-        database.fail_backfill(backfill, "its condition gives what are no keys")
+        database.fail_backfill(backfill, "the scan with its condition returned something that is not a key")
         return []
     exhausted = len(keys) < max_rows
     return database.queue_backfill(backfill, keys, exhausted=exhausted, lease_seconds=options.lease_seconds, held=held)
 
 
-@dataclass(eq=False)
-class Request:
-    """Texts of one model that travel together; probe: a text of ours, to see whether the model takes any.
-
-    tokens: by estimate; slot: its own, where only so many may be in flight; headers: of its last answer.
-    """
-
-    model: Model
-    texts: list[str]
-    probe: bool = False
-    tokens: int = 0
-    slot: int | None = None
-    headers: dict[str, str] = field(default_factory=dict)
-
-
 @dataclass
 class Outbox:
-    """What a pass knows of one model: its open jobs by text, whether it accepted anything yet, whether it rests.
+    """One model's part of a pass.
 
-    waiting: requests that its limits do not allow yet; permit: that of the first; slots: all that are held.
+    jobs: the open ones, by text. unsent: texts that no request holds yet. accepted: the model has answered in this
+    pass. suspended: refused requests, until it is known whether the model refuses everything.
+    waiting: requests that the model's limits do not allow yet. permit: that of the first. slots: all that are held.
     """
 
     limiter: Limiter
@@ -4033,7 +4436,6 @@ class Outbox:
     unsent: list[str] = field(default_factory=list)
     accepted: bool = False
     trouble: ProviderTrouble | None = None
-    # Refused requests, until it is known whether the model refuses everything.
     suspended: list[tuple[Request, Refused]] = field(default_factory=list)
     failures: int = 0
     waiting: deque[Request] = field(default_factory=deque)
@@ -4041,33 +4443,6 @@ class Outbox:
     permit: Permit | None = None
     slots: set[int] = field(default_factory=set)
     began_at: float = field(default_factory=time.monotonic)
-
-
-class Pace:
-    """How fast a lane writes: what it holds is to be written soon, or what changes now would wait behind it.
-
-    Where an index makes writing slow, rows that no lane holds are for whichever lane is free.
-    indexed: whether that is to be expected, before anything was written.
-    """
-
-    def __init__(self, batch_size: int, max_rows: int, *, indexed: bool) -> None:
-        self._batch_size = batch_size
-        self._max_rows = max_rows
-        self._rows = float(batch_size)
-        self._seconds = batch_size * (INDEXED_ROW_SECONDS if indexed else PLAIN_ROW_SECONDS)
-
-    def wrote(self, rows: int, seconds: float) -> None:
-        """Takes note of a write; with each full one what was before counts half as much."""
-        kept = 0.5 ** (rows / self._batch_size)
-        self._rows = kept * self._rows + rows
-        self._seconds = kept * self._seconds + max(0.0, seconds - WRITE_SECONDS)
-
-    def max_rows(self) -> int:
-        """How many rows the lane may hold: whole requests, two at least, as one is written while another flies."""
-        if self._seconds * self._max_rows <= AHEAD_SECONDS * self._rows:
-            return self._max_rows
-        requests = max(2, int(AHEAD_SECONDS * self._rows / self._seconds) // self._batch_size)
-        return min(self._max_rows, requests * self._batch_size)
 
 
 class _Pass:
@@ -4084,11 +4459,13 @@ class _Pass:
         self._network = network
         self._options = options
         self._ledger = ledger
+        # None: nothing further is claimed in this pass.
         self._claim: Claim | None = claim if pace else None
         self._pace = pace or Pace(options.batch_size, options.max_rows, indexed=True)
+        self._rows = Rows(database, ledger, self._pace)
         self._outboxes: dict[Model, Outbox] = {}
-        self._locked: list[tuple[Job, Any]] = []
-        self._unsent: list[Ask] = []
+        # Requests that are handed to threads and may not be sent yet.
+        self._leaving: list[Request] = []
         self._flight: Flight[Request, Embedded] | None = None
         self._lease_ends = time.monotonic() + options.lease_seconds
         self._claim_at = time.monotonic() + POLL_SECONDS
@@ -4096,273 +4473,153 @@ class _Pass:
 
     def run(self, messages: list[Message]) -> Report:
         if any(message.read_count > 1 for message in messages):
-            # Lanes died of them, perhaps: nothing is to be in flight beside them.
+            # Lanes died, perhaps because of these: nothing else is to be in flight beside them.
             self._claim = None
-        with Flight[Request, Embedded](self._options.max_requests, self._breathe, self._abort) as flight:
+        with Flight[Request, Embedded](self._options.max_requests, self._between_waits, self._abort) as flight:
             try:
                 self._load(flight, messages)
                 self._flight = flight
                 while flight or self._waiting():
                     for request, outcome in flight.landed():
-                        self._see_off()
-                        self._database.gate()
+                        self._wait_until_sent()
+                        self._database.lock_lanes()
                         self._land(flight, request, outcome)
                         self._commit()
                         self._launch(flight)
                     if self._waiting():
                         time.sleep(SLICE_SECONDS)
-                        self._breathe()
+                        self._between_waits()
                 self._flight = None
             finally:
                 for model, outbox in self._outboxes.items():
                     self._free(model, outbox.slots)
-        self._write_locked()
+        self._rows.write_locked(self._between_waits)
         self._commit()
         return self._ledger.report
 
+    # Claim ---------------------------------------------------------------------------------------
+
     def _load(self, flight: Flight[Request, Embedded], messages: list[Message]) -> None:
-        """Reads the rows of claimed messages and sends their texts on their way."""
-        for pipeline, jobs in self._jobs(messages):
-            self._take(pipeline, self._read(pipeline, jobs))
-        # The try is counted for certain: a row that crashes the server is not to do so for ever.
+        """Reads the rows of claimed messages, and sends their texts."""
+        for pipeline, jobs in open_jobs(self._database, self._ledger, messages, self._options.max_rows):
+            for job, text in self._rows.to_embed(pipeline, self._rows.read(pipeline, jobs)):
+                outbox = self._outbox(pipeline)
+                if text not in outbox.jobs:
+                    outbox.unsent.append(text)
+                outbox.jobs[text].append(job)
+        # This commit waits for the disk: a row that crashes the server must find the attempt counted.
         self._commit(synced=True)
-        for model in self._outboxes:
-            self._send(model)
+        for model, outbox in self._outboxes.items():
+            unsent, outbox.unsent = outbox.unsent, []
+            self._submit(model, unsent)
         self._launch(flight)
 
-    def _waiting(self) -> int:
-        return sum(len(outbox.waiting) for outbox in self._outboxes.values())
+    def _outbox(self, pipeline: Pipeline) -> Outbox:
+        outbox = self._outboxes.get(pipeline.model)
+        if outbox is None:
+            outbox = self._outboxes[pipeline.model] = Outbox(Limiter(pipeline.model), failures=pipeline.failures)
+        return outbox
 
     def _claim_more(self, flight: Flight[Request, Embedded], claim: Claim) -> None:
-        """Claims for the requests that could be in flight besides, so that providers need not wait for our writing."""
+        """Claims rows for the requests that could also be in flight, so that providers do not wait for writes."""
         batch_size = self._options.batch_size
-        unwritten = sum(len(outbox.jobs) for outbox in self._outboxes.values())
+        texts = sum(len(outbox.jobs) for outbox in self._outboxes.values())
+        # In requests: those the lane may hold, those it holds, and those that may be added.
         most = self._pace.max_rows() // batch_size
-        free = min(self._options.max_requests - len(flight) - self._waiting(), most - -(-unwritten // batch_size))
+        held = (texts + batch_size - 1) // batch_size
+        free = min(self._options.max_requests - len(flight) - self._waiting(), most - held)
         now = time.monotonic()
-        if now > self._claim_until or free < 1 or 2 * free < most and now < self._claim_at:
+        if free < 1 or now > self._claim_until:
             return
-        # A vector that waits for its row is not to be asked for again by another message; and a provider that failed
-        # last time is tried with one request.
-        if self._locked or any(box.trouble or box.suspended or box.failures for box in self._outboxes.values()):
+        if 2 * free < most and now < self._claim_at:
+            return
+        # Another message must not ask again for a vector that waits for a locked row. A provider that failed last time
+        # is tried with one request.
+        if self._rows.some_are_locked or any(
+            box.trouble or box.suspended or box.failures for box in self._outboxes.values()
+        ):
             return
         self._claim_at = now + POLL_SECONDS
-        self._database.gate()
+        self._database.lock_lanes()
         messages = claim(free * batch_size, self._ledger.open_message_ids())
         self._ledger.take(messages)
         suspects = [message for message in messages if message.read_count > 1]
         if suspects:
-            self._ledger.set_aside(suspects)
+            self._ledger.release_messages(suspects)
             self._claim = None
         self._load(flight, [message for message in messages if message.read_count == 1])
 
-    # Claim ---------------------------------------------------------------------------------------
-
-    def _jobs(self, messages: list[Message]) -> list[tuple[Pipeline, list[Job]]]:
-        """The claimed messages as jobs, one for each row, by pipeline. What cannot be a job is failed here."""
-        messages, set_aside = isolate(messages, random.random())
-        if set_aside:
-            self._ledger.set_aside(set_aside)
-
-        addressed: dict[int, list[tuple[Message, Address]]] = defaultdict(list)
-        moved: dict[int, list[str]] = defaultdict(list)
-        for message in messages:
-            try:
-                address = address_of(message.body)
-                pipeline_id = address.pipeline_id or self._database.resolve(message.body)
-            except (ValueError, RowError) as error:
-                self._ledger.fail_message(message, str(error))
-                continue
-            if address.truncated:
-                self._database.forget_all(pipeline_id)
-                self._ledger.settle(message)
-                continue
-            if address.moved:
-                moved[pipeline_id].extend(address.keys)
-            if message.read_count > 1 and len(address.keys) > 1:
-                # A lane died of one of these rows, perhaps: from now on each stands for itself.
-                for key in address.keys:
-                    self._database.requeue(pipeline_id, [key], address.attempts, read_count=message.read_count - 1)
-                self._ledger.settle(message)
-                continue
-            addressed[pipeline_id].append((message, address))
-
-        rows: dict[tuple[int, str], tuple[int, list[Message]]] = {}
-        for pipeline_id, of_pipeline in addressed.items():
-            room = max(1, self._options.max_rows // len(addressed))
-            # The shortest first, which have what changes now: it is the longest that may exceed the share.
-            for message, address in sorted(of_pipeline, key=lambda one: len(one[1].keys)):
-                if room == 0:
-                    self._ledger.set_aside([message])
-                    continue
-                if len(address.keys) > room:
-                    self._database.requeue(pipeline_id, address.keys[room:], address.attempts)
-                keys = address.keys[:room]
-                room -= len(keys)
-                for key in keys:
-                    attempts, holders = rows.setdefault((pipeline_id, key), (address.attempts, []))
-                    rows[pipeline_id, key] = (max(attempts, address.attempts), [*holders, message])
-
-        ids = sorted({*addressed, *moved})
-        pipelines = self._database.pipelines(ids) if ids else {}
-        for pipeline_id in moved.keys() & pipelines.keys():
-            self._database.forget(pipelines[pipeline_id], moved[pipeline_id])
-        by_pipeline: dict[int, list[Job]] = defaultdict(list)
-        for (pipeline_id, key), (attempts, holders) in rows.items():
-            job = Job(pipelines.get(pipeline_id), key, attempts, [message.id for message in holders])
-            self._ledger.open(job)
-            tries = min(message.read_count for message in holders)
-            if job.pipeline is None:
-                self._ledger.done(job)
-            elif job.pipeline.blocked is not None:
-                if all(message.body.get("pipeline") for message in holders):
-                    self._ledger.release(job, job.pipeline.blocked)
-                else:
-                    # By its pipeline, which a claim passes over meanwhile.
-                    self._ledger.retry(job, 0, job.pipeline.blocked)
-            elif tries > MAX_ATTEMPTS:
-                self._ledger.fail(job, f"{tries - 1} lanes ended while they worked on it", tries - 1)
-            else:
-                by_pipeline[pipeline_id].append(job)
-        return [(pipelines[pipeline_id], jobs) for pipeline_id, jobs in by_pipeline.items()]
-
-    def _read(self, pipeline: Pipeline, jobs: list[Job]) -> list[Job]:
-        """The jobs whose row exists, their texts read. A row whose content function fails stands alone in the end."""
-        try:
-            rows = self._database.rows(pipeline, [job.key for job in jobs])
-        except RowError as error:
-            if self._held_up(pipeline, jobs, error):
-                return []
-            if len(jobs) > 1 and not error.locked:
-                return [job for half in batching.halves(jobs) for job in self._read(pipeline, half)]
-            for job in jobs:
-                self._retry_or_fail(job, error)
-            return []
-        gone = [job for job in jobs if job.key not in rows]
-        self._forget(pipeline, gone)
-        for job in jobs:
-            job.row = rows.get(job.key)
-        return [job for job in jobs if job.row is not None]
-
-    def _take(self, pipeline: Pipeline, jobs: list[Job]) -> None:
-        """Puts each job where it belongs: done already, nothing to embed, or to be sent."""
-        if not jobs:
-            return
-        digests = self._database.digests(pipeline, [job.key for job in jobs])
-        blank: list[Job] = []
-        empty: list[Job] = []
-        unchanged: list[Job] = []
-        for job in jobs:
-            if job.content is None or not job.content.strip():
-                (blank if job.has_embedding else empty).append(job)
-                continue
-            job.digest = pipeline.model.digest(job.content)
-            if job.has_embedding and digests.get(job.key) == job.digest:
-                unchanged.append(job)
-                continue
-            limit = pipeline.model.max_tokens_per_input or provider_of(pipeline.model).MAX_TOKENS_PER_INPUT
-            prefix = pipeline.model.prefix("document")
-            text = job.content if limit is None else batching.truncate(job.content, limit, prefix)
-            job.truncated = text is not job.content
-            if job.truncated and not pipeline.truncate:
-                self._ledger.fail(job, f"the text has more than the {limit} tokens that the model takes")
-                continue
-            outbox = self._outboxes.setdefault(
-                pipeline.model, Outbox(Limiter(pipeline.model), failures=pipeline.failures)
-            )
-            if text not in outbox.jobs:
-                outbox.unsent.append(text)
-            outbox.jobs[text].append(job)
-        if unchanged:
-            self._record(pipeline, unchanged)
-        if blank:
-            self._write(pipeline, blank, None)
-        self._forget(pipeline, empty)
-
     # Embed ---------------------------------------------------------------------------------------
 
-    def _send(self, model: Model) -> None:
-        unsent, self._outboxes[model].unsent = self._outboxes[model].unsent, []
-        for texts in self._pack(model, unsent):
-            self._submit(Request(model, texts))
+    def _submit(self, model: Model, texts: Sequence[str]) -> None:
+        """Packs texts into requests, which are sent when the limits of their model allow."""
+        outbox = self._outboxes[model]
+        sizes = sizes_of(model, outbox.limiter.learnt)
+        most = min(self._options.batch_size, sizes.inputs_per_request)
+        packed = batching.pack(texts, most, sizes.tokens_per_request, model.prefix("document"))
+        outbox.waiting.extend(Request(model, part, self._options.timeout_seconds) for part in packed)
 
-    def _pack(self, model: Model, texts: Sequence[str]) -> list[list[str]]:
-        provider = provider_of(model)
-        return batching.pack(
-            texts,
-            min(self._options.batch_size, model.max_inputs_per_request or provider.MAX_INPUTS_PER_REQUEST),
-            tokens_per_request(model, provider.MAX_TOKENS_PER_REQUEST, self._outboxes[model].limiter.learnt),
-            model.prefix("document"),
-        )
-
-    def _submit(self, request: Request) -> None:
-        """Has a request sent when the limits of its model allow."""
-        waiting = self._outboxes[request.model].waiting
-        if request.probe:
-            waiting.appendleft(request)
-        else:
-            waiting.append(request)
+    def _waiting(self) -> int:
+        return sum(len(outbox.waiting) for outbox in self._outboxes.values())
 
     def _launch(self, flight: Flight[Request, Embedded]) -> None:
-        """Sends what waits, as far as the limits allow by now."""
+        """Sends the requests that the limits of their models allow by now."""
         for model, outbox in self._outboxes.items():
-            while outbox.waiting and self._may_go(flight, outbox):
+            provider = provider_of(model)
+            while outbox.waiting and self._is_its_turn(flight, outbox):
                 request = outbox.waiting.popleft()
                 if outbox.permit is not None:
                     request.slot, outbox.permit = outbox.permit.slot, None
-                ask = Ask(
-                    model,
-                    request.texts,
-                    self._options.timeout_seconds,
-                    headers=request.headers,
-                    database=self._database,
-                )
                 self._ledger.report.requests += 1
                 outbox.in_flight += 1
-                here = model.provider in IN_BACKEND
-                if not here:
-                    self._unsent.append(ask)
-                flight.submit(request, partial(_embed, ask, self._network), here=here)
+                if not provider.RUNS_IN_BACKEND:
+                    self._leaving.append(request)
+                call = partial(providers.embed, request, self._network, self._database.call_embedder)
+                flight.submit(request, call, here=provider.RUNS_IN_BACKEND)
 
-    def _see_off(self) -> None:
+    def _wait_until_sent(self) -> None:
         """Gives requests a moment to be sent: their threads need the interpreter, which a statement keeps."""
         end = time.monotonic() + SLICE_SECONDS
-        for ask in self._unsent:
-            ask.sent.wait(end - time.monotonic())
-        self._unsent.clear()
+        for request in self._leaving:
+            request.sent.wait(end - time.monotonic())
+        self._leaving.clear()
 
-    def _may_go(self, flight: Flight[Request, Embedded], outbox: Outbox) -> bool:
-        """Whether the first request that waits may be sent now."""
-        request, limiter = outbox.waiting[0], outbox.limiter
+    def _is_its_turn(self, flight: Flight[Request, Embedded], outbox: Outbox) -> bool:
+        """Whether the first request that waits may be sent now. Asks for its permit if it has none."""
         elapsed = time.monotonic() - outbox.began_at
-        if outbox.in_flight and limiter.learnt is None and elapsed < FIRST_ANSWER_SECONDS:
+        if outbox.in_flight and outbox.limiter.learnt is None and elapsed < FIRST_ANSWER_SECONDS:
             return False
-        if not limiter.needs_permits:
+        if not outbox.limiter.needs_permits:
             return True
         if outbox.permit is None:
             if len(flight) >= self._options.max_requests:
                 return False
             if elapsed > PATIENCE_SECONDS:
-                self._put_back(outbox, outbox.waiting, "it is not its turn yet: the model's limits")
+                self._release(outbox, outbox.waiting, "the model's limits allow no request yet")
                 outbox.waiting.clear()
                 return False
-            prefix = request.model.prefix("document")
-            request.tokens = sum(batching.estimate_tokens(prefix + text) for text in request.texts)
-            tolls = limiter.tolls(request.tokens, time.monotonic())
-            permit = self._database.take_permit(request.model.name, tolls, sorted(outbox.slots))
-            if permit.spent is not None:
-                outbox.waiting.popleft()
-                self._give_up_model(flight, request, OverBudget(permit.spent, retry_after_seconds=permit.rest_seconds))
-            elif permit.at is not None:
-                outbox.permit = permit
-                outbox.slots.update([] if permit.slot is None else [permit.slot])
-            # At once: other lanes wait for their turn.
-            self._database.commit()
+            self._ask_for_permit(flight, outbox)
         return outbox.permit is not None and outbox.permit.at is not None and time.monotonic() >= outbox.permit.at
+
+    def _ask_for_permit(self, flight: Flight[Request, Embedded], outbox: Outbox) -> None:
+        """Asks for a permit for the first request that waits. Gives the model up if its budget is spent."""
+        request = outbox.waiting[0]
+        prefix = request.model.prefix("document")
+        request.tokens = sum(batching.estimate_tokens(prefix + text) for text in request.texts)
+        charges = outbox.limiter.charge(request.tokens, time.monotonic())
+        permit = self._database.take_permit(request.model.name, charges, sorted(outbox.slots))
+        if permit.spent is not None:
+            outbox.waiting.popleft()
+            self._give_up_model(flight, request, OverBudget(permit.spent, retry_after_seconds=permit.rest_seconds))
+        elif permit.at is not None:
+            outbox.permit = permit
+            outbox.slots.update([] if permit.slot is None else [permit.slot])
+        # The commit comes at once: other lanes wait for their turn.
+        self._database.commit()
 
     def _land(self, flight: Flight[Request, Embedded], request: Request, outcome: Embedded | BaseException) -> None:
         outbox = self._outboxes[request.model]
-        self._listen(outbox, request, outcome)
+        self._note_limits(outbox, request, outcome)
         if isinstance(outcome, Refused) and request.probe:
             outcome = ProviderTrouble(f"every request is refused: {outcome}", permanent=True)
         elif isinstance(outcome, Refused) and outbox.trouble is not None:
@@ -4373,7 +4630,7 @@ class _Pass:
             case Refused():
                 self._refuse(request, outcome)
             case Exception():
-                # A fault of ours, which must not end every lane again and again. Its text may hold anything, a key too.
+                # A mistake in this code must not end every lane again and again. Its text may hold a key.
                 trouble = ProviderTrouble(
                     f"an unexpected {type(outcome).__name__} in the provider {request.model.provider}"
                 )
@@ -4384,29 +4641,27 @@ class _Pass:
                 self._database.note_usage(request.model.name, self._shares(request, tokens), request.slot)
                 self._accept(request, vectors)
 
-    def _listen(self, outbox: Outbox, request: Request, outcome: Embedded | BaseException) -> None:
-        """Takes from an answer what it tells of the model's limits; a request that failed frees its slot."""
-        answered = isinstance(outcome, Embedded)
+    def _note_limits(self, outbox: Outbox, request: Request, outcome: Embedded | BaseException) -> None:
+        """Takes the model's limits from an answer. A request that failed frees its slot."""
         outbox.in_flight -= 1
         outbox.slots.discard(request.slot or 0)
-        if request.slot is not None and not answered:
-            self._free(request.model, {request.slot})
         if isinstance(outcome, Embedded):
-            outbox.limiter.counted(request.tokens, outcome.tokens)
-        if outbox.limiter.heard(request.headers, time.monotonic(), answered=answered):
+            outbox.limiter.correct_estimate(request.tokens, outcome.tokens)
+        elif request.slot is not None:
+            self._free(request.model, {request.slot})
+        if outbox.limiter.learn_from(outcome, time.monotonic()):
             self._database.learn_limits(request.model.name, outbox.limiter.learnt or NOTHING_KNOWN)
             if outbox.permit is None and not any(other.probe for other in outbox.waiting):
-                # What still waits may have too many tokens.
+                # The requests that still wait may have too many tokens.
                 waiting, outbox.waiting = outbox.waiting, deque()
-                for texts in self._pack(request.model, [text for other in waiting for text in other.texts]):
-                    self._submit(Request(request.model, texts))
+                self._submit(request.model, [text for other in waiting for text in other.texts])
 
     def _free(self, model: Model, slots: Iterable[int]) -> None:
         if slots:
             self._database.free_slots(model.name, sorted(slots))
 
     def _shares(self, request: Request, tokens: int | None) -> list[Share]:
-        """Who had texts in a request; its tokens by estimate. A text of several pipelines is the first one's."""
+        """The part of each pipeline in a request, its tokens estimated. A text of several pipelines is the first's."""
         texts: dict[int | None, list[str]] = defaultdict(list)
         rows: dict[int | None, int] = defaultdict(int)
         for text in request.texts:
@@ -4425,14 +4680,15 @@ class _Pass:
         ]
 
     def _refuse(self, request: Request, refusal: Refused) -> None:
-        """Looks for the text to blame, once it is known that the model takes others."""
+        """Looks for the text to blame, as soon as the model is known to accept others."""
         outbox = self._outboxes[request.model]
         if outbox.accepted:
             self._split(request, refusal)
             return
         outbox.suspended.append((request, refusal))
         if len(outbox.suspended) == 1:
-            self._submit(Request(request.model, [PROBE], probe=True))
+            probe = Request(request.model, [PROBE], self._options.timeout_seconds, probe=True)
+            outbox.waiting.appendleft(probe)
 
     def _accept(self, request: Request, vectors: np.ndarray) -> None:
         outbox = self._outboxes[request.model]
@@ -4449,42 +4705,38 @@ class _Pass:
             self._split(refused, refusal)
 
     def _split(self, request: Request, refusal: Refused) -> None:
-        """Finds the text that is to blame for a refusal: halves the request until it stands alone."""
+        """Halves a refused request until the text to blame stands alone."""
+        outbox = self._outboxes[request.model]
         if len(request.texts) > 1:
-            for half in batching.halves(request.texts):
-                self._submit(Request(request.model, half))
+            for half in batching.halves(list(request.texts)):
+                outbox.waiting.append(Request(request.model, half, self._options.timeout_seconds))
             return
-        for job in self._outboxes[request.model].jobs.pop(request.texts[0]):
-            content = job.content
-            # It may say something else by now, and have a job for that, which may be done.
-            for existing in self._read(job.pipeline, [job]):
-                if existing.content == content:
-                    self._ledger.fail(existing, str(refusal))
-                else:
-                    self._ledger.retry(existing, CHANGED_DELAY_SECONDS)
+        for job in outbox.jobs.pop(request.texts[0]):
+            self._rows.fail_unless_changed(job, str(refusal))
 
     def _give_up_model(self, flight: Flight[Request, Embedded], request: Request, trouble: ProviderTrouble) -> None:
-        """Lets the model rest, for all lanes, and puts back the jobs that were to be sent."""
+        """Lets the model rest, for all lanes, and releases the jobs that were to be sent."""
         outbox = self._outboxes[request.model]
         if outbox.trouble is not trouble:
             outbox.trouble = trouble
-            # Where limits are known, lanes do not come back all at once anyway.
+            # Where limits are known, the lanes come back one by one without a random delay.
             paced = outbox.limiter.paces and trouble.retry_after_seconds is not None
             seconds = rest_seconds(trouble, outbox.failures, 0.0 if paced else random.random())
             name = request.model.name
             is_new = self._database.rest_model(name, seconds, trouble.permanent, str(trouble))
             if is_new and self._claim is not None:
-                # In the server's log, once for each outage.
+                # The server's log has one warning for each outage.
                 self._database.warn_of_blocked_pipelines([name])
         unsent = flight.withdraw(lambda other: other.model == request.model)
         self._ledger.report.requests -= len(unsent)
         outbox.in_flight -= len(unsent)
         suspended = [refused for refused, _ in outbox.suspended]
-        self._put_back(outbox, [request, *unsent, *suspended, *outbox.waiting], str(trouble))
+        self._release(outbox, [request, *unsent, *suspended, *outbox.waiting], str(trouble))
         outbox.suspended = []
         outbox.waiting.clear()
 
-    def _put_back(self, outbox: Outbox, requests: Iterable[Request], reason: str) -> None:
+    def _release(self, outbox: Outbox, requests: Iterable[Request], reason: str) -> None:
+        """Gives the jobs of requests back to the queue unchanged."""
         for request in requests:
             for text in [] if request.probe else request.texts:
                 for job in outbox.jobs.pop(text):
@@ -4493,7 +4745,7 @@ class _Pass:
     # Apply ---------------------------------------------------------------------------------------
 
     def _apply(self, request: Request, vectors: np.ndarray) -> None:
-        # A row that was queued again while this was in flight has two jobs, and a statement writes it but once.
+        # A row that was queued again during its request has two jobs, and one statement writes it only once.
         turns: Counter[tuple[int, str]] = Counter()
         by_statement: dict[tuple[int, int], list[tuple[Job, int]]] = defaultdict(list)
         for index, text in enumerate(request.texts):
@@ -4502,102 +4754,18 @@ class _Pass:
                 by_statement[job.pipeline.id, turns[job.pipeline.id, job.key]].append((job, index))
         for matched in by_statement.values():
             jobs = [job for job, _ in matched]
-            self._write(jobs[0].pipeline, jobs, vectors[[index for _, index in matched]])
-
-    def _write(self, pipeline: Pipeline, jobs: list[Job], vectors: np.ndarray | None) -> None:
-        """Writes the vectors (None: NULLs) of the rows that still say the same.
-
-        A row that does not take its own stands alone in the end.
-        """
-        began = time.monotonic()
-        try:
-            outcomes = self._database.write(pipeline, [job.key for job in jobs], [job.content for job in jobs], vectors)
-            self._pace.wrote(len(jobs), time.monotonic() - began)
-        except RowError as error:
-            if self._held_up(pipeline, jobs, error):
-                return
-            if error.locked:
-                for index, job in enumerate(jobs):
-                    self._locked.append((job, None if vectors is None else vectors[index : index + 1]))
-            elif len(jobs) > 1:
-                middle = len(jobs) // 2
-                self._write(pipeline, jobs[:middle], None if vectors is None else vectors[:middle])
-                self._write(pipeline, jobs[middle:], None if vectors is None else vectors[middle:])
-            else:
-                self._retry_or_fail(jobs[0], error, at_once=True)
-            return
-        by_outcome: dict[str, list[Job]] = defaultdict(list)
-        for index, job in enumerate(jobs):
-            by_outcome[outcomes[job.key]].append(job)
-            if outcomes[job.key] == "locked":
-                self._locked.append((job, None if vectors is None else vectors[index : index + 1]))
-        written = by_outcome["written"]
-        if vectors is None:
-            self._forget(pipeline, written)
-        elif written:
-            self._record(pipeline, written)
-        for job in by_outcome["changed"]:
-            self._ledger.retry(job, CHANGED_DELAY_SECONDS)
-        self._forget(pipeline, by_outcome["gone"])
-
-    def _write_locked(self) -> None:
-        """Tries the rows that somebody had locked again for a moment: their vectors are paid for."""
-        end = time.monotonic() + LOCK_PATIENCE_SECONDS
-        while self._locked and time.monotonic() < end:
-            self._commit()
-            self._breathe()
-            time.sleep(0.05)
-            self._database.gate()
-            locked, self._locked = self._locked, []
-            for job, vector in locked:
-                self._write(job.pipeline, [job], vector)
-        for job, _ in self._locked:
-            self._ledger.retry(job, LOCKED_DELAY_SECONDS, "the row or its table is locked by another transaction")
-
-    def _record(self, pipeline: Pipeline, jobs: list[Job]) -> None:
-        """Settles rows whose embedding is that of their text."""
-        self._database.record_embedded(
-            pipeline,
-            [job.key for job in jobs],
-            [job.digest for job in jobs],
-            [job.truncated for job in jobs],
-        )
-        for job in jobs:
-            self._ledger.done(job)
-
-    def _forget(self, pipeline: Pipeline, jobs: Sequence[Job]) -> None:
-        """Settles rows that need no embedding: deleted ones, and those without a text."""
-        if jobs:
-            self._database.forget(pipeline, [job.key for job in jobs])
-        for job in jobs:
-            self._ledger.done(job)
-
-    def _held_up(self, pipeline: Pipeline, jobs: Sequence[Job], error: RowError) -> bool:
-        """Puts jobs back if it is their table's fault by now: what it needs may go while a request is in flight."""
-        now = None if error.passes else self._database.pipelines([pipeline.id]).get(pipeline.id)
-        if now is None or now.blocked is None:
-            return False
-        for job in jobs:
-            self._ledger.release(job, now.blocked)
-        return True
-
-    def _retry_or_fail(self, job: Job, error: RowError, *, at_once: bool = False) -> None:
-        if error.passes:
-            self._ledger.retry(job, LOCKED_DELAY_SECONDS, str(error))
-        elif at_once or job.attempts + 1 >= MAX_ATTEMPTS:
-            self._ledger.fail(job, str(error))
-        else:
-            self._ledger.retry(job, 2.0**job.attempts, str(error), counts=True)
+            self._rows.write(jobs[0].pipeline, jobs, vectors[[index for _, index in matched]])
 
     # In between ----------------------------------------------------------------------------------
 
     def _commit(self, *, synced: bool = False) -> None:
-        """Not synced: a crash may undo the work, and gives its messages back."""
+        """Commits. Not synced: a crash may undo the work; its messages are then in the queue again."""
         self._ledger.flush()
         self._database.commit(synced=synced)
 
-    def _breathe(self) -> None:
-        self._database.breathe()
+    def _between_waits(self) -> None:
+        """The work of the backend's own thread between two waits for answers."""
+        self._database.check_interrupts()
         if self._flight is not None:
             self._launch(self._flight)
         if self._flight is not None and self._claim is not None:
@@ -4631,7 +4799,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "d41cf2b15be9d4f5"
+    GD["autoembed"] = "9a3f17f6b898a7a3"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -4745,7 +4913,7 @@ CREATE FUNCTION autoembed._check_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "d41cf2b15be9d4f5":
+    if GD.get("autoembed") != "9a3f17f6b898a7a3":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.check_model(name)
@@ -7809,7 +7977,7 @@ CREATE FUNCTION autoembed.process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "d41cf2b15be9d4f5":
+    if GD.get("autoembed") != "9a3f17f6b898a7a3":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -7826,7 +7994,7 @@ CREATE PROCEDURE autoembed.work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "d41cf2b15be9d4f5":
+    if GD.get("autoembed") != "9a3f17f6b898a7a3":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
@@ -7842,7 +8010,7 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "d41cf2b15be9d4f5":
+    if GD.get("autoembed") != "9a3f17f6b898a7a3":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
@@ -8494,7 +8662,7 @@ CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embed
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "d41cf2b15be9d4f5":
+    if GD.get("autoembed") != "9a3f17f6b898a7a3":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
@@ -8599,7 +8767,7 @@ CREATE FUNCTION autoembed._estimate_texts(texts text[], model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "d41cf2b15be9d4f5":
+    if GD.get("autoembed") != "9a3f17f6b898a7a3":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.estimate(texts, model)]
@@ -8769,7 +8937,7 @@ CREATE FUNCTION autoembed._probe(model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "d41cf2b15be9d4f5":
+    if GD.get("autoembed") != "9a3f17f6b898a7a3":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.probe(model)

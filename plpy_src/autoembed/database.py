@@ -8,15 +8,15 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import plpy  # type: ignore[import-not-found]
 
 from autoembed.binary import copy_rows
 from autoembed.errors import InvalidInput, ProviderTrouble, row_error, trouble_of_function
-from autoembed.limits import Limits, Permit, Toll
+from autoembed.limits import Charge, Limits, Permit
 from autoembed.model import Model, Share
+from autoembed.records import Backfill, Message, Pipeline, Row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,57 +25,6 @@ if TYPE_CHECKING:
 Error = plpy.SPIError
 
 _plans: dict[str, Any] = {}
-
-
-@dataclass(frozen=True)
-class Message:
-    """A message of the queue: its number, how often it was read, and what it says."""
-
-    id: int
-    read_count: int
-    body: Any
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    """One embedding column of one table.
-
-    vector_type: the column's type, in full; truncate: too long texts are cut rather than failed; trusted: its owner is
-    a superuser; blocked: why its jobs wait, if they do; failures: how often its model's provider has failed in a row.
-    """
-
-    id: int
-    schema_name: str
-    table_name: str
-    content_function: str
-    embedding_column: str
-    vector_type: str
-    truncate: bool
-    trusted: bool
-    blocked: str | None
-    failures: int
-    model: Model
-
-
-@dataclass(frozen=True)
-class Backfill:
-    """A table being looked through: the last key queued (None: none yet), and which rows (None: all).
-
-    failures: how often its model's provider has failed in a row.
-    """
-
-    pipeline_id: int
-    after: str | None
-    condition: str | None
-    failures: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row as it stands: its text, and whether its embedding is there."""
-
-    content: str | None
-    has_embedding: bool
 
 
 class _Undo(Exception):
@@ -98,7 +47,7 @@ class Database:
             plpy.commit()
             self._filled.clear()
 
-    def breathe(self) -> None:
+    def check_interrupts(self) -> None:
         """Lets a cancel, a timeout or a shutdown through, and keeps a lane's transactions short."""
         self._run("SELECT 1")
         self.commit()
@@ -126,7 +75,7 @@ class Database:
         """What dropped tables, dead lanes and finished backfills have left."""
         self._run("SELECT autoembed._clean_up()")
 
-    def gate(self) -> None:
+    def lock_lanes(self) -> None:
         """To be called first in a transaction that writes: keeps it from a deadlock with DROP EXTENSION."""
         self._run("SELECT autoembed._gate()")
 
@@ -326,12 +275,18 @@ class Database:
 
     # Limits --------------------------------------------------------------------------------------
 
-    def take_permit(self, model: str, tolls: Sequence[Toll | None], slots_held: Sequence[int]) -> Permit:
+    def take_permit(self, model: str, charges: Sequence[Charge | None], slots_held: Sequence[int]) -> Permit:
         """A permit for one more request of a model. To be committed at once where that is possible."""
+        seconds = [value for charge in charges for value in charge or (None, None)]
         [row] = self._run(
             "SELECT p.* FROM autoembed._take_permit($1, $2, $3, $4, $5, $6, $7) AS p",
             ["pg_catalog.text", "pg_catalog.bool", *["pg_catalog.float8"] * 4, "pg_catalog.int4[]"],
-            [model, self._commits, *(value for toll in tolls for value in toll or (None, None)), list(slots_held)],
+            [
+                model,
+                self._commits,
+                *seconds,
+                list(slots_held),
+            ],
         )
         wait = row["wait_seconds"]
         at = None if wait is None else time.monotonic() + wait

@@ -8,14 +8,14 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-from autoembed import database, heap, worker
+from autoembed import database, heap, providers, worker
 from autoembed.batching import estimate_tokens, pack, truncate
 from autoembed.errors import InvalidInput, OverBudget, ProviderTrouble, Trouble
 from autoembed.flight import SLICE_SECONDS, Flight
-from autoembed.limits import NOTHING_KNOWN, PATIENCE_SECONDS, Limiter, Permit, Toll, tokens_per_request
-from autoembed.model import Ask, Embedded, Model, Share
+from autoembed.limits import NOTHING_KNOWN, PATIENCE_SECONDS, Charge, Limiter, Permit
+from autoembed.model import Embedded, Model, Request, Share
 from autoembed.network import Network
-from autoembed.providers import IN_BACKEND, provider_of
+from autoembed.providers import provider_of, sizes_of
 
 # A plan without an index calls embed() for every row, a search page for every page.
 QUERY_CACHE_SIZE = 100
@@ -79,7 +79,7 @@ def state_of(
 ) -> dict[str, Any]:
     """How a row stands whose text is this: the columns of autoembed._state_of()."""
     pipeline = database.Database(commits=False).pipelines([pipeline_id])[pipeline_id]
-    limit = pipeline.model.max_tokens_per_input or provider_of(pipeline.model).MAX_TOKENS_PER_INPUT
+    limit = sizes_of(pipeline.model).tokens_per_input
     tokens = estimate_tokens(content or "")
     wanted = content is not None and content.strip() != ""
     fresh = wanted and has_embedding and content is not None and digest == pipeline.model.digest(content).hex()
@@ -94,16 +94,11 @@ def estimate(texts: list[str], model_name: str | None) -> dict[str, Any]:
     """What it takes to embed these texts: the columns of autoembed._estimate_texts()."""
     here = database.Database(commits=False)
     model = here.model(model_name)
-    provider = provider_of(model)
-    limit = model.max_tokens_per_input or provider.MAX_TOKENS_PER_INPUT
-    prefix = model.prefix("document")
+    sizes = sizes_of(model, Limiter(model).learnt)
+    limit, prefix = sizes.tokens_per_input, model.prefix("document")
     distinct = list(dict.fromkeys(text if limit is None else truncate(text, limit, prefix) for text in texts))
-    requests = pack(
-        distinct,
-        min(worker.DEFAULT_BATCH_SIZE, model.max_inputs_per_request or provider.MAX_INPUTS_PER_REQUEST),
-        tokens_per_request(model, provider.MAX_TOKENS_PER_REQUEST, Limiter(model).learnt),
-        prefix,
-    )
+    most = min(worker.DEFAULT_BATCH_SIZE, sizes.inputs_per_request)
+    requests = pack(distinct, most, sizes.tokens_per_request, prefix)
     price, rows_per_second = here.price_and_rate(model)
     return {
         "tokens": sum(estimate_tokens(prefix + text) for text in distinct),
@@ -142,7 +137,7 @@ def _embed_in_turn(here: database.Database, model: Model, content: str) -> str:
     limiter = Limiter(model)
     if not limiter.needs_permits:
         return _embed_query(here, model, content)
-    permit = _permit(here, model, limiter.tolls(estimate_tokens(content), time.monotonic()))
+    permit = _permit(here, model, limiter.charge(estimate_tokens(content), time.monotonic()))
     try:
         return _embed_query(here, model, content)
     finally:
@@ -150,10 +145,10 @@ def _embed_in_turn(here: database.Database, model: Model, content: str) -> str:
             here.free_slots(model.name, [permit.slot])
 
 
-def _permit(here: database.Database, model: Model, tolls: Sequence[Toll | None]) -> Permit:
+def _permit(here: database.Database, model: Model, charges: Sequence[Charge | None]) -> Permit:
     """Waits until the model may be asked once more; ProviderTrouble if that takes too long."""
     end = time.monotonic() + PATIENCE_SECONDS
-    while (permit := here.take_permit(model.name, tolls, [])).at is None:
+    while (permit := here.take_permit(model.name, charges, [])).at is None:
         if permit.spent is not None:
             raise OverBudget(permit.spent)
         if time.monotonic() > end:
@@ -172,7 +167,7 @@ def _permit(here: database.Database, model: Model, tolls: Sequence[Toll | None])
 
 
 def _wait(here: database.Database) -> None:
-    here.breathe()
+    here.check_interrupts()
     time.sleep(SLICE_SECONDS)
 
 
@@ -185,12 +180,14 @@ def _embed_query(
         _network.abort()
         provider.abort()
 
-    with Flight[None, Embedded](1, here.breathe, abort) as flight:
-        ask = Ask(model, [content], timeout_seconds, purpose="query", database=here)
-        flight.submit(None, lambda: provider.embed(ask, _network), here=model.provider in IN_BACKEND)
+    with Flight[None, Embedded](1, here.check_interrupts, abort) as flight:
+        request = Request(model, [content], timeout_seconds, purpose="query")
+        flight.submit(
+            None, lambda: providers.embed(request, _network, here.call_embedder), here=provider.RUNS_IN_BACKEND
+        )
         [(_, outcome)] = flight.landed()
     limiter = Limiter(model)
-    if limiter.heard(ask.headers, time.monotonic(), answered=isinstance(outcome, Embedded)):
+    if limiter.learn_from(outcome, time.monotonic()):
         here.learn_limits(model.name, limiter.learnt or NOTHING_KNOWN)
     if isinstance(outcome, BaseException):
         raise outcome

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Mapping
 from datetime import UTC
+from types import MappingProxyType
 
 
 class InvalidInput(Exception):
@@ -20,7 +21,12 @@ class InvalidInput(Exception):
 
 
 class Trouble(Exception):
-    """An embedding that could not be had; str() is one sentence for the operator, without secrets."""
+    """An embedding that could not be had; str() is one sentence for the operator, without secrets.
+
+    headers: those of the HTTP answer that says so, in lower case; empty without an answer.
+    """
+
+    headers: Mapping[str, str] = MappingProxyType({})
 
 
 class Refused(Trouble):

@@ -1,4 +1,4 @@
-"""Calls that run side by side in threads, while the backend stays able to be interrupted."""
+"""Calls that run side by side in threads, while the backend can still be interrupted."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from autoembed.errors import Trouble
 Tag = TypeVar("Tag")
 Result = TypeVar("Result")
 
-# How long a cancel or a shutdown may have to wait before it is noticed.
+# A cancel or a shutdown is noticed after at most this long, in seconds.
 SLICE_SECONDS = 0.05
 
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Threads started inside never receive a signal: PostgreSQL's handlers must run in its own thread."""
+    """Threads started inside never receive a signal: PostgreSQL's handlers must run in the backend's own thread."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         yield
@@ -34,12 +34,12 @@ def signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-# How long a backend that is told to leave may be kept by a thread that does not end.
+# A thread that does not end keeps a backend from leaving for at most this long, in seconds.
 EXIT_SECONDS = 1.0
 
 
 def _flights() -> set[Flight[Any, Any]]:
-    """The flights of this process. A set of its own in sys.modules, which outlives a new version of these modules."""
+    """The flights of this process, in a module of their own: sys.modules keeps it when this module is loaded again."""
     name = "_autoembed_flights"
     if name not in sys.modules:
         holder: Any = types.ModuleType(name)
@@ -52,12 +52,12 @@ def _flights() -> set[Flight[Any, Any]]:
 def _end_flights_before_exit(flights: set[Flight[Any, Any]]) -> Any:
     """Has PostgreSQL end all flights before it leaves the process.
 
-    exit() tears down libraries, OpenSSL first, under threads that still use them: a segmentation fault then, which
-    restarts the whole server. PostgreSQL's own exit callbacks run before that.
+    exit() tears down libraries, OpenSSL first, under threads that still use them. The segmentation fault that follows
+    would restart the whole server. PostgreSQL's own exit callbacks run before that.
     """
     on_proc_exit = getattr(ctypes.CDLL(None), "on_proc_exit", None)
     if on_proc_exit is None:
-        # Not inside a backend.
+        # This process is no backend.
         return None
 
     def end_all(code: int, _argument: int) -> None:
@@ -71,14 +71,15 @@ def _end_flights_before_exit(flights: set[Flight[Any, Any]]) -> Any:
 
 
 class Flight(Generic[Tag, Result]):
-    """Up to max_calls calls at a time, in threads. Leaving the context ends those that still run: abort() is called.
+    """Up to max_calls calls at a time, in threads. Calls for the backend's own thread are made in landed(), one by one.
 
-    Calls that are for the backend's own thread are made in landed(), one after the other.
+    between_waits: is called between two waits for outcomes; a cancel comes out of it.
+    abort: is called to end the calls that still run when the context is left.
     """
 
-    def __init__(self, max_calls: int, breathe: Callable[[], None], abort: Callable[[], None]) -> None:
+    def __init__(self, max_calls: int, between_waits: Callable[[], None], abort: Callable[[], None]) -> None:
         self._executor = ThreadPoolExecutor(max_calls, thread_name_prefix="autoembed")
-        self._breathe = breathe
+        self._between_waits = between_waits
         self._abort = abort
         self._tags: dict[Future[Result], Tag] = {}
         self._here: deque[tuple[Tag, Callable[[], Result]]] = deque()
@@ -92,10 +93,10 @@ class Flight(Generic[Tag, Result]):
         _flights().discard(self)
 
     def end(self, seconds: float = math.inf) -> bool:
-        """Ends all calls and their threads; False if one is still there after so many seconds."""
+        """Ends all calls and their threads. Returns False if one is still there after so many seconds."""
         until = time.monotonic() + seconds
         self._executor.shutdown(wait=False, cancel_futures=True)
-        # Not wait() on all: a call cancelled before it began is never done for it.
+        # A wait() on all calls would not end: it does not count a call that was cancelled before it began.
         while running := [future for future in self._tags if not future.done()]:
             if time.monotonic() > until:
                 return False
@@ -105,11 +106,11 @@ class Flight(Generic[Tag, Result]):
         return True
 
     def __len__(self) -> int:
-        """How many calls are made or wait to be."""
+        """The number of calls that are made or wait to be made."""
         return len(self._tags) + len(self._here)
 
     def submit(self, tag: Tag, call: Callable[[], Result], *, here: bool = False) -> None:
-        """Has a call made; landed() gives its tag back with the outcome. here: in the backend's own thread."""
+        """Has a call made. landed() returns its tag with the outcome. here: in the backend's own thread."""
         if here:
             self._here.append((tag, call))
             return
@@ -117,7 +118,7 @@ class Flight(Generic[Tag, Result]):
             self._tags[self._executor.submit(call)] = tag
 
     def withdraw(self, unwanted: Callable[[Tag], bool]) -> list[Tag]:
-        """Takes back calls that have not begun; returns their tags."""
+        """Takes back calls that have not begun. Returns their tags."""
         taken = [future for future, tag in self._tags.items() if unwanted(tag) and future.cancel()]
         taken_here = [(tag, call) for tag, call in self._here if unwanted(tag)]
         for mine in taken_here:
@@ -125,23 +126,23 @@ class Flight(Generic[Tag, Result]):
         return [*(self._tags.pop(future) for future in taken), *(tag for tag, _ in taken_here)]
 
     def landed(self) -> Iterator[tuple[Tag, Result | BaseException]]:
-        """The outcome of every call, those submitted meanwhile included, as they come; breathe() runs before each.
+        """The outcome of each call as it comes, including calls that are submitted meanwhile.
 
-        Of those that are there, that of the newest call comes first.
+        Where several outcomes are there, that of the newest call comes first. between_waits() runs before each.
         """
         while self._tags or self._here:
             if self._here:
                 yield self._make_here()
             done = wait(self._tags, timeout=0 if self._here else SLICE_SECONDS, return_when=FIRST_COMPLETED).done
-            self._breathe()
-            # One, as the others may wait while something newer is sent.
+            self._between_waits()
+            # One at a time: the others may wait while something newer is sent.
             if future := next((future for future in reversed(self._tags) if future in done), None):
                 tag = self._tags.pop(future)
                 error = future.exception()
                 yield tag, future.result() if error is None else error
 
     def _make_here(self) -> tuple[Tag, Result | BaseException]:
-        """Makes the next call of the backend's own thread. What is no Trouble, a cancel, ends more than this call."""
+        """Makes the next call in the backend's own thread. An error that is no Trouble, such as a cancel, is raised."""
         tag, call = self._here.popleft()
         try:
             return tag, call()

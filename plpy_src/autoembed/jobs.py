@@ -1,22 +1,29 @@
-"""Jobs and messages: which rows a message is for, what became of each, and when the message can go."""
+"""Jobs and messages: the rows a message is for, the outcome of each, and when the message can leave the queue."""
 
 from __future__ import annotations
 
 import json
+import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from autoembed.errors import RowError
+
 if TYPE_CHECKING:
-    from autoembed.database import Database, Message, Pipeline, Row
+    from autoembed.database import Database
+    from autoembed.records import Message, Pipeline, Row
+
+# A row fails after this many attempts.
+MAX_ATTEMPTS = 5
 
 
 class Address(NamedTuple):
-    """The rows that a message is for: their pipeline (None: to be found by names) and their keys as JSON arrays.
+    """The rows that a message is for: their pipeline (None: to be found by names), and their keys as JSON arrays.
 
-    truncated: the table was emptied, there are no keys then; moved: rows have changed their keys, and what is known of
-    these keys is of others.
+    truncated: the table was emptied, and there are no keys.
+    moved: rows have changed their keys, so the digests known under these keys belong to other rows.
     """
 
     pipeline_id: int | None
@@ -27,7 +34,10 @@ class Address(NamedTuple):
 
 
 def address_of(body: Any) -> Address:
-    """Reads a message of ours (pipeline, keys) or of the guide's form (id, schema, …); ValueError if it is neither."""
+    """Reads a message of this extension (pipeline, keys) or of the guide's form (id, schema, …).
+
+    Raises ValueError for any other.
+    """
     if not isinstance(body, dict):
         raise ValueError("the message is not an object")
     pipeline_id, keys, attempts = body.get("pipeline"), body.get("keys"), body.get("attempts", 0)
@@ -46,7 +56,7 @@ def address_of(body: Any) -> Address:
 
 
 def are_keys(texts: Sequence[str]) -> bool:
-    """Whether these are keys as JSON arrays."""
+    """Whether these texts are keys as JSON arrays."""
     try:
         return all(_is_key(json.loads(text)) for text in texts)
     except (TypeError, ValueError, RecursionError):
@@ -58,11 +68,12 @@ def _is_key(key: Any) -> bool:
 
 
 def isolate(messages: list[Message], fraction: float) -> tuple[list[Message], list[Message]]:
-    """The messages to work on now, and those to set aside; fraction: random, from 0 to 1.
+    """Separates the messages to work on now from those for later. fraction: random, from 0 to 1.
 
-    A message read before was never settled: its lane died, perhaps of it. The more often, the smaller the company it
-    is tried in, so that a deadly one takes few others with it. Those that died least come first, so that servers
-    killed for other reasons add to the count of many, not again and again of one; half the time, those never tried.
+    A message that was read before was never settled: its lane died, perhaps because of it. The more often this has
+    happened, the fewer other messages it is tried with. A message that kills its lane then takes few others with it.
+    Messages with the fewest deaths are tried first: restarts for other reasons then spread over all messages and do
+    not exhaust one. Half the time, messages that were never read go first.
     """
     fresh = [message for message in messages if message.read_count == 1]
     if len(fresh) == len(messages):
@@ -79,7 +90,7 @@ def isolate(messages: list[Message], fraction: float) -> tuple[list[Message], li
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job; again_in_seconds: it goes back to the queue; released: as if it had never been read."""
+    """The outcome of a job. again_in_seconds: it goes back to the queue; released: unchanged, as if never read."""
 
     again_in_seconds: float | None = None
     attempts: int = 0
@@ -94,14 +105,13 @@ RELEASED = Outcome(released=True)
 class Job:
     """One row to embed, as claimed by one or more messages."""
 
-    pipeline: Any  # Pipeline; None if it was dropped meanwhile
+    pipeline: Any  # Pipeline; None if it was dropped after the row was queued
     key: str
     attempts: int
     message_ids: list[int]
     row: Row | None = None
     digest: bytes = b""
     truncated: bool = False
-    moved: bool = False
     outcome: Outcome | None = None
 
     @property
@@ -113,9 +123,105 @@ class Job:
         return self.row is not None and self.row.has_embedding
 
 
+def open_jobs(
+    database: Database, ledger: Ledger, messages: list[Message], max_rows: int
+) -> list[tuple[Pipeline, list[Job]]]:
+    """The claimed messages as jobs, one for each row, by pipeline. Messages that cannot be jobs are settled here."""
+    chosen, others = isolate(messages, random.random())
+    if others:
+        ledger.release_messages(others)
+    addressed: dict[int, list[tuple[Message, Address]]] = defaultdict(list)
+    moved: dict[int, list[str]] = defaultdict(list)
+    for message in chosen:
+        found = _address_in(database, ledger, message)
+        if found is None:
+            continue
+        pipeline_id, address = found
+        if address.moved:
+            moved[pipeline_id].extend(address.keys)
+        if message.read_count > 1 and len(address.keys) > 1:
+            # A lane died, perhaps because of one of these rows: from now on each row has its own message.
+            for key in address.keys:
+                database.requeue(pipeline_id, [key], address.attempts, read_count=message.read_count - 1)
+            ledger.settle(message)
+        else:
+            addressed[pipeline_id].append((message, address))
+
+    rows = _rows_of(database, ledger, addressed, max_rows)
+    ids = sorted({*addressed, *moved})
+    pipelines = database.pipelines(ids) if ids else {}
+    for pipeline_id in moved.keys() & pipelines.keys():
+        database.forget(pipelines[pipeline_id], moved[pipeline_id])
+    by_pipeline: dict[int, list[Job]] = defaultdict(list)
+    for (pipeline_id, key), (attempts, holders) in rows.items():
+        job = Job(pipelines.get(pipeline_id), key, attempts, [message.id for message in holders])
+        ledger.open(job)
+        if _can_begin(ledger, job, holders):
+            by_pipeline[pipeline_id].append(job)
+    return [(pipelines[pipeline_id], jobs) for pipeline_id, jobs in by_pipeline.items()]
+
+
+def _address_in(database: Database, ledger: Ledger, message: Message) -> tuple[int, Address] | None:
+    """The pipeline and the rows of a message; None if it is settled already, because it names none."""
+    try:
+        address = address_of(message.body)
+        pipeline_id = address.pipeline_id or database.resolve(message.body)
+    except (ValueError, RowError) as error:
+        ledger.fail_message(message, str(error))
+        return None
+    if address.truncated:
+        database.forget_all(pipeline_id)
+        ledger.settle(message)
+        return None
+    return pipeline_id, address
+
+
+def _rows_of(
+    database: Database, ledger: Ledger, addressed: dict[int, list[tuple[Message, Address]]], max_rows: int
+) -> dict[tuple[int, str], tuple[int, list[Message]]]:
+    """The attempts and the messages of each row, by pipeline and key. Each pipeline has an equal share of max_rows.
+
+    Rows beyond the share go back to the queue.
+    """
+    rows: dict[tuple[int, str], tuple[int, list[Message]]] = {}
+    for pipeline_id, of_pipeline in addressed.items():
+        room = max(1, max_rows // len(addressed))
+        # Short messages come first: they hold the latest changes. A long one may exceed the share.
+        for message, address in sorted(of_pipeline, key=lambda one: len(one[1].keys)):
+            if room == 0:
+                ledger.release_messages([message])
+                continue
+            if len(address.keys) > room:
+                database.requeue(pipeline_id, address.keys[room:], address.attempts)
+            keys = address.keys[:room]
+            room -= len(keys)
+            for key in keys:
+                attempts, holders = rows.setdefault((pipeline_id, key), (address.attempts, []))
+                rows[pipeline_id, key] = (max(attempts, address.attempts), [*holders, message])
+    return rows
+
+
+def _can_begin(ledger: Ledger, job: Job, holders: list[Message]) -> bool:
+    """Whether a job can be worked on now; otherwise its outcome is decided here."""
+    read_count = min(message.read_count for message in holders)
+    if job.pipeline is None:
+        ledger.done(job)
+    elif job.pipeline.blocked is not None:
+        if all(message.body.get("pipeline") for message in holders):
+            ledger.release(job, job.pipeline.blocked)
+        else:
+            # The new message names its pipeline, which claims pass over as long as it is blocked.
+            ledger.retry(job, 0, job.pipeline.blocked)
+    elif read_count > MAX_ATTEMPTS:
+        ledger.fail(job, f"{read_count - 1} lanes ended while they worked on it", read_count - 1)
+    else:
+        return True
+    return False
+
+
 @dataclass
 class Report:
-    """What a pass did, in jobs; failed_jobs has the guide's keys."""
+    """The work of a pass, counted in jobs. failed_jobs has the guide's keys."""
 
     read: int = 0
     completed: int = 0
@@ -126,9 +232,9 @@ class Report:
 
 
 class Ledger:
-    """Keeps what became of each job, and settles a message when all its jobs are dealt with.
+    """Notes the outcome of each job, and settles a message when all its jobs have one.
 
-    Any statement may be where a cancel strikes: what it was to do is noted as done when it is.
+    A cancel may strike at any statement: nothing is noted as done before it is done.
     """
 
     def __init__(self, database: Database, messages: Sequence[Message]) -> None:
@@ -136,14 +242,14 @@ class Ledger:
         # Messages whose jobs are not known yet, and the jobs of the others.
         self._unread = {message.id for message in messages}
         self._messages: dict[int, list[Job]] = defaultdict(list)
-        # Decided, and to be written by flush(): messages, and rows by pipeline, attempts and delay.
+        # Decided, and written by flush(): messages, and rows by pipeline, attempts and delay.
         self._released: list[int] = []
         self._settled: list[int] = []
         self._again: dict[tuple[int, int, float], dict[str, None]] = defaultdict(dict)
         self.report = Report()
 
     def take(self, messages: Sequence[Message]) -> None:
-        """Further messages, whose jobs are not known yet."""
+        """Adds messages whose jobs are not known yet."""
         self._unread.update(message.id for message in messages)
 
     def open(self, job: Job) -> None:
@@ -152,13 +258,13 @@ class Ledger:
             self._unread.discard(message_id)
             self._messages[message_id].append(job)
 
-    def set_aside(self, messages: Sequence[Message]) -> None:
-        """Back to the queue, for a later pass."""
+    def release_messages(self, messages: Sequence[Message]) -> None:
+        """Gives messages whose jobs are not known back to the queue, for a later pass."""
         self._database.release([message.id for message in messages])
         self._unread.difference_update(message.id for message in messages)
 
     def settle(self, message: Message) -> None:
-        """A message that has no jobs is dealt with."""
+        """Deletes a message that has no jobs."""
         self._database.settle([message.id])
         self._unread.discard(message.id)
 
@@ -167,14 +273,14 @@ class Ledger:
         self.report.completed += 1
 
     def retry(self, job: Job, delay_seconds: float, error: str | None = None, *, counts: bool = False) -> None:
-        """Back to the queue; counts: as an attempt."""
+        """Gives a job back to the queue, to be read again after the delay. counts: as an attempt."""
         job.outcome = Outcome(delay_seconds, job.attempts + counts)
         self.report.retried += 1
         if error is not None:
             self._note(job, error)
 
     def release(self, job: Job, error: str) -> None:
-        """Back to the queue as it was: not the row's fault."""
+        """Gives a job back to the queue unchanged: its row is not to blame."""
         if job.outcome is None:
             job.outcome = RELEASED
             self.report.retried += 1
@@ -194,7 +300,7 @@ class Ledger:
         self.settle(message)
 
     def release_open(self) -> None:
-        """Gives back all that is not dealt with, when a pass ends before its time."""
+        """Releases all jobs and messages without an outcome, when a pass ends early."""
         for jobs in self._messages.values():
             for job in jobs:
                 job.outcome = job.outcome or RELEASED
@@ -206,7 +312,7 @@ class Ledger:
         return [*self._unread, *self._messages]
 
     def flush(self) -> None:
-        """Writes what is decided: messages whose jobs are all dealt with leave the queue or go back to it."""
+        """Writes the decisions: a message whose jobs all have an outcome leaves the queue or goes back to it."""
         decided = [
             message_id for message_id, jobs in self._messages.items() if all(job.outcome is not None for job in jobs)
         ]

@@ -1,4 +1,4 @@
-"""How fast a model may be asked: what its definition says, what its provider's answers tell, and what follows of it."""
+"""The speed at which a model may be asked: by its definition, and by what its provider's answers tell."""
 
 from __future__ import annotations
 
@@ -6,44 +6,51 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from autoembed.errors import Trouble
+from autoembed.model import Embedded
+
 if TYPE_CHECKING:
     from autoembed.model import Model
 
-# No clock of ours runs like the provider's, and no two requests take equally long to arrive.
+# Requests stay 3 % below the limit, because clocks and network delays differ.
 HEADROOM = 1.03
-# Requests are looked after every 50 ms; what one comes too late must not be lost for the next.
+# Sending is checked every SLICE_SECONDS. Allowance that is unused for up to this long, in seconds, carries over, so
+# that being late does not lower the rate.
 SAVED_SECONDS = 0.1
-# How long the others wait for the first answer of a model that nothing is known of.
+# The first request to an unknown model goes alone for at most this long, in seconds.
 FIRST_ANSWER_SECONDS = 1.0
-# How long a pass, or embed(), waits for its turns.
+# A pass, or embed(), waits this long for its turn, in seconds.
 PATIENCE_SECONDS = 10.0
+# A limit that takes longer than this to be whole again, in seconds, is not one of a minute.
+MINUTE_SECONDS = 61
 
 
 class Allowance(NamedTuple):
-    """Requests or tokens: so many a minute, so many more at once; None: not known."""
+    """Requests or tokens: so many a minute, and so many more at once. None: not known."""
 
     per_minute: int | None = None
     at_once: int | None = None
 
 
 class Limits(NamedTuple):
-    """What a provider allows, as far as it is known."""
+    """The limits of a provider, as far as they are known."""
 
     requests: Allowance = Allowance()
     tokens: Allowance = Allowance()
 
 
-class Toll(NamedTuple):
-    """What a request takes from an allowance, and how much of it may have been saved up before, both in seconds."""
+class Charge(NamedTuple):
+    """The part of an allowance that a request uses, and how much of it may have been saved up. Both in seconds."""
 
     seconds: float
     saved_seconds: float
 
 
 class Permit(NamedTuple):
-    """What a request needs to be sent: the moment, by time.monotonic(), and a slot where only so many may be in flight.
+    """The permission to send a request.
 
-    at None: no slot is free; spent: why nothing may be sent for rest_seconds.
+    at: the moment, by time.monotonic(); None: no slot is free. slot: where the number of requests in flight is limited.
+    spent: why nothing may be sent for rest_seconds.
     """
 
     at: float | None = None
@@ -57,17 +64,17 @@ _SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1, "ms": 0.001}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|[dhms]|$)")
 
 
-def told_by(headers: Mapping[str, str]) -> Limits:
-    """What the x-ratelimit headers of an answer say, OpenAI's and those of whoever has them too; at_once: what is left.
+def limits_in(headers: Mapping[str, str]) -> Limits:
+    """The limits in the x-ratelimit headers of an answer, which OpenAI and others send. at_once: what is left.
 
-    A limit that takes longer than a minute to be whole again is one of an hour or a day: its 429s say when.
+    Limits of an hour or a day are left out: the provider's 429s say when they end.
     """
-    return Limits(*(_allowance_told(headers, unit) for unit in ("requests", "tokens")))
+    return Limits(*(_allowance_in(headers, unit) for unit in ("requests", "tokens")))
 
 
-def _allowance_told(headers: Mapping[str, str], unit: str) -> Allowance:
+def _allowance_in(headers: Mapping[str, str], unit: str) -> Allowance:
     limit, left = (_count(headers.get(f"x-ratelimit-{what}-{unit}", "")) for what in ("limit", "remaining"))
-    if not limit or _seconds(headers.get(f"x-ratelimit-reset-{unit}", "")) > 61:
+    if not limit or _seconds(headers.get(f"x-ratelimit-reset-{unit}", "")) > MINUTE_SECONDS:
         return Allowance()
     return Allowance(limit, left)
 
@@ -77,12 +84,12 @@ def _count(value: str) -> int | None:
 
 
 def _seconds(value: str) -> float:
-    """A duration as OpenAI writes it: 12ms, 1.5s, 6m0s; without a unit, seconds."""
+    """A duration in OpenAI's notation: 12ms, 1.5s, 6m0s; without a unit, seconds."""
     return sum(float(number) * _SECONDS[unit or "s"] for number, unit in _DURATION.findall(value))
 
 
 def learn(known: Limits | None, told: Limits) -> Limits:
-    """What is known after an answer; the most that was ever left is how much may be sent at once."""
+    """The limits known after an answer. The most that was ever left is how much may be sent at once."""
     before = known or NOTHING_KNOWN
     return Limits(_learn(before.requests, told.requests), _learn(before.tokens, told.tokens))
 
@@ -90,42 +97,35 @@ def learn(known: Limits | None, told: Limits) -> Limits:
 def _learn(known: Allowance, told: Allowance) -> Allowance:
     if told.per_minute is None:
         return known
-    # Not each time that a little more is left: it is written down.
+    # A small difference is not worth a write.
     if told.per_minute != known.per_minute or (told.at_once or 0) > 1.1 * (known.at_once or 0):
         return told
     return known
 
 
 def stricter(per_minute: int | None, known: Allowance) -> Allowance:
-    """The lower of a limit of the model's own and its provider's."""
+    """The lower of a model's own limit and its provider's."""
     if per_minute is not None and (known.per_minute is None or per_minute < known.per_minute):
         return Allowance(per_minute)
     return known
 
 
-def toll(allowance: Allowance, amount: float, left: int | None = None, age_seconds: float = 0.0) -> Toll | None:
-    """What a request of that amount takes; None: there is no limit. left: what an answer of that age said there is."""
+def charge_for(amount: float, allowance: Allowance, left: int | None = None, age_seconds: float = 0.0) -> Charge | None:
+    """The charge for a request of that amount; None if there is no limit.
+
+    left: the allowance that an answer of that age said was left.
+    """
     if allowance.per_minute is None:
         return None
     each = HEADROOM * 60 / allowance.per_minute
     saved = max(max(allowance.at_once or 0, amount) * each, SAVED_SECONDS)
     if left is not None:
         saved = min(saved, left * each + age_seconds)
-    return Toll(amount * each, saved)
-
-
-def tokens_per_request(model: Model, most: int, learnt: Limits | None) -> int:
-    """The tokens that one request may have: no more than a minute's."""
-    limits = (
-        model.max_tokens_per_request or most,
-        model.tokens_per_minute,
-        (learnt or NOTHING_KNOWN).tokens.per_minute,
-    )
-    return min(limit for limit in limits if limit is not None)
+    return Charge(amount * each, saved)
 
 
 class Limiter:
-    """One model's limits, as a pass or a call of embed() keeps to them."""
+    """The limits of one model, as a pass or a call of embed() keeps to them."""
 
     def __init__(self, model: Model) -> None:
         row = model.learnt
@@ -140,7 +140,7 @@ class Limiter:
         )
         self._told = NOTHING_KNOWN
         self._told_at = 0.0
-        # Tokens that were estimated and not used.
+        # Tokens that were charged by estimate and not used.
         self._overpaid = 0
 
     @property
@@ -161,27 +161,27 @@ class Limiter:
             stricter(self._model.tokens_per_minute, known.tokens),
         )
 
-    def tolls(self, tokens: int, now: float) -> tuple[Toll | None, Toll | None]:
-        """What a request of so many tokens, by estimate, takes of requests and tokens."""
+    def charge(self, tokens: int, now: float) -> tuple[Charge | None, Charge | None]:
+        """Charges a request of so many tokens, by estimate: in requests, and in tokens less those overpaid before."""
         requests, token_allowance = self._allowances()
         refund = min(self._overpaid, tokens)
         self._overpaid -= refund
         age = now - self._told_at
         return (
-            toll(requests, 1, self._told.requests.at_once, age),
-            toll(token_allowance, tokens - refund, self._told.tokens.at_once, age),
+            charge_for(1, requests, self._told.requests.at_once, age),
+            charge_for(tokens - refund, token_allowance, self._told.tokens.at_once, age),
         )
 
-    def heard(self, headers: Mapping[str, str], now: float, *, answered: bool) -> bool:
-        """Takes in an answer's headers; whether something was learnt. answered: with vectors, not with an error."""
-        told = told_by(headers)
-        if told == NOTHING_KNOWN and not answered:
+    def learn_from(self, outcome: Embedded | BaseException, now: float) -> bool:
+        """Takes the limits from the headers of an answer. Returns whether they differ from those known before."""
+        told = limits_in(outcome.headers) if isinstance(outcome, Embedded | Trouble) else NOTHING_KNOWN
+        if told == NOTHING_KNOWN and not isinstance(outcome, Embedded):
             return False
         before, self.learnt = self.learnt, learn(self.learnt, told)
         self._told, self._told_at = told, now
         return self.learnt != before
 
-    def counted(self, estimated: int, tokens: int | None) -> None:
-        """An answer says how many tokens there were."""
+    def correct_estimate(self, estimated: int, tokens: int | None) -> None:
+        """Notes the tokens that a request had by its answer: those charged in excess are credited to the next."""
         if tokens is not None:
             self._overpaid += max(0, estimated - tokens)

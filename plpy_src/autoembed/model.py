@@ -1,4 +1,4 @@
-"""A model as the table autoembed.model defines it; what it is asked, and what it answers."""
+"""A model as the table autoembed.model defines it, a request to it, and its answer."""
 
 from __future__ import annotations
 
@@ -12,21 +12,19 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 if TYPE_CHECKING:
     import numpy as np
 
-    from autoembed.database import Database
-
-# What a text is embedded as: many models embed a question and the document that answers it in two ways.
+# The role of a text. Many models embed a question and the document that answers it in two ways.
 Purpose = Literal["document", "query"]
-# The options of a model that prefixed() obeys.
+# The options that prefixed() obeys.
 PREFIXES = frozenset({"document_prefix", "query_prefix"})
 
 
 @dataclass(frozen=True)
 class Model:
-    """A way to embed; the limits are the model's own, None where it leaves them to its provider.
+    """One row of autoembed.model, and what it refers to. A limit that is None is left to the provider.
 
-    learnt: the limits that its provider's answers told, a row of autoembed.model_limit; None: it never answered.
-    http_hosts: the hosts that may be called without encryption; vault_key: what vault:NAME refers to, or vault_fault:
-    why it cannot be had.
+    learnt: the limits in the provider's answers, a row of autoembed.model_limit; None: it never answered.
+    http_hosts: the hosts that may be called without encryption.
+    vault_key: the secret that vault:NAME refers to; vault_fault: why it cannot be had.
     """
 
     name: str
@@ -54,50 +52,53 @@ class Model:
         return cls(**{name: row[name] for name in cls.__dataclass_fields__ if name in row})
 
     def prefix(self, purpose: Purpose) -> str:
-        """What goes before each text; see prefixed()."""
+        """The text that goes before each text; see prefixed()."""
         return str(self.options.get(f"{purpose}_prefix", ""))
 
     @property
     def identity(self) -> str:
-        """What makes its vectors others than another's, as the functions that write them know it."""
+        """Two models with the same identity produce interchangeable vectors."""
         return json.dumps(
             [self.provider, self.model_id, self.dimensions, self.prefix("document")], ensure_ascii=False
         )
 
     def digest(self, content: str) -> bytes:
-        """16 bytes that tell whether this text, by this model, has been embedded before."""
+        """16 bytes that tell whether this model has embedded this text before."""
         name = f"{self.provider}\0{self.model_id}\0{self.dimensions}\0{self.prefix('document')}"
         return hashlib.blake2b((name + content).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-@dataclass(frozen=True)
-class Ask:
-    """Texts of one model that travel together, what they are, and how long the answer may take.
+@dataclass(eq=False)
+class Request:
+    """Texts of one model that travel together, and how long the answer may take.
 
-    headers: is given those of the last answer, whatever its status; sent: is set when only the answer is outstanding;
-    database: for the providers of IN_BACKEND.
+    probe: the text is a harmless one, to see whether the model accepts any. tokens: the estimate that a permit was
+    taken for. slot: the request's own, where the number of requests in flight is limited. sent: set when only the
+    answer is outstanding.
     """
 
     model: Model
     texts: Sequence[str]
     timeout_seconds: float
     purpose: Purpose = "document"
-    headers: dict[str, str] = field(default_factory=dict, compare=False)
-    sent: threading.Event = field(default_factory=threading.Event, compare=False, repr=False)
-    database: Database | None = field(default=None, compare=False, repr=False)
+    probe: bool = False
+    tokens: int = 0
+    slot: int | None = None
+    sent: threading.Event = field(default_factory=threading.Event, repr=False)
 
 
-def prefixed(ask: Ask) -> list[str]:
-    """The texts as a model wants them that knows documents from queries by how they begin.
+def prefixed(request: Request) -> list[str]:
+    """The texts, each behind the prefix that tells the model whether it is a document or a query.
 
-    E5, BGE, nomic and others say in their cards what to put before each, say "query: " and "passage: ": that is what
-    the options document_prefix and query_prefix hold, spaces included.
+    The cards of E5, BGE, nomic and others name these prefixes, for example "query: " and "passage: ". The options
+    document_prefix and query_prefix hold them, spaces included.
     """
-    return [ask.model.prefix(ask.purpose) + text for text in ask.texts]
+    prefix = request.model.prefix(request.purpose)
+    return [prefix + text for text in request.texts]
 
 
 class Share(NamedTuple):
-    """A pipeline's part in a request (None: embed()'s): its texts, their tokens, the rows they are of."""
+    """The part of a request that belongs to one pipeline (None: to embed()): texts, their tokens, and their rows."""
 
     pipeline_id: int | None
     requests: int
@@ -108,7 +109,12 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class Embedded:
-    """What a provider made of them: (n, dimensions) float32, in their order, finite; and the tokens it counted."""
+    """The answer to a request.
+
+    vectors: (n, dimensions) float32, finite, in the order of the texts. tokens: as the provider counted them.
+    headers: those of the HTTP answer, in lower case.
+    """
 
     vectors: np.ndarray
     tokens: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict, compare=False)

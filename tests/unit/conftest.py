@@ -1,4 +1,4 @@
-"""What unit tests over HTTP stand on: the fake API in this process, who speaks to it, and a key."""
+"""What unit tests stand on: a lane in memory, and for tests over HTTP the fake API, clients of it and a key."""
 
 from __future__ import annotations
 
@@ -11,6 +11,23 @@ import requests
 
 from autoembed.network import Network
 from fake_api import FakeApi, Server
+from unit.fakes import FakeDatabase, FakeProvider
+from unit.lane import Lane
+
+
+@pytest.fixture
+def lane(monkeypatch: pytest.MonkeyPatch) -> Lane:
+    return Lane(monkeypatch)
+
+
+@pytest.fixture
+def database(lane: Lane) -> FakeDatabase:
+    return lane.database
+
+
+@pytest.fixture
+def provider(lane: Lane) -> FakeProvider:
+    return lane.provider
 
 
 @pytest.fixture(scope="module")

@@ -9,58 +9,43 @@ import struct
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autoembed.errors import Refused, RowError
-from autoembed.limits import Limits, Permit, Toll
-from autoembed.model import Ask, Embedded, Model, Share
+from autoembed.limits import Charge, Limits, Permit
+from autoembed.model import Embedded, Model, Request, Share
+from autoembed.network import Network
+from autoembed.records import Backfill, Message, Pipeline, Row
+
+if TYPE_CHECKING:
+    # mypy compares the fake's methods with the real ones. Inside a test they cannot be imported: they need plpy.
+    from autoembed.database import Database
+else:
+    Database = object
 
 Vector = NDArray[np.float32]
 
 MODEL = Model("small", "fake", "fake-small", 3)
+PIPELINE = Pipeline(
+    id=1,
+    schema_name="public",
+    table_name="documents",
+    content_function="embedding_input",
+    embedding_column="embedding",
+    vector_type="public.halfvec",
+    truncate=True,
+    trusted=True,
+    blocked=None,
+    failures=0,
+    model=MODEL,
+)
 
 
 class Cancelled(BaseException):
     """What the database raises when somebody cancels the query."""
-
-
-@dataclass(frozen=True)
-class Message:
-    id: int
-    read_count: int
-    body: Any
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    id: int = 1
-    schema_name: str = "public"
-    table_name: str = "documents"
-    content_function: str = "embedding_input"
-    embedding_column: str = "embedding"
-    vector_type: str = "public.halfvec"
-    truncate: bool = True
-    trusted: bool = True
-    blocked: str | None = None
-    failures: int = 0
-    model: Model = MODEL
-
-
-@dataclass(frozen=True)
-class Backfill:
-    pipeline_id: int = 1
-    after: str | None = None
-    condition: str | None = None
-    failures: int = 0
-
-
-@dataclass(frozen=True)
-class Row:
-    content: str | None
-    has_embedding: bool
 
 
 @dataclass(frozen=True)
@@ -91,7 +76,7 @@ def vectors_of(texts: Sequence[str]) -> Vector:
     return np.stack([vector_of(text) for text in texts])
 
 
-class FakeDatabase:
+class FakeDatabase(Database):
     """One table, the queue and the failed list; delays are noted, not waited for.
 
     The faults: content_errors and write_errors by key; locked, how many writes find a row locked; bad_texts, parts of
@@ -99,7 +84,7 @@ class FakeDatabase:
     """
 
     def __init__(self) -> None:
-        self.defined = {1: Pipeline()}
+        self.defined = {1: PIPELINE}
         self.texts: dict[str, str | None] = {}
         self.vectors: dict[str, list[float] | None] = {}
         self.embedded: dict[str, tuple[bytes, bool]] = {}
@@ -112,14 +97,14 @@ class FakeDatabase:
         self.rests: list[Rest] = []
         self.resumed: list[str] = []
         self.in_lane = False
-        self.wanted = True
+        self.is_wanted: Callable[[], bool] = lambda: True
         self.backfill: Backfill | None = None
         self.scan_error: RowError | None = None
         self.failed_backfills: list[str] = []
         self.usage: list[Share] = []
         # The next ones; then as many as are asked for, at once.
         self.permits: list[Permit] = []
-        self.tolls: list[tuple[Toll | None, ...]] = []
+        self.charges: list[tuple[Charge | None, ...]] = []
         self.slots_held: list[list[int]] = []
         self.slots_freed: list[int] = []
         self.limits_learnt: list[Limits] = []
@@ -129,6 +114,8 @@ class FakeDatabase:
         self.locked: dict[str, float] = {}
         self.bad_texts: list[str] = []
         self.interrupts: dict[str, Callable[[], None]] = {}
+        # Called with the name of each statement.
+        self.watch: Callable[[str], None] = lambda statement: None
         # What was done, in order.
         self.statements: list[str] = []
         # The commits among them that do not wait for the disk.
@@ -153,11 +140,15 @@ class FakeDatabase:
         return [message for message in self.queue.values() if message.id not in self.claimed]
 
     def is_fresh(self, row_id: int) -> bool:
-        text, vector = self.texts[key_of(row_id)], self.vectors[key_of(row_id)]
-        return vector == (None if text is None else vector_of(text).tolist())
+        key = key_of(row_id)
+        if key not in self.texts:
+            return False
+        text = self.texts[key]
+        return self.vectors[key] == (None if text is None else vector_of(text).tolist())
 
     def _note(self, statement: str) -> None:
         self.statements.append(statement)
+        self.watch(statement)
         self.interrupts.get(statement, lambda: None)()
 
     # As the real one has it ----------------------------------------------------------------------
@@ -167,8 +158,8 @@ class FakeDatabase:
             self.unsynced.append(len(self.statements))
         self._note("commit")
 
-    def breathe(self) -> None:
-        self._note("breathe")
+    def check_interrupts(self) -> None:
+        self._note("check_interrupts")
 
     def sleep(self, seconds: float) -> None:
         self._note("sleep")
@@ -183,11 +174,11 @@ class FakeDatabase:
     def clean_up(self) -> None:
         self._note("clean_up")
 
-    def gate(self) -> None:
-        self._note("gate")
+    def lock_lanes(self) -> None:
+        self._note("lock_lanes")
 
     def lane_is_wanted(self) -> bool:
-        return self.wanted
+        return self.is_wanted()
 
     def warn_of_blocked_pipelines(self, resting: Sequence[str] | None = None) -> None:
         self._note("warn_of_blocked_pipelines")
@@ -335,9 +326,9 @@ class FakeDatabase:
             raise Refused("not these words")
         return [struct.pack(">hh3f", 3, 0, *vector_of(text)) for text in texts]
 
-    def take_permit(self, model: str, tolls: Sequence[Toll | None], slots_held: Sequence[int]) -> Permit:
+    def take_permit(self, model: str, charges: Sequence[Charge | None], slots_held: Sequence[int]) -> Permit:
         self._note("take_permit")
-        self.tolls.append(tuple(tolls))
+        self.charges.append(tuple(charges))
         self.slots_held.append(list(slots_held))
         return self.permits.pop(0) if self.permits else Permit(0.0)
 
@@ -367,12 +358,13 @@ class FakeDatabase:
         self.failed_messages.append((body, reason, attempts))
 
 
-class FakeNetwork:
+class FakeNetwork(Network):
     """Calls nobody; fails where it is aborted for ever, which would hang a backend."""
 
     MAX_ABORTS = 40
 
     def __init__(self) -> None:
+        super().__init__(1)
         self.aborts = 0
 
     def abort(self) -> None:
@@ -386,6 +378,7 @@ class FakeProvider:
     MAX_INPUTS_PER_REQUEST = 2048
     MAX_TOKENS_PER_REQUEST = 300_000
     MAX_TOKENS_PER_INPUT: int | None = 8192
+    RUNS_IN_BACKEND = False
 
     def __init__(self) -> None:
         self.requests: list[list[str]] = []
@@ -397,10 +390,9 @@ class FakeProvider:
     def check(self, model: Model) -> None:
         pass
 
-    def embed(self, ask: Ask, network: Any) -> Embedded:
-        self.requests.append(list(ask.texts))
-        ask.headers.update(self.headers)
-        return Embedded(self.answer(list(ask.texts)), self.tokens)
+    def embed(self, request: Request, reach: Any, /) -> Embedded:
+        self.requests.append(list(request.texts))
+        return Embedded(self.answer(list(request.texts)), self.tokens, self.headers)
 
     def abort(self) -> None:
         self.aborted.set()

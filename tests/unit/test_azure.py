@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from autoembed.model import Ask, Model
+from autoembed.model import Model, Request
 from autoembed.network import Network
 from autoembed.providers import azure
 from fake_api import FakeApi
@@ -42,7 +42,7 @@ def test_a_request_is_sent_to_the_deployment_with_the_fields_of_openai(
     api.behave(models={"mine": 1536})
     model = replace(MODEL, base_url=api.root, api_key=key, options={"deployment": "mine"})
 
-    azure.embed(Ask(model, TEXTS, 5, "query"), network)
+    azure.embed(Request(model, TEXTS, 5, "query"), network)
 
     (request,) = api.log()
     assert request["path"] == f"/{api.tenant}/openai/deployments/mine/embeddings?api-version=2024-10-21"

@@ -10,7 +10,7 @@ import pytest
 
 from autoembed import endpoints
 from autoembed.errors import InvalidInput, ProviderTrouble
-from autoembed.model import Ask, Model
+from autoembed.model import Model, Request
 from autoembed.network import Answer, Network
 from autoembed.providers import openai
 
@@ -162,7 +162,7 @@ def test_a_host_that_is_allowed_no_more_is_not_called() -> None:
             raise AssertionError("called")
 
     with pytest.raises(ProviderTrouble, match="would be called without encryption") as caught:
-        openai.embed(Ask(MODEL, ["a"], 5), Unreachable(1))
+        openai.embed(Request(MODEL, ["a"], 5), Unreachable(1))
 
     assert caught.value.permanent
 
@@ -211,7 +211,7 @@ def test_a_models_ca_file_goes_with_its_requests() -> None:
 
     for options in ({"ca_file": "/etc/ssl/our.pem"}, {}):
         with pytest.raises(ProviderTrouble):
-            openai.embed(Ask(replace(MODEL, base_url="https://a.example", options=options), ["a"], 5), Noting(1))
+            openai.embed(Request(replace(MODEL, base_url="https://a.example", options=options), ["a"], 5), Noting(1))
 
     assert files == ["/etc/ssl/our.pem", None]
 

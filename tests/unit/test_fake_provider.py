@@ -12,7 +12,7 @@ import pytest
 
 from autoembed.batching import estimate_tokens
 from autoembed.errors import InvalidInput, ProviderTrouble, Refused, Trouble
-from autoembed.model import Ask, Embedded, Model
+from autoembed.model import Embedded, Model, Request
 from autoembed.network import Network
 from autoembed.providers import fake
 from waiting import wait_until
@@ -22,7 +22,7 @@ NETWORK = Network(1)
 
 
 def embed(*texts: str, timeout_seconds: float = 5, **options: Any) -> Embedded:
-    return fake.embed(Ask(replace(MODEL, options=options), texts, timeout_seconds), NETWORK)
+    return fake.embed(Request(replace(MODEL, options=options), texts, timeout_seconds), NETWORK)
 
 
 def trouble(*texts: str, **options: Any) -> Trouble:

@@ -92,15 +92,15 @@ def test_a_call_lands_while_another_still_runs() -> None:
 
 
 def test_of_outcomes_that_are_there_the_newest_comes_first_and_each_after_a_breath() -> None:
-    breaths: list[None] = []
-    with Flight[int, int](3, lambda: breaths.append(None), nothing) as flight:
+    looks: list[None] = []
+    with Flight[int, int](3, lambda: looks.append(None), nothing) as flight:
         for number in range(3):
             flight.submit(number, lambda number=number: number)  # type: ignore[misc]
         wait_until(lambda: all(future.done() for future in flight._tags))
 
         assert [tag for tag, _ in flight.landed()] == [2, 1, 0]
 
-    assert len(breaths) == 3
+    assert len(looks) == 3
 
 
 def test_calls_submitted_while_landing_are_landed_too() -> None:
@@ -119,30 +119,29 @@ def test_calls_submitted_while_landing_are_landed_too() -> None:
 @pytest.mark.parametrize("max_calls", [1, 3])
 def test_exactly_max_calls_run_at_a_time(max_calls: int) -> None:
     gate = Gate()
-    with Flight[int, str](max_calls, nothing, gate.abort) as flight:
+    looks = itertools.count()
+
+    def look() -> None:
+        assert gate.opened.is_set() or gate.inside == max_calls
+        if next(looks) == 2:
+            gate.opened.set()
+
+    with Flight[int, str](max_calls, look, gate.abort) as flight:
         for number in range(6):
             flight.submit(number, gate.wait)
         wait_until(lambda: gate.inside == max_calls)
-        breaths = itertools.count()
-
-        def look() -> None:
-            assert gate.opened.is_set() or gate.inside == max_calls
-            if next(breaths) == 2:
-                gate.opened.set()
-
-        flight._breathe = look
         assert len(list(flight.landed())) == 6
 
 
-def test_breathing_goes_on_while_a_call_runs() -> None:
+def test_a_call_that_runs_leaves_time_between_waits() -> None:
     gate = Gate()
-    breaths = itertools.count(1)
+    looks = itertools.count(1)
 
-    def breathe() -> None:
-        if next(breaths) == 5:
+    def look() -> None:
+        if next(looks) == 5:
             gate.opened.set()
 
-    with Flight[int, str](1, breathe, gate.abort) as flight:
+    with Flight[int, str](1, look, gate.abort) as flight:
         flight.submit(1, gate.wait)
         started = time.monotonic()
 
@@ -152,16 +151,16 @@ def test_breathing_goes_on_while_a_call_runs() -> None:
     assert gate.aborts == 0
 
 
-def test_an_exception_in_breathe_aborts_the_calls_and_comes_out() -> None:
+def test_an_exception_in_look_aborts_the_calls_and_comes_out() -> None:
     class Cancelled(BaseException):
         pass
 
-    def breathe() -> None:
+    def look() -> None:
         raise Cancelled
 
     gate = Gate()
     started = time.monotonic()
-    with pytest.raises(Cancelled), Flight[int, str](2, breathe, gate.abort) as flight:
+    with pytest.raises(Cancelled), Flight[int, str](2, look, gate.abort) as flight:
         for number in range(2):
             flight.submit(number, gate.wait)
         list(flight.landed())

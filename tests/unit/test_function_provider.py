@@ -5,18 +5,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 
 from autoembed.errors import InvalidInput, ProviderTrouble, Refused, Trouble
-from autoembed.model import Ask, Embedded, Model
-from autoembed.network import Network
+from autoembed.model import Embedded, Model, Request
 from autoembed.providers import function
-
-if TYPE_CHECKING:
-    from autoembed.database import Database
 
 MODEL = Model("mine", "function", "app.embed_texts", 2)
 
@@ -27,30 +23,30 @@ def binary(*numbers: float) -> bytes:
 
 
 class Answering:
-    """A database whose functions all give one answer."""
+    """Calls no function: all have the same answer."""
 
     def __init__(self, *answer: bytes | None) -> None:
         self.answer = list(answer)
 
-    def call_embedder(self, *arguments: Any) -> list[bytes | None]:
-        self.arguments = arguments
+    def __call__(self, model: str, purpose: str, texts: Sequence[str]) -> list[bytes | None]:
+        self.arguments = (model, purpose, texts)
         return self.answer
 
 
-def embed(database: Answering, texts: Sequence[str], purpose: Any = "document") -> Embedded:
-    return function.embed(Ask(MODEL, texts, 5, purpose, database=cast("Database", database)), Network(1))
+def embed(call_embedder: Answering, texts: Sequence[str], purpose: Any = "document") -> Embedded:
+    return function.embed(Request(MODEL, texts, 5, purpose), call_embedder)
 
 
 @pytest.mark.parametrize("purpose", ["document", "query"])
 def test_the_vectors_are_the_functions_in_its_order(purpose: str) -> None:
-    database = Answering(binary(1, 2), binary(-0.5, 1e-30))
+    call_embedder = Answering(binary(1, 2), binary(-0.5, 1e-30))
 
-    embedded = embed(database, ["a", "b"], purpose)
+    embedded = embed(call_embedder, ["a", "b"], purpose)
 
     assert embedded.vectors.tolist() == [[1, 2], [-0.5, pytest.approx(1e-30)]]
     assert embedded.vectors.dtype == np.float32
     assert embedded.tokens is None
-    assert database.arguments == ("mine", purpose, ["a", "b"])
+    assert call_embedder.arguments == ("mine", purpose, ["a", "b"])
 
 
 @pytest.mark.parametrize(

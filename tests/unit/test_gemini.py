@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from autoembed.errors import ProviderTrouble
-from autoembed.model import Ask, Model
+from autoembed.model import Model, Request
 from autoembed.network import Network
 from autoembed.providers import gemini
 from fake_api import FakeApi
@@ -24,7 +24,7 @@ TEXTS = ["one", "Grüße, 世界 🦊", "three"]
 def test_a_request_has_the_fields_of_the_api_reference(purpose: Any, task: str, model_id: str) -> None:
     settings = {"model": "models/gemini-embedding-001", "outputDimensionality": 256, "taskType": task}
 
-    assert gemini.request_body(Ask(replace(MODEL, model_id=model_id), ["a", "b"], 5, purpose)) == {
+    assert gemini.request_body(Request(replace(MODEL, model_id=model_id), ["a", "b"], 5, purpose)) == {
         "requests": [
             {**settings, "content": {"parts": [{"text": "a"}]}},
             {**settings, "content": {"parts": [{"text": "b"}]}},
@@ -35,7 +35,7 @@ def test_a_request_has_the_fields_of_the_api_reference(purpose: Any, task: str, 
 def test_a_model_that_reads_its_task_in_the_text_is_sent_it_there() -> None:
     model = replace(MODEL, model_id="gemini-embedding-2", options={"query_prefix": "task: search result | query: "})
 
-    (request,) = gemini.request_body(Ask(model, ["a"], 5, "query"))["requests"]
+    (request,) = gemini.request_body(Request(model, ["a"], 5, "query"))["requests"]
 
     assert request["content"] == {"parts": [{"text": "task: search result | query: a"}]}
     assert "taskType" not in request
@@ -45,7 +45,7 @@ def test_a_model_that_reads_its_task_in_the_text_is_sent_it_there() -> None:
 def test_a_request_names_the_model_in_its_path_too(api: FakeApi, key: str, network: Network, model_id: str) -> None:
     model = replace(MODEL, model_id=model_id, base_url=f"{api.root}/v1beta", api_key=key)
 
-    gemini.embed(Ask(model, TEXTS, 5, "query"), network)
+    gemini.embed(Request(model, TEXTS, 5, "query"), network)
 
     (request,) = api.log()
     name = model_id.removeprefix("models/")

@@ -1,18 +1,29 @@
-"""Messages: what they are for, which are tried together, and when they can go."""
+"""Messages: the rows they are for, which are tried together, and when they can leave the queue."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoembed.jobs import Address, Job, Ledger, address_of, isolate
-from unit.fakes import FakeDatabase, Message, Pipeline
-
-if TYPE_CHECKING:
-    from autoembed import database
+from autoembed.errors import RowError
+from autoembed.jobs import MAX_ATTEMPTS, Address, Job, Ledger, Report, address_of, isolate
+from autoembed.records import Message
+from unit.fakes import (
+    PIPELINE,
+    Failure,
+    FakeDatabase,
+    FakeProvider,
+    Vector,
+    key_of,
+    vector_of,
+    vectors_of,
+)
+from unit.lane import Lane, bodies
+from waiting import wait_until
 
 GUIDE = {"id": 7, "schema": "public", "table": "documents", "contentFunction": "f", "embeddingColumn": "embedding"}
 
@@ -118,12 +129,12 @@ class Book:
 
     def __init__(self) -> None:
         self.database = FakeDatabase()
-        self.ledger = Ledger(cast("database.Database", self.database), [])
+        self.ledger = Ledger(self.database, [])
 
     def claim(self, *keys: int, attempts: int = 0) -> tuple[int, list[Job]]:
         message_id = self.database.send({"pipeline": 1, "keys": [[key] for key in keys]})
         self.database.claim(1, 60, [])
-        jobs = [Job(Pipeline(), f"[{key}]", attempts, [message_id]) for key in keys]
+        jobs = [Job(PIPELINE, f"[{key}]", attempts, [message_id]) for key in keys]
         for job in jobs:
             self.ledger.open(job)
         return message_id, jobs
@@ -213,7 +224,7 @@ def test_what_is_dealt_with_is_not_released(book: Book) -> None:
 def test_a_row_of_two_messages_settles_both(book: Book) -> None:
     ids = [book.database.send({}) for _ in range(2)]
     book.database.claim(2, 60, [])
-    job = Job(Pipeline(), "[1]", 0, ids)
+    job = Job(PIPELINE, "[1]", 0, ids)
     book.ledger.open(job)
 
     book.ledger.retry(job, 1.0)
@@ -225,7 +236,7 @@ def test_a_row_of_two_messages_settles_both(book: Book) -> None:
 
 @pytest.mark.parametrize(("key", "row_id"), [("[7]", 7), ('["a"]', "a"), ("[7,8]", [7, 8])])
 def test_a_failed_job_is_reported_with_the_guides_keys(book: Book, key: str, row_id: Any) -> None:
-    job = Job(Pipeline(), key, 0, [12])
+    job = Job(PIPELINE, key, 0, [12])
     book.ledger.open(job)
 
     book.ledger.fail(job, "too long")
@@ -251,3 +262,227 @@ def test_open_messages_are_those_with_a_row_left(book: Book) -> None:
     book.ledger.done(job)
     book.ledger.flush()
     assert book.ledger.open_message_ids() == [second]
+
+
+# --- messages in a pass -----------------------------------------------------------------------------
+
+
+def test_a_message_of_many_rows_stays_until_the_last_is_dealt_with(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider
+) -> None:
+    for row_id in range(4):
+        database.texts[key_of(row_id)] = f"text {row_id}"
+        database.vectors[key_of(row_id)] = None
+    message_id = database.send({"pipeline": 1, "keys": [[row_id] for row_id in range(4)]})
+    seen = []
+
+    def answer(texts: list[str]) -> Vector:
+        if "text 2" in texts:
+            wait_until(lambda: database.is_fresh(0) and database.statements[-1] == "check_interrupts")
+            seen.append(message_id in database.queue)
+        return vectors_of(texts)
+
+    provider.answer = answer
+
+    report = lane.run(batch_size=2, max_requests=2)
+
+    assert seen == [True]
+    assert report.completed == 4
+    assert database.queue == {}
+
+
+def test_a_message_half_done_settles_and_the_other_half_is_queued_again(lane: Lane, database: FakeDatabase) -> None:
+    for row_id, text in enumerate(["good", "gone", "", "poison", "broken"]):
+        database.texts[key_of(row_id)] = text
+        database.vectors[key_of(row_id)] = None
+    del database.texts["[1]"]
+    database.content_errors["[4]"] = RowError("no text", passes=False)
+    database.send({"pipeline": 1, "keys": [[row_id] for row_id in range(5)], "attempts": 2})
+    lane.refuse("poison")
+
+    report = lane.run()
+
+    assert (report.read, report.completed, report.failed, report.retried) == (5, 3, 1, 1)
+    assert [message.body for message in database.queue.values()] == [{"pipeline": 1, "keys": [[4]], "attempts": 3}]
+
+
+def test_a_message_that_lanes_died_of_is_failed_without_being_tried(lane: Lane, database: FakeDatabase) -> None:
+    database.put(1, "deadly")
+    for _ in range(MAX_ATTEMPTS):
+        database.claim(1, 60, [])
+        database.claimed.clear()
+
+    report = lane.run()
+
+    assert database.failures == {"[1]": Failure("5 lanes ended while they worked on it", 5, None)}
+    assert report.failed == 1
+    assert "rows" not in database.statements
+    assert lane.provider.requests == []
+    assert database.queue == {}
+
+
+def test_a_message_whose_lane_died_once_is_tried_and_others_wait(
+    lane: Lane, database: FakeDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("random.random", lambda: 0.6)
+    database.put(1, "perhaps deadly")
+    database.claim(1, 60, [])
+    database.claimed.clear()
+    database.put(2, "other")
+
+    assert lane.run().completed == 1
+
+    assert database.is_fresh(1)
+    assert [message.read_count for message in database.waiting()] == [0]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        None,
+        5,
+        "text",
+        [],
+        {},
+        {"id": None, "table": "documents"},
+        {"id": 1, "table": 'x"; DROP TABLE documents'},
+        {"id": {"a": 1}, "table": "documents"},
+        {"pipeline": 0, "keys": [[1]]},
+        {"pipeline": "1", "keys": [[1]]},
+        {"pipeline": 1, "keys": "all"},
+        {"pipeline": 1, "keys": [[None]]},
+        {"pipeline": 1, "keys": [[]]},
+        {"pipeline": 1, "keys": [[1]], "attempts": "x"},
+    ],
+)
+def test_a_broken_message_fails_once_and_holds_up_no_other(lane: Lane, database: FakeDatabase, body: Any) -> None:
+    message_id = database.send(body)
+    database.put(7, "text")
+
+    report = lane.run()
+
+    assert [failed[0] for failed in database.failed_messages] == [body]
+    assert (report.read, report.failed, report.completed) == (2, 1, 1)
+    [failed_job] = report.failed_jobs
+    assert (failed_job["jobId"], failed_job["error"]) == (message_id, database.failed_messages[0][1])
+    assert database.is_fresh(7)
+    assert database.queue == {}
+
+
+def test_a_message_without_rows_does_not_stay_for_ever(lane: Lane, database: FakeDatabase) -> None:
+    database.send({"pipeline": 1, "keys": []})
+
+    lane.run()
+
+    assert database.queue == {}
+
+
+def test_jobs_of_a_pipeline_that_was_dropped_settle(lane: Lane, database: FakeDatabase) -> None:
+    database.put(1, "text")
+    database.defined.clear()
+
+    assert lane.run() == Report(read=1, completed=1)
+    assert database.queue == {}
+
+
+def test_jobs_of_a_blocked_pipeline_wait_and_say_why(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider
+) -> None:
+    """If they went back as a new message, each claim that meets a block would make one of many."""
+    database.defined[1] = replace(PIPELINE, blocked="the column embedding does not exist")
+    message_id = database.put(1, "text")
+
+    report = lane.run()
+
+    assert [job["error"] for job in report.failed_jobs] == ["the column embedding does not exist"]
+    assert database.waiting() == [Message(message_id, 0, {"pipeline": 1, "keys": [[1]]})]
+    assert provider.requests == []
+
+
+def test_a_job_of_a_blocked_pipeline_that_names_its_table_alone_waits_under_its_pipeline(
+    lane: Lane, database: FakeDatabase
+) -> None:
+    """If it went back as it was, it would be claimed again at once, and again."""
+    database.defined[1] = replace(PIPELINE, blocked="the column embedding does not exist")
+    names = {"schema": "public", "table": "documents", "contentFunction": "f", "embeddingColumn": "embedding"}
+    database.send({"id": 1, **names})
+
+    lane.run()
+
+    assert bodies(database.waiting()) == [{"pipeline": 1, "keys": [[1]], "attempts": 0}]
+
+
+@pytest.mark.parametrize("where", ["content_errors", "write_errors"])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_rows_wait_uncounted_when_what_their_table_needs_goes_under_their_lane(
+    lane: Lane, database: FakeDatabase, where: str, rows: int
+) -> None:
+    for row_id in range(rows):
+        database.put(row_id, f"text {row_id}")
+        database.send({"pipeline": 1, "keys": [[row_id]], "attempts": 4})
+        getattr(database, where)[key_of(row_id)] = RowError("function odd(integer) does not exist", passes=False)
+    database.interrupts["rows"] = lambda: database.defined.update(
+        {1: replace(PIPELINE, blocked="function odd is gone")}
+    )
+
+    report = lane.run()
+
+    assert (report.failed, report.retried) == (0, rows)
+    assert {job["error"] for job in report.failed_jobs} == {"function odd is gone"}
+    assert database.failures == {}
+    assert [(message.read_count, message.body.get("attempts", 4)) for message in database.waiting()] == [
+        (0, 4)
+    ] * 2 * rows
+
+
+@pytest.mark.parametrize(("pipelines", "each"), [(1, 60), (2, 30), (5, 12), (7, 8), (60, 1)])
+def test_pipelines_share_a_pass_however_long_their_messages_are(
+    lane: Lane, database: FakeDatabase, pipelines: int, each: int
+) -> None:
+    for number in range(1, pipelines + 1):
+        database.defined[number] = replace(PIPELINE, id=number)
+        for row_id in range(100 * number, 100 * number + 100):
+            database.texts[key_of(row_id)] = f"text {row_id}"
+            database.vectors[key_of(row_id)] = None
+        keys = [[row_id] for row_id in range(100 * number, 100 * number + 100)]
+        database.send({"pipeline": number, "keys": keys, "attempts": 3})
+
+    report = lane.run(batch_size=60)
+
+    assert (report.read, report.completed) == (each * pipelines, each * pipelines)
+    for message in database.waiting():
+        assert (message.read_count, message.body["attempts"], len(message.body["keys"])) == (0, 3, 100 - each)
+    assert len(database.waiting()) == pipelines
+
+
+def test_messages_beyond_a_pipelines_share_go_back_as_they_were(lane: Lane, database: FakeDatabase) -> None:
+    database.defined[2] = replace(PIPELINE, id=2)
+    for row_id in range(6):
+        database.put(row_id, f"text {row_id}")
+    database.send({"pipeline": 2, "keys": [[1]]})
+    before = list(database.queue.values())
+
+    report = lane.run(batch_size=7)
+
+    assert report.read == 4
+    assert database.waiting() == before[3:6]
+
+
+@pytest.mark.parametrize("died", [False, True])
+def test_what_is_known_of_keys_that_rows_have_left_or_taken_is_forgotten_whoever_embeds_them(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider, died: bool
+) -> None:
+    """A row that takes key and text of another has the vector of what it said before."""
+    database.put(1, "text")
+    lane.run()
+    database.vectors["[1]"] = vector_of("other").tolist()
+    message_id = database.send({"pipeline": 1, "keys": [[2], [1]], "moved": True})
+    if died:
+        database.claim(1, 60, [])
+        database.claimed.discard(message_id)
+
+    while database.waiting():
+        lane.run(batch_size=1)
+
+    assert database.is_fresh(1)
+    assert provider.texts == ["text", "text"]

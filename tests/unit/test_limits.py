@@ -19,32 +19,24 @@ from autoembed.limits import (
     NOTHING_KNOWN,
     SAVED_SECONDS,
     Allowance,
+    Charge,
     Limiter,
     Limits,
     Permit,
-    Toll,
+    charge_for,
     learn,
+    limits_in,
     stricter,
-    tokens_per_request,
-    told_by,
-    toll,
 )
-from autoembed.model import Model
-from autoembed.providers import PROVIDERS
-from unit.fakes import MODEL, Pipeline, Vector, vectors_of
-from unit.test_worker import Lane
-
-
-@pytest.fixture
-def lane(monkeypatch: pytest.MonkeyPatch) -> Lane:
-    lane = Lane()
-    monkeypatch.setitem(PROVIDERS, "fake", lane.provider)
-    return lane
+from autoembed.model import Embedded, Model
+from autoembed.providers import sizes_of
+from unit.fakes import MODEL, PIPELINE, Vector, vectors_of
+from unit.lane import Lane
 
 
 def define(lane: Lane, **limits: object) -> Model:
     model = dataclasses.replace(MODEL, **limits)  # type: ignore[arg-type]
-    lane.database.defined[1] = Pipeline(model=model)
+    lane.database.defined[1] = dataclasses.replace(PIPELINE, model=model)
     return model
 
 
@@ -77,12 +69,12 @@ def headers(limit: str, left: str, reset: str, unit: str = "requests") -> dict[s
     ],
 )
 def test_headers_are_read_as_openai_writes_them(told: Mapping[str, str], limits: Limits) -> None:
-    assert told_by(told) == limits
+    assert limits_in(told) == limits
 
 
 @given(st.lists(st.text(), min_size=3, max_size=3))
 def test_no_header_breaks_the_reading(values: list[str]) -> None:
-    told = told_by(headers(*values)).requests
+    told = limits_in(headers(*values)).requests
 
     assert told.per_minute is None or told.per_minute > 0
 
@@ -112,11 +104,21 @@ def test_what_is_learnt_is_the_newest_limit_and_the_most_that_was_left(
 def test_an_error_without_limits_teaches_nothing() -> None:
     limiter = Limiter(dataclasses.replace(MODEL, learnt=None))
 
-    assert not limiter.heard({}, 0, answered=False)
+    assert not limiter.learn_from(Refused("no"), 0)
+    assert not limiter.learn_from(KeyError("a mistake"), 0)
     assert limiter.learnt is None
-    assert limiter.heard({}, 0, answered=True)
+    assert limiter.learn_from(Embedded(vectors_of(["a"])), 0)
     assert limiter.learnt == NOTHING_KNOWN
-    assert not limiter.heard({}, 0, answered=True)
+    assert not limiter.learn_from(Embedded(vectors_of(["a"])), 0)
+
+
+def test_an_error_with_limits_teaches_them() -> None:
+    limiter = Limiter(dataclasses.replace(MODEL, learnt=None))
+    refusal = Refused("no")
+    refusal.headers = headers("60", "59", "1s")
+
+    assert limiter.learn_from(refusal, 0)
+    assert limiter.learnt == Limits(Allowance(60, 59))
 
 
 # --- what follows of it --------------------------------------------------------------------------------
@@ -153,26 +155,26 @@ def test_the_stricter_of_two_limits_counts(per_minute: int | None, known: Allowa
 def test_a_request_takes_its_part_of_a_minute(
     allowance: Allowance, amount: int, left: int | None, age: float, result: tuple[float, float] | None
 ) -> None:
-    found = toll(allowance, amount, left, age)
+    found = charge_for(amount, allowance, left, age)
 
     assert found == (None if result is None else pytest.approx([seconds * HEADROOM for seconds in result]))
 
 
 def test_what_came_since_an_answer_may_be_used() -> None:
-    assert toll(Allowance(60, 5), 1, 0, 0.5) == pytest.approx((HEADROOM, 0.5))
+    assert charge_for(1, Allowance(60, 5), 0, 0.5) == pytest.approx((HEADROOM, 0.5))
 
 
 def test_a_fast_limit_is_not_lost_between_two_looks() -> None:
-    assert toll(Allowance(60_000), 1) == pytest.approx((0.001 * HEADROOM, SAVED_SECONDS))
+    assert charge_for(1, Allowance(60_000)) == pytest.approx((0.001 * HEADROOM, SAVED_SECONDS))
 
 
 def test_tokens_that_were_estimated_and_not_used_are_given_back_once() -> None:
     limiter = Limiter(dataclasses.replace(MODEL, tokens_per_minute=60))
-    limiter.counted(estimated=100, tokens=70)
-    limiter.counted(estimated=100, tokens=None)
-    limiter.counted(estimated=100, tokens=120)
+    limiter.correct_estimate(estimated=100, tokens=70)
+    limiter.correct_estimate(estimated=100, tokens=None)
+    limiter.correct_estimate(estimated=100, tokens=120)
 
-    taken = [tokens.seconds for _, tokens in [limiter.tolls(20, 0) for _ in range(3)] if tokens]
+    taken = [tokens.seconds for _, tokens in [limiter.charge(20, 0) for _ in range(3)] if tokens]
 
     assert taken == pytest.approx([0, 10 * HEADROOM, 20 * HEADROOM])
 
@@ -198,14 +200,20 @@ def test_only_a_model_with_limits_needs_permits(limits: dict[str, object], needs
 
 @pytest.mark.parametrize(
     ("own", "per_minute", "learnt", "most"),
-    [(None, None, None, 300), (200, None, None, 200), (None, 100, None, 100), (None, 100, 50, 50), (20, 100, 50, 20)],
+    [
+        (None, None, None, 300_000),
+        (200, None, None, 200),
+        (None, 100, None, 100),
+        (None, 100, 50, 50),
+        (20, 100, 50, 20),
+    ],
 )
 def test_a_request_has_at_most_a_minutes_tokens(
     own: int | None, per_minute: int | None, learnt: int | None, most: int
 ) -> None:
     model = dataclasses.replace(MODEL, max_tokens_per_request=own, tokens_per_minute=per_minute)
 
-    assert tokens_per_request(model, 300, Limits(tokens=Allowance(learnt))) == most
+    assert sizes_of(model, Limits(tokens=Allowance(learnt))).tokens_per_request == most
 
 
 # --- refusals ------------------------------------------------------------------------------------------
@@ -278,7 +286,7 @@ def test_the_first_request_goes_alone_and_its_limits_hold_for_the_others(lane: L
     assert lane.database.limits_learnt == [Limits(Allowance(600, 4), Allowance(40, 30))]
     # The second was too large for a minute's tokens, by estimate.
     assert len(lane.provider.requests) > 2
-    assert lane.database.tolls[0][0] == pytest.approx(Toll(0.1 * HEADROOM, 0.4 * HEADROOM), abs=0.3)
+    assert lane.database.charges[0][0] == pytest.approx(Charge(0.1 * HEADROOM, 0.4 * HEADROOM), abs=0.3)
 
 
 def test_a_request_waits_for_its_moment(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoembed.errors import ProviderTrouble, Refused
-from autoembed.model import Ask, Model
+from autoembed.model import Model, Request
 from autoembed.providers import http, openai
 
 SMALL = Model("small", "openai", "text-embedding-3-small", 1536)
@@ -24,7 +24,7 @@ TEXTS = ["one", "Grüße, 世界 🦊", "three"]
 
 
 def test_a_request_has_the_fields_of_the_api_reference() -> None:
-    assert json.loads(http.encode(openai.request_body(Ask(replace(SMALL, dimensions=256), TEXTS, 5)))) == {
+    assert json.loads(http.encode(openai.request_body(Request(replace(SMALL, dimensions=256), TEXTS, 5)))) == {
         "model": "text-embedding-3-small",
         "input": TEXTS,
         "encoding_format": "base64",
@@ -34,11 +34,11 @@ def test_a_request_has_the_fields_of_the_api_reference() -> None:
 
 @given(st.lists(st.text(), min_size=1))
 def test_texts_arrive_as_they_are(texts: list[str]) -> None:
-    assert json.loads(http.encode(openai.request_body(Ask(SMALL, texts, 5))))["input"] == texts
+    assert json.loads(http.encode(openai.request_body(Request(SMALL, texts, 5))))["input"] == texts
 
 
 def test_half_a_surrogate_pair_breaks_no_request() -> None:
-    assert json.loads(http.encode(openai.request_body(Ask(SMALL, ["a\ud83eb"], 5))))["input"] == ["a?b"]
+    assert json.loads(http.encode(openai.request_body(Request(SMALL, ["a\ud83eb"], 5))))["input"] == ["a?b"]
 
 
 # --- what it makes of an answer ----------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from autoembed.errors import ProviderTrouble, Refused
-from autoembed.model import Ask, Model
+from autoembed.model import Model, Request
 from autoembed.network import Answer, Network
 from autoembed.providers import azure, openai
 
@@ -46,7 +46,7 @@ class Server(Network):
 
 
 def embed(server: Server, model: Model = MODEL) -> list[list[float]]:
-    vectors: list[list[float]] = openai.embed(Ask(model, ["a"], 5), server).vectors.tolist()
+    vectors: list[list[float]] = openai.embed(Request(model, ["a"], 5), server).vectors.tolist()
     return vectors
 
 
@@ -158,6 +158,6 @@ def test_azure_does_without_them_too() -> None:
     model = replace(MODEL, provider="azure", base_url="https://name.openai.azure.example")
 
     for _ in range(2):
-        azure.embed(Ask(model, ["a"], 5), server)
+        azure.embed(Request(model, ["a"], 5), server)
 
     assert ["dimensions" in fields for fields in server.fields] == [True, False, False]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from autoembed.model import Ask, Model, prefixed
+from autoembed.model import Model, Request, prefixed
 from autoembed.network import Network
 from autoembed.providers import local
 
@@ -29,7 +29,7 @@ PREFIXES = {"document_prefix": "search_document: ", "query_prefix": "search_quer
     ],
 )
 def test_a_text_is_prefixed_by_its_purpose(options: dict[str, str], purpose: Any, expected: list[str]) -> None:
-    assert prefixed(Ask(replace(MODEL, options=options), ["a", ""], 5, purpose)) == expected
+    assert prefixed(Request(replace(MODEL, options=options), ["a", ""], 5, purpose)) == expected
 
 
 def test_the_local_model_embeds_prefixed_texts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_the_local_model_embeds_prefixed_texts(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(local, "_onnx_model", lambda _: Recording())
 
     local.check(model)
-    local.embed(Ask(model, ["a"], 5, "query"), Network(1))
+    local.embed(Request(model, ["a"], 5, "query"), Network(1))
 
     assert embedded == ["search_query: a"]
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from autoembed.errors import InvalidInput, ProviderTrouble, Refused, Trouble
-from autoembed.model import Ask, Embedded, Model
+from autoembed.model import Embedded, Model, Request
 from autoembed.network import Answer, Network
 from autoembed.providers import (
     PROVIDERS,
@@ -160,13 +160,13 @@ def check(model: Model) -> None:
     provider_of(model).check(model)
 
 
-def embed(model: Model, texts: Sequence[str], network: Network, **ask: Any) -> Embedded:
-    return provider_of(model).embed(Ask(model, texts, **{"timeout_seconds": 5, **ask}), network)
+def embed(model: Model, texts: Sequence[str], network: Network, **settings: Any) -> Embedded:
+    return provider_of(model).embed(Request(model, texts, **{"timeout_seconds": 5, **settings}), network)
 
 
-def trouble(model: Model, texts: Sequence[str], network: Network, **ask: Any) -> Trouble:
+def trouble(model: Model, texts: Sequence[str], network: Network, **settings: Any) -> Trouble:
     with pytest.raises(Trouble) as caught:
-        embed(model, texts, network, **ask)
+        embed(model, texts, network, **settings)
     assert "sk-right" not in str(caught.value)
     return caught.value
 
@@ -392,6 +392,24 @@ def test_an_answer_that_counts_no_tokens_reports_none(case: Case) -> None:
 
     assert embed(model, ["a"], counted).tokens == 7
     assert embed(model, ["a"], uncounted).tokens is None
+
+
+@pytest.mark.parametrize(
+    ("status", "embeddings"), [(200, [[1, 2]]), (200, [[1, None]]), (200, ["?!"]), (400, []), (429, []), (401, [])]
+)
+def test_the_headers_of_an_answer_come_back_with_it_whatever_it_says(
+    case: Case, status: int, embeddings: list[Any]
+) -> None:
+    headers = {"x-ratelimit-limit-requests": "60"}
+    network = Answering(json.dumps(case.answer(embeddings)).encode(), status, headers)
+    model = replace(case.model, base_url="https://h", dimensions=2)
+
+    try:
+        outcome: Embedded | Trouble = embed(model, ["a"], network)
+    except Trouble as found:
+        outcome = found
+
+    assert outcome.headers == headers
 
 
 def assert_in_another_form(case: Case, body: bytes) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from autoembed.model import Ask, Model
+from autoembed.model import Model, Request
 from autoembed.network import Network
 from autoembed.providers import voyage
 from fake_api import FakeApi
@@ -19,7 +19,7 @@ TEXTS = ["one", "Grüße, 世界 🦊", "three"]
 
 @pytest.mark.parametrize("purpose", ["document", "query"])
 def test_a_request_has_the_fields_of_the_api_reference(purpose: Any) -> None:
-    assert voyage.request_body(Ask(MODEL, TEXTS, 5, purpose)) == {
+    assert voyage.request_body(Request(MODEL, TEXTS, 5, purpose)) == {
         "model": "voyage-4",
         "input": TEXTS,
         "input_type": purpose,
@@ -32,5 +32,5 @@ def test_a_request_has_the_fields_of_the_api_reference(purpose: Any) -> None:
 def test_an_old_model_is_asked_without_dimensions(api: FakeApi, key: str, network: Network) -> None:
     old = replace(OLD, base_url=api.root + "/voyage/v1", api_key=key)
 
-    assert voyage.embed(Ask(old, TEXTS, 5, "query"), network).vectors.shape == (3, 1024)
+    assert voyage.embed(Request(old, TEXTS, 5, "query"), network).vectors.shape == (3, 1024)
     assert api.log()[0]["settings"]["input_type"] == "query"

@@ -1,30 +1,40 @@
-"""The ways to speak to a model: texts in, vectors out. One module each; nothing of one provider is known outside it."""
+"""The ways to speak to a model: texts in, vectors out. Each provider is one module, and only it knows its API."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from autoembed.errors import InvalidInput
-from autoembed.model import Ask, Embedded, Model
+from autoembed.model import Embedded, Model, Request
 from autoembed.providers import azure, cohere, fake, function, gemini, local, ollama, openai, voyage
 
 if TYPE_CHECKING:
+    from autoembed.limits import Limits
     from autoembed.network import Network
+
+# Calls the SQL function of a model: its name, the purpose and the texts in, vectors in PostgreSQL's binary form out.
+CallEmbedder = Callable[[str, str, Sequence[str]], list[bytes | None]]
 
 
 class Provider(Protocol):
-    """What a provider's module offers."""
+    """The contents of a provider's module."""
 
     MAX_INPUTS_PER_REQUEST: int
     MAX_TOKENS_PER_REQUEST: int
     # None: the model truncates by its own tokenizer, so nothing is cut before.
     MAX_TOKENS_PER_INPUT: int | None
+    # True: embed() goes through the database, which only the backend's own thread may use.
+    RUNS_IN_BACKEND: bool
 
     def check(self, model: Model) -> None:
         """Raises InvalidInput if the model cannot work as defined, ProviderTrouble if something is not there yet."""
 
-    def embed(self, ask: Ask, network: Network) -> Embedded:
-        """The vectors of the texts. Raises Trouble. Runs in a thread, unless it is one of IN_BACKEND."""
+    def embed(self, request: Request, reach: Any, /) -> Embedded:
+        """The vectors of the texts. Raises Trouble.
+
+        reach: the network; a provider that runs in the backend is given a CallEmbedder instead.
+        """
 
     def abort(self) -> None:
         """Ends what embed() is doing without the network."""
@@ -41,8 +51,6 @@ PROVIDERS: dict[str, Provider] = {
     "function": function,
     "fake": fake,
 }
-# Those that go through the database, which is for the backend's own thread alone.
-IN_BACKEND = {"function"}
 
 
 def provider_of(model: Model) -> Provider:
@@ -53,3 +61,35 @@ def provider_of(model: Model) -> Provider:
             f'model "{model.name}" names the provider "{model.provider}", which is not known',
             hint=f"The providers are: {', '.join(sorted(PROVIDERS))}.",
         ) from None
+
+
+class Sizes(NamedTuple):
+    """The most that one request to a model may hold. tokens_per_input None: the provider shortens texts itself."""
+
+    inputs_per_request: int
+    tokens_per_request: int
+    tokens_per_input: int | None
+
+
+def sizes_of(model: Model, learnt: Limits | None = None) -> Sizes:
+    """The model's own limits, or else its provider's. A request has no more tokens than a minute allows.
+
+    learnt: the limits that the provider's answers told.
+    """
+    provider = provider_of(model)
+    per_request = model.max_tokens_per_request or provider.MAX_TOKENS_PER_REQUEST
+    per_minute = (model.tokens_per_minute, learnt.tokens.per_minute if learnt else None)
+    return Sizes(
+        model.max_inputs_per_request or provider.MAX_INPUTS_PER_REQUEST,
+        min([per_request, *(limit for limit in per_minute if limit is not None)]),
+        model.max_tokens_per_input or provider.MAX_TOKENS_PER_INPUT,
+    )
+
+
+def embed(request: Request, network: Network, call_embedder: CallEmbedder) -> Embedded:
+    """The vectors of a request's texts, from the provider of its model. Raises Trouble."""
+    provider = provider_of(request.model)
+    try:
+        return provider.embed(request, call_embedder if provider.RUNS_IN_BACKEND else network)
+    finally:
+        request.sent.set()

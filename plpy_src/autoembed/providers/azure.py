@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from autoembed import keys
-from autoembed.model import Ask, Embedded, Model
+from autoembed.model import Embedded, Model, Request
 from autoembed.providers import http, openai
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ API_VERSION = "2024-10-21"
 MAX_INPUTS_PER_REQUEST = 2048
 MAX_TOKENS_PER_REQUEST = 300_000
 MAX_TOKENS_PER_INPUT: int | None = 8192
+RUNS_IN_BACKEND = False
 
 
 def check(model: Model) -> None:
@@ -32,10 +33,10 @@ def check(model: Model) -> None:
     )
 
 
-def embed(ask: Ask, network: Network) -> Embedded:
-    key = keys.resolve(ask.model)
+def embed(request: Request, network: Network) -> Embedded:
+    key = keys.resolve(request.model)
     headers = {} if key is None else {"api-key": key}
-    return openai.embed_at(url_of(ask.model), ask, network, headers, key)
+    return openai.embed_at(url_of(request.model), request, network, headers, key)
 
 
 def abort() -> None:

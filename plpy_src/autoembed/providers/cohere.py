@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoembed import keys
 from autoembed.errors import ProviderTrouble, Refused, Trouble, trouble_of_answer
-from autoembed.model import Ask, Embedded, Model
+from autoembed.model import Embedded, Model, Request
 from autoembed.providers import http
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ MAX_INPUTS_PER_REQUEST = 96
 # The reference sets none for a request; one text of embed-v4.0 may have as many.
 MAX_TOKENS_PER_REQUEST = 128_000
 MAX_TOKENS_PER_INPUT: int | None = 128_000
+RUNS_IN_BACKEND = False
 
 # The models before embed-v4.0, which take shorter texts and refuse output_dimension.
 OLD_MODELS = "-v3.0"
@@ -35,30 +36,29 @@ def check(model: Model) -> None:
         http.check_tokens_per_input(model, OLD_MAX_TOKENS_PER_INPUT)
 
 
-def embed(ask: Ask, network: Network) -> Embedded:
-    key = keys.resolve(ask.model)
-    url = http.url(ask.model, BASE_URL, "/v2/embed")
-    answer = http.post(ask, network, url, http.bearer(key), request_body(ask), key, trouble_of)
-    return embedded_in(answer, len(ask.texts), ask.model.dimensions)
+def embed(request: Request, network: Network) -> Embedded:
+    key = keys.resolve(request.model)
+    url = http.url(request.model, BASE_URL, "/v2/embed")
+    return http.post(request, network, url, http.bearer(key), request_body(request), key, embedded_in, trouble_of)
 
 
 def abort() -> None:
     """Nothing to end: all it does goes over the network."""
 
 
-def request_body(ask: Ask) -> dict[str, Any]:
+def request_body(request: Request) -> dict[str, Any]:
     body = {
-        "model": ask.model.model_id,
-        "texts": list(ask.texts),
-        "input_type": INPUT_TYPES[ask.purpose],
+        "model": request.model.model_id,
+        "texts": list(request.texts),
+        "input_type": INPUT_TYPES[request.purpose],
         # There is base64 too, but the reference does not say of what bytes.
         "embedding_types": ["float"],
         # What is too long was cut before, or must not be cut at all.
         "truncate": "NONE",
     }
-    if ask.model.model_id.endswith(OLD_MODELS):
+    if request.model.model_id.endswith(OLD_MODELS):
         return body
-    return {**body, "output_dimension": ask.model.dimensions}
+    return {**body, "output_dimension": request.model.dimensions}
 
 
 def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedded:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoembed.batching import estimate_tokens
 from autoembed.errors import InvalidInput, ProviderTrouble, trouble_of_answer
-from autoembed.model import Ask, Embedded, Model
+from autoembed.model import Embedded, Model, Request
 from autoembed.providers import http
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ MAX_INPUTS_PER_REQUEST = 2048
 MAX_TOKENS_PER_REQUEST = 300_000
 # Nothing is cut, so that a search for a text finds the row that says it, however long it is.
 MAX_TOKENS_PER_INPUT: int | None = None
+RUNS_IN_BACKEND = False
 
 OPTIONS = frozenset({"delay_seconds", "faults"})
 FAULT = frozenset({"match", "status", "message", "retry_after_seconds"})
@@ -59,21 +60,21 @@ def _wrong(model: Model, option: str, fault: str) -> InvalidInput:
     )
 
 
-def embed(ask: Ask, network: Network) -> Embedded:
-    options = ask.model.options
+def embed(request: Request, network: Network) -> Embedded:
+    options = request.model.options
     delay = options.get("delay_seconds", 0)
     _stopping.clear()
-    if _stopping.wait(min(delay, ask.timeout_seconds)):
+    if _stopping.wait(min(delay, request.timeout_seconds)):
         raise ProviderTrouble("the request was stopped")
-    if delay > ask.timeout_seconds:
-        raise ProviderTrouble(f"the fake provider did not answer within {ask.timeout_seconds:g} s")
+    if delay > request.timeout_seconds:
+        raise ProviderTrouble(f"the fake provider did not answer within {request.timeout_seconds:g} s")
     for fault in options.get("faults", []):
-        if any(fault.get("match", "") in text for text in ask.texts):
+        if any(fault.get("match", "") in text for text in request.texts):
             raise trouble_of_answer(fault["status"], _headers(fault), fault.get("message", "").encode())
     import numpy as np
 
-    vectors = np.stack([vector_of(text, ask.model.dimensions) for text in ask.texts])
-    return Embedded(vectors, sum(map(estimate_tokens, ask.texts)))
+    vectors = np.stack([vector_of(text, request.model.dimensions) for text in request.texts])
+    return Embedded(vectors, sum(map(estimate_tokens, request.texts)))
 
 
 def abort() -> None:

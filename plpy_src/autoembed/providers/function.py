@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from autoembed.errors import Refused
-from autoembed.model import Ask, Embedded, Model
+from autoembed.model import Embedded, Model, Request
 from autoembed.providers import http
 
 if TYPE_CHECKING:
-    from autoembed.network import Network
+    from autoembed.providers import CallEmbedder
 
 # Lower than where the function is a gateway: it answers before anything else is done in this session.
 MAX_INPUTS_PER_REQUEST = 100
 MAX_TOKENS_PER_REQUEST = 100_000
 MAX_TOKENS_PER_INPUT: int | None = None
+RUNS_IN_BACKEND = True
 
 # vector_send(): two int16 before the numbers, which are big-endian.
 HEADER_BYTES = 4
@@ -25,18 +26,17 @@ def check(model: Model) -> None:
     http.check_options(model, frozenset({"query_function"}))
 
 
-def embed(ask: Ask, network: Network) -> Embedded:
+def embed(request: Request, call_embedder: CallEmbedder) -> Embedded:
     import numpy as np
 
-    assert ask.database is not None
-    answer = ask.database.call_embedder(ask.model.name, ask.purpose, ask.texts)
-    if len(answer) != len(ask.texts):
-        raise Refused(f"the function returned {len(answer)} vectors for {len(ask.texts)} texts")
+    answer = call_embedder(request.model.name, request.purpose, request.texts)
+    if len(answer) != len(request.texts):
+        raise Refused(f"the function returned {len(answer)} vectors for {len(request.texts)} texts")
     sent = [vector for vector in answer if vector is not None]
     if len(sent) < len(answer):
         raise Refused("the function returned NULL in place of a vector")
     vectors = [np.frombuffer(vector, ">f4", offset=HEADER_BYTES) for vector in sent]
-    return Embedded(http.matrix(vectors, len(vectors), ask.model.dimensions))
+    return Embedded(http.matrix(vectors, len(vectors), request.model.dimensions))
 
 
 def abort() -> None:

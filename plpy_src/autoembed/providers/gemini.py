@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from autoembed import keys
 from autoembed.errors import ProviderTrouble, Refused, Trouble, trouble_of_answer
-from autoembed.model import PREFIXES, Ask, Embedded, Model, prefixed
+from autoembed.model import PREFIXES, Embedded, Model, Request, prefixed
 from autoembed.providers import http
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ MAX_INPUTS_PER_REQUEST = 100
 # The reference sets none; a request should be a small part of what a key may send in a minute.
 MAX_TOKENS_PER_REQUEST = 20_000
 MAX_TOKENS_PER_INPUT: int | None = 2048
+RUNS_IN_BACKEND = False
 
 TASK_TYPES = {"document": "RETRIEVAL_DOCUMENT", "query": "RETRIEVAL_QUERY"}
 # These are told the task in the text, by document_prefix and query_prefix.
@@ -43,12 +44,11 @@ def check(model: Model) -> None:
     )
 
 
-def embed(ask: Ask, network: Network) -> Embedded:
-    key = keys.resolve(ask.model)
+def embed(request: Request, network: Network) -> Embedded:
+    key = keys.resolve(request.model)
     headers = {} if key is None else {"x-goog-api-key": key}
-    url = http.url(ask.model, BASE_URL, f"/{quote(name_of(ask.model))}:batchEmbedContents")
-    answer = http.post(ask, network, url, headers, request_body(ask), key, trouble_of)
-    return embedded_in(answer, len(ask.texts), ask.model.dimensions)
+    url = http.url(request.model, BASE_URL, f"/{quote(name_of(request.model))}:batchEmbedContents")
+    return http.post(request, network, url, headers, request_body(request), key, embedded_in, trouble_of)
 
 
 def abort() -> None:
@@ -59,12 +59,12 @@ def name_of(model: Model) -> str:
     return "models/" + model.model_id.removeprefix("models/")
 
 
-def request_body(ask: Ask) -> dict[str, Any]:
-    name = name_of(ask.model)
-    each: dict[str, Any] = {"model": name, "outputDimensionality": ask.model.dimensions}
+def request_body(request: Request) -> dict[str, Any]:
+    name = name_of(request.model)
+    each: dict[str, Any] = {"model": name, "outputDimensionality": request.model.dimensions}
     if WITHOUT_TASK_TYPE not in name:
-        each["taskType"] = TASK_TYPES[ask.purpose]
-    return {"requests": [{**each, "content": {"parts": [{"text": text}]}} for text in prefixed(ask)]}
+        each["taskType"] = TASK_TYPES[request.purpose]
+    return {"requests": [{**each, "content": {"parts": [{"text": text}]}} for text in prefixed(request)]}
 
 
 def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedded:

@@ -9,11 +9,12 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from autoembed import endpoints, keys
 from autoembed.errors import InvalidInput, ProviderTrouble, Refused, Trouble, trouble_of_answer
-from autoembed.model import Ask, Model
+from autoembed.model import Embedded, Model, Request
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,17 +103,22 @@ def bearer(key: str | None) -> dict[str, str]:
 
 
 def post(
-    ask: Ask,
+    request: Request,
     network: Network,
     url: str,
     headers: Mapping[str, str],
     body: Mapping[str, Any],
     secret: str | None,
+    embedded_in: Callable[[bytes | bytearray, int, int], Embedded],
     trouble_of: Callable[[int, Mapping[str, str], bytes | bytearray, str | None], Trouble] = trouble_of_answer,
-) -> bytes | bytearray:
-    """The body of a 200 answer; raises what trouble_of says of any other. secret: to be kept out of errors."""
-    # Checked again: a host may be allowed no more.
-    fault = endpoints.fault_of(url, ask.model.http_hosts)
+) -> Embedded:
+    """The vectors that embedded_in() reads from a 200 answer; raises what trouble_of() makes of any other.
+
+    embedded_in: is given the body, the count of texts and the dimensions. secret: is kept out of errors.
+    The headers of the answer go with the vectors and with the trouble.
+    """
+    # The check is repeated because a host may have lost its permission since the model was defined.
+    fault = endpoints.fault_of(url, request.model.http_hosts)
     if fault is not None:
         raise ProviderTrouble(f"{endpoints.without_user(url)} {fault.reason}", permanent=True)
     answer = network.post(
@@ -121,19 +127,23 @@ def post(
             "Content-Type": "application/json",
             "Accept": "application/json",
             **headers,
-            **ask.model.options.get("extra_headers", {}),
+            **request.model.options.get("extra_headers", {}),
         },
-        encode({**body, **ask.model.options.get("extra_body", {})}),
-        timeout_seconds=ask.timeout_seconds,
-        # A JSON number takes up to 24 bytes; the rest is room for a server that does not know the dimensions asked for.
-        max_answer_bytes=(64 << 20) + 32 * len(ask.texts) * ask.model.dimensions,
-        ca_file=ask.model.options.get("ca_file"),
-        sent=ask.sent.set,
+        encode({**body, **request.model.options.get("extra_body", {})}),
+        timeout_seconds=request.timeout_seconds,
+        # A JSON number takes up to 24 bytes. The rest is room for a server that ignores the dimensions asked for.
+        max_answer_bytes=(64 << 20) + 32 * len(request.texts) * request.model.dimensions,
+        ca_file=request.model.options.get("ca_file"),
+        sent=request.sent.set,
     )
-    ask.headers.update(answer.headers)
-    if answer.status != 200:
-        raise trouble_of(answer.status, answer.headers, answer.body, secret)
-    return answer.body
+    try:
+        if answer.status != 200:
+            raise trouble_of(answer.status, answer.headers, answer.body, secret)
+        embedded = embedded_in(answer.body, len(request.texts), request.model.dimensions)
+    except Trouble as trouble:
+        trouble.headers = answer.headers
+        raise
+    return replace(embedded, headers=answer.headers)
 
 
 def encode(body: Mapping[str, Any]) -> bytes:

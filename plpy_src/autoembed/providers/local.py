@@ -7,7 +7,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from autoembed.errors import ProviderTrouble
-from autoembed.model import PREFIXES, Ask, Embedded, Model, prefixed
+from autoembed.model import PREFIXES, Embedded, Model, Request, prefixed
 from autoembed.providers import http
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ MODELS_FOLDER = "/usr/local/share/autoembed/models"
 MAX_INPUTS_PER_REQUEST = 256
 MAX_TOKENS_PER_REQUEST = 1_000_000
 MAX_TOKENS_PER_INPUT: int | None = None
+RUNS_IN_BACKEND = False
 DEFAULT_MAX_TOKENS = 256
 
 _loaded: dict[tuple[str, int], OnnxModel] = {}
@@ -39,14 +40,14 @@ def check(model: Model) -> None:
             raise ProviderTrouble(f"the model's file {path} does not exist on the server", permanent=True)
 
 
-def embed(ask: Ask, network: Network) -> Embedded:
-    ask.sent.set()
+def embed(request: Request, network: Network) -> Embedded:
+    request.sent.set()
     with _running:
         _stopping.clear()
-        vectors = _onnx_model(ask.model).embed(prefixed(ask), _stop_if_told)
-    if vectors.shape[1] != ask.model.dimensions:
+        vectors = _onnx_model(request.model).embed(prefixed(request), _stop_if_told)
+    if vectors.shape[1] != request.model.dimensions:
         raise ProviderTrouble(
-            f"the model's vectors have {vectors.shape[1]} dimensions, it is defined with {ask.model.dimensions}",
+            f"the model's vectors have {vectors.shape[1]} dimensions, it is defined with {request.model.dimensions}",
             permanent=True,
         )
     return Embedded(vectors)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoembed import keys
 from autoembed.errors import Refused, Trouble, trouble_of_answer
-from autoembed.model import PREFIXES, Ask, Embedded, Model, prefixed
+from autoembed.model import PREFIXES, Embedded, Model, Request, prefixed
 from autoembed.providers import http
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ BASE_URL = "http://127.0.0.1:11434"
 MAX_INPUTS_PER_REQUEST = 64
 MAX_TOKENS_PER_REQUEST = 32_000
 MAX_TOKENS_PER_INPUT: int | None = None
+RUNS_IN_BACKEND = False
 
 # What it says with status 500 of a text, and says again each time it is sent.
 TEXTS_FAULTS = (b"context length", b"NaN")
@@ -33,22 +34,21 @@ def check(model: Model) -> None:
     http.check(placed, default_url=None, example=f"{BASE_URL}, what comes before /api", options=http.OPTIONS | PREFIXES)
 
 
-def embed(ask: Ask, network: Network) -> Embedded:
-    key = keys.resolve(ask.model)
-    url = http.url(ask.model, BASE_URL, "/api/embed")
-    answer = http.post(ask, network, url, http.bearer(key), request_body(ask), key, trouble_of)
-    return embedded_in(answer, len(ask.texts), ask.model.dimensions)
+def embed(request: Request, network: Network) -> Embedded:
+    key = keys.resolve(request.model)
+    url = http.url(request.model, BASE_URL, "/api/embed")
+    return http.post(request, network, url, http.bearer(key), request_body(request), key, embedded_in, trouble_of)
 
 
 def abort() -> None:
     """Nothing to end: all it does goes over the network."""
 
 
-def request_body(ask: Ask) -> dict[str, Any]:
+def request_body(request: Request) -> dict[str, Any]:
     return {
-        "model": ask.model.model_id,
-        "input": prefixed(ask),
-        "dimensions": ask.model.dimensions,
+        "model": request.model.model_id,
+        "input": prefixed(request),
+        "dimensions": request.model.dimensions,
         "truncate": True,
     }
 

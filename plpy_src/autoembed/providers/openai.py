@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoembed import keys
 from autoembed.errors import ProviderTrouble, Refused, Trouble, trouble_of_answer
-from autoembed.model import PREFIXES, Ask, Embedded, Model, prefixed
+from autoembed.model import PREFIXES, Embedded, Model, Request, prefixed
 from autoembed.providers import http
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ BASE_URL = "https://api.openai.com/v1"
 MAX_INPUTS_PER_REQUEST = 2048
 MAX_TOKENS_PER_REQUEST = 300_000
 MAX_TOKENS_PER_INPUT: int | None = 8192
+RUNS_IN_BACKEND = False
 
 # What a server may refuse to hear of: then it is done without.
 OPTIONAL_FIELDS = frozenset({"dimensions", "encoding_format"})
@@ -45,9 +46,9 @@ def check(model: Model) -> None:
     )
 
 
-def embed(ask: Ask, network: Network) -> Embedded:
-    key = keys.resolve(ask.model)
-    return embed_at(http.url(ask.model, BASE_URL, "/embeddings"), ask, network, http.bearer(key), key)
+def embed(request: Request, network: Network) -> Embedded:
+    key = keys.resolve(request.model)
+    return embed_at(http.url(request.model, BASE_URL, "/embeddings"), request, network, http.bearer(key), key)
 
 
 def abort() -> None:
@@ -71,18 +72,17 @@ def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray,
     return FieldsRefused(str(trouble), frozenset(name for name in OPTIONAL_FIELDS if name in words))
 
 
-def embed_at(url: str, ask: Ask, network: Network, headers: Mapping[str, str], key: str | None) -> Embedded:
+def embed_at(url: str, request: Request, network: Network, headers: Mapping[str, str], key: str | None) -> Embedded:
     """Asks again without the fields that the server names when it refuses; remembers them where that has worked."""
-    which = (url, ask.model.model_id)
+    which = (url, request.model.model_id)
     # What the model asks for by itself is sent come what may.
-    optional = OPTIONAL_FIELDS - ask.model.options.get("extra_body", {}).keys()
+    optional = OPTIONAL_FIELDS - request.model.options.get("extra_body", {}).keys()
     left_out = _refused.get(which, frozenset()) & optional
     refusal: Refused | None = None
     while True:
-        body = {name: value for name, value in request_body(ask).items() if name not in left_out}
+        body = {name: value for name, value in request_body(request).items() if name not in left_out}
         try:
-            answer = http.post(ask, network, url, headers, body, key, trouble_of)
-            embedded = embedded_in(answer, len(ask.texts), ask.model.dimensions)
+            embedded = http.post(request, network, url, headers, body, key, embedded_in, trouble_of)
         except FieldsRefused as error:
             named = error.fields & optional & body.keys()
             if not named:
@@ -92,6 +92,7 @@ def embed_at(url: str, ask: Ask, network: Network, headers: Mapping[str, str], k
         except ProviderTrouble as error:
             if refusal and error.permanent:
                 # Vectors of another length, most likely: the refusal says more.
+                refusal.headers = error.headers
                 raise refusal from error
             raise
         else:
@@ -100,11 +101,11 @@ def embed_at(url: str, ask: Ask, network: Network, headers: Mapping[str, str], k
             return embedded
 
 
-def request_body(ask: Ask) -> dict[str, Any]:
-    body = {"model": ask.model.model_id, "input": prefixed(ask), "encoding_format": "base64"}
-    if ask.model.model_id in WITHOUT_DIMENSIONS:
+def request_body(request: Request) -> dict[str, Any]:
+    body = {"model": request.model.model_id, "input": prefixed(request), "encoding_format": "base64"}
+    if request.model.model_id in WITHOUT_DIMENSIONS:
         return body
-    return {**body, "dimensions": ask.model.dimensions}
+    return {**body, "dimensions": request.model.dimensions}
 
 
 def embedded_in(body: bytes | bytearray, count: int, dimensions: int, api: str = "OpenAI") -> Embedded:

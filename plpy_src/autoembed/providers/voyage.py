@@ -8,11 +8,12 @@ https://docs.voyageai.com/docs/error-codes. The answer is in the form of OpenAI'
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from autoembed import keys
 from autoembed.errors import ProviderTrouble, Trouble, trouble_of_answer
-from autoembed.model import Ask, Embedded, Model
+from autoembed.model import Embedded, Model, Request
 from autoembed.providers import http, openai
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ MAX_INPUTS_PER_REQUEST = 1000
 # What every model takes; max_tokens_per_request says so of a model that takes more.
 MAX_TOKENS_PER_REQUEST = 120_000
 MAX_TOKENS_PER_INPUT: int | None = 32_000
+RUNS_IN_BACKEND = False
 
 SHORT_MODELS = ("voyage-law-2", "voyage-code-2")
 SHORT_MAX_TOKENS_PER_INPUT = 16_000
@@ -36,29 +38,31 @@ def check(model: Model) -> None:
         http.check_tokens_per_input(model, SHORT_MAX_TOKENS_PER_INPUT)
 
 
-def embed(ask: Ask, network: Network) -> Embedded:
-    key = keys.resolve(ask.model)
-    url = http.url(ask.model, BASE_URL, "/embeddings")
-    answer = http.post(ask, network, url, http.bearer(key), request_body(ask), key, trouble_of)
-    return openai.embedded_in(answer, len(ask.texts), ask.model.dimensions, "Voyage")
+def embed(request: Request, network: Network) -> Embedded:
+    key = keys.resolve(request.model)
+    url = http.url(request.model, BASE_URL, "/embeddings")
+    return http.post(request, network, url, http.bearer(key), request_body(request), key, embedded_in, trouble_of)
 
 
 def abort() -> None:
     """Nothing to end: all it does goes over the network."""
 
 
-def request_body(ask: Ask) -> dict[str, Any]:
+embedded_in = partial(openai.embedded_in, api="Voyage")
+
+
+def request_body(request: Request) -> dict[str, Any]:
     body = {
-        "model": ask.model.model_id,
-        "input": list(ask.texts),
-        "input_type": ask.purpose,
+        "model": request.model.model_id,
+        "input": list(request.texts),
+        "input_type": request.purpose,
         "encoding_format": "base64",
         # What is too long was cut before, or must not be cut at all.
         "truncation": False,
     }
-    if ask.model.model_id in WITHOUT_DIMENSIONS:
+    if request.model.model_id in WITHOUT_DIMENSIONS:
         return body
-    return {**body, "output_dimension": ask.model.dimensions}
+    return {**body, "output_dimension": request.model.dimensions}
 
 
 def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray, secret: str | None = None) -> Trouble:
