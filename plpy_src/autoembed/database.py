@@ -13,16 +13,29 @@ from typing import TYPE_CHECKING, Any
 import plpy  # type: ignore[import-not-found]
 
 from autoembed.binary import copy_rows
-from autoembed.errors import InvalidInput, ProviderTrouble, row_error, trouble_of_function
+from autoembed.errors import (
+    QUERY_CANCELED,
+    InvalidInput,
+    ProviderTrouble,
+    Trouble,
+    is_nobodys,
+    row_error,
+    trouble_of_function,
+)
 from autoembed.limits import Charge, Limits, Permit
 from autoembed.model import Model, Share
-from autoembed.records import Backfill, Message, Pipeline, Row
+from autoembed.records import MAX_TEXT_BYTES, Backfill, Message, Pipeline, Row
+from autoembed.restricted import Run, available, restricted
 
 if TYPE_CHECKING:
     import numpy as np
 
 # What a statement that fails raises.
 Error = plpy.SPIError
+# An owner's code is cancelled after so long in one statement, in seconds: another owner's rows wait meanwhile.
+OWNER_SECONDS = 1.0
+# A lane does not wait longer for a lock, in milliseconds.
+LOCK_TIMEOUT_MILLISECONDS = 500
 
 _plans: dict[str, Any] = {}
 
@@ -34,10 +47,18 @@ class _Undo(Exception):
 class Database:
     """The database as seen from a lane, which commits as it goes, or from a function, which cannot."""
 
+    Error = Error
+
     def __init__(self, *, commits: bool) -> None:
         self._commits = commits
         # The types of vectors whose temporary tables may have rows: each commit empties them.
         self._filled: set[str] = set()
+        self._has_written = False
+
+    def note_transaction(self) -> None:
+        """To be called first in a caller's transaction, which may have deferred triggers of its own."""
+        sql = "SELECT pg_catalog.pg_current_xact_id_if_assigned() IS NOT NULL AS has_written"
+        self._has_written = bool(self._run(sql)[0]["has_written"])
 
     def commit(self, *, synced: bool = True) -> None:
         """synced: waits for the disk, if the server's settings ask for it."""
@@ -92,12 +113,17 @@ class Database:
 
     # The queue -----------------------------------------------------------------------------------
 
-    def claim(self, max_rows: int, lease_seconds: float, held: Sequence[int]) -> list[Message]:
-        """Takes messages for about so many rows; held: those that this lane has already."""
+    def claim(
+        self, max_rows: int, lease_seconds: float, held: Sequence[int], busy_models: Sequence[str]
+    ) -> list[Message]:
+        """Claims messages for about so many rows, of other models than the busy ones.
+
+        held: the messages that this lane has already.
+        """
         rows = self._run(
-            "SELECT c.message_id, c.read_count, c.message FROM autoembed._claim($1, $2, $3) AS c",
-            ["pg_catalog.int4", "pg_catalog.float8", "pg_catalog.int8[]"],
-            [max_rows, lease_seconds, list(held)],
+            "SELECT c.message_id, c.read_count, c.message FROM autoembed._claim($1, $2, $3, $4) AS c",
+            ["pg_catalog.int4", "pg_catalog.float8", "pg_catalog.int8[]", "pg_catalog.text[]"],
+            [max_rows, lease_seconds, list(held), list(busy_models)],
         )
         return [Message(row["message_id"], row["read_count"], _body(row["message"])) for row in rows]
 
@@ -131,18 +157,18 @@ class Database:
         rows = self._run("SELECT b.* FROM autoembed._next_backfill($1) AS b", ["pg_catalog.bool"], [dedicated])
         if not rows:
             return None
-        return Backfill(rows[0]["pipeline_id"], rows[0]["after"], rows[0]["condition"], rows[0]["failures"])
+        row = rows[0]
+        return Backfill(row["pipeline_id"], row["owner"], row["after"], row["condition"], row["failures"])
 
     def scan(self, backfill: Backfill, max_rows: int) -> list[str]:
         """The next keys of its table; RowError if its condition fails, or the table is locked."""
         rows: Any = []
-        with _row_errors(), contextlib.suppress(_Undo), plpy.subtransaction():
+        with self._owners_code(undone=True):
             rows = self._run(
                 f"SELECT s.key FROM autoembed._scan_{backfill.pipeline_id}($1, $2, $3) AS s",
                 ["pg_catalog.text", "pg_catalog.text", "pg_catalog.int4"],
                 [backfill.after, backfill.condition, max_rows],
             )
-            raise _Undo
         return [row["key"] for row in rows]
 
     def queue_backfill(
@@ -167,14 +193,14 @@ class Database:
         self._run(
             "SELECT autoembed._fail_backfill($1, $2)",
             ["pg_catalog.int4", "pg_catalog.text"],
-            [backfill.pipeline_id, reason],
+            [backfill.pipeline_id, _storable(reason)],
         )
 
     # Pipelines and models ------------------------------------------------------------------------
 
     def resolve(self, body: Any) -> int:
         """The pipeline of a message of the guide's form; RowError if it is of no use."""
-        with _row_errors():
+        with row_errors():
             return int(
                 self._run("SELECT autoembed._resolve($1) AS id", ["pg_catalog.jsonb"], [json.dumps(body)])[0]["id"]
             )
@@ -186,11 +212,11 @@ class Database:
                 id=row["id"],
                 schema_name=row["schema_name"],
                 table_name=row["table_name"],
+                owner=row["owner"],
                 content_function=row["content_function"],
                 embedding_column=row["embedding_column"],
                 vector_type=row["vector_type"],
                 truncate=row["truncate"],
-                trusted=row["trusted"],
                 blocked=row["blocked"],
                 failures=row["failures"],
                 model=Model.from_row(json.loads(row["model"])),
@@ -212,85 +238,128 @@ class Database:
         )[0]
         return row["price"], row["rows_per_second"]
 
-    def rest_model(self, name: str, seconds: float, needs_attention: bool, reason: str) -> bool:
+    def rest_model(self, name: str, seconds: float, needs_attention: bool, trouble: Trouble) -> bool:
         """Lets a model rest; whether its trouble is new, and this the first lane to say so."""
         row = self._run(
-            "SELECT autoembed._rest_model($1, $2, $3, $4) AS is_new",
-            ["pg_catalog.text", "pg_catalog.float8", "pg_catalog.bool", "pg_catalog.text"],
-            [name, seconds, needs_attention, reason],
+            "SELECT autoembed._rest_model($1, $2, $3, $4, $5) AS is_new",
+            ["pg_catalog.text", "pg_catalog.float8", "pg_catalog.bool", "pg_catalog.text", "pg_catalog.text"],
+            [name, seconds, needs_attention, _storable(str(trouble)), _storable(trouble.summary)],
         )[0]
         return bool(row["is_new"])
+
+    def rest_pipelines(self, owner: int, pipeline_ids: Sequence[int], reason: str) -> None:
+        """Lets pipelines of an owner rest after an error of its code; no ids: all of them."""
+        self._run(
+            "SELECT autoembed._rest_pipelines($1, $2, $3)",
+            ["pg_catalog.int8", "pg_catalog.int4[]", "pg_catalog.text"],
+            [owner, list(pipeline_ids), _storable(reason)],
+        )
 
     def resume_model(self, name: str) -> None:
         self._run("SELECT autoembed.resume_model($1)", ["pg_catalog.text"], [name])
 
-    def call_embedder(self, model: str, purpose: str, texts: Sequence[str]) -> list[bytes | None]:
+    def call_embedder(
+        self, model: str, purpose: str, texts: Sequence[str], timeout_seconds: float
+    ) -> list[bytes | None]:
         """What a model's SQL function makes of texts, in PostgreSQL's binary form. Raises Trouble."""
         row: Any = None
+        run = Run()
         try:
-            with self.prepared_statements_kept(), contextlib.suppress(_Undo), plpy.subtransaction():
+            with contextlib.suppress(_Undo), plpy.subtransaction(), restricted(timeout_seconds) as run:
                 [row] = self._run(
                     "SELECT c.vectors, c.fault FROM autoembed._call_embedder($1, $2, $3) AS c",
                     ["pg_catalog.text", "pg_catalog.text", "pg_catalog.text[]"],
                     [model, purpose, list(texts)],
                 )
-                # Whatever its owner's code has done besides: settings, temporary objects, events for the commit.
+                # The rest that its owner's code has done is undone.
                 raise _Undo
         except plpy.SPIError as error:
-            trouble = trouble_of_function(getattr(error, "sqlstate", None) or "XX000", str(error))
-            if trouble is None:
+            sqlstate = _sqlstate(error)
+            if sqlstate == QUERY_CANCELED and not run.timed_out:
                 raise
-            raise trouble from error
+            raise trouble_of_function(sqlstate, str(error), timed_out=run.timed_out) from error
         if row["fault"] is not None:
             raise ProviderTrouble(row["fault"], permanent=True)
         return list(row["vectors"])
 
     @contextmanager
-    def prepared_statements_kept(self) -> Iterator[None]:
-        """Forgets those that an owner's code leaves: the session's user may execute one by its name."""
-        known = self._run("SELECT autoembed._prepared() AS statements")[0]["statements"]
+    def _owners_code(self, *, undone: bool = False) -> Iterator[None]:
+        """Runs statements with an owner's code, under PostgreSQL's guards. Their errors are RowErrors.
+
+        undone: what the code has done is rolled back.
+        """
+        if not available():
+            raise InvalidInput("this PostgreSQL lacks the functions under whose guard the code of a table's owner runs")
+        if not undone and not self._has_written:
+            # Before anything is done: PostgreSQL refuses to defer what would run with other rights at the commit.
+            self._run("SET CONSTRAINTS ALL IMMEDIATE")
+        run = Run()
         try:
-            yield
+            with contextlib.suppress(_Undo), plpy.subtransaction(), restricted(OWNER_SECONDS) as run:
+                yield
+                if undone:
+                    raise _Undo
+        except plpy.SPIError as error:
+            if run.session_timed_out and _sqlstate(error) == QUERY_CANCELED:
+                raise
+            raise row_error(_sqlstate(error), str(error), timed_out=run.timed_out) from error
         finally:
-            self._run("SELECT autoembed._forget_prepared($1)", ["pg_catalog.text[]"], [known])
+            if self._commits:
+                # No statement but such code takes these in a lane, and no rollback frees them.
+                self._run("SELECT pg_catalog.pg_advisory_unlock_all()")
 
     @contextmanager
-    def read_committed(self) -> Iterator[None]:
-        """Transactions that see what is committed, whatever the session's default.
+    def lane_settings(self) -> Iterator[None]:
+        """Transactions that see what is committed and wait for no lock, whatever the session's default.
 
         In others, two lanes or an application would fail each other's statements, and COMMIT itself.
         """
-        default = self._run("SELECT pg_catalog.current_setting('default_transaction_isolation') AS level")[0]["level"]
-        self._isolate("read committed")
+        names = ["default_transaction_isolation", "lock_timeout"]
+        [before] = self._run(
+            "SELECT pg_catalog.array_agg(pg_catalog.current_setting(s.name) ORDER BY s.number) AS values"
+            " FROM pg_catalog.unnest($1) WITH ORDINALITY AS s(name, number)",
+            ["pg_catalog.text[]"],
+            [names],
+        )
+        self._set(names, ["read committed", f"{LOCK_TIMEOUT_MILLISECONDS}ms"])
         try:
             yield
         finally:
-            self._isolate(default)
+            self._set(names, before["values"])
 
-    def _isolate(self, level: str) -> None:
+    def _set(self, names: Sequence[str], values: Sequence[str]) -> None:
         self._run(
-            "SELECT pg_catalog.set_config('default_transaction_isolation', $1, false)", ["pg_catalog.text"], [level]
+            "SELECT pg_catalog.set_config(s.name, s.value, false)"
+            " FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2)) AS s(name, value)",
+            ["pg_catalog.text[]", "pg_catalog.text[]"],
+            [list(names), list(values)],
         )
         self.commit()
 
     # Limits --------------------------------------------------------------------------------------
 
-    def take_permit(self, model: str, charges: Sequence[Charge | None], slots_held: Sequence[int]) -> Permit:
+    def take_permit(self, model: str, charges: Sequence[Charge | None], *, with_slot: bool) -> Permit:
         """A permit for one more request of a model. To be committed at once where that is possible."""
-        seconds = [value for charge in charges for value in charge or (None, None)]
         [row] = self._run(
             "SELECT p.* FROM autoembed._take_permit($1, $2, $3, $4, $5, $6, $7) AS p",
-            ["pg_catalog.text", "pg_catalog.bool", *["pg_catalog.float8"] * 4, "pg_catalog.int4[]"],
-            [
-                model,
-                self._commits,
-                *seconds,
-                list(slots_held),
-            ],
+            ["pg_catalog.text", "pg_catalog.bool", "pg_catalog.bool", *["pg_catalog.float8"] * 4],
+            [model, self._commits, with_slot, *(value for charge in charges for value in charge or (None, None))],
         )
         wait = row["wait_seconds"]
         at = None if wait is None else time.monotonic() + wait
         return Permit(at, row["slot"], row["spent"], row["rest_seconds"] or 0.0)
+
+    @contextmanager
+    def slot(self, model: Model) -> Iterator[bool]:
+        """Holds a slot for one request in flight until the block ends; False: all are taken."""
+        if model.max_requests_in_flight is None:
+            yield True
+            return
+        # The rollback frees the slot at once, and not at the end of the caller's transaction.
+        with contextlib.suppress(_Undo), plpy.subtransaction():
+            [row] = self._run("SELECT autoembed._take_slot($1) AS slot", ["pg_catalog.text"], [model.name])
+            yield row["slot"] is not None
+            raise _Undo
 
     def free_slots(self, model: str, slots: Sequence[int]) -> None:
         """Says that requests with these slots are no longer in flight."""
@@ -318,18 +387,26 @@ class Database:
 
     # Rows ----------------------------------------------------------------------------------------
 
-    def rows(self, pipeline: Pipeline, keys: Sequence[str]) -> dict[str, Row]:
-        """The rows that exist, by key; RowError if the content function fails for one of them."""
+    def rows(self, pipeline: Pipeline, keys: Sequence[str], max_bytes: int) -> tuple[dict[str, Row], bool]:
+        """The rows that exist, by key, up to about so many bytes of text; and whether these are all.
+
+        RowError if the content function fails for one of them.
+        """
         rows: Any = []
-        with _row_errors(), contextlib.suppress(_Undo), plpy.subtransaction():
+        with self._owners_code(undone=True):
             rows = self._run(
-                f"SELECT c.key, c.content, c.has_embedding FROM autoembed._content_{pipeline.id}($1) AS c",
-                ["pg_catalog.text[]"],
-                [list(keys)],
+                f"SELECT c.* FROM autoembed._content_{pipeline.id}($1, $2, $3) AS c",
+                ["pg_catalog.text[]", "pg_catalog.int8", "pg_catalog.int8"],
+                [list(keys), max_bytes, MAX_TEXT_BYTES],
             )
-            # Whatever the owner's code has done besides: settings, temporary objects.
-            raise _Undo
-        return {row["key"]: Row(row["content"], row["has_embedding"]) for row in rows}
+        found = {row["key"]: Row(row["content"], row["has_embedding"], row["bytes"] or 0) for row in rows}
+        # A row without a key is the mark that rows are left.
+        return found, found.pop(None, None) is None
+
+    def plan(self, pipeline_id: int) -> None:
+        """Has PostgreSQL plan the reading of a pipeline's texts; RowError if that fails."""
+        with self._owners_code(undone=True):
+            self._run(f"SELECT FROM autoembed._content_{pipeline_id}('{{}}', 0, 0)")
 
     def digests(self, pipeline: Pipeline, keys: Sequence[str]) -> dict[str, bytes]:
         rows = self._run(
@@ -348,29 +425,30 @@ class Database:
     ) -> dict[str, str]:
         """Writes each vector (None: NULLs) whose row still says the text.
 
-        Returns what became of each key: written, changed, locked or gone. RowError if a row does not take its
-        vector; then none was written.
+        Returns what became of each key: written, changed, skipped (by a trigger), locked or gone. RowError if a row
+        does not take its vector; then none was written.
         """
-        with _row_errors(), contextlib.nullcontext() if pipeline.trusted else self._settings_kept():
-            if vectors is not None and (stage := self._staged(pipeline, vectors)):
-                embeddings, arguments = f"(SELECT pg_catalog.array_agg(s.v ORDER BY s.n) FROM {stage} AS s)", []
-            else:
-                embeddings = f"$4::{pipeline.vector_type}[]"
-                arguments = [[None] * len(keys) if vectors is None else literals(vectors)]
+        rows: Any = []
+        with row_errors():
+            stage = None if vectors is None else self._staged(pipeline, vectors)
+        if stage is not None:
+            embeddings, arguments = f"(SELECT pg_catalog.array_agg(s.v ORDER BY s.n) FROM {stage} AS s)", []
+        else:
+            embeddings = f"$4::{pipeline.vector_type}[]"
+            arguments = [[None] * len(keys) if vectors is None else literals(vectors)]
+        with self._owners_code():
             rows = self._run(
                 f"SELECT w.key, w.outcome FROM autoembed._write_{pipeline.id}($1, $2, $3, {embeddings}) AS w",
                 [*["pg_catalog.text[]"] * 2, "pg_catalog.text", *["pg_catalog.text[]"] * len(arguments)],
                 [list(keys), list(contents), pipeline.model.identity, *arguments],
             )
-            if not pipeline.trusted:
-                self._run("SELECT autoembed._check_deferred()")
         return {row["key"]: row["outcome"] for row in rows}
 
     def _staged(self, pipeline: Pipeline, vectors: np.ndarray) -> str | None:
         """The temporary table that holds the vectors, in their order; None if this role may not COPY from a file."""
         may_have_rows = not self._commits or pipeline.vector_type in self._filled
         self._filled.add(pipeline.vector_type)
-        rows = copy_rows(vectors, pipeline.vector_type.rpartition(".")[2])
+        rows = copy_rows(vectors, pipeline.vector_type.rpartition(".")[2].strip('"'))
         # A file that is only ours and in memory alone.
         file = os.memfd_create("autoembed")
         try:
@@ -388,16 +466,18 @@ class Database:
     def record_embedded(
         self, pipeline: Pipeline, keys: Sequence[str], digests: Sequence[bytes], truncated: Sequence[bool]
     ) -> None:
-        self._run(
-            "SELECT autoembed._record_embedded($1, $2, $3, $4)",
-            ["pg_catalog.int4", "pg_catalog.text[]", "pg_catalog.bytea[]", "pg_catalog.bool[]"],
-            [pipeline.id, list(keys), list(digests), list(truncated)],
-        )
+        with row_errors():
+            self._run(
+                "SELECT autoembed._record_embedded($1, $2, $3, $4)",
+                ["pg_catalog.int4", "pg_catalog.text[]", "pg_catalog.bytea[]", "pg_catalog.bool[]"],
+                [pipeline.id, list(keys), list(digests), list(truncated)],
+            )
 
     def forget(self, pipeline: Pipeline, keys: Sequence[str]) -> None:
-        self._run(
-            "SELECT autoembed._forget($1, $2)", ["pg_catalog.int4", "pg_catalog.text[]"], [pipeline.id, list(keys)]
-        )
+        with row_errors():
+            self._run(
+                "SELECT autoembed._forget($1, $2)", ["pg_catalog.int4", "pg_catalog.text[]"], [pipeline.id, list(keys)]
+            )
 
     def note_usage(self, model: str, shares: Sequence[Share], slot: int | None) -> None:
         """Notes a request that was answered, and whose texts were in it; frees its slot."""
@@ -416,43 +496,25 @@ class Database:
     def forget_all(self, pipeline_id: int) -> None:
         self._run("SELECT autoembed._forget_all($1)", ["pg_catalog.int4"], [pipeline_id])
 
+    @staticmethod
+    def is_nobodys(error: Exception) -> bool:
+        """Whether an error of a statement, Error, is a cancel, a shutdown or a shortage of the server."""
+        return is_nobodys(_sqlstate(error))
+
     def fail(self, pipeline: Pipeline, key: str, reason: str, attempts: int, excerpt: str | None) -> None:
-        self._run(
-            "SELECT autoembed._fail($1, $2, $3, $4, $5)",
-            ["pg_catalog.int4", "pg_catalog.text", "pg_catalog.text", "pg_catalog.int4", "pg_catalog.text"],
-            [pipeline.id, key, reason, attempts, excerpt],
-        )
+        with row_errors():
+            self._run(
+                "SELECT autoembed._fail($1, $2, $3, $4, $5)",
+                ["pg_catalog.int4", "pg_catalog.text", "pg_catalog.text", "pg_catalog.int4", "pg_catalog.text"],
+                [pipeline.id, key, _storable(reason), attempts, excerpt and excerpt[:200]],
+            )
 
     def fail_message(self, body: Any, reason: str, attempts: int) -> None:
         self._run(
             "SELECT autoembed._fail_message($1, $2, $3)",
             ["pg_catalog.jsonb", "pg_catalog.text", "pg_catalog.int4"],
-            [json.dumps(body), reason, attempts],
+            [json.dumps(body), _storable(reason), attempts],
         )
-
-    @contextmanager
-    def _settings_kept(self) -> Iterator[None]:
-        """Puts back the settings of the session that an owner's code changes inside."""
-        before = self._settings()
-        yield
-        after = self._settings()
-        for name in after.keys() - before.keys():
-            plpy.execute(f"RESET {'.'.join(plpy.quote_ident(part) for part in name.split('.'))}")
-        for name, value in before.items():
-            if after.get(name) != value:
-                self._run(
-                    "SELECT pg_catalog.set_config($1, $2, false)", ["pg_catalog.text", "pg_catalog.text"], [name, value]
-                )
-        # Not shown among the settings, and of weight to our triggers.
-        self._run("SELECT pg_catalog.set_config('autoembed.writing', '', false)")
-
-    def _settings(self) -> dict[str, str]:
-        """The settings that were made in this session."""
-        rows = self._run(
-            "SELECT s.name, pg_catalog.current_setting(s.name) AS value FROM pg_catalog.pg_settings AS s"
-            " WHERE s.source OPERATOR(pg_catalog.=) 'session' AND s.context OPERATOR(pg_catalog.<>) 'internal'"
-        )
-        return {row["name"]: row["value"] for row in rows}
 
     def _run(self, sql: str, types: Sequence[str] = (), arguments: Sequence[Any] = ()) -> Any:
         plan = _plans.get(sql)
@@ -478,17 +540,24 @@ def is_installed() -> bool:
 
 
 @contextmanager
-def _row_errors() -> Iterator[None]:
-    """Undoes a statement that fails by a row's fault and raises RowError; all other errors go their way."""
+def row_errors() -> Iterator[None]:
+    """Makes a RowError of the error of one statement, unless it is nobody's fault. That statement is rolled back."""
     try:
-        with plpy.subtransaction():
-            yield
+        yield
     except plpy.SPIError as error:
-        # An SQLSTATE that PostgreSQL does not know leaves the attribute out.
-        fault = row_error(getattr(error, "sqlstate", None) or "XX000", str(error))
-        if fault is None:
+        if is_nobodys(_sqlstate(error)):
             raise
-        raise fault from error
+        raise row_error(_sqlstate(error), str(error)) from error
+
+
+def _sqlstate(error: Exception) -> str:
+    # An SQLSTATE that PostgreSQL does not know leaves the attribute out.
+    return getattr(error, "sqlstate", None) or "XX000"
+
+
+def _storable(text: str) -> str:
+    """A text that PostgreSQL takes: words of a provider may have half a surrogate pair, or a zero byte."""
+    return text.encode("utf-8", "replace").decode().replace("\0", "?")
 
 
 def literals(vectors: np.ndarray) -> list[str]:

@@ -6,13 +6,14 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from autoembed import database, heap, providers, worker
 from autoembed.batching import estimate_tokens, pack, truncate
-from autoembed.errors import InvalidInput, OverBudget, ProviderTrouble, Trouble
+from autoembed.errors import InvalidInput, OverBudget, ProviderTrouble, RowError, Trouble
 from autoembed.flight import SLICE_SECONDS, Flight
-from autoembed.limits import NOTHING_KNOWN, PATIENCE_SECONDS, Charge, Limiter, Permit
+from autoembed.limits import NOTHING_KNOWN, PATIENCE_SECONDS, Charge, Limiter
 from autoembed.model import Embedded, Model, Request, Share
 from autoembed.network import Network
 from autoembed.providers import provider_of, sizes_of
@@ -30,9 +31,9 @@ _queries: OrderedDict[tuple[Model, str], str] = OrderedDict()
 def process(batch_size: int, max_requests: int, timeout_milliseconds: int) -> dict[str, Any]:
     options = _options(batch_size, max_requests, timeout_milliseconds)
     here = database.Database(commits=False)
+    here.note_transaction()
     here.clean_up()
-    with here.prepared_statements_kept():
-        report = worker.run_pass(here, _network, options)
+    report = worker.run_pass(here, _network, options)
     here.warn_of_blocked_pipelines()
     return {**vars(report), "failed_jobs": json.dumps(report.failed_jobs)}
 
@@ -44,7 +45,7 @@ def work(run_seconds: float, batch_size: int, max_requests: int, timeout_millise
     heap.keep(block_bytes=600_000, free_bytes=8 << 20)
     here = database.Database(commits=True)
     try:
-        with here.read_committed(), here.prepared_statements_kept():
+        with here.lane_settings():
             worker.work(here, _network, options, run_seconds, backfill=backfill)
     except database.Error:
         # DROP EXTENSION while the lane ran is no error.
@@ -72,6 +73,15 @@ def embed(content: str | None, model_name: str | None) -> str | None:
             _queries.popitem(last=False)
     _queries.move_to_end(query)
     return _queries[query]
+
+
+def plan(pipeline_id: int) -> dict[str, Any]:
+    """What is wrong with the SQL by which a pipeline's texts are read: the columns of autoembed._plan()."""
+    try:
+        database.Database(commits=False).plan(pipeline_id)
+    except RowError as error:
+        return {"problem": None if error.locked else str(error), "errcode": error.sqlstate}
+    return {"problem": None, "errcode": None}
 
 
 def state_of(
@@ -135,35 +145,21 @@ def probe(name: str) -> str | None:
 
 def _embed_in_turn(here: database.Database, model: Model, content: str) -> str:
     limiter = Limiter(model)
-    if not limiter.needs_permits:
-        return _embed_query(here, model, content)
-    permit = _permit(here, model, limiter.charge(estimate_tokens(content), time.monotonic()))
-    try:
-        return _embed_query(here, model, content)
-    finally:
-        if permit.slot is not None:
-            here.free_slots(model.name, [permit.slot])
+    if limiter.needs_permits:
+        _wait_for_permit(here, model, limiter.charge(estimate_tokens(content), time.monotonic()))
+    return _embed_query(here, model, content)
 
 
-def _permit(here: database.Database, model: Model, charges: Sequence[Charge | None]) -> Permit:
+def _wait_for_permit(here: database.Database, model: Model, charges: Sequence[Charge | None]) -> None:
     """Waits until the model may be asked once more; ProviderTrouble if that takes too long."""
     end = time.monotonic() + PATIENCE_SECONDS
-    while (permit := here.take_permit(model.name, charges, [])).at is None:
-        if permit.spent is not None:
-            raise OverBudget(permit.spent)
-        if time.monotonic() > end:
-            raise ProviderTrouble(f"{model.max_requests_in_flight} requests are in flight, and no more may be")
+    permit = here.take_permit(model.name, charges, with_slot=False)
+    if permit.spent is not None:
+        raise OverBudget(permit.spent)
+    while permit.at is not None and time.monotonic() < permit.at:
+        if permit.at > end:
+            raise ProviderTrouble(f"its limits allow no request for {permit.at - time.monotonic():.0f} s")
         _wait(here)
-    try:
-        while time.monotonic() < permit.at:
-            if permit.at > end:
-                raise ProviderTrouble(f"its limits allow no request for {permit.at - time.monotonic():.0f} s")
-            _wait(here)
-    except BaseException:
-        if permit.slot is not None:
-            here.free_slots(model.name, [permit.slot])
-        raise
-    return permit
 
 
 def _wait(here: database.Database) -> None:
@@ -174,18 +170,7 @@ def _wait(here: database.Database) -> None:
 def _embed_query(
     here: database.Database, model: Model, content: str, timeout_seconds: float = QUERY_TIMEOUT_SECONDS
 ) -> str:
-    provider = provider_of(model)
-
-    def abort() -> None:
-        _network.abort()
-        provider.abort()
-
-    with Flight[None, Embedded](1, here.check_interrupts, abort) as flight:
-        request = Request(model, [content], timeout_seconds, purpose="query")
-        flight.submit(
-            None, lambda: providers.embed(request, _network, here.call_embedder), here=provider.RUNS_IN_BACKEND
-        )
-        [(_, outcome)] = flight.landed()
+    outcome = _outcome(here, model, Request(model, [content], timeout_seconds, purpose="query"))
     limiter = Limiter(model)
     if limiter.learn_from(outcome, time.monotonic()):
         here.learn_limits(model.name, limiter.learnt or NOTHING_KNOWN)
@@ -194,6 +179,29 @@ def _embed_query(
     tokens = estimate_tokens(content) if outcome.tokens is None else outcome.tokens
     here.note_usage(model.name, [Share(None, 1, 1, tokens, 0)], None)
     return database.literals(outcome.vectors)[0]
+
+
+def _outcome(here: database.Database, model: Model, request: Request) -> Embedded | BaseException:
+    """Sends a request, as soon as one more may be in flight."""
+    provider = provider_of(model)
+    end = time.monotonic() + PATIENCE_SECONDS
+
+    def abort() -> None:
+        _network.abort()
+        provider.abort()
+
+    while True:
+        with here.slot(model) as has_slot:
+            if has_slot:
+                with Flight[None, Embedded](1, here.check_interrupts, abort) as flight:
+                    call = partial(providers.embed, request, _network, here.call_embedder)
+                    flight.submit(None, call, here=provider.RUNS_IN_BACKEND)
+                    [(_, outcome)] = flight.landed()
+        if has_slot:
+            return outcome
+        if time.monotonic() > end:
+            raise ProviderTrouble(f"{model.max_requests_in_flight} requests are in flight, and no more may be")
+        _wait(here)
 
 
 def _options(batch_size: int, max_requests: int, timeout_milliseconds: int) -> worker.Options:

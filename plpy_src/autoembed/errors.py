@@ -24,9 +24,11 @@ class Trouble(Exception):
     """An embedding that could not be had; str() is one sentence for the operator, without secrets.
 
     headers: those of the HTTP answer that says so, in lower case; empty without an answer.
+    summary: the same without words of the provider, which may quote texts: for every tenant.
     """
 
     headers: Mapping[str, str] = MappingProxyType({})
+    summary: str = "its provider is in trouble"
 
 
 class Refused(Trouble):
@@ -49,44 +51,69 @@ class ProviderTrouble(Trouble):
 class OverBudget(ProviderTrouble):
     """The model has used up what it may use a day; retry_after_seconds: until the next one."""
 
+    summary = "its daily budget is used up"
+
+
+class PassEnded(Exception):
+    """A cancel came while an owner's code ran: the pass ends in good order. str() is the error."""
+
 
 class RowError(Exception):
-    """A statement failed by a row's fault: its data, or its owner's functions, triggers and constraints.
+    """A statement failed because of a row: its data, or its owner's functions, triggers and constraints.
 
-    passes: somebody else was in the way, and the same statement may work in a moment; locked: with a lock, and
-    perhaps on the whole table.
+    sqlstate: that of the error. locked: another session has a lock, perhaps on the whole table; the same statement may
+    work in a moment. slow: it ran too long. cancels: a cancel came while an owner's code ran, or that code raised one.
     """
 
-    def __init__(self, message: str, *, passes: bool, locked: bool = False) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        sqlstate: str = "XX000",
+        locked: bool = False,
+        slow: bool = False,
+        cancels: bool = False,
+    ) -> None:
         super().__init__(message)
-        self.passes = passes
+        self.sqlstate = sqlstate
         self.locked = locked
+        self.slow = slow
+        self.cancels = cancels
 
 
-# SQLSTATEs by their beginnings (PostgreSQL manual, appendix A). What passes by itself: rollbacks for concurrency, and
-# locks that are not to be had. What is nobody's row: no disk or memory left, cancel and shutdown, a failing disk.
-PASSING = ("40", "55")
-NOBODYS = ("53", "57", "58030")
+# SQLSTATEs (PostgreSQL manual, appendix A).
 LOCK_NOT_AVAILABLE = "55P03"
+OBJECT_IN_USE = "55006"
 QUERY_CANCELED = "57014"
-NO_CONNECTION = ("08",)
-UNDEFINED_FUNCTION = "42883"
+# By their beginnings: the statement may work at another time.
+PASSING = ("40", "53", "55", "57", "58", "08")
+# What a statement without an owner's code raises for nobody's fault: no memory or disk, a cancel, a shutdown.
+NOBODYS = ("53", "57", "58030")
 
 
-def row_error(sqlstate: str, message: str) -> RowError | None:
-    """The row error that a failed statement means; None if no row is to blame."""
-    if sqlstate.startswith(NOBODYS):
-        return None
-    # A function of ours that was made anew under a request in flight: the next claim finds it.
-    gone = sqlstate == UNDEFINED_FUNCTION and "autoembed._" in message
-    return RowError(message, passes=gone or sqlstate.startswith(PASSING), locked=sqlstate == LOCK_NOT_AVAILABLE)
+def row_error(sqlstate: str, message: str, *, timed_out: bool = False) -> RowError:
+    """The error of a row that a statement with an owner's code has raised. timed_out: it ran too long."""
+    if timed_out and sqlstate == QUERY_CANCELED:
+        message = "the code of the table's owner ran too long, and was cancelled"
+        return RowError(message, sqlstate=sqlstate, slow=True)
+    return RowError(
+        message,
+        sqlstate=sqlstate,
+        locked=sqlstate in (LOCK_NOT_AVAILABLE, OBJECT_IN_USE),
+        cancels=sqlstate == QUERY_CANCELED,
+    )
 
 
-def trouble_of_function(sqlstate: str, message: str) -> Trouble | None:
-    """The trouble that an error of a user's SQL function means for the texts it was given; None: it was cancelled."""
-    if sqlstate == QUERY_CANCELED:
-        return None
-    if sqlstate.startswith(PASSING + NOBODYS + NO_CONNECTION):
+def is_nobodys(sqlstate: str) -> bool:
+    """Whether a statement without an owner's code has failed by no row's fault."""
+    return sqlstate.startswith(NOBODYS)
+
+
+def trouble_of_function(sqlstate: str, message: str, *, timed_out: bool = False) -> Trouble:
+    """The trouble that an error of a user's SQL function means for the texts it was given."""
+    if timed_out and sqlstate == QUERY_CANCELED:
+        return ProviderTrouble("the function ran too long, and was cancelled")
+    if sqlstate.startswith(PASSING):
         return ProviderTrouble(message)
     return Refused(message)
 

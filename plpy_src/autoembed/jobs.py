@@ -279,15 +279,22 @@ class Ledger:
         if error is not None:
             self._note(job, error)
 
-    def release(self, job: Job, error: str) -> None:
+    def release(self, job: Job, error: str | None = None) -> None:
         """Gives a job back to the queue unchanged: its row is not to blame."""
         if job.outcome is None:
             job.outcome = RELEASED
             self.report.retried += 1
-            self._note(job, error)
+            if error is not None:
+                self._note(job, error)
 
     def fail(self, job: Job, reason: str, attempts: int | None = None) -> None:
-        self._database.fail(job.pipeline, job.key, reason, attempts or job.attempts + 1, job.content)
+        """Gives a row up. If it cannot be noted, its pipeline rests, and the job goes back."""
+        try:
+            self._database.fail(job.pipeline, job.key, reason, attempts or job.attempts + 1, job.content)
+        except RowError as error:
+            self._database.rest_pipelines(job.pipeline.owner, [job.pipeline.id], str(error))
+            self.release(job, reason)
+            return
         job.outcome = DONE
         self.report.failed += 1
         self._note(job, reason)

@@ -58,9 +58,7 @@ class Model:
     @property
     def identity(self) -> str:
         """Two models with the same identity produce interchangeable vectors."""
-        return json.dumps(
-            [self.provider, self.model_id, self.dimensions, self.prefix("document")], ensure_ascii=False
-        )
+        return json.dumps([self.provider, self.model_id, self.dimensions, self.prefix("document")], ensure_ascii=False)
 
     def digest(self, content: str) -> bytes:
         """16 bytes that tell whether this model has embedded this text before."""

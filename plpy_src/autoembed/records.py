@@ -7,6 +7,9 @@ from typing import Any
 
 from autoembed.model import Model
 
+# A lane reads no longer text, in bytes.
+MAX_TEXT_BYTES = 64 << 20
+
 
 @dataclass(frozen=True)
 class Message:
@@ -22,18 +25,18 @@ class Pipeline:
     """One embedding column of one table.
 
     vector_type: the column's type with its schema. truncate: texts that are too long are cut instead of failed.
-    trusted: the table's owner is a superuser. blocked: why the jobs must wait; None: they need not.
+    owner: the OID of the table's owner. blocked: why the jobs must wait; None: they need not.
     failures: how often the provider of the model has failed in a row.
     """
 
     id: int
     schema_name: str
     table_name: str
+    owner: int
     content_function: str
     embedding_column: str
     vector_type: str
     truncate: bool
-    trusted: bool
     blocked: str | None
     failures: int
     model: Model
@@ -44,10 +47,11 @@ class Backfill:
     """A table that is being scanned.
 
     after: the last key that was queued; None: none yet. condition: which rows are wanted; None: all.
-    failures: how often the provider of the model has failed in a row.
+    failures: how often the provider of the model has failed in a row. owner: the OID of the table's owner.
     """
 
     pipeline_id: int
+    owner: int
     after: str | None
     condition: str | None
     failures: int
@@ -55,7 +59,11 @@ class Backfill:
 
 @dataclass(frozen=True)
 class Row:
-    """A row as it is now: its text, and whether it has an embedding."""
+    """A row as it is now: its text, whether it has an embedding, and the size of the text.
+
+    A text of more than MAX_TEXT_BYTES is not read: it is None then.
+    """
 
     content: str | None
     has_embedding: bool
+    bytes: int = 0

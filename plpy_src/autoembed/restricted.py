@@ -70,9 +70,13 @@ def available() -> bool:
 
 @dataclass
 class Run:
-    """A run of somebody else's code. timed_out: whether it was ended because it ran too long."""
+    """A run of somebody else's code.
+
+    timed_out: it ran too long. session_timed_out: the session's own statement_timeout has struck meanwhile.
+    """
 
     timed_out: bool = False
+    session_timed_out: bool = False
 
 
 @contextmanager
@@ -94,7 +98,7 @@ def restricted(seconds: float) -> Iterator[Run]:
         level = server.NewGUCNestLevel()
         yield run
     finally:
-        run.timed_out = timer.stop()
+        run.timed_out, run.session_timed_out = timer.stop()
         if setting:
             setting.context = context_before
     server.AtEOXact_GUC(False, level)
@@ -134,12 +138,12 @@ class _Timer:
         if self._is_set:
             server.enable_timeout_at(STATEMENT_TIMEOUT, ends)
 
-    def stop(self) -> bool:
-        """Puts the session's own timeout back; whether this one has struck."""
-        if not self._is_set:
-            return False
+    def stop(self) -> tuple[bool, bool]:
+        """Puts the session's own timeout back. Returns whether this one has struck, and whether that one has."""
         server = _server()
         has_struck = not server.get_timeout_active(STATEMENT_TIMEOUT)
+        if not self._is_set:
+            return False, has_struck
         if has_struck:
             # It may have struck just after the code ended, and would cancel what comes next.
             server.get_timeout_indicator(STATEMENT_TIMEOUT, True)
@@ -148,4 +152,4 @@ class _Timer:
             server.enable_timeout_at(STATEMENT_TIMEOUT, self._session_ends)
         else:
             server.disable_timeout(STATEMENT_TIMEOUT, False)
-        return has_struck
+        return has_struck, False

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from autoembed import batching
-from autoembed.errors import RowError
+from autoembed.errors import PassEnded, RowError
 from autoembed.jobs import MAX_ATTEMPTS, Job, Ledger
 from autoembed.providers import sizes_of
+from autoembed.records import MAX_TEXT_BYTES
 
 if TYPE_CHECKING:
     import numpy as np
 
     from autoembed.database import Database
     from autoembed.records import Pipeline
+
+# A lane holds about so many bytes of texts.
+READ_BYTES = 32 << 20
+# The rows of one statement are this many at first, and at most.
+FIRST_STATEMENT_ROWS = 100
+MAX_STATEMENT_ROWS = 2000
+# The code of one owner has this time in a claim, in seconds. Its other rows wait for the next one.
+OWNER_SHARE_SECONDS = 1.0
 
 # A lane claims no more rows than it can write in this time, in seconds.
 AHEAD_SECONDS = 1.0
@@ -67,39 +77,110 @@ class Pace:
         return min(self._max_rows, requests * self._batch_size)
 
 
+class Owners:
+    """What a lane has learnt about the code of tables' owners: how many rows one statement takes, and how long."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, int] = {}
+        self._seconds: dict[int, float] = {}
+
+    def statement_rows(self, pipeline: Pipeline) -> int:
+        """The number of rows to read or write in one statement."""
+        return self._rows.get(pipeline.id, FIRST_STATEMENT_ROWS)
+
+    def failed(self, pipeline: Pipeline, rows: int) -> None:
+        """Takes note of a statement of so many rows that ran too long, or failed for one of them."""
+        self._rows[pipeline.id] = max(1, rows // 4)
+
+    def took(self, pipeline: Pipeline, rows: int, seconds: float) -> None:
+        """Takes note of a statement of so many rows."""
+        if rows >= self.statement_rows(pipeline) and seconds < OWNER_SHARE_SECONDS / 4:
+            self._rows[pipeline.id] = min(2 * rows, MAX_STATEMENT_ROWS)
+        self._seconds[pipeline.owner] = 0.5 * self._seconds.get(pipeline.owner, 0.0) + seconds
+
+    def quickest_first(self, work: list[tuple[Pipeline, list[Job]]]) -> list[tuple[Pipeline, list[Job]]]:
+        """The work, that of owners whose code was quick before that of others."""
+        return sorted(work, key=lambda one: self._seconds.get(one[0].owner, 0.0))
+
+
+@dataclass
+class Write:
+    """Vectors that are to be written; None: NULLs.
+
+    due_at, until: for rows that were locked, when the next try is due, and when the last one was.
+    """
+
+    pipeline: Pipeline
+    jobs: list[Job]
+    vectors: np.ndarray | None
+    due_at: float = 0.0
+    until: float | None = None
+
+    def part(self, start: int, end: int) -> Write:
+        vectors = None if self.vectors is None else self.vectors[start:end]
+        return Write(self.pipeline, self.jobs[start:end], vectors, self.due_at, self.until)
+
+
 class Rows:
     """Reads and writes the rows of a pass."""
 
-    def __init__(self, database: Database, ledger: Ledger, pace: Pace) -> None:
+    def __init__(self, database: Database, ledger: Ledger, pace: Pace, owners: Owners) -> None:
         self._database = database
         self._ledger = ledger
         self._pace = pace
-        self._locked: list[tuple[Job, np.ndarray | None]] = []
+        self._owners = owners
+        self._writes: deque[Write] = deque()
 
     @property
-    def some_are_locked(self) -> bool:
-        """Whether vectors wait for rows that were locked when they were to be written."""
-        return bool(self._locked)
+    def some_are_unwritten(self) -> bool:
+        """Whether vectors wait for their rows."""
+        return bool(self._writes)
 
-    def read(self, pipeline: Pipeline, jobs: list[Job]) -> list[Job]:
+    def read(self, pipeline: Pipeline, jobs: list[Job], max_bytes: int = READ_BYTES) -> list[Job]:
         """Reads the texts; returns the jobs whose row exists.
 
-        If the content function fails, the jobs are halved until the row that it fails for stands alone.
+        If the content function fails, statements have fewer rows until the row that it fails for stands alone. Jobs
+        beyond max_bytes, or beyond the time that an owner's code has, go back to the queue.
         """
+        began_at = time.monotonic()
+        found: list[Job] = []
+        waiting = sorted(jobs, key=lambda job: job.attempts)
+        while waiting:
+            if max_bytes < 0 or time.monotonic() - began_at > OWNER_SHARE_SECONDS:
+                for job in waiting:
+                    self._ledger.release(job)
+                break
+            # A row that was to blame before stands alone.
+            count = 1 if waiting[0].attempts else self._owners.statement_rows(pipeline)
+            read, left = self._read_some(pipeline, waiting[:count], max_bytes)
+            max_bytes -= sum(job.row.bytes for job in read if job.row)
+            found += read
+            waiting = left + waiting[count:]
+        return found
+
+    def _read_some(self, pipeline: Pipeline, jobs: list[Job], max_bytes: int) -> tuple[list[Job], list[Job]]:
+        """Reads texts in one statement: the jobs whose row exists, and those that are still to be read."""
+        began_at = time.monotonic()
         try:
-            rows = self._database.rows(pipeline, [job.key for job in jobs])
+            rows, complete = self._database.rows(pipeline, [job.key for job in jobs], max_bytes)
         except RowError as error:
-            if self._release_if_blocked(pipeline, jobs, error):
-                return []
+            if self._blame_others(pipeline, jobs, error):
+                return [], []
+            self._owners.failed(pipeline, len(jobs))
             if len(jobs) > 1 and not error.locked:
-                return [job for half in batching.halves(jobs) for job in self.read(pipeline, half)]
+                return [], jobs
             for job in jobs:
-                self._retry_or_fail(job, error)
-            return []
-        self._forget(pipeline, [job for job in jobs if job.key not in rows])
+                self.retry_or_fail(job, error)
+            return [], []
+        self._owners.took(pipeline, len(jobs), time.monotonic() - began_at)
         for job in jobs:
             job.row = rows.get(job.key)
-        return [job for job in jobs if job.row is not None]
+        found = [job for job in jobs if job.row is not None]
+        missing = [job for job in jobs if job.row is None]
+        if complete:
+            self._forget(pipeline, missing)
+            return found, []
+        return found, missing
 
     def to_embed(self, pipeline: Pipeline, jobs: list[Job]) -> list[tuple[Job, str]]:
         """The jobs that need a vector, each with the text to send. All others are settled here.
@@ -116,6 +197,10 @@ class Rows:
         empty: list[Job] = []
         unchanged: list[Job] = []
         for job in jobs:
+            if job.row is not None and job.row.content is None and job.row.bytes > MAX_TEXT_BYTES:
+                size = job.row.bytes >> 20
+                self._ledger.fail(job, f"the text has {size} MB, and a lane reads at most {MAX_TEXT_BYTES >> 20} MB")
+                continue
             if job.content is None or not job.content.strip():
                 (blank if job.has_embedding else empty).append(job)
                 continue
@@ -148,28 +233,60 @@ class Rows:
     def write(self, pipeline: Pipeline, jobs: list[Job], vectors: np.ndarray | None) -> None:
         """Writes the vectors (None: NULLs) of the rows whose text is still the same.
 
-        If a row does not take its vector, the jobs are halved until it stands alone.
+        What the time of an owner's code does not suffice for is left to write_some().
         """
+        self._writes.append(Write(pipeline, jobs, vectors))
+        end = time.monotonic() + OWNER_SHARE_SECONDS
+        while self._writes and self._writes[-1].due_at == 0.0 and time.monotonic() < end:
+            self._write_part(self._writes.pop())
+
+    def write_some(self) -> None:
+        """Writes what was left and is due by now, for the time that one owner's code has."""
+        now = time.monotonic()
+        for _ in range(len(self._writes)):
+            write = self._writes.popleft()
+            if write.due_at > now:
+                self._writes.append(write)
+            elif write.until is not None and write.until < now:
+                for job in write.jobs:
+                    self._ledger.retry(
+                        job, LOCKED_DELAY_SECONDS, "the row or its table is locked by another transaction"
+                    )
+            else:
+                self._write_part(write)
+            if time.monotonic() - now > OWNER_SHARE_SECONDS:
+                return
+
+    def _write_part(self, write: Write) -> None:
+        """Writes as many rows as one statement takes. The others stay."""
+        count = 1 if write.jobs[0].attempts else self._owners.statement_rows(write.pipeline)
+        if len(write.jobs) > count:
+            self._writes.append(write.part(count, len(write.jobs)))
+            write = write.part(0, count)
+        pipeline, jobs, vectors = write.pipeline, write.jobs, write.vectors
         began_at = time.monotonic()
         try:
             outcomes = self._database.write(pipeline, [job.key for job in jobs], [job.content for job in jobs], vectors)
-            self._pace.wrote(len(jobs), time.monotonic() - began_at)
         except RowError as error:
-            if self._release_if_blocked(pipeline, jobs, error):
+            if self._blame_others(pipeline, jobs, error):
                 return
             if error.locked:
-                self._note_locked(jobs, vectors, range(len(jobs)))
-            elif len(jobs) > 1:
-                middle = len(jobs) // 2
-                self.write(pipeline, jobs[:middle], None if vectors is None else vectors[:middle])
-                self.write(pipeline, jobs[middle:], None if vectors is None else vectors[middle:])
+                self._keep(write, range(len(jobs)))
+                return
+            self._owners.failed(pipeline, len(jobs))
+            if len(jobs) > 1:
+                # The statements have fewer rows, until the row that does not take its vector stands alone.
+                self._writes.append(write)
             else:
-                self._retry_or_fail(jobs[0], error, at_once=True)
+                self.retry_or_fail(jobs[0], error, at_once=not error.slow)
             return
+        seconds = time.monotonic() - began_at
+        self._pace.wrote(len(jobs), seconds)
+        self._owners.took(pipeline, len(jobs), seconds)
         by_outcome: dict[str, list[Job]] = defaultdict(list)
         for job in jobs:
             by_outcome[outcomes[job.key]].append(job)
-        self._note_locked(jobs, vectors, [i for i, job in enumerate(jobs) if outcomes[job.key] == "locked"])
+        self._keep(write, [i for i, job in enumerate(jobs) if outcomes[job.key] == "locked"])
         written = by_outcome["written"]
         if vectors is None:
             self._forget(pipeline, written)
@@ -177,60 +294,91 @@ class Rows:
             self._record(pipeline, written)
         for job in by_outcome["changed"]:
             self._retry_changed(job)
+        for job in by_outcome["skipped"]:
+            self.retry_or_fail(job, RowError("a trigger or a policy of the table leaves the row out of the write"))
         self._forget(pipeline, by_outcome["gone"])
 
-    def write_locked(self, check_interrupts: Callable[[], None]) -> None:
-        """Tries for a moment to write the rows that were locked, then gives them back to the queue."""
-        end = time.monotonic() + LOCK_PATIENCE_SECONDS
-        while self._locked and time.monotonic() < end:
-            self._ledger.flush()
-            self._database.commit(synced=False)
-            check_interrupts()
-            time.sleep(LOCK_POLL_SECONDS)
-            self._database.lock_lanes()
-            locked, self._locked = self._locked, []
-            for job, vector in locked:
-                self.write(job.pipeline, [job], vector)
-        for job, _ in self._locked:
-            self._ledger.retry(job, LOCKED_DELAY_SECONDS, "the row or its table is locked by another transaction")
-
-    def _note_locked(self, jobs: Sequence[Job], vectors: np.ndarray | None, indexes: Sequence[int]) -> None:
+    def _keep(self, write: Write, indexes: Sequence[int]) -> None:
+        """Keeps the vectors of rows that were locked, for another try."""
+        now = time.monotonic()
         for i in indexes:
-            self._locked.append((jobs[i], None if vectors is None else vectors[i : i + 1]))
+            kept = write.part(i, i + 1)
+            kept.due_at = now + LOCK_POLL_SECONDS
+            kept.until = now + LOCK_PATIENCE_SECONDS if kept.until is None else kept.until
+            self._writes.append(kept)
 
     def _record(self, pipeline: Pipeline, jobs: list[Job]) -> None:
         """Settles rows whose vector is of their text."""
-        self._database.record_embedded(
-            pipeline,
-            [job.key for job in jobs],
-            [job.digest for job in jobs],
-            [job.truncated for job in jobs],
-        )
+        try:
+            self._database.record_embedded(
+                pipeline,
+                [job.key for job in jobs],
+                [job.digest for job in jobs],
+                [job.truncated for job in jobs],
+            )
+        except RowError as error:
+            self._settle_one_by_one(self._record, pipeline, jobs, error)
+            return
         for job in jobs:
             self._ledger.done(job)
 
-    def _forget(self, pipeline: Pipeline, jobs: Sequence[Job]) -> None:
+    def _forget(self, pipeline: Pipeline, jobs: list[Job]) -> None:
         """Settles rows that need no vector: deleted ones, and those without a text."""
-        if jobs:
+        if not jobs:
+            return
+        try:
             self._database.forget(pipeline, [job.key for job in jobs])
+        except RowError as error:
+            self._settle_one_by_one(self._forget, pipeline, jobs, error)
+            return
         for job in jobs:
             self._ledger.done(job)
+
+    def _settle_one_by_one(
+        self, settle: Callable[[Pipeline, list[Job]], None], pipeline: Pipeline, jobs: list[Job], error: RowError
+    ) -> None:
+        """Settles jobs in halves, until the one that the error is about stands alone."""
+        if self._blame_others(pipeline, jobs, error):
+            return
+        if len(jobs) == 1 or error.locked:
+            for job in jobs:
+                self.retry_or_fail(job, error)
+            return
+        for half in batching.halves(jobs):
+            settle(pipeline, half)
 
     def _retry_changed(self, job: Job) -> None:
-        self._ledger.retry(job, CHANGED_DELAY_SECONDS)
+        if job.attempts + 1 >= MAX_ATTEMPTS:
+            self._ledger.fail(job, "the text was different each time it was read")
+        else:
+            self._ledger.retry(job, CHANGED_DELAY_SECONDS, counts=True)
 
-    def _release_if_blocked(self, pipeline: Pipeline, jobs: Sequence[Job], error: RowError) -> bool:
-        """Releases the jobs if their table has become unusable since the claim. Returns whether it has."""
-        now = None if error.passes else self._database.pipelines([pipeline.id]).get(pipeline.id)
-        if now is None or now.blocked is None:
+    def _blame_others(self, pipeline: Pipeline, jobs: Sequence[Job], error: RowError) -> bool:
+        """Decides on jobs whose rows are not to blame for an error. Returns whether that is so.
+
+        The table may have become unusable since the claim, or have been dropped. A cancel is counted, since the code
+        of the table's owner may have raised it, and ends the pass, since it may be a real one.
+        """
+        if error.cancels:
+            for job in jobs:
+                self.retry_or_fail(job, error)
+            self._database.rest_pipelines(pipeline.owner, [], str(error))
+            raise PassEnded(str(error))
+        if error.locked or error.slow:
+            return False
+        now = self._database.pipelines([pipeline.id]).get(pipeline.id)
+        if now is not None and now.blocked is None:
             return False
         for job in jobs:
-            self._ledger.release(job, now.blocked)
+            if now is None or now.blocked is None:
+                self._ledger.done(job)
+            else:
+                self._ledger.release(job, now.blocked)
         return True
 
-    def _retry_or_fail(self, job: Job, error: RowError, *, at_once: bool = False) -> None:
+    def retry_or_fail(self, job: Job, error: RowError, *, at_once: bool = False) -> None:
         """Decides on a row that caused an error. at_once: it fails without further attempts."""
-        if error.passes:
+        if error.locked:
             self._ledger.retry(job, LOCKED_DELAY_SECONDS, str(error))
         elif at_once or job.attempts + 1 >= MAX_ATTEMPTS:
             self._ledger.fail(job, str(error))

@@ -5,19 +5,19 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
 from autoembed import batching, heap, providers
-from autoembed.errors import OverBudget, ProviderTrouble, Refused, RowError, rest_seconds
+from autoembed.errors import OverBudget, PassEnded, ProviderTrouble, Refused, RowError, rest_seconds
 from autoembed.flight import SLICE_SECONDS, Flight
 from autoembed.jobs import Job, Ledger, Report, are_keys, open_jobs
 from autoembed.limits import FIRST_ANSWER_SECONDS, NOTHING_KNOWN, PATIENCE_SECONDS, Limiter, Permit
 from autoembed.model import Embedded, Model, Request, Share
 from autoembed.providers import PROVIDERS, provider_of, sizes_of
-from autoembed.rows import Pace, Rows
+from autoembed.rows import READ_BYTES, Owners, Pace, Rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,8 +36,12 @@ POLL_SECONDS = 0.1
 BACKFILL_POLL_SECONDS = 1.0
 # A lane cleans up, and checks whether it is still wanted, this often, in seconds.
 LOOK_AROUND_SECONDS = 1.0
-# A pass claims further rows for this long, in seconds. Then it ends, and deals with its locked rows.
-CLAIMING_SECONDS = 5.0
+# A model that has not answered for this long, in seconds, holds up no other: nothing more is claimed for it.
+BUSY_SECONDS = 1.0
+# The threads of a lane, as a multiple of the requests that one model may have at a time.
+THREADS_PER_REQUEST = 4
+# A lane whose time is up waits so long for its answers, in seconds.
+ENDING_SECONDS = 2.0
 # A text that no model refuses. It shows whether a text or the whole request is to blame.
 PROBE = "autoembed"
 
@@ -64,43 +68,79 @@ def work(database: Database, network: Network, options: Options, run_seconds: fl
 
     backfill: the lane scans tables and leaves the queue to others.
     """
-    # A lane that ends in time is not logged as a statement that was cancelled.
-    limit = database.statement_timeout_seconds()
-    end = time.monotonic() + (run_seconds if limit is None else min(run_seconds, limit / 2))
-    look_around_at = 0.0
-    has_worked = False
-    queue = partial(_claim_queued, database, options)
-    tables = partial(_claim_backfill, database, options, backfill)
-    indexed = database.enter_lane(backfill=backfill)
-    pace = Pace(options.batch_size, options.max_rows, indexed=indexed)
+    lane = _Lane(database, network, options, run_seconds, backfill=backfill)
     database.warn_of_blocked_pipelines([])
     database.commit()
     try:
-        while time.monotonic() < end:
-            look_around = time.monotonic() >= look_around_at
-            if look_around:
-                look_around_at = time.monotonic() + LOOK_AROUND_SECONDS
-                if not database.lane_is_wanted():
-                    break
-                database.clean_up()
-                database.commit()
-                if has_worked:
-                    heap.trim()
-                    has_worked = False
-            read = 0 if backfill else _work_on(database, network, options, queue, pace).read
-            if read == 0 and look_around:
-                read = _work_on(database, network, options, tables, pace).read
-                if read > 0:
-                    look_around_at = 0.0
-            if read > 0:
-                has_worked = True
-            elif backfill:
+        while lane.goes_on():
+            if lane.works():
+                continue
+            if backfill:
                 database.sleep(BACKFILL_POLL_SECONDS)
             else:
                 time.sleep(POLL_SECONDS)
+    except PassEnded:
+        # The lane ends in good order. pg_cron begins another one.
+        pass
     finally:
         database.leave_lane()
         database.commit()
+
+
+class _Lane:
+    """What a lane keeps from one pass to the next."""
+
+    def __init__(
+        self, database: Database, network: Network, options: Options, run_seconds: float, *, backfill: bool
+    ) -> None:
+        self._database = database
+        self._network = network
+        self._options = options
+        # A lane that ends in time is not logged as a statement that was cancelled.
+        limit = database.statement_timeout_seconds()
+        self._ends_at = time.monotonic() + (run_seconds if limit is None else min(run_seconds, limit / 2))
+        self._backfill = backfill
+        self._is_wanted = True
+        self._look_around_at = 0.0
+        self._scan_at = 0.0
+        self._has_worked = False
+        indexed = database.enter_lane(backfill=backfill)
+        self.pace = Pace(options.batch_size, options.max_rows, indexed=indexed)
+        self.owners = Owners()
+
+    def goes_on(self) -> bool:
+        """Whether the lane's time is not up and nobody has told it to end. Cleans up now and then."""
+        now = time.monotonic()
+        if now >= self._look_around_at:
+            self._look_around_at = now + LOOK_AROUND_SECONDS
+            self._is_wanted = self._database.lane_is_wanted()
+            if self._is_wanted:
+                self._database.clean_up()
+            self._database.commit()
+            if self._has_worked:
+                heap.trim()
+                self._has_worked = False
+        return self._is_wanted and now < self._ends_at
+
+    def works(self) -> bool:
+        """Makes a pass, if something is due. Returns whether it was."""
+        messages = self.claim(self.pace.max_rows(), [], [])
+        if not messages:
+            self._database.commit()
+            return False
+        self._has_worked = True
+        _run(self._database, self._network, self._options, messages, self)
+        return True
+
+    def claim(self, max_rows: int, held: list[int], busy_models: list[str]) -> list[Message]:
+        """Claims due messages or, if there are none, the next rows of a backfill."""
+        messages: list[Message] = []
+        if not self._backfill:
+            messages = self._database.claim(max_rows, self._options.lease_seconds, held, busy_models)
+        if not messages and time.monotonic() >= self._scan_at:
+            messages = _claim_backfill(self._database, self._options, self._backfill, max_rows, held)
+            self._scan_at = 0.0 if messages else time.monotonic() + LOOK_AROUND_SECONDS
+        return messages
 
 
 def run_pass(database: Database, network: Network, options: Options) -> Report:
@@ -108,35 +148,33 @@ def run_pass(database: Database, network: Network, options: Options) -> Report:
 
     A bad row, a bad answer or a dead provider raises nothing: the report says so.
     """
-    report = _work_on(database, network, options, partial(_claim_queued, database, options), None)
-    if report.read == 0:
-        tables = partial(_claim_backfill, database, options, False)
-        report = _work_on(database, network, options, tables, None)
-    return report
-
-
-# Claims messages for so many rows, in addition to the messages with these ids.
-Claim = Callable[[int, list[int]], "list[Message]"]
-
-
-def _work_on(database: Database, network: Network, options: Options, claim: Claim, pace: Pace | None) -> Report:
-    """Makes one pass. With the pace of a lane, it claims further rows while requests are in flight."""
-    messages = claim(options.max_rows if pace is None else pace.max_rows(), [])
+    messages = database.claim(options.max_rows, options.lease_seconds, [], [])
     if not messages:
-        database.commit()
+        messages = _claim_backfill(database, options, False, options.max_rows, [])
+    if not messages:
         return Report()
+    return _run(database, network, options, messages, None)
+
+
+def _run(database: Database, network: Network, options: Options, messages: list[Message], lane: _Lane | None) -> Report:
+    """Makes one pass. In a lane, it claims further rows while requests are in flight."""
     ledger = Ledger(database, messages)
     try:
-        return _Pass(database, network, options, ledger, claim, pace).run(messages)
+        # The commit waits for the disk: a row that crashes the server, even while it is read, finds the try counted.
+        database.commit()
+        return _Pass(database, network, options, ledger, lane).run(messages)
+    except PassEnded:
+        ledger.release_open()
+        ledger.flush()
+        database.commit()
+        if lane is not None:
+            raise
+        return ledger.report
     except BaseException:
         # After a cancel or a shutdown, all that is not done goes back to the queue at once.
         ledger.release_open()
         ledger.flush()
         raise
-
-
-def _claim_queued(database: Database, options: Options, max_rows: int, held: list[int]) -> list[Message]:
-    return database.claim(max_rows, options.lease_seconds, held)
 
 
 def _claim_backfill(
@@ -152,7 +190,9 @@ def _claim_backfill(
     try:
         keys = database.scan(backfill, max_rows)
     except RowError as error:
-        if not error.passes:
+        if error.cancels or error.slow:
+            database.rest_pipelines(backfill.owner, [backfill.pipeline_id], str(error))
+        elif not error.locked:
             database.fail_backfill(backfill, str(error))
         return []
     if not are_keys(keys):
@@ -183,57 +223,79 @@ class Outbox:
     permit: Permit | None = None
     slots: set[int] = field(default_factory=set)
     began_at: float = field(default_factory=time.monotonic)
+    # When the model last answered, or was first asked while nothing was in flight.
+    heard_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the model has not answered for a while."""
+        return self.in_flight > 0 and time.monotonic() - self.heard_at > BUSY_SECONDS
+
+    @property
+    def needs_care(self) -> bool:
+        """Whether the model has failed, and has open jobs still."""
+        return not self.is_idle and bool(self.trouble or self.suspended or self.failures)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing of the model is open."""
+        return not (self.jobs or self.in_flight or self.waiting or self.suspended or self.unsent)
+
+
+class _TimeIsUp(Exception):
+    """The lane has waited long enough for its last answers."""
 
 
 class _Pass:
+    """The way of claimed messages to their end, and of those that are claimed meanwhile."""
+
     def __init__(
-        self,
-        database: Database,
-        network: Network,
-        options: Options,
-        ledger: Ledger,
-        claim: Claim,
-        pace: Pace | None,
+        self, database: Database, network: Network, options: Options, ledger: Ledger, lane: _Lane | None
     ) -> None:
         self._database = database
         self._network = network
         self._options = options
         self._ledger = ledger
         # None: nothing further is claimed in this pass.
-        self._claim: Claim | None = claim if pace else None
-        self._pace = pace or Pace(options.batch_size, options.max_rows, indexed=True)
-        self._rows = Rows(database, ledger, self._pace)
+        self._lane = lane
+        self._pace = lane.pace if lane else Pace(options.batch_size, options.max_rows, indexed=True)
+        self._owners = lane.owners if lane else Owners()
+        self._rows = Rows(database, ledger, self._pace, self._owners)
         self._outboxes: dict[Model, Outbox] = {}
         # Requests that are handed to threads and may not be sent yet.
         self._leaving: list[Request] = []
         self._flight: Flight[Request, Embedded] | None = None
         self._lease_ends = time.monotonic() + options.lease_seconds
         self._claim_at = time.monotonic() + POLL_SECONDS
-        self._claim_until = time.monotonic() + CLAIMING_SECONDS
+        self._ends_at: float | None = None
 
     def run(self, messages: list[Message]) -> Report:
         if any(message.read_count > 1 for message in messages):
             # Lanes died, perhaps because of these: nothing else is to be in flight beside them.
-            self._claim = None
-        with Flight[Request, Embedded](self._options.max_requests, self._between_waits, self._abort) as flight:
+            self._lane = None
+        threads = THREADS_PER_REQUEST * self._options.max_requests
+        with Flight[Request, Embedded](threads, self._between_waits, self._abort) as flight:
             try:
-                self._load(flight, messages)
                 self._flight = flight
-                while flight or self._waiting():
+                self._load(flight, messages)
+                while flight or self._waiting() or self._rows.some_are_unwritten:
                     for request, outcome in flight.landed():
                         self._wait_until_sent()
                         self._database.lock_lanes()
                         self._land(flight, request, outcome)
                         self._commit()
                         self._launch(flight)
-                    if self._waiting():
+                    if self._waiting() or self._rows.some_are_unwritten:
                         time.sleep(SLICE_SECONDS)
                         self._between_waits()
-                self._flight = None
+            except _TimeIsUp:
+                # The requests that are left are ended, and their jobs released.
+                pass
             finally:
+                self._flight = None
                 for model, outbox in self._outboxes.items():
                     self._free(model, outbox.slots)
-        self._rows.write_locked(self._between_waits)
+        self._ledger.release_open()
         self._commit()
         return self._ledger.report
 
@@ -241,14 +303,38 @@ class _Pass:
 
     def _load(self, flight: Flight[Request, Embedded], messages: list[Message]) -> None:
         """Reads the rows of claimed messages, and sends their texts."""
-        for pipeline, jobs in open_jobs(self._database, self._ledger, messages, self._options.max_rows):
-            for job, text in self._rows.to_embed(pipeline, self._rows.read(pipeline, jobs)):
-                outbox = self._outbox(pipeline)
-                if text not in outbox.jobs:
-                    outbox.unsent.append(text)
-                outbox.jobs[text].append(job)
-        # This commit waits for the disk: a row that crashes the server must find the attempt counted.
-        self._commit(synced=True)
+        began_at = time.monotonic()
+        work = open_jobs(self._database, self._ledger, messages, self._options.max_rows)
+        for pipeline, jobs in self._owners.quickest_first(work):
+            try:
+                self._read(pipeline, jobs)
+            except self._database.Error as error:
+                self._blame(pipeline, jobs, error)
+            self._commit()
+            if time.monotonic() - began_at > POLL_SECONDS:
+                # The texts of quick owners do not wait for those of slow ones.
+                self._send(flight)
+        self._send(flight)
+
+    def _read(self, pipeline: Pipeline, jobs: list[Job]) -> None:
+        """Reads the rows of one pipeline, and puts their texts into the outbox of its model."""
+        held = sum(len(text) for outbox in self._outboxes.values() for text in outbox.jobs)
+        for job, text in self._rows.to_embed(pipeline, self._rows.read(pipeline, jobs, READ_BYTES - held)):
+            outbox = self._outbox(pipeline)
+            if text not in outbox.jobs:
+                outbox.unsent.append(text)
+            outbox.jobs[text].append(job)
+
+    def _blame(self, pipeline: Pipeline, jobs: list[Job], error: Exception) -> None:
+        """Lets a pipeline rest whose rows have raised an error that nobody expected. The others go on."""
+        if self._database.is_nobodys(error):
+            raise error
+        self._database.rest_pipelines(pipeline.owner, [pipeline.id], str(error))
+        for job in jobs:
+            if job.outcome is None:
+                self._rows.retry_or_fail(job, RowError(str(error)))
+
+    def _send(self, flight: Flight[Request, Embedded]) -> None:
         for model, outbox in self._outboxes.items():
             unsent, outbox.unsent = outbox.unsent, []
             self._submit(model, unsent)
@@ -256,37 +342,40 @@ class _Pass:
 
     def _outbox(self, pipeline: Pipeline) -> Outbox:
         outbox = self._outboxes.get(pipeline.model)
-        if outbox is None:
+        if outbox is None or outbox.is_idle:
             outbox = self._outboxes[pipeline.model] = Outbox(Limiter(pipeline.model), failures=pipeline.failures)
         return outbox
 
-    def _claim_more(self, flight: Flight[Request, Embedded], claim: Claim) -> None:
-        """Claims rows for the requests that could also be in flight, so that providers do not wait for writes."""
+    def _claim_more(self, flight: Flight[Request, Embedded], lane: _Lane) -> None:
+        """Claims rows for the requests that could also be in flight, so that providers do not wait for writes.
+
+        Models that do not answer are left out of the account.
+        """
         batch_size = self._options.batch_size
-        texts = sum(len(outbox.jobs) for outbox in self._outboxes.values())
+        busy = {model.name for model, outbox in self._outboxes.items() if outbox.is_busy}
+        others = [outbox for model, outbox in self._outboxes.items() if model.name not in busy]
         # In requests: those the lane may hold, those it holds, and those that may be added.
         most = self._pace.max_rows() // batch_size
-        held = (texts + batch_size - 1) // batch_size
-        free = min(self._options.max_requests - len(flight) - self._waiting(), most - held)
+        held = -(-sum(len(outbox.jobs) for outbox in others) // batch_size)
+        under_way = sum(outbox.in_flight + len(outbox.waiting) for outbox in others)
+        free = min(self._options.max_requests - under_way, most - held)
         now = time.monotonic()
-        if free < 1 or now > self._claim_until:
+        if free < 1 or 2 * free < most and now < self._claim_at:
             return
-        if 2 * free < most and now < self._claim_at:
-            return
-        # Another message must not ask again for a vector that waits for a locked row. A provider that failed last time
-        # is tried with one request.
-        if self._rows.some_are_locked or any(
-            box.trouble or box.suspended or box.failures for box in self._outboxes.values()
-        ):
+        # Another message must not ask again for a vector that waits for a locked row.
+        if self._rows.some_are_unwritten:
             return
         self._claim_at = now + POLL_SECONDS
+        # A provider that has failed is tried with one request.
+        shaky = {model.name for model, outbox in self._outboxes.items() if outbox.needs_care}
         self._database.lock_lanes()
-        messages = claim(free * batch_size, self._ledger.open_message_ids())
+        messages = lane.claim(free * batch_size, self._ledger.open_message_ids(), sorted(busy | shaky))
         self._ledger.take(messages)
+        self._database.commit()
         suspects = [message for message in messages if message.read_count > 1]
         if suspects:
             self._ledger.release_messages(suspects)
-            self._claim = None
+            self._lane = None
         self._load(flight, [message for message in messages if message.read_count == 1])
 
     # Embed ---------------------------------------------------------------------------------------
@@ -311,6 +400,8 @@ class _Pass:
                 if outbox.permit is not None:
                     request.slot, outbox.permit = outbox.permit.slot, None
                 self._ledger.report.requests += 1
+                if outbox.in_flight == 0:
+                    outbox.heard_at = time.monotonic()
                 outbox.in_flight += 1
                 if not provider.RUNS_IN_BACKEND:
                     self._leaving.append(request)
@@ -327,13 +418,13 @@ class _Pass:
     def _is_its_turn(self, flight: Flight[Request, Embedded], outbox: Outbox) -> bool:
         """Whether the first request that waits may be sent now. Asks for its permit if it has none."""
         elapsed = time.monotonic() - outbox.began_at
+        if outbox.in_flight >= self._options.max_requests:
+            return False
         if outbox.in_flight and outbox.limiter.learnt is None and elapsed < FIRST_ANSWER_SECONDS:
             return False
         if not outbox.limiter.needs_permits:
             return True
         if outbox.permit is None:
-            if len(flight) >= self._options.max_requests:
-                return False
             if elapsed > PATIENCE_SECONDS:
                 self._release(outbox, outbox.waiting, "the model's limits allow no request yet")
                 outbox.waiting.clear()
@@ -347,7 +438,7 @@ class _Pass:
         prefix = request.model.prefix("document")
         request.tokens = sum(batching.estimate_tokens(prefix + text) for text in request.texts)
         charges = outbox.limiter.charge(request.tokens, time.monotonic())
-        permit = self._database.take_permit(request.model.name, charges, sorted(outbox.slots))
+        permit = self._database.take_permit(request.model.name, charges, with_slot=True)
         if permit.spent is not None:
             outbox.waiting.popleft()
             self._give_up_model(flight, request, OverBudget(permit.spent, retry_after_seconds=permit.rest_seconds))
@@ -384,6 +475,7 @@ class _Pass:
     def _note_limits(self, outbox: Outbox, request: Request, outcome: Embedded | BaseException) -> None:
         """Takes the model's limits from an answer. A request that failed frees its slot."""
         outbox.in_flight -= 1
+        outbox.heard_at = time.monotonic()
         outbox.slots.discard(request.slot or 0)
         if isinstance(outcome, Embedded):
             outbox.limiter.correct_estimate(request.tokens, outcome.tokens)
@@ -463,8 +555,8 @@ class _Pass:
             paced = outbox.limiter.paces and trouble.retry_after_seconds is not None
             seconds = rest_seconds(trouble, outbox.failures, 0.0 if paced else random.random())
             name = request.model.name
-            is_new = self._database.rest_model(name, seconds, trouble.permanent, str(trouble))
-            if is_new and self._claim is not None:
+            is_new = self._database.rest_model(name, seconds, trouble.permanent, trouble)
+            if is_new and self._lane is not None:
                 # The server's log has one warning for each outage.
                 self._database.warn_of_blocked_pipelines([name])
         unsent = flight.withdraw(lambda other: other.model == request.model)
@@ -494,7 +586,14 @@ class _Pass:
                 by_statement[job.pipeline.id, turns[job.pipeline.id, job.key]].append((job, index))
         for matched in by_statement.values():
             jobs = [job for job, _ in matched]
-            self._rows.write(jobs[0].pipeline, jobs, vectors[[index for _, index in matched]])
+            try:
+                self._rows.write(jobs[0].pipeline, jobs, vectors[[index for _, index in matched]])
+            except self._database.Error as error:
+                self._blame(jobs[0].pipeline, jobs, error)
+            if len(by_statement) > 1:
+                # The row locks of one owner do not wait for the code of another.
+                self._commit()
+                self._database.lock_lanes()
 
     # In between ----------------------------------------------------------------------------------
 
@@ -506,10 +605,19 @@ class _Pass:
     def _between_waits(self) -> None:
         """The work of the backend's own thread between two waits for answers."""
         self._database.check_interrupts()
+        if self._rows.some_are_unwritten:
+            self._database.lock_lanes()
+            self._rows.write_some()
+            self._commit()
+        if self._lane is not None and not self._lane.goes_on():
+            self._lane = None
+            self._ends_at = time.monotonic() + ENDING_SECONDS
+        if self._ends_at is not None and time.monotonic() > self._ends_at:
+            raise _TimeIsUp
         if self._flight is not None:
             self._launch(self._flight)
-        if self._flight is not None and self._claim is not None:
-            self._claim_more(self._flight, self._claim)
+            if self._lane is not None:
+                self._claim_more(self._flight, self._lane)
         if self._lease_ends - time.monotonic() < self._options.timeout_seconds:
             self._database.extend(self._ledger.open_message_ids(), self._options.lease_seconds)
             self._database.commit()

@@ -229,3 +229,26 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._warn_of_blocked_pipelines IS
     'Says which pipelines wait, why, and what to do. With resting, for lanes, in the server''s log: those that wait for one of these models, or, with none, for no model.';
+
+CREATE OR REPLACE FUNCTION autoembed._rest_pipelines(owner bigint, pipeline_ids integer[], reason text)
+    RETURNS void
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    INSERT INTO autoembed.pipeline_rest AS r (pipeline_id, until, failures, reason)
+    SELECT p.id, clock_timestamp() + interval '5 seconds', 1, _rest_pipelines.reason
+    FROM autoembed.pipeline AS p
+    JOIN pg_class AS c ON c.oid = p.table_id AND c.relowner = _rest_pipelines.owner::oid
+    WHERE pipeline_ids = '{}' OR p.id = ANY (pipeline_ids)
+    ON CONFLICT (pipeline_id) DO UPDATE
+    -- 5 seconds, doubled with each error within ten minutes, five minutes at most.
+    SET until = clock_timestamp() + least(
+            interval '5 minutes',
+            interval '5 seconds' * 2 ^ CASE WHEN r.until > clock_timestamp() - interval '10 minutes' THEN least(r.failures, 6) ELSE 0 END
+        ),
+        failures = CASE WHEN r.until > clock_timestamp() - interval '10 minutes' THEN r.failures + 1 ELSE 1 END,
+        reason = excluded.reason;
+$sql$;
+COMMENT ON FUNCTION autoembed._rest_pipelines IS
+    'Keeps all lanes from the jobs of an owner''s pipelines for a while, after an error of its code. No ids: all of them.';

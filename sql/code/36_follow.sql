@@ -101,6 +101,7 @@ CREATE OR REPLACE FUNCTION autoembed._defined()
 AS $plpgsql$
 DECLARE
     _stale integer;
+    _plan record;
 BEGIN
     IF TG_OP = 'INSERT' AND NEW.built_from IS NOT NULL THEN
         RETURN NULL;
@@ -117,18 +118,13 @@ BEGIN
         END LOOP;
     END IF;
     PERFORM autoembed._build_pipeline(NEW.id);
-    BEGIN
-        -- On no row, and undone, whatever the owner's code does: has PostgreSQL read all that will be read.
-        IF autoembed._missing_object(NEW) IS NULL THEN
-            EXECUTE format('SELECT FROM autoembed._content_%s(''{}'')', NEW.id);
+    -- PostgreSQL plans what will be run, under the guards of a lane.
+    IF autoembed._missing_object(NEW) IS NULL THEN
+        SELECT p.* INTO _plan FROM autoembed._plan(NEW.id) AS p;
+        IF _plan.problem IS NOT NULL THEN
+            RAISE EXCEPTION USING MESSAGE = _plan.problem, ERRCODE = _plan.errcode;
         END IF;
-        RAISE EXCEPTION USING ERRCODE = 'AE000';
-    EXCEPTION
-        WHEN SQLSTATE 'AE000' THEN
-            NULL;
-        WHEN lock_not_available THEN
-            NULL;
-    END;
+    END IF;
     IF NEW.managed AND (TG_OP = 'INSERT' OR NEW.on_change <> OLD.on_change OR EXISTS (SELECT FROM autoembed._trigger_problems(NEW))) THEN
         PERFORM autoembed._build_triggers(NEW);
     END IF;

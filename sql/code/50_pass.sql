@@ -21,11 +21,22 @@ CREATE OR REPLACE FUNCTION autoembed._pipelines(ids integer[])
     SET plan_cache_mode = force_generic_plan
 AS $plpgsql$
 #variable_conflict use_column
+DECLARE
+    _id integer;
+    _unbuilt jsonb := '{}';
 BEGIN
-    PERFORM autoembed._build_pipeline(s.id) FROM autoembed._pipeline_state AS s WHERE s.id = ANY (ids) AND s.sound;
+    FOR _id IN SELECT s.id FROM autoembed._pipeline_state AS s WHERE s.id = ANY (ids) AND s.sound LOOP
+        BEGIN
+            PERFORM autoembed._build_pipeline(_id);
+        EXCEPTION WHEN OTHERS THEN
+            -- Other pipelines are not to wait for this one.
+            _unbuilt := _unbuilt || jsonb_build_object(_id::text, 'its functions cannot be made: ' || SQLERRM);
+        END;
+    END LOOP;
     RETURN QUERY
     SELECT s.id, n.nspname::text, c.relname::text, c.relowner::bigint, s.content_function, s.embedding_column::text,
-           v.full_name, s.truncate, s.blocked, s.failures, autoembed._model_facts(autoembed._model(s.model))
+           v.full_name, s.truncate, coalesce(s.blocked, _unbuilt ->> s.id::text), s.failures,
+           autoembed._model_facts(autoembed._model(s.model))
     FROM autoembed._pipeline_state AS s
     LEFT JOIN pg_class AS c ON c.oid = s.table_id
     LEFT JOIN pg_namespace AS n ON n.oid = c.relnamespace

@@ -3,7 +3,7 @@
 -- Backfills ---------------------------------------------------------------------------------------
 
 CREATE OR REPLACE FUNCTION autoembed._next_backfill(dedicated boolean)
-    RETURNS TABLE (pipeline_id integer, after text, condition text, failures integer)
+    RETURNS TABLE (pipeline_id integer, owner bigint, after text, condition text, failures integer)
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
@@ -31,7 +31,11 @@ BEGIN
     SET served_at = clock_timestamp()
     FROM next AS n
     WHERE b.pipeline_id = n.pipeline_id
-    RETURNING b.pipeline_id, b.position, b.condition, n.failures;
+    RETURNING b.pipeline_id, (
+                  SELECT c.relowner::bigint
+                  FROM autoembed.pipeline AS p JOIN pg_class AS c ON c.oid = p.table_id
+                  WHERE p.id = b.pipeline_id
+              ), b.position, b.condition, n.failures;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._next_backfill IS

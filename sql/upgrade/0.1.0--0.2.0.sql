@@ -76,3 +76,4 @@ DROP FUNCTION autoembed._rest_model;
 
 -- A long key does not fit into an index.
 ALTER TABLE autoembed.failure DROP CONSTRAINT failure_pipeline_id_key_key;
+DROP FUNCTION autoembed._next_backfill;

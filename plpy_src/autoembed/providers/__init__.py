@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from autoembed.network import Network
 
 # Calls the SQL function of a model: its name, the purpose and the texts in, vectors in PostgreSQL's binary form out.
-CallEmbedder = Callable[[str, str, Sequence[str]], list[bytes | None]]
+CallEmbedder = Callable[[str, str, Sequence[str], float], list[bytes | None]]
 
 
 class Provider(Protocol):

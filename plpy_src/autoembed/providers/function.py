@@ -1,4 +1,4 @@
-"""An SQL function of the user's: texts in, vectors out. It runs with its owner's rights; see sql/22_embedders.sql."""
+"""An SQL function of the user: texts in, vectors out, with its owner's rights; see sql/code/22_embedders.sql."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check(model: Model) -> None:
 def embed(request: Request, call_embedder: CallEmbedder) -> Embedded:
     import numpy as np
 
-    answer = call_embedder(request.model.name, request.purpose, request.texts)
+    answer = call_embedder(request.model.name, request.purpose, request.texts, request.timeout_seconds)
     if len(answer) != len(request.texts):
         raise Refused(f"the function returned {len(answer)} vectors for {len(request.texts)} texts")
     sent = [vector for vector in answer if vector is not None]
