@@ -82,6 +82,17 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._vault_key(text) IS
     'The key that vault:NAME refers to, or why it cannot be had; nothing for other references.';
 
+CREATE FUNCTION autoembed._model_identity(model autoembed.model)
+    RETURNS text
+    LANGUAGE sql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT jsonb_build_array(model.provider, model.model_id, model.dimensions, coalesce(model.options ->> 'document_prefix', ''))::text;
+$sql$;
+COMMENT ON FUNCTION autoembed._model_identity(autoembed.model) IS
+    'Two models with the same identity produce interchangeable vectors.';
+
 CREATE FUNCTION autoembed._model_facts(model autoembed.model)
     RETURNS jsonb
     LANGUAGE plpgsql
@@ -92,6 +103,7 @@ AS $plpgsql$
 BEGIN
     RETURN to_jsonb(model)
         || jsonb_build_object(
+            'identity', autoembed._model_identity(model),
             'http_hosts', autoembed._http_hosts(),
             'learnt', (SELECT to_jsonb(l) FROM autoembed.model_limit AS l WHERE l.model = (_model_facts.model).name ORDER BY l.at DESC LIMIT 1)
         )
@@ -101,8 +113,7 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._model_facts(autoembed.model) IS
     'What the Python side needs to know of a model: its row, and what the row refers to.';
 
-CREATE FUNCTION autoembed._check_model(name text)
-    RETURNS void
+CREATE FUNCTION autoembed._model_fault(name text, OUT problem text, OUT hint text, OUT errcode text, OUT waits boolean)
     LANGUAGE plpython3u
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
@@ -110,8 +121,28 @@ AS $python$
     if GD.get("autoembed") != "@BUILD@":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
-    doors.check_model(name)
+    return doors.check_model(name)
 $python$;
+COMMENT ON FUNCTION autoembed._model_fault(text) IS
+    'The fault in a model''s definition, NULL if there is none; waits: its key or folder is not there yet.';
+
+CREATE FUNCTION autoembed._check_model(name text)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _fault record;
+BEGIN
+    SELECT f.* INTO _fault FROM autoembed._model_fault(name) AS f;
+    IF _fault.waits THEN
+        RAISE WARNING USING MESSAGE = _fault.problem, HINT = _fault.hint, ERRCODE = _fault.errcode;
+    ELSIF _fault.problem IS NOT NULL THEN
+        RAISE EXCEPTION USING MESSAGE = _fault.problem, HINT = _fault.hint, ERRCODE = _fault.errcode;
+    END IF;
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._check_model(text) IS
     'Fails if the model cannot work as it is defined; warns if its key or folder is not there yet.';
 

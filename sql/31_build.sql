@@ -121,9 +121,7 @@ BEGIN
     FROM unnest(_pipeline.key_columns) WITH ORDINALITY AS k(name, position)
     JOIN pg_attribute AS a ON a.attrelid = _pipeline.table_id AND a.attname = k.name;
 
-    -- As Model.identity has it.
-    SELECT concat_ws(' ', m.provider, m.model_id, m.dimensions, nullif(m.options ->> 'document_prefix', '')) INTO STRICT _model
-    FROM autoembed._model(_pipeline.model) AS m;
+    _model := autoembed._model_identity(autoembed._model(_pipeline.model));
 
     _from := concat_ws(' ', _table, _owner, _options, _keys, _sent_keys, _pipeline.embedding_column, _vector_type, _content, _model);
     SELECT count(*) = 3 INTO _ready

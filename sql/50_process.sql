@@ -524,10 +524,24 @@ COMMENT ON FUNCTION autoembed._finish_backfills() IS
 
 -- The doors ---------------------------------------------------------------------------------------
 
-CREATE FUNCTION autoembed.process(
-    batch_size integer DEFAULT 100,
-    max_requests integer DEFAULT 10,
-    timeout_milliseconds integer DEFAULT 300000,
+CREATE FUNCTION autoembed._options_fault(batch_size integer, max_requests integer, timeout_milliseconds integer)
+    RETURNS text
+    LANGUAGE sql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT format('%s must be at least 1, not %s', o.name, coalesce(o.value::text, 'NULL'))
+    FROM (VALUES ('batch_size', batch_size), ('max_requests', max_requests), ('timeout_milliseconds', timeout_milliseconds)) AS o(name, value)
+    WHERE (o.value >= 1) IS NOT TRUE
+    LIMIT 1;
+$sql$;
+COMMENT ON FUNCTION autoembed._options_fault(integer, integer, integer) IS
+    'The fault in the arguments of process() and work(), NULL if there is none.';
+
+CREATE FUNCTION autoembed._process(
+    batch_size integer,
+    max_requests integer,
+    timeout_milliseconds integer,
     OUT read integer,
     OUT completed integer,
     OUT retried integer,
@@ -539,22 +553,52 @@ CREATE FUNCTION autoembed.process(
     VOLATILE
     SECURITY DEFINER
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
-    -- As in work(), every name that the Python side uses is qualified.
+    -- As in _work(), every name that the Python side uses is qualified.
 AS $python$
     if GD.get("autoembed") != "@BUILD@":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
 $python$;
+COMMENT ON FUNCTION autoembed._process(integer, integer, integer) IS 'The work of process(), whose arguments are checked.';
+
+CREATE FUNCTION autoembed.process(
+    batch_size integer DEFAULT 100,
+    max_requests integer DEFAULT 10,
+    timeout_milliseconds integer DEFAULT 300000,
+    OUT read integer,
+    OUT completed integer,
+    OUT retried integer,
+    OUT failed integer,
+    OUT requests integer,
+    OUT failed_jobs jsonb
+)
+    LANGUAGE plpgsql
+    VOLATILE
+    SECURITY DEFINER
+    -- No search_path of its own, for the reason that _process() has none. Every name is qualified.
+AS $plpgsql$
+DECLARE
+    _fault pg_catalog.text := autoembed._options_fault(batch_size, max_requests, timeout_milliseconds);
+BEGIN
+    -- Python cannot raise an error without its prefix and its traceback.
+    IF _fault IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = _fault, HINT = 'Leave it out for its default.';
+    END IF;
+    SELECT p.read, p.completed, p.retried, p.failed, p.requests, p.failed_jobs
+    INTO read, completed, retried, failed, requests, failed_jobs
+    FROM autoembed._process(batch_size, max_requests, timeout_milliseconds) AS p;
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed.process(integer, integer, integer) IS
     'Embeds waiting jobs once, in the caller''s transaction: up to max_requests requests at a time of up to batch_size texts, each request to a provider given timeout_milliseconds. Returns how many jobs were read, completed, put back to be tried again, and given up, and the requests sent; failed_jobs lists the jobs that did not complete, each with its error.';
 
-CREATE PROCEDURE autoembed.work(
-    run_seconds double precision DEFAULT 300,
-    batch_size integer DEFAULT 100,
-    max_requests integer DEFAULT 20,
-    timeout_milliseconds integer DEFAULT 300000,
-    backfill boolean DEFAULT false
+CREATE PROCEDURE autoembed._work(
+    run_seconds double precision,
+    batch_size integer,
+    max_requests integer,
+    timeout_milliseconds integer,
+    backfill boolean
 )
     LANGUAGE plpython3u
 AS $python$
@@ -563,15 +607,41 @@ AS $python$
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
 $python$;
+COMMENT ON PROCEDURE autoembed._work(double precision, integer, integer, integer, boolean) IS
+    'The work of work(), whose arguments are checked.';
+
+CREATE PROCEDURE autoembed.work(
+    run_seconds double precision DEFAULT 300,
+    batch_size integer DEFAULT 100,
+    max_requests integer DEFAULT 20,
+    timeout_milliseconds integer DEFAULT 300000,
+    backfill boolean DEFAULT false
+)
+    LANGUAGE plpgsql
+AS $plpgsql$
+DECLARE
+    _fault pg_catalog.text := autoembed._options_fault(batch_size, max_requests, timeout_milliseconds);
+BEGIN
+    IF _fault IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = _fault, HINT = 'Leave it out for its default.';
+    END IF;
+    CALL autoembed._work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill);
+END;
+$plpgsql$;
 COMMENT ON PROCEDURE autoembed.work(double precision, integer, integer, integer, boolean) IS
     'A lane: embeds what waits, and what comes, for run_seconds; commits as it goes and holds no transaction while a request is in flight. With backfill it looks through tables instead, and leaves the queue to others. schedule() has pg_cron call it.';
 
-CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
-    RETURNS @extschema:vector@.vector
+CREATE FUNCTION autoembed._embed(
+    content text,
+    model jsonb,
+    OUT embedding @extschema:vector@.vector,
+    OUT problem text,
+    OUT hint text,
+    OUT errcode text
+)
     LANGUAGE plpython3u
     STABLE
     PARALLEL RESTRICTED
-    SECURITY DEFINER
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
     if GD.get("autoembed") != "@BUILD@":
@@ -579,5 +649,30 @@ AS $python$
     from autoembed import doors
     return doors.embed(content, model)
 $python$;
+COMMENT ON FUNCTION autoembed._embed(text, jsonb) IS
+    'The embedding of a search text by a model, of which _model_facts() tells; or why there is none.';
+
+CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
+    RETURNS @extschema:vector@.vector
+    LANGUAGE plpgsql
+    STABLE
+    PARALLEL RESTRICTED
+    SECURITY DEFINER
+    SET search_path = pg_catalog, @extschema:vector@, pg_temp
+AS $plpgsql$
+DECLARE
+    _answer record;
+BEGIN
+    IF content IS NULL THEN
+        RETURN NULL;
+    END IF;
+    -- Assigned, not selected: expressions like this cost no statement, and leave none in the context of an error.
+    _answer := autoembed._embed(content, autoembed._model_facts(autoembed._model(model)));
+    IF _answer.problem IS NOT NULL THEN
+        RAISE EXCEPTION USING MESSAGE = _answer.problem, HINT = _answer.hint, ERRCODE = _answer.errcode;
+    END IF;
+    RETURN _answer.embedding;
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed.embed(text, text) IS
     'The embedding of a search text by that model, NULL for the default one; NULL for NULL. ORDER BY column <=> autoembed.embed(…) uses the column''s index.';

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import plpy  # type: ignore[import-not-found]
 
 from autoembed.binary import copy_rows
-from autoembed.errors import InvalidInput, ProviderTrouble, row_error, trouble_of_function
+from autoembed.errors import ProviderTrouble, row_error, trouble_of_function
 from autoembed.limits import Charge, Limits, Permit
 from autoembed.model import Model, Share
 from autoembed.records import Backfill, Message, Pipeline, Row
@@ -459,16 +459,6 @@ class Database:
         if plan is None:
             plan = _plans[sql] = plpy.prepare(sql, list(types))
         return plpy.execute(plan, list(arguments))
-
-
-def raise_error(error: InvalidInput) -> None:
-    """Ends the call with a PostgreSQL error."""
-    hint = {} if error.hint is None else {"hint": error.hint}
-    plpy.error(str(error), sqlstate=error.sqlstate, **hint)
-
-
-def warn(message: str, hint: str) -> None:
-    plpy.warning(message, hint=hint)
 
 
 def is_installed() -> bool:

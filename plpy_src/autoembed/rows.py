@@ -217,7 +217,13 @@ class Rows:
             self._ledger.done(job)
 
     def _retry_changed(self, job: Job) -> None:
-        self._ledger.retry(job, CHANGED_DELAY_SECONDS)
+        """Has a row read again whose text changed during its request. This counts as an attempt."""
+        if job.attempts + 1 < MAX_ATTEMPTS:
+            self._ledger.retry(job, CHANGED_DELAY_SECONDS, counts=True)
+            return
+        # Another lane may have embedded the new text already.
+        for without_vector, _ in self.to_embed(job.pipeline, self.read(job.pipeline, [job])):
+            self._ledger.fail(without_vector, "its text was different each time it was read")
 
     def _release_if_blocked(self, pipeline: Pipeline, jobs: Sequence[Job], error: RowError) -> bool:
         """Releases the jobs if their table has become unusable since the claim. Returns whether it has."""
