@@ -15,8 +15,8 @@ import plpy  # type: ignore[import-not-found]
 from autoembed.binary import copy_rows
 from autoembed.errors import (
     QUERY_CANCELED,
-    InvalidInput,
     ProviderTrouble,
+    RowError,
     Trouble,
     is_nobodys,
     row_error,
@@ -289,7 +289,7 @@ class Database:
         undone: what the code has done is rolled back.
         """
         if not available():
-            raise InvalidInput("this PostgreSQL lacks the functions under whose guard the code of a table's owner runs")
+            raise RowError("this PostgreSQL lacks the functions under whose guard the code of a table's owner runs")
         if not undone and not self._has_written:
             # Before anything is done: PostgreSQL refuses to defer what would run with other rights at the commit.
             self._run("SET CONSTRAINTS ALL IMMEDIATE")
@@ -521,16 +521,6 @@ class Database:
         if plan is None:
             plan = _plans[sql] = plpy.prepare(sql, list(types))
         return plpy.execute(plan, list(arguments))
-
-
-def raise_error(error: InvalidInput) -> None:
-    """Ends the call with a PostgreSQL error."""
-    hint = {} if error.hint is None else {"hint": error.hint}
-    plpy.error(str(error), sqlstate=error.sqlstate, **hint)
-
-
-def warn(message: str, hint: str) -> None:
-    plpy.warning(message, hint=hint)
 
 
 def is_installed() -> bool:

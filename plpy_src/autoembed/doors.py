@@ -1,4 +1,4 @@
-"""Where SQL enters Python: each function is the body of the SQL function of the same name."""
+"""The doors from SQL into Python: each function is the body of the SQL function of the same name."""
 
 from __future__ import annotations
 
@@ -11,25 +11,35 @@ from typing import Any
 
 from autoembed import database, heap, providers, worker
 from autoembed.batching import estimate_tokens, pack, truncate
-from autoembed.errors import InvalidInput, OverBudget, ProviderTrouble, RowError, Trouble
+from autoembed.errors import Fault, OverBudget, ProviderTrouble, RowError, Trouble
 from autoembed.flight import SLICE_SECONDS, Flight
 from autoembed.limits import NOTHING_KNOWN, PATIENCE_SECONDS, Charge, Limiter
 from autoembed.model import Embedded, Model, Request, Share
 from autoembed.network import Network
 from autoembed.providers import provider_of, sizes_of
 
-# A plan without an index calls embed() for every row, a search page for every page.
+# Vectors of search texts that a session keeps: a plan without an index calls embed() once for each row, and paging
+# calls it once for each page.
 QUERY_CACHE_SIZE = 100
+# A search waits for its vector for at most this long, in seconds.
 QUERY_TIMEOUT_SECONDS = 60.0
+# doctor() waits for the answer of a model for at most this long, in seconds.
 PROBE_TIMEOUT_SECONDS = 10.0
+# Connections that a session keeps open.
+MAX_CONNECTIONS = 32
+# Freed blocks up to this size, in bytes, stay with a lane: an index takes such blocks for each of its rows. The answers
+# of providers, most of what a lane allocates, are larger and go back to the system.
+KEPT_BLOCK_BYTES = 600_000
+# Free memory that a lane keeps at the end of its heap, in bytes.
+KEPT_FREE_BYTES = 8 << 20
 
 heap.share_one_arena()
-_network = Network(max_connections=32)
+_network = Network(MAX_CONNECTIONS)
 _queries: OrderedDict[tuple[Model, str], str] = OrderedDict()
 
 
 def process(batch_size: int, max_requests: int, timeout_milliseconds: int) -> dict[str, Any]:
-    options = _options(batch_size, max_requests, timeout_milliseconds)
+    options = worker.Options(batch_size, max_requests, timeout_milliseconds / 1000)
     here = database.Database(commits=False)
     here.note_transaction()
     here.clean_up()
@@ -39,40 +49,35 @@ def process(batch_size: int, max_requests: int, timeout_milliseconds: int) -> di
 
 
 def work(run_seconds: float, batch_size: int, max_requests: int, timeout_milliseconds: int, backfill: bool) -> None:
-    options = _options(batch_size, max_requests, timeout_milliseconds)
-    # Answers are most of what a lane allocates: each goes back to the system when it is written, but not what an index
-    # takes for each of its rows.
-    heap.keep(block_bytes=600_000, free_bytes=8 << 20)
+    options = worker.Options(batch_size, max_requests, timeout_milliseconds / 1000)
+    heap.keep(block_bytes=KEPT_BLOCK_BYTES, free_bytes=KEPT_FREE_BYTES)
     here = database.Database(commits=True)
     try:
         with here.lane_settings():
             worker.work(here, _network, options, run_seconds, backfill=backfill)
     except database.Error:
-        # DROP EXTENSION while the lane ran is no error.
+        # DROP EXTENSION while the lane runs is no error.
         if database.is_installed():
             raise
 
 
-def embed(content: str | None, model_name: str | None) -> str | None:
-    if content is None:
-        return None
-    here = database.Database(commits=False)
-    model = here.model(model_name)
+def embed(content: str, facts: str) -> dict[str, Any]:
+    """The vector of a search text, or the fault that SQL is to raise. facts: what _model_facts() says of the model."""
+    model = Model.from_row(json.loads(facts))
     query = (model, content)
     if query not in _queries:
         try:
             if not content.strip():
-                raise InvalidInput("a blank text has no embedding", hint="Give embed() some words.")
-            _queries[query] = _embed_in_turn(here, model, content)
-        except InvalidInput as error:
-            database.raise_error(error)
+                raise Fault("a blank text has no embedding", hint="Give embed() some words.")
+            _queries[query] = _embed_in_turn(database.Database(commits=False), model, content)
+        except Fault as fault:
+            return {"embedding": None, **_fields(fault)}
         except Trouble as trouble:
-            message = f'model "{model.name}" gave no embedding: {trouble}'
-            database.raise_error(InvalidInput(message, sqlstate="38000"))
+            return {"embedding": None, **_fields(_without_vector(model, trouble))}
         if len(_queries) > QUERY_CACHE_SIZE:
             _queries.popitem(last=False)
     _queries.move_to_end(query)
-    return _queries[query]
+    return {"embedding": _queries[query], **NO_FAULT}
 
 
 def plan(pipeline_id: int) -> dict[str, Any]:
@@ -87,7 +92,7 @@ def plan(pipeline_id: int) -> dict[str, Any]:
 def state_of(
     pipeline_id: int, content: str | None, has_embedding: bool, digest: str | None, outstanding: str | None
 ) -> dict[str, Any]:
-    """How a row stands whose text is this: the columns of autoembed._state_of()."""
+    """The state of a row with this text: the columns of autoembed._state_of()."""
     pipeline = database.Database(commits=False).pipelines([pipeline_id])[pipeline_id]
     limit = sizes_of(pipeline.model).tokens_per_input
     tokens = estimate_tokens(content or "")
@@ -101,7 +106,7 @@ def state_of(
 
 
 def estimate(texts: list[str], model_name: str | None) -> dict[str, Any]:
-    """What it takes to embed these texts: the columns of autoembed._estimate_texts()."""
+    """The effort to embed these texts: the columns of autoembed._estimate_texts()."""
     here = database.Database(commits=False)
     model = here.model(model_name)
     sizes = sizes_of(model, Limiter(model).learnt)
@@ -118,29 +123,48 @@ def estimate(texts: list[str], model_name: str | None) -> dict[str, Any]:
     }
 
 
-def check_model(name: str) -> None:
+def check_model(name: str) -> dict[str, Any] | None:
+    """The fault in a model's definition, if there is one. waits: the model cannot be used yet, which is a WARNING."""
     model = database.Database(commits=False).model(name)
     try:
-        provider_of(model).check(model)
-    except InvalidInput as error:
-        database.raise_error(error)
+        providers.check(model)
+    except Fault as fault:
+        return {**_fields(fault), "waits": False}
     except ProviderTrouble as trouble:
-        database.warn(
+        not_yet = Fault(
             f'model "{name}" cannot be used yet: {trouble}',
-            "It is tried again by itself once this is mended.",
+            hint="It is tried again by itself once this is mended.",
+            errcode="01000",
         )
+        return {**_fields(not_yet), "waits": True}
+    return None
 
 
 def probe(name: str) -> str | None:
-    """What is wrong with a model, as seen by asking it for one vector; None: nothing."""
+    """The fault of a model, found by asking it for one vector; None if it works."""
     here = database.Database(commits=False)
     model = here.model(name)
     try:
-        provider_of(model).check(model)
+        providers.check(model)
         _embed_query(here, model, worker.PROBE, PROBE_TIMEOUT_SECONDS)
-    except (InvalidInput, Trouble) as trouble:
-        return str(trouble)
+    except (Fault, Trouble) as found:
+        return str(found)
     return None
+
+
+NO_FAULT = {"problem": None, "hint": None, "errcode": None}
+
+
+def _fields(fault: Fault) -> dict[str, Any]:
+    return {"problem": fault.problem, "hint": fault.hint, "errcode": fault.errcode}
+
+
+def _without_vector(model: Model, trouble: Trouble) -> Fault:
+    return Fault(
+        f'model "{model.name}" gave no embedding: {trouble}',
+        hint="SELECT * FROM autoembed.doctor() shows what to do.",
+        errcode="38000",
+    )
 
 
 def _embed_in_turn(here: database.Database, model: Model, content: str) -> str:
@@ -151,7 +175,7 @@ def _embed_in_turn(here: database.Database, model: Model, content: str) -> str:
 
 
 def _wait_for_permit(here: database.Database, model: Model, charges: Sequence[Charge | None]) -> None:
-    """Waits until the model may be asked once more; ProviderTrouble if that takes too long."""
+    """Waits until the model may be asked once more. Raises ProviderTrouble if that takes too long."""
     end = time.monotonic() + PATIENCE_SECONDS
     permit = here.take_permit(model.name, charges, with_slot=False)
     if permit.spent is not None:
@@ -202,16 +226,3 @@ def _outcome(here: database.Database, model: Model, request: Request) -> Embedde
         if time.monotonic() > end:
             raise ProviderTrouble(f"{model.max_requests_in_flight} requests are in flight, and no more may be")
         _wait(here)
-
-
-def _options(batch_size: int, max_requests: int, timeout_milliseconds: int) -> worker.Options:
-    for name, value in (
-        ("batch_size", batch_size),
-        ("max_requests", max_requests),
-        ("timeout_milliseconds", timeout_milliseconds),
-    ):
-        if value is None or value < 1:
-            database.raise_error(
-                InvalidInput(f"{name} must be at least 1, not {value}", hint=f"Leave {name} out for its default.")
-            )
-    return worker.Options(batch_size, max_requests, timeout_milliseconds / 1000)

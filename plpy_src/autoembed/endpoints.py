@@ -6,7 +6,8 @@ import ipaddress
 import re
 import socket
 from collections.abc import Collection
-from typing import NamedTuple
+
+from autoembed.errors import Fault
 
 # Link-local, and where clouds hand their machines' credentials to whoever asks: AWS, Google, Alibaba, Azure, Oracle.
 FORBIDDEN_NETWORKS = [
@@ -36,28 +37,29 @@ NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 URL = re.compile(r"(https?)://([^\s/?#\\@]+@)?(\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^\s/?#\\@:\[\]]+)(:[0-9]+)?([/?#]\S*)?")
 
 
-class Fault(NamedTuple):
-    """Why a URL is not called, to be said after the URL; and what to do."""
-
-    reason: str
-    hint: str | None = None
-
-
 def fault_of(url: str, http_hosts: Collection[str]) -> Fault | None:
-    """What is wrong with a URL; http_hosts: where an administrator allows http."""
+    """The reason why a URL is not called. http_hosts: the hosts that an administrator allows http for."""
     parts = URL.fullmatch(url)
+    shown = without_user(url)
     if parts is None:
-        return Fault("is not an http or https URL")
+        return Fault(f'"{shown}" is not an http or https URL', hint="Write it as https://HOST/PATH.")
     scheme, user, host = parts[1], parts[2], _plain(parts[3])
     if user is not None:
-        reason = "names a user, who would not be sent and whose password would stand in a table"
-        return Fault(reason, "Say where a key is found with api_key.")
+        return Fault(
+            f'"{shown}" names a user, who would not be sent and whose password would stand in a table',
+            hint="Say where a key is found with api_key.",
+        )
     if is_forbidden(host):
-        return Fault("is a link-local address or a cloud's metadata service, which is never called")
+        return Fault(
+            f'"{shown}" is a link-local address or a cloud\'s metadata service, which is never called',
+            hint="Give the address of the embedding server itself.",
+        )
     if scheme == "https" or _is_here(host) or host in http_hosts:
         return None
-    hint = f"Use https, or allow it first: SELECT autoembed.allow_http_host('{host}')."
-    return Fault("would be called without encryption", hint)
+    return Fault(
+        f'"{shown}" would be called without encryption',
+        hint=f"Use https, or allow it first: SELECT autoembed.allow_http_host('{host}').",
+    )
 
 
 def without_user(url: str) -> str:

@@ -11,13 +11,14 @@ from datetime import UTC
 from types import MappingProxyType
 
 
-class InvalidInput(Exception):
-    """A mistake of the caller: becomes a PostgreSQL error with message, hint and SQLSTATE."""
+class Fault(Exception):
+    """A mistake of the user. It is returned to SQL, which raises it with message, hint and SQLSTATE."""
 
-    def __init__(self, message: str, *, hint: str | None = None, sqlstate: str = "22023") -> None:
-        super().__init__(message)
+    def __init__(self, problem: str, *, hint: str, errcode: str = "22023") -> None:
+        super().__init__(problem)
+        self.problem = problem
         self.hint = hint
-        self.sqlstate = sqlstate
+        self.errcode = errcode
 
 
 class Trouble(Exception):

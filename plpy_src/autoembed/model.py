@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ PREFIXES = frozenset({"document_prefix", "query_prefix"})
 class Model:
     """One row of autoembed.model, and what it refers to. A limit that is None is left to the provider.
 
+    identity: a JSON array that SQL makes. Two models with the same identity produce interchangeable vectors.
     learnt: the limits in the provider's answers, a row of autoembed.model_limit; None: it never answered.
     http_hosts: the hosts that may be called without encryption.
     vault_key: the secret that vault:NAME refers to; vault_fault: why it cannot be had.
@@ -31,6 +33,7 @@ class Model:
     provider: str
     model_id: str
     dimensions: int
+    identity: str = field(default="", compare=False)
     base_url: str | None = None
     api_key: str | None = None
     max_inputs_per_request: int | None = None
@@ -55,15 +58,13 @@ class Model:
         """The text that goes before each text; see prefixed()."""
         return str(self.options.get(f"{purpose}_prefix", ""))
 
-    @property
-    def identity(self) -> str:
-        """Two models with the same identity produce interchangeable vectors."""
-        return json.dumps([self.provider, self.model_id, self.dimensions, self.prefix("document")], ensure_ascii=False)
-
     def digest(self, content: str) -> bytes:
         """16 bytes that tell whether this model has embedded this text before."""
-        name = f"{self.provider}\0{self.model_id}\0{self.dimensions}\0{self.prefix('document')}"
-        return hashlib.blake2b((name + content).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        return hashlib.blake2b((self._salt + content).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+    @cached_property
+    def _salt(self) -> str:
+        return "\0".join(map(str, json.loads(self.identity)))
 
 
 @dataclass(eq=False)

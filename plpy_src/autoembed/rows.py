@@ -348,10 +348,13 @@ class Rows:
             settle(pipeline, half)
 
     def _retry_changed(self, job: Job) -> None:
-        if job.attempts + 1 >= MAX_ATTEMPTS:
-            self._ledger.fail(job, "the text was different each time it was read")
-        else:
+        """Has a row read again whose text changed during its request. This counts as an attempt."""
+        if job.attempts + 1 < MAX_ATTEMPTS:
             self._ledger.retry(job, CHANGED_DELAY_SECONDS, counts=True)
+            return
+        # Another lane may have embedded the new text already.
+        for without_vector, _ in self.to_embed(job.pipeline, self.read(job.pipeline, [job])):
+            self._ledger.fail(without_vector, "its text was different each time it was read")
 
     def _blame_others(self, pipeline: Pipeline, jobs: Sequence[Job], error: RowError) -> bool:
         """Decides on jobs whose rows are not to blame for an error. Returns whether that is so.

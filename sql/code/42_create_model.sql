@@ -1,7 +1,12 @@
 -- Creating, changing and dropping models, which is an administrator's business.
 
-CREATE OR REPLACE FUNCTION autoembed._check_model(name text)
-    RETURNS void
+CREATE OR REPLACE FUNCTION autoembed._model_fault(
+    name text,
+    OUT problem text,
+    OUT hint text,
+    OUT errcode text,
+    OUT waits boolean
+)
     LANGUAGE plpython3u
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
@@ -9,8 +14,28 @@ AS $python$
     if GD.get("autoembed") != "@BUILD@":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
-    doors.check_model(name)
+    return doors.check_model(name)
 $python$;
+COMMENT ON FUNCTION autoembed._model_fault IS
+    'The fault in a model''s definition; NULLs if there is none. waits: its key or folder is not there yet.';
+
+CREATE OR REPLACE FUNCTION autoembed._check_model(name text)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _fault record;
+BEGIN
+    SELECT f.* INTO _fault FROM autoembed._model_fault(name) AS f;
+    IF _fault.waits THEN
+        RAISE WARNING USING MESSAGE = _fault.problem, HINT = _fault.hint, ERRCODE = _fault.errcode;
+    ELSIF _fault.problem IS NOT NULL THEN
+        RAISE EXCEPTION USING MESSAGE = _fault.problem, HINT = _fault.hint, ERRCODE = _fault.errcode;
+    END IF;
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._check_model IS
     'Fails if the model cannot work as it is defined; warns if its key or folder is not there yet.';
 

@@ -185,10 +185,41 @@ COMMENT ON FUNCTION autoembed._fail_message IS
 
 -- The doors ---------------------------------------------------------------------------------------
 
-CREATE OR REPLACE FUNCTION autoembed.process(
-    batch_size integer DEFAULT 100,
-    max_requests integer DEFAULT 10,
-    timeout_milliseconds integer DEFAULT 300000,
+CREATE OR REPLACE FUNCTION autoembed._check_options(
+    batch_size integer,
+    max_requests integer,
+    timeout_milliseconds integer
+)
+    RETURNS void
+    LANGUAGE plpgsql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _option record;
+BEGIN
+    SELECT o.* INTO _option
+    FROM (VALUES
+        ('batch_size', batch_size),
+        ('max_requests', max_requests),
+        ('timeout_milliseconds', timeout_milliseconds)
+    ) AS o(name, value)
+    WHERE (o.value >= 1) IS NOT TRUE
+    LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = format('%s must be at least 1, not %s', _option.name, coalesce(_option.value::text, 'NULL')),
+            HINT = format('Leave %s out for its default.', _option.name);
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._check_options IS 'Fails unless the arguments of process() or work() are valid.';
+
+CREATE OR REPLACE FUNCTION autoembed._process(
+    batch_size integer,
+    max_requests integer,
+    timeout_milliseconds integer,
     OUT read integer,
     OUT completed integer,
     OUT retried integer,
@@ -199,23 +230,50 @@ CREATE OR REPLACE FUNCTION autoembed.process(
     LANGUAGE plpython3u
     VOLATILE
     SECURITY DEFINER
-    -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
-    -- As in work(), every name that the Python side uses is qualified.
+    SET search_path = pg_catalog, pg_temp
+    SET lock_timeout = '500ms'
 AS $python$
     if GD.get("autoembed") != "@BUILD@":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
 $python$;
-COMMENT ON FUNCTION autoembed.process IS
-    'Embeds waiting jobs once, in the caller''s transaction: up to max_requests requests at a time of up to batch_size texts, each request to a provider given timeout_milliseconds. Returns how many jobs were read, completed, put back to be tried again, and given up, and the requests sent; failed_jobs lists the jobs that did not complete, each with its error.';
+COMMENT ON FUNCTION autoembed._process IS 'The work of process(), whose arguments are checked.';
 
-CREATE OR REPLACE PROCEDURE autoembed.work(
-    run_seconds double precision DEFAULT 300,
+CREATE OR REPLACE FUNCTION autoembed.process(
     batch_size integer DEFAULT 100,
-    max_requests integer DEFAULT 20,
-    timeout_milliseconds integer DEFAULT 300000,
-    backfill boolean DEFAULT false
+    max_requests integer DEFAULT 10,
+    timeout_milliseconds integer DEFAULT 30000,
+    OUT read integer,
+    OUT completed integer,
+    OUT retried integer,
+    OUT failed integer,
+    OUT requests integer,
+    OUT failed_jobs jsonb
+)
+    LANGUAGE plpgsql
+    VOLATILE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    PERFORM autoembed._check_options(batch_size, max_requests, timeout_milliseconds);
+    SELECT p.* INTO read, completed, retried, failed, requests, failed_jobs
+    FROM autoembed._process(batch_size, max_requests, timeout_milliseconds) AS p;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed.process IS
+    'Embeds waiting jobs once, in the caller''s transaction: up to max_requests requests at a time of up to batch_size '
+    'texts, each request to a provider given timeout_milliseconds. Returns the number of jobs that were read, completed, '
+    'put back to be tried again, and given up, and the requests sent; failed_jobs lists the jobs that did not complete, '
+    'each with its error.';
+
+CREATE OR REPLACE PROCEDURE autoembed._work(
+    run_seconds double precision,
+    batch_size integer,
+    max_requests integer,
+    timeout_milliseconds integer,
+    backfill boolean
 )
     LANGUAGE plpython3u
 AS $python$
@@ -224,21 +282,70 @@ AS $python$
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
 $python$;
-COMMENT ON PROCEDURE autoembed.work IS
-    'A lane: embeds what waits, and what comes, for run_seconds; commits as it goes and holds no transaction while a request is in flight. With backfill it looks through tables instead, and leaves the queue to others. schedule() has pg_cron call it.';
+COMMENT ON PROCEDURE autoembed._work IS 'The work of work(), whose arguments are checked.';
 
-CREATE OR REPLACE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
-    RETURNS @extschema:vector@.vector
+CREATE OR REPLACE PROCEDURE autoembed.work(
+    run_seconds double precision DEFAULT 300,
+    batch_size integer DEFAULT 100,
+    max_requests integer DEFAULT 20,
+    timeout_milliseconds integer DEFAULT 30000,
+    backfill boolean DEFAULT false
+)
+    LANGUAGE plpgsql
+AS $plpgsql$
+BEGIN
+    PERFORM autoembed._check_options(batch_size, max_requests, timeout_milliseconds);
+    CALL autoembed._work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill);
+END;
+$plpgsql$;
+COMMENT ON PROCEDURE autoembed.work IS
+    'A lane: embeds what waits, and what comes, for run_seconds. It commits as it goes and holds no transaction while a '
+    'request is in flight. With backfill it scans tables instead, and leaves the queue to others. schedule() has pg_cron '
+    'call it.';
+
+CREATE OR REPLACE FUNCTION autoembed._embed(
+    content text,
+    model jsonb,
+    OUT embedding @extschema:vector@.vector,
+    OUT problem text,
+    OUT hint text,
+    OUT errcode text
+)
     LANGUAGE plpython3u
     STABLE
     PARALLEL RESTRICTED
-    SECURITY DEFINER
-    SET search_path = pg_catalog, @extschema:vector@, pg_temp
+    SET search_path = pg_catalog, pg_temp
 AS $python$
     if GD.get("autoembed") != "@BUILD@":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.embed(content, model)
 $python$;
+COMMENT ON FUNCTION autoembed._embed IS
+    'The embedding of a search text by a model, of which _model_facts() tells; or why there is none.';
+
+CREATE OR REPLACE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
+    RETURNS @extschema:vector@.vector
+    LANGUAGE plpgsql
+    STABLE
+    PARALLEL RESTRICTED
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _answer record;
+BEGIN
+    IF content IS NULL THEN
+        RETURN NULL;
+    END IF;
+    -- An assignment runs no statement, and leaves none in the context of an error.
+    _answer := autoembed._embed(content, autoembed._model_facts(autoembed._model(model)));
+    IF _answer.problem IS NOT NULL THEN
+        RAISE EXCEPTION USING MESSAGE = _answer.problem, HINT = _answer.hint, ERRCODE = _answer.errcode;
+    END IF;
+    RETURN _answer.embedding;
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed.embed IS
-    'The embedding of a search text by that model, NULL for the default one; NULL for NULL. ORDER BY column <=> autoembed.embed(…) uses the column''s index.';
+    'The embedding of a search text by that model, NULL for the default one; NULL for NULL. '
+    'ORDER BY column <=> autoembed.embed(…) uses the column''s index.';

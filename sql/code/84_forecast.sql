@@ -109,7 +109,7 @@ BEGIN
         _pipeline.content_template := estimate.content_template;
         _pipeline.condition_columns := '{}';
     END IF;
-    _pipeline.model := coalesce(estimate.model, _pipeline.model);
+    _pipeline.model := (autoembed._model(coalesce(estimate.model, _pipeline.model))).name;
     IF estimate.condition IS NOT NULL THEN
         SELECT c.condition, c.columns INTO _pipeline.condition, _pipeline.condition_columns
         FROM autoembed._read_condition(table_name, estimate.condition) AS c;

@@ -28,7 +28,14 @@ else:
 
 Vector = NDArray[np.float32]
 
-MODEL = Model("small", "fake", "fake-small", 3)
+
+def identified(model: Model) -> Model:
+    """The model with the identity that SQL gives it."""
+    parts = [model.provider, model.model_id, model.dimensions, model.prefix("document")]
+    return replace(model, identity=json.dumps(parts))
+
+
+MODEL = identified(Model("small", "fake", "fake-small", 3))
 PIPELINE = Pipeline(
     id=1,
     schema_name="public",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from autoembed.errors import InvalidInput, ProviderTrouble, Refused, Trouble
+from autoembed.errors import Fault, ProviderTrouble, Refused, Trouble
 from autoembed.model import Embedded, Model, Request
 from autoembed.providers import function
 
@@ -79,5 +79,5 @@ def test_an_answer_that_does_not_fit_is_trouble(answer: list[bytes | None], kind
 def test_a_definition_that_cannot_work_is_the_callers_mistake(changes: dict[str, Any], message: str) -> None:
     function.check(replace(MODEL, options={"query_function": "app.f"}))
 
-    with pytest.raises(InvalidInput, match=message):
+    with pytest.raises(Fault, match=message):
         function.check(replace(MODEL, **changes))

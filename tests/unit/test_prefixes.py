@@ -12,6 +12,7 @@ import pytest
 from autoembed.model import Model, Request, prefixed
 from autoembed.network import Network
 from autoembed.providers import local
+from unit.fakes import identified
 
 MODEL = Model("ol", "ollama", "nomic-embed-text", 256)
 PREFIXES = {"document_prefix": "search_document: ", "query_prefix": "search_query: "}
@@ -52,7 +53,23 @@ def test_the_local_model_embeds_prefixed_texts(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_another_document_prefix_makes_another_digest_and_another_query_prefix_does_not() -> None:
-    plain = MODEL.digest("text")
+    plain = identified(MODEL).digest("text")
 
-    assert replace(MODEL, options={"document_prefix": "passage: "}).digest("text") != plain
-    assert replace(MODEL, options={"query_prefix": "query: "}).digest("text") == plain
+    assert identified(replace(MODEL, options={"document_prefix": "passage: "})).digest("text") != plain
+    assert identified(replace(MODEL, options={"query_prefix": "query: "})).digest("text") == plain
+
+
+@pytest.mark.parametrize(
+    ("model", "content", "digest"),
+    [
+        (MODEL, "text", "e4b0115f119cfe18658fba93579c758f"),
+        (
+            replace(MODEL, model_id='a "b"\\', options={"document_prefix": "é: "}),
+            "\udcff 世界",
+            "8c880036dbe43cae051c40c55c41647a",
+        ),
+    ],
+)
+def test_digests_stay_the_same_from_version_to_version(model: Model, content: str, digest: str) -> None:
+    """Rows of an older version would all be embedded again."""
+    assert identified(model).digest(content).hex() == digest

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from autoembed.errors import InvalidInput, ProviderTrouble, Refused, Trouble
+from autoembed.errors import Fault, ProviderTrouble, Refused, Trouble
 from autoembed.model import Embedded, Model, Request
 from autoembed.network import Answer, Network
 from autoembed.providers import (
@@ -203,7 +203,7 @@ def test_every_provider_has_its_name() -> None:
 
 
 def test_a_provider_that_is_not_known_is_the_callers_mistake() -> None:
-    with pytest.raises(InvalidInput, match='"small" names the provider "acme", which is not known') as caught:
+    with pytest.raises(Fault, match='"small" names the provider "acme", which is not known') as caught:
         provider_of(Model("small", "acme", "m", 2))
 
     assert caught.value.hint == f"The providers are: {', '.join(sorted(PROVIDERS))}."
@@ -271,10 +271,10 @@ def test_a_definition_that_cannot_work_is_the_callers_mistake(
 ) -> None:
     right = replace(case.model, base_url="https://host", api_key=key)
 
-    with pytest.raises(InvalidInput, match=message) as caught:
+    with pytest.raises(Fault, match=message) as caught:
         check(replace(right, **changes))
 
-    assert caught.value.hint or "is not a" in message
+    assert caught.value.hint
 
 
 def test_a_key_that_is_missing_is_trouble_to_mend(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

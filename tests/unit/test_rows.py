@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from unit.fakes import (
     Failure,
     FakeDatabase,
     FakeProvider,
+    identified,
     key_of,
     vector_of,
 )
@@ -133,7 +135,7 @@ def test_an_unchanged_text_is_sent_to_another_model(
 ) -> None:
     database.put(1, "text")
     lane.run()
-    database.defined[1] = replace(PIPELINE, model=replace(MODEL, **change))
+    database.defined[1] = replace(PIPELINE, model=identified(replace(MODEL, **change)))
     database.put(1, "text")
 
     lane.run()
@@ -339,11 +341,62 @@ def test_a_row_that_changes_in_flight_never_gets_the_old_vector(lane: Lane, data
 
     assert database.vectors["[1]"] is None
     assert (report.completed, report.retried, report.failed) == (0, 1, 0)
-    assert {"pipeline": 1, "keys": [[1]], "attempts": 0} in bodies(database.waiting())
+    assert {"pipeline": 1, "keys": [[1]], "attempts": 1} in bodies(database.waiting())
 
     lane.run()
 
     assert database.is_fresh(1)
+    assert database.queue == {}
+
+
+def test_a_row_whose_text_is_different_each_time_ends_on_the_failed_list(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider
+) -> None:
+    """A content function that uses the time, for example, never gives the same text twice."""
+    numbers = count()
+    database.put(1, "text")
+    database.interrupts["write"] = lambda: database.texts.update({"[1]": f"text {next(numbers)}"})
+
+    reports = [lane.run() for _ in range(MAX_ATTEMPTS)]
+
+    assert [(report.retried, report.failed) for report in reports] == [(1, 0)] * 4 + [(0, 1)]
+    assert [failure.reason for failure in database.failures.values()] == [
+        "its text was different each time it was read"
+    ]
+    assert set(database.delays.values()) == {rows.CHANGED_DELAY_SECONDS}
+    assert len(provider.requests) == MAX_ATTEMPTS
+    assert database.queue == {}
+
+
+def test_a_row_that_another_lane_has_embedded_meanwhile_does_not_fail_at_its_last_attempt(
+    lane: Lane, database: FakeDatabase
+) -> None:
+    database.put(1, "old")
+    database.send({"pipeline": 1, "keys": [[1]], "attempts": MAX_ATTEMPTS - 1})
+
+    def embed_new() -> None:
+        database.texts["[1]"] = "new"
+        database.vectors["[1]"] = vector_of("new").tolist()
+        database.embedded["[1]"] = (MODEL.digest("new"), False)
+
+    database.interrupts["write"] = embed_new
+
+    report = lane.run()
+
+    assert (report.completed, report.failed) == (1, 0)
+    assert database.failures == {}
+    assert database.queue == {}
+
+
+def test_a_refused_text_that_is_different_each_time_ends_on_the_failed_list(lane: Lane, database: FakeDatabase) -> None:
+    numbers = count()
+    database.put(1, "poison")
+    database.interrupts["rows"] = lambda: database.texts.update({"[1]": f"poison {next(numbers)}"})
+    lane.refuse("poison")
+
+    reports = [lane.run() for _ in range(MAX_ATTEMPTS)]
+
+    assert [report.failed for report in reports] == [0, 0, 0, 0, 1]
     assert database.queue == {}
 
 

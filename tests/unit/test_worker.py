@@ -153,7 +153,7 @@ def test_a_text_that_is_refused_when_its_row_says_another_fails_nobody(
 
     assert (report.failed, report.retried) == (0, 1)
     assert database.failures == {}
-    assert bodies(database.waiting()) == [{"pipeline": 1, "keys": [[1]], "attempts": 0}]
+    assert bodies(database.waiting()) == [{"pipeline": 1, "keys": [[1]], "attempts": 1}]
 
 
 def test_a_text_that_is_refused_when_its_row_is_gone_fails_nobody(lane: Lane, database: FakeDatabase) -> None:

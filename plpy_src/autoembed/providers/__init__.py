@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from autoembed.errors import InvalidInput
+from autoembed.errors import Fault
 from autoembed.model import Embedded, Model, Request
 from autoembed.providers import azure, cohere, fake, function, gemini, local, ollama, openai, voyage
 
@@ -28,7 +28,7 @@ class Provider(Protocol):
     RUNS_IN_BACKEND: bool
 
     def check(self, model: Model) -> None:
-        """Raises InvalidInput if the model cannot work as defined, ProviderTrouble if something is not there yet."""
+        """Raises Fault if the model cannot work as defined, ProviderTrouble if something is not there yet."""
 
     def embed(self, request: Request, reach: Any, /) -> Embedded:
         """The vectors of the texts. Raises Trouble.
@@ -57,7 +57,7 @@ def provider_of(model: Model) -> Provider:
     try:
         return PROVIDERS[model.provider]
     except KeyError:
-        raise InvalidInput(
+        raise Fault(
             f'model "{model.name}" names the provider "{model.provider}", which is not known',
             hint=f"The providers are: {', '.join(sorted(PROVIDERS))}.",
         ) from None
@@ -84,6 +84,15 @@ def sizes_of(model: Model, learnt: Limits | None = None) -> Sizes:
         min([per_request, *(limit for limit in per_minute if limit is not None)]),
         model.max_tokens_per_input or provider.MAX_TOKENS_PER_INPUT,
     )
+
+
+def check(model: Model) -> None:
+    """Raises Fault if the model cannot work as defined, ProviderTrouble if something is not there yet."""
+    if not model.model_id.strip():
+        raise Fault(
+            f'model "{model.name}" has a blank model_id', hint="Give the name by which the provider knows the model."
+        )
+    provider_of(model).check(model)
 
 
 def embed(request: Request, network: Network, call_embedder: CallEmbedder) -> Embedded:

@@ -29,7 +29,7 @@ def check(model: Model) -> None:
         model,
         default_url=None,
         example="https://NAME.openai.azure.com, the endpoint of the resource",
-        options=http.OPTIONS | {"deployment", "api_version"},
+        options=frozenset({"deployment", "api_version"}),
     )
 
 

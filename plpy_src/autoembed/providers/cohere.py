@@ -13,6 +13,8 @@ from autoembed import keys
 from autoembed.errors import ProviderTrouble, Refused, Trouble, trouble_of_answer
 from autoembed.model import Embedded, Model, Request
 from autoembed.providers import http
+from autoembed.providers.definition import check_tokens_per_input
+from autoembed.providers.vectors import matrix
 
 if TYPE_CHECKING:
     from autoembed.network import Network
@@ -33,7 +35,7 @@ INPUT_TYPES = {"document": "search_document", "query": "search_query"}
 def check(model: Model) -> None:
     http.check(model, default_url=BASE_URL, example=f"{BASE_URL}, what comes before /v2/embed")
     if model.model_id.endswith(OLD_MODELS):
-        http.check_tokens_per_input(model, OLD_MAX_TOKENS_PER_INPUT)
+        check_tokens_per_input(model, OLD_MAX_TOKENS_PER_INPUT)
 
 
 def embed(request: Request, network: Network) -> Embedded:
@@ -65,7 +67,7 @@ def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedde
     """The vectors of an answer, which has them in the order of the texts, and the tokens that are billed."""
     with http.reading("Cohere"):
         answer = http.parse(body)
-        vectors = http.matrix(answer["embeddings"]["float"], count, dimensions)
+        vectors = matrix(answer["embeddings"]["float"], count, dimensions)
         return Embedded(vectors, http.tokens_in(answer, "meta", "billed_units", "input_tokens"))
 
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from autoembed.batching import estimate_tokens
-from autoembed.errors import InvalidInput, ProviderTrouble, trouble_of_answer
+from autoembed.errors import Fault, ProviderTrouble, trouble_of_answer
 from autoembed.model import Embedded, Model, Request
-from autoembed.providers import http
+from autoembed.providers.definition import check_option_names, check_without
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,12 +30,12 @@ _stopping = threading.Event()
 
 
 def check(model: Model) -> None:
-    http.check_without(model, "api_key", "base_url")
-    http.check_known_options(model, OPTIONS)
+    check_without(model, "api_key", "base_url")
+    check_option_names(model, OPTIONS)
     _check_seconds(model, "delay_seconds", model.options.get("delay_seconds", 0))
     faults = model.options.get("faults", [])
     if not isinstance(faults, list) or not all(isinstance(fault, dict) for fault in faults):
-        raise _wrong(model, "faults", "is not a list of objects")
+        raise _wrong(model, "faults", "must be a list of objects")
     for fault in faults:
         if fault.keys() - FAULT:
             raise _wrong(model, "faults", f"has {min(fault.keys() - FAULT)}, which no fault has")
@@ -50,12 +50,12 @@ def check(model: Model) -> None:
 
 def _check_seconds(model: Model, option: str, seconds: object) -> None:
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds < 0:
-        raise _wrong(model, option, "has what is no number of seconds")
+        raise _wrong(model, option, "must be a number of seconds")
 
 
-def _wrong(model: Model, option: str, fault: str) -> InvalidInput:
-    return InvalidInput(
-        f'option {option} of model "{model.name}" {fault}',
+def _wrong(model: Model, option: str, problem: str) -> Fault:
+    return Fault(
+        f'option {option} of model "{model.name}" {problem}',
         hint='For example options => \'{"delay_seconds": 0.2, "faults": [{"match": "poison", "status": 400}]}\'.',
     )
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from autoembed.errors import Refused
 from autoembed.model import Embedded, Model, Request
-from autoembed.providers import http
+from autoembed.providers.definition import check_options, check_without
+from autoembed.providers.vectors import matrix
 
 if TYPE_CHECKING:
     from autoembed.providers import CallEmbedder
@@ -22,8 +23,8 @@ HEADER_BYTES = 4
 
 
 def check(model: Model) -> None:
-    http.check_without(model, "api_key", "base_url")
-    http.check_options(model, frozenset({"query_function"}))
+    check_without(model, "api_key", "base_url")
+    check_options(model, frozenset({"query_function"}))
 
 
 def embed(request: Request, call_embedder: CallEmbedder) -> Embedded:
@@ -36,7 +37,7 @@ def embed(request: Request, call_embedder: CallEmbedder) -> Embedded:
     if len(sent) < len(answer):
         raise Refused("the function returned NULL in place of a vector")
     vectors = [np.frombuffer(vector, ">f4", offset=HEADER_BYTES) for vector in sent]
-    return Embedded(http.matrix(vectors, len(vectors), request.model.dimensions))
+    return Embedded(matrix(vectors, len(vectors), request.model.dimensions))
 
 
 def abort() -> None:

@@ -16,6 +16,7 @@ from autoembed import keys
 from autoembed.errors import ProviderTrouble, Refused, Trouble, trouble_of_answer
 from autoembed.model import PREFIXES, Embedded, Model, Request, prefixed
 from autoembed.providers import http
+from autoembed.providers.vectors import matrix
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +41,7 @@ def check(model: Model) -> None:
         model,
         default_url=BASE_URL,
         example=f"{BASE_URL}, what comes before /models",
-        options=http.OPTIONS | PREFIXES,
+        options=PREFIXES,
     )
 
 
@@ -71,7 +72,7 @@ def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedde
     """The vectors of an answer, which has them in the order of the texts, at unit length; tokens if it reports them."""
     with http.reading("Gemini"):
         answer = http.parse(body)
-        vectors = http.matrix([embedding["values"] for embedding in answer["embeddings"]], count, dimensions)
+        vectors = matrix([embedding["values"] for embedding in answer["embeddings"]], count, dimensions)
         return Embedded(unit_length(vectors), http.tokens_in(answer, "usageMetadata", "promptTokenCount"))
 
 

@@ -1,56 +1,49 @@
-"""What all providers over HTTP have in common: the round trip, and what an answer must be."""
+"""What all providers over HTTP share: the check of an address, the round trip, and the reading of an answer."""
 
 from __future__ import annotations
 
-import base64
-import binascii
 import contextlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from autoembed import endpoints, keys
-from autoembed.errors import InvalidInput, ProviderTrouble, Refused, Trouble, trouble_of_answer
+from autoembed.errors import Fault, ProviderTrouble, Trouble, trouble_of_answer
 from autoembed.model import Embedded, Model, Request
+from autoembed.providers.definition import check_options
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from autoembed.network import Network
 
-# Sent with each request, over what we would send.
+# Options whose fields go into each request, in place of the provider's own fields of the same name.
 EXTRAS = frozenset({"extra_headers", "extra_body"})
-# Options that every provider over HTTP takes.
-OPTIONS = EXTRAS | {"ca_file"}
+# Headers that hold keys. They must not be options, which stand in a table.
 SECRET_HEADERS = {"authorization", "proxy-authorization", "cookie", "api-key", "x-api-key", "x-goog-api-key"}
 
 
-def check(model: Model, *, default_url: str | None, example: str, options: frozenset[str] = OPTIONS) -> None:
-    """Raises InvalidInput for a definition that cannot work, ProviderTrouble for a key that is not there yet."""
+def check(model: Model, *, default_url: str | None, example: str, options: frozenset[str] = frozenset()) -> None:
+    """Raises Fault if the model cannot work as defined, ProviderTrouble if its key or ca_file is not there yet.
+
+    options: those that this provider takes besides extra_headers, extra_body and ca_file.
+    """
     url = model.base_url or default_url
     if url is None:
-        raise InvalidInput(f'model "{model.name}" has no base_url', hint=f"For example {example}.")
+        raise Fault(f'model "{model.name}" has no base_url', hint=f"For example {example}.")
     fault = endpoints.fault_of(url, model.http_hosts)
     if fault is not None:
-        raise InvalidInput(
-            f'model "{model.name}" has the base_url "{endpoints.without_user(url)}", which {fault.reason}',
-            hint=fault.hint or f"For example {example}.",
-        )
-    check_options(model, options)
-    for name in sorted(EXTRAS & model.options.keys()):
-        if not isinstance(model.options[name], dict):
-            raise InvalidInput(f'option {name} of model "{model.name}" is not an object')
+        raise Fault(f'model "{model.name}" has an unusable base_url: {fault.problem}', hint=fault.hint)
+    check_options(model, texts=options | {"ca_file"}, objects=EXTRAS)
     secret = sorted(name for name in model.options.get("extra_headers", {}) if name.lower() in SECRET_HEADERS)
     if secret:
-        raise InvalidInput(
+        raise Fault(
             f'option extra_headers of model "{model.name}" has {secret[0]}, which would keep a secret in a table',
             hint="Say where the key is found with api_key => 'env:NAME', 'file:PATH' or 'vault:NAME'.",
         )
     if default_url is not None and model.base_url is None and model.api_key is None:
-        raise InvalidInput(
+        raise Fault(
             f'model "{model.name}" has no api_key, and {default_url} wants one',
             hint="For example api_key => 'env:NAME'; or name the base_url of a server that needs no key.",
         )
@@ -58,40 +51,6 @@ def check(model: Model, *, default_url: str | None, example: str, options: froze
     if ca_file is not None and not os.access(ca_file, os.R_OK):
         raise ProviderTrouble(f"the ca_file {ca_file} cannot be read", permanent=True)
     keys.resolve(model)
-
-
-def check_without(model: Model, *names: str) -> None:
-    """Raises InvalidInput for what only a provider elsewhere has."""
-    for name in names:
-        if getattr(model, name) is not None:
-            raise InvalidInput(f'model "{model.name}" runs inside the server and takes no {name}')
-
-
-def check_options(model: Model, known: frozenset[str]) -> None:
-    """Raises InvalidInput for an option that the provider does not know, or that is not a text."""
-    check_known_options(model, known)
-    for name in sorted(model.options.keys() - EXTRAS):
-        if not isinstance(model.options[name], str):
-            raise InvalidInput(f'option {name} of model "{model.name}" is not a text')
-
-
-def check_known_options(model: Model, known: frozenset[str]) -> None:
-    """Raises InvalidInput for an option that the provider does not know."""
-    unknown = sorted(model.options.keys() - known)
-    if unknown:
-        raise InvalidInput(
-            f'model "{model.name}" has the option {unknown[0]}, which the provider {model.provider} does not know',
-            hint=f"Its options are: {', '.join(sorted(known)) or 'none'}.",
-        )
-
-
-def check_tokens_per_input(model: Model, most: int) -> None:
-    """Raises InvalidInput unless the model's own limit keeps texts within what it takes, less than its provider's."""
-    if model.max_tokens_per_input is None or model.max_tokens_per_input > most:
-        raise InvalidInput(
-            f'model "{model.name}" is {model.model_id}, which takes at most {most} tokens of a text',
-            hint=f"Say so with max_tokens_per_input => {most}.",
-        )
 
 
 def url(model: Model, default_url: str, path: str) -> str:
@@ -120,7 +79,7 @@ def post(
     # The check is repeated because a host may have lost its permission since the model was defined.
     fault = endpoints.fault_of(url, request.model.http_hosts)
     if fault is not None:
-        raise ProviderTrouble(f"{endpoints.without_user(url)} {fault.reason}", permanent=True)
+        raise ProviderTrouble(fault.problem, permanent=True)
     answer = network.post(
         url,
         {
@@ -147,28 +106,28 @@ def post(
 
 
 def encode(body: Mapping[str, Any]) -> bytes:
-    """JSON; half a surrogate pair, which UTF-8 cannot carry, becomes a question mark."""
+    """The body as JSON. Half a surrogate pair, which UTF-8 cannot carry, becomes a question mark."""
     return json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
 
 
 def parse(body: bytes | bytearray) -> Any:
-    """JSON, or ValueError."""
+    """The JSON value of a body. Raises ValueError."""
     import orjson
 
     try:
         return orjson.loads(body)
     except ValueError:
-        # Some servers answer NaN, which is no JSON, where a text was too much for their model.
+        # Some servers answer NaN, which is not JSON, if a text was too much for their model.
         return json.loads(body)
 
 
-# Answers are read one by one: each takes some times its size meanwhile, and only one thread computes anyway.
+# Answers are read one by one: reading takes several times their size, and only one thread computes at a time anyway.
 _reading = threading.Lock()
 
 
 @contextlib.contextmanager
 def reading(api: str) -> Iterator[None]:
-    """Makes ProviderTrouble of what an answer raises that is not in the form it should have."""
+    """Turns the errors of an answer in another form into ProviderTrouble."""
     try:
         with _reading:
             yield
@@ -177,46 +136,7 @@ def reading(api: str) -> Iterator[None]:
 
 
 def tokens_in(answer: Any, *path: str) -> int | None:
-    """The count of tokens that an answer reports at that path; None if it reports none."""
+    """The count of tokens at that path of an answer; None if the answer reports none."""
     for name in path:
         answer = answer.get(name) if isinstance(answer, dict) else None
     return answer if isinstance(answer, int) else None
-
-
-def matrix(embeddings: Sequence[Any], count: int, dimensions: int) -> np.ndarray:
-    """Embeddings, lists of numbers or base64 of float32, as (count, dimensions) float32.
-
-    Raises ValueError for what is no embedding, ProviderTrouble for too many, too few or of the wrong length, Refused
-    for one that is not finite.
-    """
-    import numpy as np
-
-    vectors = [_vector(embedding) for embedding in embeddings]
-    if len(vectors) != count:
-        raise ProviderTrouble(f"the provider answered with {len(vectors)} vectors for {count} texts")
-    lengths = {len(vector) for vector in vectors}
-    if lengths != {dimensions}:
-        wrong = max(lengths - {dimensions})
-        raise ProviderTrouble(
-            f"the provider's vectors have {wrong} dimensions, the model is defined with {dimensions}", permanent=True
-        )
-    stacked = np.stack(vectors)
-    if not np.isfinite(stacked).all():
-        raise Refused("the provider answered with a vector that is not finite")
-    return stacked
-
-
-def _vector(embedding: Any) -> np.ndarray:
-    import numpy as np
-
-    if isinstance(embedding, str):
-        try:
-            return np.frombuffer(base64.b64decode(embedding, validate=True), dtype="<f4")
-        except binascii.Error as error:
-            raise ValueError("invalid base64") from error
-    # null is how JSON writers put what is not a number.
-    numbers = np.array([np.nan if n is None else n for n in embedding] if isinstance(embedding, list) else embedding)
-    if numbers.ndim != 1 or numbers.dtype.kind not in "fi":
-        raise ValueError("an embedding that is not a list of numbers")
-    with np.errstate(over="ignore"):
-        return numbers.astype(np.float32)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from autoembed.errors import ProviderTrouble
 from autoembed.model import PREFIXES, Embedded, Model, Request, prefixed
-from autoembed.providers import http
+from autoembed.providers.definition import check_options, check_without
 
 if TYPE_CHECKING:
     from autoembed.network import Network
@@ -32,8 +32,8 @@ def folder_of(model: Model) -> str:
 
 
 def check(model: Model) -> None:
-    http.check_without(model, "api_key")
-    http.check_options(model, PREFIXES)
+    check_without(model, "api_key")
+    check_options(model, PREFIXES)
     for name in ("model.onnx", "tokenizer.json"):
         path = os.path.join(folder_of(model), name)
         if not os.path.exists(path):

@@ -14,6 +14,7 @@ from autoembed import keys
 from autoembed.errors import Refused, Trouble, trouble_of_answer
 from autoembed.model import PREFIXES, Embedded, Model, Request, prefixed
 from autoembed.providers import http
+from autoembed.providers.vectors import matrix
 
 if TYPE_CHECKING:
     from autoembed.network import Network
@@ -31,7 +32,7 @@ TEXTS_FAULTS = (b"context length", b"NaN")
 def check(model: Model) -> None:
     # It needs no key, as no server with a URL of its own does.
     placed = replace(model, base_url=model.base_url or BASE_URL)
-    http.check(placed, default_url=None, example=f"{BASE_URL}, what comes before /api", options=http.OPTIONS | PREFIXES)
+    http.check(placed, default_url=None, example=f"{BASE_URL}, what comes before /api", options=PREFIXES)
 
 
 def embed(request: Request, network: Network) -> Embedded:
@@ -57,7 +58,7 @@ def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedde
     """The vectors of an answer, which has them in the order of the texts, and the tokens it counted."""
     with http.reading("Ollama"):
         answer = http.parse(body)
-        vectors = http.matrix(answer["embeddings"], count, dimensions)
+        vectors = matrix(answer["embeddings"], count, dimensions)
         return Embedded(vectors, http.tokens_in(answer, "prompt_eval_count"))
 
 

@@ -14,6 +14,7 @@ from autoembed import keys
 from autoembed.errors import ProviderTrouble, Refused, Trouble, trouble_of_answer
 from autoembed.model import PREFIXES, Embedded, Model, Request, prefixed
 from autoembed.providers import http
+from autoembed.providers.vectors import matrix
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,7 +43,7 @@ def check(model: Model) -> None:
         model,
         default_url=BASE_URL,
         example="https://api.openai.com/v1, what comes before /embeddings",
-        options=http.OPTIONS | PREFIXES,
+        options=PREFIXES,
     )
 
 
@@ -115,5 +116,5 @@ def embedded_in(body: bytes | bytearray, count: int, dimensions: int, api: str =
         by_index = {item["index"]: item["embedding"] for item in answer["data"]}
         if len(answer["data"]) != count or set(by_index) != set(range(count)):
             raise ProviderTrouble(f"the provider answered with {len(by_index)} vectors for {count} texts")
-        vectors: np.ndarray = http.matrix([by_index[index] for index in range(count)], count, dimensions)
+        vectors: np.ndarray = matrix([by_index[index] for index in range(count)], count, dimensions)
         return Embedded(vectors, http.tokens_in(answer, "usage", "total_tokens"))

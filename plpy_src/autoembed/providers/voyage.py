@@ -15,6 +15,7 @@ from autoembed import keys
 from autoembed.errors import ProviderTrouble, Trouble, trouble_of_answer
 from autoembed.model import Embedded, Model, Request
 from autoembed.providers import http, openai
+from autoembed.providers.definition import check_tokens_per_input
 
 if TYPE_CHECKING:
     from autoembed.network import Network
@@ -35,7 +36,7 @@ WITHOUT_DIMENSIONS = (*SHORT_MODELS, "voyage-finance-2", "voyage-multilingual-2"
 def check(model: Model) -> None:
     http.check(model, default_url=BASE_URL, example=f"{BASE_URL}, what comes before /embeddings")
     if model.model_id in SHORT_MODELS:
-        http.check_tokens_per_input(model, SHORT_MAX_TOKENS_PER_INPUT)
+        check_tokens_per_input(model, SHORT_MAX_TOKENS_PER_INPUT)
 
 
 def embed(request: Request, network: Network) -> Embedded:
