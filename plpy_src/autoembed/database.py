@@ -14,6 +14,7 @@ import plpy  # type: ignore[import-not-found]
 
 from autoembed.binary import copy_rows
 from autoembed.errors import (
+    INSUFFICIENT_PRIVILEGE,
     QUERY_CANCELED,
     ProviderTrouble,
     RowError,
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 Error = plpy.SPIError
 # An owner's code is cancelled after so long in one statement, in seconds: another owner's rows wait meanwhile.
 OWNER_SECONDS = 1.0
+# The same where only the caller waits.
+CALLER_SECONDS = 3600.0
 # A lane does not wait longer for a lock, in milliseconds.
 LOCK_TIMEOUT_MILLISECONDS = 500
 
@@ -283,10 +286,12 @@ class Database:
         return list(row["vectors"])
 
     @contextmanager
-    def _owners_code(self, *, undone: bool = False) -> Iterator[None]:
+    def _owners_code(
+        self, *, undone: bool = False, user: int | None = None, seconds: float = OWNER_SECONDS
+    ) -> Iterator[None]:
         """Runs statements with an owner's code, under PostgreSQL's guards. Their errors are RowErrors.
 
-        undone: what the code has done is rolled back.
+        undone: what the code has done is rolled back. user: the statements run as this role.
         """
         if not available():
             raise RowError("this PostgreSQL lacks the functions under whose guard the code of a table's owner runs")
@@ -295,7 +300,7 @@ class Database:
             self._run("SET CONSTRAINTS ALL IMMEDIATE")
         run = Run()
         try:
-            with contextlib.suppress(_Undo), plpy.subtransaction(), restricted(OWNER_SECONDS) as run:
+            with contextlib.suppress(_Undo), plpy.subtransaction(), restricted(seconds, user) as run:
                 yield
                 if undone:
                     raise _Undo
@@ -402,6 +407,24 @@ class Database:
         found = {row["key"]: Row(row["content"], row["has_embedding"], row["bytes"] or 0) for row in rows}
         # A row without a key is the mark that rows are left.
         return found, found.pop(None, None) is None
+
+    def run_as_owner(self, table_id: str, query: str) -> str:
+        """The rows of a query as a JSON array. As a table's owner; RowError if it fails or the caller has no right."""
+        [table] = self._run(
+            "SELECT c.relowner::pg_catalog.int8 AS owner, pg_catalog.pg_has_role(c.relowner, 'USAGE') AS owns"
+            " FROM pg_catalog.pg_class AS c WHERE c.oid OPERATOR(pg_catalog.=) $1::pg_catalog.regclass",
+            ["pg_catalog.text"],
+            [table_id],
+        )
+        if not table["owns"]:
+            raise RowError(f"must be owner of table {table_id}", sqlstate=INSUFFICIENT_PRIVILEGE)
+        rows: Any = []
+        with self._owners_code(undone=True, user=table["owner"], seconds=CALLER_SECONDS):
+            rows = plpy.execute(
+                "SELECT coalesce(pg_catalog.jsonb_agg(pg_catalog.to_jsonb(q)), '[]')::pg_catalog.text AS found"
+                f" FROM ({query}) AS q"
+            )
+        return str(rows[0]["found"])
 
     def plan(self, pipeline_id: int) -> None:
         """Has PostgreSQL plan the reading of a pipeline's texts; RowError if that fails."""

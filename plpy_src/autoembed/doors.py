@@ -89,6 +89,15 @@ def plan(pipeline_id: int) -> dict[str, Any]:
     return {"problem": None, "errcode": None}
 
 
+def run_as_owner(table_id: str, query: str) -> dict[str, Any]:
+    """The rows of a query that runs with the rights of a table's owner: the columns of autoembed._run_as_owner()."""
+    try:
+        found = database.Database(commits=False).run_as_owner(table_id, query)
+    except RowError as error:
+        return {"found": None, "problem": str(error), "errcode": error.sqlstate}
+    return {"found": found, "problem": None, "errcode": None}
+
+
 def state_of(
     pipeline_id: int, content: str | None, has_embedding: bool, digest: str | None, outstanding: str | None
 ) -> dict[str, Any]:

@@ -86,6 +86,7 @@ class RowError(Exception):
 LOCK_NOT_AVAILABLE = "55P03"
 OBJECT_IN_USE = "55006"
 QUERY_CANCELED = "57014"
+INSUFFICIENT_PRIVILEGE = "42501"
 # By their beginnings: the statement may work at another time.
 PASSING = ("40", "53", "55", "57", "58", "08")
 # What a statement without an owner's code raises for nobody's fault: no memory or disk, a cancel, a shutdown.

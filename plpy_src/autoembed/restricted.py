@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+SECURITY_LOCAL_USERID_CHANGE = 1
 SECURITY_RESTRICTED_OPERATION = 2
 STATEMENT_TIMEOUT = 3
 PGC_SUSET = 5
@@ -80,8 +81,8 @@ class Run:
 
 
 @contextmanager
-def restricted(seconds: float) -> Iterator[Run]:
-    """Runs the block's statements under the guards, for so many seconds at most.
+def restricted(seconds: float, user: int | None = None) -> Iterator[Run]:
+    """Runs the block's statements under the guards, for so many seconds at most. user: as this role.
 
     To be used inside a subtransaction: after an error, its rollback puts user, security context and settings back.
     """
@@ -94,7 +95,8 @@ def restricted(seconds: float) -> Iterator[Run]:
     try:
         if setting:
             setting.context = PGC_SUSET
-        server.SetUserIdAndSecContext(before.user, before.flags | SECURITY_RESTRICTED_OPERATION)
+        flags = before.flags | SECURITY_LOCAL_USERID_CHANGE | SECURITY_RESTRICTED_OPERATION
+        server.SetUserIdAndSecContext(before.user if user is None else user, flags)
         level = server.NewGUCNestLevel()
         yield run
     finally:

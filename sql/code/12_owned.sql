@@ -24,3 +24,39 @@ AS $python$
 $python$;
 COMMENT ON FUNCTION autoembed._plan IS
     'Plans the reading of a pipeline''s texts with its owner''s rights. problem: why that fails; NULL if it does not.';
+
+CREATE OR REPLACE FUNCTION autoembed._as_owner(table_id regclass, query text)
+    RETURNS jsonb
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _answer record;
+BEGIN
+    PERFORM autoembed._check_owner(table_id);
+    SELECT a.* INTO _answer FROM autoembed._run_as_owner(table_id, query) AS a;
+    IF _answer.problem IS NOT NULL THEN
+        RAISE EXCEPTION USING MESSAGE = _answer.problem, ERRCODE = _answer.errcode;
+    END IF;
+    RETURN _answer.found;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._as_owner IS
+    'The rows of a query as a JSON array. It runs with the rights of a table''s owner, which the caller must have.';
+
+CREATE OR REPLACE FUNCTION autoembed._run_as_owner(
+    table_id regclass,
+    query text,
+    OUT found jsonb,
+    OUT problem text,
+    OUT errcode text
+)
+    LANGUAGE plpython3u
+    SET search_path = pg_catalog, pg_temp
+AS $python$
+    if GD.get("autoembed") != "@BUILD@":
+        plpy.execute("SELECT autoembed._load_python()")
+    from autoembed import doors
+    return doors.run_as_owner(table_id, query)
+$python$;
+COMMENT ON FUNCTION autoembed._run_as_owner IS 'The work of _as_owner(), and why it fails.';

@@ -14,8 +14,8 @@ AS $plpgsql$
 DECLARE
     _pipeline autoembed.pipeline := autoembed._owned_pipeline(table_name, embedding_column);
     _condition text;
-    _has_embedding boolean;
     _key jsonb;
+    _row jsonb;
 BEGIN
     -- One value for a key of one column, a JSON array for more.
     IF cardinality(_pipeline.key_columns) = 1 AND key !~ '^\s*\[' THEN
@@ -23,7 +23,7 @@ BEGIN
     ELSIF pg_input_is_valid(key, 'jsonb') THEN
         _key := key::jsonb;
     END IF;
-    -- In its own type and by its own operator, so that its index serves.
+    -- By the operator of the index, so that it is used.
     SELECT string_agg(format('t.%I %s %L::%s', k.name, autoembed._operator(table_name, k.name, 3), k.value, k.type), ' AND ')
     INTO _condition
     FROM (
@@ -31,28 +31,35 @@ BEGIN
         FROM unnest(_pipeline.key_columns) WITH ORDINALITY AS n(name, position)
         JOIN pg_attribute AS a ON a.attrelid = table_name AND a.attname = n.name
     ) AS k
-    HAVING jsonb_typeof(_key) = 'array' AND jsonb_array_length(_key) = count(*) AND bool_and(coalesce(pg_input_is_valid(k.value, k.type), false));
+    HAVING jsonb_typeof(_key) = 'array' AND jsonb_array_length(_key) = count(*);
+    BEGIN
+        _row := autoembed._as_owner(table_name, format(
+            'SELECT %s AS content, t.%I IS NOT NULL AS has_embedding, %s AS key FROM %s AS t WHERE %s LIMIT 1',
+            autoembed._content_expression(_pipeline, 't'), _pipeline.embedding_column,
+            autoembed._key_expression(_pipeline, 't'), table_name, _condition
+        )) -> 0;
+    EXCEPTION WHEN data_exception THEN
+        _condition := NULL;
+    END;
     IF _condition IS NULL THEN
         RAISE EXCEPTION USING
             ERRCODE = 'invalid_parameter_value',
-            MESSAGE = format('%s is no key of table %s', coalesce(key, 'NULL'), table_name),
+            MESSAGE = format('%s is not a valid key for table %s', coalesce(format('"%s"', key), 'NULL'), table_name),
             HINT = format('Its key is %s%s.', array_to_string(_pipeline.key_columns, ', '),
                           CASE WHEN cardinality(_pipeline.key_columns) > 1 THEN ', to be given as a JSON array' ELSE '' END);
-    END IF;
-    -- As the caller, so that row level security holds.
-    EXECUTE format('SELECT %s, t.%I IS NOT NULL, %s FROM %s AS t WHERE %s LIMIT 1', autoembed._content_expression(_pipeline, 't'),
-                   _pipeline.embedding_column, autoembed._key_expression(_pipeline, 't'), table_name, _condition)
-    INTO content, _has_embedding, _key;
-    IF _has_embedding IS NULL THEN
+    ELSIF _row IS NULL THEN
         RETURN;
     END IF;
+    content := _row ->> 'content';
     SELECT s.tokens, s.truncated, s.state INTO tokens, truncated, state
     FROM (
         SELECT max(encode(r.digest, 'hex')) AS digest, max(r.state) AS state
         FROM autoembed._row_state AS r
-        WHERE r.pipeline_id = _pipeline.id AND r.key = replace(_key::text, ', ', ',')
+        WHERE r.pipeline_id = _pipeline.id AND r.key IN (_row ->> 'key', autoembed._short_key(_row ->> 'key'))
     ) AS r
-    CROSS JOIN LATERAL autoembed._state_of(_pipeline.id, content, _has_embedding, r.digest, r.state) AS s;
+    CROSS JOIN LATERAL autoembed._state_of(
+        _pipeline.id, content, (_row ->> 'has_embedding')::boolean, r.digest, r.state
+    ) AS s;
     RETURN NEXT;
 END;
 $plpgsql$;
@@ -96,6 +103,7 @@ DECLARE
     _sample bigint;
     _percent numeric;
     _texts text[];
+    _answer jsonb;
     _found record;
 BEGIN
     IF num_nonnulls(content_columns, content_function, content_template) = 0 THEN
@@ -117,10 +125,14 @@ BEGIN
     rows := coalesce(autoembed._estimated_rows(table_name), 0);
     -- About 10,000 rows of a large table stand for all.
     _percent := CASE WHEN rows > 20000 THEN 1000000.0 / rows ELSE 100 END;
-    EXECUTE format('SELECT count(*), array_agg(s.content) FILTER (WHERE s.content ~ ''\S'') FROM (SELECT %s AS content FROM %s AS t %s) AS s',
-                   autoembed._content_expression(_pipeline, 't'), table_name,
-                   CASE WHEN _percent < 100 THEN format('TABLESAMPLE SYSTEM (%s)', _percent) END)
-    INTO _sample, _texts;
+    _answer := autoembed._as_owner(table_name, format(
+        'SELECT s.content FROM (SELECT %s AS content FROM %s AS t %s) AS s',
+        autoembed._content_expression(_pipeline, 't'), table_name,
+        CASE WHEN _percent < 100 THEN format('TABLESAMPLE SYSTEM (%s)', _percent) END
+    ));
+    SELECT count(*), array_agg(s.content) FILTER (WHERE s.content ~ '\S')
+    INTO _sample, _texts
+    FROM jsonb_to_recordset(_answer) AS s(content text);
     SELECT e.* INTO _found FROM autoembed._estimate_texts(coalesce(_texts, '{}'), _pipeline.model) AS e;
     IF _percent = 100 THEN
         rows := cardinality(coalesce(_texts, '{}'));
