@@ -79,7 +79,7 @@ def steps_from(version_before: str) -> str:
         path = steps.pop(at)
         texts.append(path.read_text())
         at = path.stem.partition("--")[2]
-    return "\n".join(texts)
+    return "\n".join([(ROOT / "sql/update.sql").read_text(), *texts])
 
 
 def scripts() -> dict[str, str]:

@@ -42,6 +42,7 @@ class Model:
     requests_per_minute: int | None = field(default=None, compare=False)
     tokens_per_minute: int | None = field(default=None, compare=False)
     max_requests_in_flight: int | None = field(default=None, compare=False)
+    timeout_seconds: float | None = field(default=None, compare=False)
     daily_token_budget: int | None = field(default=None, compare=False)
     daily_cost_budget: float | None = field(default=None, compare=False)
     learnt: Mapping[str, int | None] | None = field(default_factory=dict, compare=False)

@@ -386,7 +386,10 @@ class _Pass:
         sizes = sizes_of(model, outbox.limiter.learnt)
         most = min(self._options.batch_size, sizes.inputs_per_request)
         packed = batching.pack(texts, most, sizes.tokens_per_request, model.prefix("document"))
-        outbox.waiting.extend(Request(model, part, self._options.timeout_seconds) for part in packed)
+        outbox.waiting.extend(self._request(model, part) for part in packed)
+
+    def _request(self, model: Model, texts: Sequence[str], *, probe: bool = False) -> Request:
+        return Request(model, texts, model.timeout_seconds or self._options.timeout_seconds, probe=probe)
 
     def _waiting(self) -> int:
         return sum(len(outbox.waiting) for outbox in self._outboxes.values())
@@ -519,7 +522,7 @@ class _Pass:
             return
         outbox.suspended.append((request, refusal))
         if len(outbox.suspended) == 1:
-            probe = Request(request.model, [PROBE], self._options.timeout_seconds, probe=True)
+            probe = self._request(request.model, [PROBE], probe=True)
             outbox.waiting.appendleft(probe)
 
     def _accept(self, request: Request, vectors: np.ndarray) -> None:
@@ -541,7 +544,7 @@ class _Pass:
         outbox = self._outboxes[request.model]
         if len(request.texts) > 1:
             for half in batching.halves(list(request.texts)):
-                outbox.waiting.append(Request(request.model, half, self._options.timeout_seconds))
+                outbox.waiting.append(self._request(request.model, half))
             return
         for job in outbox.jobs.pop(request.texts[0]):
             self._rows.fail_unless_changed(job, str(refusal))

@@ -44,6 +44,7 @@ DECLARE
     _template text[] := string_to_array(autoembed._function_template(template_name), '$body$');
     _name text := autoembed._filled(substring(_template[1] FROM 'FUNCTION autoembed\.([^(]+)'), slots);
     _function regprocedure;
+    _role text;
 BEGIN
     -- The body is quoted as a whole: a name in it that contained a dollar quote would end it otherwise.
     EXECUTE concat(autoembed._filled(_template[1], slots), quote_literal(autoembed._filled(_template[2], slots)));
@@ -54,11 +55,38 @@ BEGIN
     IF owner IS NOT NULL THEN
         EXECUTE format('ALTER FUNCTION %s OWNER TO %I', _function, owner);
     END IF;
-    EXECUTE format('REVOKE ALL ON FUNCTION %s FROM PUBLIC', _function);
+    -- Default privileges may give it to anybody.
+    FOR _role IN
+        SELECT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END
+        FROM pg_proc AS p
+        CROSS JOIN LATERAL aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) AS a
+        WHERE p.oid = _function AND a.grantee <> p.proowner
+    LOOP
+        EXECUTE format('REVOKE ALL ON FUNCTION %s FROM %s', _function, _role);
+    END LOOP;
+    IF template_name IN ('content', 'scan', 'write') THEN
+        FOR _role IN SELECT r.role::text FROM autoembed._lane_roles() AS r(role) LOOP
+            EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %s', _function, _role);
+        END LOOP;
+    END IF;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._create_function IS
-    'Makes a function from a template, for nobody but its owner. owner: the role that it runs as; NULL: the current one.';
+    'Makes a function from a template, for its owner and the lanes alone. owner: the role that it runs as; NULL: the '
+    'current one.';
+
+CREATE OR REPLACE FUNCTION autoembed._lane_roles()
+    RETURNS SETOF regrole
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT a.grantee::regrole
+    FROM pg_proc AS p
+    CROSS JOIN LATERAL aclexplode(p.proacl) AS a
+    WHERE p.oid = 'autoembed.work'::regproc AND a.grantee NOT IN (0, p.proowner);
+$sql$;
+COMMENT ON FUNCTION autoembed._lane_roles IS 'The roles that grant_lane() has made lanes of.';
 
 CREATE OR REPLACE FUNCTION autoembed._slots(pipeline autoembed.pipeline)
     RETURNS jsonb

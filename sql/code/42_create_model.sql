@@ -90,7 +90,8 @@ CREATE OR REPLACE FUNCTION autoembed.create_model(
     price_per_million_tokens numeric DEFAULT NULL,
     daily_token_budget bigint DEFAULT NULL,
     daily_cost_budget numeric DEFAULT NULL,
-    options jsonb DEFAULT NULL
+    options jsonb DEFAULT NULL,
+    timeout_seconds double precision DEFAULT NULL
 )
     RETURNS void
     LANGUAGE plpgsql
@@ -109,19 +110,19 @@ BEGIN
     INSERT INTO autoembed.model (name, provider, model_id, dimensions, base_url, api_key,
                                  max_inputs_per_request, max_tokens_per_request, max_tokens_per_input,
                                  requests_per_minute, tokens_per_minute, max_requests_in_flight,
-                                 price_per_million_tokens, daily_token_budget, daily_cost_budget, options)
+                                 price_per_million_tokens, daily_token_budget, daily_cost_budget, options, timeout_seconds)
     VALUES (create_model.name, create_model.provider, coalesce(create_model.model_id, create_model.name),
             create_model.dimensions, create_model.base_url, create_model.api_key, create_model.max_inputs_per_request,
             create_model.max_tokens_per_request, create_model.max_tokens_per_input,
             create_model.requests_per_minute, create_model.tokens_per_minute, create_model.max_requests_in_flight,
             create_model.price_per_million_tokens, create_model.daily_token_budget, create_model.daily_cost_budget,
-            coalesce(create_model.options, '{}'));
+            coalesce(create_model.options, '{}'), create_model.timeout_seconds);
     PERFORM autoembed._check_model(create_model.name);
     PERFORM autoembed._build_embedders(create_model.name);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.create_model IS
-    'Defines a model: its provider (local, openai, azure, cohere, voyage, gemini, ollama, function, fake), the length of its vectors, what the provider calls it (default: its name), where it is, where its key is found (env:NAME, file:PATH or vault:NAME), limits below the provider''s own, requests and tokens a minute and requests in flight for all sessions together (left out: what the provider''s answers tell), its price, what it may use a day (UTC) in tokens or at that price, and options of the provider.';
+    'Defines a model: its provider (local, openai, azure, cohere, voyage, gemini, ollama, function, fake), the length of its vectors, what the provider calls it (default: its name), where it is, where its key is found (env:NAME, file:PATH or vault:NAME), limits below the provider''s own, requests and tokens a minute and requests in flight for all sessions together (left out: what the provider''s answers tell), its price, what it may use a day (UTC) in tokens or at that price, options of the provider, and the seconds that a request may take.';
 
 CREATE OR REPLACE FUNCTION autoembed.alter_model(
     name text,
@@ -139,7 +140,8 @@ CREATE OR REPLACE FUNCTION autoembed.alter_model(
     price_per_million_tokens numeric DEFAULT NULL,
     daily_token_budget bigint DEFAULT NULL,
     daily_cost_budget numeric DEFAULT NULL,
-    options jsonb DEFAULT NULL
+    options jsonb DEFAULT NULL,
+    timeout_seconds double precision DEFAULT NULL
 )
     RETURNS void
     LANGUAGE plpgsql
@@ -169,6 +171,7 @@ BEGIN
         daily_token_budget = coalesce(alter_model.daily_token_budget, m.daily_token_budget),
         daily_cost_budget = coalesce(alter_model.daily_cost_budget, m.daily_cost_budget),
         options = coalesce(alter_model.options, m.options),
+        timeout_seconds = coalesce(alter_model.timeout_seconds, m.timeout_seconds),
         builtin = false
     WHERE m.name = alter_model.name;
     -- Another address or key, perhaps, with limits of its own.

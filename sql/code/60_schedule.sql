@@ -73,11 +73,17 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed.unschedule IS
     'Ends all lanes; returns how many were scheduled, those for backfills not counted. What a lane has in flight goes back to the queue.';
 
-CREATE OR REPLACE FUNCTION autoembed.schedule(lanes integer DEFAULT 1, backfill_lanes integer DEFAULT 1)
+CREATE OR REPLACE FUNCTION autoembed.schedule(
+    lanes integer DEFAULT 1,
+    backfill_lanes integer DEFAULT 1,
+    role regrole DEFAULT NULL
+)
     RETURNS integer
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    _role text := (SELECT r.rolname FROM pg_roles AS r WHERE r.oid = role);
 BEGIN
     IF lanes IS NULL OR lanes NOT BETWEEN 1 AND 32 THEN
         RAISE EXCEPTION USING
@@ -117,9 +123,20 @@ BEGIN
             HINT = format('Set cron.max_running_jobs to at least %s and restart the server.', lanes + backfill_lanes + 2);
     END IF;
     UPDATE autoembed.lane SET stop = true;
+    -- Lanes that another role was chosen for stay that role's.
+    _role := coalesce(_role, (
+        SELECT j.username FROM cron.job AS j
+        WHERE j.jobname ~ '^autoembed-(lane|backfill)-\d+$' AND j.database = current_database()
+        LIMIT 1
+    ), current_user);
     PERFORM autoembed._unschedule('(lane|backfill)-\d+');
-    PERFORM cron.schedule('autoembed-lane-' || n, '1 second', 'CALL autoembed.work()') FROM generate_series(1, lanes) AS n;
-    PERFORM cron.schedule('autoembed-backfill-' || n, '1 second', 'CALL autoembed.work(backfill => true)')
+    PERFORM cron.schedule_in_database(
+        'autoembed-lane-' || n, '1 second', 'CALL autoembed.work()', current_database(), _role
+    )
+    FROM generate_series(1, lanes) AS n;
+    PERFORM cron.schedule_in_database(
+        'autoembed-backfill-' || n, '1 second', 'CALL autoembed.work(backfill => true)', current_database(), _role
+    )
     FROM generate_series(1, backfill_lanes) AS n;
     RETURN lanes;
 END;

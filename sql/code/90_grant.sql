@@ -61,6 +61,35 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed.grant_monitor IS
     'Lets a role see how all tables do, their texts excepted, and what they cost; makes it a member of pg_monitor.';
 
+CREATE OR REPLACE FUNCTION autoembed.grant_lane(role regrole)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _function regprocedure;
+BEGIN
+    EXECUTE format('GRANT USAGE ON SCHEMA autoembed TO %s', role);
+    EXECUTE format('GRANT EXECUTE ON PROCEDURE autoembed.work, autoembed._work TO %s', role);
+    FOR _function IN
+        SELECT p.oid
+        FROM pg_proc AS p
+        WHERE p.pronamespace = 'autoembed'::regnamespace
+          AND (p.proname = ANY ('{_check_options,_load_python,_enter_lane,_leave_lane,_lane_is_wanted,_gate,_clean_up,
+                   _warn_of_blocked_pipelines,_claim,_extend,_settle,_release,_requeue,_resolve,_pipelines,_next_backfill,
+                   _queue_backfill,_fail_backfill,_digests,_record_embedded,_forget,_forget_all,_fail,_fail_message,
+                   _note_usage,_rest_model,_rest_pipelines,_call_embedder,_take_permit,_free_slots,_learn_limits,
+                   resume_model,_stage}'::text[])
+               OR p.proname ~ '^_(content|write|scan)_[0-9]+$')
+    LOOP
+        EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %s', _function, role);
+    END LOOP;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed.grant_lane IS
+    'Lets a role run lanes, and nothing else: SELECT autoembed.schedule(role => …) has pg_cron run them as this role. It can '
+    'read the texts of all attached tables and write their vectors.';
+
 CREATE OR REPLACE FUNCTION autoembed._updated()
     RETURNS event_trigger
     LANGUAGE plpgsql
@@ -69,6 +98,7 @@ CREATE OR REPLACE FUNCTION autoembed._updated()
 AS $plpgsql$
 DECLARE
     _role oid;
+    _grant record;
 BEGIN
     IF NOT EXISTS (
         SELECT FROM pg_event_trigger_ddl_commands() AS d
@@ -79,6 +109,21 @@ BEGIN
     END IF;
     -- Not in the script itself: what it grants would count as the extension's own and be missing in dumps, and the functions
     -- that it makes would be members.
+    FOR _grant IN
+        SELECT g.privilege,
+               CASE WHEN g.routine THEN 'ROUTINE ' || p.oid::regprocedure ELSE 'TABLE ' || c.oid::regclass END AS object,
+               r.oid::regrole AS role
+        FROM jsonb_to_recordset(nullif(current_setting('autoembed.grants_before_update', true), '')::jsonb)
+            AS g(object text, routine boolean, privilege text, grantee bigint)
+        JOIN pg_roles AS r ON r.oid = g.grantee::oid
+        LEFT JOIN pg_proc AS p
+            ON g.routine AND p.pronamespace = 'autoembed'::regnamespace AND p.proname = g.object
+        LEFT JOIN pg_class AS c
+            ON NOT g.routine AND c.relnamespace = 'autoembed'::regnamespace AND c.relname = g.object
+        WHERE num_nonnulls(p.oid, c.oid) = 1
+    LOOP
+        EXECUTE format('GRANT %s ON %s TO %s', _grant.privilege, _grant.object, _grant.role);
+    END LOOP;
     FOR _role IN
         SELECT a.grantee FROM pg_proc AS p CROSS JOIN LATERAL aclexplode(p.proacl) AS a
         WHERE p.oid = 'autoembed.enable'::regproc AND a.grantee NOT IN (0, p.proowner)
@@ -91,9 +136,13 @@ BEGIN
     LOOP
         PERFORM autoembed.grant_monitor(_role);
     END LOOP;
+    FOR _role IN SELECT r.role FROM autoembed._lane_roles() AS r(role) LOOP
+        PERFORM autoembed.grant_lane(_role);
+    END LOOP;
     PERFORM autoembed._build_pipeline(s.id) FROM autoembed._pipeline_state AS s WHERE s.sound;
     PERFORM autoembed._build_embedders(m.name) FROM autoembed.model AS m WHERE m.provider = 'function';
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._updated IS
-    'After an update of the extension: grants again what roles had, and makes the functions of pipelines and models again.';
+    'Completes an update of the extension: roles get back what they had, and the functions of pipelines and models are made '
+    'again.';

@@ -18,6 +18,7 @@ CREATE TABLE autoembed.model (
     daily_cost_budget numeric CHECK (daily_cost_budget >= 0),
     options jsonb NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(options) = 'object'),
     builtin boolean NOT NULL DEFAULT false,
+    timeout_seconds double precision CHECK (timeout_seconds > 0),
     CONSTRAINT cost_needs_price CHECK (daily_cost_budget IS NULL OR price_per_million_tokens IS NOT NULL)
 );
 COMMENT ON TABLE autoembed.model IS 'The ways to embed a text; see create_model().';
@@ -42,6 +43,7 @@ COMMENT ON COLUMN autoembed.model.daily_cost_budget IS
     'Cost a day (UTC) at price_per_million_tokens, after which it rests until the next; NULL: no budget.';
 COMMENT ON COLUMN autoembed.model.options IS
     'What only its provider knows; every one over HTTP takes extra_headers and extra_body, objects sent with each request, and ca_file.';
+COMMENT ON COLUMN autoembed.model.timeout_seconds IS 'Seconds that a request may take. NULL: those of the lane.';
 COMMENT ON COLUMN autoembed.model.builtin IS 'Came with the extension and was never changed.';
 
 INSERT INTO autoembed.model (name, provider, model_id, dimensions, api_key, builtin)

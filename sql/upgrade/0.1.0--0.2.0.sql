@@ -1,7 +1,3 @@
--- Lanes of the version before run with its Python. They end, and the next ones run with the new.
-LOCK TABLE autoembed.lane IN ACCESS EXCLUSIVE MODE;
-UPDATE autoembed.lane SET stop = true;
-
 -- Replaced by _keep_restored_queue() and _keep_restored_model().
 DROP FUNCTION autoembed._keep_restored CASCADE;
 -- Replaced by _create_function() and the templates.
@@ -77,3 +73,9 @@ DROP FUNCTION autoembed._rest_model;
 -- A long key does not fit into an index.
 ALTER TABLE autoembed.failure DROP CONSTRAINT failure_pipeline_id_key_key;
 DROP FUNCTION autoembed._next_backfill;
+DROP FUNCTION autoembed.schedule;
+
+ALTER TABLE autoembed.model ADD COLUMN timeout_seconds double precision CHECK (timeout_seconds > 0);
+COMMENT ON COLUMN autoembed.model.timeout_seconds IS 'Seconds that a request may take. NULL: those of the lane.';
+DROP FUNCTION autoembed.create_model;
+DROP FUNCTION autoembed.alter_model;
