@@ -223,10 +223,14 @@ def _outcome(here: database.Database, model: Model, request: Request) -> Embedde
         _network.abort()
         provider.abort()
 
+    def between_waits() -> None:
+        here.check_interrupts()
+        _network.expire()
+
     while True:
         with here.slot(model) as has_slot:
             if has_slot:
-                with Flight[None, Embedded](1, here.check_interrupts, abort) as flight:
+                with Flight[None, Embedded](1, between_waits, abort) as flight:
                     call = partial(providers.embed, request, _network, here.call_embedder)
                     flight.submit(None, call, here=provider.RUNS_IN_BACKEND)
                     [(_, outcome)] = flight.landed()

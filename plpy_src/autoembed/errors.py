@@ -6,7 +6,7 @@ import email.utils
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC
 from types import MappingProxyType
 
@@ -145,11 +145,20 @@ REFUSED_STATUSES = {400, 413, 414, 422}
 PASSING_STATUSES = {408, 409, 423, 425, 429}
 
 
-def trouble_of_answer(
-    status: int, headers: Mapping[str, str], body: bytes | bytearray, secret: str | None = None
-) -> Trouble:
+def trouble_of_answer(status: int, headers: Mapping[str, str], body: bytes | bytearray) -> Trouble:
     """The trouble that an HTTP answer with a status other than 200 means."""
-    message = f"the provider answered {status}: {_message_in(body, secret)}"
+    trouble = _trouble_of_answer(status, headers, body)
+    trouble.summary = summary_of(status)
+    return trouble
+
+
+def summary_of(status: int) -> str:
+    """What every tenant may know of an answer."""
+    return f"its provider is in trouble (HTTP {status})"
+
+
+def _trouble_of_answer(status: int, headers: Mapping[str, str], body: bytes | bytearray) -> Trouble:
+    message = f"the provider answered {status}: {_message_in(body)}"
     if status in REFUSED_STATUSES:
         return Refused(message)
     if status == 429 and b"Request too large" in body:
@@ -173,7 +182,7 @@ def retry_after_seconds(headers: Mapping[str, str], now: float | None = None) ->
     if milliseconds:
         return int(milliseconds[0]) / 1000
     value = headers.get("retry-after", "").strip()
-    if not value:
+    if not value or len(value) > 100:
         return None
     try:
         return max(0.0, float(value))
@@ -188,8 +197,17 @@ def retry_after_seconds(headers: Mapping[str, str], now: float | None = None) ->
     return max(0.0, moment.timestamp() - (time.time() if now is None else now))
 
 
-def _message_in(body: bytes | bytearray, secret: str | None) -> str:
-    """The provider's own words, on one line of at most 300 characters, without the key it may echo."""
+def without_secrets(trouble: Trouble, secrets: Collection[str]) -> Trouble:
+    """The same trouble, its words on one line of at most 400 characters, without secrets that the provider may echo."""
+    words = str(trouble)
+    for secret in sorted(secrets, key=len, reverse=True):
+        words = words.replace(secret, "***")
+    trouble.args = (" ".join(words.split())[:400],)
+    return trouble
+
+
+def _message_in(body: bytes | bytearray) -> str:
+    """The provider's own words."""
     text = body[:10_000].decode("utf-8", "replace")
     try:
         answer = json.loads(text)
@@ -197,9 +215,7 @@ def _message_in(body: bytes | bytearray, secret: str | None) -> str:
             text = _words_in(answer)
     except (ValueError, RecursionError):
         pass
-    if secret:
-        text = text.replace(secret, "***")
-    return " ".join(text.split())[:300] or "no explanation"
+    return text.strip() or "no explanation"
 
 
 def _words_in(error: object) -> str:

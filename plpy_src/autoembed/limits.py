@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
@@ -61,6 +62,8 @@ class Permit(NamedTuple):
 
 NOTHING_KNOWN = Limits()
 _SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1, "ms": 0.001}
+# A longer value of a header is nobody's duration: reading it would take long.
+MAX_HEADER_CHARACTERS = 100
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|[dhms]|$)")
 
 
@@ -85,6 +88,8 @@ def _count(value: str) -> int | None:
 
 def _seconds(value: str) -> float:
     """A duration in OpenAI's notation: 12ms, 1.5s, 6m0s; without a unit, seconds."""
+    if len(value) > MAX_HEADER_CHARACTERS:
+        return math.inf
     return sum(float(number) * _SECONDS[unit or "s"] for number, unit in _DURATION.findall(value))
 
 

@@ -26,7 +26,7 @@ class Model:
     identity: a JSON array that SQL makes. Two models with the same identity produce interchangeable vectors.
     learnt: the limits in the provider's answers, a row of autoembed.model_limit; None: it never answered.
     http_hosts: the hosts that may be called without encryption.
-    vault_key: the secret that vault:NAME refers to; vault_fault: why it cannot be had.
+    vault_secrets: by reference, vault:NAME, its vault_key, or its vault_fault: why it cannot be had.
     """
 
     name: str
@@ -48,8 +48,7 @@ class Model:
     learnt: Mapping[str, int | None] | None = field(default_factory=dict, compare=False)
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     http_hosts: Sequence[str] = field(default=(), hash=False)
-    vault_key: str | None = field(default=None, repr=False, compare=False)
-    vault_fault: str | None = field(default=None, compare=False)
+    vault_secrets: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Model:

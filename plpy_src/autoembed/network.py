@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ class Network:
         self._max_connections = max_connections
         self._session: requests.Session | None = None
         self._sockets: dict[int, socket.socket] = {}
+        self._deadlines: dict[int, float] = {}
         self._thread = threading.local()
         self._lock = threading.Lock()
 
@@ -64,13 +66,16 @@ class Network:
         import urllib3
 
         deadline = time.monotonic() + timeout_seconds
+        with self._lock:
+            self._deadlines[threading.get_ident()] = deadline
         timeouts = (min(CONNECT_TIMEOUT_SECONDS, timeout_seconds), timeout_seconds)
         self._thread.sent = sent
         try:
             with self._connected().post(
                 url,
                 data=body,
-                headers=dict(headers),
+                # A compressed answer may be a thousand times larger than what was received.
+                headers={**headers, "Accept-Encoding": "identity"},
                 timeout=timeouts,
                 verify=ca_file or next(filter(None, map(os.environ.get, CA_VARIABLES)), True),
                 allow_redirects=False,
@@ -79,9 +84,10 @@ class Network:
                 auth=lambda request: request,
             ) as response:
                 received = bytearray()
+                plain = _decoder(response.headers.get("Content-Encoding", ""))
                 # What has come so far: iter_content() would wait for a full chunk, past any deadline.
-                while chunk := response.raw.read1(1 << 16, decode_content=True):
-                    received += chunk
+                while chunk := response.raw.read1(1 << 16, decode_content=False):
+                    received += plain(chunk, max_answer_bytes + 1 - len(received))
                     if len(received) > max_answer_bytes:
                         raise ProviderTrouble(f"the provider's answer is larger than {max_answer_bytes >> 20} MiB")
                     if time.monotonic() > deadline:
@@ -99,20 +105,33 @@ class Network:
             UnicodeError,
         ) as error:
             raise ProviderTrouble(f"{url} is not a URL that can be called", permanent=True) from error
-        except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError) as error:
+        except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, zlib.error) as error:
+            if time.monotonic() > deadline:
+                raise ProviderTrouble(f"{_host(url)} did not answer within {timeout_seconds:g} s") from error
             raise ProviderTrouble(f"no answer from {_host(url)}: {_cause(error)}") from error
         except OSError as error:
             # Before anything is sent: requests looks whether the file is there.
             raise ProviderTrouble(f"the certificate authorities cannot be read: {error}", permanent=True) from error
         finally:
             self._watch(None)
+            with self._lock:
+                del self._deadlines[threading.get_ident()]
 
     def abort(self) -> None:
         """Ends every request that is under way; its thread sees a broken connection."""
+        self._end(lambda thread: True)
+
+    def expire(self) -> None:
+        """Ends the requests whose time is up, however slowly their answers trickle in."""
+        now = time.monotonic()
+        self._end(lambda thread: self._deadlines.get(thread, now) < now)
+
+    def _end(self, is_chosen: Callable[[int], bool]) -> None:
         with self._lock:
-            for connection in self._sockets.values():
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
+            for thread, connection in self._sockets.items():
+                if is_chosen(thread):
+                    with contextlib.suppress(OSError):
+                        connection.shutdown(socket.SHUT_RDWR)
 
     def _watch(self, connection: socket.socket | None) -> None:
         """Remembers what this thread waits on. A copy: TLS takes the socket's descriptor away from the object."""
@@ -231,11 +250,27 @@ def _host(url: str) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost reason, in one line: requests wraps it three times over."""
+    """The innermost reason, in one line: requests wraps it three times over. Bytes of the answer are never quoted."""
     cause: BaseException = error
     while True:
         inner = getattr(cause, "reason", None) or cause.__cause__ or cause.__context__
         if not isinstance(inner, BaseException) or inner is cause:
             break
         cause = inner
-    return " ".join(str(cause).split())[:200] or type(cause).__name__
+    from urllib3.exceptions import NewConnectionError
+
+    if isinstance(cause, OSError | NewConnectionError):
+        return " ".join(str(cause).split())[:200] or type(cause).__name__
+    return f"what came is not a whole HTTP answer ({type(cause).__name__})"
+
+
+def _decoder(encoding: str) -> Callable[[bytes, int], bytes]:
+    """Makes plain bytes of the bytes of an answer, so many at most; it may have been compressed once all the same."""
+    names = [name.strip().lower() for name in encoding.split(",") if name.strip()]
+    if not names or names == ["identity"]:
+        return lambda chunk, most: chunk
+    if names not in (["gzip"], ["x-gzip"], ["deflate"]):
+        raise ProviderTrouble("the provider's answer is compressed in a way that was not asked for", permanent=True)
+    # Both zlib's and gzip's headers.
+    decompressor = zlib.decompressobj(wbits=32 + zlib.MAX_WBITS)
+    return lambda chunk, most: decompressor.decompress(chunk, max(1, most))

@@ -608,6 +608,7 @@ class _Pass:
     def _between_waits(self) -> None:
         """The work of the backend's own thread between two waits for answers."""
         self._database.check_interrupts()
+        self._network.expire()
         if self._rows.some_are_unwritten:
             self._database.lock_lanes()
             self._rows.write_some()

@@ -120,7 +120,18 @@ BEGIN
             'http_hosts', autoembed._http_hosts(),
             'learnt', (SELECT to_jsonb(l) FROM autoembed.model_limit AS l WHERE l.model = (_model_facts.model).name ORDER BY l.at DESC LIMIT 1)
         )
-        || (SELECT to_jsonb(v) FROM autoembed._vault_key((_model_facts.model).api_key) AS v);
+        || jsonb_build_object('vault_secrets', (
+            SELECT coalesce(jsonb_object_agg(r.reference, to_jsonb(v)), '{}')
+            FROM (
+                SELECT (_model_facts.model).api_key AS reference
+                UNION
+                SELECT h.value
+                FROM jsonb_each_text(CASE jsonb_typeof((_model_facts.model).options -> 'extra_headers')
+                                         WHEN 'object' THEN (_model_facts.model).options -> 'extra_headers' END) AS h
+            ) AS r
+            CROSS JOIN LATERAL autoembed._vault_key(r.reference) AS v
+            WHERE r.reference LIKE 'vault:_%'
+        ));
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._model_facts IS

@@ -36,7 +36,7 @@ def check(model: Model) -> None:
 def embed(request: Request, network: Network) -> Embedded:
     key = keys.resolve(request.model)
     headers = {} if key is None else {"api-key": key}
-    return openai.embed_at(url_of(request.model), request, network, headers, key)
+    return openai.embed_at(url_of(request.model), request, network, headers)
 
 
 def abort() -> None:

@@ -41,7 +41,7 @@ def check(model: Model) -> None:
 def embed(request: Request, network: Network) -> Embedded:
     key = keys.resolve(request.model)
     url = http.url(request.model, BASE_URL, "/v2/embed")
-    return http.post(request, network, url, http.bearer(key), request_body(request), key, embedded_in, trouble_of)
+    return http.post(request, network, url, http.bearer(key), request_body(request), embedded_in, trouble_of)
 
 
 def abort() -> None:
@@ -71,9 +71,9 @@ def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedde
         return Embedded(vectors, http.tokens_in(answer, "meta", "billed_units", "input_tokens"))
 
 
-def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray, secret: str | None = None) -> Trouble:
+def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray) -> Trouble:
     """As everywhere, but 498 blocks a text, 499 is a request given up, and a trial key's month may be used up."""
-    trouble = trouble_of_answer(status, headers, body, secret)
+    trouble = trouble_of_answer(status, headers, body)
     if status == 498:
         return Refused(str(trouble))
     if status == 499:

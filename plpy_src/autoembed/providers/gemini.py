@@ -49,7 +49,7 @@ def embed(request: Request, network: Network) -> Embedded:
     key = keys.resolve(request.model)
     headers = {} if key is None else {"x-goog-api-key": key}
     url = http.url(request.model, BASE_URL, f"/{quote(name_of(request.model))}:batchEmbedContents")
-    return http.post(request, network, url, headers, request_body(request), key, embedded_in, trouble_of)
+    return http.post(request, network, url, headers, request_body(request), embedded_in, trouble_of)
 
 
 def abort() -> None:
@@ -84,9 +84,9 @@ def unit_length(vectors: np.ndarray) -> np.ndarray:
     return (vectors / np.where(lengths == 0, 1, lengths)).astype(np.float32)
 
 
-def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray, secret: str | None = None) -> Trouble:
+def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray) -> Trouble:
     """As everywhere, but a bad key or a missing bill is answered with 400, and when to come back is in the body."""
-    trouble = trouble_of_answer(status, headers, body, secret)
+    trouble = trouble_of_answer(status, headers, body)
     if isinstance(trouble, Refused) and (b"API_KEY_INVALID" in body or b"FAILED_PRECONDITION" in body):
         return ProviderTrouble(str(trouble), permanent=True)
     delay = RETRY_DELAY.search(body)

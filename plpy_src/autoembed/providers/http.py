@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from autoembed import endpoints, keys
-from autoembed.errors import Fault, ProviderTrouble, Trouble, trouble_of_answer
+from autoembed.errors import Fault, ProviderTrouble, Trouble, summary_of, trouble_of_answer, without_secrets
 from autoembed.model import Embedded, Model, Request
 from autoembed.providers.definition import check_options
 
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 
 # Options whose fields go into each request, in place of the provider's own fields of the same name.
 EXTRAS = frozenset({"extra_headers", "extra_body"})
-# Headers that hold keys. They must not be options, which stand in a table.
-SECRET_HEADERS = {"authorization", "proxy-authorization", "cookie", "api-key", "x-api-key", "x-goog-api-key"}
+# Names of headers and fields that hold secrets. Such a header is an option only by reference, since options stand in a
+# table.
+SECRET_NAME = re.compile(r"auth|cookie|key|token|secret|passw|credential|signature|session", re.IGNORECASE)
 
 
 def check(model: Model, *, default_url: str | None, example: str, options: frozenset[str] = frozenset()) -> None:
@@ -36,11 +38,19 @@ def check(model: Model, *, default_url: str | None, example: str, options: froze
     if fault is not None:
         raise Fault(f'model "{model.name}" has an unusable base_url: {fault.problem}', hint=fault.hint)
     check_options(model, texts=options | {"ca_file"}, objects=EXTRAS)
-    secret = sorted(name for name in model.options.get("extra_headers", {}) if name.lower() in SECRET_HEADERS)
-    if secret:
+    for name, value in sorted(model.options.get("extra_headers", {}).items()):
+        if not isinstance(value, str):
+            raise Fault(f'header {name} of model "{model.name}" is not a text', hint=f"Give {name} as a text.")
+        if SECRET_NAME.search(name) and not keys.is_reference(value):
+            raise Fault(
+                f'option extra_headers of model "{model.name}" has {name}, which would keep a secret in a table',
+                hint=f"Say where it is found: {name} => 'env:NAME', 'file:PATH' or 'vault:NAME'; or use api_key.",
+            )
+    secret = _secret_field(model.options.get("extra_body", {}))
+    if secret is not None:
         raise Fault(
-            f'option extra_headers of model "{model.name}" has {secret[0]}, which would keep a secret in a table',
-            hint="Say where the key is found with api_key => 'env:NAME', 'file:PATH' or 'vault:NAME'.",
+            f'option extra_body of model "{model.name}" has {secret}, which would keep a secret in a table',
+            hint="Send it as a header: extra_headers takes 'env:NAME', 'file:PATH' or 'vault:NAME' as a value.",
         )
     if default_url is not None and model.base_url is None and model.api_key is None:
         raise Fault(
@@ -51,6 +61,20 @@ def check(model: Model, *, default_url: str | None, example: str, options: froze
     if ca_file is not None and not os.access(ca_file, os.R_OK):
         raise ProviderTrouble(f"the ca_file {ca_file} cannot be read", permanent=True)
     keys.resolve(model)
+    keys.resolve_headers(model)
+
+
+def _secret_field(value: Any) -> str | None:
+    """The name of a field that holds a secret, at any depth; None if there is none."""
+    if isinstance(value, list):
+        return next(filter(None, map(_secret_field, value)), None)
+    if not isinstance(value, dict):
+        return None
+    for name, field in value.items():
+        # Counts of tokens, as max_tokens, are no secrets.
+        if SECRET_NAME.search(name) and isinstance(field, str):
+            return str(name)
+    return _secret_field(list(value.values()))
 
 
 def url(model: Model, default_url: str, path: str) -> str:
@@ -67,27 +91,39 @@ def post(
     url: str,
     headers: Mapping[str, str],
     body: Mapping[str, Any],
-    secret: str | None,
     embedded_in: Callable[[bytes | bytearray, int, int], Embedded],
-    trouble_of: Callable[[int, Mapping[str, str], bytes | bytearray, str | None], Trouble] = trouble_of_answer,
+    trouble_of: Callable[[int, Mapping[str, str], bytes | bytearray], Trouble] = trouble_of_answer,
 ) -> Embedded:
     """The vectors that embedded_in() reads from a 200 answer; raises what trouble_of() makes of any other.
 
-    embedded_in: is given the body, the count of texts and the dimensions. secret: is kept out of errors.
-    The headers of the answer go with the vectors and with the trouble.
+    embedded_in: is given the body, the count of texts and the dimensions.
+    The headers of the answer go with the vectors and with the trouble. Values of headers are kept out of errors.
     """
+    sent = {**headers, **keys.resolve_headers(request.model)}
+    try:
+        return _post(request, network, url, sent, body, embedded_in, trouble_of)
+    except Trouble as trouble:
+        # The one place where an error becomes text that is stored and shown.
+        secrets = {part for value in sent.values() for part in (value, value.split(" ")[-1])}
+        raise without_secrets(trouble, [secret for secret in secrets if len(secret) > 3]) from trouble.__cause__
+
+
+def _post(
+    request: Request,
+    network: Network,
+    url: str,
+    headers: Mapping[str, str],
+    body: Mapping[str, Any],
+    embedded_in: Callable[[bytes | bytearray, int, int], Embedded],
+    trouble_of: Callable[[int, Mapping[str, str], bytes | bytearray], Trouble],
+) -> Embedded:
     # The check is repeated because a host may have lost its permission since the model was defined.
     fault = endpoints.fault_of(url, request.model.http_hosts)
     if fault is not None:
         raise ProviderTrouble(fault.problem, permanent=True)
     answer = network.post(
         url,
-        {
-            "Content-Type": "application/json",
-            "Accept": "application/json",
-            **headers,
-            **request.model.options.get("extra_headers", {}),
-        },
+        {"Content-Type": "application/json", "Accept": "application/json", **headers},
         encode({**body, **request.model.options.get("extra_body", {})}),
         timeout_seconds=request.timeout_seconds,
         # A JSON number takes up to 24 bytes. The rest is room for a server that ignores the dimensions asked for.
@@ -97,7 +133,9 @@ def post(
     )
     try:
         if answer.status != 200:
-            raise trouble_of(answer.status, answer.headers, answer.body, secret)
+            refusal = trouble_of(answer.status, answer.headers, answer.body)
+            refusal.summary = summary_of(answer.status)
+            raise refusal
         embedded = embedded_in(answer.body, len(request.texts), request.model.dimensions)
     except Trouble as trouble:
         trouble.headers = answer.headers
@@ -132,11 +170,14 @@ def reading(api: str) -> Iterator[None]:
         with _reading:
             yield
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ProviderTrouble(f"the provider's answer is not in the form of the {api} API ({error})") from error
+        # A missing field is named. The words of other errors may quote the answer.
+        why = f"it lacks {error}" if isinstance(error, KeyError) else type(error).__name__
+        raise ProviderTrouble(f"the provider's answer is not in the form of the {api} API ({why})") from error
 
 
 def tokens_in(answer: Any, *path: str) -> int | None:
     """The count of tokens at that path of an answer; None if the answer reports none."""
     for name in path:
         answer = answer.get(name) if isinstance(answer, dict) else None
-    return answer if isinstance(answer, int) else None
+    # Not True, which is an int, nor what no column takes.
+    return answer if type(answer) is int and 0 <= answer < 2**31 else None

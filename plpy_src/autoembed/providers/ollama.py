@@ -38,7 +38,7 @@ def check(model: Model) -> None:
 def embed(request: Request, network: Network) -> Embedded:
     key = keys.resolve(request.model)
     url = http.url(request.model, BASE_URL, "/api/embed")
-    return http.post(request, network, url, http.bearer(key), request_body(request), key, embedded_in, trouble_of)
+    return http.post(request, network, url, http.bearer(key), request_body(request), embedded_in, trouble_of)
 
 
 def abort() -> None:
@@ -62,9 +62,9 @@ def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedde
         return Embedded(vectors, http.tokens_in(answer, "prompt_eval_count"))
 
 
-def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray, secret: str | None = None) -> Trouble:
+def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray) -> Trouble:
     """As everywhere, but a text may be to blame for a 500."""
-    trouble = trouble_of_answer(status, headers, body, secret)
+    trouble = trouble_of_answer(status, headers, body)
     if status == 500 and any(fault in body for fault in TEXTS_FAULTS):
         return Refused(str(trouble))
     return trouble

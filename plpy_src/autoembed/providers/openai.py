@@ -49,7 +49,7 @@ def check(model: Model) -> None:
 
 def embed(request: Request, network: Network) -> Embedded:
     key = keys.resolve(request.model)
-    return embed_at(http.url(request.model, BASE_URL, "/embeddings"), request, network, http.bearer(key), key)
+    return embed_at(http.url(request.model, BASE_URL, "/embeddings"), request, network, http.bearer(key))
 
 
 def abort() -> None:
@@ -64,8 +64,8 @@ class FieldsRefused(Refused):
         self.fields = fields
 
 
-def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray, secret: str | None = None) -> Trouble:
-    trouble = trouble_of_answer(status, headers, body, secret)
+def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray) -> Trouble:
+    trouble = trouble_of_answer(status, headers, body)
     if not isinstance(trouble, Refused):
         return trouble
     param = PARAM.search(body)
@@ -73,7 +73,7 @@ def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray,
     return FieldsRefused(str(trouble), frozenset(name for name in OPTIONAL_FIELDS if name in words))
 
 
-def embed_at(url: str, request: Request, network: Network, headers: Mapping[str, str], key: str | None) -> Embedded:
+def embed_at(url: str, request: Request, network: Network, headers: Mapping[str, str]) -> Embedded:
     """Asks again without the fields that the server names when it refuses; remembers them where that has worked."""
     which = (url, request.model.model_id)
     # What the model asks for by itself is sent come what may.
@@ -83,7 +83,7 @@ def embed_at(url: str, request: Request, network: Network, headers: Mapping[str,
     while True:
         body = {name: value for name, value in request_body(request).items() if name not in left_out}
         try:
-            embedded = http.post(request, network, url, headers, body, key, embedded_in, trouble_of)
+            embedded = http.post(request, network, url, headers, body, embedded_in, trouble_of)
         except FieldsRefused as error:
             named = error.fields & optional & body.keys()
             if not named:

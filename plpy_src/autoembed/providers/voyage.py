@@ -42,7 +42,7 @@ def check(model: Model) -> None:
 def embed(request: Request, network: Network) -> Embedded:
     key = keys.resolve(request.model)
     url = http.url(request.model, BASE_URL, "/embeddings")
-    return http.post(request, network, url, http.bearer(key), request_body(request), key, embedded_in, trouble_of)
+    return http.post(request, network, url, http.bearer(key), request_body(request), embedded_in, trouble_of)
 
 
 def abort() -> None:
@@ -66,9 +66,9 @@ def request_body(request: Request) -> dict[str, Any]:
     return {**body, "output_dimension": request.model.dimensions}
 
 
-def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray, secret: str | None = None) -> Trouble:
+def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray) -> Trouble:
     """As everywhere, but an unknown model is answered with 400."""
-    trouble = trouble_of_answer(status, headers, body, secret)
+    trouble = trouble_of_answer(status, headers, body)
     if status == 400 and b"Supported models are" in body:
         return ProviderTrouble(str(trouble), permanent=True)
     return trouble
