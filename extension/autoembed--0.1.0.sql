@@ -413,7 +413,7 @@ AS $autoembed_python$
     sources = {name: source.replace("\n\t", "\n") for name, source in {
 "autoembed": r'''"""The Python of autoembed that runs inside the database server."""
 ''',
-"autoembed.batching": r'''"""Packs texts into requests, as few as the model's limits allow."""
+"autoembed.batching": r'''"""Packs texts into as few requests as the model's limits allow."""
 
 from __future__ import annotations
 
@@ -427,14 +427,14 @@ Item = TypeVar("Item")
 
 ZERO_WIDTH_JOINER = "\u200d"
 SKIN_TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
-# The tokens that models put around a text.
+# Tokens that models put around a text.
 MARKS = 2
-# Characters that are kept together; more accents on one letter than that are somebody's joke.
+# The most characters that are kept together. More accents on one letter are not a real text.
 MAX_JOINED = 16
 
 
-# What a character costs, in tokens, by the first byte of its UTF-8. No text has more tokens than bytes, but in the
-# alphabets that vocabularies know well it has far fewer.
+# The cost of a character in tokens, by the first byte of its UTF-8 form. A text has no more tokens than bytes, and far
+# fewer in the alphabets that vocabularies know well.
 _COSTS: dict[bytes, tuple[float, Iterable[int]]] = {
     b"v": (0, b"aeiou"),
     b"c": (0, b"bcdfghjklmnpqrstvwxyz"),
@@ -445,17 +445,17 @@ _COSTS: dict[bytes, tuple[float, Iterable[int]]] = {
     # Greek, Cyrillic, Hebrew, Arabic; Latin with its accents.
     b"1": (1.25, [*range(0xCE, 0xD2), *range(0xD7, 0xDC)]),
     b"2": (1.5, range(0xC2, 0xC6)),
-    # What else has two bytes; signs, kana, the usual Han characters, Hangul.
+    # Other characters of two bytes; signs, kana, the usual Han characters, Hangul.
     b"3": (2, [*range(0xC6, 0xCE), *range(0xD2, 0xD7), *range(0xDC, 0xE0)]),
     b"4": (2, [*range(0xE2, 0xEA), *range(0xEB, 0xEE)]),
     # India, Thailand, Laos; Georgia, Ethiopia, Burma, Cambodia, full-width letters, emoji.
     b"5": (2.25, [0xE0]),
     b"6": (3, [0xE1, 0xEA, 0xEE, 0xEF, *range(0xF0, 0xF8)]),
 }
-# Of punctuation and all that is not above.
+# Punctuation, and all characters that are not above.
 _OTHER = b"."
 _CONTINUATIONS = bytes(range(0x80, 0xC0))
-# The same for what follows what: letters are all one.
+# Kinds of letters, which count as one kind where the order of characters matters.
 _LETTERS = b"vcU"
 
 
@@ -472,38 +472,39 @@ _WORDS = bytes(ord("a") if kind in _LETTERS else kind if kind in b"d " else ord(
 
 
 def estimate_tokens(text: str) -> int:
-    """About how many tokens a text has: rather more than fewer.
+    """The estimated number of tokens of a text, more often too high than too low.
 
-    Held against OpenAI's vocabularies, in tests/data/token_counts.json: about 1.4 times the truth for English prose;
-    in any language, code or data at least 0.8 of it, and all of it from some hundred characters on; for characters at
-    random at least 0.6. Made of counts that C does, as it is asked of every text: about 20 ns a character.
+    Measured against OpenAI's vocabularies, in tests/data/token_counts.json: about 1.4 times the true number for English
+    prose. In any language, code or data it is at least 0.8 times the true number, and from some hundred characters on
+    at least that number; for random characters at least 0.6 times. The counting is done in C, because every text is
+    estimated: about 20 ns a character.
     """
     encoded = text.encode("utf-8", "replace")
     kinds = encoded.translate(_KINDS, _CONTINUATIONS)
     words = kinds.translate(_WORDS)
     tokens = sum(cost * kinds.count(kind) for kind, (cost, _) in _COSTS.items() if cost) + kinds.count(_OTHER)
-    # A word is a token, and more where it is long or hard to say.
+    # A word is one token, and more if it is long or hard to pronounce.
     tokens += words.startswith(b"a") + sum(map(words.count, (b".a", b" a", b"aaaaa"))) + 2 * words.count(b"da")
     tokens += kinds.count(b"ccc") + kinds.count(b"vvv")
-    # A space is part of the word behind it, not of a number; many in a row are few tokens.
+    # A space is part of the word behind it, but not of a number. Many spaces in a row are few tokens.
     tokens += words.count(b" d") + 0.25 * words.count(b"  ")
     return math.ceil(min(tokens, len(encoded))) + MARKS
 
 
 def most_tokens(text: str) -> int:
-    """What estimate_tokens() gives at most, and a fiftieth of its work: no text has more tokens than bytes."""
+    """An upper bound of estimate_tokens() for a fiftieth of its work: no text has more tokens than bytes."""
     return len(text.encode("utf-8", "replace")) + MARKS
 
 
 def truncate(text: str, max_tokens: int, prefix: str = "") -> str:
     """The longest beginning of a text that has at most max_tokens behind a prefix.
 
-    No letter is cut from its accents, and something is left of every text.
+    A letter keeps its accents, and at least one character is left of every text.
     """
     max_tokens = max(0, max_tokens - _before(prefix))
     if len(text) <= max_tokens and most_tokens(text) <= max_tokens:
         return text
-    # Looked for from the front: nobody reads to the end of a text that is far too long.
+    # The search begins at the front, because a text may be far too long.
     low, high = 1, 1 + 4 * max_tokens
     while high < len(text) and estimate_tokens(text[:high]) <= max_tokens:
         low, high = high, 2 * high
@@ -524,7 +525,7 @@ def truncate(text: str, max_tokens: int, prefix: str = "") -> str:
 
 
 def _joined(before: str, after: str) -> bool:
-    """Whether two characters are drawn as one: an accent, an emoji's colour, emoji with a joiner between them."""
+    """Whether two characters are drawn as one: an accent, the colour of an emoji, emoji with a joiner between them."""
     return ZERO_WIDTH_JOINER in (before, after) or after in SKIN_TONES or unicodedata.category(after).startswith("M")
 
 
@@ -533,15 +534,15 @@ def _before(prefix: str) -> int:
 
 
 def pack(texts: Sequence[str], max_inputs: int, max_tokens: int, prefix: str = "") -> list[list[str]]:
-    """The texts in order, in lists of at most max_inputs texts and max_tokens estimated tokens, a prefix before each.
+    """The texts in order, in lists of at most max_inputs texts and max_tokens estimated tokens.
 
-    A text that has more tokens by itself gets a list of its own.
+    A text that has more tokens by itself gets a list of its own. prefix: is counted with each text.
     """
     requests: list[list[str]] = []
     tokens_left = 0
     before = _before(prefix)
     longest = max(map(most_tokens, texts), default=0)
-    # Where as many of the longest would fit, nobody needs to know better.
+    # If that many of the longest texts would fit, the rough estimate is good enough.
     count = most_tokens if max_inputs * (before + longest) <= max_tokens else estimate_tokens
     for text in texts:
         tokens = before + count(text)
@@ -554,11 +555,11 @@ def pack(texts: Sequence[str], max_inputs: int, max_tokens: int, prefix: str = "
 
 
 def halves(items: list[Item]) -> tuple[list[Item], list[Item]]:
-    """What failed as a whole, split, to find the one that is to blame."""
+    """Splits a list that failed as a whole, to find the item to blame."""
     middle = len(items) // 2
     return items[:middle], items[middle:]
 ''',
-"autoembed.binary": r'''"""Vectors in PostgreSQL's binary COPY format, which the server reads many times faster than their text."""
+"autoembed.binary": r'''"""Vectors in PostgreSQL's binary COPY format, which the server reads many times faster than text."""
 
 from __future__ import annotations
 
@@ -567,17 +568,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-# PostgreSQL's manual, COPY, "Binary Format": signature, flags, length of the header's extension; and the end.
+# The signature, the flags and the length of the header's extension; and the end (PostgreSQL manual, COPY).
 HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 TRAILER = b"\xff\xff"
-# pgvector's vector_recv() and halfvec_recv(): two int16 (dimensions, zero), then big-endian numbers of so many bytes.
+# The numbers of each type, big-endian. Two int16 (dimensions, zero) go before them: vector_recv(), halfvec_recv().
 NUMBERS = {"vector": ">f4", "halfvec": ">f2"}
 
 
 def copy_rows(vectors: np.ndarray, type_name: str) -> bytes:
     """Rows of (ordinal integer, vector or halfvec), counted from 1, as COPY … FROM … (FORMAT binary) takes them.
 
-    vectors: (n, dimensions) float32. What a halfvec cannot hold becomes infinite, which PostgreSQL refuses.
+    vectors: (n, dimensions) float32. A number that a halfvec cannot hold becomes infinite, which PostgreSQL refuses.
     """
     import numpy as np
 
@@ -628,14 +629,14 @@ from autoembed.records import Backfill, Message, Pipeline, Row
 if TYPE_CHECKING:
     import numpy as np
 
-# What a statement that fails raises.
+# A failed statement raises this.
 Error = plpy.SPIError
 
 _plans: dict[str, Any] = {}
 
 
 class _Undo(Exception):
-    """Rolls a subtransaction back that has done what it was for."""
+    """Rolls back a subtransaction whose result has been read."""
 
 
 class Database:
@@ -643,11 +644,11 @@ class Database:
 
     def __init__(self, *, commits: bool) -> None:
         self._commits = commits
-        # The types of vectors whose temporary tables may have rows: each commit empties them.
+        # The vector types whose temporary tables may have rows. Each commit empties them.
         self._filled: set[str] = set()
 
     def commit(self, *, synced: bool = True) -> None:
-        """synced: waits for the disk, if the server's settings ask for it."""
+        """Commits, where that is possible. synced: waits for the disk if the server's settings ask for it."""
         if self._commits:
             if not synced:
                 self._run("SELECT pg_catalog.set_config('synchronous_commit', 'off', true)")
@@ -655,21 +656,21 @@ class Database:
             self._filled.clear()
 
     def check_interrupts(self) -> None:
-        """Lets a cancel, a timeout or a shutdown through, and keeps a lane's transactions short."""
+        """Lets a cancel, a timeout or a shutdown take effect, and keeps a lane's transactions short."""
         self._run("SELECT 1")
         self.commit()
 
     def sleep(self, seconds: float) -> None:
-        """Waits, for a cancel, a timeout or a shutdown at most."""
+        """Waits. A cancel, a timeout or a shutdown ends the wait."""
         self._run("SELECT pg_catalog.pg_sleep($1)", ["pg_catalog.float8"], [seconds])
         self.commit()
 
     # Lanes ---------------------------------------------------------------------------------------
 
     def enter_lane(self, *, backfill: bool) -> bool:
-        """Signs the session on as a lane; backfill: as one for backfills alone.
+        """Registers the session as a lane. backfill: as one for backfills alone.
 
-        Returns whether a vector index makes writing slow, of any of the tables.
+        Returns whether any of the tables has a vector index, which makes writing slow.
         """
         return bool(
             self._run("SELECT autoembed._enter_lane($1) AS indexed", ["pg_catalog.bool"], [backfill])[0]["indexed"]
@@ -679,11 +680,11 @@ class Database:
         self._run("SELECT autoembed._leave_lane()")
 
     def clean_up(self) -> None:
-        """What dropped tables, dead lanes and finished backfills have left."""
+        """Removes the remains of dropped tables, dead lanes and finished backfills."""
         self._run("SELECT autoembed._clean_up()")
 
     def lock_lanes(self) -> None:
-        """To be called first in a transaction that writes: keeps it from a deadlock with DROP EXTENSION."""
+        """Locks the table of lanes. A transaction that writes begins so, to avoid a deadlock with DROP EXTENSION."""
         self._run("SELECT autoembed._gate()")
 
     def lane_is_wanted(self) -> bool:
@@ -691,7 +692,7 @@ class Database:
         return bool(self._run("SELECT autoembed._lane_is_wanted() AS wanted")[0]["wanted"])
 
     def statement_timeout_seconds(self) -> float | None:
-        """How long a statement of this session may take; None: as long as it likes."""
+        """The time that a statement of this session may take; None: there is no limit."""
         row = self._run(
             "SELECT s.setting FROM pg_catalog.pg_settings AS s WHERE s.name OPERATOR(pg_catalog.=) 'statement_timeout'"
         )[0]
@@ -700,7 +701,7 @@ class Database:
     # The queue -----------------------------------------------------------------------------------
 
     def claim(self, max_rows: int, lease_seconds: float, held: Sequence[int]) -> list[Message]:
-        """Takes messages for about so many rows; held: those that this lane has already."""
+        """Takes messages for about so many rows. held: the messages that this lane has already."""
         rows = self._run(
             "SELECT c.message_id, c.read_count, c.message FROM autoembed._claim($1, $2, $3) AS c",
             ["pg_catalog.int4", "pg_catalog.float8", "pg_catalog.int8[]"],
@@ -724,7 +725,7 @@ class Database:
     def requeue(
         self, pipeline_id: int, keys: Sequence[str], attempts: int, *, read_count: int = 0, delay_seconds: float = 0.0
     ) -> None:
-        """Queues rows in one message, as if it had been read that often before."""
+        """Queues rows in one message. read_count: how often it counts as read before."""
         self._run(
             "SELECT autoembed._requeue($1, $2, $3, $4, $5)",
             ["pg_catalog.int4", "pg_catalog.jsonb", "pg_catalog.int4", "pg_catalog.int4", "pg_catalog.float8"],
@@ -734,14 +735,14 @@ class Database:
     # Backfills -----------------------------------------------------------------------------------
 
     def next_backfill(self, *, dedicated: bool) -> Backfill | None:
-        """A table to be looked through, locked against other lanes until the commit; dedicated: by a lane for it."""
+        """The next table to scan, locked against other lanes until the commit. dedicated: this lane only backfills."""
         rows = self._run("SELECT b.* FROM autoembed._next_backfill($1) AS b", ["pg_catalog.bool"], [dedicated])
         if not rows:
             return None
         return Backfill(rows[0]["pipeline_id"], rows[0]["after"], rows[0]["condition"], rows[0]["failures"])
 
     def scan(self, backfill: Backfill, max_rows: int) -> list[str]:
-        """The next keys of its table; RowError if its condition fails, or the table is locked."""
+        """The next keys of its table. Raises RowError if its condition fails or the table is locked."""
         rows: Any = []
         with _row_errors(), contextlib.suppress(_Undo), plpy.subtransaction():
             rows = self._run(
@@ -761,7 +762,7 @@ class Database:
         lease_seconds: float,
         held: Sequence[int],
     ) -> list[Message]:
-        """Moves a backfill on behind these keys; returns the message for them, claimed already."""
+        """Moves a backfill behind these keys. Returns the message for them, which is claimed already."""
         rows = self._run(
             "SELECT c.message_id, c.read_count, c.message FROM autoembed._queue_backfill($1, $2, $3, $4, $5) AS c",
             ["pg_catalog.int4", "pg_catalog.text[]", "pg_catalog.bool", "pg_catalog.float8", "pg_catalog.int8[]"],
@@ -770,7 +771,7 @@ class Database:
         return [Message(row["message_id"], row["read_count"], _body(row["message"])) for row in rows]
 
     def fail_backfill(self, backfill: Backfill, reason: str) -> None:
-        """Gives a backfill up."""
+        """Ends a backfill, with the reason on the failed list."""
         self._run(
             "SELECT autoembed._fail_backfill($1, $2)",
             ["pg_catalog.int4", "pg_catalog.text"],
@@ -780,7 +781,7 @@ class Database:
     # Pipelines and models ------------------------------------------------------------------------
 
     def resolve(self, body: Any) -> int:
-        """The pipeline of a message of the guide's form; RowError if it is of no use."""
+        """The pipeline of a message of the guide's form. Raises RowError if the message is of no use."""
         with _row_errors():
             return int(
                 self._run("SELECT autoembed._resolve($1) AS id", ["pg_catalog.jsonb"], [json.dumps(body)])[0]["id"]
@@ -806,12 +807,12 @@ class Database:
         }
 
     def model(self, name: str | None) -> Model:
-        """The model of that name, the default one for None; an error of PostgreSQL's kind if there is none."""
+        """The model of that name; None: the default one."""
         sql = "SELECT autoembed._model_facts(m) AS model FROM autoembed._model($1) AS m"
         return Model.from_row(json.loads(self._run(sql, ["pg_catalog.text"], [name])[0]["model"]))
 
     def price_and_rate(self, model: Model) -> tuple[Any, Any]:
-        """A model's price per million tokens, and the rows a second that it did in its busiest minute of late."""
+        """The price of a model per million tokens, and its rows per second in the busiest recent minute."""
         row = self._run(
             "SELECT p.price, p.rows_per_second FROM autoembed._price_and_rate($1) AS p",
             ["pg_catalog.text"],
@@ -820,7 +821,7 @@ class Database:
         return row["price"], row["rows_per_second"]
 
     def rest_model(self, name: str, seconds: float, needs_attention: bool, reason: str) -> bool:
-        """Lets a model rest; whether its trouble is new, and this the first lane to say so."""
+        """Lets a model rest. Returns whether this lane is the first to report the trouble."""
         row = self._run(
             "SELECT autoembed._rest_model($1, $2, $3, $4) AS is_new",
             ["pg_catalog.text", "pg_catalog.float8", "pg_catalog.bool", "pg_catalog.text"],
@@ -832,7 +833,7 @@ class Database:
         self._run("SELECT autoembed.resume_model($1)", ["pg_catalog.text"], [name])
 
     def call_embedder(self, model: str, purpose: str, texts: Sequence[str]) -> list[bytes | None]:
-        """What a model's SQL function makes of texts, in PostgreSQL's binary form. Raises Trouble."""
+        """The vectors that a model's SQL function makes of texts, in PostgreSQL's binary form. Raises Trouble."""
         row: Any = None
         try:
             with self.prepared_statements_kept(), contextlib.suppress(_Undo), plpy.subtransaction():
@@ -841,7 +842,7 @@ class Database:
                     ["pg_catalog.text", "pg_catalog.text", "pg_catalog.text[]"],
                     [model, purpose, list(texts)],
                 )
-                # Whatever its owner's code has done besides: settings, temporary objects, events for the commit.
+                # The owner's code may have changed settings, made temporary objects, or left events for the commit.
                 raise _Undo
         except plpy.SPIError as error:
             trouble = trouble_of_function(getattr(error, "sqlstate", None) or "XX000", str(error))
@@ -854,7 +855,7 @@ class Database:
 
     @contextmanager
     def prepared_statements_kept(self) -> Iterator[None]:
-        """Forgets those that an owner's code leaves: the session's user may execute one by its name."""
+        """Drops the prepared statements that an owner's code leaves: the session's user might execute one by name."""
         known = self._run("SELECT autoembed._prepared() AS statements")[0]["statements"]
         try:
             yield
@@ -863,9 +864,9 @@ class Database:
 
     @contextmanager
     def read_committed(self) -> Iterator[None]:
-        """Transactions that see what is committed, whatever the session's default.
+        """Transactions inside are READ COMMITTED, whatever the session's default is.
 
-        In others, two lanes or an application would fail each other's statements, and COMMIT itself.
+        At a higher level, lanes and applications would fail each other's statements, and even COMMIT.
         """
         default = self._run("SELECT pg_catalog.current_setting('default_transaction_isolation') AS level")[0]["level"]
         self._isolate("read committed")
@@ -883,7 +884,7 @@ class Database:
     # Limits --------------------------------------------------------------------------------------
 
     def take_permit(self, model: str, charges: Sequence[Charge | None], slots_held: Sequence[int]) -> Permit:
-        """A permit for one more request of a model. To be committed at once where that is possible."""
+        """A permit for one more request of a model. The caller commits at once where that is possible."""
         seconds = [value for charge in charges for value in charge or (None, None)]
         [row] = self._run(
             "SELECT p.* FROM autoembed._take_permit($1, $2, $3, $4, $5, $6, $7) AS p",
@@ -900,7 +901,7 @@ class Database:
         return Permit(at, row["slot"], row["spent"], row["rest_seconds"] or 0.0)
 
     def free_slots(self, model: str, slots: Sequence[int]) -> None:
-        """Says that requests with these slots are no longer in flight."""
+        """Notes that requests with these slots are no longer in flight."""
         self._run(
             "SELECT autoembed._free_slots($1, $2)", ["pg_catalog.text", "pg_catalog.int4[]"], [model, list(slots)]
         )
@@ -915,7 +916,7 @@ class Database:
     def warn_of_blocked_pipelines(self, resting: Sequence[str] | None = None) -> None:
         """Warns of the pipelines that have jobs waiting and cannot be embedded.
 
-        resting: only of those that wait for one of these models, or, with none, for no model.
+        resting: only pipelines that wait for one of these models; an empty list: only those that wait for no model.
         """
         self._run(
             "SELECT autoembed._warn_of_blocked_pipelines(true, $1)",
@@ -926,7 +927,7 @@ class Database:
     # Rows ----------------------------------------------------------------------------------------
 
     def rows(self, pipeline: Pipeline, keys: Sequence[str]) -> dict[str, Row]:
-        """The rows that exist, by key; RowError if the content function fails for one of them."""
+        """The rows that exist, by key. Raises RowError if the content function fails for one of them."""
         rows: Any = []
         with _row_errors(), contextlib.suppress(_Undo), plpy.subtransaction():
             rows = self._run(
@@ -934,7 +935,7 @@ class Database:
                 ["pg_catalog.text[]"],
                 [list(keys)],
             )
-            # Whatever the owner's code has done besides: settings, temporary objects.
+            # The owner's code may have changed settings or made temporary objects.
             raise _Undo
         return {row["key"]: Row(row["content"], row["has_embedding"]) for row in rows}
 
@@ -953,10 +954,10 @@ class Database:
         contents: Sequence[str | None],
         vectors: np.ndarray | None,
     ) -> dict[str, str]:
-        """Writes each vector (None: NULLs) whose row still says the text.
+        """Writes the vectors (None: NULLs) of the rows whose text is still the same.
 
-        Returns what became of each key: written, changed, locked or gone. RowError if a row does not take its
-        vector; then none was written.
+        Returns the outcome of each key: written, changed, locked or gone. Raises RowError if a row does not take its
+        vector; then none is written.
         """
         with _row_errors(), contextlib.nullcontext() if pipeline.trusted else self._settings_kept():
             if vectors is not None and (stage := self._staged(pipeline, vectors)):
@@ -974,11 +975,11 @@ class Database:
         return {row["key"]: row["outcome"] for row in rows}
 
     def _staged(self, pipeline: Pipeline, vectors: np.ndarray) -> str | None:
-        """The temporary table that holds the vectors, in their order; None if this role may not COPY from a file."""
+        """The temporary table that holds the vectors in their order; None if this role may not COPY from a file."""
         may_have_rows = not self._commits or pipeline.vector_type in self._filled
         self._filled.add(pipeline.vector_type)
         rows = copy_rows(vectors, pipeline.vector_type.rpartition(".")[2])
-        # A file that is only ours and in memory alone.
+        # The file is in memory, and no other process can open it by a name.
         file = os.memfd_create("autoembed")
         try:
             with open(file, "wb", closefd=False) as stream:
@@ -1007,7 +1008,7 @@ class Database:
         )
 
     def note_usage(self, model: str, shares: Sequence[Share], slot: int | None) -> None:
-        """Notes a request that was answered, and whose texts were in it; frees its slot."""
+        """Notes a request that was answered and the shares of pipelines in it. Frees its slot."""
         self._run(
             "SELECT autoembed._note_usage($1, $2, $3, $4, $5, $6, $7)",
             [
@@ -1039,7 +1040,7 @@ class Database:
 
     @contextmanager
     def _settings_kept(self) -> Iterator[None]:
-        """Puts back the settings of the session that an owner's code changes inside."""
+        """Restores the settings of the session that an owner's code changes inside."""
         before = self._settings()
         yield
         after = self._settings()
@@ -1050,11 +1051,11 @@ class Database:
                 self._run(
                     "SELECT pg_catalog.set_config($1, $2, false)", ["pg_catalog.text", "pg_catalog.text"], [name, value]
                 )
-        # Not shown among the settings, and of weight to our triggers.
+        # pg_settings does not show this one, and the triggers obey it.
         self._run("SELECT pg_catalog.set_config('autoembed.writing', '', false)")
 
     def _settings(self) -> dict[str, str]:
-        """The settings that were made in this session."""
+        """The settings that differ in this session."""
         rows = self._run(
             "SELECT s.name, pg_catalog.current_setting(s.name) AS value FROM pg_catalog.pg_settings AS s"
             " WHERE s.source OPERATOR(pg_catalog.=) 'session' AND s.context OPERATOR(pg_catalog.<>) 'internal'"
@@ -1076,12 +1077,12 @@ def is_installed() -> bool:
 
 @contextmanager
 def _row_errors() -> Iterator[None]:
-    """Undoes a statement that fails by a row's fault and raises RowError; all other errors go their way."""
+    """Undoes a statement that fails because of a row and raises RowError. All other errors pass unchanged."""
     try:
         with plpy.subtransaction():
             yield
     except plpy.SPIError as error:
-        # An SQLSTATE that PostgreSQL does not know leaves the attribute out.
+        # The attribute is missing if PostgreSQL does not know the SQLSTATE.
         fault = row_error(getattr(error, "sqlstate", None) or "XX000", str(error))
         if fault is None:
             raise
@@ -1089,7 +1090,7 @@ def _row_errors() -> Iterator[None]:
 
 
 def literals(vectors: np.ndarray) -> list[str]:
-    """Vectors as text in pgvector's form."""
+    """Vectors in pgvector's text form."""
     import numpy as np
     import orjson
 
@@ -1098,7 +1099,7 @@ def literals(vectors: np.ndarray) -> list[str]:
 
 
 def _body(message: str | None) -> Any:
-    # Fractions stay text: a numeric key must come back digit by digit.
+    # Fractions stay text: a numeric key must come back with the same digits.
     return None if message is None else json.loads(message, parse_float=str)
 ''',
 "autoembed.doors": r'''"""The doors from SQL into Python: each function is the body of the SQL function of the same name."""
@@ -1137,7 +1138,7 @@ KEPT_FREE_BYTES = 8 << 20
 
 heap.share_one_arena()
 _network = Network(MAX_CONNECTIONS)
-_queries: OrderedDict[tuple[Model, str], str] = OrderedDict()
+_queries: OrderedDict[tuple[str, str], str] = OrderedDict()
 
 
 def process(batch_size: int, max_requests: int, timeout_milliseconds: int) -> dict[str, Any]:
@@ -1163,19 +1164,22 @@ def work(run_seconds: float, batch_size: int, max_requests: int, timeout_millise
             raise
 
 
-def embed(content: str, facts: str) -> dict[str, Any]:
-    """The vector of a search text, or the fault that SQL is to raise. facts: what _model_facts() says of the model."""
-    model = Model.from_row(json.loads(facts))
-    query = (model, content)
+def embed(content: str, model_name: str, definition: str) -> dict[str, Any]:
+    """The vector of a search text, or the fault that SQL is to raise.
+
+    definition: the row of the model as text. A vector that is kept is of the same text and the same definition.
+    """
+    query = (content, definition)
     if query not in _queries:
         try:
             if not content.strip():
                 raise Fault("a blank text has no embedding", hint="Give embed() some words.")
-            _queries[query] = _embed_in_turn(database.Database(commits=False), model, content)
+            here = database.Database(commits=False)
+            _queries[query] = _embed_in_turn(here, here.model(model_name), content)
         except Fault as fault:
             return {"embedding": None, **_fields(fault)}
         except Trouble as trouble:
-            return {"embedding": None, **_fields(_without_vector(model, trouble))}
+            return {"embedding": None, **_fields(_without_vector(model_name, trouble))}
         if len(_queries) > QUERY_CACHE_SIZE:
             _queries.popitem(last=False)
     _queries.move_to_end(query)
@@ -1252,9 +1256,9 @@ def _fields(fault: Fault) -> dict[str, Any]:
     return {"problem": fault.problem, "hint": fault.hint, "errcode": fault.errcode}
 
 
-def _without_vector(model: Model, trouble: Trouble) -> Fault:
+def _without_vector(model_name: str, trouble: Trouble) -> Fault:
     return Fault(
-        f'model "{model.name}" gave no embedding: {trouble}',
+        f'model "{model_name}" gave no embedding: {trouble}',
         hint="SELECT * FROM autoembed.doctor() shows what to do.",
         errcode="38000",
     )
@@ -1322,7 +1326,7 @@ def _embed_query(
     here.note_usage(model.name, [Share(None, 1, 1, tokens, 0)], None)
     return database.literals(outcome.vectors)[0]
 ''',
-"autoembed.endpoints": r'''"""Where a model may be: https anywhere, http here and where an administrator allows it, metadata services never."""
+"autoembed.endpoints": r'''"""The addresses of models: https anywhere, http on this machine and on allowed hosts, metadata services never."""
 
 from __future__ import annotations
 
@@ -1333,7 +1337,7 @@ from collections.abc import Collection
 
 from autoembed.errors import Fault
 
-# Link-local, and where clouds hand their machines' credentials to whoever asks: AWS, Google, Alibaba, Azure, Oracle.
+# Link-local addresses, and those where clouds give out credentials: AWS, Google, Alibaba, Azure, Oracle.
 FORBIDDEN_NETWORKS = [
     ipaddress.ip_network(network)
     for network in (
@@ -1346,7 +1350,7 @@ FORBIDDEN_NETWORKS = [
         "192.0.0.192/32",
     )
 ]
-# Their names, for where a proxy resolves them.
+# The names of these services, which a proxy may resolve.
 FORBIDDEN_NAMES = {
     "metadata",
     "metadata.google.internal",
@@ -1354,10 +1358,10 @@ FORBIDDEN_NAMES = {
     "instance-data",
     "instance-data.ec2.internal",
 }
-# IPv4 inside IPv6 (RFC 6052), which ipaddress does not take apart by itself.
+# IPv4 inside IPv6 (RFC 6052), which ipaddress does not unwrap.
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
-# Stricter than what HTTP clients take, so that none finds another host in it.
+# This form is stricter than that of HTTP clients, so that none finds another host in a URL.
 URL = re.compile(r"(https?)://([^\s/?#\\@]+@)?(\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^\s/?#\\@:\[\]]+)(:[0-9]+)?([/?#]\S*)?")
 
 
@@ -1391,13 +1395,13 @@ def without_user(url: str) -> str:
 
 
 def is_forbidden(host: str) -> bool:
-    """Whether a host of a URL is never called: all that can be told where a proxy resolves names."""
+    """Whether the host of a URL is never called. Where a proxy resolves names, nothing more can be checked."""
     address = _address(host)
     return _plain(host) in FORBIDDEN_NAMES if address is None else _is_forbidden_address(address)
 
 
 def may_connect(host: str, address: str) -> bool:
-    """Whether the address that a host turned out to have may be connected to; a name for here must lead here."""
+    """Whether a connection to the address of a host is allowed. A name for this machine must lead to this machine."""
     resolved = _unwrapped(ipaddress.ip_address(address))
     return not _is_forbidden_address(resolved) and (resolved.is_loopback or not _is_here(_plain(host)))
 
@@ -1412,7 +1416,7 @@ def _is_forbidden_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """The address that a host is, in whatever notation the system knows (2852039166, 0xA9FEA9FE); None for a name."""
+    """The address that a host is, in any notation that the system knows (2852039166, 0xA9FEA9FE); None for a name."""
     try:
         plain = _plain(host).partition("%")[0]
         found = socket.getaddrinfo(plain, None, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
@@ -1424,7 +1428,7 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 def _unwrapped(
     address: ipaddress.IPv4Address | ipaddress.IPv6Address,
 ) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """The IPv4 address that an IPv6 one stands for, where it does."""
+    """The IPv4 address inside an IPv6 address, or else the address itself."""
     if isinstance(address, ipaddress.IPv4Address):
         return address
     if address in NAT64:
@@ -1435,7 +1439,7 @@ def _unwrapped(
 def _plain(host: str) -> str:
     return host.strip("[]").rstrip(".").lower()
 ''',
-"autoembed.errors": r'''"""What can go wrong, by whose fault and whether it passes: decided here, acted on in worker."""
+"autoembed.errors": r'''"""The errors: who is to blame, and whether they pass. Decided here, acted on in worker and rows."""
 
 from __future__ import annotations
 
@@ -1475,7 +1479,7 @@ class ProviderTrouble(Trouble):
     """The provider is to blame, not the texts.
 
     permanent: somebody must act (a wrong key, an unknown model); otherwise it passes by itself.
-    retry_after_seconds: what the provider asked for, if it did.
+    retry_after_seconds: the wait that the provider asked for, if it did.
     """
 
     def __init__(self, message: str, *, permanent: bool = False, retry_after_seconds: float | None = None) -> None:
@@ -1485,14 +1489,14 @@ class ProviderTrouble(Trouble):
 
 
 class OverBudget(ProviderTrouble):
-    """The model has used up what it may use a day; retry_after_seconds: until the next one."""
+    """The model has used up its budget of the day. retry_after_seconds: the time until the next day."""
 
 
 class RowError(Exception):
-    """A statement failed by a row's fault: its data, or its owner's functions, triggers and constraints.
+    """A statement failed because of a row: its data, or its owner's functions, triggers and constraints.
 
-    passes: somebody else was in the way, and the same statement may work in a moment; locked: with a lock, and
-    perhaps on the whole table.
+    passes: another transaction was in the way, and the same statement may work in a moment.
+    locked: it holds a lock, perhaps on the whole table.
     """
 
     def __init__(self, message: str, *, passes: bool, locked: bool = False) -> None:
@@ -1501,9 +1505,10 @@ class RowError(Exception):
         self.locked = locked
 
 
-# SQLSTATEs by their beginnings (PostgreSQL manual, appendix A). What passes by itself: rollbacks for concurrency, and
-# locks that are not to be had. What is nobody's row: no disk or memory left, cancel and shutdown, a failing disk.
+# SQLSTATEs by their beginnings (PostgreSQL manual, appendix A).
+# Errors that pass by themselves: rollbacks for concurrency, and locks that another transaction holds.
 PASSING = ("40", "55")
+# Errors that no row causes: no disk space or memory, a cancel or a shutdown, a failing disk.
 NOBODYS = ("53", "57", "58030")
 LOCK_NOT_AVAILABLE = "55P03"
 QUERY_CANCELED = "57014"
@@ -1512,16 +1517,16 @@ UNDEFINED_FUNCTION = "42883"
 
 
 def row_error(sqlstate: str, message: str) -> RowError | None:
-    """The row error that a failed statement means; None if no row is to blame."""
+    """The row error that a failed statement stands for; None if no row is to blame."""
     if sqlstate.startswith(NOBODYS):
         return None
-    # A function of ours that was made anew under a request in flight: the next claim finds it.
+    # A function of the pipeline was replaced while a request was in flight. The next claim finds the new one.
     gone = sqlstate == UNDEFINED_FUNCTION and "autoembed._" in message
     return RowError(message, passes=gone or sqlstate.startswith(PASSING), locked=sqlstate == LOCK_NOT_AVAILABLE)
 
 
 def trouble_of_function(sqlstate: str, message: str) -> Trouble | None:
-    """The trouble that an error of a user's SQL function means for the texts it was given; None: it was cancelled."""
+    """The trouble that an error of a user's SQL function stands for; None if it was cancelled."""
     if sqlstate == QUERY_CANCELED:
         return None
     if sqlstate.startswith(PASSING + NOBODYS + NO_CONNECTION):
@@ -1529,16 +1534,20 @@ def trouble_of_function(sqlstate: str, message: str) -> Trouble | None:
     return Refused(message)
 
 
+# The longest rest after trouble that passes by itself, in seconds.
 MAX_REST_SECONDS = 15.0
+# The longest rest after trouble that somebody must mend, in seconds.
 MAX_PERMANENT_REST_SECONDS = 60.0
+# A longer wait, in seconds, is not granted to a provider.
 MAX_RETRY_AFTER_SECONDS = 3600.0
 
 
 def rest_seconds(trouble: ProviderTrouble, failures: int, fraction: float) -> float:
-    """How long a model rests after its provider failed that many times before; fraction: random, from 0 to 1.
+    """The rest of a model whose provider has failed that many times before. fraction: random, from 0 to 1.
 
-    What the provider asks for, plus up to a second so that lanes do not come back all at once; else exponential backoff
-    with full jitter. Never long: one small request now and then is how we learn that the provider is back.
+    The rest is the time that the provider asks for, plus up to a second so that lanes do not all come back at once.
+    Without such a time it grows exponentially, with full jitter. It is never long: a small request now and then shows
+    whether the provider is back.
     """
     if isinstance(trouble, OverBudget) and trouble.retry_after_seconds is not None:
         return trouble.retry_after_seconds
@@ -1549,20 +1558,21 @@ def rest_seconds(trouble: ProviderTrouble, failures: int, fraction: float) -> fl
     return 0.2 + fraction * min(2.0 ** min(failures, 10), MAX_REST_SECONDS)
 
 
-# RFC 9110, section 15: what a client should make of a status. 409, 423, 425: a busy gateway.
+# Statuses that blame the request (RFC 9110, section 15).
 REFUSED_STATUSES = {400, 413, 414, 422}
+# Statuses that pass by themselves. 409, 423 and 425 come from busy gateways.
 PASSING_STATUSES = {408, 409, 423, 425, 429}
 
 
 def trouble_of_answer(
     status: int, headers: Mapping[str, str], body: bytes | bytearray, secret: str | None = None
 ) -> Trouble:
-    """The trouble that an HTTP answer with a status other than 200 means."""
+    """The trouble that an HTTP answer with a status other than 200 stands for."""
     message = f"the provider answered {status}: {_message_in(body, secret)}"
     if status in REFUSED_STATUSES:
         return Refused(message)
     if status == 429 and b"Request too large" in body:
-        # More tokens than a whole minute has: no time helps, fewer texts do.
+        # The request has more tokens than a minute allows. Waiting does not help; fewer texts do.
         return Refused(message)
     if status == 429 and b"insufficient_quota" in body:
         return ProviderTrouble(message, permanent=True)
@@ -1574,9 +1584,9 @@ def trouble_of_answer(
 
 
 def retry_after_seconds(headers: Mapping[str, str], now: float | None = None) -> float | None:
-    """Retry-After in seconds from now, given as such or as an HTTP date (RFC 9110, 10.2.3); None if there is none.
+    """Retry-After in seconds from now; None if there is none. It is a number or an HTTP date (RFC 9110, 10.2.3).
 
-    OpenAI and Azure say it in milliseconds too, in a header of their own.
+    OpenAI and Azure also send it in milliseconds, in another header.
     """
     milliseconds = re.fullmatch(r"[0-9]{1,12}", headers.get("retry-after-ms", ""))
     if milliseconds:
@@ -1598,7 +1608,7 @@ def retry_after_seconds(headers: Mapping[str, str], now: float | None = None) ->
 
 
 def _message_in(body: bytes | bytearray, secret: str | None) -> str:
-    """The provider's own words, on one line of at most 300 characters, without the key it may echo."""
+    """The provider's message, on one line of at most 300 characters, without the key that it may echo."""
     text = body[:10_000].decode("utf-8", "replace")
     try:
         answer = json.loads(text)
@@ -1612,7 +1622,7 @@ def _message_in(body: bytes | bytearray, secret: str | None) -> str:
 
 
 def _words_in(error: object) -> str:
-    """What an error says, in the forms that providers and their web frameworks have for it."""
+    """The message in an error, in the forms that providers and their web frameworks use."""
     if isinstance(error, list):
         return "; ".join(map(_words_in, error))
     if not isinstance(error, dict):
@@ -1621,7 +1631,7 @@ def _words_in(error: object) -> str:
         if error.get(name) is not None:
             return _words_in(error[name])
     if isinstance(error.get("msg"), str):
-        # A field of the request that is not as it should be.
+        # A field of the request is wrong.
         place = ".".join(map(str, error["loc"])) + ": " if isinstance(error.get("loc"), list) else ""
         return f"{place}{error['msg']}"
     return str(error)
@@ -1777,31 +1787,31 @@ class Flight(Generic[Tag, Result]):
         except Trouble as trouble:
             return tag, trouble
 ''',
-"autoembed.heap": r'''"""What a process keeps of the memory that it frees: glibc's mallopt(3), malloc_trim(3); elsewhere these do nothing."""
+"autoembed.heap": r'''"""The freed memory that a process keeps, by glibc's mallopt(3) and malloc_trim(3). Without glibc nothing happens."""
 
 from __future__ import annotations
 
 import ctypes
 
-# malloc.h
+# Parameters of mallopt(), from malloc.h.
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 M_ARENA_MAX = -8
 
 
 def share_one_arena() -> None:
-    """Otherwise each thread has a heap of its own, which keeps what it once had; a lane's do well with one for all."""
+    """Lets all threads share one heap. Otherwise each thread has a heap that keeps the most it ever used."""
     _call("mallopt", M_ARENA_MAX, 1)
 
 
 def keep(block_bytes: int, free_bytes: int) -> None:
-    """Keeps freed blocks up to a size, 32 MiB at most, and so much at the heap's end; the system gets the rest."""
+    """Keeps freed blocks up to a size (at most 32 MiB), and so much at the end of the heap. The rest is given back."""
     _call("mallopt", M_MMAP_THRESHOLD, block_bytes)
     _call("mallopt", M_TRIM_THRESHOLD, free_bytes)
 
 
 def trim() -> None:
-    """Gives back all that is free. Takes 1 to 3 ms."""
+    """Gives all free memory back. Takes 1 to 3 ms."""
     _call("malloc_trim", 0)
 
 
@@ -2176,10 +2186,10 @@ from autoembed.model import Model
 
 
 def resolve(model: Model) -> str | None:
-    """The key that a model refers to, None if it needs none; ProviderTrouble (permanent) if it cannot be had.
+    """The key that a model refers to; None if it needs none. Raises ProviderTrouble (permanent) without a usable key.
 
-    env:NAME and file:PATH are looked up now. The vault is in the database, where threads may not go: what vault:NAME
-    refers to has come with the model.
+    env:NAME and file:PATH are read now. The secret behind vault:NAME has come with the model, because threads must not
+    use the database.
     """
     if model.api_key is None:
         return None
@@ -2194,9 +2204,11 @@ def resolve(model: Model) -> str | None:
     key = key.strip()
     if not key:
         raise ProviderTrouble(f"there is no API key: {missing}", permanent=True)
-    # An HTTP client would say so too, and quote the key.
+    # An HTTP client would also refuse it, but quote the key.
     if not (key.isascii() and key.isprintable()):
-        raise ProviderTrouble(f"what {model.api_key} holds is no API key: it is not one line of ASCII", permanent=True)
+        raise ProviderTrouble(
+            f"the value at {model.api_key} is not an API key: it is not one line of ASCII", permanent=True
+        )
     return key
 
 
@@ -2516,7 +2528,7 @@ class Embedded:
     tokens: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict, compare=False)
 ''',
-"autoembed.network": r'''"""The one door to the network: posts a body, returns the answer, and lets go when told to."""
+"autoembed.network": r'''"""The one door to the network: posts a body, returns the answer, and can be aborted."""
 
 from __future__ import annotations
 
@@ -2536,8 +2548,9 @@ from autoembed.errors import ProviderTrouble
 if TYPE_CHECKING:
     import requests
 
+# A connection is given this long to be made, in seconds.
 CONNECT_TIMEOUT_SECONDS = 10.0
-# Where the server's environment names its certificate authorities: as requests has it, and as OpenSSL has it.
+# Environment variables that name certificate authorities: those of requests, and that of OpenSSL.
 CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
 
 
@@ -2551,7 +2564,7 @@ class Answer:
 
 
 class Network:
-    """Connections, kept from one request to the next. Threads may share it; abort() ends their requests at once."""
+    """Connections, kept from one request to the next. Threads may share them. abort() ends their requests at once."""
 
     def __init__(self, max_connections: int) -> None:
         self._max_connections = max_connections
@@ -2571,13 +2584,14 @@ class Network:
         ca_file: str | None = None,
         sent: Callable[[], None] = lambda: None,
     ) -> Answer:
-        """The answer to a POST, whatever its status; ProviderTrouble if there is none in time or it is too large.
+        """The answer to a POST, whatever its status. Raises ProviderTrouble if it is late or too large.
 
-        Redirects are not followed, certificates are verified, link-local addresses and metadata services not called.
-        ca_file: the certificate authorities to trust, in place of those of the environment and the system. sent: is
-        called when only the answer is outstanding.
+        Redirects are not followed. Certificates are verified. Link-local addresses and metadata services are never
+        called.
+        ca_file: the certificate authorities to trust, in place of those of the environment and the system.
+        sent: is called when only the answer is outstanding.
         """
-        # 0.2-0.3 s in a new backend, so not before there is something to send.
+        # The import takes 0.2 to 0.3 s in a new backend, so it waits until there is something to send.
         import requests
         import urllib3
 
@@ -2593,11 +2607,11 @@ class Network:
                 verify=ca_file or next(filter(None, map(os.environ.get, CA_VARIABLES)), True),
                 allow_redirects=False,
                 stream=True,
-                # Anything, so that a .netrc of the server's user never replaces the key.
+                # Any value here keeps a .netrc of the server's user from replacing the key.
                 auth=lambda request: request,
             ) as response:
                 received = bytearray()
-                # What has come so far: iter_content() would wait for a full chunk, past any deadline.
+                # read1() returns the bytes that are there. iter_content() waits for a full chunk, past the deadline.
                 while chunk := response.raw.read1(1 << 16, decode_content=True):
                     received += chunk
                     if len(received) > max_answer_bytes:
@@ -2620,20 +2634,20 @@ class Network:
         except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError) as error:
             raise ProviderTrouble(f"no answer from {_host(url)}: {_cause(error)}") from error
         except OSError as error:
-            # Before anything is sent: requests looks whether the file is there.
+            # Nothing was sent: requests checks first that the file exists.
             raise ProviderTrouble(f"the certificate authorities cannot be read: {error}", permanent=True) from error
         finally:
             self._watch(None)
 
     def abort(self) -> None:
-        """Ends every request that is under way; its thread sees a broken connection."""
+        """Ends every request that is under way. Its thread sees a broken connection."""
         with self._lock:
             for connection in self._sockets.values():
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
 
     def _watch(self, connection: socket.socket | None) -> None:
-        """Remembers what this thread waits on. A copy: TLS takes the socket's descriptor away from the object."""
+        """Remembers the socket that this thread waits on. It is a copy: TLS takes the descriptor from the original."""
         with self._lock:
             before = self._sockets.pop(threading.get_ident(), None)
             if before is not None:
@@ -2651,7 +2665,7 @@ class Network:
 def _session(
     max_connections: int, watch: Callable[[socket.socket], None], sent: Callable[[], None]
 ) -> requests.Session:
-    """A session that shows watch() each socket before a thread first waits on it, and says when a request is sent."""
+    """A session that passes each socket to watch() before a thread waits on it, and calls sent() after each request."""
     import requests
     from requests.adapters import HTTPAdapter
     from urllib3.connection import HTTPConnection, HTTPSConnection
@@ -2695,7 +2709,7 @@ def _session(
             return manager
 
         def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
-            # Of a name that a proxy resolves, no more can be told than this; for the others see _connect().
+            # Where a proxy resolves names, nothing more can be checked. For other names see _connect().
             host = urlsplit(str(request.url)).hostname or ""
             if endpoints.is_forbidden(host):
                 raise _never_called(host, "a link-local address or a cloud's metadata service")
@@ -2709,9 +2723,9 @@ def _session(
 
 
 def _connect(host: str, port: int, timeout: Any, options: Any, watch: Callable[[socket.socket], None]) -> socket.socket:
-    """A connected socket; watch() sees it before it waits for the other side, so that connecting can be aborted too.
+    """A connected socket. watch() is given it before it connects, so that connecting can be aborted too.
 
-    What is judged is what is connected to: a name is not resolved twice.
+    The name is resolved once: the address that is checked is the address that is connected to.
     """
     from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 
@@ -2749,7 +2763,7 @@ def _host(url: str) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost reason, in one line: requests wraps it three times over."""
+    """The innermost reason on one line: requests wraps it three times."""
     cause: BaseException = error
     while True:
         inner = getattr(cause, "reason", None) or cause.__cause__ or cause.__context__
@@ -2773,13 +2787,13 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-# Padded tokens in one batch: 256 to 512 were fastest on 2 cores, and more only costs memory and patience.
+# Padded tokens in one batch. 256 to 512 were fastest on 2 cores; more costs memory and delays a cancel.
 BATCH_TOKENS = 512
-# What is handed to the tokenizer at once, for it cannot be interrupted.
+# Texts that the tokenizer gets at once. It cannot be interrupted.
 TOKENIZE_TEXTS = 64
-# Only so much of a text is tokenized at first: a megabyte costs 0.4 s and 120 MB.
+# Characters of a text that are tokenized at first, for each token wanted. A megabyte costs 0.4 s and 120 MB.
 CHARACTERS_PER_TOKEN = 16
-# WordPiece makes of a word up to one token per character, of a longer word than this a single one.
+# WordPiece makes up to one token per character of a word, but a single token of a longer word than this.
 LONGEST_WORD_CHARACTERS = 100
 
 
@@ -2792,7 +2806,7 @@ class OnnxModel:
 
     onnxruntime starts threads here, and a thread inherits the signal mask of the one that starts it. In a
     database backend, create the model in a thread that has blocked all signals: the server's handlers must
-    not run in another thread than its own.
+    run in the backend's own thread.
     """
 
     def __init__(self, folder: str, *, max_tokens: int = 256, threads: int | None = None) -> None:
@@ -2812,7 +2826,7 @@ class OnnxModel:
         self.dimensions: int = output.shape[2]
         self._max_tokens = max_tokens
         self._run: Any = None
-        # 60 MB after loading, up to 70 MB after long texts.
+        # Loading leaves 60 MB of freed memory.
         heap.trim()
 
     def embed(self, texts: Sequence[str], between_batches: Callable[[], None] = lambda: None) -> Array:
@@ -2825,7 +2839,7 @@ class OnnxModel:
         import onnxruntime
 
         vectors = np.empty((len(texts), self.dimensions), np.float32)
-        # Mapped anew for each batch, the activations would take half as long again.
+        # If memory were mapped again for each batch, a batch would take half as long again.
         heap.keep(block_bytes=32 << 20, free_bytes=64 << 20)
         try:
             tokens = self._tokenize(texts, between_batches)
@@ -2859,7 +2873,7 @@ class OnnxModel:
             encodings = encode([text[:characters] for text in part], add_special_tokens=False)
             for text, encoding in zip(part, encodings, strict=True):
                 if len(text) > characters and len(encoding) < limit + LONGEST_WORD_CHARACTERS:
-                    # The cut may be felt in the tokens that count.
+                    # The cut may have changed the tokens within the limit.
                     (encoding,) = encode([text], add_special_tokens=False)
                 encoding.truncate(limit)
                 tokens.append(np.array(self._tokenizer.post_process(encoding).ids, np.int32))
@@ -2881,7 +2895,7 @@ class OnnxModel:
             if self._run.terminate:
                 raise Stopped(Stopped.__doc__) from None
             raise
-        # The sum has the mean's direction, and only that is left at unit length.
+        # The sum has the direction of the mean, and at unit length only the direction remains.
         vectors: Array = np.einsum("bt,btd->bd", mask.astype(np.float32), hidden)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         return vectors
@@ -2912,7 +2926,7 @@ def _open(load: Callable[[str], Any], path: str) -> Any:
 
 
 def _load_tokenizer(path: str) -> Any:
-    # Its own threads would start in whichever thread tokenizes first, signals blocked or not.
+    # The tokenizer's own threads would start in the first thread that tokenizes, which may not block signals.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from tokenizers import Tokenizer
 
@@ -2927,10 +2941,10 @@ def _load_session(path: str, threads: int) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Both keep what the largest batches needed.
+    # Both would keep the memory of the largest batch.
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
-    # Threads that spin when there is nothing to compute take the cores from other backends.
+    # Threads that spin while they wait take the cores from other backends.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 ''',
@@ -3042,8 +3056,8 @@ def embed(request: Request, network: Network, call_embedder: CallEmbedder) -> Em
 "autoembed.providers.azure": r'''"""OpenAI's models as Azure serves them: by resource and deployment.
 
 Written from the API reference, https://learn.microsoft.com/azure/ai-services/openai/reference#embeddings, and
-https://learn.microsoft.com/azure/ai-services/openai/how-to/embeddings, which sets the limits. The body and the answer
-are OpenAI's. Its v1 API, without deployments and versions, is spoken by the provider openai.
+https://learn.microsoft.com/azure/ai-services/openai/how-to/embeddings, which sets the limits. Body and answer are those
+of OpenAI. The provider openai speaks Azure's v1 API, which has no deployments and versions.
 """
 
 from __future__ import annotations
@@ -3080,8 +3094,7 @@ def embed(request: Request, network: Network) -> Embedded:
     return openai.embed_at(url_of(request.model), request, network, headers, key)
 
 
-def abort() -> None:
-    """Nothing to end: all it does goes over the network."""
+abort = http.abort
 
 
 def url_of(model: Model) -> str:
@@ -3112,12 +3125,12 @@ if TYPE_CHECKING:
 
 BASE_URL = "https://api.cohere.com"
 MAX_INPUTS_PER_REQUEST = 96
-# The reference sets none for a request; one text of embed-v4.0 may have as many.
+# The reference sets no limit for a request. One text of embed-v4.0 may have this many.
 MAX_TOKENS_PER_REQUEST = 128_000
 MAX_TOKENS_PER_INPUT: int | None = 128_000
 RUNS_IN_BACKEND = False
 
-# The models before embed-v4.0, which take shorter texts and refuse output_dimension.
+# Models before embed-v4.0 take shorter texts and refuse output_dimension.
 OLD_MODELS = "-v3.0"
 OLD_MAX_TOKENS_PER_INPUT = 512
 INPUT_TYPES = {"document": "search_document", "query": "search_query"}
@@ -3135,8 +3148,7 @@ def embed(request: Request, network: Network) -> Embedded:
     return http.post(request, network, url, http.bearer(key), request_body(request), key, embedded_in, trouble_of)
 
 
-def abort() -> None:
-    """Nothing to end: all it does goes over the network."""
+abort = http.abort
 
 
 def request_body(request: Request) -> dict[str, Any]:
@@ -3144,9 +3156,9 @@ def request_body(request: Request) -> dict[str, Any]:
         "model": request.model.model_id,
         "texts": list(request.texts),
         "input_type": INPUT_TYPES[request.purpose],
-        # There is base64 too, but the reference does not say of what bytes.
+        # The reference does not describe the bytes of its base64 form.
         "embedding_types": ["float"],
-        # What is too long was cut before, or must not be cut at all.
+        # Texts that are too long were cut before, or must not be cut.
         "truncate": "NONE",
     }
     if request.model.model_id.endswith(OLD_MODELS):
@@ -3155,7 +3167,7 @@ def request_body(request: Request) -> dict[str, Any]:
 
 
 def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedded:
-    """The vectors of an answer, which has them in the order of the texts, and the tokens that are billed."""
+    """The vectors of an answer, which are in the order of the texts, and the tokens that are billed."""
     with http.reading("Cohere"):
         answer = http.parse(body)
         vectors = matrix(answer["embeddings"]["float"], count, dimensions)
@@ -3163,7 +3175,7 @@ def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedde
 
 
 def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray, secret: str | None = None) -> Trouble:
-    """As everywhere, but 498 blocks a text, 499 is a request given up, and a trial key's month may be used up."""
+    """The usual trouble, except: 498 blocks a text, 499 ends a request, and the month of a trial key may be used up."""
     trouble = trouble_of_answer(status, headers, body, secret)
     if status == 498:
         return Refused(str(trouble))
@@ -3215,7 +3227,7 @@ def check_tokens_per_input(model: Model, most: int) -> None:
             hint=f"Set max_tokens_per_input => {most}.",
         )
 ''',
-"autoembed.providers.fake": r'''"""No model at all: vectors that follow from the texts, and faults on order, for tests of what uses embeddings."""
+"autoembed.providers.fake": r'''"""No model: vectors that follow from the texts, and faults on demand, for tests of applications."""
 
 from __future__ import annotations
 
@@ -3236,7 +3248,7 @@ if TYPE_CHECKING:
 
 MAX_INPUTS_PER_REQUEST = 2048
 MAX_TOKENS_PER_REQUEST = 300_000
-# Nothing is cut, so that a search for a text finds the row that says it, however long it is.
+# Nothing is cut, so that a search for a text finds its row, however long it is.
 MAX_TOKENS_PER_INPUT: int | None = None
 RUNS_IN_BACKEND = False
 
@@ -3299,11 +3311,11 @@ def abort() -> None:
 
 
 def vector_of(text: str, dimensions: int) -> np.ndarray:
-    """The vector of a text, of length 1: the same today, tomorrow and anywhere."""
+    """The vector of a text, of length 1. It is the same in every version and on every machine."""
     import numpy as np
 
     digest = hashlib.shake_256(text.encode("utf-8", "surrogatepass")).digest(4 * dimensions)
-    # Between two whole numbers, so that no vector is zero.
+    # Halves are added so that no vector is zero.
     numbers = np.frombuffer(digest, ">i4") + 0.5
     vector: np.ndarray = (numbers / np.linalg.norm(numbers)).astype(np.float32)
     return vector
@@ -3312,7 +3324,7 @@ def vector_of(text: str, dimensions: int) -> np.ndarray:
 def _headers(fault: Mapping[str, Any]) -> dict[str, str]:
     return {"retry-after": str(fault["retry_after_seconds"])} if "retry_after_seconds" in fault else {}
 ''',
-"autoembed.providers.function": r'''"""An SQL function of the user's: texts in, vectors out. It runs with its owner's rights; see sql/22_embedders.sql."""
+"autoembed.providers.function": r'''"""A user's SQL function: texts in, vectors out. SQL makes it run with the rights of its owner."""
 
 from __future__ import annotations
 
@@ -3326,13 +3338,13 @@ from autoembed.providers.vectors import matrix
 if TYPE_CHECKING:
     from autoembed.providers import CallEmbedder
 
-# Lower than where the function is a gateway: it answers before anything else is done in this session.
+# Requests are small, because nothing else happens in the session until the function returns.
 MAX_INPUTS_PER_REQUEST = 100
 MAX_TOKENS_PER_REQUEST = 100_000
 MAX_TOKENS_PER_INPUT: int | None = None
 RUNS_IN_BACKEND = True
 
-# vector_send(): two int16 before the numbers, which are big-endian.
+# vector_send() puts two int16 before the numbers, which are big-endian. In bytes.
 HEADER_BYTES = 4
 
 
@@ -3355,7 +3367,7 @@ def embed(request: Request, call_embedder: CallEmbedder) -> Embedded:
 
 
 def abort() -> None:
-    """Nothing to end: it runs in the backend's own thread, where a cancel ends it."""
+    """Does nothing: the function runs in the backend's own thread, where a cancel ends it."""
 ''',
 "autoembed.providers.gemini": r'''"""Google's Gemini API.
 
@@ -3384,13 +3396,13 @@ if TYPE_CHECKING:
 
 BASE_URL = "https://generativelanguage.googleapis.com/v1beta"
 MAX_INPUTS_PER_REQUEST = 100
-# The reference sets none; a request should be a small part of what a key may send in a minute.
+# The reference sets no limit. A request should be a small part of the tokens that a key has per minute.
 MAX_TOKENS_PER_REQUEST = 20_000
 MAX_TOKENS_PER_INPUT: int | None = 2048
 RUNS_IN_BACKEND = False
 
 TASK_TYPES = {"document": "RETRIEVAL_DOCUMENT", "query": "RETRIEVAL_QUERY"}
-# These are told the task in the text, by document_prefix and query_prefix.
+# These models read the task in the text, where document_prefix and query_prefix put it.
 WITHOUT_TASK_TYPE = "gemini-embedding-2"
 RETRY_DELAY = re.compile(rb'"retryDelay"\s*:\s*"([0-9]+(?:\.[0-9]+)?)s"')
 
@@ -3411,8 +3423,7 @@ def embed(request: Request, network: Network) -> Embedded:
     return http.post(request, network, url, headers, request_body(request), key, embedded_in, trouble_of)
 
 
-def abort() -> None:
-    """Nothing to end: all it does goes over the network."""
+abort = http.abort
 
 
 def name_of(model: Model) -> str:
@@ -3428,7 +3439,7 @@ def request_body(request: Request) -> dict[str, Any]:
 
 
 def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedded:
-    """The vectors of an answer, which has them in the order of the texts, at unit length; tokens if it reports them."""
+    """The vectors of an answer, which are in the order of the texts, at unit length; and the tokens it reports."""
     with http.reading("Gemini"):
         answer = http.parse(body)
         vectors = matrix([embedding["values"] for embedding in answer["embeddings"]], count, dimensions)
@@ -3436,7 +3447,7 @@ def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedde
 
 
 def unit_length(vectors: np.ndarray) -> np.ndarray:
-    """gemini-embedding-001 shortens vectors by cutting them, so that inner products no longer are cosines."""
+    """Brings vectors to length 1. gemini-embedding-001 cuts them short, and inner products are then no cosines."""
     import numpy as np
 
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
@@ -3444,7 +3455,7 @@ def unit_length(vectors: np.ndarray) -> np.ndarray:
 
 
 def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray, secret: str | None = None) -> Trouble:
-    """As everywhere, but a bad key or a missing bill is answered with 400, and when to come back is in the body."""
+    """The usual trouble, except: a bad key or missing billing has status 400, and the wait is in the body."""
     trouble = trouble_of_answer(status, headers, body, secret)
     if isinstance(trouble, Refused) and (b"API_KEY_INVALID" in body or b"FAILED_PRECONDITION" in body):
         return ProviderTrouble(str(trouble), permanent=True)
@@ -3453,7 +3464,7 @@ def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray,
         return ProviderTrouble(str(trouble), retry_after_seconds=float(delay[1]))
     return trouble
 ''',
-"autoembed.providers.http": r'''"""What all providers over HTTP share: the check of an address, the round trip, and the reading of an answer."""
+"autoembed.providers.http": r'''"""The parts that all providers over HTTP share: checks of an address, the round trip, the reading of an answer."""
 
 from __future__ import annotations
 
@@ -3576,6 +3587,10 @@ def parse(body: bytes | bytearray) -> Any:
         return json.loads(body)
 
 
+def abort() -> None:
+    """Does nothing: these providers only use the network, which is aborted by itself."""
+
+
 # Answers are read one by one: reading takes several times their size, and only one thread computes at a time anyway.
 _reading = threading.Lock()
 
@@ -3620,7 +3635,7 @@ RUNS_IN_BACKEND = False
 DEFAULT_MAX_TOKENS = 256
 
 _loaded: dict[tuple[str, int], OnnxModel] = {}
-# One text batch at a time: it uses all cores already.
+# One batch of texts at a time, because it uses all cores.
 _running = threading.Lock()
 _stopping = threading.Event()
 
@@ -3676,8 +3691,8 @@ def _onnx_model(model: Model) -> OnnxModel:
 ''',
 "autoembed.providers.ollama": r'''"""Ollama's own endpoint; the provider openai speaks to its /v1.
 
-Written from the API reference, https://docs.ollama.com/api/embed, which sets no limits: these keep a request short on
-a computer without a graphics card. It shortens texts by the model's own tokenizer.
+Written from the API reference, https://docs.ollama.com/api/embed, which sets no limits. The limits here keep a request
+short on a computer without a graphics card. Ollama shortens texts by the model's own tokenizer.
 """
 
 from __future__ import annotations
@@ -3701,12 +3716,12 @@ MAX_TOKENS_PER_REQUEST = 32_000
 MAX_TOKENS_PER_INPUT: int | None = None
 RUNS_IN_BACKEND = False
 
-# What it says with status 500 of a text, and says again each time it is sent.
+# Words in an answer with status 500 that blame a text, which then fails each time it is sent.
 TEXTS_FAULTS = (b"context length", b"NaN")
 
 
 def check(model: Model) -> None:
-    # It needs no key, as no server with a URL of its own does.
+    # A server with a base_url needs no key, so the default address becomes one.
     placed = replace(model, base_url=model.base_url or BASE_URL)
     http.check(placed, default_url=None, example=f"{BASE_URL}, what comes before /api", options=PREFIXES)
 
@@ -3717,8 +3732,7 @@ def embed(request: Request, network: Network) -> Embedded:
     return http.post(request, network, url, http.bearer(key), request_body(request), key, embedded_in, trouble_of)
 
 
-def abort() -> None:
-    """Nothing to end: all it does goes over the network."""
+abort = http.abort
 
 
 def request_body(request: Request) -> dict[str, Any]:
@@ -3731,7 +3745,7 @@ def request_body(request: Request) -> dict[str, Any]:
 
 
 def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedded:
-    """The vectors of an answer, which has them in the order of the texts, and the tokens it counted."""
+    """The vectors of an answer, which are in the order of the texts, and the tokens it counted."""
     with http.reading("Ollama"):
         answer = http.parse(body)
         vectors = matrix(answer["embeddings"], count, dimensions)
@@ -3739,16 +3753,16 @@ def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedde
 
 
 def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray, secret: str | None = None) -> Trouble:
-    """As everywhere, but a text may be to blame for a 500."""
+    """The usual trouble, except: a text may be to blame for a 500."""
     trouble = trouble_of_answer(status, headers, body, secret)
     if status == 500 and any(fault in body for fault in TEXTS_FAULTS):
         return Refused(str(trouble))
     return trouble
 ''',
-"autoembed.providers.openai": r'''"""OpenAI's embeddings endpoint and whatever speaks its protocol.
+"autoembed.providers.openai": r'''"""OpenAI's embeddings endpoint, and servers that speak its protocol.
 
 Written from the API reference, https://platform.openai.com/docs/api-reference/embeddings/create, which sets the limits.
-It has one form for documents and queries; for models behind it that have two, see prefixed().
+It has one form for documents and queries. For models behind it that have two, see prefixed().
 """
 
 from __future__ import annotations
@@ -3774,14 +3788,14 @@ MAX_TOKENS_PER_REQUEST = 300_000
 MAX_TOKENS_PER_INPUT: int | None = 8192
 RUNS_IN_BACKEND = False
 
-# What a server may refuse to hear of: then it is done without.
+# Fields that a server may refuse. The request is then sent without them.
 OPTIONAL_FIELDS = frozenset({"dimensions", "encoding_format"})
 PARAM = re.compile(rb'"param"\s*:\s*"(\w+)"')
 
-# The fields that were refused in this process, by URL and model.
+# The fields that servers refused in this process, by URL and model.
 _refused: dict[tuple[str, str], frozenset[str]] = {}
 
-# The models that OpenAI made before it allowed shorter vectors refuse the parameter.
+# Models from before OpenAI allowed shorter vectors refuse the field dimensions.
 WITHOUT_DIMENSIONS = ("text-embedding-ada-002",)
 
 
@@ -3799,12 +3813,11 @@ def embed(request: Request, network: Network) -> Embedded:
     return embed_at(http.url(request.model, BASE_URL, "/embeddings"), request, network, http.bearer(key), key)
 
 
-def abort() -> None:
-    """Nothing to end: all it does goes over the network."""
+abort = http.abort
 
 
 class FieldsRefused(Refused):
-    """The refusal names fields, which may be to blame in place of a text."""
+    """A refusal that names fields, which may be to blame instead of a text."""
 
     def __init__(self, message: str, fields: frozenset[str]) -> None:
         super().__init__(message)
@@ -3821,9 +3834,9 @@ def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray,
 
 
 def embed_at(url: str, request: Request, network: Network, headers: Mapping[str, str], key: str | None) -> Embedded:
-    """Asks again without the fields that the server names when it refuses; remembers them where that has worked."""
+    """Asks again without the fields that the server names in a refusal. Remembers them if that works."""
     which = (url, request.model.model_id)
-    # What the model asks for by itself is sent come what may.
+    # A field that the model's extra_body sets is always sent.
     optional = OPTIONAL_FIELDS - request.model.options.get("extra_body", {}).keys()
     left_out = _refused.get(which, frozenset()) & optional
     refusal: Refused | None = None
@@ -3839,7 +3852,7 @@ def embed_at(url: str, request: Request, network: Network, headers: Mapping[str,
             left_out |= named
         except ProviderTrouble as error:
             if refusal and error.permanent:
-                # Vectors of another length, most likely: the refusal says more.
+                # The vectors probably have another length. The refusal says more about the cause.
                 refusal.headers = error.headers
                 raise refusal from error
             raise
@@ -3943,14 +3956,14 @@ if TYPE_CHECKING:
 
 BASE_URL = "https://api.voyageai.com/v1"
 MAX_INPUTS_PER_REQUEST = 1000
-# What every model takes; max_tokens_per_request says so of a model that takes more.
+# Every model takes this many. max_tokens_per_request can raise it for a model that takes more.
 MAX_TOKENS_PER_REQUEST = 120_000
 MAX_TOKENS_PER_INPUT: int | None = 32_000
 RUNS_IN_BACKEND = False
 
 SHORT_MODELS = ("voyage-law-2", "voyage-code-2")
 SHORT_MAX_TOKENS_PER_INPUT = 16_000
-# These have one length of vectors only.
+# These models have only one length of vectors.
 WITHOUT_DIMENSIONS = (*SHORT_MODELS, "voyage-finance-2", "voyage-multilingual-2", "voyage-3", "voyage-3-lite")
 
 
@@ -3966,8 +3979,7 @@ def embed(request: Request, network: Network) -> Embedded:
     return http.post(request, network, url, http.bearer(key), request_body(request), key, embedded_in, trouble_of)
 
 
-def abort() -> None:
-    """Nothing to end: all it does goes over the network."""
+abort = http.abort
 
 
 embedded_in = partial(openai.embedded_in, api="Voyage")
@@ -3979,7 +3991,7 @@ def request_body(request: Request) -> dict[str, Any]:
         "input": list(request.texts),
         "input_type": request.purpose,
         "encoding_format": "base64",
-        # What is too long was cut before, or must not be cut at all.
+        # Texts that are too long were cut before, or must not be cut.
         "truncation": False,
     }
     if request.model.model_id in WITHOUT_DIMENSIONS:
@@ -3988,13 +4000,13 @@ def request_body(request: Request) -> dict[str, Any]:
 
 
 def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray, secret: str | None = None) -> Trouble:
-    """As everywhere, but an unknown model is answered with 400."""
+    """The usual trouble, except: an unknown model has status 400."""
     trouble = trouble_of_answer(status, headers, body, secret)
     if status == 400 and b"Supported models are" in body:
         return ProviderTrouble(str(trouble), permanent=True)
     return trouble
 ''',
-"autoembed.records": r'''"""What the database hands to a pass: messages of the queue, pipelines, backfills and rows."""
+"autoembed.records": r'''"""The records that the database hands to a pass: messages of the queue, pipelines, backfills and rows."""
 
 from __future__ import annotations
 
@@ -4842,7 +4854,7 @@ class _Pass:
         del sys.modules[name]
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "AutoembedImporter"]
     sys.meta_path.insert(0, AutoembedImporter())
-    GD["autoembed"] = "1ff51213c0bca500"
+    GD["autoembed"] = "d8cc025f104e94e6"
 $autoembed_python$;
 COMMENT ON FUNCTION autoembed._load_python() IS
     'Puts this version''s Python modules into the session.';
@@ -4933,12 +4945,14 @@ COMMENT ON FUNCTION autoembed._vault_key(text) IS
 
 CREATE FUNCTION autoembed._model_identity(model autoembed.model)
     RETURNS text
-    LANGUAGE sql
+    LANGUAGE plpgsql
     IMMUTABLE
     SET search_path = pg_catalog, pg_temp
-AS $sql$
-    SELECT jsonb_build_array(model.provider, model.model_id, model.dimensions, coalesce(model.options ->> 'document_prefix', ''))::text;
-$sql$;
+AS $plpgsql$
+BEGIN
+    RETURN jsonb_build_array(model.provider, model.model_id, model.dimensions, coalesce(model.options ->> 'document_prefix', ''));
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._model_identity(autoembed.model) IS
     'Two models with the same identity produce interchangeable vectors.';
 
@@ -4967,7 +4981,7 @@ CREATE FUNCTION autoembed._model_fault(name text, OUT problem text, OUT hint tex
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "1ff51213c0bca500":
+    if GD.get("autoembed") != "d8cc025f104e94e6":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.check_model(name)
@@ -8063,7 +8077,7 @@ CREATE FUNCTION autoembed._process(
     -- No search_path of its own: behind it, it could not see the caller's, to put that back after an owner's code has run.
     -- As in _work(), every name that the Python side uses is qualified.
 AS $python$
-    if GD.get("autoembed") != "1ff51213c0bca500":
+    if GD.get("autoembed") != "d8cc025f104e94e6":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
@@ -8110,7 +8124,7 @@ CREATE PROCEDURE autoembed._work(
 )
     LANGUAGE plpython3u
 AS $python$
-    if GD.get("autoembed") != "1ff51213c0bca500":
+    if GD.get("autoembed") != "d8cc025f104e94e6":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
@@ -8133,6 +8147,8 @@ BEGIN
     IF _fault IS NOT NULL THEN
         RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = _fault, HINT = 'Leave it out for its default.';
     END IF;
+    -- In a transaction block, where a lane cannot commit, this fails without the traceback of Python.
+    COMMIT;
     CALL autoembed._work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill);
 END;
 $plpgsql$;
@@ -8141,7 +8157,8 @@ COMMENT ON PROCEDURE autoembed.work(double precision, integer, integer, integer,
 
 CREATE FUNCTION autoembed._embed(
     content text,
-    model jsonb,
+    model_name text,
+    definition text,
     OUT embedding @extschema:vector@.vector,
     OUT problem text,
     OUT hint text,
@@ -8152,13 +8169,13 @@ CREATE FUNCTION autoembed._embed(
     PARALLEL RESTRICTED
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $python$
-    if GD.get("autoembed") != "1ff51213c0bca500":
+    if GD.get("autoembed") != "d8cc025f104e94e6":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
-    return doors.embed(content, model)
+    return doors.embed(content, model_name, definition)
 $python$;
-COMMENT ON FUNCTION autoembed._embed(text, jsonb) IS
-    'The embedding of a search text by a model, of which _model_facts() tells; or why there is none.';
+COMMENT ON FUNCTION autoembed._embed(text, text, text) IS
+    'The embedding of a search text by a model, or why there is none. definition: the model''s row; a session keeps vectors of the same text and definition.';
 
 CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     RETURNS @extschema:vector@.vector
@@ -8169,13 +8186,15 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $plpgsql$
 DECLARE
+    _model autoembed.model;
     _answer record;
 BEGIN
     IF content IS NULL THEN
         RETURN NULL;
     END IF;
-    -- Assigned, not selected: expressions like this cost no statement, and leave none in the context of an error.
-    _answer := autoembed._embed(content, autoembed._model_facts(autoembed._model(model)));
+    -- Assigned, not selected: such an expression runs no statement, and shows none in the context of an error.
+    _model := autoembed._model(model);
+    _answer := autoembed._embed(content, _model.name, _model::text);
     IF _answer.problem IS NOT NULL THEN
         RAISE EXCEPTION USING MESSAGE = _answer.problem, HINT = _answer.hint, ERRCODE = _answer.errcode;
     END IF;
@@ -8829,7 +8848,7 @@ CREATE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embed
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "1ff51213c0bca500":
+    if GD.get("autoembed") != "d8cc025f104e94e6":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
@@ -8885,6 +8904,7 @@ DECLARE
     _sample bigint;
     _percent numeric;
     _texts text[];
+    _dimensions integer;
     _found record;
 BEGIN
     IF num_nonnulls(content_columns, content_function, content_template) = 0 THEN
@@ -8898,7 +8918,9 @@ BEGIN
         _pipeline.content_template := estimate.content_template;
         _pipeline.condition_columns := '{}';
     END IF;
-    _pipeline.model := (autoembed._model(coalesce(estimate.model, _pipeline.model))).name;
+    _pipeline.model := coalesce(estimate.model, _pipeline.model);
+    -- A model that does not exist is an error here: one that Python raises would have a prefix and a traceback.
+    _dimensions := autoembed._dimensions(_pipeline.model);
     IF estimate.condition IS NOT NULL THEN
         SELECT c.condition, c.columns INTO _pipeline.condition, _pipeline.condition_columns
         FROM autoembed._read_condition(table_name, estimate.condition) AS c;
@@ -8934,7 +8956,7 @@ CREATE FUNCTION autoembed._estimate_texts(texts text[], model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "1ff51213c0bca500":
+    if GD.get("autoembed") != "d8cc025f104e94e6":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return [doors.estimate(texts, model)]
@@ -9104,7 +9126,7 @@ CREATE FUNCTION autoembed._probe(model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "1ff51213c0bca500":
+    if GD.get("autoembed") != "d8cc025f104e94e6":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
     return doors.probe(model)

@@ -84,12 +84,14 @@ COMMENT ON FUNCTION autoembed._vault_key(text) IS
 
 CREATE FUNCTION autoembed._model_identity(model autoembed.model)
     RETURNS text
-    LANGUAGE sql
+    LANGUAGE plpgsql
     IMMUTABLE
     SET search_path = pg_catalog, pg_temp
-AS $sql$
-    SELECT jsonb_build_array(model.provider, model.model_id, model.dimensions, coalesce(model.options ->> 'document_prefix', ''))::text;
-$sql$;
+AS $plpgsql$
+BEGIN
+    RETURN jsonb_build_array(model.provider, model.model_id, model.dimensions, coalesce(model.options ->> 'document_prefix', ''));
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._model_identity(autoembed.model) IS
     'Two models with the same identity produce interchangeable vectors.';
 

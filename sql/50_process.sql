@@ -625,6 +625,8 @@ BEGIN
     IF _fault IS NOT NULL THEN
         RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = _fault, HINT = 'Leave it out for its default.';
     END IF;
+    -- In a transaction block, where a lane cannot commit, this fails without the traceback of Python.
+    COMMIT;
     CALL autoembed._work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill);
 END;
 $plpgsql$;
@@ -633,7 +635,8 @@ COMMENT ON PROCEDURE autoembed.work(double precision, integer, integer, integer,
 
 CREATE FUNCTION autoembed._embed(
     content text,
-    model jsonb,
+    model_name text,
+    definition text,
     OUT embedding @extschema:vector@.vector,
     OUT problem text,
     OUT hint text,
@@ -647,10 +650,10 @@ AS $python$
     if GD.get("autoembed") != "@BUILD@":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
-    return doors.embed(content, model)
+    return doors.embed(content, model_name, definition)
 $python$;
-COMMENT ON FUNCTION autoembed._embed(text, jsonb) IS
-    'The embedding of a search text by a model, of which _model_facts() tells; or why there is none.';
+COMMENT ON FUNCTION autoembed._embed(text, text, text) IS
+    'The embedding of a search text by a model, or why there is none. definition: the model''s row; a session keeps vectors of the same text and definition.';
 
 CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     RETURNS @extschema:vector@.vector
@@ -661,13 +664,15 @@ CREATE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     SET search_path = pg_catalog, @extschema:vector@, pg_temp
 AS $plpgsql$
 DECLARE
+    _model autoembed.model;
     _answer record;
 BEGIN
     IF content IS NULL THEN
         RETURN NULL;
     END IF;
-    -- Assigned, not selected: expressions like this cost no statement, and leave none in the context of an error.
-    _answer := autoembed._embed(content, autoembed._model_facts(autoembed._model(model)));
+    -- Assigned, not selected: such an expression runs no statement, and shows none in the context of an error.
+    _model := autoembed._model(model);
+    _answer := autoembed._embed(content, _model.name, _model::text);
     IF _answer.problem IS NOT NULL THEN
         RAISE EXCEPTION USING MESSAGE = _answer.problem, HINT = _answer.hint, ERRCODE = _answer.errcode;
     END IF;

@@ -263,6 +263,7 @@ DECLARE
     _sample bigint;
     _percent numeric;
     _texts text[];
+    _dimensions integer;
     _found record;
 BEGIN
     IF num_nonnulls(content_columns, content_function, content_template) = 0 THEN
@@ -276,7 +277,9 @@ BEGIN
         _pipeline.content_template := estimate.content_template;
         _pipeline.condition_columns := '{}';
     END IF;
-    _pipeline.model := (autoembed._model(coalesce(estimate.model, _pipeline.model))).name;
+    _pipeline.model := coalesce(estimate.model, _pipeline.model);
+    -- A model that does not exist is an error here: one that Python raises would have a prefix and a traceback.
+    _dimensions := autoembed._dimensions(_pipeline.model);
     IF estimate.condition IS NOT NULL THEN
         SELECT c.condition, c.columns INTO _pipeline.condition, _pipeline.condition_columns
         FROM autoembed._read_condition(table_name, estimate.condition) AS c;

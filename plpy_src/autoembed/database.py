@@ -21,14 +21,14 @@ from autoembed.records import Backfill, Message, Pipeline, Row
 if TYPE_CHECKING:
     import numpy as np
 
-# What a statement that fails raises.
+# A failed statement raises this.
 Error = plpy.SPIError
 
 _plans: dict[str, Any] = {}
 
 
 class _Undo(Exception):
-    """Rolls a subtransaction back that has done what it was for."""
+    """Rolls back a subtransaction whose result has been read."""
 
 
 class Database:
@@ -36,11 +36,11 @@ class Database:
 
     def __init__(self, *, commits: bool) -> None:
         self._commits = commits
-        # The types of vectors whose temporary tables may have rows: each commit empties them.
+        # The vector types whose temporary tables may have rows. Each commit empties them.
         self._filled: set[str] = set()
 
     def commit(self, *, synced: bool = True) -> None:
-        """synced: waits for the disk, if the server's settings ask for it."""
+        """Commits, where that is possible. synced: waits for the disk if the server's settings ask for it."""
         if self._commits:
             if not synced:
                 self._run("SELECT pg_catalog.set_config('synchronous_commit', 'off', true)")
@@ -48,21 +48,21 @@ class Database:
             self._filled.clear()
 
     def check_interrupts(self) -> None:
-        """Lets a cancel, a timeout or a shutdown through, and keeps a lane's transactions short."""
+        """Lets a cancel, a timeout or a shutdown take effect, and keeps a lane's transactions short."""
         self._run("SELECT 1")
         self.commit()
 
     def sleep(self, seconds: float) -> None:
-        """Waits, for a cancel, a timeout or a shutdown at most."""
+        """Waits. A cancel, a timeout or a shutdown ends the wait."""
         self._run("SELECT pg_catalog.pg_sleep($1)", ["pg_catalog.float8"], [seconds])
         self.commit()
 
     # Lanes ---------------------------------------------------------------------------------------
 
     def enter_lane(self, *, backfill: bool) -> bool:
-        """Signs the session on as a lane; backfill: as one for backfills alone.
+        """Registers the session as a lane. backfill: as one for backfills alone.
 
-        Returns whether a vector index makes writing slow, of any of the tables.
+        Returns whether any of the tables has a vector index, which makes writing slow.
         """
         return bool(
             self._run("SELECT autoembed._enter_lane($1) AS indexed", ["pg_catalog.bool"], [backfill])[0]["indexed"]
@@ -72,11 +72,11 @@ class Database:
         self._run("SELECT autoembed._leave_lane()")
 
     def clean_up(self) -> None:
-        """What dropped tables, dead lanes and finished backfills have left."""
+        """Removes the remains of dropped tables, dead lanes and finished backfills."""
         self._run("SELECT autoembed._clean_up()")
 
     def lock_lanes(self) -> None:
-        """To be called first in a transaction that writes: keeps it from a deadlock with DROP EXTENSION."""
+        """Locks the table of lanes. A transaction that writes begins so, to avoid a deadlock with DROP EXTENSION."""
         self._run("SELECT autoembed._gate()")
 
     def lane_is_wanted(self) -> bool:
@@ -84,7 +84,7 @@ class Database:
         return bool(self._run("SELECT autoembed._lane_is_wanted() AS wanted")[0]["wanted"])
 
     def statement_timeout_seconds(self) -> float | None:
-        """How long a statement of this session may take; None: as long as it likes."""
+        """The time that a statement of this session may take; None: there is no limit."""
         row = self._run(
             "SELECT s.setting FROM pg_catalog.pg_settings AS s WHERE s.name OPERATOR(pg_catalog.=) 'statement_timeout'"
         )[0]
@@ -93,7 +93,7 @@ class Database:
     # The queue -----------------------------------------------------------------------------------
 
     def claim(self, max_rows: int, lease_seconds: float, held: Sequence[int]) -> list[Message]:
-        """Takes messages for about so many rows; held: those that this lane has already."""
+        """Takes messages for about so many rows. held: the messages that this lane has already."""
         rows = self._run(
             "SELECT c.message_id, c.read_count, c.message FROM autoembed._claim($1, $2, $3) AS c",
             ["pg_catalog.int4", "pg_catalog.float8", "pg_catalog.int8[]"],
@@ -117,7 +117,7 @@ class Database:
     def requeue(
         self, pipeline_id: int, keys: Sequence[str], attempts: int, *, read_count: int = 0, delay_seconds: float = 0.0
     ) -> None:
-        """Queues rows in one message, as if it had been read that often before."""
+        """Queues rows in one message. read_count: how often it counts as read before."""
         self._run(
             "SELECT autoembed._requeue($1, $2, $3, $4, $5)",
             ["pg_catalog.int4", "pg_catalog.jsonb", "pg_catalog.int4", "pg_catalog.int4", "pg_catalog.float8"],
@@ -127,14 +127,14 @@ class Database:
     # Backfills -----------------------------------------------------------------------------------
 
     def next_backfill(self, *, dedicated: bool) -> Backfill | None:
-        """A table to be looked through, locked against other lanes until the commit; dedicated: by a lane for it."""
+        """The next table to scan, locked against other lanes until the commit. dedicated: this lane only backfills."""
         rows = self._run("SELECT b.* FROM autoembed._next_backfill($1) AS b", ["pg_catalog.bool"], [dedicated])
         if not rows:
             return None
         return Backfill(rows[0]["pipeline_id"], rows[0]["after"], rows[0]["condition"], rows[0]["failures"])
 
     def scan(self, backfill: Backfill, max_rows: int) -> list[str]:
-        """The next keys of its table; RowError if its condition fails, or the table is locked."""
+        """The next keys of its table. Raises RowError if its condition fails or the table is locked."""
         rows: Any = []
         with _row_errors(), contextlib.suppress(_Undo), plpy.subtransaction():
             rows = self._run(
@@ -154,7 +154,7 @@ class Database:
         lease_seconds: float,
         held: Sequence[int],
     ) -> list[Message]:
-        """Moves a backfill on behind these keys; returns the message for them, claimed already."""
+        """Moves a backfill behind these keys. Returns the message for them, which is claimed already."""
         rows = self._run(
             "SELECT c.message_id, c.read_count, c.message FROM autoembed._queue_backfill($1, $2, $3, $4, $5) AS c",
             ["pg_catalog.int4", "pg_catalog.text[]", "pg_catalog.bool", "pg_catalog.float8", "pg_catalog.int8[]"],
@@ -163,7 +163,7 @@ class Database:
         return [Message(row["message_id"], row["read_count"], _body(row["message"])) for row in rows]
 
     def fail_backfill(self, backfill: Backfill, reason: str) -> None:
-        """Gives a backfill up."""
+        """Ends a backfill, with the reason on the failed list."""
         self._run(
             "SELECT autoembed._fail_backfill($1, $2)",
             ["pg_catalog.int4", "pg_catalog.text"],
@@ -173,7 +173,7 @@ class Database:
     # Pipelines and models ------------------------------------------------------------------------
 
     def resolve(self, body: Any) -> int:
-        """The pipeline of a message of the guide's form; RowError if it is of no use."""
+        """The pipeline of a message of the guide's form. Raises RowError if the message is of no use."""
         with _row_errors():
             return int(
                 self._run("SELECT autoembed._resolve($1) AS id", ["pg_catalog.jsonb"], [json.dumps(body)])[0]["id"]
@@ -199,12 +199,12 @@ class Database:
         }
 
     def model(self, name: str | None) -> Model:
-        """The model of that name, the default one for None; an error of PostgreSQL's kind if there is none."""
+        """The model of that name; None: the default one."""
         sql = "SELECT autoembed._model_facts(m) AS model FROM autoembed._model($1) AS m"
         return Model.from_row(json.loads(self._run(sql, ["pg_catalog.text"], [name])[0]["model"]))
 
     def price_and_rate(self, model: Model) -> tuple[Any, Any]:
-        """A model's price per million tokens, and the rows a second that it did in its busiest minute of late."""
+        """The price of a model per million tokens, and its rows per second in the busiest recent minute."""
         row = self._run(
             "SELECT p.price, p.rows_per_second FROM autoembed._price_and_rate($1) AS p",
             ["pg_catalog.text"],
@@ -213,7 +213,7 @@ class Database:
         return row["price"], row["rows_per_second"]
 
     def rest_model(self, name: str, seconds: float, needs_attention: bool, reason: str) -> bool:
-        """Lets a model rest; whether its trouble is new, and this the first lane to say so."""
+        """Lets a model rest. Returns whether this lane is the first to report the trouble."""
         row = self._run(
             "SELECT autoembed._rest_model($1, $2, $3, $4) AS is_new",
             ["pg_catalog.text", "pg_catalog.float8", "pg_catalog.bool", "pg_catalog.text"],
@@ -225,7 +225,7 @@ class Database:
         self._run("SELECT autoembed.resume_model($1)", ["pg_catalog.text"], [name])
 
     def call_embedder(self, model: str, purpose: str, texts: Sequence[str]) -> list[bytes | None]:
-        """What a model's SQL function makes of texts, in PostgreSQL's binary form. Raises Trouble."""
+        """The vectors that a model's SQL function makes of texts, in PostgreSQL's binary form. Raises Trouble."""
         row: Any = None
         try:
             with self.prepared_statements_kept(), contextlib.suppress(_Undo), plpy.subtransaction():
@@ -234,7 +234,7 @@ class Database:
                     ["pg_catalog.text", "pg_catalog.text", "pg_catalog.text[]"],
                     [model, purpose, list(texts)],
                 )
-                # Whatever its owner's code has done besides: settings, temporary objects, events for the commit.
+                # The owner's code may have changed settings, made temporary objects, or left events for the commit.
                 raise _Undo
         except plpy.SPIError as error:
             trouble = trouble_of_function(getattr(error, "sqlstate", None) or "XX000", str(error))
@@ -247,7 +247,7 @@ class Database:
 
     @contextmanager
     def prepared_statements_kept(self) -> Iterator[None]:
-        """Forgets those that an owner's code leaves: the session's user may execute one by its name."""
+        """Drops the prepared statements that an owner's code leaves: the session's user might execute one by name."""
         known = self._run("SELECT autoembed._prepared() AS statements")[0]["statements"]
         try:
             yield
@@ -256,9 +256,9 @@ class Database:
 
     @contextmanager
     def read_committed(self) -> Iterator[None]:
-        """Transactions that see what is committed, whatever the session's default.
+        """Transactions inside are READ COMMITTED, whatever the session's default is.
 
-        In others, two lanes or an application would fail each other's statements, and COMMIT itself.
+        At a higher level, lanes and applications would fail each other's statements, and even COMMIT.
         """
         default = self._run("SELECT pg_catalog.current_setting('default_transaction_isolation') AS level")[0]["level"]
         self._isolate("read committed")
@@ -276,7 +276,7 @@ class Database:
     # Limits --------------------------------------------------------------------------------------
 
     def take_permit(self, model: str, charges: Sequence[Charge | None], slots_held: Sequence[int]) -> Permit:
-        """A permit for one more request of a model. To be committed at once where that is possible."""
+        """A permit for one more request of a model. The caller commits at once where that is possible."""
         seconds = [value for charge in charges for value in charge or (None, None)]
         [row] = self._run(
             "SELECT p.* FROM autoembed._take_permit($1, $2, $3, $4, $5, $6, $7) AS p",
@@ -293,7 +293,7 @@ class Database:
         return Permit(at, row["slot"], row["spent"], row["rest_seconds"] or 0.0)
 
     def free_slots(self, model: str, slots: Sequence[int]) -> None:
-        """Says that requests with these slots are no longer in flight."""
+        """Notes that requests with these slots are no longer in flight."""
         self._run(
             "SELECT autoembed._free_slots($1, $2)", ["pg_catalog.text", "pg_catalog.int4[]"], [model, list(slots)]
         )
@@ -308,7 +308,7 @@ class Database:
     def warn_of_blocked_pipelines(self, resting: Sequence[str] | None = None) -> None:
         """Warns of the pipelines that have jobs waiting and cannot be embedded.
 
-        resting: only of those that wait for one of these models, or, with none, for no model.
+        resting: only pipelines that wait for one of these models; an empty list: only those that wait for no model.
         """
         self._run(
             "SELECT autoembed._warn_of_blocked_pipelines(true, $1)",
@@ -319,7 +319,7 @@ class Database:
     # Rows ----------------------------------------------------------------------------------------
 
     def rows(self, pipeline: Pipeline, keys: Sequence[str]) -> dict[str, Row]:
-        """The rows that exist, by key; RowError if the content function fails for one of them."""
+        """The rows that exist, by key. Raises RowError if the content function fails for one of them."""
         rows: Any = []
         with _row_errors(), contextlib.suppress(_Undo), plpy.subtransaction():
             rows = self._run(
@@ -327,7 +327,7 @@ class Database:
                 ["pg_catalog.text[]"],
                 [list(keys)],
             )
-            # Whatever the owner's code has done besides: settings, temporary objects.
+            # The owner's code may have changed settings or made temporary objects.
             raise _Undo
         return {row["key"]: Row(row["content"], row["has_embedding"]) for row in rows}
 
@@ -346,10 +346,10 @@ class Database:
         contents: Sequence[str | None],
         vectors: np.ndarray | None,
     ) -> dict[str, str]:
-        """Writes each vector (None: NULLs) whose row still says the text.
+        """Writes the vectors (None: NULLs) of the rows whose text is still the same.
 
-        Returns what became of each key: written, changed, locked or gone. RowError if a row does not take its
-        vector; then none was written.
+        Returns the outcome of each key: written, changed, locked or gone. Raises RowError if a row does not take its
+        vector; then none is written.
         """
         with _row_errors(), contextlib.nullcontext() if pipeline.trusted else self._settings_kept():
             if vectors is not None and (stage := self._staged(pipeline, vectors)):
@@ -367,11 +367,11 @@ class Database:
         return {row["key"]: row["outcome"] for row in rows}
 
     def _staged(self, pipeline: Pipeline, vectors: np.ndarray) -> str | None:
-        """The temporary table that holds the vectors, in their order; None if this role may not COPY from a file."""
+        """The temporary table that holds the vectors in their order; None if this role may not COPY from a file."""
         may_have_rows = not self._commits or pipeline.vector_type in self._filled
         self._filled.add(pipeline.vector_type)
         rows = copy_rows(vectors, pipeline.vector_type.rpartition(".")[2])
-        # A file that is only ours and in memory alone.
+        # The file is in memory, and no other process can open it by a name.
         file = os.memfd_create("autoembed")
         try:
             with open(file, "wb", closefd=False) as stream:
@@ -400,7 +400,7 @@ class Database:
         )
 
     def note_usage(self, model: str, shares: Sequence[Share], slot: int | None) -> None:
-        """Notes a request that was answered, and whose texts were in it; frees its slot."""
+        """Notes a request that was answered and the shares of pipelines in it. Frees its slot."""
         self._run(
             "SELECT autoembed._note_usage($1, $2, $3, $4, $5, $6, $7)",
             [
@@ -432,7 +432,7 @@ class Database:
 
     @contextmanager
     def _settings_kept(self) -> Iterator[None]:
-        """Puts back the settings of the session that an owner's code changes inside."""
+        """Restores the settings of the session that an owner's code changes inside."""
         before = self._settings()
         yield
         after = self._settings()
@@ -443,11 +443,11 @@ class Database:
                 self._run(
                     "SELECT pg_catalog.set_config($1, $2, false)", ["pg_catalog.text", "pg_catalog.text"], [name, value]
                 )
-        # Not shown among the settings, and of weight to our triggers.
+        # pg_settings does not show this one, and the triggers obey it.
         self._run("SELECT pg_catalog.set_config('autoembed.writing', '', false)")
 
     def _settings(self) -> dict[str, str]:
-        """The settings that were made in this session."""
+        """The settings that differ in this session."""
         rows = self._run(
             "SELECT s.name, pg_catalog.current_setting(s.name) AS value FROM pg_catalog.pg_settings AS s"
             " WHERE s.source OPERATOR(pg_catalog.=) 'session' AND s.context OPERATOR(pg_catalog.<>) 'internal'"
@@ -469,12 +469,12 @@ def is_installed() -> bool:
 
 @contextmanager
 def _row_errors() -> Iterator[None]:
-    """Undoes a statement that fails by a row's fault and raises RowError; all other errors go their way."""
+    """Undoes a statement that fails because of a row and raises RowError. All other errors pass unchanged."""
     try:
         with plpy.subtransaction():
             yield
     except plpy.SPIError as error:
-        # An SQLSTATE that PostgreSQL does not know leaves the attribute out.
+        # The attribute is missing if PostgreSQL does not know the SQLSTATE.
         fault = row_error(getattr(error, "sqlstate", None) or "XX000", str(error))
         if fault is None:
             raise
@@ -482,7 +482,7 @@ def _row_errors() -> Iterator[None]:
 
 
 def literals(vectors: np.ndarray) -> list[str]:
-    """Vectors as text in pgvector's form."""
+    """Vectors in pgvector's text form."""
     import numpy as np
     import orjson
 
@@ -491,5 +491,5 @@ def literals(vectors: np.ndarray) -> list[str]:
 
 
 def _body(message: str | None) -> Any:
-    # Fractions stay text: a numeric key must come back digit by digit.
+    # Fractions stay text: a numeric key must come back with the same digits.
     return None if message is None else json.loads(message, parse_float=str)

@@ -1,4 +1,4 @@
-"""What can go wrong, by whose fault and whether it passes: decided here, acted on in worker."""
+"""The errors: who is to blame, and whether they pass. Decided here, acted on in worker and rows."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ProviderTrouble(Trouble):
     """The provider is to blame, not the texts.
 
     permanent: somebody must act (a wrong key, an unknown model); otherwise it passes by itself.
-    retry_after_seconds: what the provider asked for, if it did.
+    retry_after_seconds: the wait that the provider asked for, if it did.
     """
 
     def __init__(self, message: str, *, permanent: bool = False, retry_after_seconds: float | None = None) -> None:
@@ -48,14 +48,14 @@ class ProviderTrouble(Trouble):
 
 
 class OverBudget(ProviderTrouble):
-    """The model has used up what it may use a day; retry_after_seconds: until the next one."""
+    """The model has used up its budget of the day. retry_after_seconds: the time until the next day."""
 
 
 class RowError(Exception):
-    """A statement failed by a row's fault: its data, or its owner's functions, triggers and constraints.
+    """A statement failed because of a row: its data, or its owner's functions, triggers and constraints.
 
-    passes: somebody else was in the way, and the same statement may work in a moment; locked: with a lock, and
-    perhaps on the whole table.
+    passes: another transaction was in the way, and the same statement may work in a moment.
+    locked: it holds a lock, perhaps on the whole table.
     """
 
     def __init__(self, message: str, *, passes: bool, locked: bool = False) -> None:
@@ -64,9 +64,10 @@ class RowError(Exception):
         self.locked = locked
 
 
-# SQLSTATEs by their beginnings (PostgreSQL manual, appendix A). What passes by itself: rollbacks for concurrency, and
-# locks that are not to be had. What is nobody's row: no disk or memory left, cancel and shutdown, a failing disk.
+# SQLSTATEs by their beginnings (PostgreSQL manual, appendix A).
+# Errors that pass by themselves: rollbacks for concurrency, and locks that another transaction holds.
 PASSING = ("40", "55")
+# Errors that no row causes: no disk space or memory, a cancel or a shutdown, a failing disk.
 NOBODYS = ("53", "57", "58030")
 LOCK_NOT_AVAILABLE = "55P03"
 QUERY_CANCELED = "57014"
@@ -75,16 +76,16 @@ UNDEFINED_FUNCTION = "42883"
 
 
 def row_error(sqlstate: str, message: str) -> RowError | None:
-    """The row error that a failed statement means; None if no row is to blame."""
+    """The row error that a failed statement stands for; None if no row is to blame."""
     if sqlstate.startswith(NOBODYS):
         return None
-    # A function of ours that was made anew under a request in flight: the next claim finds it.
+    # A function of the pipeline was replaced while a request was in flight. The next claim finds the new one.
     gone = sqlstate == UNDEFINED_FUNCTION and "autoembed._" in message
     return RowError(message, passes=gone or sqlstate.startswith(PASSING), locked=sqlstate == LOCK_NOT_AVAILABLE)
 
 
 def trouble_of_function(sqlstate: str, message: str) -> Trouble | None:
-    """The trouble that an error of a user's SQL function means for the texts it was given; None: it was cancelled."""
+    """The trouble that an error of a user's SQL function stands for; None if it was cancelled."""
     if sqlstate == QUERY_CANCELED:
         return None
     if sqlstate.startswith(PASSING + NOBODYS + NO_CONNECTION):
@@ -92,16 +93,20 @@ def trouble_of_function(sqlstate: str, message: str) -> Trouble | None:
     return Refused(message)
 
 
+# The longest rest after trouble that passes by itself, in seconds.
 MAX_REST_SECONDS = 15.0
+# The longest rest after trouble that somebody must mend, in seconds.
 MAX_PERMANENT_REST_SECONDS = 60.0
+# A longer wait, in seconds, is not granted to a provider.
 MAX_RETRY_AFTER_SECONDS = 3600.0
 
 
 def rest_seconds(trouble: ProviderTrouble, failures: int, fraction: float) -> float:
-    """How long a model rests after its provider failed that many times before; fraction: random, from 0 to 1.
+    """The rest of a model whose provider has failed that many times before. fraction: random, from 0 to 1.
 
-    What the provider asks for, plus up to a second so that lanes do not come back all at once; else exponential backoff
-    with full jitter. Never long: one small request now and then is how we learn that the provider is back.
+    The rest is the time that the provider asks for, plus up to a second so that lanes do not all come back at once.
+    Without such a time it grows exponentially, with full jitter. It is never long: a small request now and then shows
+    whether the provider is back.
     """
     if isinstance(trouble, OverBudget) and trouble.retry_after_seconds is not None:
         return trouble.retry_after_seconds
@@ -112,20 +117,21 @@ def rest_seconds(trouble: ProviderTrouble, failures: int, fraction: float) -> fl
     return 0.2 + fraction * min(2.0 ** min(failures, 10), MAX_REST_SECONDS)
 
 
-# RFC 9110, section 15: what a client should make of a status. 409, 423, 425: a busy gateway.
+# Statuses that blame the request (RFC 9110, section 15).
 REFUSED_STATUSES = {400, 413, 414, 422}
+# Statuses that pass by themselves. 409, 423 and 425 come from busy gateways.
 PASSING_STATUSES = {408, 409, 423, 425, 429}
 
 
 def trouble_of_answer(
     status: int, headers: Mapping[str, str], body: bytes | bytearray, secret: str | None = None
 ) -> Trouble:
-    """The trouble that an HTTP answer with a status other than 200 means."""
+    """The trouble that an HTTP answer with a status other than 200 stands for."""
     message = f"the provider answered {status}: {_message_in(body, secret)}"
     if status in REFUSED_STATUSES:
         return Refused(message)
     if status == 429 and b"Request too large" in body:
-        # More tokens than a whole minute has: no time helps, fewer texts do.
+        # The request has more tokens than a minute allows. Waiting does not help; fewer texts do.
         return Refused(message)
     if status == 429 and b"insufficient_quota" in body:
         return ProviderTrouble(message, permanent=True)
@@ -137,9 +143,9 @@ def trouble_of_answer(
 
 
 def retry_after_seconds(headers: Mapping[str, str], now: float | None = None) -> float | None:
-    """Retry-After in seconds from now, given as such or as an HTTP date (RFC 9110, 10.2.3); None if there is none.
+    """Retry-After in seconds from now; None if there is none. It is a number or an HTTP date (RFC 9110, 10.2.3).
 
-    OpenAI and Azure say it in milliseconds too, in a header of their own.
+    OpenAI and Azure also send it in milliseconds, in another header.
     """
     milliseconds = re.fullmatch(r"[0-9]{1,12}", headers.get("retry-after-ms", ""))
     if milliseconds:
@@ -161,7 +167,7 @@ def retry_after_seconds(headers: Mapping[str, str], now: float | None = None) ->
 
 
 def _message_in(body: bytes | bytearray, secret: str | None) -> str:
-    """The provider's own words, on one line of at most 300 characters, without the key it may echo."""
+    """The provider's message, on one line of at most 300 characters, without the key that it may echo."""
     text = body[:10_000].decode("utf-8", "replace")
     try:
         answer = json.loads(text)
@@ -175,7 +181,7 @@ def _message_in(body: bytes | bytearray, secret: str | None) -> str:
 
 
 def _words_in(error: object) -> str:
-    """What an error says, in the forms that providers and their web frameworks have for it."""
+    """The message in an error, in the forms that providers and their web frameworks use."""
     if isinstance(error, list):
         return "; ".join(map(_words_in, error))
     if not isinstance(error, dict):
@@ -184,7 +190,7 @@ def _words_in(error: object) -> str:
         if error.get(name) is not None:
             return _words_in(error[name])
     if isinstance(error.get("msg"), str):
-        # A field of the request that is not as it should be.
+        # A field of the request is wrong.
         place = ".".join(map(str, error["loc"])) + ": " if isinstance(error.get("loc"), list) else ""
         return f"{place}{error['msg']}"
     return str(error)

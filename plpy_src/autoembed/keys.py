@@ -9,10 +9,10 @@ from autoembed.model import Model
 
 
 def resolve(model: Model) -> str | None:
-    """The key that a model refers to, None if it needs none; ProviderTrouble (permanent) if it cannot be had.
+    """The key that a model refers to; None if it needs none. Raises ProviderTrouble (permanent) without a usable key.
 
-    env:NAME and file:PATH are looked up now. The vault is in the database, where threads may not go: what vault:NAME
-    refers to has come with the model.
+    env:NAME and file:PATH are read now. The secret behind vault:NAME has come with the model, because threads must not
+    use the database.
     """
     if model.api_key is None:
         return None
@@ -27,9 +27,11 @@ def resolve(model: Model) -> str | None:
     key = key.strip()
     if not key:
         raise ProviderTrouble(f"there is no API key: {missing}", permanent=True)
-    # An HTTP client would say so too, and quote the key.
+    # An HTTP client would also refuse it, but quote the key.
     if not (key.isascii() and key.isprintable()):
-        raise ProviderTrouble(f"what {model.api_key} holds is no API key: it is not one line of ASCII", permanent=True)
+        raise ProviderTrouble(
+            f"the value at {model.api_key} is not an API key: it is not one line of ASCII", permanent=True
+        )
     return key
 
 
