@@ -1,4 +1,4 @@
-"""Packs texts into requests, as few as the model's limits allow."""
+"""Packs texts into as few requests as the model's limits allow."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Item = TypeVar("Item")
 
 ZERO_WIDTH_JOINER = "\u200d"
 SKIN_TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
-# The tokens that models put around a text.
+# Tokens that models put around a text.
 MARKS = 2
-# Characters that are kept together; more accents on one letter than that are somebody's joke.
+# The most characters that are kept together. More accents on one letter are not a real text.
 MAX_JOINED = 16
 
 
-# What a character costs, in tokens, by the first byte of its UTF-8. No text has more tokens than bytes, but in the
-# alphabets that vocabularies know well it has far fewer.
+# The cost of a character in tokens, by the first byte of its UTF-8 form. A text has no more tokens than bytes, and far
+# fewer in the alphabets that vocabularies know well.
 _COSTS: dict[bytes, tuple[float, Iterable[int]]] = {
     b"v": (0, b"aeiou"),
     b"c": (0, b"bcdfghjklmnpqrstvwxyz"),
@@ -30,17 +30,17 @@ _COSTS: dict[bytes, tuple[float, Iterable[int]]] = {
     # Greek, Cyrillic, Hebrew, Arabic; Latin with its accents.
     b"1": (1.25, [*range(0xCE, 0xD2), *range(0xD7, 0xDC)]),
     b"2": (1.5, range(0xC2, 0xC6)),
-    # What else has two bytes; signs, kana, the usual Han characters, Hangul.
+    # Other characters of two bytes; signs, kana, the usual Han characters, Hangul.
     b"3": (2, [*range(0xC6, 0xCE), *range(0xD2, 0xD7), *range(0xDC, 0xE0)]),
     b"4": (2, [*range(0xE2, 0xEA), *range(0xEB, 0xEE)]),
     # India, Thailand, Laos; Georgia, Ethiopia, Burma, Cambodia, full-width letters, emoji.
     b"5": (2.25, [0xE0]),
     b"6": (3, [0xE1, 0xEA, 0xEE, 0xEF, *range(0xF0, 0xF8)]),
 }
-# Of punctuation and all that is not above.
+# Punctuation, and all characters that are not above.
 _OTHER = b"."
 _CONTINUATIONS = bytes(range(0x80, 0xC0))
-# The same for what follows what: letters are all one.
+# Kinds of letters, which count as one kind where the order of characters matters.
 _LETTERS = b"vcU"
 
 
@@ -57,38 +57,39 @@ _WORDS = bytes(ord("a") if kind in _LETTERS else kind if kind in b"d " else ord(
 
 
 def estimate_tokens(text: str) -> int:
-    """About how many tokens a text has: rather more than fewer.
+    """The estimated number of tokens of a text, more often too high than too low.
 
-    Held against OpenAI's vocabularies, in tests/data/token_counts.json: about 1.4 times the truth for English prose;
-    in any language, code or data at least 0.8 of it, and all of it from some hundred characters on; for characters at
-    random at least 0.6. Made of counts that C does, as it is asked of every text: about 20 ns a character.
+    Measured against OpenAI's vocabularies, in tests/data/token_counts.json: about 1.4 times the true number for English
+    prose. In any language, code or data it is at least 0.8 times the true number, and from some hundred characters on
+    at least that number; for random characters at least 0.6 times. The counting is done in C, because every text is
+    estimated: about 20 ns a character.
     """
     encoded = text.encode("utf-8", "replace")
     kinds = encoded.translate(_KINDS, _CONTINUATIONS)
     words = kinds.translate(_WORDS)
     tokens = sum(cost * kinds.count(kind) for kind, (cost, _) in _COSTS.items() if cost) + kinds.count(_OTHER)
-    # A word is a token, and more where it is long or hard to say.
+    # A word is one token, and more if it is long or hard to pronounce.
     tokens += words.startswith(b"a") + sum(map(words.count, (b".a", b" a", b"aaaaa"))) + 2 * words.count(b"da")
     tokens += kinds.count(b"ccc") + kinds.count(b"vvv")
-    # A space is part of the word behind it, not of a number; many in a row are few tokens.
+    # A space is part of the word behind it, but not of a number. Many spaces in a row are few tokens.
     tokens += words.count(b" d") + 0.25 * words.count(b"  ")
     return math.ceil(min(tokens, len(encoded))) + MARKS
 
 
 def most_tokens(text: str) -> int:
-    """What estimate_tokens() gives at most, and a fiftieth of its work: no text has more tokens than bytes."""
+    """An upper bound of estimate_tokens() for a fiftieth of its work: no text has more tokens than bytes."""
     return len(text.encode("utf-8", "replace")) + MARKS
 
 
 def truncate(text: str, max_tokens: int, prefix: str = "") -> str:
     """The longest beginning of a text that has at most max_tokens behind a prefix.
 
-    No letter is cut from its accents, and something is left of every text.
+    A letter keeps its accents, and at least one character is left of every text.
     """
     max_tokens = max(0, max_tokens - _before(prefix))
     if len(text) <= max_tokens and most_tokens(text) <= max_tokens:
         return text
-    # Looked for from the front: nobody reads to the end of a text that is far too long.
+    # The search begins at the front, because a text may be far too long.
     low, high = 1, 1 + 4 * max_tokens
     while high < len(text) and estimate_tokens(text[:high]) <= max_tokens:
         low, high = high, 2 * high
@@ -109,7 +110,7 @@ def truncate(text: str, max_tokens: int, prefix: str = "") -> str:
 
 
 def _joined(before: str, after: str) -> bool:
-    """Whether two characters are drawn as one: an accent, an emoji's colour, emoji with a joiner between them."""
+    """Whether two characters are drawn as one: an accent, the colour of an emoji, emoji with a joiner between them."""
     return ZERO_WIDTH_JOINER in (before, after) or after in SKIN_TONES or unicodedata.category(after).startswith("M")
 
 
@@ -118,15 +119,15 @@ def _before(prefix: str) -> int:
 
 
 def pack(texts: Sequence[str], max_inputs: int, max_tokens: int, prefix: str = "") -> list[list[str]]:
-    """The texts in order, in lists of at most max_inputs texts and max_tokens estimated tokens, a prefix before each.
+    """The texts in order, in lists of at most max_inputs texts and max_tokens estimated tokens.
 
-    A text that has more tokens by itself gets a list of its own.
+    A text that has more tokens by itself gets a list of its own. prefix: is counted with each text.
     """
     requests: list[list[str]] = []
     tokens_left = 0
     before = _before(prefix)
     longest = max(map(most_tokens, texts), default=0)
-    # Where as many of the longest would fit, nobody needs to know better.
+    # If that many of the longest texts would fit, the rough estimate is good enough.
     count = most_tokens if max_inputs * (before + longest) <= max_tokens else estimate_tokens
     for text in texts:
         tokens = before + count(text)
@@ -139,6 +140,6 @@ def pack(texts: Sequence[str], max_inputs: int, max_tokens: int, prefix: str = "
 
 
 def halves(items: list[Item]) -> tuple[list[Item], list[Item]]:
-    """What failed as a whole, split, to find the one that is to blame."""
+    """Splits a list that failed as a whole, to find the item to blame."""
     middle = len(items) // 2
     return items[:middle], items[middle:]

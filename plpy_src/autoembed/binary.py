@@ -1,4 +1,4 @@
-"""Vectors in PostgreSQL's binary COPY format, which the server reads many times faster than their text."""
+"""Vectors in PostgreSQL's binary COPY format, which the server reads many times faster than text."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-# PostgreSQL's manual, COPY, "Binary Format": signature, flags, length of the header's extension; and the end.
+# The signature, the flags and the length of the header's extension; and the end (PostgreSQL manual, COPY).
 HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 TRAILER = b"\xff\xff"
-# pgvector's vector_recv() and halfvec_recv(): two int16 (dimensions, zero), then big-endian numbers of so many bytes.
+# The numbers of each type, big-endian. Two int16 (dimensions, zero) go before them: vector_recv(), halfvec_recv().
 NUMBERS = {"vector": ">f4", "halfvec": ">f2"}
 
 
 def copy_rows(vectors: np.ndarray, type_name: str) -> bytes:
     """Rows of (ordinal integer, vector or halfvec), counted from 1, as COPY … FROM … (FORMAT binary) takes them.
 
-    vectors: (n, dimensions) float32. What a halfvec cannot hold becomes infinite, which PostgreSQL refuses.
+    vectors: (n, dimensions) float32. A number that a halfvec cannot hold becomes infinite, which PostgreSQL refuses.
     """
     import numpy as np
 

@@ -31,7 +31,7 @@ from autoembed.restricted import Run, available, restricted
 if TYPE_CHECKING:
     import numpy as np
 
-# What a statement that fails raises.
+# A failed statement raises this.
 Error = plpy.SPIError
 # An owner's code is cancelled after so long in one statement, in seconds: another owner's rows wait meanwhile.
 OWNER_SECONDS = 1.0
@@ -44,7 +44,7 @@ _plans: dict[str, Any] = {}
 
 
 class _Undo(Exception):
-    """Rolls a subtransaction back that has done what it was for."""
+    """Rolls back a subtransaction whose result has been read."""
 
 
 class Database:
@@ -54,7 +54,7 @@ class Database:
 
     def __init__(self, *, commits: bool) -> None:
         self._commits = commits
-        # The types of vectors whose temporary tables may have rows: each commit empties them.
+        # The vector types whose temporary tables may have rows. Each commit empties them.
         self._filled: set[str] = set()
         self._has_written = False
 
@@ -64,7 +64,7 @@ class Database:
         self._has_written = bool(self._run(sql)[0]["has_written"])
 
     def commit(self, *, synced: bool = True) -> None:
-        """synced: waits for the disk, if the server's settings ask for it."""
+        """Commits, where that is possible. synced: waits for the disk if the server's settings ask for it."""
         if self._commits:
             if not synced:
                 self._run("SELECT pg_catalog.set_config('synchronous_commit', 'off', true)")
@@ -72,21 +72,21 @@ class Database:
             self._filled.clear()
 
     def check_interrupts(self) -> None:
-        """Lets a cancel, a timeout or a shutdown through, and keeps a lane's transactions short."""
+        """Lets a cancel, a timeout or a shutdown take effect, and keeps a lane's transactions short."""
         self._run("SELECT 1")
         self.commit()
 
     def sleep(self, seconds: float) -> None:
-        """Waits, for a cancel, a timeout or a shutdown at most."""
+        """Waits. A cancel, a timeout or a shutdown ends the wait."""
         self._run("SELECT pg_catalog.pg_sleep($1)", ["pg_catalog.float8"], [seconds])
         self.commit()
 
     # Lanes ---------------------------------------------------------------------------------------
 
     def enter_lane(self, *, backfill: bool) -> bool:
-        """Signs the session on as a lane; backfill: as one for backfills alone.
+        """Registers the session as a lane. backfill: as one for backfills alone.
 
-        Returns whether a vector index makes writing slow, of any of the tables.
+        Returns whether any of the tables has a vector index, which makes writing slow.
         """
         return bool(
             self._run("SELECT autoembed._enter_lane($1) AS indexed", ["pg_catalog.bool"], [backfill])[0]["indexed"]
@@ -96,11 +96,11 @@ class Database:
         self._run("SELECT autoembed._leave_lane()")
 
     def clean_up(self) -> None:
-        """What dropped tables, dead lanes and finished backfills have left."""
+        """Removes the remains of dropped tables, dead lanes and finished backfills."""
         self._run("SELECT autoembed._clean_up()")
 
     def lock_lanes(self) -> None:
-        """To be called first in a transaction that writes: keeps it from a deadlock with DROP EXTENSION."""
+        """Locks the table of lanes. A transaction that writes begins so, to avoid a deadlock with DROP EXTENSION."""
         self._run("SELECT autoembed._gate()")
 
     def lane_is_wanted(self) -> bool:
@@ -108,7 +108,7 @@ class Database:
         return bool(self._run("SELECT autoembed._lane_is_wanted() AS wanted")[0]["wanted"])
 
     def statement_timeout_seconds(self) -> float | None:
-        """How long a statement of this session may take; None: as long as it likes."""
+        """The time that a statement of this session may take; None: there is no limit."""
         row = self._run(
             "SELECT s.setting FROM pg_catalog.pg_settings AS s WHERE s.name OPERATOR(pg_catalog.=) 'statement_timeout'"
         )[0]
@@ -146,7 +146,7 @@ class Database:
     def requeue(
         self, pipeline_id: int, keys: Sequence[str], attempts: int, *, read_count: int = 0, delay_seconds: float = 0.0
     ) -> None:
-        """Queues rows in one message, as if it had been read that often before."""
+        """Queues rows in one message. read_count: how often it counts as read before."""
         self._run(
             "SELECT autoembed._requeue($1, $2, $3, $4, $5)",
             ["pg_catalog.int4", "pg_catalog.jsonb", "pg_catalog.int4", "pg_catalog.int4", "pg_catalog.float8"],
@@ -156,7 +156,7 @@ class Database:
     # Backfills -----------------------------------------------------------------------------------
 
     def next_backfill(self, *, dedicated: bool) -> Backfill | None:
-        """A table to be looked through, locked against other lanes until the commit; dedicated: by a lane for it."""
+        """The next table to scan, locked against other lanes until the commit. dedicated: this lane only backfills."""
         rows = self._run("SELECT b.* FROM autoembed._next_backfill($1) AS b", ["pg_catalog.bool"], [dedicated])
         if not rows:
             return None
@@ -164,7 +164,7 @@ class Database:
         return Backfill(row["pipeline_id"], row["owner"], row["after"], row["condition"], row["failures"])
 
     def scan(self, backfill: Backfill, max_rows: int) -> list[str]:
-        """The next keys of its table; RowError if its condition fails, or the table is locked."""
+        """The next keys of its table. Raises RowError if its condition fails or the table is locked."""
         rows: Any = []
         with self._owners_code(undone=True):
             rows = self._run(
@@ -183,7 +183,7 @@ class Database:
         lease_seconds: float,
         held: Sequence[int],
     ) -> list[Message]:
-        """Moves a backfill on behind these keys; returns the message for them, claimed already."""
+        """Moves a backfill behind these keys. Returns the message for them, which is claimed already."""
         rows = self._run(
             "SELECT c.message_id, c.read_count, c.message FROM autoembed._queue_backfill($1, $2, $3, $4, $5) AS c",
             ["pg_catalog.int4", "pg_catalog.text[]", "pg_catalog.bool", "pg_catalog.float8", "pg_catalog.int8[]"],
@@ -192,7 +192,7 @@ class Database:
         return [Message(row["message_id"], row["read_count"], _body(row["message"])) for row in rows]
 
     def fail_backfill(self, backfill: Backfill, reason: str) -> None:
-        """Gives a backfill up."""
+        """Ends a backfill, with the reason on the failed list."""
         self._run(
             "SELECT autoembed._fail_backfill($1, $2)",
             ["pg_catalog.int4", "pg_catalog.text"],
@@ -228,12 +228,12 @@ class Database:
         }
 
     def model(self, name: str | None) -> Model:
-        """The model of that name, the default one for None; an error of PostgreSQL's kind if there is none."""
+        """The model of that name; None: the default one."""
         sql = "SELECT autoembed._model_facts(m) AS model FROM autoembed._model($1) AS m"
         return Model.from_row(json.loads(self._run(sql, ["pg_catalog.text"], [name])[0]["model"]))
 
     def price_and_rate(self, model: Model) -> tuple[Any, Any]:
-        """A model's price per million tokens, and the rows a second that it did in its busiest minute of late."""
+        """The price of a model per million tokens, and its rows per second in the busiest recent minute."""
         row = self._run(
             "SELECT p.price, p.rows_per_second FROM autoembed._price_and_rate($1) AS p",
             ["pg_catalog.text"],
@@ -317,7 +317,7 @@ class Database:
     def lane_settings(self) -> Iterator[None]:
         """Transactions that see what is committed and wait for no lock, whatever the session's default.
 
-        In others, two lanes or an application would fail each other's statements, and COMMIT itself.
+        At a higher level, lanes and applications would fail each other's statements, and even COMMIT.
         """
         names = ["default_transaction_isolation", "lock_timeout"]
         [before] = self._run(
@@ -367,7 +367,7 @@ class Database:
             raise _Undo
 
     def free_slots(self, model: str, slots: Sequence[int]) -> None:
-        """Says that requests with these slots are no longer in flight."""
+        """Notes that requests with these slots are no longer in flight."""
         self._run(
             "SELECT autoembed._free_slots($1, $2)", ["pg_catalog.text", "pg_catalog.int4[]"], [model, list(slots)]
         )
@@ -382,7 +382,7 @@ class Database:
     def warn_of_blocked_pipelines(self, resting: Sequence[str] | None = None) -> None:
         """Warns of the pipelines that have jobs waiting and cannot be embedded.
 
-        resting: only of those that wait for one of these models, or, with none, for no model.
+        resting: only pipelines that wait for one of these models; an empty list: only those that wait for no model.
         """
         self._run(
             "SELECT autoembed._warn_of_blocked_pipelines(true, $1)",
@@ -446,7 +446,7 @@ class Database:
         contents: Sequence[str | None],
         vectors: np.ndarray | None,
     ) -> dict[str, str]:
-        """Writes each vector (None: NULLs) whose row still says the text.
+        """Writes the vectors (None: NULLs) of the rows whose text is still the same.
 
         Returns what became of each key: written, changed, skipped (by a trigger), locked or gone. RowError if a row
         does not take its vector; then none was written.
@@ -468,7 +468,7 @@ class Database:
         return {row["key"]: row["outcome"] for row in rows}
 
     def _staged(self, pipeline: Pipeline, vectors: np.ndarray) -> str | None:
-        """The temporary table that holds the vectors, in their order; None if this role may not COPY from a file."""
+        """The temporary table that holds the vectors in their order; None if this role may not COPY from a file."""
         may_have_rows = not self._commits or pipeline.vector_type in self._filled
         self._filled.add(pipeline.vector_type)
         rows = copy_rows(vectors, pipeline.vector_type.rpartition(".")[2].strip('"'))
@@ -503,7 +503,7 @@ class Database:
             )
 
     def note_usage(self, model: str, shares: Sequence[Share], slot: int | None) -> None:
-        """Notes a request that was answered, and whose texts were in it; frees its slot."""
+        """Notes a request that was answered and the shares of pipelines in it. Frees its slot."""
         self._run(
             "SELECT autoembed._note_usage($1, $2, $3, $4, $5, $6, $7)",
             [
@@ -574,7 +574,7 @@ def _storable(text: str) -> str:
 
 
 def literals(vectors: np.ndarray) -> list[str]:
-    """Vectors as text in pgvector's form."""
+    """Vectors in pgvector's text form."""
     import numpy as np
     import orjson
 
@@ -583,5 +583,5 @@ def literals(vectors: np.ndarray) -> list[str]:
 
 
 def _body(message: str | None) -> Any:
-    # Fractions stay text: a numeric key must come back digit by digit.
+    # Fractions stay text: a numeric key must come back with the same digits.
     return None if message is None else json.loads(message, parse_float=str)

@@ -35,7 +35,7 @@ KEPT_FREE_BYTES = 8 << 20
 
 heap.share_one_arena()
 _network = Network(MAX_CONNECTIONS)
-_queries: OrderedDict[tuple[Model, str], str] = OrderedDict()
+_queries: OrderedDict[tuple[str, str], str] = OrderedDict()
 
 
 def process(batch_size: int, max_requests: int, timeout_milliseconds: int) -> dict[str, Any]:
@@ -61,19 +61,22 @@ def work(run_seconds: float, batch_size: int, max_requests: int, timeout_millise
             raise
 
 
-def embed(content: str, facts: str) -> dict[str, Any]:
-    """The vector of a search text, or the fault that SQL is to raise. facts: what _model_facts() says of the model."""
-    model = Model.from_row(json.loads(facts))
-    query = (model, content)
+def embed(content: str, model_name: str, definition: str) -> dict[str, Any]:
+    """The vector of a search text, or the fault that SQL is to raise.
+
+    definition: the row of the model as text. A vector that is kept is of the same text and the same definition.
+    """
+    query = (content, definition)
     if query not in _queries:
         try:
             if not content.strip():
                 raise Fault("a blank text has no embedding", hint="Give embed() some words.")
-            _queries[query] = _embed_in_turn(database.Database(commits=False), model, content)
+            here = database.Database(commits=False)
+            _queries[query] = _embed_in_turn(here, here.model(model_name), content)
         except Fault as fault:
             return {"embedding": None, **_fields(fault)}
         except Trouble as trouble:
-            return {"embedding": None, **_fields(_without_vector(model, trouble))}
+            return {"embedding": None, **_fields(_without_vector(model_name, trouble))}
         if len(_queries) > QUERY_CACHE_SIZE:
             _queries.popitem(last=False)
     _queries.move_to_end(query)
@@ -168,9 +171,9 @@ def _fields(fault: Fault) -> dict[str, Any]:
     return {"problem": fault.problem, "hint": fault.hint, "errcode": fault.errcode}
 
 
-def _without_vector(model: Model, trouble: Trouble) -> Fault:
+def _without_vector(model_name: str, trouble: Trouble) -> Fault:
     return Fault(
-        f'model "{model.name}" gave no embedding: {trouble}',
+        f'model "{model_name}" gave no embedding: {trouble}',
         hint="SELECT * FROM autoembed.doctor() shows what to do.",
         errcode="38000",
     )

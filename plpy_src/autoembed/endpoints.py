@@ -1,4 +1,4 @@
-"""Where a model may be: https anywhere, http here and where an administrator allows it, metadata services never."""
+"""The addresses of models: https anywhere, http on this machine and on allowed hosts, metadata services never."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Collection
 
 from autoembed.errors import Fault
 
-# Link-local, and where clouds hand their machines' credentials to whoever asks: AWS, Google, Alibaba, Azure, Oracle.
+# Link-local addresses, and those where clouds give out credentials: AWS, Google, Alibaba, Azure, Oracle.
 FORBIDDEN_NETWORKS = [
     ipaddress.ip_network(network)
     for network in (
@@ -22,7 +22,7 @@ FORBIDDEN_NETWORKS = [
         "192.0.0.192/32",
     )
 ]
-# Their names, for where a proxy resolves them.
+# The names of these services, which a proxy may resolve.
 FORBIDDEN_NAMES = {
     "metadata",
     "metadata.google.internal",
@@ -30,10 +30,10 @@ FORBIDDEN_NAMES = {
     "instance-data",
     "instance-data.ec2.internal",
 }
-# IPv4 inside IPv6 (RFC 6052), which ipaddress does not take apart by itself.
+# IPv4 inside IPv6 (RFC 6052), which ipaddress does not unwrap.
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
-# Stricter than what HTTP clients take, so that none finds another host in it.
+# This form is stricter than that of HTTP clients, so that none finds another host in a URL.
 URL = re.compile(r"(https?)://([^\s/?#\\@]+@)?(\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^\s/?#\\@:\[\]]+)(:[0-9]+)?([/?#]\S*)?")
 
 
@@ -72,13 +72,13 @@ def without_user(url: str) -> str:
 
 
 def is_forbidden(host: str) -> bool:
-    """Whether a host of a URL is never called: all that can be told where a proxy resolves names."""
+    """Whether the host of a URL is never called. Where a proxy resolves names, nothing more can be checked."""
     address = _address(host)
     return _plain(host) in FORBIDDEN_NAMES if address is None else _is_forbidden_address(address)
 
 
 def may_connect(host: str, address: str) -> bool:
-    """Whether the address that a host turned out to have may be connected to; a name for here must lead here."""
+    """Whether a connection to the address of a host is allowed. A name for this machine must lead to this machine."""
     resolved = _unwrapped(ipaddress.ip_address(address))
     return not _is_forbidden_address(resolved) and (resolved.is_loopback or not _is_here(_plain(host)))
 
@@ -93,7 +93,7 @@ def _is_forbidden_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """The address that a host is, in whatever notation the system knows (2852039166, 0xA9FEA9FE); None for a name."""
+    """The address that a host is, in any notation that the system knows (2852039166, 0xA9FEA9FE); None for a name."""
     try:
         plain = _plain(host).partition("%")[0]
         found = socket.getaddrinfo(plain, None, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
@@ -105,7 +105,7 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 def _unwrapped(
     address: ipaddress.IPv4Address | ipaddress.IPv6Address,
 ) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """The IPv4 address that an IPv6 one stands for, where it does."""
+    """The IPv4 address inside an IPv6 address, or else the address itself."""
     if isinstance(address, ipaddress.IPv4Address):
         return address
     if address in NAT64:

@@ -1,4 +1,4 @@
-"""What can go wrong, by whose fault and whether it passes: decided here, acted on in worker."""
+"""The errors: who is to blame, and whether they pass. Decided here, acted on in worker and rows."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ProviderTrouble(Trouble):
     """The provider is to blame, not the texts.
 
     permanent: somebody must act (a wrong key, an unknown model); otherwise it passes by itself.
-    retry_after_seconds: what the provider asked for, if it did.
+    retry_after_seconds: the wait that the provider asked for, if it did.
     """
 
     def __init__(self, message: str, *, permanent: bool = False, retry_after_seconds: float | None = None) -> None:
@@ -50,7 +50,7 @@ class ProviderTrouble(Trouble):
 
 
 class OverBudget(ProviderTrouble):
-    """The model has used up what it may use a day; retry_after_seconds: until the next one."""
+    """The model has used up its budget of the day. retry_after_seconds: the time until the next day."""
 
     summary = "its daily budget is used up"
 
@@ -120,16 +120,20 @@ def trouble_of_function(sqlstate: str, message: str, *, timed_out: bool = False)
     return Refused(message)
 
 
+# The longest rest after trouble that passes by itself, in seconds.
 MAX_REST_SECONDS = 15.0
+# The longest rest after trouble that somebody must mend, in seconds.
 MAX_PERMANENT_REST_SECONDS = 60.0
+# A longer wait, in seconds, is not granted to a provider.
 MAX_RETRY_AFTER_SECONDS = 3600.0
 
 
 def rest_seconds(trouble: ProviderTrouble, failures: int, fraction: float) -> float:
-    """How long a model rests after its provider failed that many times before; fraction: random, from 0 to 1.
+    """The rest of a model whose provider has failed that many times before. fraction: random, from 0 to 1.
 
-    What the provider asks for, plus up to a second so that lanes do not come back all at once; else exponential backoff
-    with full jitter. Never long: one small request now and then is how we learn that the provider is back.
+    The rest is the time that the provider asks for, plus up to a second so that lanes do not all come back at once.
+    Without such a time it grows exponentially, with full jitter. It is never long: a small request now and then shows
+    whether the provider is back.
     """
     if isinstance(trouble, OverBudget) and trouble.retry_after_seconds is not None:
         return trouble.retry_after_seconds
@@ -140,8 +144,9 @@ def rest_seconds(trouble: ProviderTrouble, failures: int, fraction: float) -> fl
     return 0.2 + fraction * min(2.0 ** min(failures, 10), MAX_REST_SECONDS)
 
 
-# RFC 9110, section 15: what a client should make of a status. 409, 423, 425: a busy gateway.
+# Statuses that blame the request (RFC 9110, section 15).
 REFUSED_STATUSES = {400, 413, 414, 422}
+# Statuses that pass by themselves. 409, 423 and 425 come from busy gateways.
 PASSING_STATUSES = {408, 409, 423, 425, 429}
 
 
@@ -162,7 +167,7 @@ def _trouble_of_answer(status: int, headers: Mapping[str, str], body: bytes | by
     if status in REFUSED_STATUSES:
         return Refused(message)
     if status == 429 and b"Request too large" in body:
-        # More tokens than a whole minute has: no time helps, fewer texts do.
+        # The request has more tokens than a minute allows. Waiting does not help; fewer texts do.
         return Refused(message)
     if status == 429 and b"insufficient_quota" in body:
         return ProviderTrouble(message, permanent=True)
@@ -174,9 +179,9 @@ def _trouble_of_answer(status: int, headers: Mapping[str, str], body: bytes | by
 
 
 def retry_after_seconds(headers: Mapping[str, str], now: float | None = None) -> float | None:
-    """Retry-After in seconds from now, given as such or as an HTTP date (RFC 9110, 10.2.3); None if there is none.
+    """Retry-After in seconds from now; None if there is none. It is a number or an HTTP date (RFC 9110, 10.2.3).
 
-    OpenAI and Azure say it in milliseconds too, in a header of their own.
+    OpenAI and Azure also send it in milliseconds, in another header.
     """
     milliseconds = re.fullmatch(r"[0-9]{1,12}", headers.get("retry-after-ms", ""))
     if milliseconds:
@@ -219,7 +224,7 @@ def _message_in(body: bytes | bytearray) -> str:
 
 
 def _words_in(error: object) -> str:
-    """What an error says, in the forms that providers and their web frameworks have for it."""
+    """The message in an error, in the forms that providers and their web frameworks use."""
     if isinstance(error, list):
         return "; ".join(map(_words_in, error))
     if not isinstance(error, dict):
@@ -228,7 +233,7 @@ def _words_in(error: object) -> str:
         if error.get(name) is not None:
             return _words_in(error[name])
     if isinstance(error.get("msg"), str):
-        # A field of the request that is not as it should be.
+        # A field of the request is wrong.
         place = ".".join(map(str, error["loc"])) + ": " if isinstance(error.get("loc"), list) else ""
         return f"{place}{error['msg']}"
     return str(error)

@@ -33,8 +33,8 @@ def is_reference(value: str) -> bool:
 def _resolved(model: Model, reference: str, what: str) -> str:
     """The secret that a reference names.
 
-    env:NAME and file:PATH are looked up now. The vault is in the database, where threads may not go: what vault:NAME
-    refers to has come with the model.
+    env:NAME and file:PATH are read now. The secret behind vault:NAME has come with the model, because threads must not
+    use the database.
     """
     kind, _, name = reference.partition(":")
     if kind == "env":

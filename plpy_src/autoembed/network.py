@@ -1,4 +1,4 @@
-"""The one door to the network: posts a body, returns the answer, and lets go when told to."""
+"""The one door to the network: posts a body, returns the answer, and can be aborted."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from autoembed.errors import ProviderTrouble
 if TYPE_CHECKING:
     import requests
 
+# A connection is given this long to be made, in seconds.
 CONNECT_TIMEOUT_SECONDS = 10.0
-# Where the server's environment names its certificate authorities: as requests has it, and as OpenSSL has it.
+# Environment variables that name certificate authorities: those of requests, and that of OpenSSL.
 CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
 
 
@@ -34,7 +35,7 @@ class Answer:
 
 
 class Network:
-    """Connections, kept from one request to the next. Threads may share it; abort() ends their requests at once."""
+    """Connections, kept from one request to the next. Threads may share them. abort() ends their requests at once."""
 
     def __init__(self, max_connections: int) -> None:
         self._max_connections = max_connections
@@ -55,13 +56,14 @@ class Network:
         ca_file: str | None = None,
         sent: Callable[[], None] = lambda: None,
     ) -> Answer:
-        """The answer to a POST, whatever its status; ProviderTrouble if there is none in time or it is too large.
+        """The answer to a POST, whatever its status. Raises ProviderTrouble if it is late or too large.
 
-        Redirects are not followed, certificates are verified, link-local addresses and metadata services not called.
-        ca_file: the certificate authorities to trust, in place of those of the environment and the system. sent: is
-        called when only the answer is outstanding.
+        Redirects are not followed. Certificates are verified. Link-local addresses and metadata services are never
+        called.
+        ca_file: the certificate authorities to trust, in place of those of the environment and the system.
+        sent: is called when only the answer is outstanding.
         """
-        # 0.2-0.3 s in a new backend, so not before there is something to send.
+        # The import takes 0.2 to 0.3 s in a new backend, so it waits until there is something to send.
         import requests
         import urllib3
 
@@ -80,7 +82,7 @@ class Network:
                 verify=ca_file or next(filter(None, map(os.environ.get, CA_VARIABLES)), True),
                 allow_redirects=False,
                 stream=True,
-                # Anything, so that a .netrc of the server's user never replaces the key.
+                # Any value here keeps a .netrc of the server's user from replacing the key.
                 auth=lambda request: request,
             ) as response:
                 received = bytearray()
@@ -110,7 +112,7 @@ class Network:
                 raise ProviderTrouble(f"{_host(url)} did not answer within {timeout_seconds:g} s") from error
             raise ProviderTrouble(f"no answer from {_host(url)}: {_cause(error)}") from error
         except OSError as error:
-            # Before anything is sent: requests looks whether the file is there.
+            # Nothing was sent: requests checks first that the file exists.
             raise ProviderTrouble(f"the certificate authorities cannot be read: {error}", permanent=True) from error
         finally:
             self._watch(None)
@@ -134,7 +136,7 @@ class Network:
                         connection.shutdown(socket.SHUT_RDWR)
 
     def _watch(self, connection: socket.socket | None) -> None:
-        """Remembers what this thread waits on. A copy: TLS takes the socket's descriptor away from the object."""
+        """Remembers the socket that this thread waits on. It is a copy: TLS takes the descriptor from the original."""
         with self._lock:
             before = self._sockets.pop(threading.get_ident(), None)
             if before is not None:
@@ -152,7 +154,7 @@ class Network:
 def _session(
     max_connections: int, watch: Callable[[socket.socket], None], sent: Callable[[], None]
 ) -> requests.Session:
-    """A session that shows watch() each socket before a thread first waits on it, and says when a request is sent."""
+    """A session that passes each socket to watch() before a thread waits on it, and calls sent() after each request."""
     import requests
     from requests.adapters import HTTPAdapter
     from urllib3.connection import HTTPConnection, HTTPSConnection
@@ -196,7 +198,7 @@ def _session(
             return manager
 
         def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
-            # Of a name that a proxy resolves, no more can be told than this; for the others see _connect().
+            # Where a proxy resolves names, nothing more can be checked. For other names see _connect().
             host = urlsplit(str(request.url)).hostname or ""
             if endpoints.is_forbidden(host):
                 raise _never_called(host, "a link-local address or a cloud's metadata service")
@@ -210,9 +212,9 @@ def _session(
 
 
 def _connect(host: str, port: int, timeout: Any, options: Any, watch: Callable[[socket.socket], None]) -> socket.socket:
-    """A connected socket; watch() sees it before it waits for the other side, so that connecting can be aborted too.
+    """A connected socket. watch() is given it before it connects, so that connecting can be aborted too.
 
-    What is judged is what is connected to: a name is not resolved twice.
+    The name is resolved once: the address that is checked is the address that is connected to.
     """
     from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-# Padded tokens in one batch: 256 to 512 were fastest on 2 cores, and more only costs memory and patience.
+# Padded tokens in one batch. 256 to 512 were fastest on 2 cores; more costs memory and delays a cancel.
 BATCH_TOKENS = 512
-# What is handed to the tokenizer at once, for it cannot be interrupted.
+# Texts that the tokenizer gets at once. It cannot be interrupted.
 TOKENIZE_TEXTS = 64
-# Only so much of a text is tokenized at first: a megabyte costs 0.4 s and 120 MB.
+# Characters of a text that are tokenized at first, for each token wanted. A megabyte costs 0.4 s and 120 MB.
 CHARACTERS_PER_TOKEN = 16
-# WordPiece makes of a word up to one token per character, of a longer word than this a single one.
+# WordPiece makes up to one token per character of a word, but a single token of a longer word than this.
 LONGEST_WORD_CHARACTERS = 100
 
 
@@ -32,7 +32,7 @@ class OnnxModel:
 
     onnxruntime starts threads here, and a thread inherits the signal mask of the one that starts it. In a
     database backend, create the model in a thread that has blocked all signals: the server's handlers must
-    not run in another thread than its own.
+    run in the backend's own thread.
     """
 
     def __init__(self, folder: str, *, max_tokens: int = 256, threads: int | None = None) -> None:
@@ -52,7 +52,7 @@ class OnnxModel:
         self.dimensions: int = output.shape[2]
         self._max_tokens = max_tokens
         self._run: Any = None
-        # 60 MB after loading, up to 70 MB after long texts.
+        # Loading leaves 60 MB of freed memory.
         heap.trim()
 
     def embed(self, texts: Sequence[str], between_batches: Callable[[], None] = lambda: None) -> Array:
@@ -65,7 +65,7 @@ class OnnxModel:
         import onnxruntime
 
         vectors = np.empty((len(texts), self.dimensions), np.float32)
-        # Mapped anew for each batch, the activations would take half as long again.
+        # If memory were mapped again for each batch, a batch would take half as long again.
         heap.keep(block_bytes=32 << 20, free_bytes=64 << 20)
         try:
             tokens = self._tokenize(texts, between_batches)
@@ -99,7 +99,7 @@ class OnnxModel:
             encodings = encode([text[:characters] for text in part], add_special_tokens=False)
             for text, encoding in zip(part, encodings, strict=True):
                 if len(text) > characters and len(encoding) < limit + LONGEST_WORD_CHARACTERS:
-                    # The cut may be felt in the tokens that count.
+                    # The cut may have changed the tokens within the limit.
                     (encoding,) = encode([text], add_special_tokens=False)
                 encoding.truncate(limit)
                 tokens.append(np.array(self._tokenizer.post_process(encoding).ids, np.int32))
@@ -121,7 +121,7 @@ class OnnxModel:
             if self._run.terminate:
                 raise Stopped(Stopped.__doc__) from None
             raise
-        # The sum has the mean's direction, and only that is left at unit length.
+        # The sum has the direction of the mean, and at unit length only the direction remains.
         vectors: Array = np.einsum("bt,btd->bd", mask.astype(np.float32), hidden)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         return vectors
@@ -152,7 +152,7 @@ def _open(load: Callable[[str], Any], path: str) -> Any:
 
 
 def _load_tokenizer(path: str) -> Any:
-    # Its own threads would start in whichever thread tokenizes first, signals blocked or not.
+    # The tokenizer's own threads would start in the first thread that tokenizes, which may not block signals.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from tokenizers import Tokenizer
 
@@ -167,9 +167,9 @@ def _load_session(path: str, threads: int) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Both keep what the largest batches needed.
+    # Both would keep the memory of the largest batch.
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
-    # Threads that spin when there is nothing to compute take the cores from other backends.
+    # Threads that spin while they wait take the cores from other backends.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

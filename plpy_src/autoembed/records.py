@@ -1,4 +1,4 @@
-"""What the database hands to a pass: messages of the queue, pipelines, backfills and rows."""
+"""The records that the database hands to a pass: messages of the queue, pipelines, backfills and rows."""
 
 from __future__ import annotations
 

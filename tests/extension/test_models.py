@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import psycopg
@@ -80,6 +82,9 @@ def test_limits_of_a_model_hold_below_the_providers(documents: Connection, api: 
         ("create_model('m', 'openai', 3)", "has no api_key", "22023"),
         ("create_model('m', 'openai', 3, base_url => 'ftp://x')", "not an http or https URL", "22023"),
         ("create_model('m', 'local', 3, api_key => 'env:X')", "takes no api_key", "22023"),
+        ("create_model('m', 'fake', 3, model_id => '')", 'model "m" has a blank model_id', "22023"),
+        ("create_model('m', 'fake', 3, model_id => ' ')", 'model "m" has a blank model_id', "22023"),
+        ("create_model(' ', 'fake', 3)", 'model " " has a blank model_id', "22023"),
         ("alter_model('m')", 'model "m" does not exist', "42704"),
         ("drop_model('m')", 'model "m" does not exist', "42704"),
         ("drop_model('all-MiniLM-L6-v2')", "is in use", "2BP01"),
@@ -95,6 +100,46 @@ def test_a_wrong_definition_is_one_clear_error_and_changes_nothing(
 
     assert caught.value.sqlstate == sqlstate
     assert models(db) == BUILTIN
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SELECT autoembed.create_model('m', 'no-such', 3)",
+        "SELECT autoembed.alter_model('all-MiniLM-L6-v2', api_key => 'env:X')",
+        "SELECT autoembed.embed('a question', 'no-such')",
+        "SELECT autoembed.embed(' ')",
+        "SELECT autoembed.embed('a question', 'unreachable')",
+        "SELECT autoembed.process(batch_size => 0)",
+        "CALL autoembed.work(batch_size => 0)",
+        "BEGIN; CALL autoembed.work(1)",
+        "SELECT autoembed.estimate('notes', content_columns => '{body}', model => 'no-such')",
+    ],
+)
+def test_an_error_of_a_user_shows_nothing_of_python(db: Connection, statement: str) -> None:
+    db.execute(
+        "SELECT autoembed.create_model('unreachable', 'fake', 3, options => '{\"faults\": [{\"status\": 401}]}')"
+    )
+    db.execute("CREATE TABLE notes (id integer PRIMARY KEY, body text)")
+
+    with pytest.raises(psycopg.Error) as caught:
+        db.execute(statement)
+
+    diagnostic = caught.value.diag
+    shown = f"{diagnostic.message_primary} {diagnostic.message_hint} {diagnostic.message_detail} {diagnostic.context}"
+    assert not re.search(r"plpy|spiexceptions|Traceback|Python", shown)
+
+
+def test_the_identity_of_a_model_lists_what_its_vectors_depend_on(db: Connection) -> None:
+    options = {"document_prefix": 'a "b" é: '}
+    db.execute(
+        "SELECT autoembed.create_model('m', 'ollama', 256, model_id => %s, options => %s)",
+        ['mo"del\\ é', json.dumps(options)],
+    )
+
+    [(facts,)] = db.execute("SELECT autoembed._model_facts(m) FROM autoembed.model AS m WHERE m.name = 'm'").fetchall()
+
+    assert json.loads(facts["identity"]) == ["ollama", 'mo"del\\ é', 256, options["document_prefix"]]
 
 
 def test_a_key_pasted_in_place_of_a_reference_is_refused_and_not_repeated(db: Connection) -> None:

@@ -58,6 +58,7 @@ _digests - - - x
 _dimensions - x - x
 _drop_functions - - - x
 _drop_orphaned_pipelines - - - x
+_embed - - - x
 _embedder - - - x
 _end_broken - - - x
 _ended - - - x
@@ -94,10 +95,13 @@ _may_see - x x x
 _missing_object - - - x
 _model - - - x
 _model_facts - - - x
+_model_fault - - - x
+_model_identity - - - x
 _needed_columns - x - x
 _next_backfill - - - x
 _note_usage - - - x
 _operator - x - x
+_options_fault - - - x
 _output_settings - - - x
 _owned_pipeline - x - x
 _owned_pipelines - x - x
@@ -106,6 +110,7 @@ _pipelines - - - x
 _prepared - - - x
 _price_and_rate - - - x
 _probe - - - x
+_process - - - x
 _protect_functions - - - x
 _queue_backfill - - - x
 _read_condition - x - x
@@ -129,6 +134,7 @@ _unschedule - - - x
 _vault_key - - - x
 _vector_index - - - x
 _warn_of_blocked_pipelines - - - x
+_work - - - x
 allow_http_host - - - x
 alter_model - - - x
 alter_pipeline - x - x

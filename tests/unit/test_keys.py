@@ -105,7 +105,7 @@ def test_a_model_never_shows_its_key_and_is_the_same_with_another() -> None:
 
 
 def test_a_secret_that_is_no_key_is_not_repeated() -> None:
-    with pytest.raises(ProviderTrouble, match="what vault:openai holds is no API key") as caught:
+    with pytest.raises(ProviderTrouble, match="the value at vault:openai is not an API key") as caught:
         keys.resolve(model("vault:openai", vault_key="two\nlines"))
 
     assert "lines" not in str(caught.value).replace("not one line of ASCII", "")

@@ -1,8 +1,8 @@
 """OpenAI's models as Azure serves them: by resource and deployment.
 
 Written from the API reference, https://learn.microsoft.com/azure/ai-services/openai/reference#embeddings, and
-https://learn.microsoft.com/azure/ai-services/openai/how-to/embeddings, which sets the limits. The body and the answer
-are OpenAI's. Its v1 API, without deployments and versions, is spoken by the provider openai.
+https://learn.microsoft.com/azure/ai-services/openai/how-to/embeddings, which sets the limits. Body and answer are those
+of OpenAI. The provider openai speaks Azure's v1 API, which has no deployments and versions.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ def embed(request: Request, network: Network) -> Embedded:
     return openai.embed_at(url_of(request.model), request, network, headers)
 
 
-def abort() -> None:
-    """Nothing to end: all it does goes over the network."""
+abort = http.abort
 
 
 def url_of(model: Model) -> str:

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 BASE_URL = "https://api.cohere.com"
 MAX_INPUTS_PER_REQUEST = 96
-# The reference sets none for a request; one text of embed-v4.0 may have as many.
+# The reference sets no limit for a request. One text of embed-v4.0 may have this many.
 MAX_TOKENS_PER_REQUEST = 128_000
 MAX_TOKENS_PER_INPUT: int | None = 128_000
 RUNS_IN_BACKEND = False
 
-# The models before embed-v4.0, which take shorter texts and refuse output_dimension.
+# Models before embed-v4.0 take shorter texts and refuse output_dimension.
 OLD_MODELS = "-v3.0"
 OLD_MAX_TOKENS_PER_INPUT = 512
 INPUT_TYPES = {"document": "search_document", "query": "search_query"}
@@ -44,8 +44,7 @@ def embed(request: Request, network: Network) -> Embedded:
     return http.post(request, network, url, http.bearer(key), request_body(request), embedded_in, trouble_of)
 
 
-def abort() -> None:
-    """Nothing to end: all it does goes over the network."""
+abort = http.abort
 
 
 def request_body(request: Request) -> dict[str, Any]:
@@ -53,9 +52,9 @@ def request_body(request: Request) -> dict[str, Any]:
         "model": request.model.model_id,
         "texts": list(request.texts),
         "input_type": INPUT_TYPES[request.purpose],
-        # There is base64 too, but the reference does not say of what bytes.
+        # The reference does not describe the bytes of its base64 form.
         "embedding_types": ["float"],
-        # What is too long was cut before, or must not be cut at all.
+        # Texts that are too long were cut before, or must not be cut.
         "truncate": "NONE",
     }
     if request.model.model_id.endswith(OLD_MODELS):
@@ -64,7 +63,7 @@ def request_body(request: Request) -> dict[str, Any]:
 
 
 def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedded:
-    """The vectors of an answer, which has them in the order of the texts, and the tokens that are billed."""
+    """The vectors of an answer, which are in the order of the texts, and the tokens that are billed."""
     with http.reading("Cohere"):
         answer = http.parse(body)
         vectors = matrix(answer["embeddings"]["float"], count, dimensions)

@@ -1,4 +1,4 @@
-"""No model at all: vectors that follow from the texts, and faults on order, for tests of what uses embeddings."""
+"""No model: vectors that follow from the texts, and faults on demand, for tests of applications."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MAX_INPUTS_PER_REQUEST = 2048
 MAX_TOKENS_PER_REQUEST = 300_000
-# Nothing is cut, so that a search for a text finds the row that says it, however long it is.
+# Nothing is cut, so that a search for a text finds its row, however long it is.
 MAX_TOKENS_PER_INPUT: int | None = None
 RUNS_IN_BACKEND = False
 
@@ -82,11 +82,11 @@ def abort() -> None:
 
 
 def vector_of(text: str, dimensions: int) -> np.ndarray:
-    """The vector of a text, of length 1: the same today, tomorrow and anywhere."""
+    """The vector of a text, of length 1. It is the same in every version and on every machine."""
     import numpy as np
 
     digest = hashlib.shake_256(text.encode("utf-8", "surrogatepass")).digest(4 * dimensions)
-    # Between two whole numbers, so that no vector is zero.
+    # Halves are added so that no vector is zero.
     numbers = np.frombuffer(digest, ">i4") + 0.5
     vector: np.ndarray = (numbers / np.linalg.norm(numbers)).astype(np.float32)
     return vector

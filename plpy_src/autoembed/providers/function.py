@@ -12,13 +12,13 @@ from autoembed.providers.vectors import matrix
 if TYPE_CHECKING:
     from autoembed.providers import CallEmbedder
 
-# Lower than where the function is a gateway: it answers before anything else is done in this session.
+# Requests are small, because nothing else happens in the session until the function returns.
 MAX_INPUTS_PER_REQUEST = 100
 MAX_TOKENS_PER_REQUEST = 100_000
 MAX_TOKENS_PER_INPUT: int | None = None
 RUNS_IN_BACKEND = True
 
-# vector_send(): two int16 before the numbers, which are big-endian.
+# vector_send() puts two int16 before the numbers, which are big-endian. In bytes.
 HEADER_BYTES = 4
 
 
@@ -41,4 +41,4 @@ def embed(request: Request, call_embedder: CallEmbedder) -> Embedded:
 
 
 def abort() -> None:
-    """Nothing to end: it runs in the backend's own thread, where a cancel ends it."""
+    """Does nothing: the function runs in the backend's own thread, where a cancel ends it."""

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 BASE_URL = "https://generativelanguage.googleapis.com/v1beta"
 MAX_INPUTS_PER_REQUEST = 100
-# The reference sets none; a request should be a small part of what a key may send in a minute.
+# The reference sets no limit. A request should be a small part of the tokens that a key has per minute.
 MAX_TOKENS_PER_REQUEST = 20_000
 MAX_TOKENS_PER_INPUT: int | None = 2048
 RUNS_IN_BACKEND = False
 
 TASK_TYPES = {"document": "RETRIEVAL_DOCUMENT", "query": "RETRIEVAL_QUERY"}
-# These are told the task in the text, by document_prefix and query_prefix.
+# These models read the task in the text, where document_prefix and query_prefix put it.
 WITHOUT_TASK_TYPE = "gemini-embedding-2"
 RETRY_DELAY = re.compile(rb'"retryDelay"\s*:\s*"([0-9]+(?:\.[0-9]+)?)s"')
 
@@ -52,8 +52,7 @@ def embed(request: Request, network: Network) -> Embedded:
     return http.post(request, network, url, headers, request_body(request), embedded_in, trouble_of)
 
 
-def abort() -> None:
-    """Nothing to end: all it does goes over the network."""
+abort = http.abort
 
 
 def name_of(model: Model) -> str:
@@ -69,7 +68,7 @@ def request_body(request: Request) -> dict[str, Any]:
 
 
 def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedded:
-    """The vectors of an answer, which has them in the order of the texts, at unit length; tokens if it reports them."""
+    """The vectors of an answer, which are in the order of the texts, at unit length; and the tokens it reports."""
     with http.reading("Gemini"):
         answer = http.parse(body)
         vectors = matrix([embedding["values"] for embedding in answer["embeddings"]], count, dimensions)
@@ -77,7 +76,7 @@ def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedde
 
 
 def unit_length(vectors: np.ndarray) -> np.ndarray:
-    """gemini-embedding-001 shortens vectors by cutting them, so that inner products no longer are cosines."""
+    """Brings vectors to length 1. gemini-embedding-001 cuts them short, and inner products are then no cosines."""
     import numpy as np
 
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""What all providers over HTTP share: the check of an address, the round trip, and the reading of an answer."""
+"""The parts that all providers over HTTP share: checks of an address, the round trip, the reading of an answer."""
 
 from __future__ import annotations
 
@@ -157,6 +157,10 @@ def parse(body: bytes | bytearray) -> Any:
     except ValueError:
         # Some servers answer NaN, which is not JSON, if a text was too much for their model.
         return json.loads(body)
+
+
+def abort() -> None:
+    """Does nothing: these providers only use the network, which is aborted by itself."""
 
 
 # Answers are read one by one: reading takes several times their size, and only one thread computes at a time anyway.

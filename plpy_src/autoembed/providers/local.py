@@ -22,7 +22,7 @@ RUNS_IN_BACKEND = False
 DEFAULT_MAX_TOKENS = 256
 
 _loaded: dict[tuple[str, int], OnnxModel] = {}
-# One text batch at a time: it uses all cores already.
+# One batch of texts at a time, because it uses all cores.
 _running = threading.Lock()
 _stopping = threading.Event()
 

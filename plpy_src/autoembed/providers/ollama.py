@@ -1,7 +1,7 @@
 """Ollama's own endpoint; the provider openai speaks to its /v1.
 
-Written from the API reference, https://docs.ollama.com/api/embed, which sets no limits: these keep a request short on
-a computer without a graphics card. It shortens texts by the model's own tokenizer.
+Written from the API reference, https://docs.ollama.com/api/embed, which sets no limits. The limits here keep a request
+short on a computer without a graphics card. Ollama shortens texts by the model's own tokenizer.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ MAX_TOKENS_PER_REQUEST = 32_000
 MAX_TOKENS_PER_INPUT: int | None = None
 RUNS_IN_BACKEND = False
 
-# What it says with status 500 of a text, and says again each time it is sent.
+# Words in an answer with status 500 that blame a text, which then fails each time it is sent.
 TEXTS_FAULTS = (b"context length", b"NaN")
 
 
 def check(model: Model) -> None:
-    # It needs no key, as no server with a URL of its own does.
+    # A server with a base_url needs no key, so the default address becomes one.
     placed = replace(model, base_url=model.base_url or BASE_URL)
     http.check(placed, default_url=None, example=f"{BASE_URL}, what comes before /api", options=PREFIXES)
 
@@ -41,8 +41,7 @@ def embed(request: Request, network: Network) -> Embedded:
     return http.post(request, network, url, http.bearer(key), request_body(request), embedded_in, trouble_of)
 
 
-def abort() -> None:
-    """Nothing to end: all it does goes over the network."""
+abort = http.abort
 
 
 def request_body(request: Request) -> dict[str, Any]:
@@ -55,7 +54,7 @@ def request_body(request: Request) -> dict[str, Any]:
 
 
 def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedded:
-    """The vectors of an answer, which has them in the order of the texts, and the tokens it counted."""
+    """The vectors of an answer, which are in the order of the texts, and the tokens it counted."""
     with http.reading("Ollama"):
         answer = http.parse(body)
         vectors = matrix(answer["embeddings"], count, dimensions)

@@ -1,7 +1,7 @@
-"""OpenAI's embeddings endpoint and whatever speaks its protocol.
+"""OpenAI's embeddings endpoint, and servers that speak its protocol.
 
 Written from the API reference, https://platform.openai.com/docs/api-reference/embeddings/create, which sets the limits.
-It has one form for documents and queries; for models behind it that have two, see prefixed().
+It has one form for documents and queries. For models behind it that have two, see prefixed().
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ MAX_TOKENS_PER_REQUEST = 300_000
 MAX_TOKENS_PER_INPUT: int | None = 8192
 RUNS_IN_BACKEND = False
 
-# What a server may refuse to hear of: then it is done without.
+# Fields that a server may refuse. The request is then sent without them.
 OPTIONAL_FIELDS = frozenset({"dimensions", "encoding_format"})
 PARAM = re.compile(rb'"param"\s*:\s*"(\w+)"')
 
-# The fields that were refused in this process, by URL and model.
+# The fields that servers refused in this process, by URL and model.
 _refused: dict[tuple[str, str], frozenset[str]] = {}
 
-# The models that OpenAI made before it allowed shorter vectors refuse the parameter.
+# Models from before OpenAI allowed shorter vectors refuse the field dimensions.
 WITHOUT_DIMENSIONS = ("text-embedding-ada-002",)
 
 
@@ -52,12 +52,11 @@ def embed(request: Request, network: Network) -> Embedded:
     return embed_at(http.url(request.model, BASE_URL, "/embeddings"), request, network, http.bearer(key))
 
 
-def abort() -> None:
-    """Nothing to end: all it does goes over the network."""
+abort = http.abort
 
 
 class FieldsRefused(Refused):
-    """The refusal names fields, which may be to blame in place of a text."""
+    """A refusal that names fields, which may be to blame instead of a text."""
 
     def __init__(self, message: str, fields: frozenset[str]) -> None:
         super().__init__(message)
@@ -76,7 +75,7 @@ def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray)
 def embed_at(url: str, request: Request, network: Network, headers: Mapping[str, str]) -> Embedded:
     """Asks again without the fields that the server names when it refuses; remembers them where that has worked."""
     which = (url, request.model.model_id)
-    # What the model asks for by itself is sent come what may.
+    # A field that the model's extra_body sets is always sent.
     optional = OPTIONAL_FIELDS - request.model.options.get("extra_body", {}).keys()
     left_out = _refused.get(which, frozenset()) & optional
     refusal: Refused | None = None
@@ -92,7 +91,7 @@ def embed_at(url: str, request: Request, network: Network, headers: Mapping[str,
             left_out |= named
         except ProviderTrouble as error:
             if refusal and error.permanent:
-                # Vectors of another length, most likely: the refusal says more.
+                # The vectors probably have another length. The refusal says more about the cause.
                 refusal.headers = error.headers
                 raise refusal from error
             raise

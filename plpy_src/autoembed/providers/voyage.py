@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 BASE_URL = "https://api.voyageai.com/v1"
 MAX_INPUTS_PER_REQUEST = 1000
-# What every model takes; max_tokens_per_request says so of a model that takes more.
+# Every model takes this many. max_tokens_per_request can raise it for a model that takes more.
 MAX_TOKENS_PER_REQUEST = 120_000
 MAX_TOKENS_PER_INPUT: int | None = 32_000
 RUNS_IN_BACKEND = False
 
 SHORT_MODELS = ("voyage-law-2", "voyage-code-2")
 SHORT_MAX_TOKENS_PER_INPUT = 16_000
-# These have one length of vectors only.
+# These models have only one length of vectors.
 WITHOUT_DIMENSIONS = (*SHORT_MODELS, "voyage-finance-2", "voyage-multilingual-2", "voyage-3", "voyage-3-lite")
 
 
@@ -45,8 +45,7 @@ def embed(request: Request, network: Network) -> Embedded:
     return http.post(request, network, url, http.bearer(key), request_body(request), embedded_in, trouble_of)
 
 
-def abort() -> None:
-    """Nothing to end: all it does goes over the network."""
+abort = http.abort
 
 
 embedded_in = partial(openai.embedded_in, api="Voyage")
@@ -58,7 +57,7 @@ def request_body(request: Request) -> dict[str, Any]:
         "input": list(request.texts),
         "input_type": request.purpose,
         "encoding_format": "base64",
-        # What is too long was cut before, or must not be cut at all.
+        # Texts that are too long were cut before, or must not be cut.
         "truncation": False,
     }
     if request.model.model_id in WITHOUT_DIMENSIONS:
