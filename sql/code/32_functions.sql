@@ -251,9 +251,12 @@ BEGIN
         'and_later_key', quote_literal(format(' AND (%s)', slots ->> 'later_key')),
         'order_by_key', quote_literal(format(' ORDER BY %s', slots ->> 'keys'))
     );
-    PERFORM autoembed._create_function('content', slots, _owner);
-    PERFORM autoembed._create_function('scan', slots, _owner);
-    PERFORM autoembed._create_function('write', slots, _owner);
+    -- A column of another type holds the table up. Its triggers go on queuing.
+    IF slots ->> 'vector_type' IS NOT NULL THEN
+        PERFORM autoembed._create_function('content', slots, _owner);
+        PERFORM autoembed._create_function('scan', slots, _owner);
+        PERFORM autoembed._create_function('write', slots, _owner);
+    END IF;
     IF NOT (slots ->> 'managed')::boolean THEN
         RETURN;
     END IF;

@@ -25,7 +25,7 @@ CREATE OR REPLACE FUNCTION autoembed.grant_usage(role regrole)
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    PERFORM autoembed._grant(role, '{embed,queue_embeddings,clear_column,enable,alter_pipeline,disable,pause,resume,resync,reembed,preview,_as_owner,_run_as_owner,_load_python,_short_key,
+    PERFORM autoembed._grant(role, '{embed,queue_embeddings,clear_column,enable,alter_pipeline,disable,pause,resume,resync,reembed,preview,_as_owner,_run_as_owner,_advisory_locks,_restore_advisory_locks,_load_python,_short_key,
         estimate,wait_until_fresh,_owned_pipelines,_owned_pipeline,_check_owner,_check_content,_check_on_change,_needed_columns,_template,_dimensions,_read_condition,
         _look_through,_state_of,_content_expression,_key_expression,_columns_of,_content_function,_content_function_of,
         _estimate_texts,_index_key,_operator}');
