@@ -1,4 +1,4 @@
--- Triggers, event triggers and privileges, which cannot be replaced by CREATE OR REPLACE alone.
+-- Triggers, event triggers and privileges. They need functions of code/, or cannot be replaced in place.
 
 CREATE OR REPLACE TRIGGER autoembed_keep_restored
     BEFORE INSERT ON pgmq.meta
@@ -16,9 +16,10 @@ CREATE OR REPLACE TRIGGER define
     FOR EACH ROW
     EXECUTE FUNCTION autoembed._define();
 
--- What follows an ALTER TABLE comes with another shape.
+-- An update that follows an ALTER TABLE changes table_shape, and does the work of this trigger itself.
 CREATE OR REPLACE TRIGGER define_again
-    BEFORE UPDATE OF content_columns, content_template, content_function, condition, model, on_change ON autoembed.pipeline
+    BEFORE UPDATE OF content_columns, content_template, content_function, condition, model, on_change
+    ON autoembed.pipeline
     FOR EACH ROW
     WHEN (OLD.table_shape = NEW.table_shape)
     EXECUTE FUNCTION autoembed._define();
@@ -28,9 +29,10 @@ CREATE OR REPLACE TRIGGER defined
     FOR EACH ROW
     EXECUTE FUNCTION autoembed._defined();
 
--- What follows an ALTER TABLE comes with another shape.
+-- An update that follows an ALTER TABLE changes table_shape, and does the work of this trigger itself.
 CREATE OR REPLACE TRIGGER defined_again
-    AFTER UPDATE OF content_columns, content_template, content_function, condition, model, on_change ON autoembed.pipeline
+    AFTER UPDATE OF content_columns, content_template, content_function, condition, model, on_change
+    ON autoembed.pipeline
     FOR EACH ROW
     WHEN (OLD.table_shape = NEW.table_shape)
     EXECUTE FUNCTION autoembed._defined();
@@ -46,7 +48,7 @@ CREATE OR REPLACE TRIGGER ended
     FOR EACH ROW
     EXECUTE FUNCTION autoembed._ended();
 
--- With a function of code/, as a long key does not fit into an index.
+-- This index needs a function of code/. A long key does not fit into an index entry, so its digest stands for it.
 CREATE UNIQUE INDEX IF NOT EXISTS failure_pipeline_id_key_idx
     ON autoembed.failure (pipeline_id, autoembed._short_key(key));
 
@@ -91,8 +93,8 @@ CREATE EVENT TRIGGER autoembed_updated
     WHEN TAG IN ('ALTER EXTENSION')
     EXECUTE FUNCTION autoembed._updated();
 
--- A new object is for nobody but its owner, whatever the default privileges are. An object with initial privileges is not
--- new, and its grants stay.
+-- A new object is for its owner alone, whatever the default privileges are. An object with initial privileges is not
+-- new, so its grants stay.
 DO LANGUAGE plpgsql $plpgsql$
 DECLARE
     _member record;
@@ -101,7 +103,8 @@ BEGIN
         SELECT format('%s %s', m.kind, m.name) AS object,
                string_agg(CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END, ', ') AS grantees
         FROM (
-            SELECT d.classid, d.objid, 'ROUTINE' AS kind, p.oid::regprocedure::text AS name, p.proowner AS owner, p.proacl AS acl
+            SELECT d.classid, d.objid, 'ROUTINE' AS kind, p.oid::regprocedure::text AS name,
+                   p.proowner AS owner, p.proacl AS acl
             FROM pg_depend AS d
             JOIN pg_proc AS p ON d.classid = 'pg_proc'::regclass AND p.oid = d.objid
             WHERE d.deptype = 'e'

@@ -1,4 +1,4 @@
--- Attaching a table, changing it, pausing it and detaching it, with the caller's rights.
+-- The owner of a table attaches, changes, pauses and detaches it. These functions run with the caller's rights.
 
 CREATE OR REPLACE FUNCTION autoembed._owned_pipelines(table_name regclass, embedding_column name)
     RETURNS SETOF autoembed.pipeline
@@ -19,14 +19,16 @@ BEGIN
         PERFORM autoembed._check_owner(table_name);
         RAISE EXCEPTION USING
             ERRCODE = 'undefined_object',
-            MESSAGE = CASE WHEN embedding_column IS NULL THEN format('table %s has no embeddings of ours', table_name)
-                           ELSE format('column "%s" of table %s has no embeddings of ours', embedding_column, table_name) END,
+            MESSAGE = CASE
+                WHEN embedding_column IS NULL THEN format('table %s has no embeddings of ours', table_name)
+                ELSE format('column "%s" of table %s has no embeddings of ours', embedding_column, table_name)
+            END,
             HINT = format('SELECT autoembed.enable(%L, …) attaches it.', table_name);
     END IF;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._owned_pipelines IS
-    'The pipelines of a table of the caller''s, or the one of that column; an error if there are none.';
+    'The pipelines of a table that the caller owns, or the one of that column. Fails if there is none.';
 
 CREATE OR REPLACE FUNCTION autoembed._owned_pipeline(table_name regclass, embedding_column name)
     RETURNS autoembed.pipeline
@@ -48,7 +50,7 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._owned_pipeline IS
-    'The pipeline of a table of the caller''s; an error if there is none, or more than one and no column is given.';
+    'The pipeline of a table that the caller owns. Fails if there is none, or several and no column is given.';
 
 CREATE OR REPLACE FUNCTION autoembed._check_owner(table_name regclass)
     RETURNS void
@@ -67,7 +69,12 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._check_owner IS 'Fails unless the caller has the rights of the table''s owner.';
 
-CREATE OR REPLACE FUNCTION autoembed._check_content(content_columns name[], content_function text, content_template text, required boolean)
+CREATE OR REPLACE FUNCTION autoembed._check_content(
+    content_columns name[],
+    content_function text,
+    content_template text,
+    required boolean
+)
     RETURNS void
     LANGUAGE plpgsql
     IMMUTABLE
@@ -95,7 +102,8 @@ BEGIN
     END IF;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._check_content IS 'Fails unless exactly one way to the text is given, and well formed.';
+COMMENT ON FUNCTION autoembed._check_content IS
+    'Fails unless one source of a row''s text is given and well formed. None is valid too, unless required.';
 
 CREATE OR REPLACE FUNCTION autoembed._check_on_change(on_change text)
     RETURNS void
@@ -112,41 +120,70 @@ BEGIN
     END IF;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._check_on_change IS 'Fails unless it is keep or clear.';
+COMMENT ON FUNCTION autoembed._check_on_change IS 'Fails unless on_change is keep or clear.';
 
-CREATE OR REPLACE FUNCTION autoembed._read_condition(table_name regclass, INOUT condition text, OUT columns jsonb, OUT objects jsonb)
+CREATE OR REPLACE FUNCTION autoembed._read_condition(
+    table_name regclass,
+    INOUT condition text,
+    OUT columns jsonb,
+    OUT objects jsonb
+)
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
     SET client_min_messages = warning
 AS $plpgsql$
 DECLARE
-    _path text := (SELECT format('%I, public, pg_temp', n.nspname) FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
-                   WHERE c.oid = table_name);
+    _path text := (
+        SELECT format('%I, public, pg_temp', n.nspname)
+        FROM pg_class AS c
+        JOIN pg_namespace AS n ON n.oid = c.relnamespace
+        WHERE c.oid = table_name
+    );
 BEGIN
     columns := '{}';
     objects := '{}';
     IF condition IS NULL THEN
         RETURN;
     END IF;
-    -- PostgreSQL itself reads the expression, on a copy without rows, and writes it again with every name in full.
+    -- PostgreSQL parses the expression as a constraint of an empty copy, and prints it with every name in full.
     EXECUTE format('CREATE TEMP TABLE autoembed_condition (LIKE %s)', table_name);
     PERFORM set_config('search_path', _path, true);
-    EXECUTE format(E'ALTER TABLE pg_temp.autoembed_condition ADD CONSTRAINT condition CHECK (%s\n) NO INHERIT NOT VALID', condition);
+    EXECUTE format(
+        E'ALTER TABLE pg_temp.autoembed_condition ADD CONSTRAINT condition CHECK (%s\n) NO INHERIT NOT VALID',
+        condition
+    );
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     SELECT pg_get_expr(k.conbin, k.conrelid),
-           coalesce((SELECT jsonb_object_agg(a.attname, a.attname) FROM pg_attribute AS a
-                     WHERE a.attrelid = k.conrelid AND a.attnum = ANY (k.conkey) AND a.attnum > 0), '{}'),
-           coalesce((SELECT jsonb_object_agg(i.identity, jsonb_build_object('type', i.type, 'oid', d.refobjid::text, 'name', (
-                                SELECT p.proname FROM pg_proc AS p WHERE p.oid = d.refobjid AND d.refclassid = 'pg_proc'::regclass
-                                UNION ALL SELECT p.oprname FROM pg_operator AS p WHERE p.oid = d.refobjid AND d.refclassid = 'pg_operator'::regclass
-                                UNION ALL SELECT t.typname FROM pg_type AS t WHERE t.oid = d.refobjid AND d.refclassid = 'pg_type'::regclass
-                                UNION ALL SELECT c.collname FROM pg_collation AS c WHERE c.oid = d.refobjid AND d.refclassid = 'pg_collation'::regclass)))
-                     FROM pg_depend AS d
-                     CROSS JOIN LATERAL pg_identify_object(d.refclassid, d.refobjid, 0) AS i
-                     WHERE d.classid = 'pg_constraint'::regclass AND d.objid = k.oid
-                       AND d.refclassid IN ('pg_proc'::regclass, 'pg_operator'::regclass, 'pg_type'::regclass, 'pg_collation'::regclass)), '{}')
+           coalesce((
+               SELECT jsonb_object_agg(a.attname, a.attname)
+               FROM pg_attribute AS a
+               WHERE a.attrelid = k.conrelid AND a.attnum = ANY (k.conkey) AND a.attnum > 0
+           ), '{}'),
+           coalesce((
+               SELECT jsonb_object_agg(i.identity, jsonb_build_object('type', i.type, 'oid', d.refobjid::text, 'name', (
+                   SELECT p.proname FROM pg_proc AS p
+                   WHERE p.oid = d.refobjid AND d.refclassid = 'pg_proc'::regclass
+                   UNION ALL
+                   SELECT p.oprname FROM pg_operator AS p
+                   WHERE p.oid = d.refobjid AND d.refclassid = 'pg_operator'::regclass
+                   UNION ALL
+                   SELECT t.typname FROM pg_type AS t
+                   WHERE t.oid = d.refobjid AND d.refclassid = 'pg_type'::regclass
+                   UNION ALL
+                   SELECT c.collname FROM pg_collation AS c
+                   WHERE c.oid = d.refobjid AND d.refclassid = 'pg_collation'::regclass
+               )))
+               FROM pg_depend AS d
+               CROSS JOIN LATERAL pg_identify_object(d.refclassid, d.refobjid, 0) AS i
+               WHERE d.classid = 'pg_constraint'::regclass
+                 AND d.objid = k.oid
+                 AND d.refclassid IN (
+                     'pg_proc'::regclass, 'pg_operator'::regclass, 'pg_type'::regclass, 'pg_collation'::regclass
+                 )
+           ), '{}')
     INTO STRICT condition, columns, objects
-    FROM pg_constraint AS k WHERE k.conrelid = 'pg_temp.autoembed_condition'::regclass AND k.conname = 'condition';
+    FROM pg_constraint AS k
+    WHERE k.conrelid = 'pg_temp.autoembed_condition'::regclass AND k.conname = 'condition';
     DROP TABLE pg_temp.autoembed_condition;
 EXCEPTION WHEN syntax_error_or_access_rule_violation OR feature_not_supported OR data_exception THEN
     RAISE EXCEPTION USING
@@ -156,7 +193,8 @@ EXCEPTION WHEN syntax_error_or_access_rule_violation OR feature_not_supported OR
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._read_condition IS
-    'A condition on the rows of a table, with every name in it in full, its columns, {name: name}, and what else it uses; an error if it is none. Runs with the caller''s rights.';
+    'A condition on the rows of a table with every name in it in full, its columns, {name: name}, and the other '
+    'objects that it uses. Fails if it is not a valid condition. Runs with the caller''s rights.';
 
 CREATE OR REPLACE FUNCTION autoembed.enable(
     table_name regclass,
@@ -190,7 +228,9 @@ BEGIN
     END IF;
     SELECT c.* INTO _table FROM pg_class AS c WHERE c.oid = enable.table_name;
     IF NOT FOUND THEN
-        RAISE EXCEPTION USING ERRCODE = 'undefined_table', MESSAGE = format('there is no table with OID %s', enable.table_name::oid);
+        RAISE EXCEPTION USING
+            ERRCODE = 'undefined_table',
+            MESSAGE = format('there is no table with OID %s', enable.table_name::oid);
     ELSIF _table.relpersistence = 't' THEN
         RAISE EXCEPTION USING
             ERRCODE = 'wrong_object_type',
@@ -199,20 +239,26 @@ BEGIN
     ELSIF _table.relkind NOT IN ('r', 'p') THEN
         RAISE EXCEPTION USING
             ERRCODE = 'wrong_object_type',
-            MESSAGE = format('%s is %s, not a table', enable.table_name,
-                             CASE _table.relkind WHEN 'v' THEN 'a view' WHEN 'm' THEN 'a materialized view'
-                                                 WHEN 'f' THEN 'a foreign table' ELSE 'no table' END),
+            MESSAGE = format('%s is %s, not a table', enable.table_name, CASE _table.relkind
+                WHEN 'v' THEN 'a view'
+                WHEN 'm' THEN 'a materialized view'
+                WHEN 'f' THEN 'a foreign table'
+                ELSE 'no table'
+            END),
             HINT = 'Attach the table that holds the rows.';
     ELSIF _table.relkind = 'p' AND create_index THEN
         RAISE EXCEPTION USING
             ERRCODE = 'feature_not_supported',
             MESSAGE = format('no index can be built concurrently on the partitioned table %s', enable.table_name),
-            HINT = 'Leave create_index out. Later, create the index concurrently on each partition, then on the table, which takes those.';
+            HINT = 'Leave create_index out. Later, create the index concurrently on each partition, then on the table, '
+                'which takes those.';
     ELSIF _table.relispartition THEN
         RAISE EXCEPTION USING
             ERRCODE = 'wrong_object_type',
             MESSAGE = format('table %s is a partition', enable.table_name),
-            HINT = format('Attach the whole table: SELECT autoembed.enable(%L, …).', pg_partition_root(enable.table_name));
+            HINT = format(
+                'Attach the whole table: SELECT autoembed.enable(%L, …).', pg_partition_root(enable.table_name)
+            );
     END IF;
     PERFORM autoembed._check_owner(enable.table_name);
     PERFORM autoembed._check_content(content_columns, content_function, content_template, true);
@@ -222,7 +268,8 @@ BEGIN
         WHERE p.table_id = enable.table_name AND p.embedding_column = enable.embedding_column
     ) THEN
         IF if_not_exists THEN
-            RAISE NOTICE '%.% is being embedded already, skipping', enable.table_name, quote_ident(enable.embedding_column);
+            RAISE NOTICE '%.% is being embedded already, skipping',
+                enable.table_name, quote_ident(enable.embedding_column);
             RETURN;
         END IF;
         RAISE EXCEPTION USING
@@ -234,14 +281,24 @@ BEGIN
     _dimensions := autoembed._dimensions(enable.model);
     IF NOT EXISTS (
         SELECT FROM pg_attribute AS a
-        WHERE a.attrelid = enable.table_name AND a.attname = enable.embedding_column AND a.attnum > 0 AND NOT a.attisdropped
+        WHERE a.attrelid = enable.table_name
+          AND a.attname = enable.embedding_column
+          AND a.attnum > 0
+          AND NOT a.attisdropped
     ) THEN
-        EXECUTE format('ALTER TABLE %s ADD COLUMN %I @extschema:vector@.halfvec(%s)', enable.table_name, enable.embedding_column, _dimensions);
+        EXECUTE format(
+            'ALTER TABLE %s ADD COLUMN %I @extschema:vector@.halfvec(%s)',
+            enable.table_name, enable.embedding_column, _dimensions
+        );
     END IF;
-    INSERT INTO autoembed.pipeline AS p (table_id, embedding_column, content_columns, content_function, content_template,
-                                         condition, condition_columns, condition_objects, model, on_change, truncate, replicated)
-    SELECT enable.table_name, enable.embedding_column, enable.content_columns, enable.content_function, enable.content_template,
-           c.condition, c.columns, c.objects, enable.model, enable.on_change, coalesce(enable.truncate, true), coalesce(enable.replicated, false)
+    INSERT INTO autoembed.pipeline AS p (
+        table_id, embedding_column, content_columns, content_function, content_template,
+        condition, condition_columns, condition_objects, model, on_change, truncate, replicated
+    )
+    SELECT enable.table_name, enable.embedding_column,
+           enable.content_columns, enable.content_function, enable.content_template,
+           c.condition, c.columns, c.objects, enable.model, enable.on_change,
+           coalesce(enable.truncate, true), coalesce(enable.replicated, false)
     FROM autoembed._read_condition(enable.table_name, enable.condition) AS c
     RETURNING p.* INTO _pipeline;
     SELECT k.* INTO _index FROM autoembed._index_key(_pipeline) AS k;
@@ -254,12 +311,15 @@ BEGIN
         RAISE WARNING USING MESSAGE = _index.problem, HINT = _index.hint;
     END IF;
     IF enqueue_existing OR create_index THEN
-        INSERT INTO autoembed.backfill (pipeline_id, create_index) VALUES (_pipeline.id, coalesce(enable.create_index, false));
+        INSERT INTO autoembed.backfill (pipeline_id, create_index)
+        VALUES (_pipeline.id, coalesce(enable.create_index, false));
     END IF;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.enable IS
-    'Keeps a column of a table of the caller''s the embedding of its rows'' text: columns, a template with columns in braces, or a function of the row. Adds the column if it is missing, and embeds the rows that are there.';
+    'Keeps in a column of a table the embedding of each row''s text, which comes from columns, a template with columns '
+    'in braces, or a function of the row. The caller owns the table. Adds the column if it is missing, and embeds the '
+    'rows that exist.';
 
 CREATE OR REPLACE FUNCTION autoembed.alter_pipeline(
     table_name regclass,
@@ -291,15 +351,22 @@ BEGIN
     IF alter_pipeline.on_change IS NOT NULL THEN
         PERFORM autoembed._check_on_change(alter_pipeline.on_change);
     END IF;
-    SELECT c.* INTO _condition FROM autoembed._read_condition(_pipeline.table_id, nullif(alter_pipeline.condition, '')) AS c;
+    SELECT c.* INTO _condition
+    FROM autoembed._read_condition(_pipeline.table_id, nullif(alter_pipeline.condition, '')) AS c;
     UPDATE autoembed.pipeline AS p
     SET content_columns = CASE WHEN _new_content THEN alter_pipeline.content_columns ELSE p.content_columns END,
         content_function = CASE WHEN _new_content THEN alter_pipeline.content_function ELSE p.content_function END,
         content_template = CASE WHEN _new_content THEN alter_pipeline.content_template ELSE p.content_template END,
         model = CASE WHEN alter_pipeline.model IS NULL THEN p.model ELSE nullif(alter_pipeline.model, '') END,
         condition = CASE WHEN alter_pipeline.condition IS NULL THEN p.condition ELSE _condition.condition END,
-        condition_columns = CASE WHEN alter_pipeline.condition IS NULL THEN p.condition_columns ELSE _condition.columns END,
-        condition_objects = CASE WHEN alter_pipeline.condition IS NULL THEN p.condition_objects ELSE _condition.objects END,
+        condition_columns = CASE
+            WHEN alter_pipeline.condition IS NULL THEN p.condition_columns
+            ELSE _condition.columns
+        END,
+        condition_objects = CASE
+            WHEN alter_pipeline.condition IS NULL THEN p.condition_objects
+            ELSE _condition.objects
+        END,
         on_change = coalesce(alter_pipeline.on_change, p.on_change),
         truncate = coalesce(alter_pipeline.truncate, p.truncate)
     WHERE p.id = _pipeline.id;
@@ -309,9 +376,14 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.alter_pipeline IS
-    'Changes what is not NULL of how a table is embedded, and has the rows embedded to which that makes a difference. An empty model is the default model, an empty condition none.';
+    'Changes how a table is embedded, by the arguments that are not NULL, and embeds the rows to which that makes a '
+    'difference. An empty model is the default model. An empty condition is none.';
 
-CREATE OR REPLACE FUNCTION autoembed.disable(table_name regclass, embedding_column name DEFAULT NULL, drop_column boolean DEFAULT false)
+CREATE OR REPLACE FUNCTION autoembed.disable(
+    table_name regclass,
+    embedding_column name DEFAULT NULL,
+    drop_column boolean DEFAULT false
+)
     RETURNS void
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
@@ -328,35 +400,45 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.disable IS
-    'Ends the embedding of a table of the caller''s, or of one column of it: triggers, jobs and failures go, the vectors stay unless drop_column.';
+    'Ends the embedding of a table that the caller owns, or of one column of it. Triggers, jobs and failures go. The '
+    'vectors stay unless drop_column is true.';
+
+CREATE OR REPLACE FUNCTION autoembed._set_paused(table_name regclass, embedding_column name, paused boolean)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _pipeline autoembed.pipeline;
+BEGIN
+    FOR _pipeline IN SELECT p.* FROM autoembed._owned_pipelines(table_name, embedding_column) AS p LOOP
+        UPDATE autoembed.pipeline AS p SET paused = _set_paused.paused WHERE p.id = _pipeline.id;
+    END LOOP;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._set_paused IS
+    'Pauses or resumes the pipelines of a table that the caller owns, or the one of that column.';
 
 CREATE OR REPLACE FUNCTION autoembed.pause(table_name regclass, embedding_column name DEFAULT NULL)
     RETURNS void
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
-DECLARE
-    _pipeline autoembed.pipeline;
 BEGIN
-    FOR _pipeline IN SELECT p.* FROM autoembed._owned_pipelines(table_name, embedding_column) AS p LOOP
-        UPDATE autoembed.pipeline AS p SET paused = true WHERE p.id = _pipeline.id;
-    END LOOP;
+    PERFORM autoembed._set_paused(table_name, embedding_column, true);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.pause IS
-    'Has the jobs of a table of the caller''s, or of one column of it, wait. Changes go on being queued.';
+    'Stops the embedding of a table that the caller owns, or of one column of it, until resume(). Changes are still '
+    'queued.';
 
 CREATE OR REPLACE FUNCTION autoembed.resume(table_name regclass, embedding_column name DEFAULT NULL)
     RETURNS void
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
-DECLARE
-    _pipeline autoembed.pipeline;
 BEGIN
-    FOR _pipeline IN SELECT p.* FROM autoembed._owned_pipelines(table_name, embedding_column) AS p LOOP
-        UPDATE autoembed.pipeline AS p SET paused = false WHERE p.id = _pipeline.id;
-    END LOOP;
+    PERFORM autoembed._set_paused(table_name, embedding_column, false);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.resume IS 'Ends a pause.';
@@ -370,16 +452,22 @@ DECLARE
     _pipeline autoembed.pipeline;
 BEGIN
     FOR _pipeline IN SELECT p.* FROM autoembed._owned_pipelines(table_name, embedding_column) AS p LOOP
-        -- Has triggers that are missing or disabled made anew.
+        -- This assignment fires the trigger that makes missing or disabled triggers again.
         UPDATE autoembed.pipeline AS p SET on_change = p.on_change WHERE p.id = _pipeline.id AND p.managed;
         PERFORM autoembed._look_through(_pipeline, NULL, false);
     END LOOP;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.resync IS
-    'Looks through all rows of a table of the caller''s and embeds those whose embedding is missing or stale: after a restore, a load with triggers off, another model. Triggers of ours that are missing or disabled are made anew. A row that is as it should be is not sent.';
+    'Scans all rows of a table that the caller owns, and embeds those whose embedding is missing or stale: after a '
+    'restore, a load with triggers off, or a change of model. Makes autoembed''s triggers again where they are missing '
+    'or disabled. A row whose embedding is fresh is not sent.';
 
-CREATE OR REPLACE FUNCTION autoembed.reembed(table_name regclass, embedding_column name DEFAULT NULL, condition text DEFAULT NULL)
+CREATE OR REPLACE FUNCTION autoembed.reembed(
+    table_name regclass,
+    embedding_column name DEFAULT NULL,
+    condition text DEFAULT NULL
+)
     RETURNS void
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
@@ -387,11 +475,13 @@ AS $plpgsql$
 DECLARE
     _pipeline autoembed.pipeline := autoembed._owned_pipeline(table_name, embedding_column);
 BEGIN
-    PERFORM autoembed._look_through(_pipeline, (autoembed._read_condition(_pipeline.table_id, reembed.condition)).condition, true);
+    PERFORM autoembed._look_through(
+        _pipeline, (autoembed._read_condition(_pipeline.table_id, reembed.condition)).condition, true
+    );
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.reembed IS
-    'Embeds all rows of a table of the caller''s anew, or those that a condition holds for, fresh or not.';
+    'Embeds all rows of a table that the caller owns again, or those for which a condition holds, fresh or not.';
 
 CREATE OR REPLACE FUNCTION autoembed._look_through(pipeline autoembed.pipeline, condition text, force boolean)
     RETURNS void
@@ -409,4 +499,6 @@ BEGIN
         index_problem = NULL;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._look_through IS 'Asks the lanes to look through a table''s rows.';
+COMMENT ON FUNCTION autoembed._look_through IS
+    'Starts a backfill of a pipeline, or widens the one in progress and starts it again. force: fresh rows are '
+    'embedded too.';

@@ -1,4 +1,4 @@
--- Creating, changing and dropping models, which is an administrator's business.
+-- An administrator creates, changes and drops models.
 
 CREATE OR REPLACE FUNCTION autoembed._model_fault(
     name text,
@@ -17,7 +17,8 @@ AS $python$
     return doors.check_model(name)
 $python$;
 COMMENT ON FUNCTION autoembed._model_fault IS
-    'The fault in a model''s definition; NULLs if there is none. waits: its key or folder is not there yet.';
+    'The fault in a model''s definition, or NULLs if there is none. waits: the model''s key or folder does not exist '
+    'yet.';
 
 CREATE OR REPLACE FUNCTION autoembed._check_model(name text)
     RETURNS void
@@ -37,7 +38,7 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._check_model IS
-    'Fails if the model cannot work as it is defined; warns if its key or folder is not there yet.';
+    'Fails if a model cannot work as it is defined. Warns if its key or folder does not exist yet.';
 
 CREATE OR REPLACE FUNCTION autoembed._check_api_key(api_key text)
     RETURNS void
@@ -46,16 +47,17 @@ CREATE OR REPLACE FUNCTION autoembed._check_api_key(api_key text)
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    -- Not left to the table's CHECK: its error would print the row, and with it a key pasted by mistake.
+    -- The error of a CHECK would print the row, and with it a key pasted by mistake.
     IF api_key !~ '^(env|file|vault):.' THEN
         RAISE EXCEPTION USING
             ERRCODE = 'invalid_parameter_value',
             MESSAGE = 'api_key must say where the key is found, not what it is',
-            HINT = 'Use env:NAME for an environment variable of the server, file:PATH for a file that it can read, or vault:NAME for a secret of the Vault extension.';
+            HINT = 'Use env:NAME for an environment variable of the server, file:PATH for a file that it can read, or '
+                'vault:NAME for a secret of the Vault extension.';
     END IF;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._check_api_key IS 'Fails unless it is a reference to a key.';
+COMMENT ON FUNCTION autoembed._check_api_key IS 'Fails unless api_key is a reference to a key.';
 
 CREATE OR REPLACE FUNCTION autoembed._check_budget(daily_cost_budget numeric, price_per_million_tokens numeric)
     RETURNS void
@@ -72,7 +74,7 @@ BEGIN
     END IF;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._check_budget IS 'Fails for a budget in money without a price.';
+COMMENT ON FUNCTION autoembed._check_budget IS 'Fails if a budget in money comes without a price.';
 
 CREATE OR REPLACE FUNCTION autoembed.create_model(
     name text,
@@ -110,7 +112,8 @@ BEGIN
     INSERT INTO autoembed.model (name, provider, model_id, dimensions, base_url, api_key,
                                  max_inputs_per_request, max_tokens_per_request, max_tokens_per_input,
                                  requests_per_minute, tokens_per_minute, max_requests_in_flight,
-                                 price_per_million_tokens, daily_token_budget, daily_cost_budget, options, timeout_seconds)
+                                 price_per_million_tokens, daily_token_budget, daily_cost_budget,
+                                 options, timeout_seconds)
     VALUES (create_model.name, create_model.provider, coalesce(create_model.model_id, create_model.name),
             create_model.dimensions, create_model.base_url, create_model.api_key, create_model.max_inputs_per_request,
             create_model.max_tokens_per_request, create_model.max_tokens_per_input,
@@ -122,7 +125,14 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.create_model IS
-    'Defines a model: its provider (local, openai, azure, cohere, voyage, gemini, ollama, function, fake), the length of its vectors, what the provider calls it (default: its name), where it is, where its key is found (env:NAME, file:PATH or vault:NAME), limits below the provider''s own, requests and tokens a minute and requests in flight for all sessions together (left out: what the provider''s answers tell), its price, what it may use a day (UTC) in tokens or at that price, options of the provider, and the seconds that a request may take.';
+    'Defines a model. provider: local, openai, azure, cohere, voyage, gemini, ollama, function or fake. dimensions: '
+    'the length of its vectors. model_id: the provider''s name for it, by default its name. base_url: its address. '
+    'api_key: where its key is found, env:NAME, file:PATH or vault:NAME. max_inputs_per_request, '
+    'max_tokens_per_request, max_tokens_per_input: limits below the provider''s own. requests_per_minute, '
+    'tokens_per_minute, max_requests_in_flight: limits for all sessions together, by default those in the provider''s '
+    'answers. price_per_million_tokens: its price. daily_token_budget, daily_cost_budget: the most that it may use in '
+    'a day (UTC), in tokens or at that price. options: settings of the provider. timeout_seconds: how long a request '
+    'may take.';
 
 CREATE OR REPLACE FUNCTION autoembed.alter_model(
     name text,
@@ -174,7 +184,7 @@ BEGIN
         timeout_seconds = coalesce(alter_model.timeout_seconds, m.timeout_seconds),
         builtin = false
     WHERE m.name = alter_model.name;
-    -- Another address or key, perhaps, with limits of its own.
+    -- Another address or key may have other limits.
     DELETE FROM autoembed.model_limit AS l WHERE l.model = alter_model.name;
     PERFORM autoembed._check_model(alter_model.name);
     PERFORM autoembed._build_embedders(alter_model.name);
@@ -183,7 +193,8 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.alter_model IS
-    'Changes what is not NULL of a model, ends its rest, and forgets the limits that its provider''s answers told. Rows embedded before keep their vectors.';
+    'Changes a model by the arguments that are not NULL, ends its rest, and forgets the limits learned from its '
+    'provider''s answers. Rows embedded before keep their vectors.';
 
 CREATE OR REPLACE FUNCTION autoembed.drop_model(name text)
     RETURNS void
@@ -227,7 +238,7 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.set_default_model IS
-    'Makes it the model of all pipelines and embed() calls that name none.';
+    'Makes a model the default: all pipelines and embed() calls that name no model use it.';
 
 CREATE OR REPLACE FUNCTION autoembed.allow_http_host(host text, allowed boolean DEFAULT true)
     RETURNS void
@@ -245,7 +256,7 @@ BEGIN
             MESSAGE = format('"%s" is not the name or address of a host', allow_http_host.host),
             HINT = 'Leave out what stands before and after it in a URL, such as http:// and the port.';
     END IF;
-    -- Two of these at a time would each lose the other's host.
+    -- Two calls at a time would each lose the other's host.
     LOCK TABLE autoembed.setting IN SHARE ROW EXCLUSIVE MODE;
     _hosts := array_remove(autoembed._http_hosts(), _host);
     IF allow_http_host.allowed THEN
@@ -257,7 +268,8 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.allow_http_host IS
-    'Allows models whose base_url has http and this host, or forbids it again: texts and keys then travel unencrypted. This machine needs no permission.';
+    'Allows models whose base_url has http and this host, or forbids them again. Texts and keys then travel '
+    'unencrypted. This machine needs no permission.';
 
 CREATE OR REPLACE FUNCTION autoembed.resume_model(name text)
     RETURNS void
@@ -270,7 +282,7 @@ BEGIN
     DELETE FROM autoembed.model_rest AS r WHERE r.model = resume_model.name;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed.resume_model IS 'Ends a model''s rest: the next pass calls its provider again.';
+COMMENT ON FUNCTION autoembed.resume_model IS 'Ends a model''s rest. The next pass calls its provider again.';
 
 CREATE OR REPLACE FUNCTION autoembed._rest_model(
     name text,
@@ -295,15 +307,15 @@ BEGIN
     WHERE m.name = _rest_model.name
     ON CONFLICT (model) DO UPDATE
     SET until = greatest(r.until, excluded.until),
-        -- Requests side by side fail together: one failed try.
+        -- Concurrent requests fail together and count once.
         failures = r.failures + (r.until <= clock_timestamp())::integer,
         needs_attention = excluded.needs_attention,
         reason = excluded.reason,
         summary = excluded.summary
-    -- An update leaves a mark there.
+    -- xmax is not 0 in a row that was updated.
     RETURNING r.xmax = 0 INTO _is_new;
     RETURN coalesce(_is_new, false);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._rest_model IS
-    'Keeps all lanes from calling a model''s provider for so many seconds; whether its trouble is new.';
+    'Keeps all lanes from calling a model''s provider for so many seconds. Returns whether the trouble is new.';

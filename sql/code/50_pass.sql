@@ -1,4 +1,4 @@
--- What a pass reads and writes, and the functions by which SQL enters Python.
+-- A pass reads and writes through these functions.
 
 CREATE OR REPLACE FUNCTION autoembed._pipelines(ids integer[])
     RETURNS TABLE (
@@ -29,7 +29,7 @@ BEGIN
         BEGIN
             PERFORM autoembed._build_pipeline(_id);
         EXCEPTION WHEN OTHERS THEN
-            -- Other pipelines are not to wait for this one.
+            -- Other pipelines must not wait for this one.
             _unbuilt := _unbuilt || jsonb_build_object(_id::text, 'its functions cannot be made: ' || SQLERRM);
         END;
     END LOOP;
@@ -46,7 +46,7 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._pipelines IS
-    'What a pass needs to know of its pipelines, their functions made ready.';
+    'The facts about these pipelines that a pass needs. Builds their functions where they are missing or outdated.';
 
 CREATE OR REPLACE FUNCTION autoembed._digests(pipeline_id integer, keys text[])
     RETURNS TABLE (key text, digest bytea)
@@ -62,24 +62,33 @@ BEGIN
     JOIN autoembed.embedded AS e ON e.pipeline_id = _digests.pipeline_id AND e.key = k.short_key;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._digests IS 'From which text the embeddings of these rows were made.';
+COMMENT ON FUNCTION autoembed._digests IS 'The digests of the texts from which the embeddings of these rows were made.';
 
-CREATE OR REPLACE FUNCTION autoembed._stage(vector_type regtype, row_bytes integer, file integer, may_have_rows boolean) RETURNS text
+CREATE OR REPLACE FUNCTION autoembed._stage(
+    vector_type regtype,
+    row_bytes integer,
+    file integer,
+    may_have_rows boolean
+)
+    RETURNS text
     LANGUAGE plpgsql
-    -- As the caller: it is he who COPYs.
+    -- SECURITY INVOKER on purpose: COPY needs the caller's pg_read_server_files.
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE
-    -- What fits in a page needs no TOAST table, which each commit would empty and index anew, at a cost of 2 kB of the lane's memory.
+    -- A row of up to 8100 bytes fits in a page and needs no TOAST table. Each commit would empty that table and build
+    -- its index again, which takes 2 kB of the lane's memory each time.
     storage CONSTANT text := CASE WHEN row_bytes <= 8100 THEN 'PLAIN' ELSE 'EXTERNAL' END;
-    name CONSTANT text := format('_autoembed_%s_%s', (SELECT t.typname FROM pg_type AS t WHERE t.oid = vector_type), lower(storage));
+    name CONSTANT text := format(
+        '_autoembed_%s_%s', (SELECT t.typname FROM pg_type AS t WHERE t.oid = vector_type), lower(storage)
+    );
     stage CONSTANT text := format('pg_temp.%I', name);
     usable boolean;
     is_there boolean;
 BEGIN
     SELECT pg_has_role('pg_read_server_files', 'USAGE')
            AND has_database_privilege(current_database(), 'TEMPORARY')
-           -- Made before any owner's code could make one of that name: only ours belongs to us.
+           -- An owner's code could make a table of that name first; only the lane's own is used.
            AND coalesce(bool_and(pg_get_userbyid(c.relowner) = current_user), true),
            count(*) > 0
     INTO usable, is_there
@@ -88,7 +97,9 @@ BEGIN
     IF NOT usable THEN
         RETURN NULL;
     ELSIF NOT is_there THEN
-        EXECUTE format('CREATE TEMPORARY TABLE %s (n integer, v %s STORAGE %s) ON COMMIT DELETE ROWS', stage, vector_type, storage);
+        EXECUTE format(
+            'CREATE TEMPORARY TABLE %s (n integer, v %s STORAGE %s) ON COMMIT DELETE ROWS', stage, vector_type, storage
+        );
     ELSIF may_have_rows THEN
         EXECUTE format('TRUNCATE %s', stage);
     END IF;
@@ -97,9 +108,15 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._stage IS
-    'Reads numbered vectors of about so many bytes from an open file into a temporary table, and returns its name; NULL if the caller may not do so.';
+    'Reads numbered vectors of about row_bytes each from an open file into a temporary table, and returns the table''s '
+    'name; NULL if the caller may not do so.';
 
-CREATE OR REPLACE FUNCTION autoembed._record_embedded(pipeline_id integer, keys text[], digests bytea[], truncated boolean[])
+CREATE OR REPLACE FUNCTION autoembed._record_embedded(
+    pipeline_id integer,
+    keys text[],
+    digests bytea[],
+    truncated boolean[]
+)
     RETURNS void
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -109,18 +126,19 @@ BEGIN
     INSERT INTO autoembed.embedded AS e (pipeline_id, key, digest, truncated)
     SELECT _record_embedded.pipeline_id, s.key, s.digest, s.truncated
     FROM unnest(autoembed._short_keys(keys), digests, _record_embedded.truncated) AS s(key, digest, truncated)
-    -- It may have been ended meanwhile.
+    -- The pipeline may have ended since.
     WHERE EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.id = _record_embedded.pipeline_id FOR KEY SHARE)
     ORDER BY s.key COLLATE "C"
     ON CONFLICT ON CONSTRAINT embedded_pkey DO UPDATE
     SET digest = excluded.digest, truncated = excluded.truncated
     WHERE e.digest <> excluded.digest;
     DELETE FROM autoembed.failure AS f
-    WHERE f.pipeline_id = _record_embedded.pipeline_id AND autoembed._short_key(f.key) = ANY (autoembed._short_keys(keys));
+    WHERE f.pipeline_id = _record_embedded.pipeline_id
+      AND autoembed._short_key(f.key) = ANY (autoembed._short_keys(keys));
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._record_embedded IS
-    'Notes from which text each embedding was made, and strikes the rows off the failed list.';
+    'Records the digest of the text from which each embedding was made, and takes the rows off the failed list.';
 
 CREATE OR REPLACE FUNCTION autoembed._forget(pipeline_id integer, keys text[])
     RETURNS void
@@ -133,7 +151,7 @@ AS $sql$
     DELETE FROM autoembed.failure AS f
     WHERE f.pipeline_id = _forget.pipeline_id AND autoembed._short_key(f.key) = ANY (autoembed._short_keys(keys));
 $sql$;
-COMMENT ON FUNCTION autoembed._forget IS 'Forgets rows that were deleted.';
+COMMENT ON FUNCTION autoembed._forget IS 'Deletes all records of rows that were deleted.';
 
 CREATE OR REPLACE FUNCTION autoembed._forget_all(pipeline_id integer)
     RETURNS void
@@ -142,7 +160,7 @@ CREATE OR REPLACE FUNCTION autoembed._forget_all(pipeline_id integer)
     SET search_path = pg_catalog, pg_temp
 AS $sql$
     DELETE FROM autoembed.embedded AS e WHERE e.pipeline_id = _forget_all.pipeline_id;
-    -- One may be of a row that has come since: the newest messages are read before older ones.
+    -- A failure may be of a row inserted since: the newest messages are read first.
     WITH failed AS (
         DELETE FROM autoembed.failure AS f WHERE f.pipeline_id = _forget_all.pipeline_id RETURNING f.key
     )
@@ -151,7 +169,8 @@ AS $sql$
     FROM (SELECT f.key, (row_number() OVER () - 1) / autoembed._keys_per_message() AS number FROM failed AS f) AS k
     GROUP BY k.number;
 $sql$;
-COMMENT ON FUNCTION autoembed._forget_all IS 'Forgets all rows of a table that was truncated; those that have failed are looked at again.';
+COMMENT ON FUNCTION autoembed._forget_all IS
+    'Deletes all records of a table that was truncated. Rows that had failed are queued again.';
 
 CREATE OR REPLACE FUNCTION autoembed._fail(pipeline_id integer, key text, reason text, attempts integer, excerpt text)
     RETURNS void
@@ -159,7 +178,7 @@ CREATE OR REPLACE FUNCTION autoembed._fail(pipeline_id integer, key text, reason
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    -- It may have been ended meanwhile.
+    -- The pipeline may have ended since.
     INSERT INTO autoembed.failure AS f (pipeline_id, key, error_class, reason, attempts, excerpt)
     SELECT p.id, _fail.key, 'row', _fail.reason, _fail.attempts, left(_fail.excerpt, 200)
     FROM autoembed.pipeline AS p
@@ -180,10 +199,9 @@ AS $sql$
     INSERT INTO autoembed.failure (message, error_class, reason, attempts)
     VALUES (coalesce(_fail_message.message, 'null'), 'message', _fail_message.reason, _fail_message.attempts);
 $sql$;
-COMMENT ON FUNCTION autoembed._fail_message IS
-    'Puts a message that names no row on the failed list.';
+COMMENT ON FUNCTION autoembed._fail_message IS 'Puts a message that names no row on the failed list.';
 
--- The doors ---------------------------------------------------------------------------------------
+-- The functions by which SQL enters Python --------------------------------------------------------
 
 CREATE OR REPLACE FUNCTION autoembed._check_options(
     batch_size integer,
@@ -238,7 +256,7 @@ AS $python$
     from autoembed import doors
     return doors.process(batch_size, max_requests, timeout_milliseconds)
 $python$;
-COMMENT ON FUNCTION autoembed._process IS 'The work of process(), whose arguments are checked.';
+COMMENT ON FUNCTION autoembed._process IS 'Does the work of process(), which checks the arguments.';
 
 CREATE OR REPLACE FUNCTION autoembed.process(
     batch_size integer DEFAULT 100,
@@ -272,9 +290,9 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.process IS
-    'Embeds waiting jobs once, in the caller''s transaction: up to max_requests requests at a time of up to batch_size '
-    'texts, each request to a provider given timeout_milliseconds. Returns the number of jobs that were read, completed, '
-    'put back to be tried again, and given up, and the requests sent; failed_jobs lists the jobs that did not complete, '
+    'Embeds waiting jobs once, in the caller''s transaction. Sends up to max_requests requests at a time, each of up '
+    'to batch_size texts and for up to timeout_milliseconds. Returns the number of jobs that were read, completed, put '
+    'back to be tried again, and given up, and of requests sent. failed_jobs lists the jobs that did not complete, '
     'each with its error.';
 
 CREATE OR REPLACE PROCEDURE autoembed._work(
@@ -291,7 +309,7 @@ AS $python$
     from autoembed import doors
     doors.work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill)
 $python$;
-COMMENT ON PROCEDURE autoembed._work IS 'The work of work(), whose arguments are checked.';
+COMMENT ON PROCEDURE autoembed._work IS 'Does the work of work(), which checks the arguments.';
 
 CREATE OR REPLACE PROCEDURE autoembed.work(
     run_seconds double precision DEFAULT 300,
@@ -310,9 +328,9 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON PROCEDURE autoembed.work IS
-    'A lane: embeds what waits, and what comes, for run_seconds. It commits as it goes and holds no transaction while a '
-    'request is in flight. With backfill it scans tables instead, and leaves the queue to others. schedule() has pg_cron '
-    'call it.';
+    'A lane: embeds the rows that wait, and those that change, for run_seconds. It commits as it goes and holds no '
+    'transaction while a request is in flight. With backfill it scans tables instead, and leaves the queue to others. '
+    'schedule() has pg_cron call it.';
 
 CREATE OR REPLACE FUNCTION autoembed._embed(
     content text,
@@ -362,5 +380,5 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.embed IS
-    'The embedding of a search text by that model, NULL for the default one; NULL for NULL. '
-    'ORDER BY column <=> autoembed.embed(…) uses the column''s index.';
+    'The embedding of a search text by a model, by default the default model. NULL for a NULL text. ORDER BY column '
+    '<=> autoembed.embed(…) uses the column''s index.';

@@ -1,6 +1,4 @@
--- Scans of whole tables for missing and stale embeddings.
-
--- Backfills ---------------------------------------------------------------------------------------
+-- Backfills: scans of whole tables for missing and stale embeddings.
 
 CREATE OR REPLACE FUNCTION autoembed._next_backfill(dedicated boolean)
     RETURNS TABLE (pipeline_id integer, owner bigint, after text, condition text, failures integer)
@@ -9,14 +7,14 @@ CREATE OR REPLACE FUNCTION autoembed._next_backfill(dedicated boolean)
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    -- As _gate() does: this begins a lane's transaction.
+    -- This begins a lane's transaction, so it takes the lock of _gate().
     LOCK TABLE autoembed.lane IN ACCESS SHARE MODE;
     IF NOT EXISTS (SELECT FROM autoembed.backfill AS b WHERE b.scanned_at IS NULL)
-       -- Live changes do not wait behind a backfill where there is a lane for it.
+       -- Live changes need not wait behind a backfill that has a lane of its own.
        OR NOT dedicated AND EXISTS (SELECT FROM autoembed.lane AS l WHERE l.backfill) THEN
         RETURN;
     END IF;
-    -- In turn, so that none holds up another, whatever becomes of its scan.
+    -- Backfills take turns, so that none holds up another, whether its scan works or fails.
     RETURN QUERY
     WITH next AS (
         SELECT b.pipeline_id, s.failures
@@ -32,16 +30,23 @@ BEGIN
     FROM next AS n
     WHERE b.pipeline_id = n.pipeline_id
     RETURNING b.pipeline_id, (
-                  SELECT c.relowner::bigint
-                  FROM autoembed.pipeline AS p JOIN pg_class AS c ON c.oid = p.table_id
-                  WHERE p.id = b.pipeline_id
-              ), b.position, b.condition, n.failures;
+        SELECT c.relowner::bigint
+        FROM autoembed.pipeline AS p
+        JOIN pg_class AS c ON c.oid = p.table_id
+        WHERE p.id = b.pipeline_id
+    ), b.position, b.condition, n.failures;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._next_backfill IS
-    'A table to look through, locked until the commit; dedicated: for a lane that does nothing else.';
+    'The next backfill to scan for, locked until the commit. dedicated: the caller is a lane for backfills alone.';
 
-CREATE OR REPLACE FUNCTION autoembed._queue_backfill(pipeline_id integer, keys text[], exhausted boolean, lease_seconds double precision, held bigint[])
+CREATE OR REPLACE FUNCTION autoembed._queue_backfill(
+    pipeline_id integer,
+    keys text[],
+    exhausted boolean,
+    lease_seconds double precision,
+    held bigint[]
+)
     RETURNS TABLE (message_id bigint, read_count integer, message jsonb)
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -62,19 +67,22 @@ BEGIN
         RETURN;
     END IF;
     IF _backfill.force THEN
-        DELETE FROM autoembed.embedded AS e WHERE e.pipeline_id = _queue_backfill.pipeline_id AND e.key = ANY (autoembed._short_keys(keys));
+        DELETE FROM autoembed.embedded AS e
+        WHERE e.pipeline_id = _queue_backfill.pipeline_id AND e.key = ANY (autoembed._short_keys(keys));
     END IF;
-    -- In the queue, but claimed already: should this lane die, another finds them there.
+    -- The message is queued as claimed: if this lane dies, another lane finds it.
     INSERT INTO autoembed._job AS q (due_at, read_count, last_read_at, message)
-    VALUES (_now + make_interval(secs => lease_seconds), 1, _now,
-            jsonb_build_object('pipeline', _queue_backfill.pipeline_id, 'keys', (SELECT jsonb_agg(k.key::jsonb) FROM unnest(keys) AS k(key))))
+    VALUES (_now + make_interval(secs => lease_seconds), 1, _now, jsonb_build_object(
+        'pipeline', _queue_backfill.pipeline_id,
+        'keys', (SELECT jsonb_agg(k.key::jsonb) FROM unnest(keys) AS k(key))
+    ))
     RETURNING q.message_id, q.read_count, q.message INTO message_id, read_count, message;
     UPDATE autoembed._this_lane SET claimed_at = _now, message_ids = held || message_id;
     RETURN NEXT;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._queue_backfill IS
-    'Moves a backfill on behind these keys, and returns the message that names them, as claimed.';
+    'Moves the position of a backfill behind these keys, and returns a message that names them and is already claimed.';
 
 CREATE OR REPLACE FUNCTION autoembed._fail_backfill(pipeline_id integer, reason text)
     RETURNS void
@@ -89,7 +97,7 @@ BEGIN
     PERFORM autoembed._fail_message(jsonb_build_object('backfill', to_jsonb(_backfill)), reason, 1);
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._fail_backfill IS 'Gives a backfill up, with the reason on the failed list.';
+COMMENT ON FUNCTION autoembed._fail_backfill IS 'Gives up a backfill, and puts it on the failed list with the reason.';
 
 CREATE OR REPLACE FUNCTION autoembed._finish_backfills()
     RETURNS void
@@ -115,4 +123,4 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._finish_backfills IS
-    'Ends the backfills whose rows are all embedded, once those that asked for an index have it.';
+    'Ends the backfills whose rows are all embedded. A backfill that asked for an index ends when it has the index.';

@@ -1,4 +1,4 @@
--- Lanes: who is one, what each holds, and what they do every second besides their jobs.
+-- Lanes: which sessions are lanes, the messages that each holds, and the cleaning up that they do every second.
 
 CREATE OR REPLACE VIEW autoembed._this_lane AS
 SELECT l.*
@@ -27,7 +27,9 @@ BEGIN
     );
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._enter_lane IS 'Signs this session on as a lane; backfill: for backfills alone. Returns whether any embedded table has a vector index.';
+COMMENT ON FUNCTION autoembed._enter_lane IS
+    'Signs this session on as a lane. backfill: for backfills alone. Returns whether any attached table has a vector '
+    'index.';
 
 CREATE OR REPLACE FUNCTION autoembed._lane_is_wanted()
     RETURNS boolean
@@ -36,11 +38,11 @@ CREATE OR REPLACE FUNCTION autoembed._lane_is_wanted()
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    -- One without an entry is of an extension that was dropped and made again.
+    -- A lane without an entry belongs to an extension that was dropped since.
     RETURN EXISTS (SELECT FROM autoembed._this_lane AS l WHERE NOT l.stop);
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._lane_is_wanted IS 'Whether this lane is signed on and nobody has asked it to stop.';
+COMMENT ON FUNCTION autoembed._lane_is_wanted IS 'Whether this lane is signed on and has not been asked to stop.';
 
 CREATE OR REPLACE FUNCTION autoembed._gate()
     RETURNS void
@@ -53,7 +55,7 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._gate IS
-    'The first lock of a lane''s transaction, which DROP EXTENSION takes first too: neither waits for the other in a circle.';
+    'Takes the first lock of a lane''s transaction. DROP EXTENSION takes it first too, so they cannot deadlock.';
 
 CREATE OR REPLACE FUNCTION autoembed._leave_lane()
     RETURNS void
@@ -63,7 +65,7 @@ CREATE OR REPLACE FUNCTION autoembed._leave_lane()
 AS $sql$
     DELETE FROM autoembed._this_lane;
 $sql$;
-COMMENT ON FUNCTION autoembed._leave_lane IS 'Signs this session off.';
+COMMENT ON FUNCTION autoembed._leave_lane IS 'Signs this session off as a lane.';
 
 CREATE OR REPLACE FUNCTION autoembed._lane_lives(pid integer, backend_start timestamptz)
     RETURNS boolean
@@ -73,11 +75,13 @@ CREATE OR REPLACE FUNCTION autoembed._lane_lives(pid integer, backend_start time
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    -- With more rights than the reader of a view may have: others' processes show him no start.
-    RETURN EXISTS (SELECT FROM pg_stat_get_activity(_lane_lives.pid) AS a WHERE a.backend_start = _lane_lives.backend_start);
+    -- A reader of the views may not see when other roles' processes started, so this is SECURITY DEFINER.
+    RETURN EXISTS (
+        SELECT FROM pg_stat_get_activity(_lane_lives.pid) AS a WHERE a.backend_start = _lane_lives.backend_start
+    );
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._lane_lives IS 'Whether a process that started then is still there.';
+COMMENT ON FUNCTION autoembed._lane_lives IS 'Whether the process that started then still runs.';
 
 CREATE OR REPLACE FUNCTION autoembed._clean_up()
     RETURNS void
@@ -98,9 +102,10 @@ BEGIN
     SET due_at = clock_timestamp()
     FROM dead AS d
     CROSS JOIN LATERAL unnest(d.message_ids) AS m(id)
-    -- Unless another lane has them since.
+    -- Another lane may have claimed them since.
     WHERE q.message_id = m.id AND q.last_read_at <= d.claimed_at;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._clean_up IS
-    'Ends the pipelines of dropped tables and the backfills that are done, and makes the jobs of lanes whose backend is gone visible at once; the try stays counted.';
+    'Ends the pipelines of dropped tables and the backfills that are done. Makes the jobs of lanes whose process is '
+    'gone due at once; the attempt stays counted.';

@@ -16,7 +16,7 @@ CREATE OR REPLACE FUNCTION autoembed._cron_places()
     STABLE
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    -- pg_cron's default with background workers; without them it may be more.
+    -- 5 is pg_cron's default with background workers. Without them its default is higher.
     SELECT coalesce(current_setting('cron.max_running_jobs', true)::integer, 5);
 $sql$;
 COMMENT ON FUNCTION autoembed._cron_places IS 'How many jobs pg_cron runs at a time.';
@@ -28,7 +28,7 @@ CREATE OR REPLACE FUNCTION autoembed._index_may_be_built(pipeline_id integer)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    -- One at a time: a build may wait long for old snapshots, and a lane must find a place when it begins again.
+    -- Builds run one at a time: each may wait long for old snapshots, and a lane that begins again must find a place.
     SELECT NOT EXISTS (
                SELECT FROM cron.job AS j
                WHERE j.jobname ~ '^autoembed-index-\d+$' AND j.jobname <> 'autoembed-index-' || pipeline_id
@@ -37,7 +37,7 @@ AS $sql$
                < autoembed._cron_places();
 $sql$;
 COMMENT ON FUNCTION autoembed._index_may_be_built IS
-    'Whether pg_cron has a place for the build of an index that no lane needs.';
+    'Whether pg_cron can build the index of a pipeline without taking the place of a lane.';
 
 CREATE OR REPLACE FUNCTION autoembed._unschedule(jobs text)
     RETURNS integer
@@ -56,7 +56,8 @@ BEGIN
     RETURN _unscheduled;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._unschedule IS 'Takes the jobs of such names out of pg_cron; returns how many.';
+COMMENT ON FUNCTION autoembed._unschedule IS
+    'Takes out of pg_cron the entries whose names match, and returns their number. jobs: a regular expression.';
 
 CREATE OR REPLACE FUNCTION autoembed.unschedule()
     RETURNS integer
@@ -65,13 +66,14 @@ CREATE OR REPLACE FUNCTION autoembed.unschedule()
 AS $plpgsql$
 BEGIN
     UPDATE autoembed.lane SET stop = true;
-    -- Nobody would see to the builds of indexes: the next lane begins them anew.
+    -- No lane would watch the builds of indexes. The next lane starts them again.
     PERFORM autoembed._unschedule('(backfill|index)-\d+');
     RETURN autoembed._unschedule('lane-\d+');
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.unschedule IS
-    'Ends all lanes; returns how many were scheduled, those for backfills not counted. What a lane has in flight goes back to the queue.';
+    'Ends all lanes. Returns how many were scheduled, not counting those for backfills. Rows in flight go back to the '
+    'queue.';
 
 CREATE OR REPLACE FUNCTION autoembed.schedule(
     lanes integer DEFAULT 1,
@@ -114,16 +116,18 @@ BEGIN
             ERRCODE = 'configuration_limit_exceeded',
             MESSAGE = format('%s lanes may not all run with max_worker_processes at %s', lanes + backfill_lanes,
                              current_setting('max_worker_processes')),
-            HINT = format('Set max_worker_processes to at least %s and restart the server.', lanes + backfill_lanes + 3);
+            HINT = format('Set max_worker_processes to at least %s and restart the server.',
+                          lanes + backfill_lanes + 3);
     ELSIF lanes + backfill_lanes >= autoembed._cron_places() THEN
         RAISE WARNING USING
             ERRCODE = 'configuration_limit_exceeded',
             MESSAGE = format('%s lanes leave no other job of pg_cron a place: it runs %s jobs at a time',
                              lanes + backfill_lanes, autoembed._cron_places()),
-            HINT = format('Set cron.max_running_jobs to at least %s and restart the server.', lanes + backfill_lanes + 2);
+            HINT = format('Set cron.max_running_jobs to at least %s and restart the server.',
+                          lanes + backfill_lanes + 2);
     END IF;
     UPDATE autoembed.lane SET stop = true;
-    -- Lanes that another role was chosen for stay that role's.
+    -- Without an argument, the lanes keep the role that was chosen for them before.
     _role := coalesce(_role, (
         SELECT j.username FROM cron.job AS j
         WHERE j.jobname ~ '^autoembed-(lane|backfill)-\d+$' AND j.database = current_database()
@@ -142,7 +146,8 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.schedule IS
-    'Has pg_cron run that many lanes side by side in this database, and that many more for backfills, in place of those it ran before; returns the number of lanes.';
+    'Has pg_cron run that many lanes in this database, and that many more for backfills, in place of those that it ran '
+    'before. Returns the number of lanes.';
 
 CREATE OR REPLACE FUNCTION autoembed._forget_runs()
     RETURNS void
@@ -152,15 +157,21 @@ CREATE OR REPLACE FUNCTION autoembed._forget_runs()
 AS $plpgsql$
 BEGIN
     IF to_regclass('cron.job_run_details') IS NOT NULL THEN
-        -- Those that never started have no time, but a number.
+        -- A run that never started has no start_time, so runid tells its age.
         DELETE FROM cron.job_run_details AS d
-        WHERE d.command LIKE 'CALL autoembed.work(%' AND d.database = current_database() AND d.status NOT IN ('starting', 'running')
-          AND d.runid < (SELECT min(r.runid) FROM cron.job_run_details AS r WHERE r.start_time > clock_timestamp() - interval '1 hour');
+        WHERE d.command LIKE 'CALL autoembed.work(%'
+          AND d.database = current_database()
+          AND d.status NOT IN ('starting', 'running')
+          AND d.runid < (
+              SELECT min(r.runid)
+              FROM cron.job_run_details AS r
+              WHERE r.start_time > clock_timestamp() - interval '1 hour'
+          );
     END IF;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._forget_runs IS
-    'Deletes what pg_cron has noted of lanes more than an hour ago: it keeps such notes for ever.';
+    'Deletes pg_cron''s records of runs of lanes that are more than an hour old. pg_cron itself keeps them for ever.';
 
 CREATE OR REPLACE FUNCTION autoembed._lane_jobs(OUT scheduled bigint, OUT last_message text)
     LANGUAGE plpgsql
@@ -184,7 +195,8 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._lane_jobs IS
-    'How many lanes pg_cron is to run in this database, and what the last one said when it ended; NULLs without pg_cron.';
+    'The number of lanes that pg_cron is to run in this database, and the message with which the last one ended. NULLs '
+    'without pg_cron.';
 
 CREATE OR REPLACE FUNCTION autoembed._start_advice()
     RETURNS text
@@ -205,7 +217,7 @@ AS $sql$
                    current_database())
     END;
 $sql$;
-COMMENT ON FUNCTION autoembed._start_advice IS 'What to do so that lanes run in this database.';
+COMMENT ON FUNCTION autoembed._start_advice IS 'The advice on how to have lanes run in this database.';
 
 CREATE OR REPLACE FUNCTION autoembed._index_job(pipeline_id integer, OUT is_due boolean, OUT problem text)
     LANGUAGE plpgsql
@@ -215,7 +227,7 @@ CREATE OR REPLACE FUNCTION autoembed._index_job(pipeline_id integer, OUT is_due 
 AS $plpgsql$
 BEGIN
     SELECT j.schedule <> '0 0 1 1 *', (
-        -- An error is not tried again. A server that was restarted, or has no process to spare, is.
+        -- A build that ended with an error is not tried again. One that ended with a restart, or found no process, is.
         SELECT substring(d.return_message FROM '^ERROR:\s*([^\n]*)')
         FROM cron.job_run_details AS d
         WHERE d.jobid = j.jobid AND d.status = 'failed' AND d.return_message LIKE 'ERROR%'
@@ -227,7 +239,8 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._index_job IS
-    'Whether pg_cron is to build the index of a pipeline, and the error that its build ended with; NULLs without a job.';
+    'Whether pg_cron is to build the index of a pipeline, and the error with which its build ended. NULLs if pg_cron '
+    'has no entry for it.';
 
 CREATE OR REPLACE FUNCTION autoembed._schedule_index(pipeline_id integer, command text)
     RETURNS void
@@ -235,11 +248,11 @@ CREATE OR REPLACE FUNCTION autoembed._schedule_index(pipeline_id integer, comman
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    -- Lanes look once a second: before a second run, which would find the index there and say so in the log.
+    -- Lanes check once a second, so they end this before a second run, which would log that the index exists.
     PERFORM cron.schedule('autoembed-index-' || pipeline_id, '2 seconds', command);
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._schedule_index IS 'Has pg_cron build the index of a pipeline.';
+COMMENT ON FUNCTION autoembed._schedule_index IS 'Has pg_cron build the index of a pipeline with that command.';
 
 CREATE OR REPLACE FUNCTION autoembed._hold_index_job(pipeline_id integer)
     RETURNS void
@@ -247,7 +260,7 @@ CREATE OR REPLACE FUNCTION autoembed._hold_index_job(pipeline_id integer)
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    -- To unschedule the job would end the build.
+    -- Unscheduling would end the build. This schedule is once a year.
     PERFORM cron.alter_job(j.jobid, schedule => '0 0 1 1 *')
     FROM cron.job AS j
     WHERE j.jobname = 'autoembed-index-' || pipeline_id AND j.database = current_database()
@@ -255,10 +268,10 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._hold_index_job IS
-    'Keeps pg_cron from beginning the build of an index again as soon as the present one ends.';
+    'Keeps pg_cron from starting the build of an index again when the present build ends.';
 
--- DROP EXTENSION runs no code of the extension, and its entries in cron.job and pgmq.meta are not its members. So they go
--- before an extension is dropped, and come back as they were if it was another one.
+-- DROP EXTENSION runs no code of the extension, and its entries in cron.job and pgmq.meta are not its members. They go
+-- before any extension is dropped, and come back as they were if it was another one.
 CREATE OR REPLACE FUNCTION autoembed._before_drop()
     RETURNS event_trigger
     LANGUAGE plpgsql
@@ -267,7 +280,7 @@ AS $plpgsql$
 DECLARE
     _jobs jsonb;
 BEGIN
-    -- Nobody else can drop this extension, so nobody else has anything done. A direct DROP EXTENSION says what it drops.
+    -- Only a superuser can drop this extension. A direct DROP EXTENSION names the extension that it drops.
     IF NOT (SELECT r.rolsuper FROM pg_roles AS r WHERE r.rolname = current_user)
        OR current_query() ~* '^\s*DROP\s+EXTENSION'
           AND current_query() !~* '(autoembed|pgmq|vector|plpython3u|pg_cron)' THEN
@@ -308,4 +321,5 @@ BEGIN
     END IF;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._after_drop IS 'Puts both back as they were if the extension dropped was another.';
+COMMENT ON FUNCTION autoembed._after_drop IS
+    'Puts the lanes and the queue back as they were if the extension that was dropped was another one.';

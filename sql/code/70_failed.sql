@@ -1,4 +1,4 @@
--- Rows and messages that were given up.
+-- Rows, messages and backfills that were given up.
 
 CREATE OR REPLACE VIEW autoembed.failed WITH (security_barrier) AS
 SELECT f.id,
@@ -16,18 +16,21 @@ FROM autoembed.failure AS f
 LEFT JOIN autoembed.pipeline AS p ON p.id = f.pipeline_id
 WHERE autoembed._may_see(p.table_id);
 COMMENT ON VIEW autoembed.failed IS
-    'The rows that could not be embedded and will not be tried again, each with the reason; retry_failed() tries them again.';
-COMMENT ON COLUMN autoembed.failed.id IS 'The failure''s number.';
-COMMENT ON COLUMN autoembed.failed.table_name IS 'The table; NULL for a message that names none.';
-COMMENT ON COLUMN autoembed.failed.embedding_column IS 'The column that was to hold the embedding.';
-COMMENT ON COLUMN autoembed.failed.key IS 'The row''s key as a JSON array.';
-COMMENT ON COLUMN autoembed.failed.error_class IS 'row: the text or the table; message: the job itself.';
-COMMENT ON COLUMN autoembed.failed.reason IS 'What went wrong the last time, for the table''s owner: it may quote the text.';
-COMMENT ON COLUMN autoembed.failed.attempts IS 'How often it was tried.';
-COMMENT ON COLUMN autoembed.failed.first_failed_at IS 'When it was given up first.';
-COMMENT ON COLUMN autoembed.failed.last_failed_at IS 'When it was given up last.';
-COMMENT ON COLUMN autoembed.failed.excerpt IS 'The first 200 characters of the text, for the table''s owner.';
-COMMENT ON COLUMN autoembed.failed.message IS 'The message, where it names no row.';
+    'The rows that could not be embedded and are not tried again, each with the reason. retry_failed() tries them '
+    'again.';
+COMMENT ON COLUMN autoembed.failed.id IS 'Number of the failure.';
+COMMENT ON COLUMN autoembed.failed.table_name IS 'Table of the row. NULL for a message that names none.';
+COMMENT ON COLUMN autoembed.failed.embedding_column IS 'Column for the embedding.';
+COMMENT ON COLUMN autoembed.failed.key IS 'Key of the row, as a JSON array.';
+COMMENT ON COLUMN autoembed.failed.error_class IS
+    'Cause of the failure. row: the row''s text or its table; message: the message itself.';
+COMMENT ON COLUMN autoembed.failed.reason IS
+    'Error of the last attempt. It may quote the text, so only the table''s owner sees it.';
+COMMENT ON COLUMN autoembed.failed.attempts IS 'Number of attempts.';
+COMMENT ON COLUMN autoembed.failed.first_failed_at IS 'Time at which the row was first given up.';
+COMMENT ON COLUMN autoembed.failed.last_failed_at IS 'Time at which the row was last given up.';
+COMMENT ON COLUMN autoembed.failed.excerpt IS 'First 200 characters of the text. Only the table''s owner sees them.';
+COMMENT ON COLUMN autoembed.failed.message IS 'The message, if it names no row.';
 
 CREATE OR REPLACE FUNCTION autoembed.retry_failed(table_name regclass DEFAULT NULL, error_class text DEFAULT NULL)
     RETURNS integer
@@ -48,8 +51,10 @@ BEGIN
     ),
     queued AS (
         INSERT INTO autoembed._job (due_at, message)
-        SELECT clock_timestamp(),
-               coalesce(r.message, jsonb_build_object('pipeline', r.pipeline_id, 'keys', jsonb_build_array(r.key::jsonb)))
+        SELECT clock_timestamp(), coalesce(r.message, jsonb_build_object(
+                   'pipeline', r.pipeline_id,
+                   'keys', jsonb_build_array(r.key::jsonb)
+               ))
         FROM retried AS r
         WHERE r.message -> 'backfill' IS NULL
     ),
@@ -67,4 +72,4 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.retry_failed IS
-    'Queues the failed rows of a table, of an error class, or all again; returns how many.';
+    'Queues failed rows again: those of a table, of an error class, or all. Returns how many.';

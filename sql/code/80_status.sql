@@ -6,13 +6,17 @@ CREATE OR REPLACE FUNCTION autoembed._estimated_rows(table_id regclass)
     STABLE
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    -- As the statistics of activity have it, else as of the last ANALYZE.
-    SELECT sum(coalesce(nullif(pg_stat_get_live_tuples(c.oid), 0), nullif(c.reltuples, -1)::bigint, CASE WHEN pg_relation_size(c.oid) = 0 THEN 0 END))::bigint
+    -- The activity statistics are newer than the last ANALYZE.
+    SELECT sum(coalesce(
+        nullif(pg_stat_get_live_tuples(c.oid), 0),
+        nullif(c.reltuples, -1)::bigint,
+        CASE WHEN pg_relation_size(c.oid) = 0 THEN 0 END
+    ))::bigint
     FROM (SELECT t.relid FROM pg_partition_tree(table_id) AS t WHERE t.isleaf UNION SELECT table_id) AS r
     JOIN pg_class AS c ON c.oid = r.relid AND c.relkind = 'r';
 $sql$;
 COMMENT ON FUNCTION autoembed._estimated_rows IS
-    'About how many rows a table has, without reading it; NULL if it was never analysed.';
+    'The estimated number of rows of a table, without reading it. NULL if the table was never analysed.';
 
 CREATE OR REPLACE VIEW autoembed.status WITH (security_barrier) AS
 SELECT s.table_id AS table_name,
@@ -28,7 +32,8 @@ SELECT s.table_id AS table_name,
        END AS state,
        coalesce(s.blocked, 'the index could not be built: ' || b.index_problem) AS reason,
        CASE WHEN s.blocked IS NOT NULL THEN s.hint
-            WHEN b.index_problem IS NOT NULL THEN format('Create it by hand; or SELECT autoembed.resync(%L) tries it again.', s.table_id)
+            WHEN b.index_problem IS NOT NULL THEN
+                format('Create it by hand; or SELECT autoembed.resync(%L) tries it again.', s.table_id)
        END AS hint,
        greatest(r.rows, e.embedded, b.rows_queued) AS estimated_rows,
        e.embedded,
@@ -42,7 +47,7 @@ SELECT s.table_id AS table_name,
             WHEN a.rows_per_second > 0 THEN make_interval(secs => round(w.left / a.rows_per_second)::double precision)
        END AS time_left
 FROM autoembed._pipeline_state AS s
--- One whose table was dropped is ended by the next lane.
+-- The next lane ends a pipeline whose table was dropped.
 JOIN pg_class AS c ON c.oid = s.table_id
 LEFT JOIN autoembed.backfill AS b ON b.pipeline_id = s.id
 CROSS JOIN LATERAL (SELECT autoembed._estimated_rows(s.table_id) AS rows) AS r
@@ -54,41 +59,51 @@ CROSS JOIN LATERAL (
            min(k.enqueued_at) AS oldest_at
     FROM (
         SELECT q.enqueued_at,
-               q.due_at > clock_timestamp()
-                   AND EXISTS (SELECT FROM autoembed.lane AS l
-                               WHERE q.message_id = ANY (l.message_ids) AND autoembed._lane_lives(l.pid, l.backend_start)) AS held,
+               q.due_at > clock_timestamp() AND EXISTS (
+                   SELECT FROM autoembed.lane AS l
+                   WHERE q.message_id = ANY (l.message_ids) AND autoembed._lane_lives(l.pid, l.backend_start)
+               ) AS held,
                q.rows AS rows
         FROM autoembed._job AS q
         WHERE q.pipeline = s.id::text
     ) AS k
 ) AS q
 CROSS JOIN LATERAL (
-    SELECT round(coalesce(sum(u.rows), 0) / greatest(extract(epoch FROM clock_timestamp() - min(u.at)), 1), 1) AS rows_per_second
+    SELECT round(
+        coalesce(sum(u.rows), 0) / greatest(extract(epoch FROM clock_timestamp() - min(u.at)), 1), 1
+    ) AS rows_per_second
     FROM autoembed.usage_entry AS u
     WHERE u.pipeline_id = s.id AND u.at > clock_timestamp() - interval '1 minute'
 ) AS a
 CROSS JOIN LATERAL (
-    SELECT q.waiting + q.in_flight
-        + CASE WHEN b.pipeline_id IS NOT NULL AND b.scanned_at IS NULL THEN greatest(coalesce(r.rows, 0) - b.rows_queued, 0) ELSE 0 END AS left
+    SELECT q.waiting + q.in_flight + CASE
+        WHEN b.pipeline_id IS NOT NULL AND b.scanned_at IS NULL THEN greatest(coalesce(r.rows, 0) - b.rows_queued, 0)
+        ELSE 0
+    END AS left
 ) AS w
 WHERE autoembed._may_see(s.table_id);
-COMMENT ON VIEW autoembed.status IS 'How each embedding column does.';
-COMMENT ON COLUMN autoembed.status.table_name IS 'The table.';
-COMMENT ON COLUMN autoembed.status.embedding_column IS 'The column.';
-COMMENT ON COLUMN autoembed.status.model IS 'Its model.';
+COMMENT ON VIEW autoembed.status IS 'State and progress of each embedding column.';
+COMMENT ON COLUMN autoembed.status.table_name IS 'Attached table.';
+COMMENT ON COLUMN autoembed.status.embedding_column IS 'Column that holds the embeddings.';
+COMMENT ON COLUMN autoembed.status.model IS 'Model that embeds the table.';
 COMMENT ON COLUMN autoembed.status.state IS
-    'idle; embedding: rows wait or are in flight; backfilling: the table is being looked through; indexing: its index is being built; resting: the provider is in trouble, or a limit is reached; paused; stopped: somebody must act.';
-COMMENT ON COLUMN autoembed.status.reason IS 'Why it is stopped, paused or resting, or has no index though one was asked for.';
-COMMENT ON COLUMN autoembed.status.hint IS 'What to do about it.';
-COMMENT ON COLUMN autoembed.status.estimated_rows IS 'About how many rows the table has; NULL: it was never analysed.';
-COMMENT ON COLUMN autoembed.status.embedded IS 'Rows that were embedded.';
-COMMENT ON COLUMN autoembed.status.waiting IS 'Rows queued; a row that changed twice may count twice.';
-COMMENT ON COLUMN autoembed.status.in_flight IS 'Rows that lanes have in their hands.';
-COMMENT ON COLUMN autoembed.status.failed IS 'Rows given up; see the view failed.';
-COMMENT ON COLUMN autoembed.status.oldest_waiting IS 'How long the oldest of those queued or in flight has been so.';
+    'idle; embedding: rows wait or are in flight; backfilling: the table is being scanned; indexing: its index is '
+    'being built; resting: the provider fails, or a limit is reached; paused; stopped: the owner or an administrator '
+    'must act.';
+COMMENT ON COLUMN autoembed.status.reason IS
+    'Reason why the table is stopped, paused or resting, or lacks the index that was asked for.';
+COMMENT ON COLUMN autoembed.status.hint IS 'Advice on what to do about the reason.';
+COMMENT ON COLUMN autoembed.status.estimated_rows IS
+    'Estimated number of rows of the table. NULL if the table was never analysed.';
+COMMENT ON COLUMN autoembed.status.embedded IS 'Number of rows that were embedded.';
+COMMENT ON COLUMN autoembed.status.waiting IS 'Number of queued rows. A row that changed twice may count twice.';
+COMMENT ON COLUMN autoembed.status.in_flight IS 'Number of rows that lanes have claimed.';
+COMMENT ON COLUMN autoembed.status.failed IS 'Number of rows that were given up. The view failed lists them.';
+COMMENT ON COLUMN autoembed.status.oldest_waiting IS 'Time since the oldest row queued or in flight was queued.';
 COMMENT ON COLUMN autoembed.status.rows_per_second IS 'Rows embedded a second, over the last minute.';
-COMMENT ON COLUMN autoembed.status.percent_done IS 'How much of the table is not waiting, 0 to 100.';
-COMMENT ON COLUMN autoembed.status.time_left IS 'At that rate, until nothing waits; NULL: no telling.';
+COMMENT ON COLUMN autoembed.status.percent_done IS 'Share of the table that does not wait, from 0 to 100 percent.';
+COMMENT ON COLUMN autoembed.status.time_left IS
+    'Time until no row waits, at the rate of rows_per_second. NULL if it cannot be estimated.';
 
 CREATE OR REPLACE VIEW autoembed.progress WITH (security_barrier) AS
 SELECT l.pid,
@@ -111,16 +126,16 @@ LEFT JOIN LATERAL (
 LEFT JOIN autoembed.pipeline AS p ON p.id::text = h.pipeline
 LEFT JOIN autoembed.backfill AS b ON b.pipeline_id = p.id AND l.backfill
 WHERE autoembed._lane_lives(l.pid, l.backend_start) AND (p.id IS NULL OR autoembed._may_see(p.table_id));
-COMMENT ON VIEW autoembed.progress IS 'What each lane is at, for \watch.';
-COMMENT ON COLUMN autoembed.progress.pid IS 'The lane''s process, as in pg_stat_activity.';
-COMMENT ON COLUMN autoembed.progress.table_name IS 'The table whose rows it has in its hands.';
-COMMENT ON COLUMN autoembed.progress.embedding_column IS 'The column.';
-COMMENT ON COLUMN autoembed.progress.lane IS 'live: it embeds what changes; backfill: it looks through tables.';
+COMMENT ON VIEW autoembed.progress IS 'Present work of each lane, one row a table, for \watch.';
+COMMENT ON COLUMN autoembed.progress.pid IS 'Process of the lane, as in pg_stat_activity.';
+COMMENT ON COLUMN autoembed.progress.table_name IS 'Table whose rows the lane has claimed.';
+COMMENT ON COLUMN autoembed.progress.embedding_column IS 'Column that holds the embeddings.';
+COMMENT ON COLUMN autoembed.progress.lane IS 'live: the lane embeds rows that change; backfill: the lane scans tables.';
 COMMENT ON COLUMN autoembed.progress.phase IS 'embedding, or waiting for work.';
-COMMENT ON COLUMN autoembed.progress.rows_in_flight IS 'Rows it has in its hands.';
-COMMENT ON COLUMN autoembed.progress.backfill_rows_done IS 'Rows that the backfill has come past.';
-COMMENT ON COLUMN autoembed.progress.backfill_rows_total IS 'About how many rows the table has.';
-COMMENT ON COLUMN autoembed.progress.since IS 'How long it has had them.';
+COMMENT ON COLUMN autoembed.progress.rows_in_flight IS 'Number of rows that the lane has claimed.';
+COMMENT ON COLUMN autoembed.progress.backfill_rows_done IS 'Number of rows that the backfill has queued.';
+COMMENT ON COLUMN autoembed.progress.backfill_rows_total IS 'Estimated number of rows of the table.';
+COMMENT ON COLUMN autoembed.progress.since IS 'Time since the lane claimed the rows.';
 
 CREATE OR REPLACE VIEW autoembed._row_state WITH (security_barrier) AS
 SELECT r.pipeline_id, r.key, r.digest, r.state
@@ -132,14 +147,17 @@ FROM (
     SELECT p.id, replace(k.key::text, ', ', ','), NULL, 'waiting'
     FROM autoembed.pipeline AS p
     JOIN autoembed._job AS q ON q.pipeline = p.id::text
-    CROSS JOIN LATERAL jsonb_array_elements(coalesce(q.message -> 'keys', jsonb_build_array(jsonb_build_array(q.message -> 'id')))) AS k(key)
+    CROSS JOIN LATERAL jsonb_array_elements(
+        coalesce(q.message -> 'keys', jsonb_build_array(jsonb_build_array(q.message -> 'id')))
+    ) AS k(key)
     UNION ALL
     SELECT b.pipeline_id, NULL, NULL, 'waiting' FROM autoembed.backfill AS b WHERE b.scanned_at IS NULL
 ) AS r
 JOIN autoembed.pipeline AS p ON p.id = r.pipeline_id
 WHERE autoembed._owns(p.table_id);
 COMMENT ON VIEW autoembed._row_state IS
-    'What is known of the rows of the reader''s tables: the digest of what was embedded, and whether they wait or have failed; no key: the whole table is looked through.';
+    'State of the rows of the tables that the reader owns: the digest of the text that was embedded, and whether the '
+    'row waits or has failed. An entry without a key is for a whole table, which a backfill scans.';
 
 CREATE OR REPLACE FUNCTION autoembed.wait_until_fresh(table_name regclass, timeout_seconds double precision DEFAULT 60)
     RETURNS boolean
@@ -152,7 +170,8 @@ BEGIN
     PERFORM autoembed._owned_pipelines(table_name, NULL);
     LOOP
         IF NOT EXISTS (
-            SELECT FROM autoembed._owned_pipelines(table_name, NULL) AS p JOIN autoembed._row_state AS r ON r.pipeline_id = p.id
+            SELECT FROM autoembed._owned_pipelines(table_name, NULL) AS p
+            JOIN autoembed._row_state AS r ON r.pipeline_id = p.id
             WHERE r.state = 'waiting'
         ) THEN
             RETURN true;
@@ -165,4 +184,6 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.wait_until_fresh IS
-    'Waits until nothing that was committed to a table of the caller''s waits to be embedded; whether that came true in time. Embedding is done by lanes; a change of the caller''s own transaction, which they do not see, never comes true.';
+    'Waits until no committed row of a table that the caller owns waits to be embedded. Returns false if '
+    'timeout_seconds pass before that. Lanes do the embedding; they do not see a change in the caller''s own '
+    'transaction before it commits.';

@@ -1,4 +1,4 @@
--- Checks of everything that has to be right, with advice.
+-- Checks of the whole installation, each with advice.
 
 CREATE OR REPLACE FUNCTION autoembed.doctor()
     RETURNS TABLE (subject text, ok boolean, finding text, advice text)
@@ -14,7 +14,9 @@ DECLARE
     _problem text;
     _index record;
 BEGIN
-    SELECT count(*) INTO _lanes FROM autoembed.lane AS l WHERE NOT l.stop AND NOT l.backfill AND autoembed._lane_lives(l.pid, l.backend_start);
+    SELECT count(*) INTO _lanes
+    FROM autoembed.lane AS l
+    WHERE NOT l.stop AND NOT l.backfill AND autoembed._lane_lives(l.pid, l.backend_start);
     FOR _row IN
         SELECT n.name, e.installed_version, e.default_version
         FROM unnest('{autoembed,pg_cron,pgmq,plpython3u,vector}'::text[]) AS n(name)
@@ -22,45 +24,70 @@ BEGIN
         ORDER BY n.name
     LOOP
         subject := format('extension %s', _row.name);
-        -- Only pg_cron can be missing; it lives in one database of a server, and starts lanes in any.
-        ok := CASE WHEN _row.installed_version IS NULL THEN _lanes > 0 ELSE _row.installed_version = _row.default_version END;
-        finding := coalesce('version ' || _row.installed_version, 'not in this database')
-            || CASE WHEN _row.installed_version <> _row.default_version THEN format(', %s is there', _row.default_version) ELSE '' END;
-        advice := CASE WHEN NOT ok AND _row.installed_version IS NULL THEN _start
-                       WHEN NOT ok THEN format('ALTER EXTENSION %I UPDATE;', _row.name) END;
+        -- Only pg_cron can be missing. It is installed in one database of a server and starts lanes in any.
+        ok := CASE
+            WHEN _row.installed_version IS NULL THEN _lanes > 0
+            ELSE _row.installed_version = _row.default_version
+        END;
+        finding := coalesce('version ' || _row.installed_version, 'not in this database') || CASE
+            WHEN _row.installed_version <> _row.default_version THEN format(', %s is there', _row.default_version)
+            ELSE ''
+        END;
+        advice := CASE
+            WHEN NOT ok AND _row.installed_version IS NULL THEN _start
+            WHEN NOT ok THEN format('ALTER EXTENSION %I UPDATE;', _row.name)
+        END;
         RETURN NEXT;
     END LOOP;
 
     subject := 'lanes';
     SELECT j.scheduled, 'the last said: ' || j.last_message INTO _scheduled, _problem FROM autoembed._lane_jobs() AS j;
     ok := _lanes > 0;
-    finding := concat_ws(', ', _lanes || ' running', _scheduled || ' jobs of pg_cron', CASE WHEN NOT ok THEN _problem END);
-    advice := CASE WHEN ok THEN NULL
-                   WHEN _scheduled > 0 THEN 'pg_cron does not start them: see cron.job_run_details and the server''s log, and that max_worker_processes suffices.'
-                   ELSE _start END;
+    finding := concat_ws(
+        ', ', _lanes || ' running', _scheduled || ' jobs of pg_cron', CASE WHEN NOT ok THEN _problem END
+    );
+    advice := CASE
+        WHEN ok THEN NULL
+        WHEN _scheduled > 0 THEN
+            'pg_cron does not start them: see cron.job_run_details and the server''s log, and that '
+            'max_worker_processes suffices.'
+        ELSE _start
+    END;
     RETURN NEXT;
 
     FOR _row IN
         SELECT m.name, r.until, r.reason, r.needs_attention
         FROM autoembed.model AS m
         LEFT JOIN autoembed.model_rest AS r ON r.model = m.name AND r.until > clock_timestamp()
-        WHERE m.name IN (SELECT coalesce(p.model, autoembed._default_model()) FROM autoembed.pipeline AS p UNION SELECT autoembed._default_model())
+        WHERE m.name IN (
+            SELECT coalesce(p.model, autoembed._default_model()) FROM autoembed.pipeline AS p
+            UNION
+            SELECT autoembed._default_model()
+        )
         ORDER BY m.name
     LOOP
         subject := format('model %s', _row.name);
         _problem := autoembed._probe(_row.name);
         ok := _row.until IS NULL AND _problem IS NULL;
         finding := coalesce(_problem, 'rests until ' || _row.until || ': ' || _row.reason, 'answers');
-        advice := CASE WHEN _problem IS NOT NULL THEN 'Mend its definition with autoembed.alter_model(), its key or the network; it is tried again by itself.'
-                       WHEN _row.until IS NOT NULL THEN format('SELECT autoembed.resume_model(%L); tries it at once.', _row.name) END;
+        advice := CASE
+            WHEN _problem IS NOT NULL THEN
+                'Mend its definition with autoembed.alter_model(), its key or the network; it is tried again by itself.'
+            WHEN _row.until IS NOT NULL THEN
+                format('SELECT autoembed.resume_model(%L); tries it at once.', _row.name)
+        END;
         RETURN NEXT;
     END LOOP;
 
     FOR _row IN
-        SELECT s.*, p AS pipeline, format('%s.%I', s.table_id, s.embedding_column) AS name, c.relkind = 'p' AS partitioned, b.index_problem
+        SELECT s.*,
+               p AS pipeline,
+               format('%s.%I', s.table_id, s.embedding_column) AS name,
+               c.relkind = 'p' AS partitioned,
+               b.index_problem
         FROM autoembed._pipeline_state AS s
         JOIN autoembed.pipeline AS p ON p.id = s.id
-        -- One whose table was dropped is ended by the next lane.
+        -- The next lane ends a pipeline whose table was dropped.
         JOIN pg_class AS c ON c.oid = s.table_id
         LEFT JOIN autoembed.backfill AS b ON b.pipeline_id = s.id
         ORDER BY s.id
@@ -76,57 +103,92 @@ BEGIN
         INTO finding, advice
         FROM autoembed._trigger_problems(_row.pipeline) AS t;
         ok := finding IS NULL;
-        advice := CASE WHEN NOT ok THEN concat_ws(' ', advice, format('SELECT autoembed.resync(%L);', _row.table_id)) END;
+        advice := CASE
+            WHEN NOT ok THEN concat_ws(' ', advice, format('SELECT autoembed.resync(%L);', _row.table_id))
+        END;
         finding := coalesce(finding, 'in place');
         RETURN NEXT;
 
         IF _row.sound THEN
             subject := format('index of %s', _row.name);
             SELECT k.* INTO _index FROM autoembed._index_key(_row.pipeline) AS k;
-            -- One on each partition will do; the table's own takes those that are there.
-            SELECT CASE WHEN count(i.*) = count(*) THEN string_agg(i.indexrelid::regclass::text, ', ' ORDER BY r.relid) END,
-                   concat_ws(' ', CASE WHEN _index.key IS NOT NULL THEN _index.hint END,
-                             string_agg(format('CREATE INDEX CONCURRENTLY ON %s USING hnsw (%s);', r.relid::regclass, _index.key), ' ' ORDER BY r.relid)
-                                 FILTER (WHERE i.indexrelid IS NULL),
-                             CASE WHEN _row.partitioned THEN format('CREATE INDEX ON %s USING hnsw (%s);', _row.table_id, _index.key) END,
-                             CASE WHEN _index.expression LIKE '%::%' THEN format('-- Used by ORDER BY %s <=> …', _index.expression) END)
+            -- An index on each partition is enough. An index on the whole table takes over those of the partitions.
+            SELECT CASE
+                       WHEN count(i.*) = count(*) THEN string_agg(i.indexrelid::regclass::text, ', ' ORDER BY r.relid)
+                   END,
+                   concat_ws(
+                       ' ',
+                       CASE WHEN _index.key IS NOT NULL THEN _index.hint END,
+                       string_agg(
+                           format('CREATE INDEX CONCURRENTLY ON %s USING hnsw (%s);', r.relid::regclass, _index.key),
+                           ' ' ORDER BY r.relid
+                       ) FILTER (WHERE i.indexrelid IS NULL),
+                       CASE
+                           WHEN _row.partitioned THEN
+                               format('CREATE INDEX ON %s USING hnsw (%s);', _row.table_id, _index.key)
+                       END,
+                       CASE
+                           WHEN _index.expression LIKE '%::%' THEN
+                               format('-- Used by ORDER BY %s <=> …', _index.expression)
+                       END
+                   )
             INTO finding, advice
-            FROM (SELECT t.relid FROM pg_partition_tree(_row.table_id) AS t WHERE t.isleaf
-                  UNION SELECT _row.table_id WHERE NOT _row.partitioned) AS r
+            FROM (
+                SELECT t.relid FROM pg_partition_tree(_row.table_id) AS t WHERE t.isleaf
+                UNION
+                SELECT _row.table_id WHERE NOT _row.partitioned
+            ) AS r
             JOIN pg_class AS c ON c.oid = r.relid AND c.relkind = 'r'
-            LEFT JOIN LATERAL (SELECT v.* FROM autoembed._vector_index(r.relid, _row.embedding_column) AS v WHERE v.indisvalid) AS i ON true;
-            -- A few thousand rows are searched faster without one.
-            ok := finding IS NOT NULL OR _row.index_problem IS NULL AND coalesce(autoembed._estimated_rows(_row.table_id), 0) < 10000;
+            LEFT JOIN LATERAL (
+                SELECT v.* FROM autoembed._vector_index(r.relid, _row.embedding_column) AS v WHERE v.indisvalid
+            ) AS i ON true;
+            -- A search of fewer than about 10,000 rows needs no index.
+            ok := finding IS NOT NULL
+                OR _row.index_problem IS NULL AND coalesce(autoembed._estimated_rows(_row.table_id), 0) < 10000;
             finding := coalesce(finding, 'none' || coalesce(', it could not be built: ' || _row.index_problem, ''));
             advice := CASE WHEN NOT ok THEN CASE WHEN _index.key IS NULL THEN _index.hint ELSE advice END END;
             RETURN NEXT;
         END IF;
 
         subject := format('failed rows of %s', _row.name);
-        SELECT count(*) = 0, count(*) || coalesce(', the last: ' || (array_agg(f.reason ORDER BY f.last_failed_at DESC))[1], '') INTO ok, finding FROM autoembed.failure AS f WHERE f.pipeline_id = _row.id;
-        advice := CASE WHEN NOT ok THEN format('Look at autoembed.failed; when mended, SELECT autoembed.retry_failed(%L);', _row.table_id) END;
+        SELECT count(*) = 0,
+               count(*) || coalesce(', the last: ' || (array_agg(f.reason ORDER BY f.last_failed_at DESC))[1], '')
+        INTO ok, finding
+        FROM autoembed.failure AS f
+        WHERE f.pipeline_id = _row.id;
+        advice := CASE
+            WHEN NOT ok THEN
+                format('Look at autoembed.failed; when mended, SELECT autoembed.retry_failed(%L);', _row.table_id)
+        END;
         RETURN NEXT;
     END LOOP;
 
     subject := 'queue';
     SELECT coalesce(clock_timestamp() - min(q.enqueued_at) < interval '5 minutes', true),
-           format('%s messages', count(*)) || coalesce(', the oldest for ' || date_trunc('second', clock_timestamp() - min(q.enqueued_at)), '')
+           format('%s messages', count(*))
+               || coalesce(', the oldest for ' || date_trunc('second', clock_timestamp() - min(q.enqueued_at)), '')
     INTO ok, finding
     FROM autoembed._job AS q;
-    advice := CASE WHEN NOT ok THEN 'See autoembed.status for what holds it up; more lanes: SELECT autoembed.schedule(2).' END;
+    advice := CASE
+        WHEN NOT ok THEN 'See autoembed.status for what holds it up; more lanes: SELECT autoembed.schedule(2).'
+    END;
     RETURN NEXT;
 
     IF EXISTS (SELECT FROM autoembed.failure AS f WHERE f.pipeline_id IS NULL) THEN
         subject := 'failed messages';
-        SELECT false, count(*) || ', the last: ' || (array_agg(f.reason ORDER BY f.last_failed_at DESC))[1] INTO ok, finding FROM autoembed.failure AS f WHERE f.pipeline_id IS NULL;
-        advice := 'Look at autoembed.failed. Again: SELECT autoembed.retry_failed(error_class => ''message''); or no more: '
-            'DELETE FROM autoembed.failure WHERE error_class = ''message'';';
+        SELECT false, count(*) || ', the last: ' || (array_agg(f.reason ORDER BY f.last_failed_at DESC))[1]
+        INTO ok, finding
+        FROM autoembed.failure AS f
+        WHERE f.pipeline_id IS NULL;
+        advice := 'Look at autoembed.failed. Again: SELECT autoembed.retry_failed(error_class => ''message''); '
+            'or no more: DELETE FROM autoembed.failure WHERE error_class = ''message'';';
         RETURN NEXT;
     END IF;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.doctor IS
-    'Checks everything that has to be right, model by model and table by table: whether it is, what was found, and what to do. Sends each model in use one word.';
+    'Checks the extensions, the lanes, each model, each table and the queue. Returns for each check whether it passed, '
+    'the finding, and advice if it did not pass. Sends each model in use one word.';
 
 CREATE OR REPLACE FUNCTION autoembed._probe(model text)
     RETURNS text
@@ -139,4 +201,4 @@ AS $python$
     from autoembed import doors
     return doors.probe(model)
 $python$;
-COMMENT ON FUNCTION autoembed._probe IS 'Sends a model one word; what is wrong with it, NULL: nothing.';
+COMMENT ON FUNCTION autoembed._probe IS 'Sends a model one word. Returns the problem with the model, or NULL.';

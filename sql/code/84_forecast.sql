@@ -1,10 +1,10 @@
--- Texts, tokens and costs of rows, without sending anything.
+-- Texts, tokens and costs of rows. Nothing is sent to a provider.
 
 CREATE OR REPLACE FUNCTION autoembed.preview(table_name regclass, key text, embedding_column name DEFAULT NULL)
     RETURNS TABLE (content text, tokens integer, truncated boolean, state text)
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
-    -- As _output_settings() has them: the lanes' text and key.
+    -- The settings with which lanes make texts and keys, as in _output_settings().
     SET TimeZone = 'UTC'
     SET DateStyle = 'ISO, YMD'
     SET IntervalStyle = 'postgres'
@@ -17,14 +17,16 @@ DECLARE
     _key jsonb;
     _row jsonb;
 BEGIN
-    -- One value for a key of one column, a JSON array for more.
+    -- A key of one column may be given as its value; a longer one is a JSON array.
     IF cardinality(_pipeline.key_columns) = 1 AND key !~ '^\s*\[' THEN
         _key := jsonb_build_array(key);
     ELSIF pg_input_is_valid(key, 'jsonb') THEN
         _key := key::jsonb;
     END IF;
-    -- By the operator of the index, so that it is used.
-    SELECT string_agg(format('t.%I %s %L::%s', k.name, autoembed._operator(table_name, k.name, 3), k.value, k.type), ' AND ')
+    -- The operator is that of the key's index, so that the index is used.
+    SELECT string_agg(
+        format('t.%I %s %L::%s', k.name, autoembed._operator(table_name, k.name, 3), k.value, k.type), ' AND '
+    )
     INTO _condition
     FROM (
         SELECT n.name, format_type(a.atttypid, a.atttypmod) AS type, _key ->> (n.position - 1)::integer AS value
@@ -45,8 +47,10 @@ BEGIN
         RAISE EXCEPTION USING
             ERRCODE = 'invalid_parameter_value',
             MESSAGE = format('%s is not a valid key for table %s', coalesce(format('"%s"', key), 'NULL'), table_name),
-            HINT = format('Its key is %s%s.', array_to_string(_pipeline.key_columns, ', '),
-                          CASE WHEN cardinality(_pipeline.key_columns) > 1 THEN ', to be given as a JSON array' ELSE '' END);
+            HINT = format('Its key is %s%s.', array_to_string(_pipeline.key_columns, ', '), CASE
+                WHEN cardinality(_pipeline.key_columns) > 1 THEN ', to be given as a JSON array'
+                ELSE ''
+            END);
     ELSIF _row IS NULL THEN
         RETURN;
     END IF;
@@ -64,9 +68,17 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.preview IS
-    'What a row of a table of the caller''s is embedded as: its text, about how many tokens that has, whether it is cut, and whether its embedding is fresh, waiting, failed, missing, stale, or not wanted. No row if there is none with that key.';
+    'The text as which a row of a table that the caller owns is embedded, the estimated number of its tokens, whether '
+    'the text is cut, and the state of its embedding: fresh, waiting, failed, missing, stale, or not wanted. Returns '
+    'nothing if the table has no row with that key.';
 
-CREATE OR REPLACE FUNCTION autoembed._state_of(pipeline_id integer, content text, has_embedding boolean, digest text, outstanding text)
+CREATE OR REPLACE FUNCTION autoembed._state_of(
+    pipeline_id integer,
+    content text,
+    has_embedding boolean,
+    digest text,
+    outstanding text
+)
     RETURNS TABLE (tokens integer, truncated boolean, state text)
     LANGUAGE plpython3u
     STABLE
@@ -79,7 +91,8 @@ AS $python$
     return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
 $python$;
 COMMENT ON FUNCTION autoembed._state_of IS
-    'How a row stands whose text is this, and of whose embedding that digest is known.';
+    'State of a row, from its current text and the digest of the text its vector was made from. outstanding: waiting '
+    'or failed, if the row is.';
 
 CREATE OR REPLACE FUNCTION autoembed.estimate(
     table_name regclass,
@@ -125,7 +138,7 @@ BEGIN
         FROM autoembed._read_condition(table_name, estimate.condition) AS c;
     END IF;
     rows := coalesce(autoembed._estimated_rows(table_name), 0);
-    -- About 10,000 rows of a large table stand for all.
+    -- About 10,000 rows are a large enough sample of a large table.
     _percent := CASE WHEN rows > 20000 THEN 1000000.0 / rows ELSE 100 END;
     _answer := autoembed._as_owner(table_name, format(
         'SELECT s.content FROM (SELECT %s AS content FROM %s AS t %s) AS s',
@@ -150,7 +163,9 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.estimate IS
-    'What it would take to embed all rows of a table of the caller''s, as enable() would be told, or as it is enabled: about how many rows, tokens and requests, the cost at the model''s price, and the time at the rate of its busiest minute of late. Nothing is sent; large tables are sampled.';
+    'The estimated rows, tokens and requests that it takes to embed all rows of a table that the caller owns, with the '
+    'cost at the model''s price, and the time at the rate of the model''s busiest recent minute. Takes the arguments '
+    'of enable(), or the table as it is attached. Sends nothing, and samples large tables.';
 
 CREATE OR REPLACE FUNCTION autoembed._estimate_texts(texts text[], model text)
     RETURNS TABLE (tokens bigint, requests bigint, price numeric, rows_per_second numeric)
@@ -164,4 +179,5 @@ AS $python$
     from autoembed import doors
     return [doors.estimate(texts, model)]
 $python$;
-COMMENT ON FUNCTION autoembed._estimate_texts IS 'What it takes to embed these texts.';
+COMMENT ON FUNCTION autoembed._estimate_texts IS
+    'The tokens and requests that it takes to embed these texts, and the price and rate of the model.';

@@ -1,4 +1,4 @@
--- Which functions each audience may call.
+-- The rights of each audience: owners of tables, monitors and lanes.
 
 CREATE OR REPLACE FUNCTION autoembed._grant(role regrole, functions text[])
     RETURNS void
@@ -10,14 +10,17 @@ BEGIN
     EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %s', (
         SELECT string_agg(p.oid::regprocedure::text, ', ')
         FROM pg_proc AS p
-        -- A view's functions are called with the rights of whoever reads it.
+        -- PostgreSQL calls a view's functions with the rights of the view's reader.
         WHERE p.pronamespace = 'autoembed'::regnamespace
-          AND p.proname = ANY (functions || '{_check_pipeline,_default_model,_estimated_rows,_lane_lives,_may_see,_owns}'::text[])
+          AND p.proname = ANY (functions || '{
+              _check_pipeline, _default_model, _estimated_rows, _lane_lives, _may_see, _owns
+          }'::text[])
     ), role);
     EXECUTE format('GRANT SELECT ON autoembed.status, autoembed.progress, autoembed.failed TO %s', role);
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._grant IS 'Grants these functions, and what every reader of the views needs.';
+COMMENT ON FUNCTION autoembed._grant IS
+    'Grants a role these functions, and the rights that every reader of the views needs.';
 
 CREATE OR REPLACE FUNCTION autoembed.grant_usage(role regrole)
     RETURNS void
@@ -45,7 +48,8 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.grant_usage IS
-    'Lets a role attach tables that it owns, see how they do, and call embed(); all of it costs your provider''s money.';
+    'Lets a role attach tables that it owns, see their state, and call embed(). The provider charges for its '
+    'embeddings.';
 
 CREATE OR REPLACE FUNCTION autoembed.grant_monitor(role regrole)
     RETURNS void
@@ -59,7 +63,7 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.grant_monitor IS
-    'Lets a role see how all tables do, their texts excepted, and what they cost; makes it a member of pg_monitor.';
+    'Lets a role see the state and the costs of all tables, but not their texts. Makes it a member of pg_monitor.';
 
 CREATE OR REPLACE FUNCTION autoembed.grant_lane(role regrole)
     RETURNS void
@@ -75,11 +79,13 @@ BEGIN
         SELECT p.oid
         FROM pg_proc AS p
         WHERE p.pronamespace = 'autoembed'::regnamespace
-          AND (p.proname = ANY ('{_check_options,_load_python,_enter_lane,_leave_lane,_lane_is_wanted,_gate,_clean_up,
-                   _warn_of_blocked_pipelines,_claim,_extend,_settle,_release,_requeue,_resolve,_pipelines,_next_backfill,
-                   _queue_backfill,_fail_backfill,_digests,_record_embedded,_forget,_forget_all,_fail,_fail_message,
-                   _note_usage,_rest_model,_rest_pipelines,_call_embedder,_take_permit,_free_slots,_learn_limits,
-                   resume_model,_stage}'::text[])
+          AND (p.proname = ANY ('{
+                   _call_embedder, _check_options, _claim, _clean_up, _digests, _enter_lane, _extend, _fail,
+                   _fail_backfill, _fail_message, _forget, _forget_all, _free_slots, _gate, _lane_is_wanted,
+                   _learn_limits, _leave_lane, _load_python, _next_backfill, _note_usage, _pipelines, _queue_backfill,
+                   _record_embedded, _release, _requeue, _resolve, _rest_model, _rest_pipelines, _settle, _stage,
+                   _take_permit, _warn_of_blocked_pipelines, resume_model
+               }'::text[])
                OR p.proname ~ '^_(content|write|scan)_[0-9]+$')
     LOOP
         EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %s', _function, role);
@@ -87,8 +93,8 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.grant_lane IS
-    'Lets a role run lanes, and nothing else: SELECT autoembed.schedule(role => …) has pg_cron run them as this role. It can '
-    'read the texts of all attached tables and write their vectors.';
+    'Lets a role run lanes, and nothing else. SELECT autoembed.schedule(role => …) has pg_cron run them as this role. '
+    'The role can read the texts of all attached tables and write their vectors.';
 
 CREATE OR REPLACE FUNCTION autoembed._updated()
     RETURNS event_trigger
@@ -107,11 +113,14 @@ BEGIN
     ) THEN
         RETURN;
     END IF;
-    -- Not in the script itself: what it grants would count as the extension's own and be missing in dumps, and the functions
-    -- that it makes would be members.
+    -- The script cannot do this itself: dumps would lack its grants, and the functions that it makes would be members
+    -- of the extension.
     FOR _grant IN
         SELECT g.privilege,
-               CASE WHEN g.routine THEN 'ROUTINE ' || p.oid::regprocedure ELSE 'TABLE ' || c.oid::regclass END AS object,
+               CASE
+                   WHEN g.routine THEN 'ROUTINE ' || p.oid::regprocedure
+                   ELSE 'TABLE ' || c.oid::regclass
+               END AS object,
                r.oid::regrole AS role
         FROM jsonb_to_recordset(nullif(current_setting('autoembed.grants_before_update', true), '')::jsonb)
             AS g(object text, routine boolean, privilege text, grantee bigint)
@@ -144,5 +153,5 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._updated IS
-    'Completes an update of the extension: roles get back what they had, and the functions of pipelines and models are made '
-    'again.';
+    'Completes an update of the extension: grants again the rights that roles had, and makes the functions of '
+    'pipelines and models again.';

@@ -120,6 +120,7 @@ _renamed - - - x
 _requeue - - - x
 _resolve - - - x
 _rest_model - - - x
+_set_paused - x - x
 _settle - - - x
 _slot_key - - - x
 _spent_budget - - - x
