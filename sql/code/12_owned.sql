@@ -83,8 +83,10 @@ CREATE OR REPLACE FUNCTION autoembed._restore_advisory_locks(before text[])
     RETURNS void
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
+    SET client_min_messages = error
 AS $plpgsql$
 DECLARE
+    _was_held boolean;
     _after text[] := autoembed._advisory_locks();
     _lock text;
 BEGIN
@@ -92,7 +94,11 @@ BEGIN
         RETURN;
     END IF;
     FOR _lock IN SELECT a.lock FROM unnest(_after) AS a(lock) EXCEPT SELECT b.lock FROM unnest(before) AS b(lock) LOOP
-        EXECUTE 'SELECT pg_advisory_unlock' || _lock;
+        -- It may have been taken several times.
+        LOOP
+            EXECUTE 'SELECT pg_advisory_unlock' || _lock INTO _was_held;
+            EXIT WHEN NOT _was_held;
+        END LOOP;
     END LOOP;
     FOR _lock IN SELECT b.lock FROM unnest(before) AS b(lock) EXCEPT SELECT a.lock FROM unnest(_after) AS a(lock) LOOP
         EXECUTE 'SELECT pg_try_advisory_lock' || _lock;

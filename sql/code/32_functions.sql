@@ -180,6 +180,7 @@ BEGIN
         'keys_per_message', autoembed._keys_per_message(),
         'model', (SELECT quote_literal(autoembed._model_identity(m)) FROM autoembed._model(pipeline.model) AS m),
         'content', autoembed._content_expression(pipeline, 't'),
+        'content_guard', autoembed._content_guard(pipeline),
         'content_bytes', autoembed._content_bytes_expression(pipeline, 't'),
         'content_of_r', autoembed._content_expression(pipeline, 'r'),
         'key', autoembed._key_expression(pipeline, 't'),
