@@ -177,6 +177,8 @@ BEGIN
     RETURN _table || _key || jsonb_build_object(
         'id', pipeline.id,
         'output_settings', autoembed._output_settings(),
+        -- The context of an error is read in PostgreSQL's own language.
+        'context_settings', CASE WHEN _runs_owners_code THEN 'SET lc_messages = ''C''' ELSE '' END,
         'keys_per_message', autoembed._keys_per_message(),
         'model', (SELECT quote_literal(autoembed._model_identity(m)) FROM autoembed._model(pipeline.model) AS m),
         'content', autoembed._content_expression(pipeline, 't'),
@@ -262,7 +264,7 @@ BEGIN
         RETURN;
     END IF;
 
-    FOREACH _piece IN ARRAY '{queue_update,queue_truncate,queue_row}'::text[] LOOP
+    FOREACH _piece IN ARRAY '{queue_update,queue_truncate,queue_row,raise_if_cancelled}'::text[] LOOP
         _pieces := _pieces || jsonb_build_object(_piece, autoembed._filled(autoembed._function_template(_piece), slots));
     END LOOP;
     SELECT _pieces || jsonb_object_agg(r.name, autoembed._filled(
@@ -280,7 +282,7 @@ BEGIN
     ELSE
         PERFORM autoembed._create_function('capture', slots || _pieces);
     END IF;
-    PERFORM autoembed._create_function('clear', slots);
+    PERFORM autoembed._create_function('clear', slots || _pieces);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._create_functions IS 'Makes the functions of a pipeline from its facts.';
