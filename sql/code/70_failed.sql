@@ -13,7 +13,9 @@ SELECT f.id,
        CASE WHEN autoembed._owns(p.table_id) THEN f.excerpt END AS excerpt,
        f.message
 FROM autoembed.failure AS f
-LEFT JOIN autoembed.pipeline AS p ON p.id = f.pipeline_id
+-- A backfill that was given up is a message, which names its pipeline inside.
+LEFT JOIN autoembed.pipeline AS p
+    ON p.id = coalesce(f.pipeline_id, (jsonb_populate_record(NULL::autoembed.backfill, f.message -> 'backfill')).pipeline_id)
 WHERE autoembed._may_see(p.table_id);
 COMMENT ON VIEW autoembed.failed IS
     'The rows that could not be embedded and are not tried again, each with the reason. retry_failed() tries them '
