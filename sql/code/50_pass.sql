@@ -30,7 +30,7 @@ BEGIN
             PERFORM autoembed._build_pipeline(_id);
         EXCEPTION WHEN OTHERS THEN
             -- Other pipelines must not wait for this one.
-            _unbuilt := _unbuilt || jsonb_build_object(_id::text, 'its functions cannot be made: ' || SQLERRM);
+            _unbuilt := _unbuilt || jsonb_build_object(_id::text, 'its functions cannot be created: ' || SQLERRM);
         END;
     END LOOP;
     RETURN QUERY
