@@ -16,6 +16,7 @@ from autoembed.binary import copy_rows
 from autoembed.errors import (
     INSUFFICIENT_PRIVILEGE,
     QUERY_CANCELED,
+    PassEnded,
     ProviderTrouble,
     RowError,
     Trouble,
@@ -37,6 +38,8 @@ Error = plpy.SPIError
 OWNER_SECONDS = 1.0
 # The same where only the caller waits.
 CALLER_SECONDS = 3600.0
+# A model whose function was cancelled rests for so long, in seconds.
+CANCEL_REST_SECONDS = 60.0
 # A lane does not wait longer for a lock, in milliseconds.
 LOCK_TIMEOUT_MILLISECONDS = 500
 
@@ -57,9 +60,11 @@ class Database:
         # The vector types whose temporary tables may have rows. Each commit empties them.
         self._filled: set[str] = set()
         self._has_written = False
+        self._in_pass = commits
 
-    def note_transaction(self) -> None:
+    def begin_pass(self) -> None:
         """To be called first in a caller's transaction, which may have deferred triggers of its own."""
+        self._in_pass = True
         sql = "SELECT pg_catalog.pg_current_xact_id_if_assigned() IS NOT NULL AS has_written"
         self._has_written = bool(self._run(sql)[0]["has_written"])
 
@@ -266,21 +271,21 @@ class Database:
     ) -> list[bytes | None]:
         """What a model's SQL function makes of texts, in PostgreSQL's binary form. Raises Trouble."""
         row: Any = None
-        run = Run()
         try:
-            with contextlib.suppress(_Undo), plpy.subtransaction(), restricted(timeout_seconds) as run:
+            with self._owners_code(undone=True, seconds=timeout_seconds):
                 [row] = self._run(
                     "SELECT c.vectors, c.fault FROM autoembed._call_embedder($1, $2, $3) AS c",
                     ["pg_catalog.text", "pg_catalog.text", "pg_catalog.text[]"],
                     [model, purpose, list(texts)],
                 )
-                # The rest that its owner's code has done is undone.
-                raise _Undo
-        except plpy.SPIError as error:
-            sqlstate = _sqlstate(error)
-            if sqlstate == QUERY_CANCELED and not run.timed_out:
-                raise
-            raise trouble_of_function(sqlstate, str(error), timed_out=run.timed_out) from error
+        except RowError as error:
+            if not error.cancels:
+                raise trouble_of_function(error) from error
+            if not self._in_pass:
+                raise (error.__cause__ or error) from None
+            # The function may have raised it, so its model rests; it may be a real one, so the pass ends.
+            self.rest_model(model, CANCEL_REST_SECONDS, False, ProviderTrouble(str(error)))
+            raise PassEnded(str(error)) from error
         if row["fault"] is not None:
             raise ProviderTrouble(row["fault"], permanent=True)
         return list(row["vectors"])
@@ -299,6 +304,7 @@ class Database:
             # Before anything is done: PostgreSQL refuses to defer what would run with other rights at the commit.
             self._run("SET CONSTRAINTS ALL IMMEDIATE")
         run = Run()
+        locks = None if self._commits else self._run("SELECT autoembed._advisory_locks() AS held")[0]["held"]
         try:
             with contextlib.suppress(_Undo), plpy.subtransaction(), restricted(seconds, user) as run:
                 yield
@@ -309,9 +315,11 @@ class Database:
                 raise
             raise row_error(_sqlstate(error), str(error), timed_out=run.timed_out) from error
         finally:
-            if self._commits:
-                # No statement but such code takes these in a lane, and no rollback frees them.
+            # No rollback undoes what the code does with locks of the session. A lane has none of its own.
+            if locks is None:
                 self._run("SELECT pg_catalog.pg_advisory_unlock_all()")
+            else:
+                self._run("SELECT autoembed._restore_advisory_locks($1)", ["pg_catalog.text[]"], [locks])
 
     @contextmanager
     def lane_settings(self) -> Iterator[None]:

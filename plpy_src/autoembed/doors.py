@@ -41,7 +41,7 @@ _queries: OrderedDict[tuple[str, str], str] = OrderedDict()
 def process(batch_size: int, max_requests: int, timeout_milliseconds: int) -> dict[str, Any]:
     options = worker.Options(batch_size, max_requests, timeout_milliseconds / 1000)
     here = database.Database(commits=False)
-    here.note_transaction()
+    here.begin_pass()
     here.clean_up()
     report = worker.run_pass(here, _network, options)
     here.warn_of_blocked_pipelines()

@@ -111,16 +111,15 @@ def is_nobodys(sqlstate: str) -> bool:
     return sqlstate.startswith(NOBODYS)
 
 
-def trouble_of_function(sqlstate: str, message: str, *, timed_out: bool = False) -> Trouble:
+def trouble_of_function(error: RowError) -> Trouble:
     """The trouble that an error of a user's SQL function means for the texts it was given."""
-    if timed_out and sqlstate == QUERY_CANCELED:
+    if error.slow:
         return ProviderTrouble("the function ran too long, and was cancelled")
-    if sqlstate.startswith(PASSING):
-        return ProviderTrouble(message)
-    return Refused(message)
+    if error.sqlstate.startswith(PASSING):
+        return ProviderTrouble(str(error))
+    return Refused(str(error))
 
 
-# The longest rest after trouble that passes by itself, in seconds.
 MAX_REST_SECONDS = 15.0
 # The longest rest after trouble that somebody must mend, in seconds.
 MAX_PERMANENT_REST_SECONDS = 60.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -35,8 +35,8 @@ SYMBOLS = (
     "get_timeout_indicator",
     "QueryCancelPending",
 )
-# A change of this setting by a role without rights ends the whole session at once, which no guard undoes.
-ENDS_SESSION = b"transaction_timeout"
+# These settings, which any role may change, end the whole session: at once, or with the next error.
+END_SESSION = (b"transaction_timeout", b"exit_on_error", b"idle_in_transaction_session_timeout")
 
 
 class _Setting(ctypes.Structure):
@@ -89,11 +89,11 @@ def restricted(seconds: float, user: int | None = None) -> Iterator[Run]:
     server = _server()
     run = Run()
     before = _Context.now()
-    setting = _ends_session()
-    context_before = setting and setting.context
+    contexts = [(setting, setting.context) for setting in _settings(END_SESSION)]
     timer = _Timer(seconds)
     try:
-        if setting:
+        for setting, _ in contexts:
+            # Only a superuser changes them meanwhile.
             setting.context = PGC_SUSET
         flags = before.flags | SECURITY_LOCAL_USERID_CHANGE | SECURITY_RESTRICTED_OPERATION
         server.SetUserIdAndSecContext(before.user if user is None else user, flags)
@@ -101,8 +101,8 @@ def restricted(seconds: float, user: int | None = None) -> Iterator[Run]:
         yield run
     finally:
         run.timed_out, run.session_timed_out = timer.stop()
-        if setting:
-            setting.context = context_before
+        for setting, context in contexts:
+            setting.context = context
     server.AtEOXact_GUC(False, level)
     server.SetUserIdAndSecContext(before.user, before.flags)
 
@@ -119,13 +119,10 @@ class _Context:
         return cls(user.value, flags.value)
 
 
-def _ends_session() -> _Setting | None:
-    """The setting ENDS_SESSION, where this server has it."""
-    found = _server().find_option(ENDS_SESSION, False, True, 0)
-    if not found or found.contents.name != ENDS_SESSION:
-        return None
-    setting: _Setting = found.contents
-    return setting
+def _settings(names: Sequence[bytes]) -> list[_Setting]:
+    """The settings of these names that this server has."""
+    found = [(name, _server().find_option(name, False, True, 0)) for name in names]
+    return [setting.contents for name, setting in found if setting and setting.contents.name == name]
 
 
 class _Timer:

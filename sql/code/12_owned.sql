@@ -60,3 +60,50 @@ AS $python$
     return doors.run_as_owner(table_id, query)
 $python$;
 COMMENT ON FUNCTION autoembed._run_as_owner IS 'The work of _as_owner(), and why it fails.';
+
+CREATE OR REPLACE FUNCTION autoembed._advisory_locks()
+    RETURNS text[]
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT ARRAY(
+        SELECT format('%s(%s)', CASE l.mode WHEN 'ShareLock' THEN '_shared' END, CASE l.objsubid
+            WHEN 1 THEN (l.classid::bigint << 32 | l.objid::bigint)::text
+            ELSE format('%s, %s', l.classid::bigint::bit(32)::integer, l.objid::bigint::bit(32)::integer)
+        END)
+        FROM pg_locks AS l
+        WHERE l.locktype = 'advisory' AND l.pid = pg_backend_pid()
+    );
+$sql$;
+COMMENT ON FUNCTION autoembed._advisory_locks IS
+    'The advisory locks of the session, each as the end of a call that takes or frees it.';
+
+CREATE OR REPLACE FUNCTION autoembed._restore_advisory_locks(before text[])
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+    SET client_min_messages = error
+AS $plpgsql$
+DECLARE
+    _was_held boolean;
+    _after text[] := autoembed._advisory_locks();
+    _lock text;
+BEGIN
+    IF before = _after THEN
+        RETURN;
+    END IF;
+    FOR _lock IN SELECT a.lock FROM unnest(_after) AS a(lock) EXCEPT SELECT b.lock FROM unnest(before) AS b(lock) LOOP
+        -- It may have been taken several times.
+        LOOP
+            EXECUTE 'SELECT pg_advisory_unlock' || _lock INTO _was_held;
+            EXIT WHEN NOT _was_held;
+        END LOOP;
+    END LOOP;
+    FOR _lock IN SELECT b.lock FROM unnest(before) AS b(lock) EXCEPT SELECT a.lock FROM unnest(_after) AS a(lock) LOOP
+        EXECUTE 'SELECT pg_try_advisory_lock' || _lock;
+    END LOOP;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._restore_advisory_locks IS
+    'Takes and frees advisory locks of the session, so that they are as before an owner''s code has run.';

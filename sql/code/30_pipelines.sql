@@ -251,8 +251,10 @@ BEGIN
         SELECT format('%I.%I(%s.*)::pg_catalog.text', n.nspname, p.proname, alias) INTO _text
         FROM pg_proc AS p
         JOIN pg_namespace AS n ON n.oid = p.pronamespace
+        JOIN pg_class AS c ON c.oid = pipeline.table_id AND pg_has_role(p.proowner, c.relowner, 'SET')
         WHERE p.oid = autoembed._content_function_of(pipeline);
-        -- A function that is gone is an error in what calls it. Nobody can create one in this schema.
+        -- A function that is gone, or whose owner may not run code as the table's owner, is an error in what calls it.
+        -- Nobody can create one in this schema.
         _text := coalesce(_text, format('autoembed.%I(%s.*)', pipeline.content_function, alias));
     END IF;
     IF pipeline.condition IS NOT NULL THEN
@@ -265,6 +267,27 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._content_expression IS
     'The SQL expression that gives the text of the row of that alias; NULL in rows that have no embedding.';
+
+CREATE OR REPLACE FUNCTION autoembed._content_guard(pipeline autoembed.pipeline)
+    RETURNS text
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF pipeline.content_function IS NULL THEN
+        RETURN '';
+    END IF;
+    -- NULL: there is no such function.
+    RETURN format($sql$IF pg_catalog.has_function_privilege(%s::pg_catalog.oid, 'EXECUTE') IS NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'undefined_function', MESSAGE = %L;
+    END IF;$sql$,
+        coalesce(autoembed._content_function_of(pipeline), 0),
+        format('the content function %s was dropped or replaced', pipeline.content_function));
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._content_guard IS
+    'A statement that fails once the content function of a pipeline is another one of the same name; empty without one.';
 
 CREATE OR REPLACE FUNCTION autoembed._content_bytes_expression(pipeline autoembed.pipeline, alias text)
     RETURNS text

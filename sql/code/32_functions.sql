@@ -177,9 +177,12 @@ BEGIN
     RETURN _table || _key || jsonb_build_object(
         'id', pipeline.id,
         'output_settings', autoembed._output_settings(),
+        -- The context of an error is read in PostgreSQL's own language.
+        'context_settings', CASE WHEN _runs_owners_code THEN 'SET lc_messages = ''C''' ELSE '' END,
         'keys_per_message', autoembed._keys_per_message(),
         'model', (SELECT quote_literal(autoembed._model_identity(m)) FROM autoembed._model(pipeline.model) AS m),
         'content', autoembed._content_expression(pipeline, 't'),
+        'content_guard', autoembed._content_guard(pipeline),
         'content_bytes', autoembed._content_bytes_expression(pipeline, 't'),
         'content_of_r', autoembed._content_expression(pipeline, 'r'),
         'key', autoembed._key_expression(pipeline, 't'),
@@ -251,14 +254,17 @@ BEGIN
         'and_later_key', quote_literal(format(' AND (%s)', slots ->> 'later_key')),
         'order_by_key', quote_literal(format(' ORDER BY %s', slots ->> 'keys'))
     );
-    PERFORM autoembed._create_function('content', slots, _owner);
-    PERFORM autoembed._create_function('scan', slots, _owner);
-    PERFORM autoembed._create_function('write', slots, _owner);
+    -- A column of another type holds the table up. Its triggers go on queuing.
+    IF slots ->> 'vector_type' IS NOT NULL THEN
+        PERFORM autoembed._create_function('content', slots, _owner);
+        PERFORM autoembed._create_function('scan', slots, _owner);
+        PERFORM autoembed._create_function('write', slots, _owner);
+    END IF;
     IF NOT (slots ->> 'managed')::boolean THEN
         RETURN;
     END IF;
 
-    FOREACH _piece IN ARRAY '{queue_update,queue_truncate,queue_row}'::text[] LOOP
+    FOREACH _piece IN ARRAY '{queue_update,queue_truncate,queue_row,raise_if_cancelled}'::text[] LOOP
         _pieces := _pieces || jsonb_build_object(_piece, autoembed._filled(autoembed._function_template(_piece), slots));
     END LOOP;
     SELECT _pieces || jsonb_object_agg(r.name, autoembed._filled(
@@ -276,7 +282,7 @@ BEGIN
     ELSE
         PERFORM autoembed._create_function('capture', slots || _pieces);
     END IF;
-    PERFORM autoembed._create_function('clear', slots);
+    PERFORM autoembed._create_function('clear', slots || _pieces);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._create_functions IS 'Makes the functions of a pipeline from its facts.';

@@ -276,6 +276,15 @@ CREATE OR REPLACE FUNCTION autoembed.process(
 AS $plpgsql$
 BEGIN
     PERFORM autoembed._check_options(batch_size, max_requests, timeout_milliseconds);
+    IF EXISTS (SELECT FROM pg_cursors AS c WHERE c.statement <> current_query()) THEN
+        RAISE WARNING USING
+            ERRCODE = 'invalid_cursor_state',
+            MESSAGE = 'process() does nothing while the session has open cursors',
+            DETAIL = 'The code of tables'' owners, which it runs, could read them.',
+            HINT = 'Close them first, or leave the work to lanes: SELECT autoembed.schedule().';
+        read := 0; completed := 0; retried := 0; failed := 0; requests := 0; failed_jobs := '[]';
+        RETURN;
+    END IF;
     SELECT p.* INTO read, completed, retried, failed, requests, failed_jobs
     FROM autoembed._process(batch_size, max_requests, timeout_milliseconds) AS p;
 END;
@@ -313,6 +322,8 @@ CREATE OR REPLACE PROCEDURE autoembed.work(
 AS $plpgsql$
 BEGIN
     PERFORM autoembed._check_options(batch_size, max_requests, timeout_milliseconds);
+    -- In a transaction block, where a lane cannot commit, this fails in PostgreSQL's own words.
+    COMMIT;
     CALL autoembed._work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill);
 END;
 $plpgsql$;
@@ -323,7 +334,8 @@ COMMENT ON PROCEDURE autoembed.work IS
 
 CREATE OR REPLACE FUNCTION autoembed._embed(
     content text,
-    model jsonb,
+    model_name text,
+    definition text,
     OUT embedding @extschema:vector@.vector,
     OUT problem text,
     OUT hint text,
@@ -337,10 +349,11 @@ AS $python$
     if GD.get("autoembed") != "@BUILD@":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
-    return doors.embed(content, model)
+    return doors.embed(content, model_name, definition)
 $python$;
 COMMENT ON FUNCTION autoembed._embed IS
-    'The embedding of a search text by a model, or the reason why there is none. model: the result of _model_facts().';
+    'The embedding of a search text by a model, or why there is none. definition: the row of the model. A session keeps '
+    'vectors of the same text and definition.';
 
 CREATE OR REPLACE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     RETURNS @extschema:vector@.vector
@@ -351,13 +364,15 @@ CREATE OR REPLACE FUNCTION autoembed.embed(content text, model text DEFAULT NULL
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE
+    _model autoembed.model;
     _answer record;
 BEGIN
     IF content IS NULL THEN
         RETURN NULL;
     END IF;
-    -- An assignment runs no SQL statement, so the context of an error shows none.
-    _answer := autoembed._embed(content, autoembed._model_facts(autoembed._model(model)));
+    -- An assignment runs no statement, and shows none in the context of an error.
+    _model := autoembed._model(model);
+    _answer := autoembed._embed(content, _model.name, _model::text);
     IF _answer.problem IS NOT NULL THEN
         RAISE EXCEPTION USING MESSAGE = _answer.problem, HINT = _answer.hint, ERRCODE = _answer.errcode;
     END IF;

@@ -130,7 +130,9 @@ BEGIN
         _pipeline.content_template := estimate.content_template;
         _pipeline.condition_columns := '{}';
     END IF;
-    _pipeline.model := (autoembed._model(coalesce(estimate.model, _pipeline.model))).name;
+    _pipeline.model := coalesce(estimate.model, _pipeline.model);
+    -- An unknown model is an error here, in PostgreSQL's form.
+    PERFORM autoembed._dimensions(_pipeline.model);
     IF estimate.condition IS NOT NULL THEN
         SELECT c.condition, c.columns INTO _pipeline.condition, _pipeline.condition_columns
         FROM autoembed._read_condition(table_name, estimate.condition) AS c;

@@ -4,10 +4,12 @@ CREATE OR REPLACE FUNCTION autoembed._capture_{{id}}()
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
+    {{context_settings}}
     {{key_settings}}
 AS $body$
 DECLARE
     _changed boolean;
+    _context text;
 BEGIN
     IF TG_OP = 'UPDATE' THEN
         -- A lane writes the vector, and nothing else has changed.
@@ -16,7 +18,8 @@ BEGIN
         END IF;
         BEGIN
             _changed := {{key_changed}} OR {{text_changed}};
-        EXCEPTION WHEN OTHERS OR assert_failure THEN
+        EXCEPTION WHEN OTHERS OR assert_failure OR query_canceled THEN
+            {{raise_if_cancelled}}
             -- No row is refused for its embedding. The lane meets the error again, and reports it.
             _changed := true;
         END;
@@ -31,7 +34,8 @@ BEGIN
     ELSIF TG_OP = 'INSERT' THEN
         BEGIN
             {{queue_new_rows_with_text}}
-        EXCEPTION WHEN OTHERS OR assert_failure THEN
+        EXCEPTION WHEN OTHERS OR assert_failure OR query_canceled THEN
+            {{raise_if_cancelled}}
             {{queue_new_rows}}
         END;
     ELSE

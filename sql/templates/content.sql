@@ -17,6 +17,7 @@ DECLARE
         FROM (SELECT s.key, {{sent_keys}} FROM pg_catalog.unnest(keys) AS s(key)) AS s
         JOIN {{table}} AS t ON {{same_key}};
 BEGIN
+    {{content_guard}}
     -- A lane does not wait for a lock on the table. The mode is that of a write, since a row that could not be written is
     -- not embedded.
     LOCK TABLE {{table}} IN ROW EXCLUSIVE MODE NOWAIT;

@@ -9,6 +9,7 @@ CREATE FUNCTION autoembed._text_{{id}}(r anyelement)
 AS $body$
 #variable_conflict use_column
 BEGIN
+    {{content_guard}}
     RETURN {{content_of_r}};
 END;
 $body$

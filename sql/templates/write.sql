@@ -9,6 +9,7 @@ CREATE FUNCTION autoembed._write_{{id}}(keys text[], contents text[], model text
 AS $body$
 #variable_conflict use_column
 BEGIN
+    {{content_guard}}
     -- The request was sent for another model. An answer of the present model may have come first.
     IF model IS DISTINCT FROM {{model}} THEN
         RETURN QUERY SELECT s.key, 'changed' FROM unnest(keys) AS s(key);

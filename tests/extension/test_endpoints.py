@@ -48,7 +48,7 @@ def test_a_host_that_is_allowed_no_more_is_not_called_by_a_lane(documents: Conne
 
     found = rest(documents)
     assert found is not None
-    assert found == (True, f"http://embeddings.example:8080/v1/embeddings {REASON}")
+    assert found == (True, f'"http://embeddings.example:8080/v1/embeddings" {REASON}')
 
 
 @pytest.mark.parametrize(

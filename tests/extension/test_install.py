@@ -114,6 +114,8 @@ def test_every_function_pins_its_search_path(documents: Connection) -> None:
     """).fetchall()
 
     assert sorted(row.name for row in rows) == [
+        "autoembed._process(integer,integer,integer)",
+        "autoembed._work(double precision,integer,integer,integer,boolean)",
         "autoembed.process(integer,integer,integer)",
         "autoembed.work(double precision,integer,integer,integer,boolean)",
     ]
@@ -151,8 +153,8 @@ def test_a_session_older_than_the_extension_never_runs_old_python(db: Connection
 
     assert not loads_anew()
     changed = db.execute(
-        "SELECT replace(pg_get_functiondef('autoembed.embed'::regproc), substring(prosrc FROM '!= \"(\\w+)\"'),"
-        " 'other') AS ddl FROM pg_proc WHERE oid = 'autoembed.embed'::regproc"
+        "SELECT replace(pg_get_functiondef('autoembed._embed'::regproc), substring(prosrc FROM '!= \"(\\w+)\"'),"
+        " 'other') AS ddl FROM pg_proc WHERE oid = 'autoembed._embed'::regproc"
     ).fetchone()
     assert changed is not None
     db.execute(changed.ddl)
