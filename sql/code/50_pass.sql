@@ -352,8 +352,8 @@ AS $python$
     return doors.embed(content, model_name, definition)
 $python$;
 COMMENT ON FUNCTION autoembed._embed IS
-    'The embedding of a search text by a model, or why there is none. definition: the row of the model. A session keeps '
-    'vectors of the same text and definition.';
+    'The embedding of a search text by a model, or why there is none. definition: the row of the model. A session '
+    'keeps vectors of the same text and definition.';
 
 CREATE OR REPLACE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     RETURNS @extschema:vector@.vector
