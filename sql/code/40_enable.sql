@@ -20,10 +20,10 @@ BEGIN
         RAISE EXCEPTION USING
             ERRCODE = 'undefined_object',
             MESSAGE = CASE
-                WHEN embedding_column IS NULL THEN format('table %s has no embeddings of ours', table_name)
-                ELSE format('column "%s" of table %s has no embeddings of ours', embedding_column, table_name)
+                WHEN embedding_column IS NULL THEN format('table %s is not attached to autoembed', table_name)
+                ELSE format('column "%s" of table %s is not attached to autoembed', embedding_column, table_name)
             END,
-            HINT = format('SELECT autoembed.enable(%L, …) attaches it.', table_name);
+            HINT = format('Attach it: SELECT autoembed.enable(%L, …).', table_name);
     END IF;
 END;
 $plpgsql$;
@@ -43,7 +43,7 @@ BEGIN
         RAISE EXCEPTION USING
             ERRCODE = 'ambiguous_column',
             MESSAGE = format('table %s has several embedding columns', table_name),
-            HINT = 'Say which: embedding_column => '
+            HINT = 'Name one of them: embedding_column => '
                 || (SELECT string_agg(quote_literal(f.embedding_column), ' or ') FROM unnest(_found) AS f) || '.';
     END IF;
     RETURN _found[1];
@@ -63,7 +63,7 @@ BEGIN
         RAISE EXCEPTION USING
             ERRCODE = 'insufficient_privilege',
             MESSAGE = format('must be owner of table %s', table_name),
-            HINT = 'The owner of a table decides on its embeddings.';
+            HINT = 'Call the function as the owner of the table, or as a member of that role.';
     END IF;
 END;
 $plpgsql$;
@@ -84,12 +84,13 @@ BEGIN
     IF num_nonnulls(content_columns, content_function, content_template) NOT IN (required::integer, 1) THEN
         RAISE EXCEPTION USING
             ERRCODE = 'invalid_parameter_value',
-            MESSAGE = 'the text of a row comes from one of content_columns, content_function and content_template',
+            MESSAGE = format('one of content_columns, content_function and content_template must be given, not %s',
+                             num_nonnulls(content_columns, content_function, content_template)),
             HINT = 'For example: content_columns => ''{title,content}''.';
     ELSIF cardinality(content_columns) = 0 OR array_position(content_columns, NULL) IS NOT NULL THEN
         RAISE EXCEPTION USING
             ERRCODE = 'invalid_parameter_value',
-            MESSAGE = 'content_columns has no columns, or a NULL among them',
+            MESSAGE = 'content_columns names no column or contains NULL',
             HINT = 'For example: content_columns => ''{title,content}''.';
     ELSIF content_template IS NOT NULL AND (
         NOT EXISTS (SELECT FROM autoembed._template(content_template) AS t WHERE t.column_name IS NOT NULL)
@@ -97,8 +98,8 @@ BEGIN
     ) THEN
         RAISE EXCEPTION USING
             ERRCODE = 'invalid_parameter_value',
-            MESSAGE = format('content_template %L names no column, or has a brace without its other', content_template),
-            HINT = 'For example: content_template => ''# {title}\n\n{content}''; {{ and }} stand for braces.';
+            MESSAGE = format('content_template %L names no column or has an unmatched brace', content_template),
+            HINT = 'For example: content_template => ''# {title}\n\n{content}''. Write {{ and }} for plain braces.';
     END IF;
 END;
 $plpgsql$;
@@ -116,7 +117,7 @@ BEGIN
         RAISE EXCEPTION USING
             ERRCODE = 'invalid_parameter_value',
             MESSAGE = format('on_change must be keep or clear, not %s', coalesce(on_change, 'NULL')),
-            HINT = 'keep: the old vector stays until the new one is there; clear: it goes with the old text.';
+            HINT = 'keep leaves the old vector until the new one is written; clear removes it with the old text.';
     END IF;
 END;
 $plpgsql$;
@@ -188,7 +189,7 @@ BEGIN
 EXCEPTION WHEN syntax_error_or_access_rule_violation OR feature_not_supported OR data_exception THEN
     RAISE EXCEPTION USING
         ERRCODE = SQLSTATE,
-        MESSAGE = format('the condition %s does not work on table %s: %s', condition, table_name, SQLERRM),
+        MESSAGE = format('condition %s is not valid for table %s: %s', condition, table_name, SQLERRM),
         HINT = 'A condition is a boolean expression of the columns of one row, without subqueries.';
 END;
 $plpgsql$;
@@ -230,28 +231,33 @@ BEGIN
     IF NOT FOUND THEN
         RAISE EXCEPTION USING
             ERRCODE = 'undefined_table',
-            MESSAGE = format('there is no table with OID %s', enable.table_name::oid);
+            MESSAGE = format('table with OID %s does not exist', enable.table_name::oid);
     ELSIF _table.relpersistence = 't' THEN
         RAISE EXCEPTION USING
             ERRCODE = 'wrong_object_type',
-            MESSAGE = format('%s is a temporary table, which only its own session sees', enable.table_name),
-            HINT = 'Attach a table that lanes see, too.';
+            MESSAGE = format('%s is temporary, so lanes cannot see it', enable.table_name),
+            HINT = 'Attach a permanent table.';
     ELSIF _table.relkind NOT IN ('r', 'p') THEN
         RAISE EXCEPTION USING
             ERRCODE = 'wrong_object_type',
-            MESSAGE = format('%s is %s, not a table', enable.table_name, CASE _table.relkind
+            MESSAGE = format('%s is %s, which cannot be attached', enable.table_name, CASE _table.relkind
                 WHEN 'v' THEN 'a view'
                 WHEN 'm' THEN 'a materialized view'
                 WHEN 'f' THEN 'a foreign table'
-                ELSE 'no table'
+                WHEN 'S' THEN 'a sequence'
+                WHEN 'i' THEN 'an index'
+                WHEN 'I' THEN 'a partitioned index'
+                WHEN 'c' THEN 'a composite type'
+                WHEN 't' THEN 'a TOAST table'
+                ELSE format('a relation of kind "%s"', _table.relkind)
             END),
             HINT = 'Attach the table that holds the rows.';
     ELSIF _table.relkind = 'p' AND create_index THEN
         RAISE EXCEPTION USING
             ERRCODE = 'feature_not_supported',
-            MESSAGE = format('no index can be built concurrently on the partitioned table %s', enable.table_name),
-            HINT = 'Leave create_index out. Later, create the index concurrently on each partition, then on the table, '
-                'which takes those.';
+            MESSAGE = format('cannot build an index concurrently on partitioned table %s', enable.table_name),
+            HINT = 'Leave create_index out. Later, create an index concurrently on each partition, and then one on the '
+                'table, which takes over those of the partitions.';
     ELSIF _table.relispartition THEN
         RAISE EXCEPTION USING
             ERRCODE = 'wrong_object_type',
@@ -268,14 +274,14 @@ BEGIN
         WHERE p.table_id = enable.table_name AND p.embedding_column = enable.embedding_column
     ) THEN
         IF if_not_exists THEN
-            RAISE NOTICE '%.% is being embedded already, skipping',
+            RAISE NOTICE '%.% is already attached, skipping',
                 enable.table_name, quote_ident(enable.embedding_column);
             RETURN;
         END IF;
         RAISE EXCEPTION USING
             ERRCODE = 'duplicate_object',
-            MESSAGE = format('%s.%I is being embedded already', enable.table_name, enable.embedding_column),
-            HINT = 'autoembed.alter_pipeline() changes how; autoembed.disable() ends it.';
+            MESSAGE = format('%s.%I is already attached', enable.table_name, enable.embedding_column),
+            HINT = 'Change how it is embedded with autoembed.alter_pipeline(), or detach it with autoembed.disable().';
     END IF;
 
     _dimensions := autoembed._dimensions(enable.model);
@@ -345,8 +351,9 @@ BEGIN
     IF NOT _pipeline.managed AND (_new_content OR condition IS NOT NULL OR on_change IS NOT NULL) THEN
         RAISE EXCEPTION USING
             ERRCODE = 'object_not_in_prerequisite_state',
-            MESSAGE = format('the triggers of %s.%I were made by hand', _pipeline.table_id, _pipeline.embedding_column),
-            HINT = 'autoembed.disable() it, and autoembed.enable() it with what it should be.';
+            MESSAGE = format('cannot alter %s.%I, whose triggers were made by hand',
+                             _pipeline.table_id, _pipeline.embedding_column),
+            HINT = 'Detach it with autoembed.disable(), and attach it with autoembed.enable() and the new arguments.';
     END IF;
     IF alter_pipeline.on_change IS NOT NULL THEN
         PERFORM autoembed._check_on_change(alter_pipeline.on_change);

@@ -70,7 +70,7 @@ BEGIN
         RAISE EXCEPTION USING
             ERRCODE = 'invalid_parameter_value',
             MESSAGE = 'daily_cost_budget needs a price',
-            HINT = 'Give price_per_million_tokens too, in the same currency; or a daily_token_budget.';
+            HINT = 'Give price_per_million_tokens too, in the same currency, or give daily_token_budget instead.';
     END IF;
 END;
 $plpgsql$;
@@ -215,7 +215,8 @@ BEGIN
             ERRCODE = 'dependent_objects_still_exist',
             MESSAGE = format('model "%s" is in use', drop_model.name),
             DETAIL = coalesce('It embeds ' || _used_by || '.', 'It is the default model.'),
-            HINT = 'Give these another model first; autoembed.set_default_model() changes the default one.';
+            HINT = 'First give its tables another model with autoembed.alter_pipeline(), and, if it is the default '
+                'model, choose another one with autoembed.set_default_model().';
     END IF;
     DELETE FROM autoembed.model AS m WHERE m.name = drop_model.name;
     PERFORM autoembed._build_embedders(drop_model.name);
@@ -254,7 +255,7 @@ BEGIN
         RAISE EXCEPTION USING
             ERRCODE = 'invalid_parameter_value',
             MESSAGE = format('"%s" is not the name or address of a host', allow_http_host.host),
-            HINT = 'Leave out what stands before and after it in a URL, such as http:// and the port.';
+            HINT = 'Give the host alone, without http://, port and path.';
     END IF;
     -- Two calls at a time would each lose the other's host.
     LOCK TABLE autoembed.setting IN SHARE ROW EXCLUSIVE MODE;

@@ -30,7 +30,7 @@ BEGIN
             PERFORM autoembed._build_pipeline(_id);
         EXCEPTION WHEN OTHERS THEN
             -- Other pipelines must not wait for this one.
-            _unbuilt := _unbuilt || jsonb_build_object(_id::text, 'its functions cannot be made: ' || SQLERRM);
+            _unbuilt := _unbuilt || jsonb_build_object(_id::text, 'its functions cannot be created: ' || SQLERRM);
         END;
     END LOOP;
     RETURN QUERY
@@ -352,8 +352,8 @@ AS $python$
     return doors.embed(content, model_name, definition)
 $python$;
 COMMENT ON FUNCTION autoembed._embed IS
-    'The embedding of a search text by a model, or why there is none. definition: the row of the model. A session keeps '
-    'vectors of the same text and definition.';
+    'The embedding of a search text by a model, or why there is none. definition: the row of the model. A session '
+    'keeps vectors of the same text and definition.';
 
 CREATE OR REPLACE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     RETURNS @extschema:vector@.vector

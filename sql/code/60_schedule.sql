@@ -103,9 +103,10 @@ BEGIN
         RAISE EXCEPTION USING
             ERRCODE = 'object_not_in_prerequisite_state',
             MESSAGE = format('pg_cron is not installed in database "%s"', current_database()),
-            DETAIL = 'pg_cron lives in one database of a server, the one that cron.database_name names.',
+            DETAIL = 'pg_cron can be in one database of a server only, the one that cron.database_name names.',
             HINT = format(
-                'CREATE EXTENSION pg_cron here; or, in its database, SELECT cron.schedule_in_database(%L, %L, %L, %L).',
+                'Run CREATE EXTENSION pg_cron here, or in its database '
+                'SELECT cron.schedule_in_database(%L, %L, %L, %L).',
                 'autoembed-lane-1', '1 second', 'CALL autoembed.work()', current_database()
             );
     END IF;
@@ -114,14 +115,14 @@ BEGIN
        AND lanes + backfill_lanes > current_setting('max_worker_processes')::integer - 3 THEN
         RAISE WARNING USING
             ERRCODE = 'configuration_limit_exceeded',
-            MESSAGE = format('%s lanes may not all run with max_worker_processes at %s', lanes + backfill_lanes,
-                             current_setting('max_worker_processes')),
+            MESSAGE = format('max_worker_processes is %s, which is too low for %s lanes',
+                             current_setting('max_worker_processes'), lanes + backfill_lanes),
             HINT = format('Set max_worker_processes to at least %s and restart the server.',
                           lanes + backfill_lanes + 3);
     ELSIF lanes + backfill_lanes >= autoembed._cron_places() THEN
         RAISE WARNING USING
             ERRCODE = 'configuration_limit_exceeded',
-            MESSAGE = format('%s lanes leave no other job of pg_cron a place: it runs %s jobs at a time',
+            MESSAGE = format('%s lanes leave no place for other jobs of pg_cron, which runs %s jobs at a time',
                              lanes + backfill_lanes, autoembed._cron_places()),
             HINT = format('Set cron.max_running_jobs to at least %s and restart the server.',
                           lanes + backfill_lanes + 2);
@@ -207,8 +208,8 @@ AS $sql$
     SELECT CASE
         WHEN autoembed._cron_is_here() THEN 'SELECT autoembed.schedule();'
         WHEN current_setting('cron.database_name', true) IS NULL THEN
-            'Set shared_preload_libraries = ''pg_cron'', restart the server, and look here again; '
-            'or have something else call autoembed.work().'
+            'Set shared_preload_libraries = ''pg_cron'', restart the server, and call autoembed.doctor() again. '
+            'Or have another scheduler run CALL autoembed.work().'
         WHEN current_setting('cron.database_name') = current_database() THEN
             'CREATE EXTENSION pg_cron; SELECT autoembed.schedule();'
         ELSE

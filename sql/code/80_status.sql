@@ -33,7 +33,7 @@ SELECT s.table_id AS table_name,
        coalesce(s.blocked, 'the index could not be built: ' || b.index_problem) AS reason,
        CASE WHEN s.blocked IS NOT NULL THEN s.hint
             WHEN b.index_problem IS NOT NULL THEN
-                format('Create it by hand; or SELECT autoembed.resync(%L) tries it again.', s.table_id)
+                format('Create the index by hand, or have it built again: SELECT autoembed.resync(%L);', s.table_id)
        END AS hint,
        greatest(r.rows, e.embedded, b.rows_queued) AS estimated_rows,
        e.embedded,

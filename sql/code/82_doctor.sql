@@ -30,7 +30,7 @@ BEGIN
             ELSE _row.installed_version = _row.default_version
         END;
         finding := coalesce('version ' || _row.installed_version, 'not in this database') || CASE
-            WHEN _row.installed_version <> _row.default_version THEN format(', %s is there', _row.default_version)
+            WHEN _row.installed_version <> _row.default_version THEN format(', %s is available', _row.default_version)
             ELSE ''
         END;
         advice := CASE
@@ -41,7 +41,9 @@ BEGIN
     END LOOP;
 
     subject := 'lanes';
-    SELECT j.scheduled, 'the last said: ' || j.last_message INTO _scheduled, _problem FROM autoembed._lane_jobs() AS j;
+    SELECT j.scheduled, 'the last one ended with: ' || j.last_message
+    INTO _scheduled, _problem
+    FROM autoembed._lane_jobs() AS j;
     ok := _lanes > 0;
     finding := concat_ws(
         ', ', _lanes || ' running', _scheduled || ' jobs of pg_cron', CASE WHEN NOT ok THEN _problem END
@@ -49,8 +51,8 @@ BEGIN
     advice := CASE
         WHEN ok THEN NULL
         WHEN _scheduled > 0 THEN
-            'pg_cron does not start them: see cron.job_run_details and the server''s log, and that '
-            'max_worker_processes suffices.'
+            'pg_cron does not start them. Check cron.job_run_details, the server''s log, and whether '
+            'max_worker_processes is high enough.'
         ELSE _start
     END;
     RETURN NEXT;
@@ -72,9 +74,9 @@ BEGIN
         finding := coalesce(_problem, 'rests until ' || _row.until || ': ' || _row.reason, 'answers');
         advice := CASE
             WHEN _problem IS NOT NULL THEN
-                'Mend its definition with autoembed.alter_model(), its key or the network; it is tried again by itself.'
+                'Correct its definition with autoembed.alter_model(), its key, or the network. Lanes then try it again.'
             WHEN _row.until IS NOT NULL THEN
-                format('SELECT autoembed.resume_model(%L); tries it at once.', _row.name)
+                format('To try it at once: SELECT autoembed.resume_model(%L);', _row.name)
         END;
         RETURN NEXT;
     END LOOP;
@@ -94,7 +96,7 @@ BEGIN
     LOOP
         subject := format('table %s', _row.name);
         ok := _row.sound AND NOT _row.paused;
-        finding := coalesce(_row.blocked, 'sound');
+        finding := coalesce(_row.blocked, 'usable');
         advice := CASE WHEN NOT ok THEN _row.hint END;
         RETURN NEXT;
 
@@ -158,7 +160,7 @@ BEGIN
         WHERE f.pipeline_id = _row.id;
         advice := CASE
             WHEN NOT ok THEN
-                format('Look at autoembed.failed; when mended, SELECT autoembed.retry_failed(%L);', _row.table_id)
+                format('See autoembed.failed. To try them again: SELECT autoembed.retry_failed(%L);', _row.table_id)
         END;
         RETURN NEXT;
     END LOOP;
@@ -166,11 +168,13 @@ BEGIN
     subject := 'queue';
     SELECT coalesce(clock_timestamp() - min(q.enqueued_at) < interval '5 minutes', true),
            format('%s messages', count(*))
-               || coalesce(', the oldest for ' || date_trunc('second', clock_timestamp() - min(q.enqueued_at)), '')
+               || coalesce(
+                   ', the oldest has waited ' || date_trunc('second', clock_timestamp() - min(q.enqueued_at)), ''
+               )
     INTO ok, finding
     FROM autoembed._job AS q;
     advice := CASE
-        WHEN NOT ok THEN 'See autoembed.status for what holds it up; more lanes: SELECT autoembed.schedule(2).'
+        WHEN NOT ok THEN 'See autoembed.status for the reason. To run more lanes: SELECT autoembed.schedule(2);'
     END;
     RETURN NEXT;
 
@@ -180,8 +184,8 @@ BEGIN
         INTO ok, finding
         FROM autoembed.failure AS f
         WHERE f.pipeline_id IS NULL;
-        advice := 'Look at autoembed.failed. Again: SELECT autoembed.retry_failed(error_class => ''message''); '
-            'or no more: DELETE FROM autoembed.failure WHERE error_class = ''message'';';
+        advice := 'See autoembed.failed. To try them again: SELECT autoembed.retry_failed(error_class => ''message''); '
+            'To forget them: DELETE FROM autoembed.failure WHERE error_class = ''message'';';
         RETURN NEXT;
     END IF;
 END;

@@ -48,7 +48,7 @@ BEGIN
             ERRCODE = 'invalid_parameter_value',
             MESSAGE = format('%s is not a valid key for table %s', coalesce(format('"%s"', key), 'NULL'), table_name),
             HINT = format('Its key is %s%s.', array_to_string(_pipeline.key_columns, ', '), CASE
-                WHEN cardinality(_pipeline.key_columns) > 1 THEN ', to be given as a JSON array'
+                WHEN cardinality(_pipeline.key_columns) > 1 THEN ', given as a JSON array'
                 ELSE ''
             END);
     ELSIF _row IS NULL THEN

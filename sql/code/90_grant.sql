@@ -28,11 +28,16 @@ CREATE OR REPLACE FUNCTION autoembed.grant_usage(role regrole)
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    PERFORM autoembed._grant(role, '{embed,queue_embeddings,clear_column,enable,alter_pipeline,disable,pause,resume,resync,reembed,preview,_as_owner,_run_as_owner,_advisory_locks,_restore_advisory_locks,_load_python,_short_key,
-        estimate,wait_until_fresh,_owned_pipelines,_owned_pipeline,_check_owner,_check_content,_check_on_change,_needed_columns,_template,_dimensions,_read_condition,
-        _look_through,_state_of,_content_expression,_key_expression,_columns_of,_content_function,_content_function_of,
-        _estimate_texts,_index_key,_operator}');
-    -- Rights to columns only: a right to the whole table, as 0.1.0 gave, includes LOCK TABLE, which stops all lanes.
+    PERFORM autoembed._grant(role, '{
+        alter_pipeline, clear_column, disable, embed, enable, estimate, pause, preview, queue_embeddings, reembed,
+        resume, resync, wait_until_fresh,
+        _advisory_locks, _as_owner, _check_content, _check_on_change, _check_owner, _columns_of, _content_expression,
+        _content_function, _content_function_of, _dimensions, _estimate_texts, _index_key, _key_expression,
+        _load_python, _look_through, _needed_columns, _operator, _owned_pipeline, _owned_pipelines, _read_condition,
+        _restore_advisory_locks, _run_as_owner, _set_paused, _short_key, _state_of, _template
+    }');
+    -- The role gets rights to columns only. A right to the whole table, which 0.1.0 granted, includes LOCK TABLE, and
+    -- that stops all lanes.
     EXECUTE format('REVOKE DELETE ON autoembed.pipeline, autoembed.backfill FROM %s', role);
     EXECUTE format('GRANT SELECT,
                     INSERT (table_id, embedding_column, content_columns, content_function, content_template, condition,

@@ -1009,15 +1009,24 @@ def test_rows_of_tables_that_inherit_are_none_of_the_table(db: Connection, api: 
 
 # What is refused -------------------------------------------------------------------------------------
 
-HAS_NONE = "has no embeddings of ours"
+HAS_NONE = "is not attached to autoembed"
 EXPRESSION = "boolean expression"
 # What is asked (TWO: two content columns), its SQLSTATE, and words of the message and of the hint.
 REFUSALS: dict[str, tuple[str, str, str, str]] = {
-    "a view": ("enable('a_view', TWO)", "42809", "app.a_view is a view, not a table", "holds the rows"),
-    "a materialized view": ("enable('a_matview', TWO)", "42809", "is a materialized view, not", "holds the rows"),
-    "a foreign table": ("enable('a_foreign_table', TWO)", "42809", "is a foreign table, not", "holds the rows"),
-    "a sequence": ("enable('a_sequence', TWO)", "42809", "app.a_sequence is", "holds the rows"),
-    "a temporary table": ("enable('a_temporary_table', TWO)", "42809", "temporary", ""),
+    "a view": ("enable('a_view', TWO)", "42809", "app.a_view is a view, which cannot", "holds the rows"),
+    "a materialized view": ("enable('a_matview', TWO)", "42809", "is a materialized view, which", "holds the rows"),
+    "a foreign table": ("enable('a_foreign_table', TWO)", "42809", "is a foreign table, which", "holds the rows"),
+    "a sequence": ("enable('a_sequence', TWO)", "42809", "app.a_sequence is a sequence, which", "holds the rows"),
+    "an index": ("enable('keyed_pkey', TWO)", "42809", "app.keyed_pkey is an index, which", "holds the rows"),
+    "a partitioned index": ("enable('parts_pkey', TWO)", "42809", "is a partitioned index, which", "holds the rows"),
+    "a composite type": ("enable('a_type', TWO)", "42809", "app.a_type is a composite type, which", "holds the rows"),
+    "a TOAST table": (
+        "enable((SELECT reltoastrelid::regclass FROM pg_class WHERE oid = 'documents'::regclass), TWO)",
+        "42809",
+        "is a TOAST table, which",
+        "holds the rows",
+    ),
+    "a temporary table": ("enable('a_temporary_table', TWO)", "42809", "temporary", "permanent table"),
     "a partition": ("enable('a_partition', TWO)", "42809", "app.a_partition is a partition", "enable('app.parts'"),
     "a table without a key": ("enable('keyless', TWO)", "55000", "app.keyless has no key", "primary key"),
     "an index on partitions": ("enable('parts', TWO, create_index => true)", "0A000", "partitioned", "each partition"),
@@ -1120,7 +1129,7 @@ REFUSALS: dict[str, tuple[str, str, str, str]] = {
     "twice": (
         "enable('keyed', content_columns => '{title}')",
         "42710",
-        "app.keyed.embedding is being embedded already",
+        "app.keyed.embedding is already attached",
         "alter_pipeline",
     ),
     "a subquery": ("enable('documents', TWO, condition => '(SELECT true)')", "0A000", "subquer", "without subqueries"),
@@ -1209,7 +1218,7 @@ def unfit(server: Server, template: str) -> Iterator[Connection]:
             CREATE EXTENSION file_fdw; CREATE SERVER files FOREIGN DATA WRAPPER file_fdw;
             CREATE FOREIGN TABLE a_foreign_table (id int, title text, content text)
                 SERVER files OPTIONS (filename '/dev/null');
-            CREATE SEQUENCE a_sequence;
+            CREATE SEQUENCE a_sequence; CREATE TYPE a_type AS (id int, title text, content text);
             CREATE TEMP TABLE a_temporary_table (id int PRIMARY KEY, title text, content text);
             CREATE TABLE parts (id int PRIMARY KEY, title text, content text) PARTITION BY HASH (id);
             CREATE TABLE a_partition PARTITION OF parts FOR VALUES WITH (MODULUS 1, REMAINDER 0);
@@ -1264,7 +1273,7 @@ def test_if_not_exists_leaves_what_is_there_as_it_is(db: Connection, api: FakeAp
     with warnings_of(db) as notices:
         enable(db, "content_columns => '{title}', if_not_exists => true")
 
-    assert notices == ["app.documents.embedding is being embedded already, skipping"]
+    assert notices == ["app.documents.embedding is already attached, skipping"]
     assert sent(db, api) == []
     enable(db, "'other', content_columns => '{title}', if_not_exists => true")
     assert len(sent(db, api)) == 3

@@ -443,7 +443,7 @@ def test_an_older_version_is_found(notes: Connection) -> None:
 
     row = sick(notes)["extension vector"]
 
-    assert row.finding == f"version 0.7.0, {version} is there"
+    assert row.finding == f"version 0.7.0, {version} is available"
     assert row.advice == "ALTER EXTENSION vector UPDATE;"
 
 
@@ -770,7 +770,7 @@ def test_an_old_queue_is_found(notes: Connection) -> None:
     assert doctor(notes)["queue"].ok
     notes.execute("UPDATE pgmq.q_embedding_jobs SET enqueued_at = clock_timestamp() - interval '1 hour'")
     row = sick(notes)["queue"]
-    assert row.finding == "1 messages, the oldest for 01:00:00"
+    assert row.finding == "1 messages, the oldest has waited 01:00:00"
     assert "autoembed.status" in row.advice and "SELECT autoembed.schedule(2)" in row.advice
 
     process(notes)
@@ -885,7 +885,7 @@ def test_preview_takes_a_composite_key_as_an_array(db: Connection, api: FakeApi)
         with pytest.raises(psycopg.Error) as caught:
             preview(db, wrong)
         assert caught.value.sqlstate == "22023", wrong
-        assert caught.value.diag.message_hint == "Its key is site, path, n, to be given as a JSON array."
+        assert caught.value.diag.message_hint == "Its key is site, path, n, given as a JSON array."
 
 
 @pytest.mark.parametrize(
@@ -901,7 +901,7 @@ def test_a_value_that_is_no_key_is_a_clean_error(db: Connection, api: FakeApi, k
 
     assert caught.value.sqlstate == "22023"
     assert (caught.value.diag.message_primary, caught.value.diag.message_hint) == (
-        f"{key} is no key of table public.notes",
+        f'"{key}" is not a valid key for table public.notes',
         "Its key is id.",
     )
 
