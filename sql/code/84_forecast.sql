@@ -35,11 +35,11 @@ BEGIN
     ) AS k
     HAVING jsonb_typeof(_key) = 'array' AND jsonb_array_length(_key) = count(*);
     BEGIN
-        _row := autoembed._as_owner(table_name, format(
+        _row := CASE WHEN _condition IS NOT NULL THEN autoembed._as_owner(table_name, format(
             'SELECT %s AS content, t.%I IS NOT NULL AS has_embedding, %s AS key FROM %s AS t WHERE %s LIMIT 1',
             autoembed._content_expression(_pipeline, 't'), _pipeline.embedding_column,
             autoembed._key_expression(_pipeline, 't'), table_name, _condition
-        )) -> 0;
+        )) -> 0 END;
     EXCEPTION WHEN data_exception THEN
         _condition := NULL;
     END;
