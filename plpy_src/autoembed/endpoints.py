@@ -49,11 +49,6 @@ def fault_of(url: str, http_hosts: Collection[str]) -> Fault | None:
             f'"{shown}" names a user, who would not be sent and whose password would stand in a table',
             hint="Say where a key is found with api_key.",
         )
-    if re.search(r"[?#]", parts[5] or "") and not parts[5].startswith("/openai/"):
-        return Fault(
-            f'"{shown.partition("?")[0].partition("#")[0]}" has a query or a fragment, which may hold a key',
-            hint="Leave it out; say where a key is found with api_key.",
-        )
     if is_forbidden(host):
         return Fault(
             f'"{shown}" is a link-local address or a cloud\'s metadata service, which is never called',
@@ -64,6 +59,17 @@ def fault_of(url: str, http_hosts: Collection[str]) -> Fault | None:
     return Fault(
         f'"{shown}" would be called without encryption',
         hint=f"Use https, or allow it first: SELECT autoembed.allow_http_host('{host}').",
+    )
+
+
+def fault_of_query(url: str) -> Fault | None:
+    """The reason why a base_url is refused for what follows its path."""
+    shown = re.split(r"[?#]", without_user(url))[0]
+    if shown == without_user(url):
+        return None
+    return Fault(
+        f'"{shown}" has a query or a fragment, which may hold a key',
+        hint="Leave it out. Say where a key is found with api_key.",
     )
 
 

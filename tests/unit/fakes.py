@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoembed.errors import Refused, RowError
+from autoembed.errors import Refused, RowError, Trouble
 from autoembed.limits import Charge, Limits, Permit
 from autoembed.model import Embedded, Model, Request, Share
 from autoembed.network import Network
@@ -40,11 +40,11 @@ PIPELINE = Pipeline(
     id=1,
     schema_name="public",
     table_name="documents",
+    owner=10,
     content_function="embedding_input",
     embedding_column="embedding",
     vector_type="public.halfvec",
     truncate=True,
-    trusted=True,
     blocked=None,
     failures=0,
     model=MODEL,
@@ -53,6 +53,10 @@ PIPELINE = Pipeline(
 
 class Cancelled(BaseException):
     """What the database raises when somebody cancels the query."""
+
+
+class StatementError(Exception):
+    """What the database raises when a statement fails."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,8 @@ class FakeDatabase(Database):
     texts that an SQL function refuses; interrupts, called whenever the method of that name is.
     """
 
+    Error = StatementError
+
     def __init__(self) -> None:
         self.defined = {1: PIPELINE}
         self.texts: dict[str, str | None] = {}
@@ -102,6 +108,8 @@ class FakeDatabase(Database):
         self.delays: dict[int, float] = {}
         self.extended: list[list[int]] = []
         self.rests: list[Rest] = []
+        self.rested_pipelines: list[tuple[int, list[int], str]] = []
+        self.busy_models: list[list[str]] = []
         self.resumed: list[str] = []
         self.in_lane = False
         self.is_wanted: Callable[[], bool] = lambda: True
@@ -112,7 +120,6 @@ class FakeDatabase(Database):
         # The next ones; then as many as are asked for, at once.
         self.permits: list[Permit] = []
         self.charges: list[tuple[Charge | None, ...]] = []
-        self.slots_held: list[list[int]] = []
         self.slots_freed: list[int] = []
         self.limits_learnt: list[Limits] = []
         self.statement_timeout: float | None = None
@@ -193,8 +200,13 @@ class FakeDatabase(Database):
     def statement_timeout_seconds(self) -> float | None:
         return self.statement_timeout
 
-    def claim(self, max_rows: int, lease_seconds: float, held: Sequence[int]) -> list[Message]:
+    def claim(
+        self, max_rows: int, lease_seconds: float, held: Sequence[int], busy_models: Sequence[str]
+    ) -> list[Message]:
         self._note("claim")
+        self.busy_models.append(list(busy_models))
+        if any(self.defined[1].model.name == name for name in busy_models):
+            return []
         claimed = [replace(message, read_count=message.read_count + 1) for message in self.waiting()[:max_rows]]
         self.queue.update({message.id: message for message in claimed})
         self.claimed.update(message.id for message in claimed)
@@ -264,28 +276,40 @@ class FakeDatabase(Database):
     def resolve(self, body: Any) -> int:
         self._note("resolve")
         if body.get("table") != "documents":
-            raise RowError(f"there is no table {body.get('table')}", passes=False)
+            raise RowError(f"there is no table {body.get('table')}")
         return 1
 
     def pipelines(self, ids: Sequence[int]) -> dict[int, Pipeline]:
         self._note("pipelines")
         return {number: self.defined[number] for number in ids if number in self.defined}
 
-    def rest_model(self, name: str, seconds: float, needs_attention: bool, reason: str) -> bool:
+    def rest_model(self, name: str, seconds: float, needs_attention: bool, trouble: Trouble) -> bool:
         self._note("rest_model")
-        self.rests.append(Rest(name, seconds, needs_attention, reason))
+        self.rests.append(Rest(name, seconds, needs_attention, str(trouble)))
         return len(self.rests) == 1
+
+    def rest_pipelines(self, owner: int, pipeline_ids: Sequence[int], reason: str) -> None:
+        self._note("rest_pipelines")
+        self.rested_pipelines.append((owner, list(pipeline_ids), reason))
 
     def resume_model(self, name: str) -> None:
         self._note("resume_model")
         self.resumed.append(name)
 
-    def rows(self, pipeline: Pipeline, keys: Sequence[str]) -> dict[str, Row]:
+    def rows(self, pipeline: Pipeline, keys: Sequence[str], max_bytes: int) -> tuple[dict[str, Row], bool]:
         self._note("rows")
+        found: dict[str, Row] = {}
         for key in keys:
             if key in self.content_errors:
                 raise self.content_errors[key]
-        return {key: Row(self.texts[key], self.vectors[key] is not None) for key in keys if key in self.texts}
+            if key not in self.texts:
+                continue
+            if max_bytes < 0:
+                return found, False
+            text = self.texts[key]
+            found[key] = Row(text, self.vectors[key] is not None, len((text or "").encode()))
+            max_bytes -= found[key].bytes
+        return found, True
 
     def digests(self, pipeline: Pipeline, keys: Sequence[str]) -> dict[str, bytes]:
         return {key: self.embedded[key][0] for key in keys if key in self.embedded}
@@ -327,16 +351,17 @@ class FakeDatabase(Database):
             self.embedded.pop(key, None)
             self.failures.pop(key, None)
 
-    def call_embedder(self, model: str, purpose: str, texts: Sequence[str]) -> list[bytes | None]:
+    def call_embedder(
+        self, model: str, purpose: str, texts: Sequence[str], timeout_seconds: float
+    ) -> list[bytes | None]:
         self._note("call_embedder")
         if any(part in text for part in self.bad_texts for text in texts):
             raise Refused("not these words")
         return [struct.pack(">hh3f", 3, 0, *vector_of(text)) for text in texts]
 
-    def take_permit(self, model: str, charges: Sequence[Charge | None], slots_held: Sequence[int]) -> Permit:
+    def take_permit(self, model: str, charges: Sequence[Charge | None], *, with_slot: bool) -> Permit:
         self._note("take_permit")
         self.charges.append(tuple(charges))
-        self.slots_held.append(list(slots_held))
         return self.permits.pop(0) if self.permits else Permit(0.0)
 
     def free_slots(self, model: str, slots: Sequence[int]) -> None:
@@ -355,6 +380,10 @@ class FakeDatabase(Database):
         self._note("forget_all")
         self.embedded.clear()
         self.failures.clear()
+
+    @staticmethod
+    def is_nobodys(error: Exception) -> bool:
+        return False
 
     def fail(self, pipeline: Pipeline, key: str, reason: str, attempts: int, excerpt: str | None) -> None:
         self._note("fail")

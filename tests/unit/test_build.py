@@ -23,6 +23,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "sql/code/20_second.sql": "CASE @TEMPLATES@ END\n-- last, @BUILD@\n",
         "sql/templates/greet.sql": "-- Says it.\n-- Twice.\nSELECT '{{name}}', -- here\n    '{{name}}'\n",
         "sql/attach.sql": "-- attach\n",
+        "sql/update.sql": "-- update\n",
         "sql/upgrade/1.0--1.1.sql": "-- from 1.0 to 1.1\n",
         "sql/upgrade/1.1--1.2.3.sql": "-- from 1.1 to 1.2.3\n",
         "extension/autoembed--1.0.sql": "",

@@ -28,8 +28,10 @@ class Answering:
     def __init__(self, *answer: bytes | None) -> None:
         self.answer = list(answer)
 
-    def __call__(self, model: str, purpose: str, texts: Sequence[str]) -> list[bytes | None]:
-        self.arguments = (model, purpose, texts)
+    def __call__(
+        self, model: str, purpose: str, texts: Sequence[str], timeout_seconds: float
+    ) -> list[bytes | None]:
+        self.arguments = (model, purpose, texts, timeout_seconds)
         return self.answer
 
 
@@ -46,7 +48,7 @@ def test_the_vectors_are_the_functions_in_its_order(purpose: str) -> None:
     assert embedded.vectors.tolist() == [[1, 2], [-0.5, pytest.approx(1e-30)]]
     assert embedded.vectors.dtype == np.float32
     assert embedded.tokens is None
-    assert call_embedder.arguments == ("mine", purpose, ["a", "b"])
+    assert call_embedder.arguments == ("mine", purpose, ["a", "b"], 5)
 
 
 @pytest.mark.parametrize(

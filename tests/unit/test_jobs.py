@@ -133,7 +133,7 @@ class Book:
 
     def claim(self, *keys: int, attempts: int = 0) -> tuple[int, list[Job]]:
         message_id = self.database.send({"pipeline": 1, "keys": [[key] for key in keys]})
-        self.database.claim(1, 60, [])
+        self.database.claim(1, 60, [], [])
         jobs = [Job(PIPELINE, f"[{key}]", attempts, [message_id]) for key in keys]
         for job in jobs:
             self.ledger.open(job)
@@ -223,7 +223,7 @@ def test_what_is_dealt_with_is_not_released(book: Book) -> None:
 
 def test_a_row_of_two_messages_settles_both(book: Book) -> None:
     ids = [book.database.send({}) for _ in range(2)]
-    book.database.claim(2, 60, [])
+    book.database.claim(2, 60, [], [])
     job = Job(PIPELINE, "[1]", 0, ids)
     book.ledger.open(job)
 
@@ -296,7 +296,7 @@ def test_a_message_half_done_settles_and_the_other_half_is_queued_again(lane: La
         database.texts[key_of(row_id)] = text
         database.vectors[key_of(row_id)] = None
     del database.texts["[1]"]
-    database.content_errors["[4]"] = RowError("no text", passes=False)
+    database.content_errors["[4]"] = RowError("no text")
     database.send({"pipeline": 1, "keys": [[row_id] for row_id in range(5)], "attempts": 2})
     lane.refuse("poison")
 
@@ -309,7 +309,7 @@ def test_a_message_half_done_settles_and_the_other_half_is_queued_again(lane: La
 def test_a_message_that_lanes_died_of_is_failed_without_being_tried(lane: Lane, database: FakeDatabase) -> None:
     database.put(1, "deadly")
     for _ in range(MAX_ATTEMPTS):
-        database.claim(1, 60, [])
+        database.claim(1, 60, [], [])
         database.claimed.clear()
 
     report = lane.run()
@@ -326,7 +326,7 @@ def test_a_message_whose_lane_died_once_is_tried_and_others_wait(
 ) -> None:
     monkeypatch.setattr("random.random", lambda: 0.6)
     database.put(1, "perhaps deadly")
-    database.claim(1, 60, [])
+    database.claim(1, 60, [], [])
     database.claimed.clear()
     database.put(2, "other")
 
@@ -420,7 +420,7 @@ def test_rows_wait_uncounted_when_what_their_table_needs_goes_under_their_lane(
     for row_id in range(rows):
         database.put(row_id, f"text {row_id}")
         database.send({"pipeline": 1, "keys": [[row_id]], "attempts": 4})
-        getattr(database, where)[key_of(row_id)] = RowError("function odd(integer) does not exist", passes=False)
+        getattr(database, where)[key_of(row_id)] = RowError("function odd(integer) does not exist")
     database.interrupts["rows"] = lambda: database.defined.update(
         {1: replace(PIPELINE, blocked="function odd is gone")}
     )
@@ -478,7 +478,7 @@ def test_what_is_known_of_keys_that_rows_have_left_or_taken_is_forgotten_whoever
     database.vectors["[1]"] = vector_of("other").tolist()
     message_id = database.send({"pipeline": 1, "keys": [[2], [1]], "moved": True})
     if died:
-        database.claim(1, 60, [])
+        database.claim(1, 60, [], [])
         database.claimed.discard(message_id)
 
     while database.waiting():

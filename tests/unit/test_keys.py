@@ -11,8 +11,10 @@ from autoembed.errors import ProviderTrouble
 from autoembed.model import Model
 
 
-def model(reference: str | None, **vault: str) -> Model:
-    return Model("m", "openai", "m", 3, api_key=reference, **vault)  # type: ignore[arg-type]
+def model(reference: str | None, **vault_secret: str) -> Model:
+    """vault_secret: what the database has read of the vault: vault_key or vault_fault."""
+    secrets = {} if reference is None else {reference: vault_secret}
+    return Model("m", "openai", "m", 3, api_key=reference, vault_secrets=secrets)
 
 
 def test_no_reference_is_no_key() -> None:
@@ -105,7 +107,7 @@ def test_a_model_never_shows_its_key_and_is_the_same_with_another() -> None:
 
 
 def test_a_secret_that_is_no_key_is_not_repeated() -> None:
-    with pytest.raises(ProviderTrouble, match="the value at vault:openai is not an API key") as caught:
+    with pytest.raises(ProviderTrouble, match="what vault:openai holds is no API key") as caught:
         keys.resolve(model("vault:openai", vault_key="two\nlines"))
 
     assert "lines" not in str(caught.value).replace("not one line of ASCII", "")

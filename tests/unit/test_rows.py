@@ -30,7 +30,7 @@ from unit.lane import Lane, bodies
 
 def test_an_empty_queue_costs_one_look(lane: Lane, database: FakeDatabase) -> None:
     assert lane.run() == Report()
-    assert database.statements == ["claim", "commit", "next_backfill", "commit"]
+    assert database.statements == ["claim", "next_backfill"]
 
 
 def test_each_row_gets_the_vector_of_its_text(lane: Lane, database: FakeDatabase, provider: FakeProvider) -> None:
@@ -98,7 +98,7 @@ def test_the_most_attempts_of_a_rows_messages_count(lane: Lane, database: FakeDa
     database.put(1, "text")
     for attempts in (3, 1):
         database.send({"pipeline": 1, "keys": [[1]], "attempts": attempts})
-    database.content_errors["[1]"] = RowError("no text", passes=False)
+    database.content_errors["[1]"] = RowError("no text")
 
     lane.run()
 
@@ -266,7 +266,7 @@ def test_requests_keep_to_the_models_limits(
 def test_a_failing_content_function_holds_up_its_own_row_only(lane: Lane, database: FakeDatabase) -> None:
     for row_id in range(50):
         database.put(row_id, f"text {row_id}")
-    database.content_errors["[33]"] = RowError("division by zero", passes=False)
+    database.content_errors["[33]"] = RowError("division by zero")
 
     report = lane.run()
 
@@ -278,7 +278,7 @@ def test_a_failing_content_function_holds_up_its_own_row_only(lane: Lane, databa
 
 def test_a_failing_content_function_is_tried_max_attempts_times_ever_later(lane: Lane, database: FakeDatabase) -> None:
     database.put(1, "text")
-    database.content_errors["[1]"] = RowError("division by zero", passes=False)
+    database.content_errors["[1]"] = RowError("division by zero")
 
     reports = [lane.run() for _ in range(MAX_ATTEMPTS)]
 
@@ -294,7 +294,7 @@ def test_a_row_that_does_not_take_its_vector_fails_alone(
 ) -> None:
     for row_id in range(20):
         database.put(row_id, f"text {row_id}")
-    database.write_errors["[13]"] = RowError("expected 4 dimensions, not 3", passes=False)
+    database.write_errors["[13]"] = RowError("expected 4 dimensions, not 3")
 
     report = lane.run()
 
@@ -304,24 +304,27 @@ def test_a_row_that_does_not_take_its_vector_fails_alone(
     assert len(provider.requests) == 1
 
 
-@pytest.mark.parametrize("where", ["content_errors", "write_errors"])
-def test_a_conflict_costs_a_row_no_attempt(lane: Lane, database: FakeDatabase, where: str) -> None:
+@pytest.mark.parametrize(("where", "completed", "retried"), [("content_errors", 0, 3), ("write_errors", 2, 1)])
+def test_a_lock_costs_no_attempt(
+    lane: Lane, database: FakeDatabase, where: str, completed: int, retried: int
+) -> None:
+    """While rows are read, only their whole table can be locked."""
     for row_id in range(3):
         database.put(row_id, f"text {row_id}")
     database.send({"pipeline": 1, "keys": [[1]], "attempts": 4})
-    getattr(database, where)["[1]"] = RowError("deadlock detected", passes=True)
+    getattr(database, where)["[1]"] = RowError("in the way", locked=True)
 
     report = lane.run()
 
-    assert (report.completed, report.retried, report.failed) == (2, 1, 0)
-    assert bodies(database.waiting()) == [{"pipeline": 1, "keys": [[1]], "attempts": 4}]
+    assert (report.completed, report.retried, report.failed) == (completed, retried, 0)
+    assert {"pipeline": 1, "keys": [[1]], "attempts": 4} in bodies(database.waiting())
 
 
 def test_a_blank_row_that_does_not_take_its_null_fails_alone(lane: Lane, database: FakeDatabase) -> None:
     for row_id in range(4):
         database.put(row_id, "")
         database.vectors[key_of(row_id)] = [1.0, 2.0, 3.0]
-    database.write_errors["[2]"] = RowError("violates not-null constraint", passes=False)
+    database.write_errors["[2]"] = RowError("violates not-null constraint")
 
     report = lane.run()
 

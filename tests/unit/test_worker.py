@@ -514,7 +514,7 @@ def test_a_cancel_at_any_statement_leaves_no_message_claimed_and_no_row_forgotte
         database, remaining = lane.database, iter(range(number))
         for row_id, text in enumerate(["good", "poison", "changed", "", "odd", "deleted", "locked"]):
             database.put(row_id, text)
-        database.content_errors[key_of(4)] = RowError("division by zero", passes=False)
+        database.content_errors[key_of(4)] = RowError("division by zero")
         del database.texts[key_of(5)]
         database.locked[key_of(6)] = math.inf
         database.send({"pipeline": 1, "truncated": True})
