@@ -323,9 +323,11 @@ def test_trouble_of_a_row_fails_that_row_and_no_model_rests(
 
 @pytest.mark.parametrize(
     ("errcode", "attempts"),
-    [("deadlock_detected", 0), ("serialization_failure", 0), ("lock_not_available", 0), ("data_exception", 1)],
+    [("lock_not_available", 0), ("deadlock_detected", 1), ("serialization_failure", 1), ("data_exception", 1)],
 )
-def test_a_row_that_is_in_somebodys_way_spends_no_attempt(documents: Connection, errcode: str, attempts: int) -> None:
+def test_an_error_of_the_content_function_spends_an_attempt_and_a_lock_none(
+    documents: Connection, errcode: str, attempts: int
+) -> None:
     documents.execute(
         "CREATE OR REPLACE FUNCTION embedding_input(doc documents) RETURNS text LANGUAGE plpgsql AS"
         f" $$ BEGIN RAISE EXCEPTION 'no' USING ERRCODE = '{errcode}'; END $$"

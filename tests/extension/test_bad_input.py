@@ -186,7 +186,7 @@ def test_a_broken_message_ends_in_the_failed_list_with_its_reason(
 
 def test_a_broken_message_does_not_wait_for_a_model(documents: Connection) -> None:
     """It is of no pipeline; taken for one of the default model's, it would rest with it."""
-    documents.execute("SELECT autoembed._rest_model(autoembed._default_model(), 60, false, 'it is down')")
+    documents.execute("SELECT autoembed._rest_model(autoembed._default_model(), 60, false, 'it is down', 'down')")
     documents.execute("SELECT pgmq.send('embedding_jobs', '{\"id\": 1}')")
 
     row = documents.execute("SELECT read, failed FROM autoembed.process()").fetchone()

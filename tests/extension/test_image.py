@@ -181,7 +181,7 @@ def test_data_and_jobs_survive_a_stop_and_a_start(odd: Server) -> None:
     wrapped = odd.container.get_wrapped_container()
     with connect(odd) as db:
         # So that the row still waits when the server stops.
-        db.execute("SELECT autoembed._rest_model('all-MiniLM-L6-v2', 3600, false, 'a test')")
+        db.execute("SELECT autoembed._rest_model('all-MiniLM-L6-v2', 3600, false, 'a test', 'a test')")
         db.execute("INSERT INTO documents VALUES (2, 't', 'written before the stop')")
     wrapped.stop(timeout=30)
     assert inspect(odd)["State"]["ExitCode"] == 0

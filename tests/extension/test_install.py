@@ -106,7 +106,7 @@ def test_every_object_has_a_comment(db: Connection) -> None:
 
 
 def test_every_function_pins_its_search_path(documents: Connection) -> None:
-    # work() commits, which a procedure with a SET clause cannot; process() puts the caller's back. Both qualify names.
+    # A procedure with a SET clause cannot commit. Both qualify all names.
     rows = documents.execute(f"""
         SELECT r.name
         FROM ({ROUTINES}) AS r
@@ -114,9 +114,7 @@ def test_every_function_pins_its_search_path(documents: Connection) -> None:
     """).fetchall()
 
     assert sorted(row.name for row in rows) == [
-        "autoembed._process(integer,integer,integer)",
         "autoembed._work(double precision,integer,integer,integer,boolean)",
-        "autoembed.process(integer,integer,integer)",
         "autoembed.work(double precision,integer,integer,integer,boolean)",
     ]
 

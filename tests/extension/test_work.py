@@ -504,7 +504,11 @@ def test_an_idle_lane_reads_no_table_that_a_backfill_made_large(documents: Conne
 
 
 @pytest.mark.parametrize(
-    "wait", ["autoembed.pause('documents')", "autoembed._rest_model('text-embedding-3-small', 60, false, 'it is down')"]
+    "wait",
+    [
+        "autoembed.pause('documents')",
+        "autoembed._rest_model('text-embedding-3-small', 60, false, 'it is down', 'down')",
+    ],
 )
 def test_a_table_that_waits_is_not_checked_at_each_look(documents: Connection, wait: str) -> None:
     """Ten times a second, a hundred tables whose provider is down would take a tenth of a core."""

@@ -28,9 +28,7 @@ class Answering:
     def __init__(self, *answer: bytes | None) -> None:
         self.answer = list(answer)
 
-    def __call__(
-        self, model: str, purpose: str, texts: Sequence[str], timeout_seconds: float
-    ) -> list[bytes | None]:
+    def __call__(self, model: str, purpose: str, texts: Sequence[str], timeout_seconds: float) -> list[bytes | None]:
         self.arguments = (model, purpose, texts, timeout_seconds)
         return self.answer
 

@@ -305,9 +305,7 @@ def test_a_row_that_does_not_take_its_vector_fails_alone(
 
 
 @pytest.mark.parametrize(("where", "completed", "retried"), [("content_errors", 0, 3), ("write_errors", 2, 1)])
-def test_a_lock_costs_no_attempt(
-    lane: Lane, database: FakeDatabase, where: str, completed: int, retried: int
-) -> None:
+def test_a_lock_costs_no_attempt(lane: Lane, database: FakeDatabase, where: str, completed: int, retried: int) -> None:
     """While rows are read, only their whole table can be locked."""
     for row_id in range(3):
         database.put(row_id, f"text {row_id}")
