@@ -64,11 +64,19 @@ def nobody(server: Server, dbname: str, role: Callable[[str], str]) -> Iterator[
 def lane(db: Connection, tenant: MakeTenant, connect: Callable[..., Connection]) -> Iterator[Lane]:
     """A superuser's lane, as the image has them."""
     lane = Lane(connect())
-    lane.wait_until_up(db)
-    yield lane
-    # However stuck it is.
-    db.execute("SELECT pg_terminate_backend(%s)", [lane.pid])
-    lane.join(60)
+    try:
+        lane.wait_until_up(db)
+        yield lane
+    finally:
+        # However stuck it is.
+        db.execute("SELECT pg_terminate_backend(%s)", [lane.pid])
+        lane.join(60)
+
+
+@pytest.fixture
+def start_lane(request: pytest.FixtureRequest, tenant: MakeTenant) -> Callable[[], Lane]:
+    """Starts a lane when there is something for it to meet."""
+    return lambda: request.getfixturevalue("lane")
 
 
 @pytest.fixture
