@@ -1,0 +1,207 @@
+"""No lock that somebody may take keeps a lane, another tenant or an application waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+
+import psycopg
+import pytest
+
+from extension.hostile.tenants import (
+    ENABLE_COLUMNS,
+    NOTES,
+    WRITE_TIMEOUT,
+    Tenant,
+    failures_of,
+    stays_fresh,
+    waiting_of,
+)
+from fake_api import FakeApi
+from harness import Connection
+from lanes import Lane
+from waiting import wait_until
+
+StartLane = Callable[[], Lane]
+
+# A table that is not embedded, and that has a trigger which may be deferred.
+DEFERRABLE = """
+CREATE {kind} TABLE entry (id int);
+CREATE FUNCTION {schema}.noted() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+CREATE CONSTRAINT TRIGGER noted AFTER INSERT ON entry DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW EXECUTE FUNCTION {schema}.noted();
+"""
+
+
+def deferrable(kind: str, schema: str) -> str:
+    return DEFERRABLE.replace("{kind}", kind).replace("{schema}", schema)
+
+
+def alter_a_table(session: Connection) -> None:
+    """What an application may do that has nothing to do with embeddings."""
+    session.execute(f"SET statement_timeout = '{WRITE_TIMEOUT}'")
+    session.execute("CREATE TEMPORARY TABLE mine (id int)")
+    session.execute("ALTER TABLE mine ADD word text")
+    session.execute("DROP TABLE mine")
+
+
+# What a tenant does in a transaction that stays open.
+LEFT_OPEN = {
+    "the pipelines locked": "LOCK TABLE autoembed.pipeline",
+    "the pipelines locked in a weaker mode": "LOCK TABLE autoembed.pipeline IN SHARE MODE",
+    "the backfills locked": "LOCK TABLE autoembed.backfill",
+    "a pipeline's row locked": "SELECT FROM autoembed.pipeline FOR UPDATE",
+    "a pipeline's row locked for sharing": "SELECT FROM autoembed.pipeline FOR SHARE",
+    "a backfill's row locked": "SELECT autoembed.resync('notes'); SELECT FROM autoembed.backfill FOR UPDATE",
+    "the table locked": "LOCK TABLE notes",
+    "the rows locked": "SELECT FROM notes FOR UPDATE",
+    "the rows changed": "UPDATE notes SET content = 'changed'",
+    "another table locked": "LOCK TABLE entry",
+    "another table written": "INSERT INTO entry VALUES (1)",
+    "the table altered": "ALTER TABLE notes ADD word text",
+    "the embedding column altered": "ALTER TABLE notes ALTER embedding TYPE vector(8)",
+    "the table dropped": "DROP TABLE notes",
+    "the table emptied": "TRUNCATE notes",
+    "the pipeline ended": "SELECT autoembed.disable('notes')",
+    "the pipeline changed": "SELECT autoembed.alter_pipeline('notes', model => 'limited')",
+    "the pipeline paused": "SELECT autoembed.pause('notes')",
+    "a table enabled": "SELECT autoembed.enable('others', content_columns => '{content}')",
+    "all rows asked for again": "SELECT autoembed.reembed('notes')",
+    "a search": "SELECT autoembed.embed('a question', 'limited')",
+}
+
+
+@pytest.mark.parametrize("what", LEFT_OPEN)
+def test_a_tenants_open_transaction_keeps_nobody_waiting(
+    db: Connection, mallory: Tenant, bob: Tenant, nobody: Connection, start_lane: StartLane, what: str
+) -> None:
+    db.execute("SELECT autoembed.create_model('limited', 'fake', 8, requests_per_minute => 6000)")
+    mallory.run(
+        deferrable("", "{me}"),
+        "CREATE TABLE others (id int PRIMARY KEY, content text)",
+        NOTES,
+        ENABLE_COLUMNS,
+        "INSERT INTO notes VALUES (1, 'a note')",
+    )
+    session = mallory.enter()
+    session.execute("BEGIN")
+    with suppress(psycopg.errors.InsufficientPrivilege):
+        session.execute(LEFT_OPEN[what].encode())
+
+    lane = start_lane()
+    for _ in range(2):
+        stays_fresh(bob)
+    alter_a_table(nobody)
+
+    assert lane.error is None
+    session.close()
+    wait_until(lambda: waiting_of(db, mallory) == 0)
+    assert failures_of(db, mallory) == {}
+
+
+@pytest.mark.parametrize("audience", ["nobody", "usage", "monitor"])
+def test_no_audience_may_lock_a_table_of_the_extension(
+    db: Connection, mallory: Tenant, nobody: Connection, audience: str
+) -> None:
+    session = mallory.session if audience == "usage" else nobody
+    if audience == "monitor":
+        db.execute("SELECT autoembed.grant_monitor(%s)", [nobody.info.user])
+    relations = db.execute(
+        """SELECT format('%I.%I', n.nspname, c.relname) AS name FROM pg_class AS c
+           JOIN pg_namespace AS n ON n.oid = c.relnamespace AND n.nspname IN ('autoembed', 'pgmq')
+           WHERE c.relkind IN ('r', 'p', 'v')"""
+    ).fetchall()
+    assert len(relations) > 20
+
+    locked = []
+    for relation in relations:
+        with suppress(psycopg.errors.InsufficientPrivilege):
+            session.execute(f"BEGIN; LOCK TABLE {relation.name} IN SHARE MODE NOWAIT")
+            locked.append(relation.name)
+        session.execute("ROLLBACK")
+
+    assert locked == []
+
+
+# What a role that was granted nothing does, and keeps for as long as its session lasts.
+KEPT_BY_NOBODY = {
+    "a temporary table with a deferrable trigger": deferrable("TEMPORARY", "pg_temp"),
+    "a temporary table with a deferrable exclusion constraint": """
+        CREATE TEMPORARY TABLE entry (id int, EXCLUDE USING btree (id WITH =) DEFERRABLE)""",
+    "a temporary table with a deferrable foreign key": """
+        CREATE TEMPORARY TABLE parent (id int PRIMARY KEY);
+        CREATE TEMPORARY TABLE entry (id int REFERENCES parent DEFERRABLE INITIALLY DEFERRED)""",
+    "a temporary table locked": deferrable("TEMPORARY", "pg_temp") + "BEGIN; LOCK TABLE entry",
+    "a temporary table altered": "BEGIN; CREATE TEMPORARY TABLE entry (id int); ALTER TABLE entry ADD word text",
+    "a temporary table dropped": "CREATE TEMPORARY TABLE entry (id int); BEGIN; DROP TABLE entry",
+    "the advisory locks of turns": "SELECT pg_advisory_lock(hashtextextended('autoembed ' || m, 0))"
+    " FROM unnest('{fast,limited,narrow}'::text[]) AS m",
+    "the advisory locks of slots": "SELECT pg_advisory_lock(hashtextextended('autoembed ' || m, s))"
+    " FROM unnest('{fast,limited,narrow}'::text[]) AS m, generate_series(1, 9) AS s",
+}
+
+
+# By what is kept, and the model of the tenant who is not to wait for it.
+@pytest.mark.parametrize(
+    ("what", "model"),
+    [
+        *((what, "fast") for what in KEPT_BY_NOBODY),
+        ("the advisory locks of turns", "limited"),
+        ("the advisory locks of slots", "narrow"),
+    ],
+)
+def test_what_a_role_without_rights_keeps_holds_up_no_lane(
+    db: Connection, bob: Tenant, nobody: Connection, start_lane: StartLane, what: str, model: str
+) -> None:
+    db.execute("SELECT autoembed.create_model('limited', 'fake', 8, requests_per_minute => 6000)")
+    db.execute("SELECT autoembed.create_model('narrow', 'fake', 8, max_requests_in_flight => 2)")
+    bob.session.execute("SELECT autoembed.alter_pipeline('letters', model => %s)", [model])
+    nobody.execute(KEPT_BY_NOBODY[what].encode())
+
+    lane = start_lane()
+    stays_fresh(bob)
+
+    assert lane.error is None
+    assert failures_of(db, bob) == {}
+
+
+def test_a_lane_holds_no_lock_that_any_role_may_take_before_it(
+    db: Connection, mallory: Tenant, api: FakeApi, lane: Lane
+) -> None:
+    """Advisory locks have no owner."""
+    api.behave(hold=True)
+    db.execute("SELECT autoembed.alter_model('slow', max_requests_in_flight => 1, requests_per_minute => 6000)")
+    mallory.run(
+        NOTES,
+        ENABLE_COLUMNS.replace("'{content}'", "'{content}', model => 'slow'"),
+        "INSERT INTO notes VALUES (1, 'a note')",
+    )
+    api.wait_for(held=1)
+
+    assert db.execute("SELECT * FROM pg_locks WHERE locktype = 'advisory' AND pid = %s", [lane.pid]).fetchall() == []
+
+
+def test_no_more_requests_are_in_flight_than_a_model_may_have(
+    db: Connection, mallory: Tenant, api: FakeApi, lane: Lane, connect: Callable[..., Connection]
+) -> None:
+    """Whatever keeps count of them, a lane that dies gives its place back."""
+    api.behave(hold=True)
+    db.execute("SELECT autoembed.alter_model('slow', max_requests_in_flight => 1)")
+    mallory.run(
+        NOTES,
+        ENABLE_COLUMNS.replace("'{content}'", "'{content}', model => 'slow'"),
+        "INSERT INTO notes VALUES (1, 'a note')",
+    )
+    api.wait_for(held=1)
+    db.execute("SELECT pg_terminate_backend(%s)", [lane.pid])
+    lane.join()
+    api.release()
+
+    other = Lane(connect())
+    try:
+        wait_until(lambda: waiting_of(db, mallory) == 0)
+    finally:
+        db.execute("SELECT pg_terminate_backend(%s)", [other.pid])
+        other.join(60)
+
+    assert api.counters()["max_in_flight"] == 1

@@ -1,0 +1,332 @@
+"""Whatever an owner's code does, and whenever PostgreSQL runs it, it runs as the owner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from extension.hostile.tenants import (
+    ATTACK,
+    ENABLE_COLUMNS,
+    ENABLE_FUNCTION,
+    NOTES,
+    Tenant,
+    assert_nothing_gained,
+    content_function,
+    has_vector_of,
+    ran_as,
+    stays_fresh,
+    trigger,
+    waiting_of,
+)
+from fake_api import FakeApi
+from harness import Connection
+from lanes import Lane
+from waiting import wait_until
+
+# Leaves a cursor for the commit, which PostgreSQL reads to its end then, with the rights of the session.
+CURSOR = (
+    ATTACK
+    + """
+CREATE FUNCTION leave_cursor() RETURNS text LANGUAGE plpgsql AS $leave$
+BEGIN
+    EXECUTE 'DECLARE held CURSOR WITH HOLD FOR SELECT {me}.attack()';
+    RETURN 'x';
+EXCEPTION WHEN OTHERS THEN
+    RETURN 'x';
+END;
+$leave$;
+CREATE FUNCTION leave_cursor_of_trigger() RETURNS trigger LANGUAGE plpgsql AS
+    'BEGIN PERFORM {me}.leave_cursor(); RETURN NEW; END';
+"""
+)
+
+CURSOR_PLACES = {
+    "trigger before": trigger("PERFORM {me}.leave_cursor();"),
+    "trigger after": trigger("PERFORM {me}.leave_cursor();", "AFTER UPDATE"),
+    "trigger of the statement": """
+        CREATE TRIGGER leave AFTER UPDATE ON notes EXECUTE FUNCTION leave_cursor_of_trigger()""",
+    "check": "ALTER TABLE notes ADD CHECK (leave_cursor() IS NOT NULL) NOT VALID",
+    "content function": content_function("PERFORM {me}.leave_cursor();")
+    + ";"
+    + ENABLE_FUNCTION.replace("enable('notes'", "alter_pipeline('notes'"),
+    "default of another table": """
+        CREATE TABLE log (note text DEFAULT leave_cursor());
+        """
+    + trigger("INSERT INTO {me}.log DEFAULT VALUES;"),
+    "trigger of a view": """
+        CREATE VIEW log AS SELECT 1 AS id;
+        CREATE TRIGGER leave INSTEAD OF INSERT ON log FOR EACH ROW EXECUTE FUNCTION leave_cursor_of_trigger();
+        """
+    + trigger("INSERT INTO {me}.log VALUES (1);"),
+}
+
+
+@pytest.mark.parametrize("place", CURSOR_PLACES)
+def test_a_cursor_that_outlives_the_commit_reads_nothing_as_another_in_a_lane(
+    db: Connection, mallory: Tenant, bob: Tenant, lane: Lane, place: str
+) -> None:
+    mallory.run(CURSOR, NOTES, ENABLE_COLUMNS, CURSOR_PLACES[place], "INSERT INTO notes VALUES (1, 'a note')")
+
+    wait_until(lambda: has_vector_of(db, f"{mallory.name}.notes", 1, "a note"))
+    stays_fresh(bob)
+
+    assert_nothing_gained(db, mallory)
+
+
+@pytest.mark.parametrize("place", ["trigger before", "check"])
+def test_a_cursor_that_outlives_the_commit_reads_nothing_as_the_caller_of_process(
+    db: Connection, mallory: Tenant, place: str
+) -> None:
+    mallory.run(CURSOR, NOTES, ENABLE_COLUMNS, CURSOR_PLACES[place], "INSERT INTO notes VALUES (1, 'a note')")
+
+    db.execute("SELECT autoembed.process()")
+
+    assert_nothing_gained(db, mallory)
+    assert db.execute("SELECT name FROM pg_cursors WHERE is_holdable").fetchall() == []
+
+
+def test_an_ordinary_cursor_of_an_owner_works(db: Connection, mallory: Tenant) -> None:
+    mallory.run(
+        NOTES,
+        ENABLE_COLUMNS,
+        "CREATE TABLE log (note text)",
+        trigger("FOR NEW.content IN SELECT NEW.content LOOP INSERT INTO {me}.log VALUES (NEW.content); END LOOP;"),
+        "INSERT INTO notes VALUES (1, 'a note')",
+    )
+
+    db.execute("SELECT autoembed.process()")
+
+    assert has_vector_of(db, f"{mallory.name}.notes", 1, "a note")
+    assert mallory.session.execute("SELECT note FROM log").fetchall() == [("a note",)]
+
+
+# A row in "child" has the owner's code run when deferred constraints are checked.
+DEFERRED = {
+    "foreign key's cast": """
+        CREATE TYPE kind AS ENUM ('1');
+        CREATE FUNCTION kind_int(k kind) RETURNS int LANGUAGE plpgsql AS
+            'BEGIN PERFORM {me}.leave_cursor(); RETURN 1; END';
+        CREATE CAST (kind AS int) WITH FUNCTION kind_int AS IMPLICIT;
+        CREATE TABLE parent (id int PRIMARY KEY);
+        INSERT INTO parent VALUES (1);
+        CREATE TABLE child (id kind REFERENCES parent DEFERRABLE INITIALLY DEFERRED);
+        """
+    + trigger("INSERT INTO {me}.child VALUES ('1');"),
+    "foreign key's cast, deferred by the trigger": """
+        CREATE TYPE kind AS ENUM ('1');
+        CREATE FUNCTION kind_int(k kind) RETURNS int LANGUAGE plpgsql AS
+            'BEGIN PERFORM {me}.leave_cursor(); RETURN 1; END';
+        CREATE CAST (kind AS int) WITH FUNCTION kind_int AS IMPLICIT;
+        CREATE TABLE parent (id int PRIMARY KEY);
+        INSERT INTO parent VALUES (1);
+        CREATE TABLE child (id kind REFERENCES parent DEFERRABLE);
+        """
+    + trigger("SET CONSTRAINTS ALL DEFERRED; INSERT INTO {me}.child VALUES ('1');"),
+    "foreign key of a partition": """
+        CREATE TYPE kind AS ENUM ('1');
+        CREATE FUNCTION kind_int(k kind) RETURNS int LANGUAGE plpgsql AS
+            'BEGIN PERFORM {me}.leave_cursor(); RETURN 1; END';
+        CREATE CAST (kind AS int) WITH FUNCTION kind_int AS IMPLICIT;
+        CREATE TABLE parent (id int PRIMARY KEY);
+        INSERT INTO parent VALUES (1);
+        CREATE TABLE child (id kind REFERENCES parent DEFERRABLE INITIALLY DEFERRED) PARTITION BY LIST (id);
+        CREATE TABLE child_1 PARTITION OF child DEFAULT;
+        """
+    + trigger("INSERT INTO {me}.child VALUES ('1');"),
+    "exclusion constraint's expression": """
+        CREATE FUNCTION same(id int) RETURNS int LANGUAGE plpgsql IMMUTABLE AS
+            'BEGIN PERFORM {me}.leave_cursor(); RETURN id; END';
+        CREATE TABLE child (id int, EXCLUDE USING btree (same(id) WITH =) DEFERRABLE INITIALLY DEFERRED);
+        INSERT INTO child VALUES (1);
+        """
+    + trigger("INSERT INTO {me}.child VALUES (1); DELETE FROM {me}.child WHERE ctid = '(0,1)';"),
+}
+
+
+@pytest.mark.parametrize("constraint", DEFERRED)
+@pytest.mark.parametrize("door", ["lane", "process"])
+def test_a_deferred_constraint_runs_nothing_as_another(
+    request: pytest.FixtureRequest, db: Connection, mallory: Tenant, constraint: str, door: str
+) -> None:
+    mallory.run(CURSOR, NOTES, ENABLE_COLUMNS, DEFERRED[constraint], "INSERT INTO notes VALUES (1, 'a note')")
+
+    if door == "lane":
+        request.getfixturevalue("lane")
+        wait_until(lambda: waiting_of(db, mallory) == 0)
+    else:
+        db.execute("SELECT autoembed.process()")
+
+    assert_nothing_gained(db, mallory)
+
+
+# Constraints and triggers that honest tables have.
+HONEST = {
+    "foreign key of the table": """
+        CREATE TABLE author (id int PRIMARY KEY);
+        INSERT INTO author VALUES (1);
+        ALTER TABLE notes ADD author int DEFAULT 1 REFERENCES author DEFERRABLE INITIALLY DEFERRED""",
+    "foreign key to the table": """
+        CREATE TABLE remark (id int PRIMARY KEY, note int REFERENCES notes DEFERRABLE INITIALLY DEFERRED)""",
+    "foreign key of what a trigger writes": """
+        CREATE TABLE log (note int REFERENCES notes DEFERRABLE INITIALLY DEFERRED);
+        """
+    + trigger("INSERT INTO {me}.log VALUES (NEW.id);"),
+    "unique constraint": "ALTER TABLE notes ADD UNIQUE (content) DEFERRABLE INITIALLY DEFERRED",
+    "constraint trigger": """
+        CREATE TABLE log (note int);
+        CREATE FUNCTION log_it() RETURNS trigger LANGUAGE plpgsql AS
+            'BEGIN INSERT INTO {me}.log VALUES (NEW.id); RETURN NULL; END';
+        CREATE CONSTRAINT TRIGGER log_it AFTER UPDATE ON notes DEFERRABLE INITIALLY DEFERRED
+            FOR EACH ROW EXECUTE FUNCTION log_it()""",
+}
+
+
+@pytest.mark.parametrize("constraint", HONEST)
+def test_an_honest_deferred_constraint_keeps_no_row_from_its_vector(
+    db: Connection, mallory: Tenant, lane: Lane, constraint: str
+) -> None:
+    mallory.run(NOTES, ENABLE_COLUMNS, HONEST[constraint], "INSERT INTO notes VALUES (1, 'a note')")
+
+    wait_until(lambda: has_vector_of(db, f"{mallory.name}.notes", 1, "a note"))
+
+    if "log" in HONEST[constraint]:
+        assert mallory.session.execute("SELECT DISTINCT note FROM log").fetchall() == [(1,)]
+
+
+# What becomes of a table that a superuser has enabled, while its texts are with the provider.
+GIFTS = {
+    "given away": "ALTER TABLE gift OWNER TO {me}",
+    "of a role that was a superuser": "ALTER ROLE {me} NOSUPERUSER",
+}
+TRAPS = {
+    "trigger deferred by a trigger": """
+        CREATE TABLE trap (id int);
+        CREATE CONSTRAINT TRIGGER attack AFTER INSERT ON trap DEFERRABLE INITIALLY IMMEDIATE
+            FOR EACH ROW EXECUTE FUNCTION attack_of_trigger();
+        CREATE FUNCTION defer() RETURNS trigger LANGUAGE plpgsql AS
+            'BEGIN SET CONSTRAINTS ALL DEFERRED; INSERT INTO {me}.trap VALUES (1); RETURN NEW; END';
+        CREATE CONSTRAINT TRIGGER defer AFTER UPDATE ON gift DEFERRABLE INITIALLY DEFERRED
+            FOR EACH ROW EXECUTE FUNCTION defer()""",
+    "cursor": "CREATE TRIGGER leave BEFORE UPDATE ON gift FOR EACH ROW EXECUTE FUNCTION leave_cursor_of_trigger()",
+}
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+@pytest.mark.parametrize("gift", GIFTS)
+def test_a_table_that_changes_hands_while_its_texts_are_away_gives_no_rights(
+    db: Connection, mallory: Tenant, api: FakeApi, lane: Lane, gift: str, trap: str
+) -> None:
+    api.behave(hold=True)
+    mallory.run(CURSOR)
+    giver = "postgres"
+    if gift != "given away":
+        db.execute(f"ALTER ROLE {mallory.name} SUPERUSER")
+        giver = mallory.name
+    db.execute(f"""SET search_path = {mallory.name}, public;
+                   CREATE TABLE gift (id int PRIMARY KEY, content text);
+                   ALTER TABLE gift OWNER TO {giver};
+                   SELECT autoembed.enable('gift', content_columns => '{{content}}', model => 'slow');
+                   INSERT INTO gift VALUES (1, 'a gift')""")
+    api.wait_for(held=1)
+
+    db.execute(GIFTS[gift].replace("{me}", mallory.name))
+    mallory.run(TRAPS[trap])
+    api.release()
+    wait_until(lambda: waiting_of(db, mallory) == 0)
+
+    assert lane.error is None
+    assert_nothing_gained(db, mallory)
+
+
+# How mallory comes to be called a member of bob without any right of his.
+EMPTY_MEMBERSHIPS = {
+    "direct": "GRANT {bob} TO {mallory} WITH INHERIT FALSE, SET FALSE",
+    "of a group": "GRANT {bob} TO {group} WITH INHERIT FALSE, SET FALSE; GRANT {group} TO {mallory}",
+    "in a group": "GRANT {group} TO {mallory} WITH INHERIT FALSE, SET FALSE; GRANT {bob} TO {group}",
+}
+
+
+@pytest.mark.parametrize("membership", EMPTY_MEMBERSHIPS)
+@pytest.mark.parametrize("place", ["{mallory}", "{bob}"])
+def test_a_member_without_rights_cannot_put_a_function_in_the_place_of_anothers(
+    db: Connection, role: Callable[[str], str], mallory: Tenant, bob: Tenant, membership: str, place: str
+) -> None:
+    def named(script: str) -> str:
+        return script.replace("{mallory}", mallory.name).replace("{bob}", bob.name).replace("{group}", group)
+
+    group = role("group")
+    own = "CREATE FUNCTION {bob}.letter_text(l {bob}.letters) RETURNS text LANGUAGE sql AS 'SELECT l.content'"
+    db.execute(named(EMPTY_MEMBERSHIPS[membership]))
+    bob.run(named(own), "SELECT autoembed.alter_pipeline('letters', content_function => 'letter_text')")
+    db.execute("SELECT autoembed.process()")
+    mallory.run(ATTACK, "GRANT INSERT ON ran TO PUBLIC", f"GRANT USAGE ON SCHEMA {mallory.name} TO PUBLIC")
+    bob.run(named("GRANT USAGE, CREATE ON SCHEMA {bob} TO {mallory}; DROP FUNCTION letter_text"))
+    mallory.run(
+        named(f"""CREATE FUNCTION {place}.letter_text(l {{bob}}.letters) RETURNS text LANGUAGE plpgsql AS
+                      'BEGIN PERFORM {{mallory}}.attack(); RETURN ''mine''; END';
+                  GRANT EXECUTE ON FUNCTION attack TO PUBLIC""")
+    )
+    bob.run("UPDATE letters SET content = 'changed'")
+
+    db.execute("SELECT autoembed.process()")
+    try:
+        mallory.session.execute(named(f"DROP FUNCTION {place}.letter_text"))
+        bob.run(named(own))
+        db.execute("SELECT autoembed.process()")
+    finally:
+        assert ran_as(db, mallory) == set()
+
+    assert has_vector_of(db, f"{bob.name}.letters", 1, "changed")
+
+
+CALLS = {
+    "preview": "SELECT * FROM autoembed.preview('{me}.notes', '1')",
+    "estimate": "SELECT * FROM autoembed.estimate('{me}.notes')",
+    "estimate with a function": "SELECT * FROM autoembed.estimate('{me}.notes', content_function => 'note_text')",
+}
+CODE_THAT_IS_READ = {
+    "content function": content_function("PERFORM {me}.attack();"),
+    "condition": """
+        CREATE FUNCTION wanted(id int) RETURNS boolean LANGUAGE plpgsql AS
+            'BEGIN PERFORM {me}.attack(); RETURN true; END';
+        SELECT autoembed.alter_pipeline('notes', condition => 'wanted(id)')""",
+    "policy": """
+        CREATE FUNCTION wanted(id int) RETURNS boolean LANGUAGE plpgsql AS
+            'BEGIN PERFORM {me}.attack(); RETURN true; END';
+        ALTER TABLE notes ENABLE ROW LEVEL SECURITY;
+        ALTER TABLE notes FORCE ROW LEVEL SECURITY;
+        CREATE POLICY seen ON notes USING (true OR wanted(id));
+        CREATE POLICY also ON notes AS RESTRICTIVE USING (wanted(id))""",
+    "operator of the key": """
+        CREATE DOMAIN word AS varchar;
+        ALTER TABLE notes ALTER id TYPE varchar(9);
+        CREATE FUNCTION equal(a varchar, b varchar) RETURNS boolean LANGUAGE plpgsql AS
+            'BEGIN PERFORM {me}.attack(); RETURN a::text = b::text; END';
+        CREATE OPERATOR = (LEFTARG = varchar, RIGHTARG = varchar, FUNCTION = equal)""",
+    "domain of the key": """
+        CREATE DOMAIN number AS int CHECK (attack() IS NOT NULL);
+        ALTER TABLE notes ALTER id TYPE number""",
+}
+
+
+@pytest.mark.parametrize("code", CODE_THAT_IS_READ)
+@pytest.mark.parametrize("call", CALLS)
+def test_what_a_superuser_asks_about_anothers_table_runs_its_code_as_its_owner(
+    db: Connection, mallory: Tenant, code: str, call: str
+) -> None:
+    mallory.run(
+        ATTACK,
+        NOTES,
+        "INSERT INTO notes VALUES (1, 'a note')",
+        content_function(""),
+        ENABLE_FUNCTION,
+        CODE_THAT_IS_READ[code],
+        "TRUNCATE ran",
+    )
+
+    found = db.execute(CALLS[call].replace("{me}", mallory.name)).fetchall()
+
+    assert len(found) == 1
+    assert_nothing_gained(db, mallory)
