@@ -14,8 +14,8 @@ SELECT q.msg_id AS message_id,
        END AS rows
 FROM pgmq.q_embedding_jobs AS q;
 COMMENT ON VIEW autoembed._job IS
-    'The messages of the queue. pipeline: the id as text, empty if the message names none. rows: the number of rows that '
-    'the message names.';
+    'The messages of the queue. pipeline: the id as text, empty if the message names none. rows: the number of rows '
+    'that the message names.';
 
 CREATE OR REPLACE FUNCTION autoembed._keys_per_message()
     RETURNS integer

@@ -74,8 +74,8 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._create_function IS
-    'Makes a function from a template. Only its owner and the lanes may call it. owner: the role that it runs as. NULL: '
-    'the current role.';
+    'Makes a function from a template. Only its owner and the lanes may call it. owner: the role that it runs as. '
+    'NULL: the current role.';
 
 CREATE OR REPLACE FUNCTION autoembed._lane_roles()
     RETURNS SETOF regrole
@@ -124,7 +124,8 @@ BEGIN
             ', ' ORDER BY k.number
         ),
         'same_key', string_agg(format('t.%I %s s.k%s', k.name, k.equal, k.number), ' AND ' ORDER BY k.number),
-        -- A row comparison uses the index. It cannot name operators of other schemas, so these compare column by column.
+        -- A row comparison uses the index. It cannot name operators of other schemas: with these, the columns are
+        -- compared one by one.
         'later_key', CASE
             WHEN bool_and(k.greater IN ('OPERATOR(pg_catalog.>)', '>')) THEN
                 format('ROW(%s) OPERATOR(pg_catalog.>) ROW(%s)',

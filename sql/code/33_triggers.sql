@@ -20,7 +20,7 @@ CREATE OR REPLACE FUNCTION autoembed._build_triggers(pipeline autoembed.pipeline
     SET client_min_messages = warning
 AS $plpgsql$
 DECLARE
-    -- A write to a partition fires no statement trigger of the root. Logical replication fires none at all.
+    -- A write to a partition fires no statement trigger of the root. Logical replication of rows fires none either.
     _by_row boolean := pipeline.replicated
         OR (SELECT c.relkind = 'p' FROM pg_class AS c WHERE c.oid = pipeline.table_id);
     _name text;
