@@ -64,8 +64,9 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._index_key IS
-    'How an HNSW index on a pipeline''s embeddings is built. key: the indexed expression and its operator class. NULL: '
-    'no index is possible. expression: what queries must order by. problem, hint: what prevents the index, and its cure.';
+    'The facts of an HNSW index on a pipeline''s embeddings. key: the indexed expression and its operator class. NULL: '
+    'no index is possible. expression: the expression in queries that use the index. problem: the fact that prevents '
+    'the index. hint: its cure.';
 
 CREATE OR REPLACE FUNCTION autoembed._build_index(pipeline_id integer)
     RETURNS boolean
