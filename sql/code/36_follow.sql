@@ -24,8 +24,9 @@ AS $sql$
     );
 $sql$;
 COMMENT ON FUNCTION autoembed._table_shape IS
-    'The facts of a table that its pipeline follows. columns: the names by number. type: the number and the type of the '
-    'embedding column. contents: the types and expressions of the other columns. partitions: the OIDs of the leaves.';
+    'The facts of a table that its pipeline follows. columns: the names by number. type: the number and the type of '
+    'the embedding column. contents: the types and expressions of the other columns. partitions: the OIDs of the '
+    'leaves.';
 
 CREATE OR REPLACE FUNCTION autoembed._renamed(names name[], renames jsonb)
     RETURNS name[]
@@ -146,7 +147,8 @@ BEGIN
     RETURN NULL;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._defined IS 'Makes the functions and triggers of a pipeline after it is defined or changed.';
+COMMENT ON FUNCTION autoembed._defined IS
+    'Makes the functions and triggers of a pipeline that is defined or changed.';
 
 CREATE OR REPLACE FUNCTION autoembed._ended()
     RETURNS trigger

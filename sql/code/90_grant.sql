@@ -1,4 +1,4 @@
--- The rights of each audience: owners of tables, monitors and lanes.
+-- The rights of owners of tables, of monitors and of lanes.
 
 CREATE OR REPLACE FUNCTION autoembed._grant(role regrole, functions text[])
     RETURNS void
@@ -28,11 +28,16 @@ CREATE OR REPLACE FUNCTION autoembed.grant_usage(role regrole)
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    PERFORM autoembed._grant(role, '{embed,queue_embeddings,clear_column,enable,alter_pipeline,disable,pause,resume,resync,reembed,preview,_as_owner,_run_as_owner,_advisory_locks,_restore_advisory_locks,_load_python,_short_key,
-        estimate,wait_until_fresh,_owned_pipelines,_owned_pipeline,_check_owner,_check_content,_check_on_change,_needed_columns,_template,_dimensions,_read_condition,
-        _look_through,_state_of,_content_expression,_key_expression,_columns_of,_content_function,_content_function_of,
-        _estimate_texts,_index_key,_operator}');
-    -- Rights to columns only: a right to the whole table, as 0.1.0 gave, includes LOCK TABLE, which stops all lanes.
+    PERFORM autoembed._grant(role, '{
+        alter_pipeline, clear_column, disable, embed, enable, estimate, pause, preview, queue_embeddings, reembed,
+        resume, resync, wait_until_fresh,
+        _advisory_locks, _as_owner, _check_content, _check_on_change, _check_owner, _columns_of, _content_expression,
+        _content_function, _content_function_of, _dimensions, _estimate_texts, _index_key, _key_expression,
+        _load_python, _look_through, _needed_columns, _operator, _owned_pipeline, _owned_pipelines, _read_condition,
+        _restore_advisory_locks, _run_as_owner, _short_key, _state_of, _template
+    }');
+    -- The grants name columns. A right to the whole table, as 0.1.0 gave it, includes LOCK TABLE, which stops all
+    -- lanes.
     EXECUTE format('REVOKE DELETE ON autoembed.pipeline, autoembed.backfill FROM %s', role);
     EXECUTE format('GRANT SELECT,
                     INSERT (table_id, embedding_column, content_columns, content_function, content_template, condition,
@@ -93,8 +98,8 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.grant_lane IS
-    'Lets a role run lanes, and nothing else. SELECT autoembed.schedule(role => …) has pg_cron run them as this role. '
-    'The role can read the texts of all attached tables and write their vectors.';
+    'Lets a role run lanes, and nothing else. SELECT autoembed.schedule(role => …) has pg_cron run them as this '
+    'role. The role can read the texts of all attached tables and write their vectors.';
 
 CREATE OR REPLACE FUNCTION autoembed._updated()
     RETURNS event_trigger
@@ -113,7 +118,7 @@ BEGIN
     ) THEN
         RETURN;
     END IF;
-    -- The script cannot do this itself: dumps would lack its grants, and the functions that it makes would be members
+    -- The script cannot do this itself. Dumps would lack its grants, and the functions that it makes would be members
     -- of the extension.
     FOR _grant IN
         SELECT g.privilege,
