@@ -1,4 +1,5 @@
--- The same as capture.sql where the text or the condition is the owner's code, which runs in _text_{{id}}(), as the owner.
+-- Does the same as capture.sql where the text or the condition is the owner's code. That code runs in _text_{{id}}(),
+-- as the owner.
 CREATE OR REPLACE FUNCTION autoembed._capture_{{id}}()
     RETURNS trigger
     LANGUAGE plpgsql
@@ -17,7 +18,7 @@ BEGIN
         BEGIN
             _changed := {{key_changed}} OR {{text_changed}};
         EXCEPTION WHEN OTHERS OR assert_failure THEN
-            -- No row is refused for its embedding. The lane meets the error again, and reports it.
+            -- No write is refused for its embedding. The lane meets the error again, and reports it.
             _changed := true;
         END;
         IF NOT _changed OR NOT ({{has_old_key}} AND {{has_new_key}}) THEN
