@@ -18,8 +18,8 @@ DECLARE
         JOIN {{table}} AS t ON {{same_key}};
 BEGIN
     {{content_guard}}
-    -- A lane does not wait for a lock on the table. The mode is that of a write, so no row is embedded that could not be
-    -- written.
+    -- A lane does not wait for a lock on the table. The mode is that of a write, so a row that cannot be written is not
+    -- embedded.
     LOCK TABLE {{table}} IN ROW EXCLUSIVE MODE NOWAIT;
     OPEN _rows;
     LOOP
