@@ -177,7 +177,7 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._claim IS
-    'Claims due messages of the pipelines that can be embedded now: hides them for the lease and counts the attempt. '
+    'Claims due messages of the pipelines that can be embedded now: hides them for the lease and counts the read. '
     'The last message of each pipeline may exceed its share of max_rows. held: the messages that the lane has already. '
     'busy_models: the models that have not answered the lane for a while.';
 
