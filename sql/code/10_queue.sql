@@ -1,4 +1,4 @@
--- The queue. Only this file and state/10_queue.sql name pgmq's objects.
+-- The queue is a table of pgmq. Only this file and state/10_queue.sql name its objects.
 
 CREATE OR REPLACE VIEW autoembed._job AS
 SELECT q.msg_id AS message_id,
@@ -8,10 +8,14 @@ SELECT q.msg_id AS message_id,
        q.last_read_at,
        q.message,
        coalesce(q.message ->> 'pipeline', '') AS pipeline,
-       CASE jsonb_typeof(q.message -> 'keys') WHEN 'array' THEN jsonb_array_length(q.message -> 'keys') ELSE 1 END AS rows
+       CASE jsonb_typeof(q.message -> 'keys')
+           WHEN 'array' THEN jsonb_array_length(q.message -> 'keys')
+           ELSE 1
+       END AS rows
 FROM pgmq.q_embedding_jobs AS q;
 COMMENT ON VIEW autoembed._job IS
-    'The messages of the queue. pipeline: its id as text, empty if the message names none; rows: how many rows it names.';
+    'The messages of the queue. pipeline: the id as text, empty if the message names none. rows: the number of rows '
+    'that the message names.';
 
 CREATE OR REPLACE FUNCTION autoembed._keys_per_message()
     RETURNS integer
@@ -52,7 +56,7 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._keep_restored_queue IS
-    'Lets a restored dump replace the entry that CREATE EXTENSION has made in pgmq''s list.';
+    'Removes the entry that CREATE EXTENSION made in pgmq''s list, so that a restored dump can replace it.';
 
 CREATE OR REPLACE FUNCTION autoembed._claim(
     max_rows integer,
@@ -79,14 +83,14 @@ DECLARE
     _newest boolean;
     _ids bigint[] := '{}';
 BEGIN
-    -- The same lock as in _gate(), since this begins a lane's transaction.
+    -- A lane's transaction begins here, so it takes the same lock as in _gate().
     LOCK TABLE autoembed.lane IN ACCESS SHARE MODE;
-    -- min() always uses the index. EXISTS may choose a sequential scan.
+    -- min() always uses the index. EXISTS may use a sequential scan.
     IF (SELECT min(q.due_at) FROM autoembed._job AS q) <= _now IS NOT TRUE THEN
         RETURN;
     END IF;
     FOR _ready IN
-        -- From one pipeline in the index to the next: a DISTINCT would read the whole queue.
+        -- The recursion steps from one pipeline in the index to the next. A DISTINCT would read the whole queue.
         WITH RECURSIVE queued AS (
             (SELECT min(q.pipeline) AS pipeline FROM autoembed._job AS q)
             UNION ALL
@@ -99,7 +103,7 @@ BEGIN
         ready AS (
             SELECT n.pipeline, s.failures, s.owner
             FROM queued AS n
-            -- OFFSET 0: looks at these pipelines alone, however many there are.
+            -- OFFSET 0 keeps the planner from reading all pipelines.
             LEFT JOIN LATERAL (
                 SELECT p.id,
                        p.paused OR r.until > _now OR e.until > _now OR m.model = ANY (busy_models) AS waits,
@@ -114,7 +118,7 @@ BEGIN
                 OFFSET 0
             ) AS s ON true
             WHERE EXISTS (SELECT FROM autoembed._job AS q WHERE q.pipeline = n.pipeline AND q.due_at <= _now)
-              -- The quick test comes first: many tables may wait for one model, and each lane looks ten times a second.
+              -- The quick test comes first. Many tables may wait for one model, and each lane looks ten times a second.
               AND CASE WHEN s.waits THEN false
                        ELSE (SELECT b.blocked FROM autoembed._pipeline_state AS b WHERE b.id = s.id) IS NULL END
         )
@@ -122,7 +126,7 @@ BEGIN
                count(*) OVER (PARTITION BY r.owner) AS pipelines,
                (SELECT count(DISTINCT coalesce(o.owner, 0)) FROM ready AS o) AS owners
         FROM ready AS r
-        -- An owner with more pipelines than rows in its share has another few of them served each time.
+        -- An owner may have more pipelines than rows in its share. The random order serves others of them each time.
         ORDER BY r.owner, random()
     LOOP
         IF _owner IS DISTINCT FROM _ready.owner OR _owner_room IS NULL THEN
@@ -130,14 +134,14 @@ BEGIN
             _owner_room := greatest(1, max_rows / _ready.owners);
         END IF;
         CONTINUE WHEN _owner_room <= 0;
-        -- Each owner has its share, and each of the owner's pipelines: no tenant and no table holds up another.
-        -- A provider that has failed is tried with one message.
+        -- Each owner has an equal share, and so has each of the owner's pipelines. No tenant and no table holds up
+        -- another. A provider that has failed is tried with one message.
         _share := CASE WHEN _ready.failures > 0 THEN 1
                        ELSE greatest(1, max_rows / _ready.owners / _ready.pipelines) END;
         -- Up to half of the share goes to the newest messages, so that a change does not wait behind a backlog.
         FOREACH _newest IN ARRAY '{true,false}'::boolean[] LOOP
             _room := CASE WHEN _newest THEN _share / 2 ELSE _share END;
-            -- A FOR loop would lock fifty messages at a time, and hide those that it leaves from other lanes.
+            -- A FOR loop would lock fifty messages at a time, and so hide from other lanes those that it leaves.
             OPEN _messages FOR EXECUTE format(
                 $sql$
                 SELECT q.message_id, q.rows
@@ -173,9 +177,9 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._claim IS
-    'Claims due messages of the pipelines that can be embedded now: hides them for the lease and counts the try. '
-    'The last message of each pipeline may exceed its share of max_rows. held: messages that the lane has already. '
-    'busy_models: models that have not answered the lane for a while.';
+    'Claims due messages of the pipelines that can be embedded now: hides them for the lease and counts the read. '
+    'The last message of each pipeline may exceed its share of max_rows. held: the messages that the lane has already. '
+    'busy_models: the models that have not answered the lane for a while.';
 
 CREATE OR REPLACE FUNCTION autoembed._extend(message_ids bigint[], lease_seconds double precision)
     RETURNS void
@@ -187,7 +191,7 @@ AS $sql$
     SET due_at = clock_timestamp() + make_interval(secs => lease_seconds)
     WHERE q.message_id = ANY (message_ids);
 $sql$;
-COMMENT ON FUNCTION autoembed._extend IS 'Hides claimed messages for longer.';
+COMMENT ON FUNCTION autoembed._extend IS 'Extends the lease of claimed messages.';
 
 CREATE OR REPLACE FUNCTION autoembed._settle(message_ids bigint[])
     RETURNS void
@@ -199,7 +203,7 @@ BEGIN
     DELETE FROM autoembed._job AS q WHERE q.message_id = ANY (message_ids);
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._settle IS 'Deletes messages that are dealt with.';
+COMMENT ON FUNCTION autoembed._settle IS 'Deletes messages whose jobs have ended.';
 
 CREATE OR REPLACE FUNCTION autoembed._release(message_ids bigint[])
     RETURNS void
@@ -233,4 +237,4 @@ AS $sql$
             jsonb_build_object('pipeline', pipeline_id, 'keys', keys, 'attempts', attempts));
 $sql$;
 COMMENT ON FUNCTION autoembed._requeue IS
-    'Queues rows again, due after the delay. read_count: how many lanes have died while they held these rows.';
+    'Queues rows again, due after the delay. read_count: the number of lanes that died while they held these rows.';

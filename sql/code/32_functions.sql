@@ -1,4 +1,4 @@
--- The functions made for a pipeline, from the templates in sql/templates/.
+-- The functions of a pipeline are made from the templates in sql/templates/.
 
 CREATE OR REPLACE FUNCTION autoembed._function_template(name text)
     RETURNS text
@@ -10,7 +10,8 @@ AS $templates$
 @TEMPLATES@
     END;
 $templates$;
-COMMENT ON FUNCTION autoembed._function_template IS 'The text of a file of sql/templates/, by its name. build.py fills it in.';
+COMMENT ON FUNCTION autoembed._function_template IS
+    'The text of a file of sql/templates/, by its name. build.py puts the texts in.';
 
 CREATE OR REPLACE FUNCTION autoembed._filled(template text, slots jsonb)
     RETURNS text
@@ -22,7 +23,7 @@ DECLARE
     _filled text;
     _unknown text;
 BEGIN
-    -- One pass over the template alone, so that no value is taken for a template.
+    -- Only the template is split. A value that contains {{ is not taken for a template.
     SELECT string_agg(CASE WHEN p.number % 2 = 1 THEN p.part ELSE slots ->> p.part END, '' ORDER BY p.number),
            min(p.part) FILTER (WHERE p.number % 2 = 0 AND slots ->> p.part IS NULL)
     INTO _filled, _unknown
@@ -33,7 +34,8 @@ BEGIN
     RETURN _filled;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._filled IS 'A template with {{name}} replaced by the value of that name; an error if there is none.';
+COMMENT ON FUNCTION autoembed._filled IS
+    'The template with each {{name}} replaced by the value of that name. Fails if there is no value.';
 
 CREATE OR REPLACE FUNCTION autoembed._create_function(template_name text, slots jsonb, owner name DEFAULT NULL)
     RETURNS void
@@ -46,7 +48,7 @@ DECLARE
     _function regprocedure;
     _role text;
 BEGIN
-    -- The body is quoted as a whole: a name in it that contained a dollar quote would end it otherwise.
+    -- The body is quoted as a whole. A dollar quote within a name would end a dollar-quoted body.
     EXECUTE concat(autoembed._filled(_template[1], slots), quote_literal(autoembed._filled(_template[2], slots)));
     SELECT p.oid INTO STRICT _function
     FROM pg_proc AS p
@@ -55,7 +57,7 @@ BEGIN
     IF owner IS NOT NULL THEN
         EXECUTE format('ALTER FUNCTION %s OWNER TO %I', _function, owner);
     END IF;
-    -- Default privileges may give it to anybody.
+    -- Default privileges may have granted the function to any role.
     FOR _role IN
         SELECT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END
         FROM pg_proc AS p
@@ -72,8 +74,8 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._create_function IS
-    'Makes a function from a template, for its owner and the lanes alone. owner: the role that it runs as; NULL: the '
-    'current one.';
+    'Makes a function from a template. Only its owner and the lanes may call it. owner: the role that it runs as. '
+    'NULL: the current role.';
 
 CREATE OR REPLACE FUNCTION autoembed._lane_roles()
     RETURNS SETOF regrole
@@ -86,7 +88,7 @@ AS $sql$
     CROSS JOIN LATERAL aclexplode(p.proacl) AS a
     WHERE p.oid = 'autoembed.work'::regproc AND a.grantee NOT IN (0, p.proowner);
 $sql$;
-COMMENT ON FUNCTION autoembed._lane_roles IS 'The roles that grant_lane() has made lanes of.';
+COMMENT ON FUNCTION autoembed._lane_roles IS 'The roles that grant_lane() lets run lanes.';
 
 CREATE OR REPLACE FUNCTION autoembed._slots(pipeline autoembed.pipeline)
     RETURNS jsonb
@@ -118,19 +120,24 @@ BEGIN
     SELECT jsonb_build_object(
         'keys', string_agg(format('t.%I', k.name), ', ' ORDER BY k.number),
         'sent_keys', string_agg(
-            format('(s.key::pg_catalog.jsonb ->> %s)::%s AS k%s', k.number - 1, k.type, k.number), ', ' ORDER BY k.number
+            format('(s.key::pg_catalog.jsonb ->> %s)::%s AS k%s', k.number - 1, k.type, k.number),
+            ', ' ORDER BY k.number
         ),
         'same_key', string_agg(format('t.%I %s s.k%s', k.name, k.equal, k.number), ' AND ' ORDER BY k.number),
-        -- A row comparison uses the index. Operators of other schemas are compared one by one.
+        -- A row comparison uses the index. It cannot name operators of other schemas: with these, the columns are
+        -- compared one by one.
         'later_key', CASE
             WHEN bool_and(k.greater IN ('OPERATOR(pg_catalog.>)', '>')) THEN
                 format('ROW(%s) OPERATOR(pg_catalog.>) ROW(%s)',
                        string_agg(format('t.%I', k.name), ', ' ORDER BY k.number),
                        string_agg('s.k' || k.number, ', ' ORDER BY k.number))
             ELSE
-                string_agg(format('%st.%I %s s.k%s', k.equal_before, k.name, k.greater, k.number), ' OR ' ORDER BY k.number)
+                string_agg(
+                    format('%st.%I %s s.k%s', k.equal_before, k.name, k.greater, k.number),
+                    ' OR ' ORDER BY k.number
+                )
         END,
-        -- Values are compared as they are stored, which calls no code of a type.
+        -- Stored values are compared byte by byte, which calls no code of a type.
         'key_changed', format('record_image_ne(ROW(%s), ROW(%s))',
                               string_agg(format('OLD.%I', k.name), ', ' ORDER BY k.number),
                               string_agg(format('NEW.%I', k.name), ', ' ORDER BY k.number)),
@@ -162,10 +169,11 @@ BEGIN
         _text_changed := format('autoembed._text_%1$s(OLD) COLLATE "C" IS DISTINCT FROM autoembed._text_%1$s(NEW)',
                                 pipeline.id);
     ELSE
-        -- A long text that was left alone is the same value in the TOAST table, and is not fetched.
+        -- A long text that the UPDATE leaves alone keeps its value in the TOAST table, and is not fetched.
         SELECT string_agg(concat(
             CASE WHEN a.attlen = -1 AND a.attstorage <> 'p' THEN
-                format('(pg_column_toast_chunk_id(OLD.%1$I) = pg_column_toast_chunk_id(NEW.%1$I)) IS NOT TRUE AND ', k.name)
+                format('(pg_column_toast_chunk_id(OLD.%1$I) = pg_column_toast_chunk_id(NEW.%1$I)) IS NOT TRUE AND ',
+                       k.name)
             END,
             format('record_image_ne(ROW(OLD.%1$I), ROW(NEW.%1$I))', k.name)
         ), ' OR ')
@@ -194,9 +202,10 @@ BEGIN
                            autoembed._key_expression(pipeline, 'o'), autoembed._has_key_expression(pipeline, 'o')),
         'new_rows', format('SELECT %s AS key FROM new_rows AS n WHERE %s',
                            autoembed._key_expression(pipeline, 'n'), autoembed._has_key_expression(pipeline, 'n')),
-        'with_text', CASE WHEN pipeline.condition IS NULL THEN ''
-                          ELSE format(' AND autoembed._text_%s(ROW(n.*)::%s) IS NOT NULL', pipeline.id, pipeline.table_id)
-                     END,
+        'with_text', CASE
+            WHEN pipeline.condition IS NULL THEN ''
+            ELSE format(' AND autoembed._text_%s(ROW(n.*)::%s) IS NOT NULL', pipeline.id, pipeline.table_id)
+        END,
         'text_changed', _text_changed,
         'runs_owners_code', _runs_owners_code,
         'managed', pipeline.managed
@@ -204,7 +213,7 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._slots IS
-    'All facts that the functions made for a pipeline depend on, as names and pieces of SQL for the templates.';
+    'The facts on which the functions of a pipeline depend, as names and pieces of SQL for the templates.';
 
 CREATE OR REPLACE FUNCTION autoembed._build_pipeline(pipeline_id integer)
     RETURNS void
@@ -236,7 +245,7 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._build_pipeline IS
-    'Makes the functions of a pipeline, unless they are there and made from the same facts by the same version.';
+    'Makes the functions of a pipeline, unless they exist and the same version made them from the same facts.';
 
 CREATE OR REPLACE FUNCTION autoembed._create_functions(slots jsonb)
     RETURNS void
@@ -245,7 +254,7 @@ CREATE OR REPLACE FUNCTION autoembed._create_functions(slots jsonb)
 AS $plpgsql$
 DECLARE
     _owner name := slots ->> 'owner';
-    -- By name: the pieces that go into other templates.
+    -- The pieces that go into other templates, by name.
     _pieces jsonb := '{}';
     _piece text;
 BEGIN
@@ -254,7 +263,7 @@ BEGIN
         'and_later_key', quote_literal(format(' AND (%s)', slots ->> 'later_key')),
         'order_by_key', quote_literal(format(' ORDER BY %s', slots ->> 'keys'))
     );
-    -- A column of another type holds the table up. Its triggers go on queuing.
+    -- A column that is no vector cannot be written. The triggers go on queuing.
     IF slots ->> 'vector_type' IS NOT NULL THEN
         PERFORM autoembed._create_function('content', slots, _owner);
         PERFORM autoembed._create_function('scan', slots, _owner);
@@ -285,7 +294,7 @@ BEGIN
     PERFORM autoembed._create_function('clear', slots || _pieces);
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._create_functions IS 'Makes the functions of a pipeline from its facts.';
+COMMENT ON FUNCTION autoembed._create_functions IS 'Makes the functions of a pipeline from the facts of _slots().';
 
 CREATE OR REPLACE FUNCTION autoembed._drop_functions(pipeline_id integer, with_triggers boolean)
     RETURNS void
@@ -310,4 +319,4 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._drop_functions IS
-    'Drops the functions made for a pipeline. with_triggers: those of its triggers and the triggers, too.';
+    'Drops the functions of a pipeline. with_triggers: drops its triggers and their functions too.';

@@ -1,4 +1,4 @@
--- The triggers made for a pipeline, and whether they are as they should be.
+-- The triggers of a pipeline, and the checks that they exist and are enabled.
 
 CREATE OR REPLACE FUNCTION autoembed._trigger_name(pipeline_id integer, event text)
     RETURNS name
@@ -6,9 +6,11 @@ CREATE OR REPLACE FUNCTION autoembed._trigger_name(pipeline_id integer, event te
     IMMUTABLE
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    SELECT format(CASE event WHEN 'clear' THEN 'zz_autoembed_%s_%s' ELSE 'autoembed_%s_%s' END, pipeline_id, event)::name;
+    SELECT format(
+        CASE event WHEN 'clear' THEN 'zz_autoembed_%s_%s' ELSE 'autoembed_%s_%s' END, pipeline_id, event
+    )::name;
 $sql$;
-COMMENT ON FUNCTION autoembed._trigger_name IS 'What a pipeline''s trigger is called.';
+COMMENT ON FUNCTION autoembed._trigger_name IS 'The name of a pipeline''s trigger.';
 
 CREATE OR REPLACE FUNCTION autoembed._build_triggers(pipeline autoembed.pipeline)
     RETURNS void
@@ -18,7 +20,7 @@ CREATE OR REPLACE FUNCTION autoembed._build_triggers(pipeline autoembed.pipeline
     SET client_min_messages = warning
 AS $plpgsql$
 DECLARE
-    -- Neither partitions written directly nor logical replication fire statement triggers.
+    -- A write to a partition fires no statement trigger of the root. Logical replication of rows fires none either.
     _by_row boolean := pipeline.replicated
         OR (SELECT c.relkind = 'p' FROM pg_class AS c WHERE c.oid = pipeline.table_id);
     _name text;
@@ -27,26 +29,34 @@ BEGIN
     FOR _name, _definition IN
         SELECT t.name, t.definition
         FROM (VALUES
-            ('insert', 'AFTER INSERT ON %s' || CASE WHEN _by_row THEN ' FOR EACH ROW' ELSE ' REFERENCING NEW TABLE AS new_rows' END),
-            ('delete', 'AFTER DELETE ON %s' || CASE WHEN _by_row THEN ' FOR EACH ROW' ELSE ' REFERENCING OLD TABLE AS old_rows' END),
+            ('insert', 'AFTER INSERT ON %s' || CASE
+                WHEN _by_row THEN ' FOR EACH ROW'
+                ELSE ' REFERENCING NEW TABLE AS new_rows'
+            END),
+            ('delete', 'AFTER DELETE ON %s' || CASE
+                WHEN _by_row THEN ' FOR EACH ROW'
+                ELSE ' REFERENCING OLD TABLE AS old_rows'
+            END),
             ('update', 'AFTER UPDATE ON %s FOR EACH ROW'),
             ('truncate', 'AFTER TRUNCATE ON %s'),
-            -- By its name the last of the BEFORE triggers, so that it sees what the others make of the text.
+            -- Its name makes it the last of the BEFORE triggers, so it sees the text that the others leave.
             ('clear', CASE WHEN pipeline.on_change = 'clear' THEN 'BEFORE UPDATE ON %s FOR EACH ROW' END)
         ) AS t(name, definition)
     LOOP
-        EXECUTE format('DROP TRIGGER IF EXISTS %I ON %s', autoembed._trigger_name(pipeline.id, _name), pipeline.table_id);
+        EXECUTE format('DROP TRIGGER IF EXISTS %I ON %s',
+                       autoembed._trigger_name(pipeline.id, _name), pipeline.table_id);
         CONTINUE WHEN _definition IS NULL;
         EXECUTE format('CREATE TRIGGER %I ' || _definition || ' EXECUTE FUNCTION autoembed._%s_%s()',
                        autoembed._trigger_name(pipeline.id, _name), pipeline.table_id,
                        CASE _name WHEN 'clear' THEN 'clear' ELSE 'capture' END, pipeline.id);
         IF pipeline.replicated THEN
-            EXECUTE format('ALTER TABLE %s ENABLE ALWAYS TRIGGER %I', pipeline.table_id, autoembed._trigger_name(pipeline.id, _name));
+            EXECUTE format('ALTER TABLE %s ENABLE ALWAYS TRIGGER %I',
+                           pipeline.table_id, autoembed._trigger_name(pipeline.id, _name));
         END IF;
     END LOOP;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._build_triggers IS 'Makes the triggers of a pipeline anew.';
+COMMENT ON FUNCTION autoembed._build_triggers IS 'Makes the triggers of a pipeline. Replaces those that exist.';
 
 CREATE OR REPLACE FUNCTION autoembed._trigger_problems(pipeline autoembed.pipeline)
     RETURNS TABLE (problem text, cure text)
@@ -59,7 +69,11 @@ AS $sql$
         FROM unnest('{insert,update,delete,truncate,clear}'::text[]) AS e(event)
         JOIN pg_trigger AS t ON t.tgname = autoembed._trigger_name(pipeline.id, e.event)
         WHERE pipeline.managed
-          AND t.tgrelid IN (SELECT r.relid FROM pg_partition_tree(pipeline.table_id) AS r UNION ALL SELECT pipeline.table_id)
+          AND t.tgrelid IN (
+              SELECT r.relid FROM pg_partition_tree(pipeline.table_id) AS r
+              UNION ALL
+              SELECT pipeline.table_id
+          )
         UNION ALL
         SELECT t.tgrelid, t.tgname, t.tgenabled FROM autoembed._guide_triggers(pipeline) AS t WHERE NOT pipeline.managed
     )
@@ -76,10 +90,14 @@ AS $sql$
     UNION ALL
     -- A trigger of a partitioned table may be disabled on one partition.
     SELECT format('trigger %I is disabled', f.tgname),
-           CASE WHEN NOT pipeline.managed THEN format('ALTER TABLE %s ENABLE TRIGGER %I;', pipeline.table_id, f.tgname) END
+           CASE
+               WHEN NOT pipeline.managed THEN
+                   format('ALTER TABLE %s ENABLE TRIGGER %I;', pipeline.table_id, f.tgname)
+           END
     FROM found AS f
     GROUP BY f.tgname
     HAVING NOT bool_and(f.tgenabled = 'A' OR f.tgenabled = 'O' AND NOT pipeline.replicated);
 $sql$;
 COMMENT ON FUNCTION autoembed._trigger_problems IS
-    'Triggers of a pipeline that are missing or disabled. cure: SQL for triggers made by hand; NULL where resync() makes them.';
+    'The triggers of a pipeline that are missing or disabled. cure: the SQL that mends a trigger made by hand. NULL: '
+    'resync() mends it.';

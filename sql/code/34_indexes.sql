@@ -12,7 +12,7 @@ AS $sql$
     JOIN pg_am AS m ON m.oid = c.relam AND m.amname IN ('hnsw', 'ivfflat')
     JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attname = _vector_index.embedding_column
     WHERE i.indrelid = _vector_index.table_id
-      -- Of the column, or of an expression with it.
+      -- The index is on the column, or on an expression with it.
       AND (a.attnum = i.indkey[0] OR i.indkey[0] = 0 AND EXISTS (
           SELECT FROM pg_depend AS d
           WHERE d.classid = 'pg_class'::regclass AND d.objid = i.indexrelid
@@ -22,9 +22,15 @@ AS $sql$
     LIMIT 1;
 $sql$;
 COMMENT ON FUNCTION autoembed._vector_index IS
-    'The index on the embeddings of a table or partition, a valid one first; no row if there is none.';
+    'The index on the embeddings of a table or partition, a valid one first. No row if there is none.';
 
-CREATE OR REPLACE FUNCTION autoembed._index_key(pipeline autoembed.pipeline, OUT key text, OUT expression text, OUT problem text, OUT hint text)
+CREATE OR REPLACE FUNCTION autoembed._index_key(
+    pipeline autoembed.pipeline,
+    OUT key text,
+    OUT expression text,
+    OUT problem text,
+    OUT hint text
+)
     LANGUAGE plpgsql
     STABLE
     SET search_path = pg_catalog, pg_temp
@@ -39,12 +45,13 @@ BEGIN
     WHERE a.attrelid = pipeline.table_id AND a.attname = pipeline.embedding_column;
     IF _dimensions IS NULL THEN
         _dimensions := autoembed._dimensions(pipeline.model);
-        problem := format('column "%s" of table %s has no dimensions, which an HNSW index needs', pipeline.embedding_column, pipeline.table_id);
+        problem := format('column "%s" of table %s has no dimensions, which an HNSW index needs',
+                          pipeline.embedding_column, pipeline.table_id);
         hint := format('ALTER TABLE %s ALTER COLUMN %I TYPE @extschema:vector@.%s(%s);',
                        pipeline.table_id, pipeline.embedding_column, _type, _dimensions);
     END IF;
     expression := quote_ident(pipeline.embedding_column);
-    -- pgvector's limits of an HNSW index.
+    -- pgvector's HNSW indexes take up to 2000 dimensions of vector, and 4000 of halfvec.
     IF _dimensions > 4000 THEN
         problem := format('embeddings of %s dimensions cannot have an HNSW index, which takes up to 4000', _dimensions);
         hint := 'Many models give shorter ones: autoembed.create_model(…, dimensions => 1024).';
@@ -57,7 +64,9 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._index_key IS
-    'What an HNSW index on a pipeline''s embeddings is built on, NULL: none can be; the expression by which queries use it; what is in its way, and what to do before.';
+    'The facts of an HNSW index on a pipeline''s embeddings. key: the indexed expression and its operator class. NULL: '
+    'no index is possible. expression: the expression in queries that use the index. problem: the fact that prevents '
+    'the index. hint: its cure.';
 
 CREATE OR REPLACE FUNCTION autoembed._build_index(pipeline_id integer)
     RETURNS boolean
@@ -79,8 +88,9 @@ BEGIN
         PERFORM autoembed._unschedule('index-' || pipeline_id);
         RETURN true;
     ELSIF NOT autoembed._cron_is_here() THEN
-        RAISE WARNING USING MESSAGE = format('%s.%I has no index', _pipeline.table_id, _pipeline.embedding_column),
-                            HINT = 'Create it by hand: indexes are built by pg_cron, which is not installed in this database.';
+        RAISE WARNING USING
+            MESSAGE = format('%s.%I has no index', _pipeline.table_id, _pipeline.embedding_column),
+            HINT = 'Create it by hand: indexes are built by pg_cron, which is not installed in this database.';
         RETURN true;
     END IF;
     SELECT k.* INTO _key FROM autoembed._index_key(_pipeline) AS k;
@@ -96,7 +106,7 @@ BEGIN
         WHERE b.pipeline_id = _build_index.pipeline_id AND b.index_problem IS NULL;
     END IF;
     IF _index.indexrelid IS NOT NULL THEN
-        -- Either it is being built, or a build was interrupted.
+        -- The index is being built, or its build was interrupted.
         BEGIN
             EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE NOWAIT', _pipeline.table_id);
             -- The build may have ended before the lock was granted.
@@ -112,7 +122,9 @@ BEGIN
         INTO STRICT _name
         FROM pg_class AS c
         JOIN pg_namespace AS n ON n.oid = c.relnamespace
-        CROSS JOIN LATERAL (SELECT left(c.relname, 30) || '_' || left(_pipeline.embedding_column, 25) || '_idx' AS name) AS k
+        CROSS JOIN LATERAL (
+            SELECT left(c.relname, 30) || '_' || left(_pipeline.embedding_column, 25) || '_idx' AS name
+        ) AS k
         WHERE c.oid = _pipeline.table_id;
         -- No function can build an index concurrently.
         PERFORM autoembed._schedule_index(pipeline_id, format(
@@ -123,4 +135,5 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._build_index IS
-    'Has pg_cron build the HNSW index of a pipeline''s column, concurrently. True if it is there, or cannot be built here.';
+    'Has pg_cron build the HNSW index of a pipeline''s column, concurrently. True if the index exists, or cannot be '
+    'built in this database.';

@@ -1,6 +1,11 @@
--- Whether a pipeline can be embedded, and why not.
+-- The checks that tell whether a pipeline can be embedded, and if not, why.
 
-CREATE OR REPLACE FUNCTION autoembed._check_pipeline(pipeline autoembed.pipeline, OUT problem text, OUT hint text, OUT errcode text)
+CREATE OR REPLACE FUNCTION autoembed._check_pipeline(
+    pipeline autoembed.pipeline,
+    OUT problem text,
+    OUT hint text,
+    OUT errcode text
+)
     LANGUAGE plpgsql
     STABLE
     SECURITY DEFINER
@@ -19,7 +24,7 @@ BEGIN
     SELECT c.* INTO _table FROM pg_class AS c WHERE c.oid = pipeline.table_id;
     IF NOT FOUND THEN
         problem := format('the table with OID %s no longer exists', pipeline.table_id::oid);
-        hint := 'It is ended by the next lane, or by SELECT autoembed.process().';
+        hint := 'The next lane ends its pipeline, or SELECT autoembed.process().';
         errcode := 'undefined_table';
         RETURN;
     END IF;
@@ -31,7 +36,9 @@ BEGIN
     END IF;
     IF pipeline.managed AND cardinality(pipeline.key_columns) = 0 THEN
         problem := format('table %s has no key to find its rows by', pipeline.table_id);
-        hint := format('Add a primary key, or a unique index on columns that are NOT NULL: ALTER TABLE %s ADD COLUMN id bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY.', pipeline.table_id);
+        hint := format('Add a primary key, or a unique index on columns that are NOT NULL: '
+                       'ALTER TABLE %s ADD COLUMN id bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY.',
+                       pipeline.table_id);
         errcode := 'object_not_in_prerequisite_state';
         RETURN;
     END IF;
@@ -49,7 +56,8 @@ BEGIN
             WHEN pipeline.managed THEN
                 (SELECT 'Its columns are: ' || string_agg(a.attname, ', ' ORDER BY a.attnum) || '.'
                  FROM pg_attribute AS a
-                 WHERE a.attrelid = _table.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attname <> pipeline.embedding_column)
+                 WHERE a.attrelid = _table.oid AND a.attnum > 0 AND NOT a.attisdropped
+                   AND a.attname <> pipeline.embedding_column)
             ELSE 'queue_embeddings() finds rows by a primary key column called id.'
         END;
         errcode := 'undefined_column';
@@ -58,14 +66,22 @@ BEGIN
 
     IF _table.relforcerowsecurity AND _table.relrowsecurity
        AND NOT (SELECT r.rolsuper OR r.rolbypassrls FROM pg_roles AS r WHERE r.oid = _table.relowner)
-       AND (SELECT NOT coalesce(bool_or(p.polpermissive AND p.polcmd = '*' AND pg_get_expr(p.polqual, p.polrelid) = 'true'), false)
+       AND (SELECT NOT coalesce(
+                       bool_or(p.polpermissive AND p.polcmd = '*' AND pg_get_expr(p.polqual, p.polrelid) = 'true'),
+                       false
+                   )
                    OR NOT bool_and(p.polpermissive)
             FROM pg_policy AS p
             WHERE p.polrelid = _table.oid
-              -- Those that bind him: for PUBLIC, or for a role that he has the rights of.
-              AND EXISTS (SELECT FROM unnest(p.polroles) AS r(id) WHERE r.id = 0 OR pg_has_role(_table.relowner, r.id, 'USAGE'))) THEN
-        problem := format('row level security is forced on the owner of table %s and may hide rows from him', pipeline.table_id);
-        hint := format('Let him see all: CREATE POLICY embeddings ON %s TO %I USING (true), without restrictive policies; or ALTER TABLE %s NO FORCE ROW LEVEL SECURITY.',
+              -- The policies that bind the owner are those for PUBLIC, or for a role whose rights the owner has.
+              AND EXISTS (
+                  SELECT FROM unnest(p.polroles) AS r(id)
+                  WHERE r.id = 0 OR pg_has_role(_table.relowner, r.id, 'USAGE')
+              )) THEN
+        problem := format('row level security is forced on the owner of table %s and may hide rows from him',
+                          pipeline.table_id);
+        hint := format('Let the owner see all rows: CREATE POLICY embeddings ON %s TO %I USING (true), without '
+                       'restrictive policies; or ALTER TABLE %s NO FORCE ROW LEVEL SECURITY.',
                        pipeline.table_id, pg_get_userbyid(_table.relowner), pipeline.table_id);
         errcode := 'waits';
         RETURN;
@@ -101,18 +117,20 @@ BEGIN
         SELECT FROM pg_attribute AS a
         WHERE a.attrelid = _table.oid AND a.attname = pipeline.embedding_column AND a.attnotnull AND NOT a.attisdropped
     ) THEN
-        problem := format('column "%s" of table %s is NOT NULL and cannot be cleared', pipeline.embedding_column, pipeline.table_id);
+        problem := format('column "%s" of table %s is NOT NULL and cannot be cleared',
+                          pipeline.embedding_column, pipeline.table_id);
         hint := 'Use on_change => ''keep'', or drop the constraint.';
         errcode := 'invalid_parameter_value';
         RETURN;
     END IF;
-    -- A BEFORE trigger sees no generated column; what a function reads is not known.
+    -- A BEFORE trigger sees no generated column. A content function may read any column.
     IF pipeline.on_change = 'clear' AND EXISTS (
         SELECT FROM pg_attribute AS a
         WHERE a.attrelid = _table.oid AND a.attgenerated <> '' AND NOT a.attisdropped
           AND (a.attname = ANY (autoembed._needed_columns(pipeline)) OR pipeline.content_function IS NOT NULL)
     ) THEN
-        problem := format('on_change => ''clear'' does not work with the generated columns of table %s', pipeline.table_id);
+        problem := format('on_change => ''clear'' does not work with the generated columns of table %s',
+                          pipeline.table_id);
         hint := 'Use on_change => ''keep'', or columns that are not generated.';
         errcode := 'feature_not_supported';
         RETURN;
@@ -121,19 +139,22 @@ BEGIN
     IF pipeline.content_function IS NOT NULL THEN
         SELECT p.* INTO _function FROM pg_proc AS p WHERE p.oid = autoembed._content_function_of(pipeline);
         IF NOT FOUND THEN
-            problem := format('there is no function "%s" of one row of %s', pipeline.content_function, pipeline.table_id);
-            hint := format('Create it: CREATE FUNCTION %s(%s) RETURNS text.', pipeline.content_function, pipeline.table_id);
+            problem := format('there is no function "%s" of one row of %s',
+                              pipeline.content_function, pipeline.table_id);
+            hint := format('Create it: CREATE FUNCTION %s(%s) RETURNS text.',
+                           pipeline.content_function, pipeline.table_id);
             errcode := 'undefined_function';
             RETURN;
         END IF;
         IF (SELECT t.typcategory FROM pg_type AS t WHERE t.oid = _function.prorettype) <> 'S' THEN
-            problem := format('function %s returns %s', _function.oid::regprocedure, format_type(_function.prorettype, NULL));
+            problem := format('function %s returns %s',
+                              _function.oid::regprocedure, format_type(_function.prorettype, NULL));
             hint := 'A content function returns text.';
             errcode := 'datatype_mismatch';
             RETURN;
         END IF;
-        -- It will run as the table's owner, so it must come from somebody who already has the owner's rights.
-        -- Who may SET ROLE to the owner has these rights; a membership alone may give none.
+        -- The function runs as the table's owner, so its own owner must have that role's rights already.
+        -- A role that may SET ROLE to the table's owner has them. A membership alone may give none.
         IF NOT pg_has_role(_function.proowner, _table.relowner, 'SET') THEN
             problem := format('function %s belongs to %I, who has not the rights of %I, the owner of table %s',
                               _function.oid::regprocedure, pg_get_userbyid(_function.proowner),
@@ -147,8 +168,11 @@ BEGIN
 
     _missing := autoembed._missing_object(pipeline);
     IF _missing IS NOT NULL THEN
-        problem := format('the condition on table %s uses %s, which is gone or has another name', pipeline.table_id, _missing);
-        hint := format('Bring it back, or give the condition anew: SELECT autoembed.alter_pipeline(%L, condition => …).', pipeline.table_id);
+        problem := format('the condition on table %s uses %s, which is gone or has another name',
+                          pipeline.table_id, _missing);
+        hint := format('Bring it back, or give the condition again: '
+                       'SELECT autoembed.alter_pipeline(%L, condition => …).',
+                       pipeline.table_id);
         errcode := 'waits';
         RETURN;
     END IF;
@@ -156,18 +180,24 @@ BEGIN
     _model := autoembed._model(pipeline.model);
     IF _type_dimensions NOT IN (-1, _model.dimensions) THEN
         problem := format('column "%s" of table %s has %s dimensions, model "%s" has %s',
-                          pipeline.embedding_column, pipeline.table_id, _type_dimensions, _model.name, _model.dimensions);
-        hint := format('Change the column: ALTER TABLE %s ALTER COLUMN %I TYPE %s(%s) USING NULL; or the model: SELECT %s.',
+                          pipeline.embedding_column, pipeline.table_id, _type_dimensions,
+                          _model.name, _model.dimensions);
+        hint := format('Change the column: ALTER TABLE %s ALTER COLUMN %I TYPE %s(%s) USING NULL; '
+                       'or the model: SELECT %s.',
                        pipeline.table_id, pipeline.embedding_column, _type, _model.dimensions,
-                       CASE WHEN pipeline.managed THEN format('autoembed.alter_pipeline(%L, model => …)', pipeline.table_id)
-                            ELSE 'autoembed.set_default_model(…)' END);
-        -- Not an error of the pipeline: another model cures it at any time.
+                       CASE
+                           WHEN pipeline.managed THEN
+                               format('autoembed.alter_pipeline(%L, model => …)', pipeline.table_id)
+                           ELSE 'autoembed.set_default_model(…)'
+                       END);
+        -- The definition of the pipeline is valid. Another model cures it at any time.
         errcode := 'waits';
     END IF;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._check_pipeline IS
-    'Why the column cannot be embedded as things stand, and what to do; NULLs if it can. errcode waits: the jobs wait for a change.';
+    'The reason why a pipeline cannot be embedded, and the cure. NULLs if it can. errcode: the name of an SQLSTATE, or '
+    'waits, if the jobs wait for a change.';
 
 CREATE OR REPLACE VIEW autoembed._pipeline_state AS
 SELECT p.id,
@@ -180,7 +210,7 @@ SELECT p.id,
        coalesce(c.problem, CASE
            WHEN p.paused THEN 'it is paused'
            WHEN r.until > clock_timestamp() THEN
-               -- The words of a provider may quote texts of other tenants.
+               -- The reason may quote the provider, and with it the texts of other tenants.
                format('model "%s" rests: %s', r.model,
                       CASE WHEN pg_has_role('pg_monitor', 'USAGE') THEN r.reason ELSE r.summary END)
            WHEN e.until > clock_timestamp() THEN
@@ -196,9 +226,12 @@ FROM autoembed.pipeline AS p
 CROSS JOIN LATERAL autoembed._check_pipeline(p) AS c
 LEFT JOIN autoembed.model_rest AS r ON r.model = coalesce(p.model, autoembed._default_model())
 LEFT JOIN autoembed.pipeline_rest AS e ON e.pipeline_id = p.id;
-COMMENT ON VIEW autoembed._pipeline_state IS 'Every pipeline, and why its jobs wait, if they do.';
+COMMENT ON VIEW autoembed._pipeline_state IS 'Every pipeline, and the reason why its jobs wait, if they do.';
 
-CREATE OR REPLACE FUNCTION autoembed._warn_of_blocked_pipelines(only_with_jobs boolean DEFAULT false, resting text[] DEFAULT NULL)
+CREATE OR REPLACE FUNCTION autoembed._warn_of_blocked_pipelines(
+    only_with_jobs boolean DEFAULT false,
+    resting text[] DEFAULT NULL
+)
     RETURNS void
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -208,7 +241,7 @@ DECLARE
     _state record;
 BEGIN
     IF resting IS NOT NULL THEN
-        -- For the server's log: a lane's client is pg_cron, which would write it there again.
+        -- The warning is for the server's log alone. A lane's client is pg_cron, which would write it there again.
         PERFORM set_config('client_min_messages', 'error', true);
     END IF;
     FOR _state IN
@@ -222,13 +255,15 @@ BEGIN
     LOOP
         RAISE WARNING USING
             ERRCODE = 'object_not_in_prerequisite_state',
-            MESSAGE = format('%s.%I is not being embedded: %s', _state.table_id, _state.embedding_column, _state.blocked),
+            MESSAGE = format('%s.%I is not being embedded: %s',
+                             _state.table_id, _state.embedding_column, _state.blocked),
             HINT = coalesce(_state.hint, 'Its jobs are kept, and go on by themselves.');
     END LOOP;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._warn_of_blocked_pipelines IS
-    'Says which pipelines wait, why, and what to do. With resting, for lanes, in the server''s log: those that wait for one of these models, or, with none, for no model.';
+    'Warns of pipelines that wait, with the reason and the cure. resting: warns in the server''s log alone, of the '
+    'pipelines that wait for one of these models. An empty array: of those that wait for no model.';
 
 CREATE OR REPLACE FUNCTION autoembed._rest_pipelines(owner bigint, pipeline_ids integer[], reason text)
     RETURNS void
@@ -242,13 +277,17 @@ AS $sql$
     JOIN pg_class AS c ON c.oid = p.table_id AND c.relowner = _rest_pipelines.owner::oid
     WHERE pipeline_ids = '{}' OR p.id = ANY (pipeline_ids)
     ON CONFLICT (pipeline_id) DO UPDATE
-    -- 5 seconds, doubled with each error within ten minutes, five minutes at most.
+    -- A rest lasts 5 seconds, doubled with each error within ten minutes, up to five minutes.
     SET until = clock_timestamp() + least(
             interval '5 minutes',
-            interval '5 seconds' * 2 ^ CASE WHEN r.until > clock_timestamp() - interval '10 minutes' THEN least(r.failures, 6) ELSE 0 END
+            interval '5 seconds' * 2 ^ CASE
+                WHEN r.until > clock_timestamp() - interval '10 minutes' THEN least(r.failures, 6)
+                ELSE 0
+            END
         ),
         failures = CASE WHEN r.until > clock_timestamp() - interval '10 minutes' THEN r.failures + 1 ELSE 1 END,
         reason = excluded.reason;
 $sql$;
 COMMENT ON FUNCTION autoembed._rest_pipelines IS
-    'Keeps all lanes from the jobs of an owner''s pipelines for a while, after an error of its code. No ids: all of them.';
+    'Keeps all lanes from the jobs of an owner''s pipelines for a while, after an error of the owner''s code. An empty '
+    'pipeline_ids: all pipelines of the owner.';

@@ -1,4 +1,4 @@
--- What follows when a pipeline is defined, changed or ended, and when its table is altered.
+-- These triggers act when a pipeline is defined, changed or ended, and when its table is altered.
 
 CREATE OR REPLACE FUNCTION autoembed._table_shape(pipeline autoembed.pipeline)
     RETURNS jsonb
@@ -11,16 +11,22 @@ AS $sql$
                     WHERE a.attrelid = pipeline.table_id AND a.attnum > 0 AND NOT a.attisdropped),
         'type', (SELECT concat_ws(' ', a.attnum, format_type(a.atttypid, a.atttypmod)) FROM pg_attribute AS a
                  WHERE a.attrelid = pipeline.table_id AND a.attname = pipeline.embedding_column),
-        'contents', (SELECT jsonb_object_agg(a.attnum, concat_ws(' ', format_type(a.atttypid, a.atttypmod), pg_get_expr(d.adbin, d.adrelid)))
+        'contents', (SELECT jsonb_object_agg(a.attnum, concat_ws(
+                         ' ', format_type(a.atttypid, a.atttypmod), pg_get_expr(d.adbin, d.adrelid)
+                     ))
                      FROM pg_attribute AS a
                      LEFT JOIN pg_attrdef AS d ON a.attgenerated <> '' AND d.adrelid = a.attrelid AND d.adnum = a.attnum
-                     WHERE a.attrelid = pipeline.table_id AND a.attnum > 0 AND NOT a.attisdropped AND a.attname <> pipeline.embedding_column),
-        'partitions', (SELECT coalesce(jsonb_agg(t.relid::oid::bigint ORDER BY t.relid::oid), '[]') FROM pg_partition_tree(pipeline.table_id) AS t
+                     WHERE a.attrelid = pipeline.table_id AND a.attnum > 0 AND NOT a.attisdropped
+                       AND a.attname <> pipeline.embedding_column),
+        'partitions', (SELECT coalesce(jsonb_agg(t.relid::oid::bigint ORDER BY t.relid::oid), '[]')
+                       FROM pg_partition_tree(pipeline.table_id) AS t
                        WHERE t.isleaf)
     );
 $sql$;
 COMMENT ON FUNCTION autoembed._table_shape IS
-    'What of a table matters to its pipeline: its columns by number, number and type of the embedding column, types and expressions of the others, its partitions.';
+    'The facts of a table that its pipeline follows. columns: the names by number. type: the number and the type of '
+    'the embedding column. contents: the types and expressions of the other columns. partitions: the OIDs of the '
+    'leaves.';
 
 CREATE OR REPLACE FUNCTION autoembed._renamed(names name[], renames jsonb)
     RETURNS name[]
@@ -31,7 +37,7 @@ AS $sql$
     SELECT array_agg(coalesce((renames ->> n.name)::name, n.name) ORDER BY n.position)
     FROM unnest(names) WITH ORDINALITY AS n(name, position);
 $sql$;
-COMMENT ON FUNCTION autoembed._renamed IS 'The names after renames, {then: now}.';
+COMMENT ON FUNCTION autoembed._renamed IS 'The names after renames, given as {old name: new name}.';
 
 CREATE OR REPLACE FUNCTION autoembed._backfill(pipeline_id integer)
     RETURNS void
@@ -44,7 +50,8 @@ AS $sql$
     ON CONFLICT ON CONSTRAINT backfill_pkey DO UPDATE
     SET position = NULL, rows_queued = 0, scanned_at = NULL, index_problem = NULL, started_at = clock_timestamp();
 $sql$;
-COMMENT ON FUNCTION autoembed._backfill IS 'Has the rows of a pipeline looked through for what is missing or stale.';
+COMMENT ON FUNCTION autoembed._backfill IS
+    'Has lanes scan the rows of a pipeline for embeddings that are missing or stale.';
 
 CREATE OR REPLACE FUNCTION autoembed._define()
     RETURNS trigger
@@ -55,12 +62,12 @@ AS $plpgsql$
 DECLARE
     _check record;
 BEGIN
-    -- Out of a dump, where it was sound once and its table's triggers are yet to come.
+    -- The row comes from a dump. It was sound once, and the triggers of its table are restored later.
     IF TG_OP = 'INSERT' AND NEW.built_from IS NOT NULL THEN
         NEW.table_shape := autoembed._table_shape(NEW);
         RETURN NEW;
     END IF;
-    -- A dump of the schema alone brings functions and triggers, but no pipelines: their numbers are taken.
+    -- A dump of the schema alone restores functions and triggers without their pipelines. Their numbers are taken.
     WHILE TG_OP = 'INSERT' AND EXISTS (
         SELECT FROM pg_proc AS p WHERE p.pronamespace = 'autoembed'::regnamespace AND p.proname = '_content_' || NEW.id
     ) LOOP
@@ -110,28 +117,38 @@ BEGIN
         FOR _stale IN
             SELECT DISTINCT substring(f.proname FROM '[0-9]+$')::integer
             FROM pg_trigger AS t
-            JOIN pg_proc AS f ON f.oid = t.tgfoid AND f.pronamespace = 'autoembed'::regnamespace AND f.proname ~ '^_(capture|clear)_[0-9]+$'
+            JOIN pg_proc AS f
+                ON f.oid = t.tgfoid
+               AND f.pronamespace = 'autoembed'::regnamespace
+               AND f.proname ~ '^_(capture|clear)_[0-9]+$'
             WHERE t.tgrelid = NEW.table_id
-              AND NOT EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.id::text = substring(f.proname FROM '[0-9]+$'))
+              AND NOT EXISTS (
+                  SELECT FROM autoembed.pipeline AS p WHERE p.id::text = substring(f.proname FROM '[0-9]+$')
+              )
         LOOP
             PERFORM autoembed._drop_functions(_stale, true);
         END LOOP;
     END IF;
     PERFORM autoembed._build_pipeline(NEW.id);
-    -- PostgreSQL plans what will be run, under the guards of a lane.
+    -- PostgreSQL plans the statements of a lane, under the guards of a lane.
     IF autoembed._missing_object(NEW) IS NULL THEN
         SELECT p.* INTO _plan FROM autoembed._plan(NEW.id) AS p;
         IF _plan.problem IS NOT NULL THEN
             RAISE EXCEPTION USING MESSAGE = _plan.problem, ERRCODE = _plan.errcode;
         END IF;
     END IF;
-    IF NEW.managed AND (TG_OP = 'INSERT' OR NEW.on_change <> OLD.on_change OR EXISTS (SELECT FROM autoembed._trigger_problems(NEW))) THEN
+    IF NEW.managed AND (
+        TG_OP = 'INSERT'
+        OR NEW.on_change <> OLD.on_change
+        OR EXISTS (SELECT FROM autoembed._trigger_problems(NEW))
+    ) THEN
         PERFORM autoembed._build_triggers(NEW);
     END IF;
     RETURN NULL;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._defined IS 'Makes the functions and triggers of a pipeline that was defined or changed.';
+COMMENT ON FUNCTION autoembed._defined IS
+    'Makes the functions and triggers of a pipeline that is defined or changed.';
 
 CREATE OR REPLACE FUNCTION autoembed._ended()
     RETURNS trigger
@@ -153,7 +170,7 @@ BEGIN
     RETURN NULL;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._ended IS 'Takes away the jobs, functions and triggers of a pipeline that was ended.';
+COMMENT ON FUNCTION autoembed._ended IS 'Removes the jobs, functions and triggers of a pipeline that has ended.';
 
 CREATE OR REPLACE FUNCTION autoembed._end()
     RETURNS trigger
@@ -166,7 +183,7 @@ BEGIN
     RETURN NULL;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._end IS 'Deletes a pipeline that was marked as ended.';
+COMMENT ON FUNCTION autoembed._end IS 'Deletes a pipeline that is marked as ended.';
 
 CREATE OR REPLACE FUNCTION autoembed._drop_orphaned_pipelines()
     RETURNS void
@@ -175,7 +192,7 @@ CREATE OR REPLACE FUNCTION autoembed._drop_orphaned_pipelines()
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    -- A look-up for each; NOT EXISTS would read the whole catalog, every second.
+    -- The subquery looks each table up by its OID. NOT EXISTS would read the whole catalog, every second.
     DELETE FROM autoembed.pipeline AS p
     WHERE p.id IN (
         SELECT o.id
@@ -185,7 +202,8 @@ BEGIN
     );
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._drop_orphaned_pipelines IS 'Ends the pipelines whose table was dropped, with their jobs.';
+COMMENT ON FUNCTION autoembed._drop_orphaned_pipelines IS
+    'Ends the pipelines whose table was dropped, with their jobs.';
 
 CREATE OR REPLACE FUNCTION autoembed._follow_tables()
     RETURNS event_trigger
@@ -211,21 +229,25 @@ BEGIN
         _before := _pipeline.table_shape;
         SELECT coalesce(jsonb_object_agg(b.value, a.value), '{}') INTO _renames
         FROM jsonb_each_text(_before -> 'columns') AS b
-        JOIN jsonb_each_text(autoembed._table_shape(_pipeline) -> 'columns') AS a ON a.key = b.key AND a.value <> b.value;
+        JOIN jsonb_each_text(autoembed._table_shape(_pipeline) -> 'columns') AS a
+            ON a.key = b.key AND a.value <> b.value;
         IF _renames <> '{}' THEN
             _pipeline.embedding_column := coalesce(_renames ->> _pipeline.embedding_column, _pipeline.embedding_column);
             _pipeline.key_columns := autoembed._renamed(_pipeline.key_columns, _renames);
             _pipeline.content_columns := autoembed._renamed(_pipeline.content_columns, _renames);
             _pipeline.content_template := (
                 SELECT string_agg(
-                    CASE WHEN t.column_name IS NOT NULL THEN format('{%s}', coalesce(_renames ->> t.column_name, t.column_name))
-                         WHEN t.literal IN ('{', '}', '\') THEN t.literal || t.literal
-                         ELSE t.literal
+                    CASE
+                        WHEN t.column_name IS NOT NULL THEN
+                            format('{%s}', coalesce(_renames ->> t.column_name, t.column_name))
+                        WHEN t.literal IN ('{', '}', '\') THEN t.literal || t.literal
+                        ELSE t.literal
                     END, '')
                 FROM autoembed._template(_pipeline.content_template) AS t
             );
-            -- The condition is an expression of the owner's, not to be read with more rights than his: it keeps its names.
-            SELECT coalesce(jsonb_object_agg(c.key, coalesce(_renames ->> c.value, c.value)), '{}') INTO _pipeline.condition_columns
+            -- The condition keeps its names. It is the owner's code, and no other role may parse it.
+            SELECT coalesce(jsonb_object_agg(c.key, coalesce(_renames ->> c.value, c.value)), '{}')
+            INTO _pipeline.condition_columns
             FROM jsonb_each_text(_pipeline.condition_columns) AS c;
         END IF;
         _after := autoembed._table_shape(_pipeline);
@@ -237,12 +259,12 @@ BEGIN
                 condition_columns = _pipeline.condition_columns, table_shape = _after
             WHERE p.id = _pipeline.id;
         END IF;
-        -- Whatever keeps rows from being embedded: a trigger made for other names would refuse them.
+        -- A trigger made for other names would refuse writes. Its function is made again even if the pipeline waits.
         IF (SELECT c.errcode IS DISTINCT FROM 'undefined_column' FROM autoembed._check_pipeline(_pipeline) AS c) THEN
             PERFORM autoembed._build_pipeline(_pipeline.id);
         END IF;
-        -- The vectors are of another type, or the texts may be others, or there are rows that came with a partition: no
-        -- trigger has seen it.
+        -- The vectors have another type, or the texts may have changed, or a partition has brought rows. No trigger
+        -- sees such a change.
         IF _before ->> 'type' <> _after ->> 'type'
            OR EXISTS (
                SELECT FROM jsonb_each_text(_before -> 'contents') AS b
@@ -255,7 +277,7 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._follow_tables IS
-    'Has pipelines follow what ALTER TABLE changes: names, owners, types, partitions.';
+    'Has pipelines follow the names, owners, types and partitions that ALTER TABLE changes.';
 
 CREATE OR REPLACE FUNCTION autoembed._end_broken()
     RETURNS event_trigger
@@ -266,7 +288,7 @@ AS $plpgsql$
 DECLARE
     _broken record;
 BEGIN
-    -- Its trigger would refuse rows that are written. A rename is no drop: the numbers of the columns tell.
+    -- The trigger of a lost column would refuse writes. A renamed column keeps its number, so it is not lost.
     FOR _broken IN
         SELECT p.id, p.table_id, p.embedding_column, min(k.name::text) AS lost
         FROM autoembed.pipeline AS p
@@ -286,7 +308,8 @@ BEGIN
         GROUP BY p.id
     LOOP
         DELETE FROM autoembed.pipeline AS p WHERE p.id = _broken.id;
-        RAISE NOTICE '%.% is no longer embedded: column "%" is gone', _broken.table_id, quote_ident(_broken.embedding_column), _broken.lost;
+        RAISE NOTICE '%.% is no longer embedded: column "%" is gone',
+            _broken.table_id, quote_ident(_broken.embedding_column), _broken.lost;
     END LOOP;
 END;
 $plpgsql$;
@@ -298,13 +321,14 @@ CREATE OR REPLACE FUNCTION autoembed._protect_functions()
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    -- A table owner owns his pipelines' functions; as SECURITY INVOKER they would run as the lane, a superuser.
+    -- The functions of a pipeline belong to the table's owner. The owner could make them SECURITY INVOKER, and so have
+    -- them run with the rights of a lane, which may be a superuser.
     IF NOT (SELECT r.rolsuper FROM pg_roles AS r WHERE r.rolname = current_user)
        AND EXISTS (SELECT FROM pg_event_trigger_ddl_commands() AS d WHERE d.schema_name = 'autoembed') THEN
         RAISE EXCEPTION USING
             ERRCODE = 'insufficient_privilege',
             MESSAGE = 'the functions in schema autoembed cannot be altered',
-            HINT = 'They are made anew when their table changes.';
+            HINT = 'They are made again when their table changes.';
     END IF;
 END;
 $plpgsql$;

@@ -1,4 +1,4 @@
--- A pass reads and writes through these functions.
+-- A pass reads and writes the database through these functions.
 
 CREATE OR REPLACE FUNCTION autoembed._pipelines(ids integer[])
     RETURNS TABLE (
@@ -17,7 +17,7 @@ CREATE OR REPLACE FUNCTION autoembed._pipelines(ids integer[])
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-    -- A plan for each list would cost each claim half a millisecond.
+    -- A plan made for each list of ids would cost each claim half a millisecond.
     SET plan_cache_mode = force_generic_plan
 AS $plpgsql$
 #variable_conflict use_column
@@ -46,7 +46,7 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._pipelines IS
-    'The facts about these pipelines that a pass needs. Builds their functions where they are missing or outdated.';
+    'The facts about these pipelines that a pass needs. Makes their functions where they are missing or outdated.';
 
 CREATE OR REPLACE FUNCTION autoembed._digests(pipeline_id integer, keys text[])
     RETURNS TABLE (key text, digest bytea)
@@ -88,7 +88,7 @@ DECLARE
 BEGIN
     SELECT pg_has_role('pg_read_server_files', 'USAGE')
            AND has_database_privilege(current_database(), 'TEMPORARY')
-           -- An owner's code could make a table of that name first; only the lane's own is used.
+           -- An owner's code could make a table of that name first. Only the lane's own table is used.
            AND coalesce(bool_and(pg_get_userbyid(c.relowner) = current_user), true),
            count(*) > 0
     INTO usable, is_there
@@ -109,7 +109,7 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._stage IS
     'Reads numbered vectors of about row_bytes each from an open file into a temporary table, and returns the table''s '
-    'name; NULL if the caller may not do so.';
+    'name. NULL if the caller may not do so.';
 
 CREATE OR REPLACE FUNCTION autoembed._record_embedded(
     pipeline_id integer,
@@ -160,7 +160,7 @@ CREATE OR REPLACE FUNCTION autoembed._forget_all(pipeline_id integer)
     SET search_path = pg_catalog, pg_temp
 AS $sql$
     DELETE FROM autoembed.embedded AS e WHERE e.pipeline_id = _forget_all.pipeline_id;
-    -- A failure may be of a row inserted since: the newest messages are read first.
+    -- A failure may belong to a row inserted since, because the newest messages are read first.
     WITH failed AS (
         DELETE FROM autoembed.failure AS f WHERE f.pipeline_id = _forget_all.pipeline_id RETURNING f.key
     )
@@ -201,7 +201,7 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._fail_message IS 'Puts a message that names no row on the failed list.';
 
--- The functions by which SQL enters Python --------------------------------------------------------
+-- SQL enters Python through these functions --------------------------------------------------------
 
 CREATE OR REPLACE FUNCTION autoembed._check_options(
     batch_size integer,

@@ -1,4 +1,4 @@
--- The rights of each audience: owners of tables, monitors and lanes.
+-- The rights of owners of tables, of monitors and of lanes.
 
 CREATE OR REPLACE FUNCTION autoembed._grant(role regrole, functions text[])
     RETURNS void
@@ -98,8 +98,8 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.grant_lane IS
-    'Lets a role run lanes, and nothing else. SELECT autoembed.schedule(role => …) has pg_cron run them as this role. '
-    'The role can read the texts of all attached tables and write their vectors.';
+    'Lets a role run lanes, and nothing else. SELECT autoembed.schedule(role => …) has pg_cron run them as this '
+    'role. The role can read the texts of all attached tables and write their vectors.';
 
 CREATE OR REPLACE FUNCTION autoembed._updated()
     RETURNS event_trigger
@@ -118,7 +118,7 @@ BEGIN
     ) THEN
         RETURN;
     END IF;
-    -- The script cannot do this itself: dumps would lack its grants, and the functions that it makes would be members
+    -- The script cannot do this itself. Dumps would lack its grants, and the functions that it makes would be members
     -- of the extension.
     FOR _grant IN
         SELECT g.privilege,

@@ -1,4 +1,4 @@
--- The queue, a table of pgmq.
+-- The queue is a table of pgmq.
 
 DO LANGUAGE plpgsql $plpgsql$
 BEGIN
@@ -13,12 +13,12 @@ $plpgsql$;
 
 SELECT pgmq.create('embedding_jobs');
 
--- A claim picks the due messages of one pipeline. Messages that name no pipeline sort under ''.
+-- A claim reads the due messages of one pipeline through this index. Messages that name no pipeline sort under ''.
 CREATE INDEX q_embedding_jobs_pipeline_idx
     ON pgmq.q_embedding_jobs ((coalesce(message ->> 'pipeline', '')), vt);
 
--- A message of a hundred keys is larger than 2 kB. Compressing it would take an eighth of the time that the triggers add to
--- an application's INSERT.
+-- A message of a hundred keys is larger than 2 kB. Compression would take an eighth of the time that the triggers add
+-- to an application's INSERT.
 ALTER TABLE pgmq.q_embedding_jobs SET (toast_tuple_target = 8160);
 
 SELECT pg_catalog.pg_extension_config_dump('pgmq.q_embedding_jobs', '');

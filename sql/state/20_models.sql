@@ -1,4 +1,4 @@
--- Models, their settings, and what is known of their providers.
+-- The models, the settings, and the state of the models' providers.
 
 CREATE TABLE autoembed.model (
     name text PRIMARY KEY,
@@ -21,30 +21,38 @@ CREATE TABLE autoembed.model (
     timeout_seconds double precision CHECK (timeout_seconds > 0),
     CONSTRAINT cost_needs_price CHECK (daily_cost_budget IS NULL OR price_per_million_tokens IS NOT NULL)
 );
-COMMENT ON TABLE autoembed.model IS 'The ways to embed a text; see create_model().';
-COMMENT ON COLUMN autoembed.model.name IS 'What pipelines and embed() call it.';
-COMMENT ON COLUMN autoembed.model.provider IS 'How it is spoken to: local, openai, azure, cohere, voyage, gemini, ollama, function or fake.';
-COMMENT ON COLUMN autoembed.model.model_id IS 'What the provider calls it; of the provider function, the name of the SQL function.';
-COMMENT ON COLUMN autoembed.model.dimensions IS 'Length of its vectors.';
+COMMENT ON TABLE autoembed.model IS 'The ways to embed a text. See create_model().';
+COMMENT ON COLUMN autoembed.model.name IS 'The name that pipelines and embed() use.';
+COMMENT ON COLUMN autoembed.model.provider IS
+    'The kind of API that it has: local, openai, azure, cohere, voyage, gemini, ollama, function or fake.';
+COMMENT ON COLUMN autoembed.model.model_id IS
+    'The name that the provider uses. For the provider function: the name of the SQL function.';
+COMMENT ON COLUMN autoembed.model.dimensions IS 'The length of its vectors.';
 COMMENT ON COLUMN autoembed.model.base_url IS
-    'Where it is: the URL before /embeddings, or the folder of a local model; NULL: the provider''s own.';
+    'The URL before /embeddings, or the folder of a local model; NULL: the provider''s own.';
 COMMENT ON COLUMN autoembed.model.api_key IS
-    'Where its key is found, never the key: env:NAME or file:PATH on the database server, or vault:NAME, a secret of the Vault extension.';
+    'The place of its key, never the key itself: env:NAME or file:PATH on the database server, or vault:NAME, a secret '
+    'of the Vault extension.';
 COMMENT ON COLUMN autoembed.model.max_inputs_per_request IS 'Texts in one request; NULL: the provider''s limit.';
 COMMENT ON COLUMN autoembed.model.max_tokens_per_request IS 'Tokens in one request; NULL: the provider''s limit.';
 COMMENT ON COLUMN autoembed.model.max_tokens_per_input IS
-    'Tokens of one text, longer ones are truncated; NULL: the provider''s limit.';
-COMMENT ON COLUMN autoembed.model.requests_per_minute IS 'Requests a minute, of all sessions; NULL: what its provider''s answers tell.';
-COMMENT ON COLUMN autoembed.model.tokens_per_minute IS 'Tokens a minute, of all sessions; NULL: what its provider''s answers tell.';
+    'Tokens of one text. A longer text is truncated; NULL: the provider''s limit.';
+COMMENT ON COLUMN autoembed.model.requests_per_minute IS
+    'Requests a minute, of all sessions; NULL: the limit that the provider''s answers tell.';
+COMMENT ON COLUMN autoembed.model.tokens_per_minute IS
+    'Tokens a minute, of all sessions; NULL: the limit that the provider''s answers tell.';
 COMMENT ON COLUMN autoembed.model.max_requests_in_flight IS 'Requests at a time, of all sessions; NULL: no limit.';
-COMMENT ON COLUMN autoembed.model.price_per_million_tokens IS 'What its provider asks for, in your currency; NULL: nothing known.';
-COMMENT ON COLUMN autoembed.model.daily_token_budget IS 'Tokens a day (UTC), after which it rests until the next; NULL: no budget.';
+COMMENT ON COLUMN autoembed.model.price_per_million_tokens IS
+    'The provider''s price of a million tokens, in any currency; NULL: unknown.';
+COMMENT ON COLUMN autoembed.model.daily_token_budget IS
+    'Tokens a day (UTC), after which it rests until the next day; NULL: no budget.';
 COMMENT ON COLUMN autoembed.model.daily_cost_budget IS
-    'Cost a day (UTC) at price_per_million_tokens, after which it rests until the next; NULL: no budget.';
+    'Cost a day (UTC) at price_per_million_tokens, after which it rests until the next day; NULL: no budget.';
 COMMENT ON COLUMN autoembed.model.options IS
-    'What only its provider knows; every one over HTTP takes extra_headers and extra_body, objects sent with each request, and ca_file.';
-COMMENT ON COLUMN autoembed.model.timeout_seconds IS 'Seconds that a request may take. NULL: those of the lane.';
-COMMENT ON COLUMN autoembed.model.builtin IS 'Came with the extension and was never changed.';
+    'Options of its provider. Every provider over HTTP takes extra_headers and extra_body, objects that are sent with '
+    'each request, and ca_file.';
+COMMENT ON COLUMN autoembed.model.timeout_seconds IS 'Seconds that a request may take; NULL: those of the lane.';
+COMMENT ON COLUMN autoembed.model.builtin IS 'Whether it came with the extension and was never changed.';
 
 INSERT INTO autoembed.model (name, provider, model_id, dimensions, api_key, builtin)
 VALUES ('all-MiniLM-L6-v2', 'local', 'all-MiniLM-L6-v2', 384, NULL, true),
@@ -56,10 +64,11 @@ CREATE TABLE autoembed.setting (
     name text PRIMARY KEY CHECK (name IN ('default_model', 'http_hosts')),
     value text NOT NULL
 );
-COMMENT ON TABLE autoembed.setting IS 'Settings of this database; what is not here has its default.';
+COMMENT ON TABLE autoembed.setting IS 'The settings of this database. A setting without a row has its default.';
 COMMENT ON COLUMN autoembed.setting.name IS
-    'default_model: for pipelines and embed() calls that name none; http_hosts: hosts that may be called without encryption, with blanks between.';
-COMMENT ON COLUMN autoembed.setting.value IS 'Its value.';
+    'default_model: the model of pipelines and embed() calls that name none. http_hosts: the hosts that may be called '
+    'without encryption, with blanks between.';
+COMMENT ON COLUMN autoembed.setting.value IS 'The value of the setting.';
 
 SELECT pg_catalog.pg_extension_config_dump('autoembed.setting', '');
 
@@ -72,14 +81,14 @@ CREATE TABLE autoembed.model_rest (
     summary text NOT NULL DEFAULT 'its provider is in trouble'
 );
 COMMENT ON TABLE autoembed.model_rest IS
-    'Models whose provider is in trouble; no lane calls them before their time.';
+    'Models whose provider is in trouble. No lane calls a model while it rests.';
 COMMENT ON COLUMN autoembed.model_rest.model IS 'The model that rests.';
-COMMENT ON COLUMN autoembed.model_rest.until IS 'When one request will try it again.';
-COMMENT ON COLUMN autoembed.model_rest.failures IS 'Failed tries in a row.';
+COMMENT ON COLUMN autoembed.model_rest.until IS 'When one request tries it again.';
+COMMENT ON COLUMN autoembed.model_rest.failures IS 'Failed requests in a row.';
 COMMENT ON COLUMN autoembed.model_rest.needs_attention IS
-    'Whether somebody must act (a wrong key, an unknown model), rather than wait.';
+    'Whether a person must act (a wrong key, an unknown model), rather than wait.';
 COMMENT ON COLUMN autoembed.model_rest.reason IS
-    'The last error, which may quote the provider, and a text of some tenant with it. For superusers and monitors.';
+    'The last error. It may quote the provider, and with it a text of a tenant. Only superusers and monitors see it.';
 COMMENT ON COLUMN autoembed.model_rest.summary IS 'The same without words of the provider, for every tenant.';
 
 CREATE TABLE autoembed.model_limit (
@@ -91,15 +100,16 @@ CREATE TABLE autoembed.model_limit (
     tokens_at_once integer
 );
 COMMENT ON TABLE autoembed.model_limit IS
-    'Limits that the providers'' answers told. The newest row of a model counts: rows are added and never changed, so that nobody waits for another''s.';
+    'The limits that the providers'' answers tell. The newest row of a model counts. Rows are added and never changed, '
+    'so no session waits for another one''s row.';
 COMMENT ON COLUMN autoembed.model_limit.model IS 'The model.';
 COMMENT ON COLUMN autoembed.model_limit.at IS 'When the answer came.';
 COMMENT ON COLUMN autoembed.model_limit.requests_per_minute IS 'Requests a minute; NULL: the answers do not tell.';
-COMMENT ON COLUMN autoembed.model_limit.requests_at_once IS 'The most that were left after a request.';
+COMMENT ON COLUMN autoembed.model_limit.requests_at_once IS 'The most requests that were left after a request.';
 COMMENT ON COLUMN autoembed.model_limit.tokens_per_minute IS 'Tokens a minute; NULL: the answers do not tell.';
-COMMENT ON COLUMN autoembed.model_limit.tokens_at_once IS 'The most that were left after a request.';
+COMMENT ON COLUMN autoembed.model_limit.tokens_at_once IS 'The most tokens that were left after a request.';
 
--- Not logged: a crash forgets the last minute's requests, and their provider will say so.
+-- The table is not logged. A crash forgets the last minute's requests, and the provider itself refuses excess ones.
 CREATE UNLOGGED TABLE autoembed.permit (
     model text NOT NULL,
     at timestamptz NOT NULL,
@@ -110,13 +120,16 @@ CREATE INDEX permit_at_idx ON autoembed.permit (at);
 CREATE INDEX permit_requests_until_idx ON autoembed.permit (model, requests_until);
 CREATE INDEX permit_tokens_until_idx ON autoembed.permit (model, tokens_until);
 COMMENT ON TABLE autoembed.permit IS
-    'Requests of the last minutes to models with limits. Rows are added and never changed, so that a caller''s transaction keeps no lane waiting.';
+    'The requests of the last minutes to models with limits. Rows are added and never changed, so the transaction of a '
+    'caller keeps no lane waiting.';
 COMMENT ON COLUMN autoembed.permit.model IS 'The model.';
-COMMENT ON COLUMN autoembed.permit.at IS 'When it was given.';
-COMMENT ON COLUMN autoembed.permit.requests_until IS 'Until when its requests a minute are given away.';
-COMMENT ON COLUMN autoembed.permit.tokens_until IS 'Until when its tokens a minute are given away.';
+COMMENT ON COLUMN autoembed.permit.at IS 'When the permit was given.';
+COMMENT ON COLUMN autoembed.permit.requests_until IS
+    'The time until which the model''s requests a minute are given away.';
+COMMENT ON COLUMN autoembed.permit.tokens_until IS
+    'The time until which the model''s tokens a minute are given away.';
 
--- Not logged: after a crash no request is in flight.
+-- The table is not logged. After a crash no request is in flight.
 CREATE UNLOGGED TABLE autoembed.slot (
     model text NOT NULL,
     number integer NOT NULL,
@@ -125,8 +138,9 @@ CREATE UNLOGGED TABLE autoembed.slot (
     PRIMARY KEY (model, number)
 );
 COMMENT ON TABLE autoembed.slot IS
-    'One row for each request that a model with max_requests_in_flight may have in flight, and the session that has it.';
+    'One row for each request that a model with max_requests_in_flight may have in flight, and the session that holds '
+    'it.';
 COMMENT ON COLUMN autoembed.slot.model IS 'The model.';
 COMMENT ON COLUMN autoembed.slot.number IS 'The number of the slot, from 1.';
-COMMENT ON COLUMN autoembed.slot.pid IS 'The process that holds it; NULL: none.';
+COMMENT ON COLUMN autoembed.slot.pid IS 'The process that holds the slot; NULL: none.';
 COMMENT ON COLUMN autoembed.slot.backend_start IS 'When that process started.';

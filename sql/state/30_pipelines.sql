@@ -1,4 +1,4 @@
--- Pipelines, backfills, and what is known of rows.
+-- The pipelines, the backfills, and the records of rows.
 
 CREATE TABLE autoembed.pipeline (
     id integer PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
@@ -26,44 +26,49 @@ CREATE TABLE autoembed.pipeline (
     CHECK (num_nonnulls(content_columns, content_template, content_function) = 1)
 );
 COMMENT ON TABLE autoembed.pipeline IS
-    'One embedding column of one table: what is embedded there, with which model; see enable().';
-COMMENT ON COLUMN autoembed.pipeline.id IS 'Names it in jobs and in its functions and triggers.';
-COMMENT ON COLUMN autoembed.pipeline.table_id IS 'The table; of a partitioned one the root.';
+    'One embedding column of one table, with its content and its model. See enable().';
+COMMENT ON COLUMN autoembed.pipeline.id IS 'The number in its jobs and in the names of its functions and triggers.';
+COMMENT ON COLUMN autoembed.pipeline.table_id IS 'The table. For a partitioned table: the root.';
 COMMENT ON COLUMN autoembed.pipeline.embedding_column IS 'The vector or halfvec column that holds the embeddings.';
 COMMENT ON COLUMN autoembed.pipeline.key_columns IS 'The columns by which its rows are found.';
-COMMENT ON COLUMN autoembed.pipeline.content_columns IS 'The columns whose values, joined by blank lines, are the text.';
+COMMENT ON COLUMN autoembed.pipeline.content_columns IS
+    'The columns whose values, joined by blank lines, are the text.';
 COMMENT ON COLUMN autoembed.pipeline.content_template IS 'The text with columns in braces.';
 COMMENT ON COLUMN autoembed.pipeline.content_function IS
-    'The function of a row that gives the text, as enable() or the trigger named it.';
-COMMENT ON COLUMN autoembed.pipeline.content_function_id IS 'That function; follows it when it is renamed.';
-COMMENT ON COLUMN autoembed.pipeline.condition IS 'Which rows have an embedding at all; NULL: every row with a text.';
+    'The function of a row that gives the text, by the name in enable() or in the trigger.';
+COMMENT ON COLUMN autoembed.pipeline.content_function_id IS 'The OID of that function, which a rename does not change.';
+COMMENT ON COLUMN autoembed.pipeline.condition IS
+    'The condition of the rows that have an embedding; NULL: every row with a text.';
 COMMENT ON COLUMN autoembed.pipeline.condition_columns IS
-    'The columns that it uses: {name in the condition: name now}.';
+    'The columns that the condition uses: {name in the condition: present name}.';
 COMMENT ON COLUMN autoembed.pipeline.condition_objects IS
-    'The functions, operators, types and collations, PostgreSQL''s own aside, that it uses: {name in full: what it is}.';
+    'The functions, operators, types and collations that the condition uses, apart from PostgreSQL''s own: {full name: '
+    'kind}.';
 COMMENT ON COLUMN autoembed.pipeline.model IS 'Its model; NULL: the default model.';
 COMMENT ON COLUMN autoembed.pipeline.on_change IS
-    'What becomes of a vector when its text changes: keep until the new one is there, or clear at once.';
+    'The fate of a vector whose text changes. keep: it stays until the new one is written. clear: it is cleared at '
+    'once.';
 COMMENT ON COLUMN autoembed.pipeline.truncate IS
-    'Whether a text longer than the model takes is cut, and noted in embedded, or fails.';
+    'Whether a text longer than the model takes is truncated, and recorded in embedded. If not, it fails.';
 COMMENT ON COLUMN autoembed.pipeline.replicated IS
     'Whether its triggers also fire for rows that logical replication applies.';
 COMMENT ON COLUMN autoembed.pipeline.managed IS
-    'Whether enable() made its triggers; otherwise they are those of CREATE TRIGGER statements.';
+    'Whether enable() made its triggers. If not, CREATE TRIGGER statements made them.';
 COMMENT ON COLUMN autoembed.pipeline.paused IS 'Whether its jobs wait until resume().';
 COMMENT ON COLUMN autoembed.pipeline.table_shape IS
-    'The table''s columns, embedding type and partitions as last seen, to follow changes.';
+    'The table''s columns, embedding type and partitions when they were last seen. A difference shows a change.';
 COMMENT ON COLUMN autoembed.pipeline.built_from IS
-    'What its functions were built from, to see when the table has changed.';
+    'The digest of the facts from which its functions were made. A difference shows that they are outdated.';
 COMMENT ON COLUMN autoembed.pipeline.content_function_schema IS
-    'Its schema when it was named. A function of that name in another schema is not taken for it.';
+    'The schema of the content function when it was named. A function of that name in another schema is another one.';
 COMMENT ON COLUMN autoembed.pipeline.ended IS
     'Set to true by disable(), which deletes the row. Owners have no right to DELETE, since it includes LOCK TABLE.';
 
 SELECT pg_catalog.pg_extension_config_dump('autoembed.pipeline', '');
 SELECT pg_catalog.pg_extension_config_dump('autoembed.pipeline_id_seq', '');
 
--- The rights of a table's owner over its pipelines, whoever he is: what no SECURITY DEFINER function could know.
+-- The owner of a table has the rights over its pipelines. The policy knows the caller, which a SECURITY DEFINER
+-- function does not.
 ALTER TABLE autoembed.pipeline ENABLE ROW LEVEL SECURITY;
 
 CREATE POLICY table_owner ON autoembed.pipeline
@@ -82,17 +87,18 @@ CREATE TABLE autoembed.backfill (
     index_problem text
 );
 COMMENT ON TABLE autoembed.backfill IS
-    'Tables whose rows are being looked through, in the order of their keys, for what is missing or stale.';
+    'The tables that lanes scan, in the order of their keys, for embeddings that are missing or stale.';
 COMMENT ON COLUMN autoembed.backfill.pipeline_id IS 'The pipeline.';
-COMMENT ON COLUMN autoembed.backfill.condition IS 'Which rows; NULL: all.';
-COMMENT ON COLUMN autoembed.backfill.force IS 'Whether rows whose embedding is that of their text are embedded anew, too.';
-COMMENT ON COLUMN autoembed.backfill.create_index IS 'Whether an HNSW index is to be built at the end.';
+COMMENT ON COLUMN autoembed.backfill.condition IS 'The condition of the rows that are scanned; NULL: all rows.';
+COMMENT ON COLUMN autoembed.backfill.force IS 'Whether rows whose embedding is up to date are embedded again, too.';
+COMMENT ON COLUMN autoembed.backfill.create_index IS 'Whether an HNSW index is built at the end.';
 COMMENT ON COLUMN autoembed.backfill.position IS 'The last key that was queued, as a JSON array; NULL: none yet.';
-COMMENT ON COLUMN autoembed.backfill.rows_queued IS 'How many rows were queued.';
-COMMENT ON COLUMN autoembed.backfill.started_at IS 'When it was asked for.';
-COMMENT ON COLUMN autoembed.backfill.served_at IS 'When a lane last took its turn.';
+COMMENT ON COLUMN autoembed.backfill.rows_queued IS 'The number of rows that were queued.';
+COMMENT ON COLUMN autoembed.backfill.started_at IS 'When the backfill was asked for.';
+COMMENT ON COLUMN autoembed.backfill.served_at IS 'When a lane last worked on it.';
 COMMENT ON COLUMN autoembed.backfill.scanned_at IS 'When the last row was queued; NULL: there are more.';
-COMMENT ON COLUMN autoembed.backfill.index_problem IS 'Why the index could not be built, which is not tried again.';
+COMMENT ON COLUMN autoembed.backfill.index_problem IS
+    'The reason why the index could not be built. No lane tries again.';
 
 SELECT pg_catalog.pg_extension_config_dump('autoembed.backfill', '');
 
@@ -108,9 +114,9 @@ CREATE TABLE autoembed.pipeline_rest (
     reason text NOT NULL
 );
 COMMENT ON TABLE autoembed.pipeline_rest IS
-    'Pipelines that have ended a pass by an error of their own; no lane claims their jobs before their time.';
+    'Pipelines that have ended a pass by an error of their own. No lane claims their jobs while they rest.';
 COMMENT ON COLUMN autoembed.pipeline_rest.pipeline_id IS 'The pipeline that rests.';
-COMMENT ON COLUMN autoembed.pipeline_rest.until IS 'When its jobs are claimed again.';
+COMMENT ON COLUMN autoembed.pipeline_rest.until IS 'When lanes claim its jobs again.';
 COMMENT ON COLUMN autoembed.pipeline_rest.failures IS 'Errors in a row. Each doubles the next rest.';
 COMMENT ON COLUMN autoembed.pipeline_rest.reason IS 'The last error.';
 
@@ -122,7 +128,7 @@ CREATE TABLE autoembed.embedded (
     PRIMARY KEY (pipeline_id, key)
 );
 COMMENT ON TABLE autoembed.embedded IS
-    'Which text each embedding was made from, so that an unchanged text is never sent again.';
+    'The digest of the text from which each embedding was made. A text with the same digest is not sent again.';
 COMMENT ON COLUMN autoembed.embedded.pipeline_id IS 'The pipeline.';
 COMMENT ON COLUMN autoembed.embedded.key IS 'The row''s key as a JSON array.';
 COMMENT ON COLUMN autoembed.embedded.digest IS 'BLAKE2b of the model and the text, 16 bytes.';
@@ -144,17 +150,18 @@ CREATE TABLE autoembed.failure (
     CHECK ((pipeline_id IS NULL) = (key IS NULL) AND (pipeline_id IS NULL) = (message IS NOT NULL))
 );
 COMMENT ON TABLE autoembed.failure IS
-    'What was given up: rows that cannot be embedded, and messages that name no row. See the view failed.';
-COMMENT ON COLUMN autoembed.failure.id IS 'Its number.';
+    'The failed list: rows that cannot be embedded, and messages that name no row. See the view failed.';
+COMMENT ON COLUMN autoembed.failure.id IS 'The number of the failure.';
 COMMENT ON COLUMN autoembed.failure.pipeline_id IS 'The pipeline; NULL for a message that names none.';
 COMMENT ON COLUMN autoembed.failure.key IS 'The row''s key as a JSON array.';
-COMMENT ON COLUMN autoembed.failure.message IS 'The message as it stood in the queue, where it names no row.';
-COMMENT ON COLUMN autoembed.failure.error_class IS 'row: the text or the table; message: the job itself.';
-COMMENT ON COLUMN autoembed.failure.reason IS 'What went wrong the last time.';
-COMMENT ON COLUMN autoembed.failure.attempts IS 'How often it was tried.';
+COMMENT ON COLUMN autoembed.failure.message IS 'The message that names no row, as it stood in the queue.';
+COMMENT ON COLUMN autoembed.failure.error_class IS
+    'row: the text or the table is at fault. message: the job itself is.';
+COMMENT ON COLUMN autoembed.failure.reason IS 'The last error.';
+COMMENT ON COLUMN autoembed.failure.attempts IS 'The number of attempts.';
 COMMENT ON COLUMN autoembed.failure.excerpt IS 'The first 200 characters of the text, where there was one.';
-COMMENT ON COLUMN autoembed.failure.first_failed_at IS 'When it was given up first.';
-COMMENT ON COLUMN autoembed.failure.last_failed_at IS 'When it was given up last.';
+COMMENT ON COLUMN autoembed.failure.first_failed_at IS 'When it was first given up.';
+COMMENT ON COLUMN autoembed.failure.last_failed_at IS 'When it was last given up.';
 
 SELECT pg_catalog.pg_extension_config_dump('autoembed.failure', '');
 SELECT pg_catalog.pg_extension_config_dump('autoembed.failure_id_seq', '');

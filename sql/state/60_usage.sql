@@ -1,4 +1,4 @@
--- Requests, inputs and tokens by model and pipeline.
+-- The requests, inputs and tokens by model and pipeline.
 
 CREATE TABLE autoembed.usage_entry (
     at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
@@ -12,14 +12,16 @@ CREATE TABLE autoembed.usage_entry (
 
 CREATE INDEX usage_entry_at_idx ON autoembed.usage_entry (at);
 COMMENT ON TABLE autoembed.usage_entry IS
-    'Requests of the last minutes, one by one, so that lanes never wait for each other''s counts; older ones are added up in usage_day.';
+    'The requests of the last minutes, one by one, so that lanes never wait for each other''s counts. Older ones are '
+    'added up in usage_day.';
 COMMENT ON COLUMN autoembed.usage_entry.at IS 'When the answer came.';
 COMMENT ON COLUMN autoembed.usage_entry.model IS 'The model.';
 COMMENT ON COLUMN autoembed.usage_entry.pipeline_id IS 'The pipeline; NULL: embed().';
 COMMENT ON COLUMN autoembed.usage_entry.requests IS 'Requests; 0 for the second pipeline in one request.';
-COMMENT ON COLUMN autoembed.usage_entry.inputs IS 'Texts in them.';
-COMMENT ON COLUMN autoembed.usage_entry.tokens IS 'Tokens as the provider counted them, or as estimated where it does not.';
-COMMENT ON COLUMN autoembed.usage_entry.rows IS 'Rows that the texts are of.';
+COMMENT ON COLUMN autoembed.usage_entry.inputs IS 'Texts in the requests.';
+COMMENT ON COLUMN autoembed.usage_entry.tokens IS
+    'Tokens that the provider counted. An estimate where the provider counts none.';
+COMMENT ON COLUMN autoembed.usage_entry.rows IS 'Rows that have these texts.';
 
 CREATE TABLE autoembed.usage_day (
     day date NOT NULL,
@@ -31,14 +33,15 @@ CREATE TABLE autoembed.usage_day (
     rows bigint NOT NULL,
     UNIQUE NULLS NOT DISTINCT (day, model, pipeline_id)
 );
-COMMENT ON TABLE autoembed.usage_day IS 'What was asked of each model a day, up to some minutes ago; see the view usage.';
+COMMENT ON TABLE autoembed.usage_day IS
+    'The requests to each model by day, except those of the last minutes. See the view usage.';
 COMMENT ON COLUMN autoembed.usage_day.day IS 'The day, in UTC.';
 COMMENT ON COLUMN autoembed.usage_day.model IS 'The model.';
 COMMENT ON COLUMN autoembed.usage_day.pipeline_id IS 'The pipeline; NULL: embed().';
 COMMENT ON COLUMN autoembed.usage_day.requests IS 'Requests.';
-COMMENT ON COLUMN autoembed.usage_day.inputs IS 'Texts in them.';
+COMMENT ON COLUMN autoembed.usage_day.inputs IS 'Texts in the requests.';
 COMMENT ON COLUMN autoembed.usage_day.tokens IS 'Tokens.';
-COMMENT ON COLUMN autoembed.usage_day.rows IS 'Rows.';
+COMMENT ON COLUMN autoembed.usage_day.rows IS 'Rows that have these texts.';
 
 SELECT pg_catalog.pg_extension_config_dump('autoembed.usage_entry', '');
 
@@ -48,7 +51,7 @@ CREATE TABLE autoembed.turn (
     name text PRIMARY KEY
 );
 COMMENT ON TABLE autoembed.turn IS
-    'Locks that nobody else can take: a session has the turn of that name while it holds the lock of the row.';
-COMMENT ON COLUMN autoembed.turn.name IS 'usage: adding up old usage.';
+    'Locks that only this extension takes. A session has the turn of a name while it holds the lock of the row.';
+COMMENT ON COLUMN autoembed.turn.name IS 'usage: the turn to add up old usage.';
 
 INSERT INTO autoembed.turn (name) VALUES ('usage');

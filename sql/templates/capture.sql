@@ -1,4 +1,4 @@
--- Queues the keys of rows whose text or key has changed. Runs as the extension's owner, after a write of the table.
+-- Queues the keys of rows whose text or key changes. Runs as the extension's owner, after a write to the table.
 CREATE OR REPLACE FUNCTION autoembed._capture_{{id}}()
     RETURNS trigger
     LANGUAGE plpgsql

@@ -1,4 +1,5 @@
--- The same as capture.sql where the text or the condition is the owner's code, which runs in _text_{{id}}(), as the owner.
+-- Does the same as capture.sql where the text or the condition is the owner's code. That code runs in _text_{{id}}(),
+-- as the owner.
 CREATE OR REPLACE FUNCTION autoembed._capture_{{id}}()
     RETURNS trigger
     LANGUAGE plpgsql

@@ -8,7 +8,7 @@ CREATE FUNCTION autoembed._content_{{id}}(keys text[], max_bytes bigint, max_tex
 AS $body$
 #variable_conflict use_column
 DECLARE
-    -- Fetched one by one: more than one text at a time may be more than fits into memory.
+    -- A cursor fetches the rows one by one. Several texts at a time may not fit into memory.
     _rows CURSOR FOR
         SELECT s.key,
                CASE WHEN {{content_bytes}} OPERATOR(pg_catalog.<=) max_text_bytes THEN {{content}} END,
@@ -18,8 +18,8 @@ DECLARE
         JOIN {{table}} AS t ON {{same_key}};
 BEGIN
     {{content_guard}}
-    -- A lane does not wait for a lock on the table. The mode is that of a write, since a row that could not be written is
-    -- not embedded.
+    -- A lane does not wait for a lock on the table. The mode is that of a write, so a row that cannot be written is not
+    -- embedded.
     LOCK TABLE {{table}} IN ROW EXCLUSIVE MODE NOWAIT;
     OPEN _rows;
     LOOP
@@ -29,7 +29,7 @@ BEGIN
         RETURN NEXT;
         max_bytes := max_bytes - bytes;
         IF max_bytes < 0 THEN
-            -- The mark that rows are left.
+            -- A NULL key tells that rows are left.
             key := NULL;
             RETURN NEXT;
             EXIT;

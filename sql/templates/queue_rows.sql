@@ -1,4 +1,4 @@
--- Most statements change few rows. Numbering those would cost half as much again.
+-- Most statements change few rows. To number these would cost half as much again.
         INSERT INTO autoembed._job (due_at, message)
         SELECT clock_timestamp(), concat('{"pipeline": {{id}}, "keys": [', string_agg(k.key, ','), ']}')::jsonb
         FROM (SELECT r.key FROM ({{rows}}) AS r LIMIT {{keys_per_message}} + 1) AS k

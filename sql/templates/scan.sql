@@ -11,7 +11,7 @@ BEGIN
     LOCK TABLE {{table}} IN ACCESS SHARE MODE NOWAIT;
     FOR key IN EXECUTE pg_catalog.concat(
         {{scan_query}},
-        -- Nothing comes before the first key.
+        -- A scan that begins has no key to start after.
         CASE WHEN after IS NOT NULL THEN {{and_later_key}} END,
         CASE WHEN condition IS NOT NULL THEN pg_catalog.concat(' AND (', condition, ')') END,
         {{order_by_key}},

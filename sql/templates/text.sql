@@ -1,4 +1,5 @@
--- Gives the text of one row, for triggers, where the text or the condition is the owner's code. Runs as the table's owner.
+-- Gives the text of one row, for triggers, where the text or the condition is the owner's code. Runs as the table's
+-- owner.
 CREATE FUNCTION autoembed._text_{{id}}(r anyelement)
     RETURNS text
     LANGUAGE plpgsql

@@ -1,4 +1,4 @@
--- Writes vectors into the rows that still say the text that was sent. Runs as the table's owner, in lanes.
+-- Writes vectors into the rows that still have the text that was sent. Runs as the table's owner, in lanes.
 CREATE FUNCTION autoembed._write_{{id}}(keys text[], contents text[], model text, embeddings {{vector_type}}[])
     RETURNS TABLE (key text, outcome text)
     LANGUAGE plpgsql
@@ -21,7 +21,7 @@ BEGIN
         SELECT s.key, s.content, s.embedding, {{sent_keys}}
         FROM unnest(keys, contents, embeddings) AS s(key, content, embedding)
     ),
-    -- Rows that somebody else has locked are left out: a lane waits for no application, and no lane for another.
+    -- Rows that another session has locked are left out. A lane waits for no application and for no other lane.
     locked AS MATERIALIZED (
         SELECT s.*, {{content}} COLLATE "C" IS NOT DISTINCT FROM s.content AS unchanged
         FROM sent AS s
@@ -39,7 +39,7 @@ BEGIN
     SELECT s.key,
            CASE WHEN w.unchanged THEN 'written'
                 WHEN w.key IS NOT NULL THEN 'overtaken'
-                -- A trigger or a policy has left the row out.
+                -- A trigger or a policy of the table has left the row out.
                 WHEN l.unchanged THEN 'skipped'
                 WHEN l.key IS NOT NULL THEN 'changed'
                 WHEN EXISTS (SELECT FROM {{table}} AS t WHERE {{same_key}}) THEN 'locked'
@@ -50,7 +50,7 @@ BEGIN
     LEFT JOIN (SELECT w.key, pg_catalog.bool_and(w.unchanged) AS unchanged FROM written AS w GROUP BY w.key) AS w
         ON w.key = s.key
     LOOP
-        -- The error undoes the write, which would leave the vector of one text beside another.
+        -- The error undoes the write, which would leave the vector of one text beside another text.
         IF outcome = 'overtaken' THEN
             RAISE EXCEPTION 'a trigger of the table changes the text when its embedding is written';
         END IF;

@@ -1,15 +1,15 @@
--- Replaced by _keep_restored_queue() and _keep_restored_model().
+-- _keep_restored_queue() and _keep_restored_model() replace this function.
 DROP FUNCTION autoembed._keep_restored CASCADE;
--- Replaced by _create_function() and the templates.
+-- _create_function() and the templates replace these functions.
 DROP FUNCTION autoembed._create_owned;
 DROP FUNCTION autoembed._build_capture;
--- A parameter has another name.
+-- A parameter of each of these functions has another name.
 DROP FUNCTION autoembed._drop_functions;
 DROP FUNCTION autoembed._claim;
 DROP FUNCTION autoembed._take_permit;
--- Slots of requests in flight are rows of autoembed.slot.
+-- The slots of requests in flight are rows of autoembed.slot.
 DROP FUNCTION autoembed._slot_key;
--- PostgreSQL refuses what they looked for.
+-- PostgreSQL itself refuses the code for which these functions looked.
 DROP FUNCTION autoembed._check_deferred;
 DROP FUNCTION autoembed._prepared;
 DROP FUNCTION autoembed._forget_prepared;
@@ -20,10 +20,13 @@ DROP FUNCTION autoembed._content_function;
 ALTER TABLE autoembed.pipeline ADD COLUMN ended boolean NOT NULL DEFAULT false;
 ALTER TABLE autoembed.pipeline ADD COLUMN content_function_schema name;
 COMMENT ON COLUMN autoembed.pipeline.content_function_schema IS
-    'Its schema when it was named. A function of that name in another schema is not taken for it.';
+    'The schema of the content function when it was named. A function of that name in another schema is another one.';
 UPDATE autoembed.pipeline AS p
 SET content_function_schema = (
-    SELECT n.nspname FROM pg_proc AS f JOIN pg_namespace AS n ON n.oid = f.pronamespace WHERE f.oid = p.content_function_id
+    SELECT n.nspname
+    FROM pg_proc AS f
+    JOIN pg_namespace AS n ON n.oid = f.pronamespace
+    WHERE f.oid = p.content_function_id
 );
 COMMENT ON COLUMN autoembed.pipeline.ended IS
     'Set to true by disable(), which deletes the row. Owners have no right to DELETE, since it includes LOCK TABLE.';
@@ -35,9 +38,9 @@ CREATE TABLE autoembed.pipeline_rest (
     reason text NOT NULL
 );
 COMMENT ON TABLE autoembed.pipeline_rest IS
-    'Pipelines that have ended a pass by an error of their own; no lane claims their jobs before their time.';
+    'Pipelines that have ended a pass by an error of their own. No lane claims their jobs while they rest.';
 COMMENT ON COLUMN autoembed.pipeline_rest.pipeline_id IS 'The pipeline that rests.';
-COMMENT ON COLUMN autoembed.pipeline_rest.until IS 'When its jobs are claimed again.';
+COMMENT ON COLUMN autoembed.pipeline_rest.until IS 'When lanes claim its jobs again.';
 COMMENT ON COLUMN autoembed.pipeline_rest.failures IS 'Errors in a row. Each doubles the next rest.';
 COMMENT ON COLUMN autoembed.pipeline_rest.reason IS 'The last error.';
 
@@ -49,33 +52,154 @@ CREATE UNLOGGED TABLE autoembed.slot (
     PRIMARY KEY (model, number)
 );
 COMMENT ON TABLE autoembed.slot IS
-    'One row for each request that a model with max_requests_in_flight may have in flight, and the session that has it.';
+    'One row for each request that a model with max_requests_in_flight may have in flight, and the session that holds '
+    'it.';
 COMMENT ON COLUMN autoembed.slot.model IS 'The model.';
 COMMENT ON COLUMN autoembed.slot.number IS 'The number of the slot, from 1.';
-COMMENT ON COLUMN autoembed.slot.pid IS 'The process that holds it; NULL: none.';
+COMMENT ON COLUMN autoembed.slot.pid IS 'The process that holds the slot; NULL: none.';
 COMMENT ON COLUMN autoembed.slot.backend_start IS 'When that process started.';
 
 CREATE TABLE autoembed.turn (
     name text PRIMARY KEY
 );
 COMMENT ON TABLE autoembed.turn IS
-    'Locks that nobody else can take: a session has the turn of that name while it holds the lock of the row.';
-COMMENT ON COLUMN autoembed.turn.name IS 'usage: adding up old usage.';
+    'Locks that only this extension takes. A session has the turn of a name while it holds the lock of the row.';
+COMMENT ON COLUMN autoembed.turn.name IS 'usage: the turn to add up old usage.';
 
 INSERT INTO autoembed.turn (name) VALUES ('usage');
 
 ALTER TABLE autoembed.model_rest ADD COLUMN summary text NOT NULL DEFAULT 'its provider is in trouble';
 COMMENT ON COLUMN autoembed.model_rest.reason IS
-    'The last error, which may quote the provider, and a text of some tenant with it. For superusers and monitors.';
+    'The last error. It may quote the provider, and with it a text of a tenant. Only superusers and monitors see it.';
 COMMENT ON COLUMN autoembed.model_rest.summary IS 'The same without words of the provider, for every tenant.';
 DROP FUNCTION autoembed._rest_model;
 
--- A long key does not fit into an index.
+-- A long key does not fit into an index entry. An index on a digest of the key replaces this constraint.
 ALTER TABLE autoembed.failure DROP CONSTRAINT failure_pipeline_id_key_key;
 DROP FUNCTION autoembed._next_backfill;
 DROP FUNCTION autoembed.schedule;
 
 ALTER TABLE autoembed.model ADD COLUMN timeout_seconds double precision CHECK (timeout_seconds > 0);
-COMMENT ON COLUMN autoembed.model.timeout_seconds IS 'Seconds that a request may take. NULL: those of the lane.';
+COMMENT ON COLUMN autoembed.model.timeout_seconds IS 'Seconds that a request may take; NULL: those of the lane.';
 DROP FUNCTION autoembed.create_model;
 DROP FUNCTION autoembed.alter_model;
+
+-- Catalog comments that have other words in 0.1.0.
+COMMENT ON TABLE autoembed.model IS 'The ways to embed a text. See create_model().';
+COMMENT ON COLUMN autoembed.model.name IS 'The name that pipelines and embed() use.';
+COMMENT ON COLUMN autoembed.model.provider IS
+    'The kind of API that it has: local, openai, azure, cohere, voyage, gemini, ollama, function or fake.';
+COMMENT ON COLUMN autoembed.model.model_id IS
+    'The name that the provider uses. For the provider function: the name of the SQL function.';
+COMMENT ON COLUMN autoembed.model.dimensions IS 'The length of its vectors.';
+COMMENT ON COLUMN autoembed.model.base_url IS
+    'The URL before /embeddings, or the folder of a local model; NULL: the provider''s own.';
+COMMENT ON COLUMN autoembed.model.api_key IS
+    'The place of its key, never the key itself: env:NAME or file:PATH on the database server, or vault:NAME, a secret '
+    'of the Vault extension.';
+COMMENT ON COLUMN autoembed.model.max_tokens_per_input IS
+    'Tokens of one text. A longer text is truncated; NULL: the provider''s limit.';
+COMMENT ON COLUMN autoembed.model.requests_per_minute IS
+    'Requests a minute, of all sessions; NULL: the limit that the provider''s answers tell.';
+COMMENT ON COLUMN autoembed.model.tokens_per_minute IS
+    'Tokens a minute, of all sessions; NULL: the limit that the provider''s answers tell.';
+COMMENT ON COLUMN autoembed.model.price_per_million_tokens IS
+    'The provider''s price of a million tokens, in any currency; NULL: unknown.';
+COMMENT ON COLUMN autoembed.model.daily_token_budget IS
+    'Tokens a day (UTC), after which it rests until the next day; NULL: no budget.';
+COMMENT ON COLUMN autoembed.model.daily_cost_budget IS
+    'Cost a day (UTC) at price_per_million_tokens, after which it rests until the next day; NULL: no budget.';
+COMMENT ON COLUMN autoembed.model.options IS
+    'Options of its provider. Every provider over HTTP takes extra_headers and extra_body, objects that are sent with '
+    'each request, and ca_file.';
+COMMENT ON COLUMN autoembed.model.builtin IS 'Whether it came with the extension and was never changed.';
+COMMENT ON TABLE autoembed.setting IS 'The settings of this database. A setting without a row has its default.';
+COMMENT ON COLUMN autoembed.setting.name IS
+    'default_model: the model of pipelines and embed() calls that name none. http_hosts: the hosts that may be called '
+    'without encryption, with blanks between.';
+COMMENT ON COLUMN autoembed.setting.value IS 'The value of the setting.';
+COMMENT ON TABLE autoembed.model_rest IS
+    'Models whose provider is in trouble. No lane calls a model while it rests.';
+COMMENT ON COLUMN autoembed.model_rest.until IS 'When one request tries it again.';
+COMMENT ON COLUMN autoembed.model_rest.failures IS 'Failed requests in a row.';
+COMMENT ON COLUMN autoembed.model_rest.needs_attention IS
+    'Whether a person must act (a wrong key, an unknown model), rather than wait.';
+COMMENT ON TABLE autoembed.model_limit IS
+    'The limits that the providers'' answers tell. The newest row of a model counts. Rows are added and never changed, '
+    'so no session waits for another one''s row.';
+COMMENT ON COLUMN autoembed.model_limit.requests_at_once IS 'The most requests that were left after a request.';
+COMMENT ON COLUMN autoembed.model_limit.tokens_at_once IS 'The most tokens that were left after a request.';
+COMMENT ON TABLE autoembed.permit IS
+    'The requests of the last minutes to models with limits. Rows are added and never changed, so the transaction of a '
+    'caller keeps no lane waiting.';
+COMMENT ON COLUMN autoembed.permit.at IS 'When the permit was given.';
+COMMENT ON COLUMN autoembed.permit.requests_until IS
+    'The time until which the model''s requests a minute are given away.';
+COMMENT ON COLUMN autoembed.permit.tokens_until IS
+    'The time until which the model''s tokens a minute are given away.';
+COMMENT ON TABLE autoembed.pipeline IS
+    'One embedding column of one table, with its content and its model. See enable().';
+COMMENT ON COLUMN autoembed.pipeline.id IS 'The number in its jobs and in the names of its functions and triggers.';
+COMMENT ON COLUMN autoembed.pipeline.table_id IS 'The table. For a partitioned table: the root.';
+COMMENT ON COLUMN autoembed.pipeline.content_function IS
+    'The function of a row that gives the text, by the name in enable() or in the trigger.';
+COMMENT ON COLUMN autoembed.pipeline.content_function_id IS 'The OID of that function, which a rename does not change.';
+COMMENT ON COLUMN autoembed.pipeline.condition IS
+    'The condition of the rows that have an embedding; NULL: every row with a text.';
+COMMENT ON COLUMN autoembed.pipeline.condition_columns IS
+    'The columns that the condition uses: {name in the condition: present name}.';
+COMMENT ON COLUMN autoembed.pipeline.condition_objects IS
+    'The functions, operators, types and collations that the condition uses, apart from PostgreSQL''s own: {full name: '
+    'kind}.';
+COMMENT ON COLUMN autoembed.pipeline.on_change IS
+    'The fate of a vector whose text changes. keep: it stays until the new one is written. clear: it is cleared at '
+    'once.';
+COMMENT ON COLUMN autoembed.pipeline.truncate IS
+    'Whether a text longer than the model takes is truncated, and recorded in embedded. If not, it fails.';
+COMMENT ON COLUMN autoembed.pipeline.managed IS
+    'Whether enable() made its triggers. If not, CREATE TRIGGER statements made them.';
+COMMENT ON COLUMN autoembed.pipeline.table_shape IS
+    'The table''s columns, embedding type and partitions when they were last seen. A difference shows a change.';
+COMMENT ON COLUMN autoembed.pipeline.built_from IS
+    'The digest of the facts from which its functions were made. A difference shows that they are outdated.';
+COMMENT ON TABLE autoembed.backfill IS
+    'The tables that lanes scan, in the order of their keys, for embeddings that are missing or stale.';
+COMMENT ON COLUMN autoembed.backfill.condition IS 'The condition of the rows that are scanned; NULL: all rows.';
+COMMENT ON COLUMN autoembed.backfill.force IS 'Whether rows whose embedding is up to date are embedded again, too.';
+COMMENT ON COLUMN autoembed.backfill.create_index IS 'Whether an HNSW index is built at the end.';
+COMMENT ON COLUMN autoembed.backfill.rows_queued IS 'The number of rows that were queued.';
+COMMENT ON COLUMN autoembed.backfill.started_at IS 'When the backfill was asked for.';
+COMMENT ON COLUMN autoembed.backfill.served_at IS 'When a lane last worked on it.';
+COMMENT ON COLUMN autoembed.backfill.index_problem IS
+    'The reason why the index could not be built. No lane tries again.';
+COMMENT ON TABLE autoembed.embedded IS
+    'The digest of the text from which each embedding was made. A text with the same digest is not sent again.';
+COMMENT ON TABLE autoembed.failure IS
+    'The failed list: rows that cannot be embedded, and messages that name no row. See the view failed.';
+COMMENT ON COLUMN autoembed.failure.id IS 'The number of the failure.';
+COMMENT ON COLUMN autoembed.failure.message IS 'The message that names no row, as it stood in the queue.';
+COMMENT ON COLUMN autoembed.failure.error_class IS
+    'row: the text or the table is at fault. message: the job itself is.';
+COMMENT ON COLUMN autoembed.failure.reason IS 'The last error.';
+COMMENT ON COLUMN autoembed.failure.attempts IS 'The number of attempts.';
+COMMENT ON COLUMN autoembed.failure.first_failed_at IS 'When it was first given up.';
+COMMENT ON COLUMN autoembed.failure.last_failed_at IS 'When it was last given up.';
+COMMENT ON TABLE autoembed.lane IS
+    'The lanes and the messages that each holds. When the backend of a lane is gone, the next lane frees its messages.';
+COMMENT ON COLUMN autoembed.lane.backend_start IS
+    'When that process started. A later process may have the same id, but not the same start.';
+COMMENT ON COLUMN autoembed.lane.claimed_at IS 'When it last claimed messages.';
+COMMENT ON COLUMN autoembed.lane.message_ids IS 'The messages that it holds.';
+COMMENT ON COLUMN autoembed.lane.stop IS 'Whether it is asked to stop.';
+COMMENT ON COLUMN autoembed.lane.backfill IS 'Whether it scans tables and leaves the queue to other lanes.';
+COMMENT ON TABLE autoembed.usage_entry IS
+    'The requests of the last minutes, one by one, so that lanes never wait for each other''s counts. Older ones are '
+    'added up in usage_day.';
+COMMENT ON COLUMN autoembed.usage_entry.inputs IS 'Texts in the requests.';
+COMMENT ON COLUMN autoembed.usage_entry.tokens IS
+    'Tokens that the provider counted. An estimate where the provider counts none.';
+COMMENT ON COLUMN autoembed.usage_entry.rows IS 'Rows that have these texts.';
+COMMENT ON TABLE autoembed.usage_day IS
+    'The requests to each model by day, except those of the last minutes. See the view usage.';
+COMMENT ON COLUMN autoembed.usage_day.inputs IS 'Texts in the requests.';
+COMMENT ON COLUMN autoembed.usage_day.rows IS 'Rows that have these texts.';
