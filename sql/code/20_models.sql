@@ -29,7 +29,9 @@ BEGIN
         RAISE EXCEPTION USING
             ERRCODE = 'undefined_object',
             MESSAGE = format('model "%s" does not exist', _name),
-            DETAIL = (SELECT 'The models are: ' || string_agg(m.name, ', ' ORDER BY m.name) || '.' FROM autoembed.model AS m),
+            DETAIL = (
+                SELECT 'The models are: ' || string_agg(m.name, ', ' ORDER BY m.name) || '.' FROM autoembed.model AS m
+            ),
             HINT = 'Create it with autoembed.create_model().';
     END IF;
     RETURN _found;
@@ -59,7 +61,8 @@ AS $sql$
     )::text;
 $sql$;
 COMMENT ON FUNCTION autoembed._model_identity IS
-    'What makes the vectors of two models interchangeable, as a JSON array: provider, model_id, dimensions, document_prefix.';
+    'The properties that make the vectors of two models interchangeable, as a JSON array: provider, model_id, '
+    'dimensions, document_prefix.';
 
 CREATE OR REPLACE FUNCTION autoembed._http_hosts()
     RETURNS text[]
@@ -69,7 +72,9 @@ CREATE OR REPLACE FUNCTION autoembed._http_hosts()
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    RETURN coalesce((SELECT string_to_array(s.value, ' ') FROM autoembed.setting AS s WHERE s.name = 'http_hosts'), '{}');
+    RETURN coalesce(
+        (SELECT string_to_array(s.value, ' ') FROM autoembed.setting AS s WHERE s.name = 'http_hosts'), '{}'
+    );
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._http_hosts IS 'The hosts that may be called without encryption; see allow_http_host().';
@@ -87,8 +92,10 @@ BEGIN
     IF _name IS NULL THEN
         RETURN;
     END IF;
-    -- Where there is no Vault, anybody who may create schemas could make such a view, and its code would run as us.
-    IF NOT EXISTS (SELECT FROM pg_class AS c JOIN pg_roles AS r ON r.oid = c.relowner WHERE c.oid = _view AND r.rolsuper) THEN
+    -- Where there is no Vault, anybody who may create schemas could make such a view, whose code would run as superuser.
+    IF NOT EXISTS (
+        SELECT FROM pg_class AS c JOIN pg_roles AS r ON r.oid = c.relowner WHERE c.oid = _view AND r.rolsuper
+    ) THEN
         vault_fault := 'this database has no Vault: no view vault.decrypted_secrets that belongs to a superuser';
         RETURN;
     END IF;
@@ -118,7 +125,13 @@ BEGIN
         || jsonb_build_object(
             'identity', autoembed._model_identity(model),
             'http_hosts', autoembed._http_hosts(),
-            'learnt', (SELECT to_jsonb(l) FROM autoembed.model_limit AS l WHERE l.model = (_model_facts.model).name ORDER BY l.at DESC LIMIT 1)
+            'learnt', (
+                SELECT to_jsonb(l)
+                FROM autoembed.model_limit AS l
+                WHERE l.model = (_model_facts.model).name
+                ORDER BY l.at DESC
+                LIMIT 1
+            )
         )
         || jsonb_build_object('vault_secrets', (
             SELECT coalesce(jsonb_object_agg(r.reference, to_jsonb(v)), '{}')

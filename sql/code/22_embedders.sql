@@ -19,14 +19,18 @@ DECLARE
     _named text := coalesce(_query_function, model.model_id);
     _parts text[];
 BEGIN
-    wrapper := format('_embed_%s_%s', CASE WHEN _query_function IS NULL THEN 'document' ELSE 'query' END, md5(model.name));
+    wrapper := format(
+        '_embed_%s_%s', CASE WHEN _query_function IS NULL THEN 'document' ELSE 'query' END, md5(model.name)
+    );
     BEGIN
         _parts := parse_ident(_named);
     EXCEPTION WHEN invalid_parameter_value THEN
         NULL;
     END;
     IF cardinality(_parts) IS DISTINCT FROM 2 THEN
-        problem := format('model "%s" names the function "%s", which has to be a schema, a dot and a name', model.name, _named);
+        problem := format(
+            'model "%s" names the function "%s", which has to be a schema, a dot and a name', model.name, _named
+        );
         hint := 'Write it as SQL does, in double quotes where they are needed, and without arguments.';
         errcode := 'invalid_parameter_value';
         RETURN;
@@ -49,7 +53,8 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._embedder IS
-    'The function that a model names for documents or queries, the name of our own that runs it as its owner, and what is wrong with it. errcode waits: it may come yet.';
+    'The function that a model names for documents or queries, the name of the function that runs it as its owner, and '
+    'its fault, if it has one.';
 
 CREATE OR REPLACE FUNCTION autoembed._build_embedders(name text)
     RETURNS void
@@ -62,7 +67,8 @@ DECLARE
 BEGIN
     FOR _built IN
         SELECT p.oid FROM pg_proc AS p
-        WHERE p.pronamespace = 'autoembed'::regnamespace AND p.proname IN ('_embed_document_' || md5(name), '_embed_query_' || md5(name))
+        WHERE p.pronamespace = 'autoembed'::regnamespace
+          AND p.proname IN ('_embed_document_' || md5(name), '_embed_query_' || md5(name))
     LOOP
         EXECUTE format('DROP FUNCTION %s', _built);
     END LOOP;
@@ -94,9 +100,11 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._build_embedders IS
-    'Makes the functions that run a model''s own as their owners, in place of those that there were; of a model that is gone, takes them away.';
+    'Replaces the functions that run those of a model as their owners. Drops them if the model is gone.';
 
-CREATE OR REPLACE FUNCTION autoembed._call_embedder(model text, purpose text, texts text[], OUT vectors bytea[], OUT fault text)
+CREATE OR REPLACE FUNCTION autoembed._call_embedder(
+    model text, purpose text, texts text[], OUT vectors bytea[], OUT fault text
+)
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
@@ -114,17 +122,24 @@ BEGIN
         JOIN pg_proc AS f ON f.oid = _embedder.function_id AND f.proowner = b.proowner
         WHERE b.pronamespace = 'autoembed'::regnamespace AND b.proname = _embedder.wrapper AND b.prosecdef
     ) THEN
-        fault := format('function %s(text[]) was not there, or was not its owner''s, when the model was defined; SELECT autoembed.alter_model(%L) takes it as it is',
-                        _embedder.function_name, model);
+        fault := format(
+            'function %s(text[]) was not there, or had another owner, when the model was defined; '
+            'SELECT autoembed.alter_model(%L) takes it as it is',
+            _embedder.function_name, model
+        );
     END IF;
     IF fault IS NULL THEN
         -- One statement, read before the owner's code can change what its names mean; the last one, too.
-        EXECUTE format('SELECT ARRAY(SELECT %1$s.vector_send(u.v::%1$s.vector) FROM pg_catalog.unnest(autoembed.%2$I($1)) WITH ORDINALITY AS u(v, n) ORDER BY u.n)',
-                       '@extschema:vector@', _embedder.wrapper)
+        EXECUTE format(
+            'SELECT ARRAY(SELECT %1$s.vector_send(u.v::%1$s.vector)'
+            ' FROM pg_catalog.unnest(autoembed.%2$I($1)) WITH ORDINALITY AS u(v, n) ORDER BY u.n)',
+            '@extschema:vector@', _embedder.wrapper
+        )
         INTO vectors
         USING texts;
     END IF;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._call_embedder IS
-    'What a model''s function makes of texts, in binary form; or why it is not called. To be rolled back: its owner''s code may have changed the session.';
+    'The vectors that a model''s function makes of texts, in binary form, or the reason why it is not called. The '
+    'caller rolls this back: the code of the function''s owner may have changed the session.';

@@ -7,17 +7,23 @@ CREATE OR REPLACE FUNCTION autoembed._spent_budget(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    SELECT CASE WHEN u.tokens >= m.daily_token_budget
-                THEN format('its budget of %s tokens a day is used up; the next day begins at 00:00 UTC', m.daily_token_budget)
-                WHEN u.tokens * m.price_per_million_tokens >= m.daily_cost_budget * 1000000
-                THEN format('its budget of %s a day is used up; the next day begins at 00:00 UTC', m.daily_cost_budget) END
+    SELECT CASE
+        WHEN u.tokens >= m.daily_token_budget THEN
+            format('its budget of %s tokens a day is used up; the next day begins at 00:00 UTC', m.daily_token_budget)
+        WHEN u.tokens * m.price_per_million_tokens >= m.daily_cost_budget * 1000000 THEN
+            format('its budget of %s a day is used up; the next day begins at 00:00 UTC', m.daily_cost_budget)
+    END
     FROM autoembed.model AS m
     CROSS JOIN LATERAL (
         SELECT coalesce(sum(t.tokens), 0) AS tokens
         FROM (
-            SELECT d.tokens FROM autoembed.usage_day AS d WHERE d.model = m.name AND d.day = (clock_timestamp() AT TIME ZONE 'UTC')::date
+            SELECT d.tokens
+            FROM autoembed.usage_day AS d
+            WHERE d.model = m.name AND d.day = (clock_timestamp() AT TIME ZONE 'UTC')::date
             UNION ALL
-            SELECT e.tokens FROM autoembed.usage_entry AS e WHERE e.model = m.name AND e.at >= date_trunc('day', clock_timestamp(), 'UTC')
+            SELECT e.tokens
+            FROM autoembed.usage_entry AS e
+            WHERE e.model = m.name AND e.at >= date_trunc('day', clock_timestamp(), 'UTC')
         ) AS t
     ) AS u
     WHERE m.name = _spent_budget.name AND num_nonnulls(m.daily_token_budget, m.daily_cost_budget) > 0;
@@ -56,8 +62,8 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._take_slot IS
-    'Takes a slot for one request in flight, until _free_slots() or the end of the session. 0: the model has no limit of '
-    'requests in flight; NULL: all slots are taken.';
+    'Takes a slot for one request in flight, until _free_slots() or the end of the session. 0: the model has no limit '
+    'of requests in flight. NULL: all slots are taken.';
 
 CREATE OR REPLACE FUNCTION autoembed._free_slots(model text, slots integer[])
     RETURNS void
@@ -69,7 +75,8 @@ AS $sql$
     SET pid = NULL, backend_start = NULL
     WHERE s.model = _free_slots.model AND s.number = ANY (slots) AND s.pid = pg_backend_pid();
 $sql$;
-COMMENT ON FUNCTION autoembed._free_slots IS 'Frees the slots of requests of this session that are no longer in flight.';
+COMMENT ON FUNCTION autoembed._free_slots IS
+    'Frees the slots of requests of this session that are no longer in flight.';
 
 CREATE OR REPLACE FUNCTION autoembed._take_permit(
     model text,
@@ -138,11 +145,17 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._take_permit IS
-    'A permit for one request: the seconds to wait, and the slot where with_slot asks for one and only so many requests '
-    'may be in flight. Both NULL: all slots are taken, or the budget is spent. What the request takes is given in seconds '
-    'of each allowance, with how much may have been saved up.';
+    'A permit for one request: the seconds to wait, and the slot, where with_slot asks for one and the model limits '
+    'the requests in flight. Both NULL: all slots are taken, or the budget is spent. The charges are in seconds of each '
+    'allowance, with the seconds that may have been saved up.';
 
-CREATE OR REPLACE FUNCTION autoembed._learn_limits(model text, requests_per_minute integer, requests_at_once integer, tokens_per_minute integer, tokens_at_once integer)
+CREATE OR REPLACE FUNCTION autoembed._learn_limits(
+    model text,
+    requests_per_minute integer,
+    requests_at_once integer,
+    tokens_per_minute integer,
+    tokens_at_once integer
+)
     RETURNS void
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -151,7 +164,8 @@ AS $plpgsql$
 BEGIN
     IF NOT current_setting('transaction_read_only')::boolean THEN
         -- Unless it was dropped meanwhile.
-        INSERT INTO autoembed.model_limit (model, requests_per_minute, requests_at_once, tokens_per_minute, tokens_at_once)
+        INSERT INTO autoembed.model_limit
+            (model, requests_per_minute, requests_at_once, tokens_per_minute, tokens_at_once)
         SELECT m.name, _learn_limits.requests_per_minute, _learn_limits.requests_at_once,
                _learn_limits.tokens_per_minute, _learn_limits.tokens_at_once
         FROM autoembed.model AS m
@@ -170,10 +184,12 @@ CREATE OR REPLACE FUNCTION autoembed._forget_permits()
 AS $plpgsql$
 BEGIN
     IF (SELECT min(p.at) FROM autoembed.permit AS p) < clock_timestamp() - interval '10 minutes' THEN
-        DELETE FROM autoembed.permit AS p WHERE greatest(p.at, p.requests_until, p.tokens_until) < clock_timestamp() - interval '5 minutes';
+        DELETE FROM autoembed.permit AS p
+        WHERE greatest(p.at, p.requests_until, p.tokens_until) < clock_timestamp() - interval '5 minutes';
         DELETE FROM autoembed.model_limit AS l
         WHERE EXISTS (SELECT FROM autoembed.model_limit AS n WHERE n.model = l.model AND n.at > l.at);
     END IF;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._forget_permits IS 'Forgets permits of some minutes ago, and limits that have changed since.';
+COMMENT ON FUNCTION autoembed._forget_permits IS
+    'Forgets permits of some minutes ago, and limits that have changed since.';

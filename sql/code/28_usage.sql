@@ -1,6 +1,14 @@
 -- What was asked of which model, for which table, and what it cost.
 
-CREATE OR REPLACE FUNCTION autoembed._note_usage(model text, pipeline_ids integer[], requests integer[], inputs integer[], tokens bigint[], rows integer[], slot integer)
+CREATE OR REPLACE FUNCTION autoembed._note_usage(
+    model text,
+    pipeline_ids integer[],
+    requests integer[],
+    inputs integer[],
+    tokens bigint[],
+    rows integer[],
+    slot integer
+)
     RETURNS void
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -39,7 +47,8 @@ BEGIN
             DELETE FROM autoembed.usage_entry AS u WHERE u.at < clock_timestamp() - interval '5 minutes' RETURNING u.*
         )
         INSERT INTO autoembed.usage_day AS d (day, model, pipeline_id, requests, inputs, tokens, rows)
-        SELECT (f.at AT TIME ZONE 'UTC')::date, f.model, f.pipeline_id, sum(f.requests), sum(f.inputs), sum(f.tokens), sum(f.rows)
+        SELECT (f.at AT TIME ZONE 'UTC')::date, f.model, f.pipeline_id,
+               sum(f.requests), sum(f.inputs), sum(f.tokens), sum(f.rows)
         FROM folded AS f
         GROUP BY 1, 2, 3
         ON CONFLICT (day, model, pipeline_id) DO UPDATE
@@ -49,7 +58,8 @@ BEGIN
     PERFORM autoembed._forget_permits();
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._fold_usage IS 'Adds requests of some minutes ago up to their day, and forgets their permits.';
+COMMENT ON FUNCTION autoembed._fold_usage IS
+    'Adds up the requests of each day, except those of the last minutes, and forgets their permits.';
 
 CREATE OR REPLACE VIEW autoembed.usage AS
 SELECT u.day,
@@ -63,15 +73,18 @@ SELECT u.day,
 FROM (
     SELECT d.day, d.model, d.pipeline_id, d.requests, d.inputs, d.tokens FROM autoembed.usage_day AS d
     UNION ALL
-    SELECT (e.at AT TIME ZONE 'UTC')::date, e.model, e.pipeline_id, e.requests, e.inputs, e.tokens FROM autoembed.usage_entry AS e
+    SELECT (e.at AT TIME ZONE 'UTC')::date, e.model, e.pipeline_id, e.requests, e.inputs, e.tokens
+    FROM autoembed.usage_entry AS e
 ) AS u
 LEFT JOIN autoembed.pipeline AS p ON p.id = u.pipeline_id
 LEFT JOIN autoembed.model AS m ON m.name = u.model
 GROUP BY u.day, u.model, u.pipeline_id, p.table_id, p.embedding_column, m.price_per_million_tokens;
-COMMENT ON VIEW autoembed.usage IS 'Per day (UTC), model and embedding column: what was asked, and its cost at the model''s price.';
+COMMENT ON VIEW autoembed.usage IS
+    'Requests, texts and tokens per day (UTC), model and embedding column, and their cost at the model''s price.';
 COMMENT ON COLUMN autoembed.usage.day IS 'The day, in UTC.';
 COMMENT ON COLUMN autoembed.usage.model IS 'The model.';
-COMMENT ON COLUMN autoembed.usage.table_name IS 'The table; NULL for embed(), and for tables that are embedded no more.';
+COMMENT ON COLUMN autoembed.usage.table_name IS
+    'The table. NULL for embed(), and for tables that are no longer embedded.';
 COMMENT ON COLUMN autoembed.usage.embedding_column IS 'The column.';
 COMMENT ON COLUMN autoembed.usage.requests IS 'Requests that were answered.';
 COMMENT ON COLUMN autoembed.usage.inputs IS 'Texts in them.';
@@ -86,7 +99,12 @@ CREATE OR REPLACE FUNCTION autoembed._price_and_rate(model text, OUT price numer
 AS $sql$
     SELECT m.price_per_million_tokens,
            (SELECT max(u.rows) / 60.0
-            FROM (SELECT sum(e.rows) AS rows FROM autoembed.usage_entry AS e WHERE e.model = m.name GROUP BY date_trunc('minute', e.at)) AS u)
+            FROM (
+                SELECT sum(e.rows) AS rows
+                FROM autoembed.usage_entry AS e
+                WHERE e.model = m.name
+                GROUP BY date_trunc('minute', e.at)
+            ) AS u)
     FROM autoembed.model AS m
     WHERE m.name = _price_and_rate.model;
 $sql$;

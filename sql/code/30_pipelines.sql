@@ -51,7 +51,10 @@ BEGIN
         -- The name without a schema comes first, since it has an index.
         JOIN pg_proc AS p
             ON p.proname IN (
-                name, substring(name FROM '^"(.*)"$'), substring(name FROM '[.]([^.]*)$'), substring(name FROM '[.]"(.*)"$')
+                name,
+                substring(name FROM '^"(.*)"$'),
+                substring(name FROM '[.]([^.]*)$'),
+                substring(name FROM '[.]"(.*)"$')
             )
            AND p.proargtypes[0] = c.reltype AND p.pronargs = 1 AND p.prokind = 'f' AND NOT p.proretset
         JOIN pg_namespace AS n ON n.oid = p.pronamespace
@@ -68,8 +71,8 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._content_function IS
-    'The function of one row of the table with that name, which may have its schema before it. Without a schema, one in '
-    'the schema of the table is preferred. NULL if there is none.';
+    'The function of one row of the table with that name, which may have its schema before it. Without a schema, one '
+    'in the schema of the table is preferred. NULL if there is none.';
 
 CREATE OR REPLACE FUNCTION autoembed._content_function_of(pipeline autoembed.pipeline)
     RETURNS oid
@@ -109,7 +112,8 @@ AS $sql$
     LIMIT 1;
 $sql$;
 COMMENT ON FUNCTION autoembed._key_columns IS
-    'The columns that tell the rows of a table apart: its primary key, else its replica identity, else a unique index without NULLs; NULL if there is none.';
+    'The columns that tell the rows of a table apart: its primary key, else its replica identity, else a unique index '
+    'without NULLs. NULL if there is none.';
 
 CREATE OR REPLACE FUNCTION autoembed._template(template text)
     RETURNS TABLE (literal text, column_name text)
@@ -125,12 +129,14 @@ BEGIN
                WHEN t.part[2] IS NULL THEN t.part[1]
            END,
            replace(t.part[2], '""', '"')
-    FROM regexp_matches(template, '(\{\{|\}\}|\\\\|\\n|\{([^{}]+)\}|[^{}\\]+|.)', 'g') WITH ORDINALITY AS t(part, position)
+    FROM regexp_matches(template, '(\{\{|\}\}|\\\\|\\n|\{([^{}]+)\}|[^{}\\]+|.)', 'g')
+        WITH ORDINALITY AS t(part, position)
     ORDER BY t.position;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._template IS
-    'The parts of a template in order: literal text, or a column. {{ and }} are braces, \n is a line break, \\ a backslash.';
+    'The parts of a template in order: literal text, or a column. {{ and }} are braces, \n is a line break, \\ a '
+    'backslash.';
 
 CREATE OR REPLACE FUNCTION autoembed._columns_of(pipeline autoembed.pipeline)
     RETURNS name[]
@@ -184,7 +190,8 @@ BEGIN
                 SELECT 'pg_collation'::regclass, c.oid FROM pg_collation AS c WHERE c.collname = o.value ->> 'name'
             ) AS c
             CROSS JOIN LATERAL pg_identify_object(c.class, c.oid, 0) AS i
-            -- Made anew it is as good. The types that it takes may have other names since: the condition does not tell them.
+            -- An object of the same identity that was created since is as good. Its types may have other names by now:
+            -- the condition does not name them.
             WHERE i.identity = o.key
                OR c.oid::text = o.value ->> 'oid' AND split_part(i.identity, '(', 1) = split_part(o.key, '(', 1)
         )
@@ -194,7 +201,8 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._missing_object IS
-    'A function, operator, type or collation of a pipeline''s condition that no longer has the name that it has there; NULL if there is none.';
+    'A function, operator, type or collation of a pipeline''s condition that no longer has the name that it has there. '
+    'NULL if there is none.';
 
 CREATE OR REPLACE FUNCTION autoembed._operator(table_id oid, column_name name, strategy integer)
     RETURNS text
@@ -203,16 +211,17 @@ CREATE OR REPLACE FUNCTION autoembed._operator(table_id oid, column_name name, s
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    -- Not in SQL, which would be planned anew for each claim: 1 ms.
-    -- As the index has it: the name alone might mean another operator, or none, where the type is not in a schema searched.
+    -- An SQL function would be planned again for each claim: 1 ms.
+    -- The operator is that of the index. Its name alone might mean another one, or none if its schema is not searched.
     RETURN coalesce((
         SELECT format('OPERATOR(%I.%s)', n.nspname, o.oprname)
         FROM pg_index AS i
         CROSS JOIN LATERAL unnest(i.indkey::smallint[], i.indclass::oid[]) AS k(number, class)
         JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = k.number AND a.attname = column_name
         JOIN pg_opclass AS c ON c.oid = k.class
-        JOIN pg_amop AS m ON m.amopfamily = c.opcfamily AND m.amoplefttype = c.opcintype AND m.amoprighttype = c.opcintype
-                         AND m.amopstrategy = strategy
+        JOIN pg_amop AS m
+            ON m.amopfamily = c.opcfamily AND m.amoplefttype = c.opcintype AND m.amoprighttype = c.opcintype
+           AND m.amopstrategy = strategy
         JOIN pg_am ON pg_am.oid = m.amopmethod AND pg_am.amname = 'btree'
         JOIN pg_operator AS o ON o.oid = m.amopopr
         JOIN pg_namespace AS n ON n.oid = o.oprnamespace
@@ -235,15 +244,22 @@ DECLARE
     _columns text;
     _text text;
 BEGIN
-    -- Output functions, not casts: a cast to text may be the owner's, and triggers evaluate this with more rights than his.
-    -- An empty string is as good as none.
-    SELECT string_agg(format('nullif(pg_catalog.concat(%s.%I), '''')', alias, c.name), ', ' ORDER BY c.position) INTO _columns
+    -- concat() uses output functions. A cast to text may be the owner's, and triggers evaluate this with more rights.
+    -- An empty string counts as NULL.
+    SELECT string_agg(format('nullif(pg_catalog.concat(%s.%I), '''')', alias, c.name), ', ' ORDER BY c.position)
+    INTO _columns
     FROM unnest(autoembed._columns_of(pipeline)) WITH ORDINALITY AS c(name, position);
     IF pipeline.content_columns IS NOT NULL THEN
         _text := format('pg_catalog.concat_ws(%L, %s)', E'\n\n', _columns);
     ELSIF pipeline.content_template IS NOT NULL THEN
-        SELECT format('CASE WHEN pg_catalog.num_nonnulls(%s) OPERATOR(pg_catalog.>) 0 THEN pg_catalog.concat(%s) END', _columns,
-                      string_agg(CASE WHEN t.column_name IS NULL THEN quote_literal(t.literal) ELSE format('%s.%I', alias, t.column_name) END, ', '))
+        SELECT format(
+            'CASE WHEN pg_catalog.num_nonnulls(%s) OPERATOR(pg_catalog.>) 0 THEN pg_catalog.concat(%s) END',
+            _columns,
+            string_agg(CASE
+                WHEN t.column_name IS NULL THEN quote_literal(t.literal)
+                ELSE format('%s.%I', alias, t.column_name)
+            END, ', ')
+        )
         INTO _text
         FROM autoembed._template(pipeline.content_template) AS t;
     ELSE
@@ -259,7 +275,8 @@ BEGIN
     END IF;
     IF pipeline.condition IS NOT NULL THEN
         _text := format('CASE WHEN (SELECT (%s) FROM (SELECT %s) AS r) THEN %s END', pipeline.condition, (
-            SELECT string_agg(format('%s.%I AS %I', alias, c.value, c.key), ', ') FROM jsonb_each_text(pipeline.condition_columns) AS c
+            SELECT string_agg(format('%s.%I AS %I', alias, c.value, c.key), ', ')
+            FROM jsonb_each_text(pipeline.condition_columns) AS c
         ), _text);
     END IF;
     RETURN _text;
@@ -287,7 +304,8 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._content_guard IS
-    'A statement that fails once the content function of a pipeline is another one of the same name; empty without one.';
+    'A statement that fails once the content function of a pipeline is another one of the same name. Empty if the '
+    'pipeline has none.';
 
 CREATE OR REPLACE FUNCTION autoembed._content_bytes_expression(pipeline autoembed.pipeline, alias text)
     RETURNS text
@@ -331,7 +349,9 @@ CREATE OR REPLACE FUNCTION autoembed._short_keys(keys text[])
 AS $plpgsql$
 BEGIN
     IF EXISTS (SELECT FROM unnest(keys) AS k(key) WHERE octet_length(k.key) > 1000) THEN
-        RETURN ARRAY(SELECT autoembed._short_key(k.key) FROM unnest(keys) WITH ORDINALITY AS k(key, number) ORDER BY k.number);
+        RETURN ARRAY(
+            SELECT autoembed._short_key(k.key) FROM unnest(keys) WITH ORDINALITY AS k(key, number) ORDER BY k.number
+        );
     END IF;
     RETURN keys;
 END;
@@ -347,9 +367,11 @@ AS $plpgsql$
 BEGIN
     RETURN (
         SELECT format('pg_catalog.concat(''['', %s, '']'')', string_agg(
-            CASE WHEN coalesce(nullif(t.typbasetype, 0), t.oid) IN ('bigint'::regtype, 'integer'::regtype, 'smallint'::regtype)
-                 THEN format('%s.%I', alias, k.name)
-                 ELSE format('pg_catalog.to_json(pg_catalog.concat(%s.%I))', alias, k.name)
+            CASE
+                WHEN coalesce(nullif(t.typbasetype, 0), t.oid)
+                     IN ('bigint'::regtype, 'integer'::regtype, 'smallint'::regtype)
+                THEN format('%s.%I', alias, k.name)
+                ELSE format('pg_catalog.to_json(pg_catalog.concat(%s.%I))', alias, k.name)
             END, ', '','', ' ORDER BY k.position))
         FROM unnest(pipeline.key_columns) WITH ORDINALITY AS k(name, position)
         JOIN pg_attribute AS a ON a.attrelid = pipeline.table_id AND a.attname = k.name

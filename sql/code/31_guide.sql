@@ -19,7 +19,8 @@ BEGIN
     END IF;
 
     BEGIN
-        -- By the type's output function: a cast, as of to_jsonb(), may be the owner's, and we run with more rights than his.
+        -- format() uses the type's output function. A cast, as in to_jsonb(), may be the owner's, and this function
+        -- runs with more rights.
         _key := to_jsonb(format('%s', NEW.id));
         IF pg_typeof(NEW.id) IN ('bigint'::regtype, 'integer'::regtype, 'smallint'::regtype) THEN
             _key := to_jsonb((_key #>> '{}')::bigint);
@@ -53,7 +54,8 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.queue_embeddings IS
-    'Row trigger for INSERT and UPDATE: queues the row for embedding. Arguments: the function of a row that gives its text, and the embedding column.';
+    'Row trigger for INSERT and UPDATE: queues the row for embedding. Arguments: the function of a row that gives its '
+    'text, and the embedding column.';
 
 CREATE OR REPLACE FUNCTION autoembed.clear_column()
     RETURNS trigger
@@ -91,10 +93,12 @@ CREATE OR REPLACE FUNCTION autoembed._guide_triggers(pipeline autoembed.pipeline
 AS $sql$
     SELECT t.*
     FROM pg_trigger AS t
-    WHERE t.tgrelid IN (SELECT r.relid FROM pg_partition_tree(pipeline.table_id) AS r UNION ALL SELECT pipeline.table_id)
-      AND CASE t.tgfoid
-              WHEN 'autoembed.queue_embeddings()'::regprocedure THEN (autoembed._arguments(t))[2] = pipeline.embedding_column
-              WHEN 'autoembed.clear_column()'::regprocedure THEN (autoembed._arguments(t))[1] = pipeline.embedding_column
+    WHERE t.tgrelid IN (
+              SELECT r.relid FROM pg_partition_tree(pipeline.table_id) AS r UNION ALL SELECT pipeline.table_id
+          )
+      AND pipeline.embedding_column = CASE t.tgfoid
+              WHEN 'autoembed.queue_embeddings()'::regprocedure THEN (autoembed._arguments(t))[2]
+              WHEN 'autoembed.clear_column()'::regprocedure THEN (autoembed._arguments(t))[1]
           END;
 $sql$;
 COMMENT ON FUNCTION autoembed._guide_triggers IS
@@ -134,12 +138,17 @@ AS $sql$
         INSERT INTO autoembed.pipeline AS p (table_id, embedding_column, key_columns, content_function, managed)
         SELECT r.table_id, _adopt.embedding_column, '{id}', _adopt.content_function, false
         FROM root AS r
-        WHERE NOT EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.table_id = r.table_id AND p.embedding_column = _adopt.embedding_column)
+        WHERE NOT EXISTS (
+            SELECT FROM autoembed.pipeline AS p
+            WHERE p.table_id = r.table_id AND p.embedding_column = _adopt.embedding_column
+        )
         RETURNING p.id
     )
     SELECT m.id FROM made AS m
     UNION ALL
-    SELECT p.id FROM autoembed.pipeline AS p JOIN root AS r ON p.table_id = r.table_id AND p.embedding_column = _adopt.embedding_column;
+    SELECT p.id
+    FROM autoembed.pipeline AS p
+    JOIN root AS r ON p.table_id = r.table_id AND p.embedding_column = _adopt.embedding_column;
 $sql$;
 COMMENT ON FUNCTION autoembed._adopt IS
     'The pipeline of that table and column, made with that content function if it is new; an error if it cannot be.';
@@ -175,8 +184,10 @@ BEGIN
             IF _trigger.tgnargs <> 2 OR _trigger.tgtype & 2 <> 0 THEN
                 RAISE EXCEPTION USING
                     ERRCODE = 'invalid_parameter_value',
-                    MESSAGE = 'autoembed.queue_embeddings() is for AFTER triggers and takes two arguments, a content function and an embedding column',
-                    HINT = 'For example: AFTER INSERT ON documents FOR EACH ROW EXECUTE FUNCTION autoembed.queue_embeddings(''embedding_input'', ''embedding'').';
+                    MESSAGE = 'autoembed.queue_embeddings() is for AFTER triggers and takes two arguments, '
+                              'a content function and an embedding column',
+                    HINT = 'For example: AFTER INSERT ON documents FOR EACH ROW EXECUTE FUNCTION '
+                           'autoembed.queue_embeddings(''embedding_input'', ''embedding'').';
             END IF;
             _id := autoembed._adopt(_trigger.tgrelid, _arguments[2], _arguments[1]);
             UPDATE autoembed.pipeline AS p
@@ -192,7 +203,8 @@ BEGIN
             RAISE EXCEPTION USING
                 ERRCODE = 'invalid_parameter_value',
                 MESSAGE = 'autoembed.clear_column() is for BEFORE UPDATE triggers and takes one argument, a column',
-                HINT = 'For example: BEFORE UPDATE OF title ON documents FOR EACH ROW EXECUTE FUNCTION autoembed.clear_column(''embedding'').';
+                HINT = 'For example: BEFORE UPDATE OF title ON documents FOR EACH ROW EXECUTE FUNCTION '
+                       'autoembed.clear_column(''embedding'').';
         ELSIF NOT EXISTS (
             SELECT FROM pg_attribute AS a
             WHERE a.attrelid = _trigger.tgrelid AND a.attname = _arguments[1] AND a.attnum > 0 AND NOT a.attisdropped
@@ -205,7 +217,8 @@ BEGIN
     END LOOP;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._check_trigger IS 'Checks a trigger of ours when it is created, not when a row is written.';
+COMMENT ON FUNCTION autoembed._check_trigger IS
+    'Checks a trigger of this extension when it is created, not when a row is written.';
 
 CREATE OR REPLACE FUNCTION autoembed._resolve(message jsonb)
     RETURNS integer
@@ -244,8 +257,13 @@ BEGIN
         RAISE EXCEPTION USING
             ERRCODE = 'undefined_function',
             MESSAGE = CASE
-                WHEN _function IS NULL THEN format('there is no function "%s" of one row of %s', message ->> 'contentFunction', _pipeline.table_id)
-                ELSE format('%s.%I is not embedded from function "%s"', _pipeline.table_id, _pipeline.embedding_column, message ->> 'contentFunction')
+                WHEN _function IS NULL THEN format(
+                    'there is no function "%s" of one row of %s', message ->> 'contentFunction', _pipeline.table_id
+                )
+                ELSE format(
+                    '%s.%I is not embedded from function "%s"',
+                    _pipeline.table_id, _pipeline.embedding_column, message ->> 'contentFunction'
+                )
             END;
     END IF;
     RETURN _pipeline.id;

@@ -274,7 +274,8 @@ BEGIN
     END IF;
 
     FOREACH _piece IN ARRAY '{queue_update,queue_truncate,queue_row,raise_if_cancelled}'::text[] LOOP
-        _pieces := _pieces || jsonb_build_object(_piece, autoembed._filled(autoembed._function_template(_piece), slots));
+        _pieces := _pieces
+            || jsonb_build_object(_piece, autoembed._filled(autoembed._function_template(_piece), slots));
     END LOOP;
     SELECT _pieces || jsonb_object_agg(r.name, autoembed._filled(
         autoembed._function_template('queue_rows'), slots || jsonb_build_object('rows', r.rows)

@@ -15,7 +15,9 @@ SELECT f.id,
 FROM autoembed.failure AS f
 -- A backfill that was given up is a message, which names its pipeline inside.
 LEFT JOIN autoembed.pipeline AS p
-    ON p.id = coalesce(f.pipeline_id, (jsonb_populate_record(NULL::autoembed.backfill, f.message -> 'backfill')).pipeline_id)
+    ON p.id = coalesce(
+        f.pipeline_id, (jsonb_populate_record(NULL::autoembed.backfill, f.message -> 'backfill')).pipeline_id
+    )
 WHERE autoembed._may_see(p.table_id);
 COMMENT ON VIEW autoembed.failed IS
     'The rows that could not be embedded and are not tried again, each with the reason. retry_failed() tries them '

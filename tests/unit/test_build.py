@@ -169,3 +169,15 @@ def test_a_control_file_without_version_is_refused(tree: Path) -> None:
 
     with pytest.raises(ValueError, match="default_version"):
         build.version()
+
+
+def test_lines_of_sql_have_at_most_120_columns() -> None:
+    sources = (build.ROOT / "sql").rglob("*.sql")
+    long = [
+        f"{path.relative_to(build.ROOT)}:{number}"
+        for path in sources
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 120
+    ]
+
+    assert long == []
