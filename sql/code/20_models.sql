@@ -92,7 +92,7 @@ BEGIN
     IF _name IS NULL THEN
         RETURN;
     END IF;
-    -- Where there is no Vault, anybody who may create schemas could make such a view, whose code would run as superuser.
+    -- Without a Vault, anybody who may create schemas could make such a view, whose code would run as superuser.
     IF NOT EXISTS (
         SELECT FROM pg_class AS c JOIN pg_roles AS r ON r.oid = c.relowner WHERE c.oid = _view AND r.rolsuper
     ) THEN

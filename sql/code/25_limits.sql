@@ -146,8 +146,8 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._take_permit IS
     'A permit for one request: the seconds to wait, and the slot, where with_slot asks for one and the model limits '
-    'the requests in flight. Both NULL: all slots are taken, or the budget is spent. The charges are in seconds of each '
-    'allowance, with the seconds that may have been saved up.';
+    'the requests in flight. Both NULL: all slots are taken, or the budget is spent. The charges are in seconds of '
+    'each allowance, with the seconds that may have been saved up.';
 
 CREATE OR REPLACE FUNCTION autoembed._learn_limits(
     model text,
