@@ -33,7 +33,7 @@ BEGIN
         FROM unnest(_pipeline.key_columns) WITH ORDINALITY AS n(name, position)
         JOIN pg_attribute AS a ON a.attrelid = table_name AND a.attname = n.name
     ) AS k
-    HAVING jsonb_typeof(_key) = 'array' AND jsonb_array_length(_key) = count(*);
+    HAVING jsonb_typeof(_key) = 'array' AND jsonb_array_length(_key) = count(*) AND count(k.value) = count(*);
     BEGIN
         _row := CASE WHEN _condition IS NOT NULL THEN autoembed._as_owner(table_name, format(
             'SELECT %s AS content, t.%I IS NOT NULL AS has_embedding, %s AS key FROM %s AS t WHERE %s LIMIT 1',

@@ -25,11 +25,12 @@ MODEL = "text-embedding-3-small"
 # Who may execute it: a role without grants, an owner of a table with grant_usage, one with grant_monitor, a superuser.
 FUNCTIONS = """
 _adopt - - - x
+_advisory_locks - x - x
 _after_drop - - - x
 _arguments - - - x
+_as_owner - x - x
 _backfill - - - x
 _before_drop - - - x
-_build_capture - - - x
 _build_embedders - - - x
 _build_index - - - x
 _build_pipeline - - - x
@@ -38,19 +39,24 @@ _call_embedder - - - x
 _check_api_key - - - x
 _check_budget - - - x
 _check_content - x - x
-_check_deferred - - - x
 _check_model - - - x
 _check_on_change - x - x
+_check_options - - - x
 _check_owner - x - x
 _check_pipeline - x x x
 _check_trigger - - - x
 _claim - - - x
 _clean_up - - - x
 _columns_of - x - x
+_content_bytes_expression - - - x
 _content_expression - x - x
 _content_function - x - x
 _content_function_of - x - x
-_create_owned - - - x
+_content_guard - - - x
+_create_function - - - x
+_create_functions - - - x
+_cron_is_here - - - x
+_cron_places - - - x
 _default_model - x x x
 _define - - - x
 _defined - - - x
@@ -60,6 +66,7 @@ _drop_functions - - - x
 _drop_orphaned_pipelines - - - x
 _embed - - - x
 _embedder - - - x
+_end - - - x
 _end_broken - - - x
 _ended - - - x
 _enter_lane - - - x
@@ -69,29 +76,41 @@ _extend - - - x
 _fail - - - x
 _fail_backfill - - - x
 _fail_message - - - x
+_filled - - - x
 _finish_backfills - - - x
 _fold_usage - - - x
 _follow_tables - - - x
 _forget - - - x
 _forget_all - - - x
 _forget_permits - - - x
-_forget_prepared - - - x
 _forget_runs - - - x
 _free_slots - - - x
+_function_template - - - x
 _gate - - - x
 _grant - - - x
+_guide_triggers - - - x
+_has_key_expression - - - x
+_hold_index_job - - - x
 _http_hosts - - - x
+_index_job - - - x
 _index_key - x - x
-_keep_restored - - - x
+_index_may_be_built - - - x
+_keep_restored_model - - - x
+_keep_restored_queue - - - x
 _key_columns - - - x
 _key_expression - x - x
+_keys_per_message - - - x
 _lane_is_wanted - - - x
+_lane_jobs - - - x
 _lane_lives - x x x
+_lane_roles - - - x
 _learn_limits - - - x
 _leave_lane - - - x
-_load_python - - - x
+_list_queue - - - x
+_load_python - x - x
 _look_through - x - x
 _may_see - x x x
+_missing_guide_triggers - - - x
 _missing_object - - - x
 _model - - - x
 _model_facts - - - x
@@ -101,13 +120,12 @@ _needed_columns - x - x
 _next_backfill - - - x
 _note_usage - - - x
 _operator - x - x
-_options_fault - - - x
 _output_settings - - - x
 _owned_pipeline - x - x
 _owned_pipelines - x - x
 _owns - x x x
 _pipelines - - - x
-_prepared - - - x
+_plan - - - x
 _price_and_rate - - - x
 _probe - - - x
 _process - - - x
@@ -120,20 +138,30 @@ _renamed - - - x
 _requeue - - - x
 _resolve - - - x
 _rest_model - - - x
+_rest_pipelines - - - x
+_restore_advisory_locks - x - x
+_run_as_owner - x - x
+_schedule_index - - - x
 _set_paused - x - x
 _settle - - - x
-_slot_key - - - x
+_short_key - x - x
+_short_keys - - - x
+_slots - - - x
 _spent_budget - - - x
 _stage - - - x
+_start_advice - - - x
 _state_of - x - x
 _table_shape - - - x
 _take_permit - - - x
+_take_slot - - - x
 _template - x - x
 _trigger_name - - - x
 _trigger_problems - - - x
 _unschedule - - - x
+_updated - - - x
 _vault_key - - - x
 _vector_index - - - x
+_vector_types - - - x
 _warn_of_blocked_pipelines - - - x
 _work - - - x
 allow_http_host - - - x
@@ -147,6 +175,7 @@ drop_model - - - x
 embed - x - x
 enable - x - x
 estimate - x - x
+grant_lane - - - x
 grant_monitor - - - x
 grant_usage - - - x
 pause - x - x
@@ -167,13 +196,21 @@ work - - - x
 
 # r: select, a: insert, w: update, d: delete. Below a relation the columns of which somebody may do more than of all.
 RELATIONS = """
+_job - - - rawd
 _pipeline_state - - - rawd
 _row_state - r - rawd
-backfill - rd - rawd
-backfill.condition - ra - raw
+_this_lane - - - rawd
+backfill - r - rawd
+backfill.condition - raw - raw
 backfill.create_index - ra - raw
-backfill.force - ra - raw
+backfill.force - raw - raw
+backfill.index_problem - rw - raw
 backfill.pipeline_id - ra - raw
+backfill.position - rw - raw
+backfill.rows_queued - rw - raw
+backfill.scanned_at - rw - raw
+backfill.served_at - rw - raw
+backfill.started_at - rw - raw
 embedded - - - rawd
 failed - r r rawd
 failure - - - rawd
@@ -182,7 +219,7 @@ model - - - rawd
 model_limit - - - rawd
 model_rest - - r rawd
 permit - - - rawd
-pipeline - rd - rawd
+pipeline - r - rawd
 pipeline.condition - raw - raw
 pipeline.condition_columns - raw - raw
 pipeline.condition_objects - raw - raw
@@ -190,15 +227,19 @@ pipeline.content_columns - raw - raw
 pipeline.content_function - raw - raw
 pipeline.content_template - raw - raw
 pipeline.embedding_column - ra - raw
+pipeline.ended - rw - raw
 pipeline.model - raw - raw
 pipeline.on_change - raw - raw
 pipeline.paused - rw - raw
 pipeline.replicated - ra - raw
 pipeline.table_id - ra - raw
 pipeline.truncate - raw - raw
+pipeline_rest - - - rawd
 progress - r r rawd
 setting - - - rawd
+slot - - - rawd
 status - r r rawd
+turn - - - rawd
 usage - - r rawd
 usage_day - - - rawd
 usage_entry - - - rawd
@@ -392,7 +433,7 @@ FOREIGN_CALLS = [
     "INSERT INTO autoembed.pipeline (table_id, embedding_column, content_columns)"
     " VALUES ('{table}', 'embedding', '{{content}}')",
     "INSERT INTO autoembed.backfill (pipeline_id) VALUES (2)",
-    "SELECT autoembed._content_2('{{[1]}}')",
+    "SELECT autoembed._content_2('{{[1]}}', 0, 0)",
     "SELECT autoembed._write_2('{{[1]}}', '{{x}}', 'm', '{{NULL}}')",
     "SELECT autoembed._scan_2(NULL, NULL, 1)",
 ]
@@ -419,7 +460,7 @@ def test_nobody_without_the_owners_rights_does_anything_to_a_table(
     assert db.execute("TABLE autoembed.pipeline").fetchall() == before
 
 
-@pytest.mark.parametrize("statement", ["UPDATE autoembed.pipeline SET paused = true", "DELETE FROM autoembed.pipeline"])
+@pytest.mark.parametrize("statement", ["UPDATE autoembed.pipeline SET paused = true", "UPDATE autoembed.pipeline SET ended = true"])
 def test_a_statement_on_the_list_of_tables_reaches_the_callers_own(
     db: Connection, tables: dict[str, str], people: dict[str, str], connect: Connect, statement: str
 ) -> None:
