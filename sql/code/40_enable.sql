@@ -502,7 +502,7 @@ BEGIN
     ON CONFLICT ON CONSTRAINT backfill_pkey DO UPDATE
     SET condition = CASE WHEN b.condition = excluded.condition THEN excluded.condition END,
         force = b.force OR excluded.force,
-        position = NULL, rows_queued = 0, started_at = clock_timestamp(), served_at = NULL, scanned_at = NULL,
+        position = NULL, rows_queued = 0, started_at = clock_timestamp(), scanned_at = NULL,
         index_problem = NULL;
 END;
 $plpgsql$;

@@ -21,7 +21,7 @@ BEGIN
         FROM autoembed.backfill AS b
         JOIN autoembed._pipeline_state AS s ON s.id = b.pipeline_id AND s.blocked IS NULL
         WHERE b.scanned_at IS NULL
-        ORDER BY b.served_at NULLS FIRST, b.started_at
+        ORDER BY b.served_at, b.pipeline_id
         LIMIT 1
         FOR UPDATE OF b SKIP LOCKED
     )

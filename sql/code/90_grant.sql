@@ -47,7 +47,7 @@ BEGIN
                     ON autoembed.pipeline TO %s', role);
     EXECUTE format('GRANT SELECT,
                     INSERT (pipeline_id, condition, force, create_index),
-                    UPDATE (condition, force, position, rows_queued, started_at, served_at, scanned_at, index_problem)
+                    UPDATE (condition, force, position, rows_queued, started_at, scanned_at, index_problem)
                     ON autoembed.backfill TO %s', role);
     EXECUTE format('GRANT SELECT ON autoembed._row_state TO %s', role);
 END;

@@ -82,7 +82,7 @@ CREATE TABLE autoembed.backfill (
     position text,
     rows_queued bigint NOT NULL DEFAULT 0,
     started_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
-    served_at timestamptz,
+    served_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     scanned_at timestamptz,
     index_problem text
 );
@@ -95,7 +95,7 @@ COMMENT ON COLUMN autoembed.backfill.create_index IS 'Whether an HNSW index is b
 COMMENT ON COLUMN autoembed.backfill.position IS 'The last key that was queued, as a JSON array; NULL: none yet.';
 COMMENT ON COLUMN autoembed.backfill.rows_queued IS 'The number of rows that were queued.';
 COMMENT ON COLUMN autoembed.backfill.started_at IS 'When the backfill was asked for.';
-COMMENT ON COLUMN autoembed.backfill.served_at IS 'When a lane last worked on it.';
+COMMENT ON COLUMN autoembed.backfill.served_at IS 'When a lane last worked on it; at first, when it was asked for.';
 COMMENT ON COLUMN autoembed.backfill.scanned_at IS 'When the last row was queued; NULL: there are more.';
 COMMENT ON COLUMN autoembed.backfill.index_problem IS
     'The reason why the index could not be built. No lane tries again.';

@@ -209,7 +209,6 @@ backfill.pipeline_id - ra - raw
 backfill.position - rw - raw
 backfill.rows_queued - rw - raw
 backfill.scanned_at - rw - raw
-backfill.served_at - rw - raw
 backfill.started_at - rw - raw
 embedded - - - rawd
 failed - r r rawd
