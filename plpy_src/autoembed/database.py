@@ -325,16 +325,21 @@ class Database:
     def lane_settings(self) -> Iterator[None]:
         """Transactions that see what is committed and wait for no lock, whatever the session's default.
 
-        At a higher level, lanes and applications would fail each other's statements, and even COMMIT.
+        At a higher level, lanes and applications would fail each other's statements, and even COMMIT. Errors are in
+        PostgreSQL's own language where that may be set: their context tells who has raised a cancel.
         """
-        names = ["default_transaction_isolation", "lock_timeout"]
+        settings = {"default_transaction_isolation": "read committed", "lock_timeout": f"{LOCK_TIMEOUT_MILLISECONDS}ms"}
+        sql = "SELECT pg_catalog.has_parameter_privilege('lc_messages', 'SET') AS may"
+        if self._run(sql)[0]["may"]:
+            settings["lc_messages"] = "C"
+        names = list(settings)
         [before] = self._run(
             "SELECT pg_catalog.array_agg(pg_catalog.current_setting(s.name) ORDER BY s.number) AS values"
             " FROM pg_catalog.unnest($1) WITH ORDINALITY AS s(name, number)",
             ["pg_catalog.text[]"],
             [names],
         )
-        self._set(names, ["read committed", f"{LOCK_TIMEOUT_MILLISECONDS}ms"])
+        self._set(names, list(settings.values()))
         try:
             yield
         finally:
@@ -370,7 +375,7 @@ class Database:
             return
         # The rollback frees the slot at once, and not at the end of the caller's transaction.
         with contextlib.suppress(_Undo), plpy.subtransaction():
-            [row] = self._run("SELECT autoembed._take_slot($1) AS slot", ["pg_catalog.text"], [model.name])
+            [row] = self._run("SELECT autoembed._take_slot($1, false) AS slot", ["pg_catalog.text"], [model.name])
             yield row["slot"] is not None
             raise _Undo
 
@@ -436,7 +441,7 @@ class Database:
 
     def plan(self, pipeline_id: int) -> None:
         """Has PostgreSQL plan the reading of a pipeline's texts; RowError if that fails."""
-        with self._owners_code(undone=True):
+        with self._owners_code(undone=True, seconds=CALLER_SECONDS):
             self._run(f"SELECT FROM autoembed._content_{pipeline_id}('{{}}', 0, 0)")
 
     def digests(self, pipeline: Pipeline, keys: Sequence[str]) -> dict[str, bytes]:

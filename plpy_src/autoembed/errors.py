@@ -88,7 +88,7 @@ OBJECT_IN_USE = "55006"
 QUERY_CANCELED = "57014"
 INSUFFICIENT_PRIVILEGE = "42501"
 # By their beginnings: the statement may work at another time.
-PASSING = ("08", "40", "53", "55", "57", "58000", "58030")
+PASSING = ("08", "40", "53", "55", "57P03", "58000", "58030")
 # What a statement without an owner's code raises for nobody's fault: no memory or disk, a cancel, a shutdown.
 NOBODYS = ("53", "57", "58030")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import Counter, defaultdict, deque
@@ -398,7 +399,7 @@ class _Pass:
         """Sends the requests that the limits of their models allow by now."""
         for model, outbox in self._outboxes.items():
             provider = provider_of(model)
-            while outbox.waiting and self._is_its_turn(flight, outbox):
+            while outbox.waiting and self._is_its_turn(flight, model, outbox):
                 request = outbox.waiting.popleft()
                 if outbox.permit is not None:
                     request.slot, outbox.permit = outbox.permit.slot, None
@@ -418,10 +419,10 @@ class _Pass:
             request.sent.wait(end - time.monotonic())
         self._leaving.clear()
 
-    def _is_its_turn(self, flight: Flight[Request, Embedded], outbox: Outbox) -> bool:
+    def _is_its_turn(self, flight: Flight[Request, Embedded], model: Model, outbox: Outbox) -> bool:
         """Whether the first request that waits may be sent now. Asks for its permit if it has none."""
         elapsed = time.monotonic() - outbox.began_at
-        if outbox.in_flight >= self._options.max_requests:
+        if outbox.in_flight >= min(self._options.max_requests, model.max_requests_in_flight or math.inf):
             return False
         if outbox.in_flight and outbox.limiter.learnt is None and elapsed < FIRST_ANSWER_SECONDS:
             return False

@@ -108,9 +108,12 @@ CREATE OR REPLACE FUNCTION autoembed._call_embedder(
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
+    -- The words of _context are read below.
+    SET lc_messages = 'C'
 AS $plpgsql$
 DECLARE
     _embedder record;
+    _context text;
 BEGIN
     SELECT e.* INTO STRICT _embedder
     FROM autoembed._model(model) AS m
@@ -138,6 +141,13 @@ BEGIN
         INTO vectors
         USING texts;
     END IF;
+EXCEPTION WHEN query_canceled THEN
+    GET STACKED DIAGNOSTICS _context = PG_EXCEPTION_CONTEXT;
+    -- A cancel that the function raises is an error of that function. A real one goes on.
+    IF _context !~ '^PL/pgSQL function ("([^"]|"")*"|[^"\n])* line [0-9]+ at RAISE(\n|$)' THEN
+        RAISE;
+    END IF;
+    RAISE EXCEPTION USING ERRCODE = 'external_routine_exception', MESSAGE = SQLERRM;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._call_embedder IS

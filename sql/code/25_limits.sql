@@ -30,7 +30,7 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._spent_budget IS 'Why a model may use no more today; NULL: it may.';
 
-CREATE OR REPLACE FUNCTION autoembed._take_slot(model text)
+CREATE OR REPLACE FUNCTION autoembed._take_slot(model text, noted boolean)
     RETURNS integer
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -40,10 +40,14 @@ DECLARE
     _slots integer := (SELECT m.max_requests_in_flight FROM autoembed.model AS m WHERE m.name = _take_slot.model);
     _number integer;
 BEGIN
-    IF _slots IS NULL THEN
+    IF _slots IS NULL OR current_setting('transaction_read_only')::boolean THEN
         RETURN 0;
     END IF;
     IF (SELECT count(*) FROM autoembed.slot AS s WHERE s.model = _take_slot.model) < _slots THEN
+        IF NOT noted THEN
+            -- No lane has had a slot yet. A row that is inserted here would keep lanes waiting.
+            RETURN 0;
+        END IF;
         INSERT INTO autoembed.slot (model, number)
         SELECT _take_slot.model, n FROM generate_series(1, _slots) AS n
         ON CONFLICT DO NOTHING;
@@ -54,16 +58,18 @@ BEGIN
       AND (s.pid IS NULL OR NOT autoembed._lane_lives(s.pid, s.backend_start))
     LIMIT 1
     FOR UPDATE SKIP LOCKED;
-    UPDATE autoembed.slot AS s
-    SET pid = a.pid, backend_start = a.backend_start
-    FROM pg_stat_get_activity(pg_backend_pid()) AS a
-    WHERE s.model = _take_slot.model AND s.number = _number;
+    IF noted THEN
+        UPDATE autoembed.slot AS s
+        SET pid = a.pid, backend_start = a.backend_start
+        FROM pg_stat_get_activity(pg_backend_pid()) AS a
+        WHERE s.model = _take_slot.model AND s.number = _number;
+    END IF;
     RETURN _number;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._take_slot IS
-    'Takes a slot for one request in flight, until _free_slots() or the end of the session. 0: the model has no limit '
-    'of requests in flight. NULL: all slots are taken.';
+    'Takes a slot for one request in flight: noted, until _free_slots() or the end of the session, and else until the '
+    'end of the transaction. 0: no slot is needed. NULL: all slots are taken.';
 
 CREATE OR REPLACE FUNCTION autoembed._free_slots(model text, slots integer[])
     RETURNS void
@@ -112,12 +118,19 @@ BEGIN
         wait_seconds := 0;
         RETURN;
     END IF;
-    IF with_slot THEN
-        slot := autoembed._take_slot(_take_permit.model);
+    IF with_slot AND in_turn THEN
+        slot := autoembed._take_slot(_take_permit.model, true);
         IF slot IS NULL THEN
             RETURN;
         END IF;
         slot := nullif(slot, 0);
+    ELSIF with_slot AND (
+        SELECT count(*)
+        FROM autoembed.slot AS s
+        WHERE s.model = _take_permit.model AND autoembed._lane_lives(s.pid, s.backend_start)
+    ) >= (SELECT m.max_requests_in_flight FROM autoembed.model AS m WHERE m.name = _take_permit.model) THEN
+        -- A caller's transaction may last, so it holds no slot. It waits until one is free.
+        RETURN;
     END IF;
     wait_seconds := 0;
     IF num_nonnulls(requests_seconds, tokens_seconds) = 0 THEN

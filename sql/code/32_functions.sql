@@ -259,6 +259,7 @@ DECLARE
     _piece text;
 BEGIN
     slots := slots || jsonb_build_object(
+        'raise_if_cancelled', autoembed._function_template('raise_if_cancelled'),
         'scan_query', quote_literal(autoembed._filled(autoembed._function_template('scan_query'), slots)),
         'and_later_key', quote_literal(format(' AND (%s)', slots ->> 'later_key')),
         'order_by_key', quote_literal(format(' ORDER BY %s', slots ->> 'keys'))
@@ -273,7 +274,7 @@ BEGIN
         RETURN;
     END IF;
 
-    FOREACH _piece IN ARRAY '{queue_update,queue_truncate,queue_row,raise_if_cancelled}'::text[] LOOP
+    FOREACH _piece IN ARRAY '{queue_update,queue_truncate,queue_row}'::text[] LOOP
         _pieces := _pieces
             || jsonb_build_object(_piece, autoembed._filled(autoembed._function_template(_piece), slots));
     END LOOP;

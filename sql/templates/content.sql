@@ -16,6 +16,7 @@ DECLARE
                {{content_bytes}}
         FROM (SELECT s.key, {{sent_keys}} FROM pg_catalog.unnest(keys) AS s(key)) AS s
         JOIN {{table}} AS t ON {{same_key}};
+    _context text;
 BEGIN
     {{content_guard}}
     -- A lane does not wait for a lock on the table. The mode is that of a write, so a row that cannot be written is not
@@ -35,5 +36,8 @@ BEGIN
             EXIT;
         END IF;
     END LOOP;
+EXCEPTION WHEN query_canceled THEN
+    {{raise_if_cancelled}}
+    RAISE EXCEPTION USING ERRCODE = 'external_routine_exception', MESSAGE = SQLERRM;
 END;
 $body$

@@ -7,6 +7,8 @@ CREATE FUNCTION autoembed._scan_{{id}}(after text, condition text, max_rows inte
     {{output_settings}}
 AS $body$
 #variable_conflict use_column
+DECLARE
+    _context text;
 BEGIN
     LOCK TABLE {{table}} IN ACCESS SHARE MODE NOWAIT;
     FOR key IN EXECUTE pg_catalog.concat(
@@ -21,5 +23,8 @@ BEGIN
         max_rows := max_rows - 1;
         EXIT WHEN max_rows = 0;
     END LOOP;
+EXCEPTION WHEN query_canceled THEN
+    {{raise_if_cancelled}}
+    RAISE EXCEPTION USING ERRCODE = 'external_routine_exception', MESSAGE = SQLERRM;
 END;
 $body$

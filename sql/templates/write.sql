@@ -8,6 +8,8 @@ CREATE FUNCTION autoembed._write_{{id}}(keys text[], contents text[], model text
     SET autoembed.writing = '{{table_id}}'
 AS $body$
 #variable_conflict use_column
+DECLARE
+    _context text;
 BEGIN
     {{content_guard}}
     -- The request was sent for another model. An answer of the present model may have come first.
@@ -56,5 +58,8 @@ BEGIN
         END IF;
         RETURN NEXT;
     END LOOP;
+EXCEPTION WHEN query_canceled THEN
+    {{raise_if_cancelled}}
+    RAISE EXCEPTION USING ERRCODE = 'external_routine_exception', MESSAGE = SQLERRM;
 END;
 $body$

@@ -163,7 +163,7 @@ def test_a_key_that_a_provider_echoes_is_in_no_error(documents: Connection, api:
     with pytest.raises(psycopg.Error) as caught:
         documents.execute("SELECT autoembed.embed('query')")
 
-    assert "Bearer ***" in str(report)
+    assert "Authorization: ***" in str(report)
     assert "Bearer ***" in str(caught.value)
     assert KEY not in f"{report} {caught.value} {rest(documents)}"
 

@@ -80,7 +80,7 @@ def test_the_reply_is_matched_by_index_not_by_order(documents: Connection, api: 
         ({"not_json": True}, "not in the form of the OpenAI API"),
         ({"cut_off": True}, "no answer from 127.0.0.1"),
         ({"close": True}, "no answer from 127.0.0.1"),
-        ({"invalid_base64": True}, "invalid base64"),
+        ({"invalid_base64": True}, "not in the form of the OpenAI API"),
         ({"redirect": "http://127.0.0.1:8000/elsewhere/v1/embeddings"}, "307, a redirect, which is not followed"),
         ({"status": 401}, "the provider answered 401"),
         ({"status": 404}, "the provider answered 404"),

@@ -70,8 +70,14 @@ WAYS_IN = {
         CREATE TABLE trap (id int);
         CREATE CONSTRAINT TRIGGER attack AFTER INSERT ON trap DEFERRABLE INITIALLY IMMEDIATE
             FOR EACH ROW EXECUTE FUNCTION attack_of_trigger();
-        CREATE FUNCTION defer() RETURNS trigger LANGUAGE plpgsql AS
-            'BEGIN SET CONSTRAINTS ALL DEFERRED; INSERT INTO {mallory}.trap VALUES (1); RETURN NEW; END';
+        CREATE FUNCTION defer() RETURNS trigger LANGUAGE plpgsql AS '
+            BEGIN
+                SET CONSTRAINTS ALL DEFERRED;
+                INSERT INTO {mallory}.trap VALUES (1);
+                RETURN NEW;
+            EXCEPTION WHEN insufficient_privilege THEN
+                RETURN NEW;
+            END';
         CREATE CONSTRAINT TRIGGER defer AFTER UPDATE ON notes DEFERRABLE INITIALLY DEFERRED
             FOR EACH ROW EXECUTE FUNCTION defer()""",
     "check": "ALTER TABLE notes ADD CHECK (attack_of(content) IS NOT NULL) NOT VALID",
@@ -156,7 +162,7 @@ TRAPS = {
             BEGIN
                 PERFORM {mallory}.attack();
                 CREATE DOMAIN pg_temp.text AS pg_catalog.text CHECK ({mallory}.attack_of(VALUE::varchar) IS NOT NULL);
-            EXCEPTION WHEN duplicate_object THEN NULL;
+            EXCEPTION WHEN duplicate_object OR insufficient_privilege THEN NULL;
             END'""",
     "operator": """
         CREATE FUNCTION equal(a name, b pg_catalog.text) RETURNS boolean LANGUAGE plpgsql AS
@@ -217,6 +223,7 @@ def test_an_owners_code_replaces_no_prepared_statement_of_the_caller(
     """No rollback undoes PREPARE; and drivers call theirs by names that can be guessed."""
     plant = "DEALLOCATE known; EXECUTE 'PREPARE known AS SELECT {mallory}.attack()';"
     act = plant + " EXECUTE 'PREPARE planted AS SELECT 1';"
+    act = f"BEGIN {act} EXCEPTION WHEN insufficient_privilege THEN NULL; END;"
     where = {
         "read": f"""CREATE OR REPLACE FUNCTION note_text(n notes) RETURNS text LANGUAGE plpgsql AS
                         $$BEGIN {act} RETURN n.content; END$$""",
@@ -229,7 +236,8 @@ def test_an_owners_code_replaces_no_prepared_statement_of_the_caller(
     documents.execute("SELECT autoembed.process()")
 
     left = "SELECT name FROM pg_prepared_statements WHERE name IN ('known', 'other', 'planted')"
-    assert documents.execute(left).fetchall() == [("other",)]
+    assert documents.execute(left).fetchall() == [("known",), ("other",)]
+    assert documents.execute("EXECUTE known").fetchone() == (1,)
     assert_nothing_gained(documents, mallory)
 
 
@@ -325,11 +333,11 @@ def test_an_error_of_any_class_in_a_content_function_fails_its_row_alone(documen
 
 
 OWN_FUNCTIONS = {
-    "ALTER FUNCTION autoembed._content_{id}(text[]) SECURITY INVOKER": "cannot be altered",
+    "ALTER FUNCTION autoembed._content_{id}(text[], int8, int8) SECURITY INVOKER": "cannot be altered",
     "ALTER ROUTINE autoembed._write_{id}(text[], text[], text, halfvec[]) SECURITY INVOKER": "cannot be altered",
     "ALTER FUNCTION autoembed._write_{id}(text[], text[], text, halfvec[]) RESET ALL": "cannot be altered",
-    "ALTER FUNCTION autoembed._content_{id}(text[]) RENAME TO mine": "permission denied|cannot be altered",
-    "ALTER FUNCTION autoembed._content_{id}(text[]) OWNER TO postgres": "must be able to SET ROLE",
+    "ALTER FUNCTION autoembed._content_{id}(text[], int8, int8) RENAME TO mine": "permission denied|cannot be altered",
+    "ALTER FUNCTION autoembed._content_{id}(text[], int8, int8) OWNER TO postgres": "must be able to SET ROLE",
     "CREATE OR REPLACE FUNCTION autoembed._content_{id}(keys text[]) RETURNS TABLE (key text, content text,"
     " has_embedding boolean) LANGUAGE sql AS 'SELECT NULL, NULL, true'": "permission denied for schema autoembed",
     "CREATE FUNCTION autoembed._content_{id}(keys text) RETURNS text LANGUAGE sql AS 'SELECT NULL'": (
@@ -362,7 +370,7 @@ def test_functions_that_an_owner_took_away_are_made_anew(
     run(session, mallory, HOSTILE_TABLE)
     pipeline = documents.execute("SELECT max(id) AS id FROM autoembed.pipeline").fetchone()
     assert pipeline is not None
-    session.execute(change.format(function=f"autoembed._content_{pipeline.id}(text[])", mallory=mallory))
+    session.execute(change.format(function=f"autoembed._content_{pipeline.id}(text[], int8, int8)", mallory=mallory))
 
     documents.execute("SELECT autoembed.process()")
 
@@ -462,8 +470,8 @@ def test_a_role_with_process_alone_embeds_tables_that_it_cannot_read(
     assert_fresh(documents)
     for statement in (
         "TABLE documents",
-        "SELECT autoembed._content_1('{[1]}')",
-        "SELECT autoembed._claim(1, 1, '{}')",
+        "SELECT autoembed._content_1('{[1]}', 0, 0)",
+        "SELECT autoembed._claim(1, 1, '{}', '{}')",
         "TABLE autoembed.failed",
         "TABLE autoembed.model",
         "TABLE pgmq.q_embedding_jobs",
@@ -527,11 +535,14 @@ def embedded_by(documents: Connection, connect: Connect, role: Role, door: str) 
     [
         "PERFORM {mallory}.attack();",
         "SET search_path = {mallory}, pg_catalog; PERFORM {mallory}.attack();",
-        """CREATE TEMPORARY TABLE trap (id int);
-           CREATE CONSTRAINT TRIGGER attack AFTER INSERT ON trap DEFERRABLE INITIALLY DEFERRED
+        """CREATE TABLE {mallory}.trap (id int);
+           CREATE CONSTRAINT TRIGGER attack AFTER INSERT ON {mallory}.trap DEFERRABLE INITIALLY DEFERRED
                FOR EACH ROW EXECUTE FUNCTION {mallory}.attack_of_trigger();
-           INSERT INTO trap VALUES (1);""",
-        """CREATE DOMAIN pg_temp.text AS pg_catalog.text CHECK ({mallory}.attack_of(VALUE::varchar) IS NOT NULL);
+           INSERT INTO {mallory}.trap VALUES (1);""",
+        """BEGIN
+               CREATE DOMAIN pg_temp.text AS pg_catalog.text CHECK ({mallory}.attack_of(VALUE::varchar) IS NOT NULL);
+           EXCEPTION WHEN insufficient_privilege THEN NULL;
+           END;
            SET search_path = pg_temp, {mallory}, pg_catalog;""",
     ],
     ids=["attack", "search_path", "deferred trigger", "temporary domain"],
@@ -561,7 +572,12 @@ def test_an_embedding_function_changes_nothing_of_the_callers_session(
     act = """
         SET search_path = {mallory}, pg_catalog; SET statement_timeout = '9min';
         PERFORM set_config('autoembed.writing', '1', false);
-        DEALLOCATE known; EXECUTE 'PREPARE known AS SELECT {mallory}.attack()'; EXECUTE 'PREPARE planted AS SELECT 1';
+        BEGIN
+            DEALLOCATE known;
+            EXECUTE 'PREPARE known AS SELECT {mallory}.attack()';
+            EXECUTE 'PREPARE planted AS SELECT 1';
+        EXCEPTION WHEN insufficient_privilege THEN NULL;
+        END;
     """
     run(connect(user=embedder), embedder, HOSTILE_FUNCTION.replace("{act}", act))
     settings = "SELECT name, setting FROM pg_settings WHERE name <> 'plpgsql.extra_errors' ORDER BY name"
@@ -573,7 +589,7 @@ def test_an_embedding_function_changes_nothing_of_the_callers_session(
     assert [row for row in documents.execute(settings).fetchall() if row not in before] == []
     assert documents.execute("SELECT current_setting('autoembed.writing', true)").fetchone() in [("",), (None,)]
     left = "SELECT name FROM pg_prepared_statements WHERE name IN ('known', 'other', 'planted')"
-    assert documents.execute(left).fetchall() == [("other",)]
+    assert documents.execute(left).fetchall() == [("known",), ("other",)]
     assert_nothing_gained(documents, embedder)
 
 

@@ -459,7 +459,9 @@ def test_nobody_without_the_owners_rights_does_anything_to_a_table(
     assert db.execute("TABLE autoembed.pipeline").fetchall() == before
 
 
-@pytest.mark.parametrize("statement", ["UPDATE autoembed.pipeline SET paused = true", "UPDATE autoembed.pipeline SET ended = true"])
+@pytest.mark.parametrize(
+    "statement", ["UPDATE autoembed.pipeline SET paused = true", "UPDATE autoembed.pipeline SET ended = true"]
+)
 def test_a_statement_on_the_list_of_tables_reaches_the_callers_own(
     db: Connection, tables: dict[str, str], people: dict[str, str], connect: Connect, statement: str
 ) -> None:
