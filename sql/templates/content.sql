@@ -27,6 +27,9 @@ BEGIN
         FETCH _rows INTO key, content, has_embedding, bytes;
         EXIT WHEN NOT FOUND;
         bytes := GREATEST(bytes, pg_catalog.octet_length(content));
+        IF bytes OPERATOR(pg_catalog.>) max_text_bytes THEN
+            content := NULL;
+        END IF;
         RETURN NEXT;
         max_bytes := max_bytes - bytes;
         IF max_bytes < 0 THEN

@@ -1391,7 +1391,10 @@ STATEMENTS = [
     "UPDATE autoembed.pipeline SET built_from = ''",
     "UPDATE autoembed.pipeline SET managed = false",
     "UPDATE autoembed.pipeline SET content_function_id = 1",
-    "UPDATE autoembed.backfill SET position = '[1]'",
+    "UPDATE autoembed.backfill SET served_at = '-infinity'",
+    "DELETE FROM autoembed.pipeline",
+    "DELETE FROM autoembed.backfill",
+    "LOCK TABLE autoembed.pipeline IN ROW EXCLUSIVE MODE",
     "SELECT * FROM autoembed.embedded",
     "SELECT * FROM autoembed.failure",
     "SELECT * FROM autoembed.lane",
@@ -1400,7 +1403,7 @@ STATEMENTS = [
     "INSERT INTO pgmq.q_embedding_jobs (vt, message) VALUES (now(), '{}')",
     "SELECT autoembed.process()",
     "SELECT autoembed.retry_failed()",
-    "SELECT autoembed._content_P(ARRAY['[1]'])",
+    "SELECT autoembed._content_P(ARRAY['[1]'], 0, 0)",
     "SELECT autoembed._text_P(d) FROM app.documents AS d",
     "SELECT autoembed._scan_P(NULL, NULL, 9)",
     "SELECT autoembed._write_P('{}', '{}', 'm', '{}')",
@@ -1434,9 +1437,8 @@ def test_another_role_may_do_nothing_and_sees_nothing(db: Connection) -> None:
             db.execute(statement.replace("(P)", f"({pipeline.id})").encode())
     for relation in ("pipeline", "backfill", "failed", "status", "progress"):
         assert db.execute(f"SELECT * FROM autoembed.{relation}").fetchall() == []
-    for change in ("UPDATE autoembed.pipeline SET paused = true", "DELETE FROM autoembed.pipeline"):
-        assert db.execute(change).rowcount == 0
-    assert db.execute("DELETE FROM autoembed.backfill").rowcount == 0
+    for change in ("pipeline SET paused = true", "pipeline SET ended = true", "backfill SET position = '[1]'"):
+        assert db.execute(f"UPDATE autoembed.{change}").rowcount == 0
     db.execute("RESET ROLE")
     assert traces(db) == before
 

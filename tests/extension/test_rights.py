@@ -538,7 +538,7 @@ def embedded_by(documents: Connection, connect: Connect, role: Role, door: str) 
         """CREATE TABLE {mallory}.trap (id int);
            CREATE CONSTRAINT TRIGGER attack AFTER INSERT ON {mallory}.trap DEFERRABLE INITIALLY DEFERRED
                FOR EACH ROW EXECUTE FUNCTION {mallory}.attack_of_trigger();
-           INSERT INTO {mallory}.trap VALUES (1);""",
+           BEGIN INSERT INTO {mallory}.trap VALUES (1); EXCEPTION WHEN insufficient_privilege THEN NULL; END;""",
         """BEGIN
                CREATE DOMAIN pg_temp.text AS pg_catalog.text CHECK ({mallory}.attack_of(VALUE::varchar) IS NOT NULL);
            EXCEPTION WHEN insufficient_privilege THEN NULL;
@@ -610,7 +610,7 @@ def test_another_owners_function_of_the_same_name_is_not_called(
         documents.execute(f"ALTER FUNCTION {embedder}.ours OWNER TO {embedder}")
         run(connect(user=embedder), embedder, attack.replace("vectors", "ours"))
 
-    fault = "was not its owner's, when the model was defined"
+    fault = "had another owner, when the model was defined"
     try:
         documents.execute(call.encode())
     except psycopg.Error as error:

@@ -65,16 +65,16 @@ TOO_LARGE = {
     "a column": f"{NOTES}; {ENABLE_COLUMNS}; INSERT INTO notes VALUES (1, repeat('x', 67108865)), (2, 'two')",
     "a content function": f"""
         {NOTES};
-        CREATE FUNCTION note_text(n notes) RETURNS text LANGUAGE sql AS
-            $$SELECT CASE n.id WHEN 1 THEN repeat('x', 67108865) ELSE n.content END$$;
+        CREATE FUNCTION note_text(n notes) RETURNS text LANGUAGE plpgsql AS
+            $$BEGIN RETURN CASE n.id WHEN 1 THEN repeat('x', 67108865) ELSE n.content END; END$$;
         {ENABLE_FUNCTION};
         INSERT INTO notes VALUES (1, 'one'), (2, 'two')""",
     "characters of two bytes": f"""
         {NOTES}; {ENABLE_COLUMNS}; INSERT INTO notes VALUES (1, repeat('é', 33554433)), (2, 'two')""",
     "much more": f"""
         {NOTES};
-        CREATE FUNCTION note_text(n notes) RETURNS text LANGUAGE sql AS
-            $$SELECT CASE n.id WHEN 1 THEN repeat('x', 200000000) ELSE n.content END$$;
+        CREATE FUNCTION note_text(n notes) RETURNS text LANGUAGE plpgsql AS
+            $$BEGIN RETURN CASE n.id WHEN 1 THEN repeat('x', 150000000) ELSE n.content END; END$$;
         {ENABLE_FUNCTION};
         INSERT INTO notes VALUES (1, 'one'), (2, 'two')""",
 }
