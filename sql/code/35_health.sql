@@ -276,6 +276,8 @@ AS $sql$
     FROM autoembed.pipeline AS p
     JOIN pg_class AS c ON c.oid = p.table_id AND c.relowner = _rest_pipelines.owner::oid
     WHERE pipeline_ids = '{}' OR p.id = ANY (pipeline_ids)
+    -- A new row checks its foreign key, which would wait for a tenant's lock.
+    FOR KEY SHARE OF p SKIP LOCKED
     ON CONFLICT (pipeline_id) DO UPDATE
     -- A rest lasts 5 seconds, doubled with each error within ten minutes, up to five minutes.
     SET until = clock_timestamp() + least(

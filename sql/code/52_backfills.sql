@@ -20,10 +20,13 @@ BEGIN
         SELECT b.pipeline_id, s.failures
         FROM autoembed.backfill AS b
         JOIN autoembed._pipeline_state AS s ON s.id = b.pipeline_id AND s.blocked IS NULL
+        JOIN autoembed.pipeline AS p ON p.id = b.pipeline_id
         WHERE b.scanned_at IS NULL
         ORDER BY b.served_at, b.pipeline_id
         LIMIT 1
         FOR UPDATE OF b SKIP LOCKED
+        -- The second update of a row in one transaction checks its foreign key, which would wait for a tenant's lock.
+        FOR KEY SHARE OF p SKIP LOCKED
     )
     UPDATE autoembed.backfill AS b
     SET served_at = clock_timestamp()

@@ -15,6 +15,7 @@ from extension.hostile.tenants import (
     Tenant,
     failures_of,
     stays_fresh,
+    trigger,
     waiting_of,
 )
 from fake_api import FakeApi
@@ -97,6 +98,18 @@ def test_a_tenants_open_transaction_keeps_nobody_waiting(
     session.close()
     wait_until(lambda: waiting_of(db, mallory) == 0)
     assert failures_of(db, mallory) == {}
+
+
+def test_a_locked_pipeline_whose_rows_fail_ends_no_lane(mallory: Tenant, bob: Tenant, start_lane: StartLane) -> None:
+    mallory.run(NOTES, ENABLE_COLUMNS, trigger("RAISE EXCEPTION 'no';"), "INSERT INTO notes VALUES (1, 'a note')")
+    session = mallory.enter()
+    session.execute("BEGIN; SELECT FROM autoembed.pipeline FOR UPDATE")
+
+    lane = start_lane()
+    for _ in range(3):
+        stays_fresh(bob)
+
+    assert lane.error is None
 
 
 @pytest.mark.parametrize("audience", ["nobody", "usage", "monitor"])
