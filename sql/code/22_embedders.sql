@@ -102,6 +102,21 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._build_embedders IS
     'Replaces the functions that run those of a model as their owners. Drops them if the model is gone.';
 
+CREATE OR REPLACE FUNCTION autoembed._is_chosen(wrapper name, function_id oid)
+    RETURNS boolean
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT EXISTS (
+        SELECT FROM pg_proc AS w
+        JOIN pg_proc AS f ON f.oid = function_id AND f.proowner = w.proowner
+        WHERE w.pronamespace = 'autoembed'::regnamespace AND w.proname = wrapper AND w.prosecdef
+    );
+$sql$;
+COMMENT ON FUNCTION autoembed._is_chosen IS
+    'Whether a function still has the owner that it had when a superuser defined the model of this wrapper.';
+
 CREATE OR REPLACE FUNCTION autoembed._call_embedder(
     model text, purpose text, texts text[], OUT vectors bytea[], OUT fault text
 )
@@ -120,11 +135,7 @@ BEGIN
     CROSS JOIN LATERAL autoembed._embedder(m, purpose) AS e;
     fault := _embedder.problem;
     -- Another's function of that name would run as the owner of the one that a superuser has chosen.
-    IF fault IS NULL AND NOT EXISTS (
-        SELECT FROM pg_proc AS b
-        JOIN pg_proc AS f ON f.oid = _embedder.function_id AND f.proowner = b.proowner
-        WHERE b.pronamespace = 'autoembed'::regnamespace AND b.proname = _embedder.wrapper AND b.prosecdef
-    ) THEN
+    IF fault IS NULL AND NOT autoembed._is_chosen(_embedder.wrapper, _embedder.function_id) THEN
         fault := format(
             'function %s(text[]) was not there, or had another owner, when the model was defined; '
             'SELECT autoembed.alter_model(%L) takes it as it is',

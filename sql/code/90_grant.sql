@@ -154,7 +154,15 @@ BEGIN
         PERFORM autoembed.grant_lane(_role);
     END LOOP;
     PERFORM autoembed._build_pipeline(s.id) FROM autoembed._pipeline_state AS s WHERE s.sound;
-    PERFORM autoembed._build_embedders(m.name) FROM autoembed.model AS m WHERE m.provider = 'function';
+    -- Only a superuser may choose a function that another role has put in the place of a model's.
+    PERFORM autoembed._build_embedders(m.name)
+    FROM autoembed.model AS m
+    WHERE m.provider = 'function'
+      AND NOT EXISTS (
+          SELECT FROM unnest('{document,query}'::text[]) AS u(purpose)
+          CROSS JOIN LATERAL autoembed._embedder(m, u.purpose) AS e
+          WHERE e.problem IS NOT NULL OR NOT autoembed._is_chosen(e.wrapper, e.function_id)
+      );
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._updated IS

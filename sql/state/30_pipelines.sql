@@ -82,7 +82,7 @@ CREATE TABLE autoembed.backfill (
     position text,
     rows_queued bigint NOT NULL DEFAULT 0,
     started_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
-    served_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    served_at timestamptz DEFAULT clock_timestamp(),
     scanned_at timestamptz,
     index_problem text
 );

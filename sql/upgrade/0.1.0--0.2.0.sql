@@ -170,9 +170,7 @@ COMMENT ON COLUMN autoembed.backfill.create_index IS 'Whether an HNSW index is b
 COMMENT ON COLUMN autoembed.backfill.rows_queued IS 'The number of rows that were queued.';
 COMMENT ON COLUMN autoembed.backfill.started_at IS 'When the backfill was asked for.';
 COMMENT ON COLUMN autoembed.backfill.served_at IS 'When a lane last worked on it; at first, when it was asked for.';
-UPDATE autoembed.backfill SET served_at = started_at WHERE served_at IS NULL;
-ALTER TABLE autoembed.backfill
-    ALTER COLUMN served_at SET DEFAULT clock_timestamp(), ALTER COLUMN served_at SET NOT NULL;
+ALTER TABLE autoembed.backfill ALTER COLUMN served_at SET DEFAULT clock_timestamp();
 COMMENT ON COLUMN autoembed.backfill.index_problem IS
     'The reason why the index could not be built. No lane tries again.';
 COMMENT ON TABLE autoembed.embedded IS

@@ -95,6 +95,7 @@ _http_hosts - - - x
 _index_job - - - x
 _index_key - x - x
 _index_may_be_built - - - x
+_is_chosen - - - x
 _keep_restored_model - - - x
 _keep_restored_queue - - - x
 _key_columns - - - x
