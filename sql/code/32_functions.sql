@@ -176,9 +176,9 @@ BEGIN
                        k.name)
             END,
             format('record_image_ne(ROW(OLD.%1$I), ROW(NEW.%1$I))', k.name)
-        ), ' OR ')
+        ), ' OR ' ORDER BY k.position)
         INTO _text_changed
-        FROM unnest(autoembed._columns_of(pipeline)) AS k(name)
+        FROM unnest(autoembed._columns_of(pipeline)) WITH ORDINALITY AS k(name, position)
         JOIN pg_attribute AS a ON a.attrelid = pipeline.table_id AND a.attname = k.name;
     END IF;
 
