@@ -1,22 +1,5 @@
 -- The queue is a table of pgmq. Only this file and state/10_queue.sql name its objects.
 
-CREATE OR REPLACE VIEW autoembed._job AS
-SELECT q.msg_id AS message_id,
-       q.vt AS due_at,
-       q.read_ct AS read_count,
-       q.enqueued_at,
-       q.last_read_at,
-       q.message,
-       coalesce(q.message ->> 'pipeline', '') AS pipeline,
-       CASE jsonb_typeof(q.message -> 'keys')
-           WHEN 'array' THEN jsonb_array_length(q.message -> 'keys')
-           ELSE 1
-       END AS rows
-FROM pgmq.q_embedding_jobs AS q;
-COMMENT ON VIEW autoembed._job IS
-    'The messages of the queue. pipeline: the id as text, empty if the message names none. rows: the number of rows '
-    'that the message names.';
-
 CREATE OR REPLACE FUNCTION autoembed._keys_per_message()
     RETURNS integer
     LANGUAGE sql

@@ -23,3 +23,21 @@ ALTER TABLE pgmq.q_embedding_jobs SET (toast_tuple_target = 8160);
 
 SELECT pg_catalog.pg_extension_config_dump('pgmq.q_embedding_jobs', '');
 SELECT pg_catalog.pg_extension_config_dump('pgmq.q_embedding_jobs_msg_id_seq', '');
+
+-- The triggers of attached tables write to this view. To replace it would wait for every transaction that has written.
+CREATE VIEW autoembed._job AS
+SELECT q.msg_id AS message_id,
+       q.vt AS due_at,
+       q.read_ct AS read_count,
+       q.enqueued_at,
+       q.last_read_at,
+       q.message,
+       coalesce(q.message ->> 'pipeline', '') AS pipeline,
+       CASE jsonb_typeof(q.message -> 'keys')
+           WHEN 'array' THEN jsonb_array_length(q.message -> 'keys')
+           ELSE 1
+       END AS rows
+FROM pgmq.q_embedding_jobs AS q;
+COMMENT ON VIEW autoembed._job IS
+    'The messages of the queue. pipeline: the id as text, empty if the message names none. rows: the number of rows '
+    'that the message names.';

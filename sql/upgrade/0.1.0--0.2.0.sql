@@ -84,6 +84,23 @@ COMMENT ON COLUMN autoembed.model.timeout_seconds IS 'Seconds that a request may
 DROP FUNCTION autoembed.create_model;
 DROP FUNCTION autoembed.alter_model;
 
+CREATE VIEW autoembed._job AS
+SELECT q.msg_id AS message_id,
+       q.vt AS due_at,
+       q.read_ct AS read_count,
+       q.enqueued_at,
+       q.last_read_at,
+       q.message,
+       coalesce(q.message ->> 'pipeline', '') AS pipeline,
+       CASE jsonb_typeof(q.message -> 'keys')
+           WHEN 'array' THEN jsonb_array_length(q.message -> 'keys')
+           ELSE 1
+       END AS rows
+FROM pgmq.q_embedding_jobs AS q;
+COMMENT ON VIEW autoembed._job IS
+    'The messages of the queue. pipeline: the id as text, empty if the message names none. rows: the number of rows '
+    'that the message names.';
+
 -- Catalog comments that have other words in 0.1.0.
 COMMENT ON TABLE autoembed.model IS 'The ways to embed a text. See create_model().';
 COMMENT ON COLUMN autoembed.model.name IS 'The name that pipelines and embed() use.';
