@@ -22,4 +22,4 @@ FROM (
     WHERE c.relnamespace = 'autoembed'::regnamespace AND c.relkind IN ('r', 'v')
 ) AS o(name, is_routine, owner, acl)
 CROSS JOIN LATERAL aclexplode(o.acl) AS a
-WHERE a.grantee NOT IN (0, o.owner);
+WHERE a.grantee <> o.owner;

@@ -126,15 +126,15 @@ BEGIN
                    WHEN g.routine THEN 'ROUTINE ' || p.oid::regprocedure
                    ELSE 'TABLE ' || c.oid::regclass
                END AS object,
-               r.oid::regrole AS role
+               CASE g.grantee WHEN 0 THEN 'PUBLIC' ELSE r.oid::regrole::text END AS role
         FROM jsonb_to_recordset(nullif(current_setting('autoembed.grants_before_update', true), '')::jsonb)
             AS g(object text, routine boolean, privilege text, grantee bigint)
-        JOIN pg_roles AS r ON r.oid = g.grantee::oid
+        LEFT JOIN pg_roles AS r ON r.oid = g.grantee::oid
         LEFT JOIN pg_proc AS p
             ON g.routine AND p.pronamespace = 'autoembed'::regnamespace AND p.proname = g.object
         LEFT JOIN pg_class AS c
             ON NOT g.routine AND c.relnamespace = 'autoembed'::regnamespace AND c.relname = g.object
-        WHERE num_nonnulls(p.oid, c.oid) = 1
+        WHERE num_nonnulls(p.oid, c.oid) = 1 AND (g.grantee = 0 OR r.oid IS NOT NULL)
     LOOP
         EXECUTE format('GRANT %s ON %s TO %s', _grant.privilege, _grant.object, _grant.role);
     END LOOP;
