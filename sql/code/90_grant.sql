@@ -153,8 +153,12 @@ BEGIN
     FOR _role IN SELECT r.role FROM autoembed._lane_roles() AS r(role) LOOP
         PERFORM autoembed.grant_lane(_role);
     END LOOP;
-    PERFORM autoembed._build_pipeline(s.id) FROM autoembed._pipeline_state AS s WHERE s.sound;
-    -- Only a superuser may choose a function that another role has put in the place of a model's.
+    -- Triggers call the functions of a pipeline that waits for something, too.
+    PERFORM autoembed._build_pipeline(p.id)
+    FROM autoembed.pipeline AS p
+    CROSS JOIN LATERAL autoembed._check_pipeline(p) AS c
+    WHERE (c.errcode IN ('undefined_table', 'wrong_object_type', 'undefined_column')) IS NOT TRUE;
+    -- Another role may have put its own function in the place of a model's. Only a superuser may choose that one.
     PERFORM autoembed._build_embedders(m.name)
     FROM autoembed.model AS m
     WHERE m.provider = 'function'
