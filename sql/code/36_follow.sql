@@ -65,6 +65,13 @@ BEGIN
     -- The row comes from a dump. It was sound once, and the triggers of its table are restored later.
     IF TG_OP = 'INSERT' AND NEW.built_from IS NOT NULL THEN
         NEW.table_shape := autoembed._table_shape(NEW);
+        -- A dump of 0.1.0 does not have the schema.
+        NEW.content_function_schema := coalesce(NEW.content_function_schema, (
+            SELECT n.nspname
+            FROM pg_proc AS p
+            JOIN pg_namespace AS n ON n.oid = p.pronamespace
+            WHERE p.oid = NEW.content_function_id
+        ));
         RETURN NEW;
     END IF;
     -- A dump of the schema alone restores functions and triggers without their pipelines. Their numbers are taken.
@@ -252,6 +259,9 @@ BEGIN
         END IF;
         _after := autoembed._table_shape(_pipeline);
 
+        -- The restore of a dump switches check_function_bodies off. Its last statements need the functions of the dump.
+        -- The next pass replaces them.
+        CONTINUE WHEN _before = _after AND NOT current_setting('check_function_bodies')::boolean;
         IF _before <> _after THEN
             UPDATE autoembed.pipeline AS p
             SET embedding_column = _pipeline.embedding_column, key_columns = _pipeline.key_columns,

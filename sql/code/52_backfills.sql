@@ -22,7 +22,7 @@ BEGIN
         JOIN autoembed._pipeline_state AS s ON s.id = b.pipeline_id AND s.blocked IS NULL
         JOIN autoembed.pipeline AS p ON p.id = b.pipeline_id
         WHERE b.scanned_at IS NULL
-        -- In 0.1.0, and so in its dumps, a backfill that has not been served yet has a NULL.
+        -- In a dump of 0.1.0, a backfill that no lane has worked on yet has a NULL.
         ORDER BY coalesce(b.served_at, b.started_at), b.pipeline_id
         LIMIT 1
         FOR UPDATE OF b SKIP LOCKED
