@@ -204,7 +204,12 @@ def _session(
                 raise _never_called(host, "a link-local address or a cloud's metadata service")
             return super().send(request, *args, **kwargs)
 
-    session = requests.Session()
+    class UnredirectedSession(requests.Session):
+        def get_redirect_target(self, resp: requests.Response) -> str | None:
+            # For a target, requests would read the whole body of the redirect, however large.
+            return None
+
+    session = UnredirectedSession()
     adapter = WatchedAdapter(pool_maxsize=max_connections)
     session.mount("https://", adapter)
     session.mount("http://", adapter)
