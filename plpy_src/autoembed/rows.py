@@ -150,13 +150,17 @@ class Rows:
                 for job in waiting:
                     self._ledger.release(job)
                 break
-            # A row that was to blame before stands alone.
-            count = 1 if waiting[0].attempts else self._owners.statement_rows(pipeline)
+            count = self._statement_rows(pipeline, waiting)
             read, left = self._read_some(pipeline, waiting[:count], max_bytes)
             max_bytes -= sum(job.row.bytes for job in read if job.row)
             found += read
             waiting = left + waiting[count:]
         return found
+
+    def _statement_rows(self, pipeline: Pipeline, jobs: list[Job]) -> int:
+        """The number of the first jobs that go into one statement. A row that was to blame before stands alone."""
+        blameless = next((number for number, job in enumerate(jobs) if job.attempts), len(jobs))
+        return max(1, min(blameless, self._owners.statement_rows(pipeline)))
 
     def _read_some(self, pipeline: Pipeline, jobs: list[Job], max_bytes: int) -> tuple[list[Job], list[Job]]:
         """Reads texts in one statement: the jobs whose row exists, and those that are still to be read."""
@@ -259,7 +263,7 @@ class Rows:
 
     def _write_part(self, write: Write) -> None:
         """Writes as many rows as one statement takes. The others stay."""
-        count = 1 if write.jobs[0].attempts else self._owners.statement_rows(write.pipeline)
+        count = self._statement_rows(write.pipeline, write.jobs)
         if len(write.jobs) > count:
             self._writes.append(write.part(count, len(write.jobs)))
             write = write.part(0, count)
