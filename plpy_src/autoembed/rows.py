@@ -170,9 +170,10 @@ class Rows:
         except RowError as error:
             if self._blame_others(pipeline, jobs, error):
                 return [], []
-            self._owners.failed(pipeline, len(jobs))
-            if len(jobs) > 1 and not error.locked:
-                return [], jobs
+            if not error.locked:
+                self._owners.failed(pipeline, len(jobs))
+                if len(jobs) > 1:
+                    return [], jobs
             for job in jobs:
                 self.retry_or_fail(job, error)
             return [], []
@@ -275,7 +276,7 @@ class Rows:
             if self._blame_others(pipeline, jobs, error):
                 return
             if error.locked:
-                self._keep(write, range(len(jobs)))
+                self._keep(write, list(range(len(jobs))))
                 return
             self._owners.failed(pipeline, len(jobs))
             if len(jobs) > 1:
@@ -302,14 +303,15 @@ class Rows:
             self.retry_or_fail(job, RowError("a trigger or a policy of the table leaves the row out of the write"))
         self._forget(pipeline, by_outcome["gone"])
 
-    def _keep(self, write: Write, indexes: Sequence[int]) -> None:
+    def _keep(self, write: Write, indexes: list[int]) -> None:
         """Keeps the vectors of rows that were locked, for another try."""
+        if not indexes:
+            return
         now = time.monotonic()
-        for i in indexes:
-            kept = write.part(i, i + 1)
-            kept.due_at = now + LOCK_POLL_SECONDS
-            kept.until = now + LOCK_PATIENCE_SECONDS if kept.until is None else kept.until
-            self._writes.append(kept)
+        jobs = [write.jobs[i] for i in indexes]
+        vectors = None if write.vectors is None else write.vectors[indexes]
+        until = now + LOCK_PATIENCE_SECONDS if write.until is None else write.until
+        self._writes.append(Write(write.pipeline, jobs, vectors, now + LOCK_POLL_SECONDS, until))
 
     def _record(self, pipeline: Pipeline, jobs: list[Job]) -> None:
         """Settles rows whose vector is of their text."""
