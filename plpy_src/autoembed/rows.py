@@ -285,6 +285,9 @@ class Rows:
             else:
                 self.retry_or_fail(jobs[0], error, at_once=not error.slow)
             return
+        except self._database.Error as error:
+            self.blame(pipeline, jobs, error)
+            return
         seconds = time.monotonic() - began_at
         self._pace.wrote(len(jobs), seconds)
         self._owners.took(pipeline, len(jobs), seconds)
@@ -384,6 +387,15 @@ class Rows:
             else:
                 self._ledger.release(job, now.blocked)
         return True
+
+    def blame(self, pipeline: Pipeline, jobs: list[Job], error: Exception) -> None:
+        """Lets a pipeline rest whose rows have raised an error that nobody expected. The others go on."""
+        if self._database.is_nobodys(error):
+            raise error
+        self._database.rest_pipelines(pipeline.owner, [pipeline.id], str(error))
+        for job in jobs:
+            if job.outcome is None:
+                self.retry_or_fail(job, RowError(str(error)))
 
     def retry_or_fail(self, job: Job, error: RowError, *, at_once: bool = False) -> None:
         """Decides on a row that caused an error. at_once: it fails without further attempts."""
