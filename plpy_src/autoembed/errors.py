@@ -120,6 +120,7 @@ def trouble_of_function(error: RowError) -> Trouble:
     return Refused(str(error))
 
 
+# The longest rest after trouble that passes by itself, in seconds.
 MAX_REST_SECONDS = 15.0
 # The longest rest after trouble that somebody must mend, in seconds.
 MAX_PERMANENT_REST_SECONDS = 60.0

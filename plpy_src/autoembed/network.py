@@ -88,12 +88,16 @@ class Network:
                 received = bytearray()
                 plain = _decoder(response.headers.get("Content-Encoding", ""))
                 # What has come so far: iter_content() would wait for a full chunk, past any deadline.
-                while chunk := response.raw.read1(1 << 16, decode_content=False):
+                while True:
+                    chunk = response.raw.read1(1 << 16, decode_content=False)
+                    # An answer that expire() has ended among its headers looks like one without a body.
+                    if time.monotonic() > deadline:
+                        raise ProviderTrouble(f"the provider's answer was not complete after {timeout_seconds:g} s")
+                    if not chunk:
+                        break
                     received += plain(chunk, max_answer_bytes + 1 - len(received))
                     if len(received) > max_answer_bytes:
                         raise ProviderTrouble(f"the provider's answer is larger than {max_answer_bytes >> 20} MiB")
-                    if time.monotonic() > deadline:
-                        raise ProviderTrouble(f"the provider's answer was not complete after {timeout_seconds:g} s")
                 lower = {name.lower(): value for name, value in response.headers.items()}
                 return Answer(response.status_code, lower, received)
         except requests.exceptions.SSLError as error:
@@ -204,7 +208,12 @@ def _session(
                 raise _never_called(host, "a link-local address or a cloud's metadata service")
             return super().send(request, *args, **kwargs)
 
-    session = requests.Session()
+    class UnredirectedSession(requests.Session):
+        def get_redirect_target(self, resp: requests.Response) -> str | None:
+            # For a target, requests would read the whole body of the redirect, however large.
+            return None
+
+    session = UnredirectedSession()
     adapter = WatchedAdapter(pool_maxsize=max_connections)
     session.mount("https://", adapter)
     session.mount("http://", adapter)

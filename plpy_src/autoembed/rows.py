@@ -150,13 +150,17 @@ class Rows:
                 for job in waiting:
                     self._ledger.release(job)
                 break
-            # A row that was to blame before stands alone.
-            count = 1 if waiting[0].attempts else self._owners.statement_rows(pipeline)
+            count = self._statement_rows(pipeline, waiting)
             read, left = self._read_some(pipeline, waiting[:count], max_bytes)
             max_bytes -= sum(job.row.bytes for job in read if job.row)
             found += read
             waiting = left + waiting[count:]
         return found
+
+    def _statement_rows(self, pipeline: Pipeline, jobs: list[Job]) -> int:
+        """The number of the first jobs that go into one statement. A row that was to blame before stands alone."""
+        blameless = next((number for number, job in enumerate(jobs) if job.attempts), len(jobs))
+        return max(1, min(blameless, self._owners.statement_rows(pipeline)))
 
     def _read_some(self, pipeline: Pipeline, jobs: list[Job], max_bytes: int) -> tuple[list[Job], list[Job]]:
         """Reads texts in one statement: the jobs whose row exists, and those that are still to be read."""
@@ -166,9 +170,10 @@ class Rows:
         except RowError as error:
             if self._blame_others(pipeline, jobs, error):
                 return [], []
-            self._owners.failed(pipeline, len(jobs))
-            if len(jobs) > 1 and not error.locked:
-                return [], jobs
+            if not error.locked:
+                self._owners.failed(pipeline, len(jobs))
+                if len(jobs) > 1:
+                    return [], jobs
             for job in jobs:
                 self.retry_or_fail(job, error)
             return [], []
@@ -259,7 +264,7 @@ class Rows:
 
     def _write_part(self, write: Write) -> None:
         """Writes as many rows as one statement takes. The others stay."""
-        count = 1 if write.jobs[0].attempts else self._owners.statement_rows(write.pipeline)
+        count = self._statement_rows(write.pipeline, write.jobs)
         if len(write.jobs) > count:
             self._writes.append(write.part(count, len(write.jobs)))
             write = write.part(0, count)
@@ -271,7 +276,7 @@ class Rows:
             if self._blame_others(pipeline, jobs, error):
                 return
             if error.locked:
-                self._keep(write, range(len(jobs)))
+                self._keep(write, list(range(len(jobs))))
                 return
             self._owners.failed(pipeline, len(jobs))
             if len(jobs) > 1:
@@ -279,6 +284,9 @@ class Rows:
                 self._writes.append(write)
             else:
                 self.retry_or_fail(jobs[0], error, at_once=not error.slow)
+            return
+        except self._database.Error as error:
+            self.blame(pipeline, jobs, error)
             return
         seconds = time.monotonic() - began_at
         self._pace.wrote(len(jobs), seconds)
@@ -298,14 +306,15 @@ class Rows:
             self.retry_or_fail(job, RowError("a trigger or a policy of the table leaves the row out of the write"))
         self._forget(pipeline, by_outcome["gone"])
 
-    def _keep(self, write: Write, indexes: Sequence[int]) -> None:
+    def _keep(self, write: Write, indexes: list[int]) -> None:
         """Keeps the vectors of rows that were locked, for another try."""
+        if not indexes:
+            return
         now = time.monotonic()
-        for i in indexes:
-            kept = write.part(i, i + 1)
-            kept.due_at = now + LOCK_POLL_SECONDS
-            kept.until = now + LOCK_PATIENCE_SECONDS if kept.until is None else kept.until
-            self._writes.append(kept)
+        jobs = [write.jobs[i] for i in indexes]
+        vectors = None if write.vectors is None else write.vectors[indexes]
+        until = now + LOCK_PATIENCE_SECONDS if write.until is None else write.until
+        self._writes.append(Write(write.pipeline, jobs, vectors, now + LOCK_POLL_SECONDS, until))
 
     def _record(self, pipeline: Pipeline, jobs: list[Job]) -> None:
         """Settles rows whose vector is of their text."""
@@ -378,6 +387,15 @@ class Rows:
             else:
                 self._ledger.release(job, now.blocked)
         return True
+
+    def blame(self, pipeline: Pipeline, jobs: list[Job], error: Exception) -> None:
+        """Lets a pipeline rest whose rows have raised an error that nobody expected. The others go on."""
+        if self._database.is_nobodys(error):
+            raise error
+        self._database.rest_pipelines(pipeline.owner, [pipeline.id], str(error))
+        for job in jobs:
+            if job.outcome is None:
+                self.retry_or_fail(job, RowError(str(error)))
 
     def retry_or_fail(self, job: Job, error: RowError, *, at_once: bool = False) -> None:
         """Decides on a row that caused an error. at_once: it fails without further attempts."""

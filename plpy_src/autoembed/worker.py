@@ -310,7 +310,7 @@ class _Pass:
             try:
                 self._read(pipeline, jobs)
             except self._database.Error as error:
-                self._blame(pipeline, jobs, error)
+                self._rows.blame(pipeline, jobs, error)
             self._commit()
             if time.monotonic() - began_at > POLL_SECONDS:
                 # The texts of quick owners do not wait for those of slow ones.
@@ -325,15 +325,6 @@ class _Pass:
             if text not in outbox.jobs:
                 outbox.unsent.append(text)
             outbox.jobs[text].append(job)
-
-    def _blame(self, pipeline: Pipeline, jobs: list[Job], error: Exception) -> None:
-        """Lets a pipeline rest whose rows have raised an error that nobody expected. The others go on."""
-        if self._database.is_nobodys(error):
-            raise error
-        self._database.rest_pipelines(pipeline.owner, [pipeline.id], str(error))
-        for job in jobs:
-            if job.outcome is None:
-                self._rows.retry_or_fail(job, RowError(str(error)))
 
     def _send(self, flight: Flight[Request, Embedded]) -> None:
         for model, outbox in self._outboxes.items():
@@ -590,10 +581,7 @@ class _Pass:
                 by_statement[job.pipeline.id, turns[job.pipeline.id, job.key]].append((job, index))
         for matched in by_statement.values():
             jobs = [job for job, _ in matched]
-            try:
-                self._rows.write(jobs[0].pipeline, jobs, vectors[[index for _, index in matched]])
-            except self._database.Error as error:
-                self._blame(jobs[0].pipeline, jobs, error)
+            self._rows.write(jobs[0].pipeline, jobs, vectors[[index for _, index in matched]])
             if len(by_statement) > 1:
                 # The row locks of one owner do not wait for the code of another.
                 self._commit()

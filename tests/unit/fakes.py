@@ -18,7 +18,7 @@ from autoembed.errors import Refused, RowError, Trouble
 from autoembed.limits import Charge, Limits, Permit
 from autoembed.model import Embedded, Model, Request, Share
 from autoembed.network import Network
-from autoembed.records import Backfill, Message, Pipeline, Row
+from autoembed.records import MAX_TEXT_BYTES, Backfill, Message, Pipeline, Row
 
 if TYPE_CHECKING:
     # mypy compares the fake's methods with the real ones. Inside a test they cannot be imported: they need plpy.
@@ -56,7 +56,11 @@ class Cancelled(BaseException):
 
 
 class StatementError(Exception):
-    """What the database raises when a statement fails."""
+    """What the database raises when a statement fails. nobodys: by no row's fault."""
+
+    def __init__(self, message: str, *, nobodys: bool = False) -> None:
+        super().__init__(message)
+        self.nobodys = nobodys
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Rest:
     seconds: float
     needs_attention: bool
     reason: str
+    summary: str = Trouble.summary
 
 
 def key_of(row_id: int) -> str:
@@ -90,8 +95,9 @@ def vectors_of(texts: Sequence[str]) -> Vector:
 class FakeDatabase(Database):
     """One table, the queue and the failed list; delays are noted, not waited for.
 
-    The faults: content_errors and write_errors by key; locked, how many writes find a row locked; bad_texts, parts of
-    texts that an SQL function refuses; interrupts, called whenever the method of that name is.
+    The faults: content_errors, write_errors and settle_errors by key; locked, how many writes find a row locked;
+    skipped, the rows that a trigger leaves out of a write; bad_texts, parts of texts that an SQL function refuses;
+    fail_error, of the failed list; interrupts, called whenever the method of that name is.
     """
 
     Error = StatementError
@@ -109,7 +115,6 @@ class FakeDatabase(Database):
         self.extended: list[list[int]] = []
         self.rests: list[Rest] = []
         self.rested_pipelines: list[tuple[int, list[int], str]] = []
-        self.busy_models: list[list[str]] = []
         self.resumed: list[str] = []
         self.in_lane = False
         self.is_wanted: Callable[[], bool] = lambda: True
@@ -120,29 +125,38 @@ class FakeDatabase(Database):
         # The next ones; then as many as are asked for, at once.
         self.permits: list[Permit] = []
         self.charges: list[tuple[Charge | None, ...]] = []
+        # The models that were left out of each claim.
+        self.busy: list[list[str]] = []
         self.slots_freed: list[int] = []
+        self.embedder_timeouts: list[float] = []
         self.limits_learnt: list[Limits] = []
         self.statement_timeout: float | None = None
-        self.content_errors: dict[str, RowError] = {}
-        self.write_errors: dict[str, RowError] = {}
+        self.content_errors: dict[str, RowError | StatementError] = {}
+        self.write_errors: dict[str, RowError | StatementError] = {}
+        self.settle_errors: dict[str, RowError] = {}
+        self.fail_error: RowError | None = None
         self.locked: dict[str, float] = {}
+        self.skipped: set[str] = set()
         self.bad_texts: list[str] = []
         self.interrupts: dict[str, Callable[[], None]] = {}
         # Called with the name of each statement.
         self.watch: Callable[[str], None] = lambda statement: None
         # What was done, in order.
         self.statements: list[str] = []
+        # The keys of each statement that reads, and of each that writes.
+        self.read_keys: list[list[str]] = []
+        self.written_keys: list[list[str]] = []
         # The commits among them that do not wait for the disk.
         self.unsynced: list[int] = []
         self._numbers = itertools.count(1)
 
     # For tests -----------------------------------------------------------------------------------
 
-    def put(self, row_id: int, text: str | None) -> int:
+    def put(self, row_id: int, text: str | None, pipeline_id: int = 1) -> int:
         """Inserts or updates a row; returns the id of the message that says so."""
         self.texts[key_of(row_id)] = text
         self.vectors.setdefault(key_of(row_id), None)
-        return self.send({"pipeline": 1, "keys": [[row_id]]})
+        return self.send({"pipeline": pipeline_id, "keys": [[row_id]]})
 
     def send(self, body: Any) -> int:
         message_id = next(self._numbers)
@@ -204,13 +218,16 @@ class FakeDatabase(Database):
         self, max_rows: int, lease_seconds: float, held: Sequence[int], busy_models: Sequence[str]
     ) -> list[Message]:
         self._note("claim")
-        self.busy_models.append(list(busy_models))
-        if any(self.defined[1].model.name == name for name in busy_models):
-            return []
-        claimed = [replace(message, read_count=message.read_count + 1) for message in self.waiting()[:max_rows]]
+        self.busy.append(list(busy_models))
+        free = [message for message in self.waiting() if self._model_of(message) not in busy_models]
+        claimed = [replace(message, read_count=message.read_count + 1) for message in free[:max_rows]]
         self.queue.update({message.id: message for message in claimed})
         self.claimed.update(message.id for message in claimed)
         return claimed
+
+    def _model_of(self, message: Message) -> str | None:
+        number = message.body.get("pipeline") if isinstance(message.body, dict) else None
+        return self.defined[number].model.name if number in self.defined else None
 
     def extend(self, message_ids: Sequence[int], lease_seconds: float) -> None:
         self._note("extend")
@@ -245,7 +262,7 @@ class FakeDatabase(Database):
         self._note("scan")
         if self.scan_error is not None:
             raise self.scan_error
-        after = 0 if backfill.after is None else json.loads(backfill.after)[0]
+        after = -1 if backfill.after is None else json.loads(backfill.after)[0]
         return [key_of(number) for number in sorted(json.loads(key)[0] for key in self.texts) if number > after][
             :max_rows
         ]
@@ -285,12 +302,16 @@ class FakeDatabase(Database):
 
     def rest_model(self, name: str, seconds: float, needs_attention: bool, trouble: Trouble) -> bool:
         self._note("rest_model")
-        self.rests.append(Rest(name, seconds, needs_attention, str(trouble)))
+        self.rests.append(Rest(name, seconds, needs_attention, str(trouble), trouble.summary))
         return len(self.rests) == 1
 
     def rest_pipelines(self, owner: int, pipeline_ids: Sequence[int], reason: str) -> None:
         self._note("rest_pipelines")
         self.rested_pipelines.append((owner, list(pipeline_ids), reason))
+
+    @staticmethod
+    def is_nobodys(error: Exception) -> bool:
+        return isinstance(error, StatementError) and error.nobodys
 
     def resume_model(self, name: str) -> None:
         self._note("resume_model")
@@ -298,17 +319,19 @@ class FakeDatabase(Database):
 
     def rows(self, pipeline: Pipeline, keys: Sequence[str], max_bytes: int) -> tuple[dict[str, Row], bool]:
         self._note("rows")
-        found: dict[str, Row] = {}
+        self.read_keys.append(list(keys))
         for key in keys:
             if key in self.content_errors:
                 raise self.content_errors[key]
-            if key not in self.texts:
-                continue
-            if max_bytes < 0:
-                return found, False
-            text = self.texts[key]
-            found[key] = Row(text, self.vectors[key] is not None, len((text or "").encode()))
-            max_bytes -= found[key].bytes
+        found: dict[str, Row] = {}
+        for key in keys:
+            if key in self.texts:
+                text = self.texts[key]
+                size = len((text or "").encode())
+                max_bytes -= size
+                found[key] = Row(text if size <= MAX_TEXT_BYTES else None, self.vectors[key] is not None, size)
+                if max_bytes < 0:
+                    return found, False
         return found, True
 
     def digests(self, pipeline: Pipeline, keys: Sequence[str]) -> dict[str, bytes]:
@@ -318,6 +341,7 @@ class FakeDatabase(Database):
         self, pipeline: Pipeline, keys: Sequence[str], contents: Sequence[str | None], vectors: Vector | None
     ) -> dict[str, str]:
         self._note("write")
+        self.written_keys.append(list(keys))
         assert len(set(keys)) == len(keys), "a row cannot be written twice by one statement"
         for key in keys:
             if key in self.write_errors:
@@ -331,6 +355,8 @@ class FakeDatabase(Database):
                 outcomes[key] = "locked"
             elif self.texts[key] != content:
                 outcomes[key] = "changed"
+            elif key in self.skipped:
+                outcomes[key] = "skipped"
             else:
                 self.vectors[key] = None if vectors is None else vectors[index].tolist()
                 outcomes[key] = "written"
@@ -340,6 +366,7 @@ class FakeDatabase(Database):
         self, pipeline: Pipeline, keys: Sequence[str], digests: Sequence[bytes], truncated: Sequence[bool]
     ) -> None:
         self._note("record_embedded")
+        self._raise_for(keys)
         assert len(set(keys)) == len(keys), "a row cannot be recorded twice by one statement"
         for key, digest, cut in zip(keys, digests, truncated, strict=True):
             self.embedded[key] = (digest, cut)
@@ -347,14 +374,21 @@ class FakeDatabase(Database):
 
     def forget(self, pipeline: Pipeline, keys: Sequence[str]) -> None:
         self._note("forget")
+        self._raise_for(keys)
         for key in keys:
             self.embedded.pop(key, None)
             self.failures.pop(key, None)
+
+    def _raise_for(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            if key in self.settle_errors:
+                raise self.settle_errors[key]
 
     def call_embedder(
         self, model: str, purpose: str, texts: Sequence[str], timeout_seconds: float
     ) -> list[bytes | None]:
         self._note("call_embedder")
+        self.embedder_timeouts.append(timeout_seconds)
         if any(part in text for part in self.bad_texts for text in texts):
             raise Refused("not these words")
         return [struct.pack(">hh3f", 3, 0, *vector_of(text)) for text in texts]
@@ -381,12 +415,10 @@ class FakeDatabase(Database):
         self.embedded.clear()
         self.failures.clear()
 
-    @staticmethod
-    def is_nobodys(error: Exception) -> bool:
-        return False
-
     def fail(self, pipeline: Pipeline, key: str, reason: str, attempts: int, excerpt: str | None) -> None:
         self._note("fail")
+        if self.fail_error is not None:
+            raise self.fail_error
         self.failures[key] = Failure(reason, attempts, excerpt)
 
     def fail_message(self, body: Any, reason: str, attempts: int) -> None:
@@ -402,6 +434,10 @@ class FakeNetwork(Network):
     def __init__(self) -> None:
         super().__init__(1)
         self.aborts = 0
+        self.looks_at_deadlines = 0
+
+    def expire(self) -> None:
+        self.looks_at_deadlines += 1
 
     def abort(self) -> None:
         self.aborts += 1
@@ -418,6 +454,7 @@ class FakeProvider:
 
     def __init__(self) -> None:
         self.requests: list[list[str]] = []
+        self.timeouts: list[float] = []
         self.answer: Callable[[list[str]], Vector] = vectors_of
         self.headers: dict[str, str] = {}
         self.tokens: int | None = None
@@ -428,6 +465,7 @@ class FakeProvider:
 
     def embed(self, request: Request, reach: Any, /) -> Embedded:
         self.requests.append(list(request.texts))
+        self.timeouts.append(request.timeout_seconds)
         return Embedded(self.answer(list(request.texts)), self.tokens, self.headers)
 
     def abort(self) -> None:

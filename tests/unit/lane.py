@@ -40,6 +40,14 @@ class Lane:
         self._monkeypatch.setattr(worker, "LOOK_AROUND_SECONDS", 0.0)
         self.database.is_wanted = lambda: not condition()
 
+    def add_model(self, name: str, owner: int = PIPELINE.owner) -> FakeProvider:
+        """Has pipeline 2 use another model, of a provider of that name; returns the provider."""
+        provider = FakeProvider()
+        self._monkeypatch.setitem(PROVIDERS, name, provider)
+        model = replace(MODEL, name=name, provider=name)
+        self.database.defined[2] = replace(PIPELINE, id=2, owner=owner, model=model)
+        return provider
+
     def limit_inputs(self, most: int) -> None:
         """Lets a request hold so many texts from now on. A claim may then take several requests' worth."""
         self.database.defined[1] = replace(PIPELINE, model=replace(MODEL, max_inputs_per_request=most))

@@ -140,6 +140,15 @@ def test_a_url_holds_no_user_and_password(url: str) -> None:
 MODEL = Model("own", "openai", "m", 3, base_url="http://embeddings.example:8080/v1")
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("rest", ["?key=secret", "/?key=secret", "/v1?key=secret", "/openai/?key=secret", "/v1#secret"])
+def test_a_base_url_has_no_query_and_shows_none(scheme: str, rest: str) -> None:
+    with pytest.raises(Fault, match="has a query or a fragment, which may hold a key") as caught:
+        openai.check(replace(MODEL, base_url=f"{scheme}://user:secret@api.example{rest}"))
+
+    assert "secret" not in str(caught.value)
+
+
 def test_a_model_that_would_be_called_without_encryption_is_an_error_with_a_hint() -> None:
     with pytest.raises(Fault) as caught:
         openai.check(MODEL)

@@ -254,6 +254,19 @@ def test_a_failed_job_is_reported_with_the_guides_keys(book: Book, key: str, row
     ]
 
 
+def test_a_row_whose_failure_cannot_be_noted_goes_back_and_its_pipeline_rests(book: Book) -> None:
+    message_id, (job,) = book.claim(1)
+    book.database.fail_error = RowError("no room in the index row")
+
+    book.ledger.fail(job, "too long")
+    book.ledger.flush()
+
+    assert book.database.rested_pipelines == [(10, [1], "no room in the index row")]
+    assert [(message.id, message.read_count) for message in book.database.waiting()] == [(message_id, 0)]
+    assert (book.ledger.report.failed, book.ledger.report.retried) == (0, 1)
+    assert [failed["error"] for failed in book.ledger.report.failed_jobs] == ["too long"]
+
+
 def test_open_messages_are_those_with_a_row_left(book: Book) -> None:
     first, (job,) = book.claim(1)
     second, _ = book.claim(2)

@@ -5,21 +5,28 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from itertools import count
+from typing import Any
 
 import pytest
 
 from autoembed import heap, worker
-from autoembed.errors import ProviderTrouble, Refused
+from autoembed.errors import ProviderTrouble, Refused, RowError
+from autoembed.jobs import Report
+from autoembed.limits import Limiter, Permit
+from autoembed.records import Backfill
 from autoembed.rows import Pace
+from autoembed.worker import Outbox
 from unit.fakes import (
+    MODEL,
     PIPELINE,
     Cancelled,
     FakeDatabase,
     FakeProvider,
     Vector,
+    key_of,
     vectors_of,
 )
-from unit.lane import Lane, cancel
+from unit.lane import Lane, bodies, cancel
 from waiting import wait_until
 
 # --- the lane ---------------------------------------------------------------------------------------
@@ -89,7 +96,9 @@ def test_an_idle_lane_looks_at_the_queue_a_few_times_a_second_and_holds_no_trans
 
     claims = [index for index, statement in enumerate(database.statements) if statement == "claim"]
     assert 5 <= len(claims) <= 11
-    assert all("commit" in database.statements[index + 1 : index + 3] for index in claims)
+    for index in claims:
+        following = [statement for statement in database.statements[index + 1 :] if statement != "next_backfill"]
+        assert following[0] == "commit"
 
 
 def test_a_lane_frees_the_jobs_of_dead_lanes_now_and_then(
@@ -114,6 +123,247 @@ def test_a_lane_gives_memory_back_once_when_it_has_worked(
     lane.work(run_seconds=0.7)
 
     assert trimmed == [True]
+
+
+def test_a_lane_that_is_told_to_end_waits_a_moment_for_its_answers(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider
+) -> None:
+    database.put(1, "text")
+
+    def answer(texts: list[str]) -> Vector:
+        looks = lane.network.looks_at_deadlines
+        wait_until(lambda: lane.network.looks_at_deadlines > looks + 3)
+        return vectors_of(texts)
+
+    provider.answer = answer
+    lane.stop_when(lambda: provider.requests)
+
+    lane.work(run_seconds=20)
+
+    assert database.is_fresh(1)
+    assert lane.network.aborts == 0
+
+
+def test_a_lane_that_is_told_to_end_leaves_answers_that_do_not_come(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "ENDING_SECONDS", 0.2)
+    sent = database.put(1, "text")
+    lane.hang()
+    lane.stop_when(lambda: provider.requests)
+    began_at = time.monotonic()
+
+    lane.work(run_seconds=20)
+
+    assert 0.2 <= time.monotonic() - began_at < 2
+    assert lane.network.aborts >= 1
+    assert not database.in_lane
+    assert (database.failures, database.rests) == ({}, [])
+    assert [(message.id, message.read_count) for message in database.waiting()] == [(sent, 0)]
+
+
+def test_process_waits_for_its_answers_as_long_as_they_take(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "ENDING_SECONDS", 0.0)
+    database.is_wanted = lambda: False
+    database.put(1, "text")
+
+    def answer(texts: list[str]) -> Vector:
+        wait_until(lambda: lane.network.looks_at_deadlines > 3)
+        return vectors_of(texts)
+
+    provider.answer = answer
+
+    assert lane.run().completed == 1
+
+
+@pytest.mark.parametrize("where", ["content_errors", "write_errors"])
+def test_a_cancel_in_an_owners_code_ends_the_lane_in_good_order(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider, where: str
+) -> None:
+    hanging = lane.add_model("hanging", owner=20)
+    sent = database.put(2, "text", pipeline_id=2)
+    getattr(database, where)["[1]"] = RowError("canceling statement due to user request", cancels=True)
+
+    def answer(texts: list[str]) -> Vector:
+        database.put(1, "odd")
+        hanging.aborted.wait(10)
+        raise ProviderTrouble("aborted")
+
+    hanging.answer = answer
+
+    lane.work(run_seconds=20, max_requests=2)
+
+    assert database.rested_pipelines == [(10, [], "canceling statement due to user request")]
+    assert [(message.id, message.read_count) for message in database.waiting() if message.id == sent] == [(sent, 0)]
+    assert {"pipeline": 1, "keys": [[1]], "attempts": 1} in bodies(database.waiting())
+    assert database.claimed & database.queue.keys() == set()
+    assert not database.in_lane
+    assert database.statements[-1] == "commit"
+
+
+# --- backfills --------------------------------------------------------------------------------------
+
+SCAN = Backfill(1, 10, None, None, 0)
+
+
+def fill(database: FakeDatabase, rows: int) -> None:
+    """Rows that no message is for."""
+    for row_id in range(rows):
+        database.texts[key_of(row_id)] = f"text {row_id}"
+        database.vectors[key_of(row_id)] = None
+
+
+def test_where_nothing_is_due_a_table_is_scanned(lane: Lane, database: FakeDatabase) -> None:
+    fill(database, 250)
+    database.backfill = SCAN
+
+    reports = [lane.run() for _ in range(3)]
+
+    assert [report.completed for report in reports] == [100, 100, 50]
+    assert database.backfill is None
+
+
+def test_a_backfill_of_a_model_that_has_failed_is_tried_with_one_row(lane: Lane, database: FakeDatabase) -> None:
+    fill(database, 3)
+    database.backfill = replace(SCAN, failures=1)
+
+    assert lane.run().completed == 1
+    assert database.backfill is not None
+
+
+@pytest.mark.parametrize(
+    ("error", "rested", "failed"),
+    [
+        (RowError("no such operator"), [], ["no such operator"]),
+        (RowError("could not obtain lock", locked=True), [], []),
+        (RowError("ran too long", slow=True), [(10, [1], "ran too long")], []),
+        (RowError("canceling statement", cancels=True), [(10, [1], "canceling statement")], []),
+    ],
+)
+def test_a_scan_that_fails_ends_or_waits(
+    lane: Lane, database: FakeDatabase, error: RowError, rested: list[Any], failed: list[str]
+) -> None:
+    fill(database, 3)
+    database.backfill, database.scan_error = SCAN, error
+
+    assert lane.run() == Report()
+
+    assert database.rested_pipelines == rested
+    assert database.failed_backfills == failed
+    assert (database.backfill is None) == bool(failed)
+
+
+@pytest.mark.parametrize("keys", [["[]"], ["1"], ["[null]"], ["nonsense"]])
+def test_a_scan_that_returns_no_keys_ends(
+    lane: Lane, database: FakeDatabase, monkeypatch: pytest.MonkeyPatch, keys: list[str]
+) -> None:
+    database.backfill = SCAN
+    monkeypatch.setattr(database, "scan", lambda backfill, max_rows: keys)
+
+    lane.run()
+
+    assert database.failed_backfills == ["the scan with its condition returned something that is not a key"]
+
+
+# --- models that do not answer ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("in_flight", "seconds_ago", "is_busy"), [(0, 0.0, False), (0, 9.0, False), (2, 0.5, False), (2, 1.5, True)]
+)
+def test_a_model_is_busy_that_has_not_answered_for_a_while(in_flight: int, seconds_ago: float, is_busy: bool) -> None:
+    outbox = Outbox(Limiter(MODEL), in_flight=in_flight, heard_at=time.monotonic() - seconds_ago)
+
+    assert outbox.is_busy is is_busy
+
+
+@pytest.mark.parametrize("provider_runs", [1, 3])
+def test_a_model_that_does_not_answer_holds_up_no_other(
+    lane: Lane, database: FakeDatabase, monkeypatch: pytest.MonkeyPatch, provider_runs: int
+) -> None:
+    monkeypatch.setattr(worker, "BUSY_SECONDS", 0.1)
+    silent = lane.add_model("silent")
+    for row_id in range(10, 10 + provider_runs):
+        database.put(row_id, f"silent {row_id}", pipeline_id=2)
+    left: list[Any] = []
+
+    def answer(texts: list[str]) -> Vector:
+        if not left:
+            wait_until(lambda: ["silent"] in database.busy)
+            database.put(20, "later", pipeline_id=2)
+            database.put(1, "text")
+            wait_until(lambda: database.is_fresh(1))
+            left.extend(bodies(database.waiting()))
+        return vectors_of(texts)
+
+    silent.answer = answer
+    lane.stop_when(lambda: database.queue == {})
+
+    lane.work(run_seconds=20)
+
+    assert left == [{"pipeline": 2, "keys": [[20]]}]
+    assert all(database.is_fresh(row_id) for row_id in (1, 10, 20))
+
+
+@pytest.fixture
+def outboxes(monkeypatch: pytest.MonkeyPatch) -> list[Outbox]:
+    """All that are made."""
+    made: list[Outbox] = []
+
+    def make(*arguments: Any, **settings: Any) -> Outbox:
+        made.append(Outbox(*arguments, **settings))
+        return made[-1]
+
+    monkeypatch.setattr(worker, "Outbox", make)
+    return made
+
+
+def test_a_model_is_heard_with_each_answer(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider, outboxes: list[Outbox]
+) -> None:
+    lane.limit_inputs(1)
+    database.put(1, "quick")
+    database.put(2, "slow")
+    answered_at: list[float] = []
+    heard_at: list[float] = []
+
+    def answer(texts: list[str]) -> Vector:
+        if texts == ["slow"]:
+            wait_until(lambda: database.is_fresh(1))
+            heard_at.append(outboxes[0].heard_at)
+        else:
+            wait_until(lambda: ["slow"] in provider.requests)
+            answered_at.append(time.monotonic())
+        return vectors_of(texts)
+
+    provider.answer = answer
+
+    lane.run(max_requests=2)
+
+    assert heard_at[0] > answered_at[0]
+
+
+def test_a_model_is_waited_for_from_its_first_request_on(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider, outboxes: list[Outbox]
+) -> None:
+    """The wait for a permit is not its silence."""
+    database.defined[1] = replace(PIPELINE, model=replace(MODEL, requests_per_minute=60))
+    due_at = time.monotonic() + 0.3
+    database.permits = [Permit(due_at)]
+    database.put(1, "text")
+    heard_at: list[float] = []
+
+    def answer(texts: list[str]) -> Vector:
+        heard_at.append(outboxes[0].heard_at)
+        return vectors_of(texts)
+
+    provider.answer = answer
+
+    lane.run()
+
+    assert heard_at[0] >= due_at
 
 
 # --- claiming while requests are in flight ----------------------------------------------------------
@@ -277,3 +527,80 @@ def test_a_lane_claims_no_more_once_a_provider_is_in_trouble(
 
     assert not database.is_fresh(9)
     assert len(database.rests) == 1
+
+
+def test_nothing_more_is_claimed_while_a_vector_waits_for_its_row(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider
+) -> None:
+    """Another message for that row would ask for the vector again."""
+    database.put(1, "text")
+    database.put(2, "slow")
+    database.locked["[1]"] = 8
+    lane.limit_inputs(1)
+    claims: list[int] = []
+    database.interrupts["write"] = lambda: claims.append(database.statements.count("claim"))
+
+    def answer(texts: list[str]) -> Vector:
+        if texts == ["slow"]:
+            wait_until(lambda: database.is_fresh(1))
+        return vectors_of(texts)
+
+    provider.answer = answer
+    lane.stop_when(lambda: database.queue == {})
+
+    lane.work(run_seconds=20, max_requests=4)
+
+    # The first try, eight that find the row locked or free, and the other row.
+    assert len(claims) == 10
+    assert len(set(claims[:9])) == 1
+
+
+def test_a_message_that_a_lane_died_of_ends_the_pass_that_meets_it(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider
+) -> None:
+    """Nothing else is to be in flight beside it."""
+    database.put(1, "first")
+    claims_after: list[int] = []
+
+    def answer(texts: list[str]) -> Vector:
+        if texts == ["first"]:
+            number = database.put(2, "deadly")
+            database.queue[number] = replace(database.queue[number], read_count=1)
+            claims = database.statements.count("claim")
+            wait_until(lambda: database.statements.count("claim") > claims and number not in database.claimed)
+            claims = database.statements.count("claim")
+            looks = lane.network.looks_at_deadlines
+            wait_until(lambda: lane.network.looks_at_deadlines > looks + 4)
+            claims_after.append(database.statements.count("claim") - claims)
+        return vectors_of(texts)
+
+    provider.answer = answer
+    lane.stop_when(lambda: database.queue == {})
+
+    lane.work(run_seconds=20, max_requests=4)
+
+    assert claims_after == [0]
+    assert provider.requests == [["first"], ["deadly"]]
+
+
+def test_a_lane_holds_no_more_text_than_it_may(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "READ_BYTES", 50)
+    database.put(1, "x" * 51)
+    seen: list[list[list[str]]] = []
+
+    def answer(texts: list[str]) -> Vector:
+        if texts == ["x" * 51]:
+            database.put(2, "y")
+            wait_until(lambda: "release" in database.statements)
+            seen.append(list(provider.requests))
+        return vectors_of(texts)
+
+    provider.answer = answer
+    lane.stop_when(lambda: database.queue == {})
+
+    lane.work(run_seconds=20, max_requests=4)
+
+    assert seen == [[["x" * 51]]]
+    assert database.is_fresh(2)

@@ -32,6 +32,7 @@ from autoembed.model import Embedded, Model
 from autoembed.providers import sizes_of
 from unit.fakes import MODEL, PIPELINE, Vector, vectors_of
 from unit.lane import Lane
+from waiting import wait_until
 
 
 def define(lane: Lane, **limits: object) -> Model:
@@ -66,10 +67,24 @@ def headers(limit: str, left: str, reset: str, unit: str = "requests") -> dict[s
         (headers("0", "0", "1s"), NOTHING_KNOWN),
         (headers("-5", "7", "1s"), NOTHING_KNOWN),
         (headers("60", "x", "120ms"), Limits(Allowance(60, None))),
+        # Nobody's number, and nobody's duration.
+        (headers("1" * 10, "7", "1s"), NOTHING_KNOWN),
+        (headers("60", "7", "1" * 99 + "s"), NOTHING_KNOWN),
+        (headers("60", "7", "0s" * 51), NOTHING_KNOWN),
+        (headers("60", "7", "0s" * 50), Limits(Allowance(60, 7))),
     ],
 )
 def test_headers_are_read_as_openai_writes_them(told: Mapping[str, str], limits: Limits) -> None:
     assert limits_in(told) == limits
+
+
+def test_a_long_header_costs_no_time() -> None:
+    began_at = time.monotonic()
+
+    assert limits_in(headers("60", "7", "1" * 1_000_000)) == NOTHING_KNOWN
+    assert retry_after_seconds({"retry-after": "1" * 1_000_000, "retry-after-ms": "1" * 1_000_000}) is None
+
+    assert time.monotonic() - began_at < 0.5
 
 
 @given(st.lists(st.text(), min_size=3, max_size=3))
@@ -308,6 +323,25 @@ def test_a_request_waits_for_a_slot(lane: Lane) -> None:
     assert lane.run().completed == 1
     assert lane.database.statements.count("take_permit") == 2
     assert lane.database.slots_freed == [2]
+
+
+def test_a_lane_asks_for_no_more_slots_than_a_model_has(lane: Lane) -> None:
+    define(lane, max_requests_in_flight=2)
+    put(lane, 3)
+    asked: list[int] = []
+
+    def answer(texts: list[str]) -> Vector:
+        if len(lane.provider.requests) <= 2:
+            wait_until(lambda: len(lane.provider.requests) == 2)
+            looks = lane.network.looks_at_deadlines
+            wait_until(lambda: asked or lane.network.looks_at_deadlines > looks + 3)
+            asked.append(lane.database.statements.count("take_permit"))
+        return vectors_of(texts)
+
+    lane.provider.answer = answer
+
+    assert lane.run(batch_size=1, max_requests=3).completed == 3
+    assert asked[0] == 2
 
 
 @pytest.mark.parametrize("error", [ProviderTrouble("down"), KeyError("ours"), KeyboardInterrupt()])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 import socketserver
 import subprocess
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
@@ -19,7 +21,7 @@ import pytest
 from autoembed.errors import ProviderTrouble
 from autoembed.network import Answer, Network
 from fake_api import FakeApi, Server
-from waiting import wait_until
+from waiting import soon, wait_until
 
 BODY = b'{"model": "text-embedding-3-small", "input": ["a"]}'
 HEADERS = {"Content-Type": "application/json", "Authorization": "Bearer sk-right"}
@@ -387,6 +389,161 @@ def test_a_body_beyond_the_limit_is_not_read_to_its_end(network: Network, api: F
     assert peak < 24 << 20
 
 
+class Raw(socketserver.ThreadingTCPServer):
+    """Answers every request with these pieces, one after the other, and closes the connection."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Saying)
+        self.pieces: Iterable[bytes] = ()
+        self.heard: list[bytes] = []
+        self.pause_seconds = 0.0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Saying(socketserver.StreamRequestHandler):
+    server: Raw
+
+    def handle(self) -> None:
+        while line := self.rfile.readline().strip():
+            self.server.heard.append(line)
+        self.rfile.read(len(BODY))
+        with contextlib.suppress(OSError):
+            for piece in self.server.pieces:
+                self.wfile.write(piece)
+                time.sleep(self.server.pause_seconds)
+
+
+@pytest.fixture
+def raw() -> Iterator[Raw]:
+    with Raw() as raw:
+        thread = threading.Thread(target=raw.serve_forever, args=(0.01,))
+        thread.start()
+        yield raw
+        raw.shutdown()
+        thread.join()
+
+
+def compressed(text: bytes, wbits: int) -> bytes:
+    compressor = zlib.compressobj(wbits=wbits)
+    return compressor.compress(text) + compressor.flush()
+
+
+GZIP, DEFLATE = 16 + zlib.MAX_WBITS, zlib.MAX_WBITS
+
+
+def test_no_compressed_answer_is_asked_for(network: Network, raw: Raw) -> None:
+    raw.pieces = [b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"]
+
+    assert post(network, raw.url, headers={**HEADERS, "Accept-Encoding": "gzip"}).body == b"{}"
+
+    assert [line for line in raw.heard if line.lower().startswith(b"accept-encoding")] == [b"Accept-Encoding: identity"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body"),
+    [
+        (b"", b"an answer" * 1000),
+        (b"identity", b"an answer" * 1000),
+        (b"gzip", compressed(b"an answer" * 1000, GZIP)),
+        (b" GZIP ", compressed(b"an answer" * 1000, GZIP)),
+        (b"x-gzip", compressed(b"an answer" * 1000, GZIP)),
+        (b"deflate", compressed(b"an answer" * 1000, DEFLATE)),
+    ],
+)
+def test_an_answer_that_is_compressed_all_the_same_is_read(
+    network: Network, raw: Raw, encoding: bytes, body: bytes
+) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Encoding: %s\r\nContent-Length: %d\r\n\r\n" % (encoding, len(body))
+    raw.pieces = [head, body[:10], body[10:]]
+
+    assert post(network, raw.url).body == b"an answer" * 1000
+
+
+@pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip", "gzip, identity", "compress"])
+def test_an_answer_that_is_compressed_in_another_way_needs_somebody_to_act(
+    network: Network, raw: Raw, encoding: str
+) -> None:
+    raw.pieces = [f"HTTP/1.1 200 OK\r\nContent-Encoding: {encoding}\r\n\r\n{{}}".encode()]
+
+    error = trouble(network, raw.url)
+
+    assert error.permanent
+    assert str(error) == "the provider's answer is compressed in a way that was not asked for"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"my text\r\n\r\n",
+        b"HTTP/1.1 my text\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nmy text\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n99\r\nmy text",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\nmy text",
+        b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\nmy text",
+        b"HTTP/1.1 200 OK\r\nX: " + b"my text " * 10_000 + b"\r\n\r\n",
+        b"",
+    ],
+)
+def test_no_bytes_of_a_broken_answer_are_in_an_error(network: Network, raw: Raw, answer: bytes) -> None:
+    """It may repeat the texts, or the key."""
+    raw.pieces = [answer]
+
+    error = trouble(network, raw.url)
+
+    assert str(error).startswith(f"no answer from {raw.url.removeprefix('http://')}: ")
+    assert "my text" not in str(error)
+    assert not error.permanent
+
+
+def test_the_body_of_a_redirect_is_bounded_too(network: Network, raw: Raw) -> None:
+    raw.pieces = [b"HTTP/1.1 307 Temporary Redirect\r\nLocation: /elsewhere\r\n\r\n", *[bytes(1 << 20)] * 64]
+    tracemalloc.start()
+    try:
+        error = trouble(network, raw.url)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert str(error) == "the provider's answer is larger than 2 MiB"
+    assert peak < 24 << 20
+
+
+@pytest.mark.parametrize(
+    "head", [b"", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"]
+)
+def test_a_request_whose_answer_trickles_ends_when_its_time_is_up(network: Network, raw: Raw, head: bytes) -> None:
+    """Each byte begins the wait of a socket again."""
+    raw.pieces = itertools.chain([head], itertools.repeat(b"1"))
+    raw.pause_seconds = 0.02
+    asking = Asking(network, raw.url, 0.4)
+    assert not soon(asking.has_expired, 0.2)
+
+    wait_until(asking.has_expired, 2)
+
+    assert isinstance(asking.outcome, ProviderTrouble)
+    assert not asking.outcome.permanent
+    assert "0.4 s" in str(asking.outcome)
+
+
+def test_only_the_requests_whose_time_is_up_are_ended(network: Network, api: FakeApi) -> None:
+    api.behave(hold=True)
+    short, long = Asking(network, api.base_url, 0.3), Asking(network, api.base_url, 20)
+    api.wait_for(held=2)
+
+    wait_until(short.has_expired, 2)
+    assert long.thread.is_alive()
+    api.release()
+    long.thread.join(5)
+
+    assert isinstance(short.outcome, ProviderTrouble)
+    assert isinstance(long.outcome, Answer)
+
+
 def test_a_body_at_the_limit_is_read(network: Network, api: FakeApi) -> None:
     api.behave(faults=[{"big_body": 2 << 20}])
 
@@ -415,17 +572,21 @@ def test_a_slow_body_within_the_deadline_is_read(network: Network, api: FakeApi)
 class Asking:
     """A post in a thread of its own, and how long it lasts after abort() is first called."""
 
-    def __init__(self, network: Network, url: str) -> None:
+    def __init__(self, network: Network, url: str, timeout_seconds: float = 3) -> None:
         self.network = network
         self.outcome: object = None
-        self.thread = threading.Thread(target=self._ask, args=(url,), daemon=True)
+        self.thread = threading.Thread(target=self._ask, args=(url, timeout_seconds), daemon=True)
         self.thread.start()
 
-    def _ask(self, url: str) -> None:
+    def _ask(self, url: str, timeout_seconds: float) -> None:
         try:
-            self.outcome = post(self.network, url, 3)
+            self.outcome = post(self.network, url, timeout_seconds)
         except BaseException as error:
             self.outcome = error
+
+    def has_expired(self) -> bool:
+        self.network.expire()
+        return not self.thread.is_alive()
 
     def seconds_to_let_go(self) -> float:
         """As Flight has it: abort() again and again until the thread has ended."""

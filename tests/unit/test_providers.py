@@ -25,6 +25,7 @@ from autoembed.providers import (
     fake,
     function,
     gemini,
+    http,
     local,
     ollama,
     openai,
@@ -243,9 +244,8 @@ MISTAKES = [
     ({"options": {"prefix": "query: "}}, "the option prefix"),
     ({"options": {"extra_body": []}}, "option extra_body .* is not an object"),
     ({"options": {"extra_headers": "x-team: search"}}, "option extra_headers .* is not an object"),
-    ({"options": {"extra_headers": {"Authorization": "Bearer sk"}}}, "would keep a secret"),
-    ({"options": {"extra_headers": {"Api-Key": "sk"}}}, "would keep a secret"),
-    ({"options": {"extra_headers": {"X-Goog-Api-Key": "sk"}}}, "would keep a secret"),
+    ({"options": {"extra_headers": {"x-team": 5}}}, "header x-team .* is not a text"),
+    ({"base_url": "https://host/v1?key=sk"}, "has a query or a fragment"),
 ]
 OWN_MISTAKES = [
     *[(name, {"base_url": None, "api_key": None}, "has no api_key") for name in WITH_ADDRESS],
@@ -275,6 +275,62 @@ def test_a_definition_that_cannot_work_is_the_callers_mistake(
         check(replace(right, **changes))
 
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        *[
+            ({"extra_headers": {name: "sk-secret"}}, name)
+            for name in (
+                *("Authorization", "proxy-authorization", "Cookie", "Api-Key", "X-Goog-Api-Key", "Ocp-Apim-Key"),
+                *("x-token", "X-Client-Secret", "x-password", "x-credentials", "x-signature", "x-session-id"),
+            )
+        ],
+        ({"extra_headers": {"Authorization": "Bearer env:SOME_KEY"}}, "Authorization"),
+        ({"extra_body": {"api_key": "sk-secret"}}, "api_key"),
+        ({"extra_body": {"user": "u", "auth": {"Token": "sk-secret"}}}, "Token"),
+        ({"extra_body": {"inputs": [1, [{"password": "sk-secret"}]]}}, "password"),
+        # It would be sent as it stands: only headers take references.
+        ({"extra_body": {"api_key": "env:SOME_KEY"}}, "api_key"),
+    ],
+)
+def test_an_option_keeps_no_secret_by_value(
+    case: Case, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], name: str
+) -> None:
+    monkeypatch.setenv("SOME_KEY", "sk-right")
+
+    with pytest.raises(Fault, match=f'"small" has {name}, which would keep a secret in a table') as caught:
+        check(replace(case.model, base_url="https://host", options=options))
+
+    assert "secret" not in str(caught.value).replace("keep a secret", "").replace(name, "")
+    assert "'env:NAME', 'file:PATH' or 'vault:NAME'" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"extra_headers": {"Authorization": "env:SOME_KEY", "x-api-key": "vault:gateway"}},
+        {"extra_headers": {"x-team": "search"}},
+        {"extra_body": {"max_tokens": 5, "tokens": [1, 2], "auth": {"user": "u"}, "user": "token"}},
+    ],
+)
+def test_references_and_counts_of_tokens_are_no_secrets(
+    case: Case, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("SOME_KEY", "sk-right")
+    secrets = {"vault:gateway": {"vault_key": "sk-vault"}}
+
+    check(replace(case.model, base_url="https://host", options=options, vault_secrets=secrets))
+
+
+def test_a_header_whose_secret_is_missing_is_trouble_to_mend(case: Case) -> None:
+    options = {"extra_headers": {"x-key": "file:/nowhere"}}
+
+    with pytest.raises(ProviderTrouble, match="there is no value for the header x-key") as caught:
+        check(replace(case.model, base_url="https://host", options=options))
+
+    assert caught.value.permanent
 
 
 def test_a_key_that_is_missing_is_trouble_to_mend(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,6 +383,23 @@ def test_extra_headers_and_extra_body_are_sent_over_ours(case: Case) -> None:
     assert (network.headers["x-team"], network.headers["Accept"]) == ("search", "text/json")
     assert network.headers["Content-Type"] == "application/json"
     assert (network.body["user"], network.body["model"]) == ("u", "mine")
+
+
+def test_a_header_is_sent_with_what_its_reference_names(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Answering(json.dumps(case.answer([[0.0] * 256])).encode())
+    monkeypatch.setenv("SOME_KEY", "Bearer sk-gateway")
+    options = {"extra_headers": {case.key_header: "env:SOME_KEY", "x-team": "search"}}
+
+    embed(replace(case.model, base_url="https://h", options=options), ["a"], network)
+
+    assert (network.headers[case.key_header], network.headers["x-team"]) == ("Bearer sk-gateway", "search")
+
+
+def test_a_header_whose_secret_is_missing_calls_nobody(api: FakeApi, model: Model, network: Network) -> None:
+    found = trouble(replace(model, options={"extra_headers": {"x-key": "file:/nowhere"}}), ["a"], network)
+
+    assert "there is no value for the header x-key" in str(found)
+    assert api.log() == []
 
 
 @pytest.mark.parametrize("purpose", ["document", "query"])
@@ -395,6 +468,33 @@ def test_an_answer_that_counts_no_tokens_reports_none(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
+    ("counted", "tokens"),
+    [
+        (0, 0),
+        (7, 7),
+        (2**31 - 1, 2**31 - 1),
+        (2**31, None),
+        (-1, None),
+        (True, None),
+        (7.0, None),
+        ("7", None),
+        (None, None),
+        ([7], None),
+    ],
+)
+def test_only_a_count_that_a_column_takes_is_a_count_of_tokens(counted: Any, tokens: int | None) -> None:
+    answer = {"usage": {"total_tokens": counted}}
+
+    assert http.tokens_in(answer, "usage", "total_tokens") == tokens
+    assert http.tokens_in({"total_tokens": counted}, "total_tokens") == tokens
+
+
+@pytest.mark.parametrize("answer", [None, 5, [], {}, {"usage": None}, {"usage": [7]}, {"usage": {"tokens": 7}}])
+def test_an_answer_of_any_form_may_count_no_tokens(answer: Any) -> None:
+    assert http.tokens_in(answer, "usage", "total_tokens") is None
+
+
+@pytest.mark.parametrize(
     ("status", "embeddings"), [(200, [[1, 2]]), (200, [[1, None]]), (200, ["?!"]), (400, []), (429, []), (401, [])]
 )
 def test_the_headers_of_an_answer_come_back_with_it_whatever_it_says(
@@ -439,6 +539,17 @@ def test_embeddings_that_are_no_list_of_them_are_the_providers_trouble(case: Cas
 )
 def test_an_embedding_in_another_form_is_the_providers_trouble(case: Case, embedding: Any) -> None:
     assert_in_another_form(case, json.dumps(case.answer([[1, 2], embedding])).encode())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b'{"data": "my text"', b'["my text"]', b'"my text"', b'{"data": [{"index": "my text", "embedding": "my text"}]}'],
+)
+def test_an_answer_in_another_form_is_not_quoted(case: Case, body: bytes) -> None:
+    """It may repeat the texts."""
+    found = trouble(replace(case.model, base_url="https://h", dimensions=2), ["my text"], Answering(body))
+
+    assert "my text" not in str(found)
 
 
 def test_an_answer_that_is_not_whole_or_not_utf_8_is_the_providers_trouble(case: Case) -> None:
@@ -649,6 +760,29 @@ def test_a_key_that_the_api_echoes_is_in_no_error(api: FakeApi, model: Model, ne
     found = trouble(model, ["a"], network)
 
     assert "***" in str(found)
+
+
+def test_no_secret_of_a_header_is_in_an_error_nor_in_its_cut_words(
+    case: Case, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_KEY", "Bearer sk-gateway")
+    said = "x" * 300 + " sk-right Bearer sk-gateway sk-gateway " * 20
+    options = {"extra_headers": {"x-gateway-key": "env:SOME_KEY"}}
+    model = replace(case.model, base_url="https://h", api_key=key, options=options)
+
+    found = trouble(model, ["a"], Answering(json.dumps({"error": {"message": said}}).encode(), 500))
+
+    assert "sk-" not in str(found)
+    assert len(str(found)) <= 400
+
+
+@pytest.mark.parametrize("status", [202, 400, 401, 429, 500])
+def test_what_every_tenant_may_know_of_an_answer_has_no_words_of_it(case: Case, status: int) -> None:
+    body = json.dumps({"error": {"message": "Your text says: a secret"}, "message": "a secret"}).encode()
+
+    found = trouble(replace(case.model, base_url="https://h"), ["a"], Answering(body, status))
+
+    assert found.summary == f"its provider is in trouble (HTTP {status})"
 
 
 @pytest.mark.parametrize(("header", "low", "high"), [("retry_after", 7, 7), ("retry_after_date", 6, 8)])

@@ -10,18 +10,21 @@ from typing import Any
 import pytest
 
 from autoembed import rows
-from autoembed.errors import RowError
-from autoembed.jobs import MAX_ATTEMPTS, Report
-from autoembed.rows import Pace
+from autoembed.errors import PassEnded, RowError
+from autoembed.jobs import MAX_ATTEMPTS, Job, Ledger, Report
+from autoembed.records import Pipeline, Row
+from autoembed.rows import Owners, Pace, Rows
 from unit.fakes import (
     MODEL,
     PIPELINE,
     Failure,
     FakeDatabase,
     FakeProvider,
+    StatementError,
     identified,
     key_of,
     vector_of,
+    vectors_of,
 )
 from unit.lane import Lane, bodies
 
@@ -304,20 +307,6 @@ def test_a_row_that_does_not_take_its_vector_fails_alone(
     assert len(provider.requests) == 1
 
 
-@pytest.mark.parametrize(("where", "completed", "retried"), [("content_errors", 0, 3), ("write_errors", 2, 1)])
-def test_a_lock_costs_no_attempt(lane: Lane, database: FakeDatabase, where: str, completed: int, retried: int) -> None:
-    """While rows are read, only their whole table can be locked."""
-    for row_id in range(3):
-        database.put(row_id, f"text {row_id}")
-    database.send({"pipeline": 1, "keys": [[1]], "attempts": 4})
-    getattr(database, where)["[1]"] = RowError("in the way", locked=True)
-
-    report = lane.run()
-
-    assert (report.completed, report.retried, report.failed) == (completed, retried, 0)
-    assert {"pipeline": 1, "keys": [[1]], "attempts": 4} in bodies(database.waiting())
-
-
 def test_a_blank_row_that_does_not_take_its_null_fails_alone(lane: Lane, database: FakeDatabase) -> None:
     for row_id in range(4):
         database.put(row_id, "")
@@ -469,6 +458,497 @@ def test_a_row_that_changes_while_it_is_locked_never_gets_the_old_vector(lane: L
 
     assert report.retried == 1
     assert database.vectors["[1]"] is None
+
+
+# --- owners -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("statements", "rows_of_next"),
+    [
+        ([], 100),
+        # One that failed, or ran too long, is followed by smaller ones.
+        (["failed 100"], 25),
+        (["failed 100", "failed 25"], 6),
+        (["failed 100", "failed 25", "failed 6"], 1),
+        (["failed 1"], 1),
+        (["failed 7"], 1),
+        # A full and quick one is followed by a larger one.
+        ([(100, 0.1)], 200),
+        ([(100, 0.249)], 200),
+        ([(100, 0.25)], 100),
+        ([(99, 0.001)], 100),
+        ([(100, 0.1), (200, 0.1), (400, 0.1), (800, 0.1)], 1600),
+        ([(100, 0.1), (200, 0.1), (400, 0.1), (800, 0.1), (1600, 0.1)], 2000),
+        ([(2000, 0.1)], 2000),
+        (["failed 100", (25, 0.01)], 50),
+        (["failed 1", (1, 0.01), (2, 0.01), (4, 0.01)], 8),
+    ],
+)
+def test_statements_have_as_many_rows_as_the_owners_code_bears(
+    statements: list[str | tuple[int, float]], rows_of_next: int
+) -> None:
+    owners = Owners()
+    for statement in statements:
+        if isinstance(statement, str):
+            owners.failed(PIPELINE, int(statement.removeprefix("failed ")))
+        else:
+            owners.took(PIPELINE, *statement)
+
+    assert owners.statement_rows(PIPELINE) == rows_of_next
+    assert owners.statement_rows(replace(PIPELINE, id=2)) == 100
+
+
+@pytest.mark.parametrize(
+    ("took", "order"),
+    [
+        ({}, [1, 2, 3]),
+        ({1: [0.5]}, [2, 3, 1]),
+        ({1: [0.5], 2: [0.1], 3: [0.9]}, [2, 1, 3]),
+        # The newest statement counts most.
+        ({1: [0.8, 0.0, 0.0], 2: [0.5], 3: []}, [3, 1, 2]),
+        ({1: [0.4, 0.4], 2: [0.5]}, [3, 2, 1]),
+    ],
+)
+def test_quick_owners_come_first(took: dict[int, list[float]], order: list[int]) -> None:
+    owners = Owners()
+    pipelines = {number: replace(PIPELINE, id=number, owner=10 * number) for number in (1, 2, 3)}
+    for number, times in took.items():
+        for seconds in times:
+            # Of another pipeline of the same owner.
+            owners.took(replace(pipelines[number], id=10 * number), 1, seconds)
+
+    work: list[tuple[Pipeline, list[Job]]] = [(pipeline, []) for pipeline in pipelines.values()]
+
+    assert [pipeline.id for pipeline, _ in owners.quickest_first(work)] == order
+
+
+# --- reading and writing in parts -------------------------------------------------------------------
+
+
+class Clock:
+    """Stands in for the module time."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Desk:
+    """The rows of a pass, and its ledger; no lane around them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.clock = Clock()
+        monkeypatch.setattr(rows, "time", self.clock)
+        self.database = FakeDatabase()
+        self.ledger = Ledger(self.database, [])
+        self.owners = Owners()
+        self.rows = Rows(self.database, self.ledger, Pace(100, 1000, indexed=True), self.owners)
+
+    def put(self, *texts: str | None, attempts: int = 0, pipeline: Pipeline = PIPELINE) -> list[Job]:
+        """Rows with these texts, whose messages are claimed."""
+        jobs = []
+        for row_id, text in enumerate(texts, len(self.database.texts)):
+            message_id = self.database.put(row_id, text)
+            job = Job(pipeline, key_of(row_id), attempts, [message_id])
+            self.ledger.open(job)
+            jobs.append(job)
+        self.database.claim(len(jobs), 60, [], [])
+        return jobs
+
+    def read(self, jobs: list[Job], max_bytes: int = rows.READ_BYTES) -> list[Job]:
+        return self.rows.read(PIPELINE, jobs, max_bytes)
+
+    def write(self, jobs: list[Job], pipeline: Pipeline = PIPELINE) -> None:
+        for job in jobs:
+            job.row = Row(self.database.texts[job.key], False)
+        self.rows.write(pipeline, jobs, vectors_of([job.content or "" for job in jobs]))
+
+    def takes(self, seconds: float, statement: str) -> None:
+        """Lets such statements take so long from now on."""
+
+        def go_on() -> None:
+            self.clock.now += seconds
+
+        self.database.interrupts[statement] = go_on
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of rows of each statement, that reads or that writes."""
+        return list(map(len, self.database.read_keys or self.database.written_keys))
+
+
+@pytest.fixture
+def desk(monkeypatch: pytest.MonkeyPatch) -> Desk:
+    return Desk(monkeypatch)
+
+
+def outcomes_of(jobs: list[Job]) -> list[str]:
+    """What became of each job."""
+
+    def name(job: Job) -> str:
+        if job.outcome is None or job.outcome.released:
+            return "open" if job.outcome is None else "released"
+        if job.outcome.again_in_seconds is None:
+            return "done"
+        return "counted" if job.outcome.attempts > job.attempts else "again"
+
+    return [name(job) for job in jobs]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "max_bytes", "read"),
+    [
+        ([40, 40, 40, 40], 1000, 4),
+        ([40, 40, 40, 40], 160, 4),
+        # The text that goes beyond is read still.
+        ([40, 40, 40, 40], 120, 4),
+        ([40, 40, 40, 40], 119, 3),
+        ([40, 40, 40, 40], 0, 1),
+        ([500, 1], 40, 1),
+        ([40, 40], -1, 0),
+        ([], 40, 0),
+    ],
+)
+def test_a_lane_reads_as_many_bytes_as_it_may_hold_and_the_rest_goes_back(
+    desk: Desk, sizes: list[int], max_bytes: int, read: int
+) -> None:
+    jobs = desk.put(*("x" * size for size in sizes))
+
+    assert desk.read(jobs, max_bytes) == jobs[:read]
+
+    assert [job.content for job in jobs[:read]] == ["x" * size for size in sizes[:read]]
+    assert outcomes_of(jobs) == ["open"] * read + ["released"] * (len(jobs) - read)
+    assert len(desk.database.read_keys) <= 1
+
+
+def test_a_row_that_is_not_reached_is_not_taken_for_deleted(desk: Desk) -> None:
+    jobs = desk.put("x" * 40, "x" * 40, "deleted")
+    del desk.database.texts[jobs[2].key]
+
+    desk.read(jobs, 10)
+    assert outcomes_of(jobs) == ["open", "released", "released"]
+
+    job = desk.put("deleted too")[0]
+    del desk.database.texts[job.key]
+    desk.read([job])
+    assert outcomes_of([job]) == ["done"]
+
+
+@pytest.mark.parametrize(("seconds", "statements"), [(0.0, 3), (0.3, 4), (0.6, 2), (1.1, 1)])
+def test_the_code_of_one_owner_reads_for_its_time_and_the_rest_goes_back(
+    desk: Desk, seconds: float, statements: int
+) -> None:
+    jobs = desk.put(*["text"] * 450)
+    desk.takes(seconds, "rows")
+
+    found = desk.read(jobs)
+
+    assert desk.sizes == ([100, 200, 150] if seconds == 0 else [100] * statements)
+    assert outcomes_of(jobs) == ["open"] * len(found) + ["released"] * (450 - len(found))
+
+
+def test_rows_that_an_owners_code_fails_for_end_alone(desk: Desk) -> None:
+    jobs = desk.put(*["text"] * 60)
+    desk.database.content_errors[jobs[33].key] = RowError("division by zero")
+
+    found = desk.read(jobs)
+
+    assert len(found) == 59
+    assert outcomes_of(jobs) == ["open"] * 33 + ["counted"] + ["open"] * 26
+    assert [jobs[33].key] in desk.database.read_keys
+    # The text of each other row is read once.
+    others = [key for keys in desk.database.read_keys if jobs[33].key not in keys for key in keys]
+    assert sorted(others) == sorted(job.key for job in found)
+
+
+def test_a_row_that_takes_too_long_is_found_over_several_claims_and_counted(desk: Desk) -> None:
+    slow = RowError("the code of the table's owner ran too long, and was cancelled", slow=True)
+    jobs = desk.put("slow", *["text"] * 99)
+    desk.database.content_errors[jobs[0].key] = slow
+    desk.takes(1.1, "rows")
+
+    for _ in range(4):
+        assert jobs[0].outcome is None or jobs[0].outcome.released
+        for job in jobs:
+            job.outcome = None
+        desk.read(jobs)
+
+    assert desk.sizes == [100, 25, 6, 1]
+    assert outcomes_of(jobs) == ["counted"] + ["released"] * 99
+
+
+def test_a_row_that_was_to_blame_before_is_read_alone_and_last(desk: Desk) -> None:
+    tried = desk.put("tried", "tried too", attempts=1)
+    fresh = desk.put("fresh", "fresh too")
+
+    found = desk.read([*tried, *fresh])
+
+    assert found == [*fresh, *tried]
+    assert desk.sizes == [2, 1, 1]
+
+
+def test_a_table_that_is_locked_costs_its_rows_nothing(desk: Desk) -> None:
+    jobs = desk.put("one", "two")
+    desk.database.content_errors[jobs[1].key] = RowError("could not obtain lock", locked=True)
+
+    assert desk.read(jobs) == []
+
+    assert outcomes_of(jobs) == ["again", "again"]
+    assert {job.outcome.again_in_seconds for job in jobs if job.outcome} == {rows.LOCKED_DELAY_SECONDS}
+    assert desk.owners.statement_rows(PIPELINE) == 100
+
+
+@pytest.mark.parametrize("where", ["content_errors", "write_errors", "settle_errors"])
+def test_a_cancel_in_an_owners_code_counts_its_rows_rests_the_owner_and_ends_the_pass(desk: Desk, where: str) -> None:
+    """The code may have raised it; or somebody does want the lane to end."""
+    jobs = desk.put("one", "two")
+    last = desk.put("last", attempts=MAX_ATTEMPTS - 1)[0]
+    cancelled = RowError("canceling statement due to user request", cancels=True)
+    getattr(desk.database, where).update({job.key: cancelled for job in [*jobs, last]})
+    act = desk.read if where == "content_errors" else desk.write
+
+    with pytest.raises(PassEnded, match="canceling statement"):
+        act(jobs)
+    with pytest.raises(PassEnded):
+        act([last])
+
+    assert outcomes_of(jobs) == ["counted", "counted"]
+    assert desk.database.rested_pipelines == [(10, [], "canceling statement due to user request")] * 2
+    assert list(desk.database.failures) == [last.key]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (Row(None, False, (64 << 20) + 1), "the text has 64 MB, and a lane reads at most 64 MB"),
+        (Row(None, True, 900 << 20), "the text has 900 MB, and a lane reads at most 64 MB"),
+        (Row(None, False, 64 << 20), None),
+        (Row("text", False, 900 << 20), None),
+    ],
+)
+def test_a_text_that_no_lane_reads_fails_and_keeps_its_vector(desk: Desk, row: Row, reason: str | None) -> None:
+    [job] = desk.put("text")
+    job.row = row
+
+    chosen = desk.rows.to_embed(PIPELINE, [job])
+
+    assert [text for _, text in chosen] == ([] if row.content is None else [row.content])
+    assert [failure.reason for failure in desk.database.failures.values()] == ([] if reason is None else [reason])
+    assert desk.database.written_keys == []
+
+
+def test_what_an_owners_time_does_not_suffice_for_is_written_later(desk: Desk) -> None:
+    jobs = desk.put(*(f"text {number}" for number in range(250)))
+    desk.takes(0.6, "write")
+
+    desk.write(jobs)
+    assert desk.rows.some_are_unwritten
+    assert outcomes_of(jobs) == ["done"] * 200 + ["open"] * 50
+
+    desk.rows.write_some()
+    assert not desk.rows.some_are_unwritten
+    assert outcomes_of(jobs) == ["done"] * 250
+    assert desk.sizes == [100, 100, 50]
+    assert all(desk.database.is_fresh(number) for number in range(250))
+
+
+def test_writing_on_lets_each_call_have_the_time_of_one_owner(desk: Desk) -> None:
+    jobs = desk.put(*["text"] * 500)
+    desk.takes(1.1, "write")
+
+    desk.write(jobs)
+    for left in (400, 300, 200, 100, 0):
+        assert outcomes_of(jobs).count("open") == left
+        assert desk.rows.some_are_unwritten == bool(left)
+        desk.rows.write_some()
+
+
+def test_writing_on_leaves_the_rows_of_other_owners_for_the_next_call(desk: Desk) -> None:
+    other = replace(PIPELINE, id=2, owner=20)
+    first, second = desk.put(*["text"] * 150), desk.put(*["text"] * 150, pipeline=other)
+    desk.takes(1.1, "write")
+    desk.write(first)
+    desk.write(second, other)
+    assert [outcomes_of(jobs).count("open") for jobs in (first, second)] == [50, 50]
+
+    desk.rows.write_some()
+    assert [outcomes_of(jobs).count("open") for jobs in (first, second)] == [0, 50]
+
+
+def test_a_row_whose_write_takes_too_long_is_counted_and_does_not_fail_at_once(desk: Desk) -> None:
+    jobs = desk.put("slow", *["text"] * 99)
+    desk.database.write_errors[jobs[0].key] = RowError("ran too long", slow=True)
+    desk.takes(1.1, "write")
+
+    desk.write(jobs)
+    while desk.rows.some_are_unwritten:
+        desk.rows.write_some()
+
+    assert desk.sizes[:2] == [100, 25]
+    assert [jobs[0].key] in desk.database.written_keys
+    assert outcomes_of(jobs) == ["counted"] + ["done"] * 99
+    assert desk.database.failures == {}
+
+
+def test_a_row_that_was_to_blame_before_is_written_alone(desk: Desk) -> None:
+    fresh = desk.put("fresh", "fresh too")
+    tried = desk.put("tried", "tried too", attempts=1)
+    after = desk.put("after")
+
+    desk.write([*fresh, *tried, *after])
+
+    assert desk.sizes == [2, 1, 1, 1]
+    assert outcomes_of([*fresh, *tried, *after]) == ["done"] * 5
+
+
+def test_locked_rows_are_tried_again_together_and_the_others_are_written(desk: Desk) -> None:
+    jobs = desk.put(*(f"text {number}" for number in range(6)))
+    desk.database.locked.update({jobs[1].key: 2, jobs[4].key: 1})
+
+    desk.write(jobs)
+    assert outcomes_of(jobs) == ["done", "open", "done", "done", "open", "done"]
+
+    desk.rows.write_some()
+    assert desk.sizes == [6]
+    for _ in range(2):
+        desk.clock.now += rows.LOCK_POLL_SECONDS
+        desk.rows.write_some()
+
+    assert desk.sizes == [6, 2, 1]
+    assert outcomes_of(jobs) == ["done"] * 6
+    assert all(desk.database.is_fresh(number) for number in range(6))
+
+
+@pytest.mark.parametrize("whole_table", [False, True])
+def test_a_lock_is_waited_for_so_long_and_costs_no_attempt(desk: Desk, whole_table: bool) -> None:
+    jobs = desk.put("one", "two")
+    if whole_table:
+        desk.database.write_errors[jobs[0].key] = RowError("could not obtain lock", locked=True)
+    else:
+        desk.database.locked.update({job.key: math.inf for job in jobs})
+    began_at = desk.clock.now
+
+    desk.write(jobs)
+    while desk.rows.some_are_unwritten:
+        desk.clock.now += rows.LOCK_POLL_SECONDS
+        desk.rows.write_some()
+
+    assert desk.clock.now - began_at == pytest.approx(rows.LOCK_PATIENCE_SECONDS, abs=2 * rows.LOCK_POLL_SECONDS)
+    assert 15 < len(desk.sizes) < 25
+    assert outcomes_of(jobs) == ["again", "again"]
+    assert desk.owners.statement_rows(PIPELINE) == 100
+
+
+def test_a_blank_row_that_is_locked_gets_its_null_later(desk: Desk) -> None:
+    jobs = desk.put("", "")
+    for job in jobs:
+        desk.database.vectors[job.key] = [1.0, 2.0, 3.0]
+        job.row = Row("", True)
+    desk.database.locked[jobs[1].key] = 1
+
+    assert desk.rows.to_embed(PIPELINE, jobs) == []
+    desk.clock.now += rows.LOCK_POLL_SECONDS
+    desk.rows.write_some()
+
+    assert desk.database.vectors == {job.key: None for job in jobs}
+    assert outcomes_of(jobs) == ["done", "done"]
+
+
+def test_a_row_that_a_trigger_leaves_out_of_a_write_is_counted(desk: Desk) -> None:
+    jobs = desk.put("one", "two")
+    last = desk.put("last", attempts=MAX_ATTEMPTS - 1)
+    desk.database.skipped = {jobs[1].key, last[0].key}
+
+    desk.write([*jobs, *last])
+
+    reason = "a trigger or a policy of the table leaves the row out of the write"
+    assert outcomes_of(jobs) == ["done", "counted"]
+    assert desk.database.failures == {last[0].key: Failure(reason, MAX_ATTEMPTS, "last")}
+
+
+@pytest.mark.parametrize(("settle", "statement"), [("record", "record_embedded"), ("forget", "forget")])
+def test_a_row_that_cannot_be_settled_holds_up_no_other(desk: Desk, settle: str, statement: str) -> None:
+    jobs = desk.put(*["text" if settle == "record" else None] * 9)
+    desk.database.settle_errors[jobs[5].key] = RowError("no room in the index row")
+
+    if settle == "record":
+        desk.write(jobs)
+    else:
+        desk.rows.to_embed(PIPELINE, desk.read(jobs))
+
+    assert outcomes_of(jobs) == ["done"] * 5 + ["counted"] + ["done"] * 3
+    assert desk.database.statements.count(statement) == 7
+
+
+@pytest.mark.parametrize("text", ["text", None])
+def test_rows_that_cannot_be_settled_for_a_lock_cost_one_statement_and_no_attempt(desk: Desk, text: str | None) -> None:
+    jobs = desk.put(*[text] * 9)
+    desk.database.settle_errors[jobs[5].key] = RowError("could not obtain lock", locked=True)
+
+    if text is not None:
+        desk.write(jobs)
+    else:
+        desk.rows.to_embed(PIPELINE, desk.read(jobs))
+
+    assert outcomes_of(jobs) == ["again"] * 9
+    assert desk.database.statements.count("forget" if text is None else "record_embedded") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (RowError("function odd is gone"), "released"),
+        (RowError("ran too long", slow=True), "counted"),
+        (RowError("could not obtain lock", locked=True), "again"),
+    ],
+)
+def test_a_lock_or_a_slow_row_is_not_what_a_pipeline_is_blocked_for(desk: Desk, error: RowError, outcome: str) -> None:
+    [job] = desk.put("text")
+    desk.database.content_errors[job.key] = error
+    desk.database.defined[1] = replace(PIPELINE, blocked="function odd is gone")
+
+    desk.read([job])
+
+    assert outcomes_of([job]) == [outcome]
+
+
+def test_an_error_that_nobody_expected_rests_its_pipeline_and_its_rows_are_counted(desk: Desk) -> None:
+    other = replace(PIPELINE, id=2, owner=20)
+    jobs, others = desk.put("one", "two"), desk.put("three", pipeline=other)
+    desk.database.write_errors[jobs[0].key] = StatementError("a surprise")
+
+    desk.write(jobs)
+    desk.write(others, other)
+
+    assert outcomes_of([*jobs, *others]) == ["counted", "counted", "done"]
+    assert desk.database.rested_pipelines == [(10, [1], "a surprise")]
+    assert not desk.rows.some_are_unwritten
+
+
+def test_an_error_that_nobody_expected_in_what_is_written_later_rests_its_pipeline(desk: Desk) -> None:
+    jobs = desk.put(*["text"] * 150)
+    desk.database.write_errors[jobs[120].key] = StatementError("a surprise")
+    desk.takes(1.1, "write")
+
+    desk.write(jobs)
+    desk.rows.write_some()
+
+    assert outcomes_of(jobs) == ["done"] * 100 + ["counted"] * 50
+    assert desk.database.rested_pipelines == [(10, [1], "a surprise")]
+
+
+def test_an_error_that_is_nobodys_ends_the_pass(desk: Desk) -> None:
+    jobs = desk.put("one")
+    desk.database.write_errors[jobs[0].key] = StatementError("out of memory", nobodys=True)
+
+    with pytest.raises(StatementError, match="out of memory"):
+        desk.write(jobs)
+
+    assert outcomes_of(jobs) == ["open"]
+    assert desk.database.rested_pipelines == []
 
 
 # --- pace -------------------------------------------------------------------------------------------

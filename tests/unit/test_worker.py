@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 
 from autoembed import rows, worker
-from autoembed.errors import ProviderTrouble, Refused, RowError
+from autoembed.errors import PassEnded, ProviderTrouble, Refused, RowError
 from autoembed.model import Embedded, Request
-from autoembed.providers import PROVIDERS
 from autoembed.worker import PROBE
 from unit.fakes import (
     MODEL,
@@ -27,6 +26,7 @@ from unit.fakes import (
     FakeDatabase,
     FakeProvider,
     Rest,
+    StatementError,
     Vector,
     key_of,
     vectors_of,
@@ -335,23 +335,14 @@ def test_a_provider_that_was_well_is_not_resumed(lane: Lane, database: FakeDatab
     assert database.resumed == []
 
 
-def test_trouble_of_one_model_does_not_hold_up_another(
-    lane: Lane, database: FakeDatabase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dead = FakeProvider()
-    monkeypatch.setitem(PROVIDERS, "dead", dead)
-
+def test_trouble_of_one_model_does_not_hold_up_another(lane: Lane, database: FakeDatabase) -> None:
     def answer(texts: list[str]) -> Vector:
         raise BUSY
 
-    dead.answer = answer
+    lane.add_model("dead").answer = answer
     lane.limit_inputs(1)
-    database.defined[2] = replace(PIPELINE, id=2, model=replace(MODEL, name="dead", provider="dead"))
     for row_id in range(3):
-        database.texts[key_of(row_id + 10)] = f"text {row_id}"
-        database.vectors[key_of(row_id + 10)] = None
-        database.send({"pipeline": 2, "keys": [[row_id + 10]]})
-    for row_id in range(3):
+        database.put(row_id + 10, f"text {row_id}", pipeline_id=2)
         database.put(row_id, f"text {row_id}")
 
     report = lane.run()
@@ -381,6 +372,31 @@ def test_the_claim_is_committed_before_the_first_request(
     work_of = [statement for statement in before if statement != "check_interrupts"]
     assert work_of[0] == "claim"
     assert work_of[-1] == "commit"
+
+
+def test_the_claim_is_committed_before_anything_is_read(lane: Lane, database: FakeDatabase) -> None:
+    """The try of a row that crashes the server while it is read counts."""
+    database.put(1, "text")
+
+    lane.run()
+
+    assert database.statements[:2] == ["claim", "commit"]
+    assert "rows" in database.statements[2:]
+
+
+def test_an_answer_for_several_pipelines_is_committed_after_each(lane: Lane, database: FakeDatabase) -> None:
+    """The row locks of one owner do not wait for the code of another."""
+    database.defined[2] = replace(PIPELINE, id=2, owner=20)
+    for row_id in range(4):
+        database.put(row_id, f"text {row_id}", pipeline_id=1 + row_id % 2)
+
+    lane.run()
+
+    start = database.statements.index("write")
+    work_of = [statement for statement in database.statements[start:] if statement != "settle"]
+    assert work_of[:6] == ["write", "record_embedded", "commit", "lock_lanes", "write", "record_embedded"]
+    assert database.written_keys == [["[0]", "[2]"], ["[1]", "[3]"]]
+    assert all(database.is_fresh(row_id) for row_id in range(4))
 
 
 def test_only_the_claim_waits_for_the_disk(lane: Lane, database: FakeDatabase) -> None:
@@ -479,6 +495,141 @@ def test_a_short_pass_extends_no_lease(lane: Lane, database: FakeDatabase) -> No
     lane.run()
 
     assert database.extended == []
+
+
+@pytest.mark.parametrize(("own", "seconds"), [(None, 60), (5, 5), (600, 600)])
+@pytest.mark.parametrize("provider_name", ["fake", "function"])
+def test_a_request_may_take_as_long_as_its_model_says(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider, own: float | None, seconds: float, provider_name: str
+) -> None:
+    model = replace(MODEL, provider=provider_name, timeout_seconds=own)
+    database.defined[1] = replace(PIPELINE, model=model)
+    database.put(1, "text")
+
+    lane.run(timeout_seconds=60)
+
+    assert [*provider.timeouts, *database.embedder_timeouts] == [seconds]
+
+
+def test_the_backends_thread_ends_requests_whose_time_is_up(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider
+) -> None:
+    database.put(1, "text")
+
+    def answer(texts: list[str]) -> Vector:
+        wait_until(lambda: lane.network.looks_at_deadlines > 1)
+        return vectors_of(texts)
+
+    provider.answer = answer
+
+    assert lane.run().completed == 1
+
+
+# --- one owner's code and the others' rows ----------------------------------------------------------
+
+
+def test_a_cancel_in_an_owners_code_ends_the_pass_with_a_report(lane: Lane, database: FakeDatabase) -> None:
+    database.defined[2] = replace(PIPELINE, id=2, owner=20)
+    sent = [database.put(1, "odd"), database.put(2, "text", pipeline_id=2)]
+    database.content_errors["[1]"] = RowError("canceling statement due to user request", cancels=True)
+
+    report = lane.run()
+
+    assert (report.completed, report.retried, report.failed) == (0, 1, 0)
+    assert database.rested_pipelines == [(10, [], "canceling statement due to user request")]
+    assert [(message.id, message.read_count, message.body) for message in database.waiting()] == [
+        (sent[1], 0, {"pipeline": 2, "keys": [[2]]}),
+        (sent[1] + 1, 0, {"pipeline": 1, "keys": [[1]], "attempts": 1}),
+    ]
+    assert database.statements[-1] == "commit"
+
+
+def test_a_cancel_while_vectors_are_written_keeps_what_was_written(lane: Lane, database: FakeDatabase) -> None:
+    database.defined[2] = replace(PIPELINE, id=2, owner=20)
+    database.put(1, "text")
+    database.put(2, "odd", pipeline_id=2)
+    database.write_errors["[2]"] = RowError("canceling statement due to user request", cancels=True)
+
+    report = lane.run()
+
+    assert (report.completed, report.retried) == (1, 1)
+    assert database.is_fresh(1)
+    assert bodies(database.waiting()) == [{"pipeline": 2, "keys": [[2]], "attempts": 1}]
+
+
+@pytest.mark.parametrize("where", ["content_errors", "write_errors"])
+def test_an_error_that_nobody_expected_rests_its_pipeline_and_the_others_go_on(
+    lane: Lane, database: FakeDatabase, where: str
+) -> None:
+    database.defined[2] = replace(PIPELINE, id=2, owner=20)
+    for row_id in range(4):
+        database.put(row_id, f"text {row_id}", pipeline_id=1 + row_id % 2)
+    getattr(database, where)["[1]"] = StatementError("a surprise")
+
+    report = lane.run()
+
+    assert (report.completed, report.retried) == (2, 2)
+    assert database.rested_pipelines == [(20, [2], "a surprise")]
+    assert bodies(database.waiting()) == [{"pipeline": 2, "keys": [[1], [3]], "attempts": 1}]
+
+
+@pytest.mark.parametrize("where", ["content_errors", "write_errors"])
+def test_a_want_of_memory_ends_the_pass_and_blames_nobody(lane: Lane, database: FakeDatabase, where: str) -> None:
+    sent = database.put(1, "text")
+    getattr(database, where)["[1]"] = StatementError("out of memory", nobodys=True)
+
+    with pytest.raises(StatementError, match="out of memory"):
+        lane.run()
+
+    assert database.rested_pipelines == []
+    assert [(message.id, message.read_count) for message in database.waiting()] == [(sent, 0)]
+
+
+def test_the_texts_of_one_owner_do_not_wait_for_the_code_of_the_next(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "POLL_SECONDS", 0.0)
+    database.defined[2] = replace(PIPELINE, id=2, owner=20)
+    database.put(1, "first")
+    database.put(2, "second", pipeline_id=2)
+
+    def wait_for_the_first() -> None:
+        if database.read_keys:
+            wait_until(lambda: provider.requests)
+
+    database.interrupts["rows"] = wait_for_the_first
+
+    assert lane.run().completed == 2
+    assert provider.requests == [["first"], ["second"]]
+
+
+def test_owners_are_read_in_the_order_of_their_quickness(
+    lane: Lane, database: FakeDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows.Owners, "quickest_first", lambda _, work: list(reversed(work)))
+    database.defined[2] = replace(PIPELINE, id=2, owner=20)
+    database.put(1, "first")
+    database.put(2, "second", pipeline_id=2)
+
+    lane.run()
+
+    assert database.read_keys == [["[2]"], ["[1]"]]
+
+
+def test_vectors_that_an_owners_time_does_not_suffice_for_are_written_before_the_pass_ends(
+    lane: Lane, database: FakeDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("FIRST_STATEMENT_ROWS", "MAX_STATEMENT_ROWS"):
+        monkeypatch.setattr(rows, name, 10)
+    lane.change_in_flight(lambda: monkeypatch.setattr(rows, "OWNER_SHARE_SECONDS", 0.0))
+    for row_id in range(35):
+        database.put(row_id, f"text {row_id}")
+
+    report = lane.run()
+
+    assert (report.completed, report.retried) == (35, 0)
+    assert list(map(len, database.written_keys)) == [10, 10, 10, 5]
+    assert database.queue == {}
 
 
 # --- interrupts -------------------------------------------------------------------------------------
@@ -615,6 +766,25 @@ def test_a_cancel_in_an_sql_function_gives_all_jobs_back(lane: Lane, database: F
 
     assert [(message.id, message.read_count) for message in database.waiting()] == [(number, 0) for number in sent]
     assert (database.failures, database.rests) == ({}, [])
+
+
+def test_a_cancel_that_an_sql_function_may_have_raised_ends_the_pass_with_a_report(
+    lane: Lane, database: FakeDatabase
+) -> None:
+    database.defined[1] = replace(PIPELINE, model=replace(MODEL, provider="function"))
+    sent = [database.put(row_id, f"text {row_id}") for row_id in range(4)]
+
+    def end() -> None:
+        if database.statements.count("call_embedder") == 2:
+            raise PassEnded("canceling statement due to user request")
+
+    database.interrupts["call_embedder"] = end
+
+    report = lane.run(batch_size=1, max_requests=4)
+
+    assert (report.completed, report.failed) == (1, 0)
+    assert [(message.id, message.read_count) for message in database.waiting()] == [(number, 0) for number in sent[1:]]
+    assert database.statements[-1] == "commit"
 
 
 def test_a_cancel_while_a_row_is_locked_gives_its_job_back(lane: Lane, database: FakeDatabase) -> None:

@@ -34,7 +34,8 @@ def check(model: Model, *, default_url: str | None, example: str, options: froze
     url = model.base_url or default_url
     if url is None:
         raise Fault(f'model "{model.name}" has no base_url', hint=f"For example {example}.")
-    fault = endpoints.fault_of(url, model.http_hosts) or endpoints.fault_of_query(url)
+    # The first one shows no query.
+    fault = endpoints.fault_of_query(url) or endpoints.fault_of(url, model.http_hosts)
     if fault is not None:
         raise Fault(f'model "{model.name}" has an unusable base_url: {fault.problem}', hint=fault.hint)
     check_options(model, texts=options | {"ca_file"}, objects=EXTRAS)
