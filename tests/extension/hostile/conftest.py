@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
 
 import pytest
+from psycopg.types.json import Jsonb
 
+from extension.hostile import raw_api
 from extension.hostile.tenants import DIMENSIONS, WRITE_TIMEOUT, Tenant
 from fake_api import FakeApi
-from harness import Connection, Server
+from harness import Connection, Server, put_file
 from lanes import Lane
+from waiting import wait_until
 
 MakeTenant = Callable[[str], Tenant]
 
@@ -90,3 +95,27 @@ def api(server: Server, db: Connection, dbname: str) -> Iterator[FakeApi]:
     )
     yield api
     api.release()
+
+
+@pytest.fixture(scope="session")
+def raw_url(server: Server) -> str:
+    """Where the database finds raw_api.py."""
+    container = server.container.get_wrapped_container()
+    put_file(server.container, Path(raw_api.__file__), "/tmp")
+    container.exec_run(["python3", "/tmp/raw_api.py"], detach=True)
+    knock = f"import socket; socket.create_connection(('127.0.0.1', {raw_api.PORT}))"
+    wait_until(lambda: container.exec_run(["python3", "-c", knock]).exit_code == 0)
+    return f"http://127.0.0.1:{raw_api.PORT}"
+
+
+@pytest.fixture
+def raw_model(db: Connection, raw_url: str) -> Callable[..., None]:
+    """Makes a model whose provider is a case of raw_api.py."""
+
+    def make(name: str, case: str, options: dict[str, Any] | None = None, **definition: Any) -> None:
+        given = {"base_url": f"{raw_url}/{case}", "options": Jsonb(options or {}), **definition}
+        arguments = ", ".join(f"{argument} => %({argument})s" for argument in given)
+        call = f"SELECT autoembed.create_model(%(name)s, 'openai', {raw_api.DIMENSIONS}, {arguments})"
+        db.execute(call.encode(), {"name": name, **given})
+
+    return make

@@ -40,6 +40,23 @@ CREATE FUNCTION attack_of_trigger() RETURNS trigger LANGUAGE plpgsql AS
     'BEGIN PERFORM {me}.attack(); RETURN NEW; END';
 """
 
+# Leaves a cursor for the commit, which PostgreSQL reads to its end then, with the rights of the session.
+CURSOR = (
+    ATTACK
+    + """
+CREATE FUNCTION leave_cursor() RETURNS text LANGUAGE plpgsql AS $leave$
+BEGIN
+    EXECUTE 'DECLARE held CURSOR WITH HOLD FOR SELECT {me}.attack()';
+    RETURN 'x';
+EXCEPTION WHEN OTHERS THEN
+    RETURN 'x';
+END;
+$leave$;
+CREATE FUNCTION leave_cursor_of_trigger() RETURNS trigger LANGUAGE plpgsql AS
+    'BEGIN PERFORM {me}.leave_cursor(); RETURN NEW; END';
+"""
+)
+
 NOTES = "CREATE TABLE notes (id int PRIMARY KEY, content text)"
 ENABLE_COLUMNS = "SELECT autoembed.enable('notes', content_columns => '{content}')"
 ENABLE_FUNCTION = "SELECT autoembed.enable('notes', content_function => 'note_text')"
@@ -97,6 +114,15 @@ def assert_nothing_gained(db: Connection, mallory: Tenant) -> None:
     assert not is_superuser(db, mallory), f"{mallory.name} has become a superuser"
 
 
+def peak_megabytes(db: Connection, pid: int) -> int:
+    """The most memory that a session has had, shared memory included."""
+    row = db.execute(
+        "SELECT substring(pg_read_file(%s) FROM 'VmHWM:\\s*(\\d+) kB')", [f"/proc/{pid}/status"]
+    ).fetchone()
+    assert row is not None
+    return int(row[0]) // 1024
+
+
 def waiting_of(db: Connection, tenant: Tenant) -> int:
     """How many messages of a tenant's tables are in the queue."""
     row = db.execute(
@@ -121,5 +147,9 @@ def failures_of(db: Connection, tenant: Tenant) -> dict[str, str]:
 
 
 def make_due(db: Connection) -> None:
-    """Lets what waits to be tried again be tried now."""
-    db.execute("UPDATE pgmq.q_embedding_jobs SET vt = clock_timestamp()")
+    """Lets what waits to be tried again be tried now. What a lane has claimed was read, and is left alone."""
+    db.execute(
+        """UPDATE pgmq.q_embedding_jobs AS q SET vt = clock_timestamp()
+           FROM (SELECT msg_id FROM pgmq.q_embedding_jobs WHERE read_ct = 0 FOR UPDATE SKIP LOCKED) AS s
+           WHERE q.msg_id = s.msg_id"""
+    )

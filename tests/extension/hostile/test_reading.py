@@ -16,6 +16,7 @@ from extension.hostile.tenants import (
     failures_of,
     has_vector_of,
     make_due,
+    peak_megabytes,
     stays_fresh,
     trigger,
 )
@@ -50,14 +51,6 @@ def test_texts_are_read_by_their_size(db: Connection, mallory: Tenant, lane: Lan
 
     assert lane.error is None
     assert peak_megabytes(db, lane.pid) < MOST_MEGABYTES
-
-
-def peak_megabytes(db: Connection, pid: int) -> int:
-    row = db.execute(
-        "SELECT substring(pg_read_file(%s) FROM 'VmHWM:\\s*(\\d+) kB')", [f"/proc/{pid}/status"]
-    ).fetchone()
-    assert row is not None
-    return int(row[0]) // 1024
 
 
 # Of one character more than 64 MB.

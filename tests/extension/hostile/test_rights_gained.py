@@ -8,6 +8,7 @@ import pytest
 
 from extension.hostile.tenants import (
     ATTACK,
+    CURSOR,
     ENABLE_COLUMNS,
     ENABLE_FUNCTION,
     NOTES,
@@ -24,23 +25,6 @@ from fake_api import FakeApi
 from harness import Connection
 from lanes import Lane
 from waiting import wait_until
-
-# Leaves a cursor for the commit, which PostgreSQL reads to its end then, with the rights of the session.
-CURSOR = (
-    ATTACK
-    + """
-CREATE FUNCTION leave_cursor() RETURNS text LANGUAGE plpgsql AS $leave$
-BEGIN
-    EXECUTE 'DECLARE held CURSOR WITH HOLD FOR SELECT {me}.attack()';
-    RETURN 'x';
-EXCEPTION WHEN OTHERS THEN
-    RETURN 'x';
-END;
-$leave$;
-CREATE FUNCTION leave_cursor_of_trigger() RETURNS trigger LANGUAGE plpgsql AS
-    'BEGIN PERFORM {me}.leave_cursor(); RETURN NEW; END';
-"""
-)
 
 CURSOR_PLACES = {
     "trigger before": trigger("PERFORM {me}.leave_cursor();"),
