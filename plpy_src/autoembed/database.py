@@ -26,7 +26,7 @@ from autoembed.errors import (
 )
 from autoembed.limits import Charge, Limits, Permit
 from autoembed.model import Model, Share
-from autoembed.records import MAX_TEXT_BYTES, Backfill, Message, Pipeline, Row
+from autoembed.records import MAX_TEXT_BYTES, Backfill, Known, Message, Pipeline, Row, Written
 from autoembed.restricted import Run, available, restricted
 
 if TYPE_CHECKING:
@@ -417,7 +417,7 @@ class Database:
                 ["pg_catalog.text[]", "pg_catalog.int8", "pg_catalog.int8"],
                 [list(keys), max_bytes, MAX_TEXT_BYTES],
             )
-        found = {row["key"]: Row(row["content"], row["has_embedding"], row["bytes"] or 0) for row in rows}
+        found = {row["key"]: Row(row["content"], row["vector_digest"], row["bytes"] or 0) for row in rows}
         # A row without a key is the mark that rows are left.
         return found, found.pop(None, None) is None
 
@@ -444,13 +444,16 @@ class Database:
         with self._owners_code(undone=True, seconds=CALLER_SECONDS):
             self._run(f"SELECT FROM autoembed._content_{pipeline_id}('{{}}', 0, 0)")
 
-    def digests(self, pipeline: Pipeline, keys: Sequence[str]) -> dict[str, bytes]:
+    def digests(self, pipeline: Pipeline, keys: Sequence[str]) -> dict[str, Known]:
+        """What is recorded of these rows, by key."""
         rows = self._run(
-            "SELECT d.key, d.digest FROM autoembed._digests($1, $2) AS d",
+            "SELECT d.* FROM autoembed._digests($1, $2) AS d",
             ["pg_catalog.int4", "pg_catalog.text[]"],
             [pipeline.id, list(keys)],
         )
-        return {row["key"]: row["digest"] for row in rows}
+        return {
+            row["key"]: Known(row["digest"], row["vector_digest"], row["replaced"], row["age_seconds"]) for row in rows
+        }
 
     def write(
         self,
@@ -458,11 +461,10 @@ class Database:
         keys: Sequence[str],
         contents: Sequence[str | None],
         vectors: np.ndarray | None,
-    ) -> dict[str, str]:
+    ) -> dict[str, Written]:
         """Writes the vectors (None: NULLs) of the rows whose text is still the same.
 
-        Returns what became of each key: written, changed, skipped (by a trigger), locked or gone. RowError if a row
-        does not take its vector; then none was written.
+        Returns what became of each key. RowError if a row does not take its vector; then none was written.
         """
         rows: Any = []
         with row_errors():
@@ -474,11 +476,11 @@ class Database:
             arguments = [[None] * len(keys) if vectors is None else literals(vectors)]
         with self._owners_code():
             rows = self._run(
-                f"SELECT w.key, w.outcome FROM autoembed._write_{pipeline.id}($1, $2, $3, {embeddings}) AS w",
+                f"SELECT w.* FROM autoembed._write_{pipeline.id}($1, $2, $3, {embeddings}) AS w",
                 [*["pg_catalog.text[]"] * 2, "pg_catalog.text", *["pg_catalog.text[]"] * len(arguments)],
                 [list(keys), list(contents), pipeline.model.identity, *arguments],
             )
-        return {row["key"]: row["outcome"] for row in rows}
+        return {row["key"]: Written(row["outcome"], row["vector_digest"]) for row in rows}
 
     def _staged(self, pipeline: Pipeline, vectors: np.ndarray) -> str | None:
         """The temporary table that holds the vectors in their order; None if this role may not COPY from a file."""
@@ -500,14 +502,36 @@ class Database:
         return row["name"]  # type: ignore[no-any-return]
 
     def record_embedded(
-        self, pipeline: Pipeline, keys: Sequence[str], digests: Sequence[bytes], truncated: Sequence[bool]
+        self,
+        pipeline: Pipeline,
+        keys: Sequence[str],
+        digests: Sequence[bytes],
+        vector_digests: Sequence[bytes | None],
+        truncated: Sequence[bool],
+        *,
+        written: bool,
     ) -> None:
+        """Records the digests of texts and of their vectors. written: the vectors were written now."""
         with row_errors():
             self._run(
-                "SELECT autoembed._record_embedded($1, $2, $3, $4)",
-                ["pg_catalog.int4", "pg_catalog.text[]", "pg_catalog.bytea[]", "pg_catalog.bool[]"],
-                [pipeline.id, list(keys), list(digests), list(truncated)],
+                "SELECT autoembed._record_embedded($1, $2, $3, $4, $5, $6)",
+                [
+                    "pg_catalog.int4",
+                    "pg_catalog.text[]",
+                    *["pg_catalog.bytea[]"] * 2,
+                    "pg_catalog.bool[]",
+                    "pg_catalog.bool",
+                ],
+                [pipeline.id, list(keys), list(digests), list(vector_digests), list(truncated), written],
             )
+
+    def note_replaced(self, pipeline_id: int, keys: Sequence[str]) -> None:
+        """Records that somebody else has replaced the vectors of rows."""
+        self._run(
+            "SELECT autoembed._note_replaced($1, $2)",
+            ["pg_catalog.int4", "pg_catalog.text[]"],
+            [pipeline_id, list(keys)],
+        )
 
     def forget(self, pipeline: Pipeline, keys: Sequence[str]) -> None:
         with row_errors():

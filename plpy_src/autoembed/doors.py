@@ -17,6 +17,7 @@ from autoembed.limits import NOTHING_KNOWN, PATIENCE_SECONDS, Charge, Limiter
 from autoembed.model import Embedded, Model, Request, Share
 from autoembed.network import Network
 from autoembed.providers import provider_of, sizes_of
+from autoembed.records import Known, Row
 
 # Vectors of search texts that a session keeps: a plan without an index calls embed() once for each row, and paging
 # calls it once for each page.
@@ -102,14 +103,26 @@ def run_as_owner(table_id: str, query: str) -> dict[str, Any]:
 
 
 def state_of(
-    pipeline_id: int, content: str | None, has_embedding: bool, digest: str | None, outstanding: str | None
+    pipeline_id: int,
+    content: str | None,
+    vector_digest: str | None,
+    known_digest: str | None,
+    known_vector_digest: str | None,
+    outstanding: str | None,
 ) -> dict[str, Any]:
-    """The state of a row with this text: the columns of autoembed._state_of()."""
+    """The state of a row with this text and this vector: the columns of autoembed._state_of()."""
     pipeline = database.Database(commits=False).pipelines([pipeline_id])[pipeline_id]
     limit = sizes_of(pipeline.model).tokens_per_input
     tokens = estimate_tokens(content or "")
     wanted = content is not None and content.strip() != ""
-    fresh = wanted and has_embedding and content is not None and digest == pipeline.model.digest(content).hex()
+    row = Row(content, None if vector_digest is None else bytes.fromhex(vector_digest))
+    has_embedding = vector_digest is not None
+    fresh = False
+    if wanted and content is not None and known_digest is not None:
+        known = Known(
+            bytes.fromhex(known_digest), None if known_vector_digest is None else bytes.fromhex(known_vector_digest)
+        )
+        fresh = known.describes(row, pipeline.model.digest(content))
     if fresh or not wanted and not has_embedding:
         state = "fresh" if wanted else "not wanted"
     else:

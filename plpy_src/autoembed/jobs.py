@@ -24,6 +24,7 @@ class Address(NamedTuple):
 
     truncated: the table was emptied, and there are no keys.
     moved: rows have changed their keys, so the digests known under these keys belong to other rows.
+    replaced: somebody else has replaced the rows' vectors.
     """
 
     pipeline_id: int | None
@@ -31,6 +32,7 @@ class Address(NamedTuple):
     attempts: int
     truncated: bool = False
     moved: bool = False
+    replaced: bool = False
 
 
 def address_of(body: Any) -> Address:
@@ -52,7 +54,13 @@ def address_of(body: Any) -> Address:
     if not isinstance(pipeline_id, int | None) or not isinstance(attempts, int):
         raise ValueError("the message's pipeline or attempts is not a number")
     canonical = [json.dumps(key, ensure_ascii=False, separators=(",", ":")) for key in keys]
-    return Address(pipeline_id, canonical, attempts, moved=body.get("moved") is True)
+    return Address(
+        pipeline_id,
+        canonical,
+        attempts,
+        moved=body.get("moved") is True,
+        replaced=body.get("replaced") is True,
+    )
 
 
 def are_keys(texts: Sequence[str]) -> bool:
@@ -111,6 +119,7 @@ class Job:
     message_ids: list[int]
     row: Row | None = None
     digest: bytes = b""
+    vector_digest: bytes | None = None
     truncated: bool = False
     outcome: Outcome | None = None
 
@@ -120,7 +129,7 @@ class Job:
 
     @property
     def has_embedding(self) -> bool:
-        return self.row is not None and self.row.has_embedding
+        return self.row is not None and self.row.vector_digest is not None
 
 
 def open_jobs(
@@ -132,6 +141,7 @@ def open_jobs(
         ledger.release_messages(others)
     addressed: dict[int, list[tuple[Message, Address]]] = defaultdict(list)
     moved: dict[int, list[str]] = defaultdict(list)
+    replaced: dict[int, list[str]] = defaultdict(list)
     for message in chosen:
         found = _address_in(database, ledger, message)
         if found is None:
@@ -139,6 +149,8 @@ def open_jobs(
         pipeline_id, address = found
         if address.moved:
             moved[pipeline_id].extend(address.keys)
+        if address.replaced:
+            replaced[pipeline_id].extend(address.keys)
         if message.read_count > 1 and len(address.keys) > 1:
             # A lane died, perhaps because of one of these rows: from now on each row has its own message.
             for key in address.keys:
@@ -152,6 +164,8 @@ def open_jobs(
     pipelines = database.pipelines(ids) if ids else {}
     for pipeline_id in moved.keys() & pipelines.keys():
         database.forget(pipelines[pipeline_id], moved[pipeline_id])
+    for pipeline_id, keys in replaced.items():
+        database.note_replaced(pipeline_id, keys)
     by_pipeline: dict[int, list[Job]] = defaultdict(list)
     for (pipeline_id, key), (attempts, holders) in rows.items():
         job = Job(pipelines.get(pipeline_id), key, attempts, [message.id for message in holders])

@@ -9,6 +9,10 @@ from autoembed.model import Model
 
 # A lane reads no longer text, in bytes.
 MAX_TEXT_BYTES = 64 << 20
+# So many times within an hour, a vector that somebody else has replaced is made again at once.
+FREE_REPLACEMENTS = 5
+# After that the waits double, up to this, in seconds.
+MAX_REPLACEMENT_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,46 @@ class Backfill:
 
 @dataclass(frozen=True)
 class Row:
-    """A row as it is now: its text, whether it has an embedding, and the size of the text.
+    """A row as it is now: its text, the digest of its vector (None: it has no vector), and the size of the text.
 
     A text of more than MAX_TEXT_BYTES is not read: it is None then.
     """
 
     content: str | None
-    has_embedding: bool
-    bytes: int = 0
+    vector_digest: bytes | None
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is recorded of a row: the digests of its text and of its vector.
+
+    vector_digest: None: not known. replaced: how often in a row somebody else has replaced the vector.
+    age_seconds: the time since the vector was written; None: not known.
+    """
+
+    digest: bytes
+    vector_digest: bytes | None
+    replaced: int = 0
+    age_seconds: float | None = None
+
+    def describes(self, row: Row, digest: bytes) -> bool:
+        """Whether the row has the vector that was written for the text of this digest."""
+        if self.digest != digest or row.vector_digest is None:
+            return False
+        return self.vector_digest is None or self.vector_digest == row.vector_digest
+
+    def wait_seconds(self) -> float:
+        """The time for which a vector that somebody else keeps replacing is not made again."""
+        if self.replaced < FREE_REPLACEMENTS:
+            return 0.0
+        wait = min(2.0 ** (self.replaced - FREE_REPLACEMENTS), MAX_REPLACEMENT_SECONDS)
+        return max(0.0, wait - (self.age_seconds or 0.0))
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of a row in a write: written, changed, skipped (by a trigger), locked or gone; and its vector."""
+
+    outcome: str
+    vector_digest: bytes | None = None

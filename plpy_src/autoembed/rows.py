@@ -6,6 +6,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from autoembed import batching
@@ -152,7 +153,7 @@ class Rows:
                 break
             count = self._statement_rows(pipeline, waiting)
             read, left = self._read_some(pipeline, waiting[:count], max_bytes)
-            max_bytes -= sum(job.row.bytes for job in read if job.row)
+            max_bytes -= sum(job.row.size for job in read if job.row)
             found += read
             waiting = left + waiting[count:]
         return found
@@ -194,7 +195,7 @@ class Rows:
         """
         if not jobs:
             return []
-        digests = self._database.digests(pipeline, [job.key for job in jobs])
+        known_rows = self._database.digests(pipeline, [job.key for job in jobs])
         limit = sizes_of(pipeline.model).tokens_per_input
         prefix = pipeline.model.prefix("document")
         chosen: list[tuple[Job, str]] = []
@@ -202,16 +203,21 @@ class Rows:
         empty: list[Job] = []
         unchanged: list[Job] = []
         for job in jobs:
-            if job.row is not None and job.row.content is None and job.row.bytes > MAX_TEXT_BYTES:
-                size = job.row.bytes >> 20
+            if job.row is not None and job.row.content is None and job.row.size > MAX_TEXT_BYTES:
+                size = job.row.size >> 20
                 self._ledger.fail(job, f"the text has {size} MB, and a lane reads at most {MAX_TEXT_BYTES >> 20} MB")
                 continue
             if job.content is None or not job.content.strip():
                 (blank if job.has_embedding else empty).append(job)
                 continue
             job.digest = pipeline.model.digest(job.content)
-            if job.has_embedding and digests.get(job.key) == job.digest:
+            known = known_rows.get(job.key)
+            if known is not None and job.row is not None and known.describes(job.row, job.digest):
+                job.vector_digest = job.row.vector_digest
                 unchanged.append(job)
+                continue
+            if known is not None and known.digest == job.digest and (wait := known.wait_seconds()):
+                self._ledger.retry(job, wait, "something else keeps replacing its embedding")
                 continue
             text = job.content if limit is None else batching.truncate(job.content, limit, prefix)
             job.truncated = text is not job.content
@@ -220,7 +226,7 @@ class Rows:
             else:
                 chosen.append((job, text))
         if unchanged:
-            self._record(pipeline, unchanged)
+            self._record(pipeline, unchanged, written=False)
         if blank:
             self.write(pipeline, blank, None)
         self._forget(pipeline, empty)
@@ -293,13 +299,14 @@ class Rows:
         self._owners.took(pipeline, len(jobs), seconds)
         by_outcome: dict[str, list[Job]] = defaultdict(list)
         for job in jobs:
-            by_outcome[outcomes[job.key]].append(job)
-        self._keep(write, [i for i, job in enumerate(jobs) if outcomes[job.key] == "locked"])
+            by_outcome[outcomes[job.key].outcome].append(job)
+            job.vector_digest = outcomes[job.key].vector_digest
+        self._keep(write, [i for i, job in enumerate(jobs) if outcomes[job.key].outcome == "locked"])
         written = by_outcome["written"]
         if vectors is None:
             self._forget(pipeline, written)
         elif written:
-            self._record(pipeline, written)
+            self._record(pipeline, written, written=True)
         for job in by_outcome["changed"]:
             self._retry_changed(job)
         for job in by_outcome["skipped"]:
@@ -316,17 +323,19 @@ class Rows:
         until = now + LOCK_PATIENCE_SECONDS if write.until is None else write.until
         self._writes.append(Write(write.pipeline, jobs, vectors, now + LOCK_POLL_SECONDS, until))
 
-    def _record(self, pipeline: Pipeline, jobs: list[Job]) -> None:
-        """Settles rows whose vector is of their text."""
+    def _record(self, pipeline: Pipeline, jobs: list[Job], *, written: bool) -> None:
+        """Settles rows whose vector is of their text. written: it was written now."""
         try:
             self._database.record_embedded(
                 pipeline,
                 [job.key for job in jobs],
                 [job.digest for job in jobs],
+                [job.vector_digest for job in jobs],
                 [job.truncated for job in jobs],
+                written=written,
             )
         except RowError as error:
-            self._settle_one_by_one(self._record, pipeline, jobs, error)
+            self._settle_one_by_one(partial(self._record, written=written), pipeline, jobs, error)
             return
         for job in jobs:
             self._ledger.done(job)

@@ -328,6 +328,26 @@ COMMENT ON FUNCTION autoembed._content_bytes_expression IS
     'The SQL expression that gives the bytes of the columns that a text is made of, without reading them. 0 where a '
     'function gives the text.';
 
+CREATE OR REPLACE FUNCTION autoembed._vector_digest_expression(pipeline autoembed.pipeline, alias text)
+    RETURNS text
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT format('pg_catalog.substring(pg_catalog.sha256(%I.%I(%s.%I)), 1, 8)',
+                  n.nspname, p.proname, alias, a.attname)
+    FROM pg_attribute AS a
+    JOIN autoembed._vector_types() AS v ON v.id = a.atttypid
+    JOIN pg_type AS t ON t.oid = v.id
+    JOIN pg_proc AS p ON p.oid = t.typsend
+    JOIN pg_namespace AS n ON n.oid = p.pronamespace
+    WHERE a.attrelid = pipeline.table_id AND a.attname = pipeline.embedding_column AND NOT a.attisdropped;
+$sql$;
+COMMENT ON FUNCTION autoembed._vector_digest_expression IS
+    'The SQL expression that gives the digest of the vector in the row of that alias; NULL if the row has none. NULL '
+    'if the column holds no vectors.';
+
 CREATE OR REPLACE FUNCTION autoembed._short_key(key text)
     RETURNS text
     LANGUAGE sql

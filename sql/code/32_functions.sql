@@ -90,6 +90,25 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._lane_roles IS 'The roles that grant_lane() lets run lanes.';
 
+CREATE OR REPLACE FUNCTION autoembed._changed_expression(table_id oid, columns name[])
+    RETURNS text
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    -- A long value that the UPDATE leaves alone keeps its place in the TOAST table, and is not fetched.
+    SELECT string_agg(concat(
+        CASE WHEN a.attlen = -1 AND a.attstorage <> 'p' THEN
+            format('(pg_column_toast_chunk_id(OLD.%1$I) = pg_column_toast_chunk_id(NEW.%1$I)) IS NOT TRUE AND ', k.name)
+        END,
+        format('record_image_ne(ROW(OLD.%1$I), ROW(NEW.%1$I))', k.name)
+    ), ' OR ' ORDER BY k.position)
+    FROM unnest(columns) WITH ORDINALITY AS k(name, position)
+    JOIN pg_attribute AS a ON a.attrelid = table_id AND a.attname = k.name;
+$sql$;
+COMMENT ON FUNCTION autoembed._changed_expression IS
+    'The SQL expression that says, in a row trigger, whether an UPDATE has changed one of these columns, byte by byte.';
+
 CREATE OR REPLACE FUNCTION autoembed._slots(pipeline autoembed.pipeline)
     RETURNS jsonb
     LANGUAGE plpgsql
@@ -100,6 +119,7 @@ DECLARE
     _table jsonb;
     _key jsonb;
     _text_changed text;
+    _vector_changed text := autoembed._changed_expression(pipeline.table_id, ARRAY[pipeline.embedding_column]);
     _runs_owners_code boolean := num_nonnulls(pipeline.content_function, pipeline.condition) > 0;
 BEGIN
     SELECT jsonb_build_object(
@@ -169,17 +189,7 @@ BEGIN
         _text_changed := format('autoembed._text_%1$s(OLD) COLLATE "C" IS DISTINCT FROM autoembed._text_%1$s(NEW)',
                                 pipeline.id);
     ELSE
-        -- A long text that the UPDATE leaves alone keeps its value in the TOAST table, and is not fetched.
-        SELECT string_agg(concat(
-            CASE WHEN a.attlen = -1 AND a.attstorage <> 'p' THEN
-                format('(pg_column_toast_chunk_id(OLD.%1$I) = pg_column_toast_chunk_id(NEW.%1$I)) IS NOT TRUE AND ',
-                       k.name)
-            END,
-            format('record_image_ne(ROW(OLD.%1$I), ROW(NEW.%1$I))', k.name)
-        ), ' OR ' ORDER BY k.position)
-        INTO _text_changed
-        FROM unnest(autoembed._columns_of(pipeline)) WITH ORDINALITY AS k(name, position)
-        JOIN pg_attribute AS a ON a.attrelid = pipeline.table_id AND a.attname = k.name;
+        _text_changed := autoembed._changed_expression(pipeline.table_id, autoembed._columns_of(pipeline));
     END IF;
 
     RETURN _table || _key || jsonb_build_object(
@@ -207,6 +217,13 @@ BEGIN
             ELSE format(' AND autoembed._text_%s(ROW(n.*)::%s) IS NOT NULL', pipeline.id, pipeline.table_id)
         END,
         'text_changed', _text_changed,
+        'vector_changed', _vector_changed,
+        -- A write of a lane, and not one of a trigger that it fires.
+        'is_lanes_write', format(
+            $sql$(pg_trigger_depth() = 1 AND current_setting('autoembed.writing', true) = '%s') IS TRUE$sql$,
+            pipeline.table_id::oid
+        ),
+        'vector_digest', autoembed._vector_digest_expression(pipeline, 't'),
         'runs_owners_code', _runs_owners_code,
         'managed', pipeline.managed
     );

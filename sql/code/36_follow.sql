@@ -275,6 +275,10 @@ BEGIN
         END IF;
         -- The vectors have another type, or the texts may have changed, or a partition has brought rows. No trigger
         -- sees such a change.
+        IF _before ->> 'type' <> _after ->> 'type' THEN
+            -- The bytes of the vectors are others.
+            UPDATE autoembed.embedded AS e SET vector_digest = NULL WHERE e.pipeline_id = _pipeline.id;
+        END IF;
         IF _before ->> 'type' <> _after ->> 'type'
            OR EXISTS (
                SELECT FROM jsonb_each_text(_before -> 'contents') AS b

@@ -49,7 +49,7 @@ COMMENT ON FUNCTION autoembed._pipelines IS
     'The facts about these pipelines that a pass needs. Makes their functions where they are missing or outdated.';
 
 CREATE OR REPLACE FUNCTION autoembed._digests(pipeline_id integer, keys text[])
-    RETURNS TABLE (key text, digest bytea)
+    RETURNS TABLE (key text, digest bytea, vector_digest bytea, replaced integer, age_seconds double precision)
     LANGUAGE plpgsql
     STABLE
     SECURITY DEFINER
@@ -57,12 +57,15 @@ CREATE OR REPLACE FUNCTION autoembed._digests(pipeline_id integer, keys text[])
 AS $plpgsql$
 BEGIN
     RETURN QUERY
-    SELECT k.key, e.digest
+    SELECT k.key, e.digest, e.vector_digest, e.replaced::integer,
+           extract(epoch FROM clock_timestamp() - e.embedded_at)::double precision
     FROM unnest(keys, autoembed._short_keys(keys)) AS k(key, short_key)
     JOIN autoembed.embedded AS e ON e.pipeline_id = _digests.pipeline_id AND e.key = k.short_key;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._digests IS 'The digests of the texts from which the embeddings of these rows were made.';
+COMMENT ON FUNCTION autoembed._digests IS
+    'The digests of the texts from which the embeddings of these rows were made and of the vectors, how often these '
+    'were replaced, and the time since they were written.';
 
 CREATE OR REPLACE FUNCTION autoembed._stage(
     vector_type regtype,
@@ -115,7 +118,9 @@ CREATE OR REPLACE FUNCTION autoembed._record_embedded(
     pipeline_id integer,
     keys text[],
     digests bytea[],
-    truncated boolean[]
+    vector_digests bytea[],
+    truncated boolean[],
+    written boolean
 )
     RETURNS void
     LANGUAGE plpgsql
@@ -123,22 +128,45 @@ CREATE OR REPLACE FUNCTION autoembed._record_embedded(
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    INSERT INTO autoembed.embedded AS e (pipeline_id, key, digest, truncated)
-    SELECT _record_embedded.pipeline_id, s.key, s.digest, s.truncated
-    FROM unnest(autoembed._short_keys(keys), digests, _record_embedded.truncated) AS s(key, digest, truncated)
+    INSERT INTO autoembed.embedded AS e (pipeline_id, key, digest, truncated, vector_digest)
+    SELECT _record_embedded.pipeline_id, s.key, s.digest, s.truncated, s.vector_digest
+    FROM unnest(autoembed._short_keys(keys), digests, vector_digests, _record_embedded.truncated)
+        AS s(key, digest, vector_digest, truncated)
     -- The pipeline may have ended since.
     WHERE EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.id = _record_embedded.pipeline_id FOR KEY SHARE)
     ORDER BY s.key COLLATE "C"
     ON CONFLICT ON CONSTRAINT embedded_pkey DO UPDATE
-    SET digest = excluded.digest, truncated = excluded.truncated
-    WHERE e.digest <> excluded.digest;
+    SET digest = excluded.digest, truncated = excluded.truncated, vector_digest = excluded.vector_digest,
+        embedded_at = excluded.embedded_at,
+        -- The text is the same, so the vector was not.
+        replaced = CASE
+            WHEN NOT written OR e.digest <> excluded.digest THEN 0
+            WHEN e.embedded_at > clock_timestamp() - interval '1 hour' THEN least(e.replaced + 1, 100)
+            ELSE 1
+        END
+    WHERE written OR e.vector_digest IS NULL;
     DELETE FROM autoembed.failure AS f
     WHERE f.pipeline_id = _record_embedded.pipeline_id
       AND autoembed._short_key(f.key) = ANY (autoembed._short_keys(keys));
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._record_embedded IS
-    'Records the digest of the text from which each embedding was made, and takes the rows off the failed list.';
+    'Records the digests of the text from which each embedding was made and of the vector, and takes the rows off the '
+    'failed list. written: the vectors were written now.';
+
+CREATE OR REPLACE FUNCTION autoembed._note_replaced(pipeline_id integer, keys text[])
+    RETURNS void
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    UPDATE autoembed.embedded AS e
+    SET vector_digest = ''
+    WHERE e.pipeline_id = _note_replaced.pipeline_id AND e.key = ANY (autoembed._short_keys(keys))
+      AND e.vector_digest IS NULL;
+$sql$;
+COMMENT ON FUNCTION autoembed._note_replaced IS
+    'Records that somebody else has replaced the vectors of these rows. Rows whose vector has a digest show it.';
 
 CREATE OR REPLACE FUNCTION autoembed._forget(pipeline_id integer, keys text[])
     RETURNS void

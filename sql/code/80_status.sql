@@ -138,26 +138,27 @@ COMMENT ON COLUMN autoembed.progress.backfill_rows_total IS 'Estimated number of
 COMMENT ON COLUMN autoembed.progress.since IS 'Time since the lane claimed the rows.';
 
 CREATE OR REPLACE VIEW autoembed._row_state WITH (security_barrier) AS
-SELECT r.pipeline_id, r.key, r.digest, r.state
+SELECT r.pipeline_id, r.key, r.digest, r.state, r.vector_digest
 FROM (
-    SELECT e.pipeline_id, e.key, e.digest, NULL AS state FROM autoembed.embedded AS e
+    SELECT e.pipeline_id, e.key, e.digest, NULL AS state, e.vector_digest FROM autoembed.embedded AS e
     UNION ALL
-    SELECT f.pipeline_id, f.key, NULL, 'failed' FROM autoembed.failure AS f WHERE f.pipeline_id IS NOT NULL
+    SELECT f.pipeline_id, f.key, NULL, 'failed', NULL FROM autoembed.failure AS f WHERE f.pipeline_id IS NOT NULL
     UNION ALL
-    SELECT p.id, replace(k.key::text, ', ', ','), NULL, 'waiting'
+    SELECT p.id, replace(k.key::text, ', ', ','), NULL, 'waiting', NULL
     FROM autoembed.pipeline AS p
     JOIN autoembed._job AS q ON q.pipeline = p.id::text
     CROSS JOIN LATERAL jsonb_array_elements(
         coalesce(q.message -> 'keys', jsonb_build_array(jsonb_build_array(q.message -> 'id')))
     ) AS k(key)
     UNION ALL
-    SELECT b.pipeline_id, NULL, NULL, 'waiting' FROM autoembed.backfill AS b WHERE b.scanned_at IS NULL
+    SELECT b.pipeline_id, NULL, NULL, 'waiting', NULL FROM autoembed.backfill AS b WHERE b.scanned_at IS NULL
 ) AS r
 JOIN autoembed.pipeline AS p ON p.id = r.pipeline_id
 WHERE autoembed._owns(p.table_id);
 COMMENT ON VIEW autoembed._row_state IS
-    'State of the rows of the tables that the reader owns: the digest of the text that was embedded, and whether the '
-    'row waits or has failed. An entry without a key is for a whole table, which a backfill scans.';
+    'State of the rows of the tables that the reader owns: the digests of the text that was embedded and of the '
+    'vector, and whether the row waits or has failed. An entry without a key is for a whole table, which a backfill '
+    'scans.';
 
 CREATE OR REPLACE FUNCTION autoembed.wait_until_fresh(table_name regclass, timeout_seconds double precision DEFAULT 60)
     RETURNS boolean

@@ -36,8 +36,9 @@ BEGIN
     HAVING jsonb_typeof(_key) = 'array' AND jsonb_array_length(_key) = count(*) AND count(k.value) = count(*);
     BEGIN
         _row := CASE WHEN _condition IS NOT NULL THEN autoembed._as_owner(table_name, format(
-            'SELECT %s AS content, t.%I IS NOT NULL AS has_embedding, %s AS key FROM %s AS t WHERE %s LIMIT 1',
-            autoembed._content_expression(_pipeline, 't'), _pipeline.embedding_column,
+            'SELECT %s AS content, pg_catalog.encode(%s, ''hex'') AS vector_digest, %s AS key FROM %s AS t WHERE %s '
+            'LIMIT 1',
+            autoembed._content_expression(_pipeline, 't'), autoembed._vector_digest_expression(_pipeline, 't'),
             autoembed._key_expression(_pipeline, 't'), table_name, _condition
         )) -> 0 END;
     EXCEPTION WHEN data_exception THEN
@@ -57,12 +58,13 @@ BEGIN
     content := _row ->> 'content';
     SELECT s.tokens, s.truncated, s.state INTO tokens, truncated, state
     FROM (
-        SELECT max(encode(r.digest, 'hex')) AS digest, max(r.state) AS state
+        SELECT max(encode(r.digest, 'hex')) AS digest, max(encode(r.vector_digest, 'hex')) AS vector_digest,
+               max(r.state) AS state
         FROM autoembed._row_state AS r
         WHERE r.pipeline_id = _pipeline.id AND r.key IN (_row ->> 'key', autoembed._short_key(_row ->> 'key'))
     ) AS r
     CROSS JOIN LATERAL autoembed._state_of(
-        _pipeline.id, content, (_row ->> 'has_embedding')::boolean, r.digest, r.state
+        _pipeline.id, content, _row ->> 'vector_digest', r.digest, r.vector_digest, r.state
     ) AS s;
     RETURN NEXT;
 END;
@@ -75,8 +77,9 @@ COMMENT ON FUNCTION autoembed.preview IS
 CREATE OR REPLACE FUNCTION autoembed._state_of(
     pipeline_id integer,
     content text,
-    has_embedding boolean,
-    digest text,
+    vector_digest text,
+    known_digest text,
+    known_vector_digest text,
     outstanding text
 )
     RETURNS TABLE (tokens integer, truncated boolean, state text)
@@ -88,11 +91,11 @@ AS $python$
     if GD.get("autoembed") != "@BUILD@":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
-    return [doors.state_of(pipeline_id, content, has_embedding, digest, outstanding)]
+    return [doors.state_of(pipeline_id, content, vector_digest, known_digest, known_vector_digest, outstanding)]
 $python$;
 COMMENT ON FUNCTION autoembed._state_of IS
-    'State of a row, from its current text and the digest of the text its vector was made from. outstanding: waiting '
-    'or failed, if the row is.';
+    'State of a row, from its text and the digest of its vector, and the digests that are recorded. outstanding: '
+    'waiting or failed, if the row is.';
 
 CREATE OR REPLACE FUNCTION autoembed.estimate(
     table_name regclass,

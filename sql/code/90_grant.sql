@@ -34,7 +34,7 @@ BEGIN
         _advisory_locks, _as_owner, _check_content, _check_on_change, _check_owner, _columns_of, _content_expression,
         _content_function, _content_function_of, _dimensions, _estimate_texts, _index_key, _key_expression,
         _load_python, _look_through, _needed_columns, _operator, _owned_pipeline, _owned_pipelines, _read_condition,
-        _restore_advisory_locks, _run_as_owner, _set_paused, _short_key, _state_of, _template
+        _restore_advisory_locks, _run_as_owner, _set_paused, _short_key, _state_of, _template, _vector_digest_expression
     }');
     -- The role gets rights to columns only. A right to the whole table, which 0.1.0 granted, includes LOCK TABLE, and
     -- that stops all lanes.
@@ -87,9 +87,9 @@ BEGIN
           AND (p.proname = ANY ('{
                    _call_embedder, _check_options, _claim, _clean_up, _digests, _enter_lane, _extend, _fail,
                    _fail_backfill, _fail_message, _forget, _forget_all, _free_slots, _gate, _lane_is_wanted,
-                   _learn_limits, _leave_lane, _load_python, _next_backfill, _note_usage, _pipelines, _queue_backfill,
-                   _record_embedded, _release, _requeue, _resolve, _rest_model, _rest_pipelines, _settle, _stage,
-                   _take_permit, _warn_of_blocked_pipelines, resume_model
+                   _learn_limits, _leave_lane, _load_python, _next_backfill, _note_replaced, _note_usage, _pipelines,
+                   _queue_backfill, _record_embedded, _release, _requeue, _resolve, _rest_model, _rest_pipelines,
+                   _settle, _stage, _take_permit, _warn_of_blocked_pipelines, resume_model
                }'::text[])
                OR p.proname ~ '^_(content|write|scan)_[0-9]+$')
     LOOP

@@ -125,6 +125,9 @@ CREATE TABLE autoembed.embedded (
     key text COLLATE pg_catalog."C" NOT NULL,
     digest bytea NOT NULL,
     truncated boolean NOT NULL,
+    vector_digest bytea,
+    embedded_at timestamptz DEFAULT clock_timestamp(),
+    replaced smallint NOT NULL DEFAULT 0,
     PRIMARY KEY (pipeline_id, key)
 );
 COMMENT ON TABLE autoembed.embedded IS
@@ -133,6 +136,11 @@ COMMENT ON COLUMN autoembed.embedded.pipeline_id IS 'The pipeline.';
 COMMENT ON COLUMN autoembed.embedded.key IS 'The row''s key as a JSON array.';
 COMMENT ON COLUMN autoembed.embedded.digest IS 'BLAKE2b of the model and the text, 16 bytes.';
 COMMENT ON COLUMN autoembed.embedded.truncated IS 'Whether the text was longer than the model takes.';
+COMMENT ON COLUMN autoembed.embedded.vector_digest IS
+    'SHA-256 of the vector as it is stored, 8 bytes. NULL: not known. Empty: the row has a vector of somebody else.';
+COMMENT ON COLUMN autoembed.embedded.embedded_at IS 'When the vector was written. NULL: by version 0.1.0.';
+COMMENT ON COLUMN autoembed.embedded.replaced IS
+    'How often within an hour the vector of this text was written again because somebody else had replaced it.';
 
 SELECT pg_catalog.pg_extension_config_dump('autoembed.embedded', '');
 

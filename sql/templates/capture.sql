@@ -1,4 +1,4 @@
--- Queues the keys of rows whose text or key changes. Runs as the extension's owner, after a write to the table.
+-- Queues the keys of rows whose text, key or vector changes. Runs as the extension's owner, after a write to the table.
 CREATE OR REPLACE FUNCTION autoembed._capture_{{id}}()
     RETURNS trigger
     LANGUAGE plpgsql
@@ -8,8 +8,9 @@ CREATE OR REPLACE FUNCTION autoembed._capture_{{id}}()
 AS $body$
 BEGIN
     IF TG_OP = 'UPDATE' THEN
-        -- A row whose key is NULL cannot be found again.
-        IF NOT ({{key_changed}} OR {{text_changed}}) OR NOT ({{has_old_key}} AND {{has_new_key}}) THEN
+        -- A vector that is not a lane's is replaced. A row whose key is NULL cannot be found again.
+        IF NOT ({{key_changed}} OR {{text_changed}} OR {{vector_changed}} AND NOT {{is_lanes_write}})
+           OR NOT ({{has_old_key}} AND {{has_new_key}}) THEN
             RETURN NULL;
         END IF;
         {{queue_update}}

@@ -14,11 +14,11 @@ DECLARE
 BEGIN
     IF TG_OP = 'UPDATE' THEN
         -- A lane writes the vector, and nothing else has changed.
-        IF pg_trigger_depth() = 1 AND current_setting('autoembed.writing', true) = '{{table_id}}' THEN
+        IF {{is_lanes_write}} THEN
             RETURN NULL;
         END IF;
         BEGIN
-            _changed := {{key_changed}} OR {{text_changed}};
+            _changed := {{key_changed}} OR {{vector_changed}} OR {{text_changed}};
         EXCEPTION WHEN OTHERS OR assert_failure OR query_canceled THEN
             {{raise_if_cancelled}}
             -- No row is refused for its embedding. The lane meets the error again, and reports it.

@@ -1,6 +1,6 @@
 -- Reads the texts of rows by key, up to about max_bytes. Runs as the table's owner, in lanes.
 CREATE FUNCTION autoembed._content_{{id}}(keys text[], max_bytes bigint, max_text_bytes bigint)
-    RETURNS TABLE (key text, content text, has_embedding boolean, bytes bigint)
+    RETURNS TABLE (key text, content text, vector_digest bytea, bytes bigint)
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = {{search_path}}
@@ -12,7 +12,7 @@ DECLARE
     _rows CURSOR FOR
         SELECT s.key,
                CASE WHEN {{content_bytes}} OPERATOR(pg_catalog.<=) max_text_bytes THEN {{content}} END,
-               t.{{embedding_column}} IS NOT NULL,
+               {{vector_digest}},
                {{content_bytes}}
         FROM (SELECT s.key, {{sent_keys}} FROM pg_catalog.unnest(keys) AS s(key)) AS s
         JOIN {{table}} AS t ON {{same_key}};
@@ -24,7 +24,7 @@ BEGIN
     LOCK TABLE {{table}} IN ROW EXCLUSIVE MODE NOWAIT;
     OPEN _rows;
     LOOP
-        FETCH _rows INTO key, content, has_embedding, bytes;
+        FETCH _rows INTO key, content, vector_digest, bytes;
         EXIT WHEN NOT FOUND;
         bytes := GREATEST(bytes, pg_catalog.octet_length(content));
         IF bytes OPERATOR(pg_catalog.>) max_text_bytes THEN

@@ -3,5 +3,7 @@ INSERT INTO autoembed._job (due_at, message)
             '{"pipeline": {{id}}, "keys": [',
             CASE WHEN {{key_changed}} THEN concat({{old_key}}, ',') END,
             {{new_key}},
-            CASE WHEN {{key_changed}} THEN '], "moved": true}' ELSE ']}' END
+            CASE WHEN {{key_changed}} THEN '], "moved": true}'
+                 WHEN {{vector_changed}} THEN '], "replaced": true}'
+                 ELSE ']}' END
         )::jsonb);

@@ -1,6 +1,6 @@
 -- Writes vectors into the rows that still have the text that was sent. Runs as the table's owner, in lanes.
 CREATE FUNCTION autoembed._write_{{id}}(keys text[], contents text[], model text, embeddings {{vector_type}}[])
-    RETURNS TABLE (key text, outcome text)
+    RETURNS TABLE (key text, outcome text, vector_digest bytea)
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = {{search_path}}
@@ -14,11 +14,11 @@ BEGIN
     {{content_guard}}
     -- The request was sent for another model. An answer of the present model may have come first.
     IF model IS DISTINCT FROM {{model}} THEN
-        RETURN QUERY SELECT s.key, 'changed' FROM unnest(keys) AS s(key);
+        RETURN QUERY SELECT s.key, 'changed', NULL::pg_catalog.bytea FROM unnest(keys) AS s(key);
         RETURN;
     END IF;
     LOCK TABLE {{table}} IN ROW EXCLUSIVE MODE NOWAIT;
-    FOR key, outcome IN
+    FOR key, outcome, vector_digest IN
     WITH sent AS MATERIALIZED (
         SELECT s.key, s.content, s.embedding, {{sent_keys}}
         FROM unnest(keys, contents, embeddings) AS s(key, content, embedding)
@@ -36,7 +36,9 @@ BEGIN
         SET {{embedding_column}} = s.embedding
         FROM locked AS s
         WHERE {{same_key}} AND s.unchanged
-        RETURNING s.key, {{content}} COLLATE "C" IS NOT DISTINCT FROM s.content AS unchanged
+        RETURNING s.key, {{content}} COLLATE "C" IS NOT DISTINCT FROM s.content AS unchanged,
+                  -- A trigger of the table may have changed the vector.
+                  {{vector_digest}} AS vector_digest
     )
     SELECT s.key,
            CASE WHEN w.unchanged THEN 'written'
@@ -46,11 +48,16 @@ BEGIN
                 WHEN l.key IS NOT NULL THEN 'changed'
                 WHEN EXISTS (SELECT FROM {{table}} AS t WHERE {{same_key}}) THEN 'locked'
                 ELSE 'gone'
-           END
+           END,
+           w.vector_digest
     FROM sent AS s
     LEFT JOIN locked AS l ON l.key = s.key
-    LEFT JOIN (SELECT w.key, pg_catalog.bool_and(w.unchanged) AS unchanged FROM written AS w GROUP BY w.key) AS w
-        ON w.key = s.key
+    LEFT JOIN (
+        SELECT w.key, pg_catalog.bool_and(w.unchanged) AS unchanged,
+               (pg_catalog.array_agg(w.vector_digest))[1] AS vector_digest
+        FROM written AS w
+        GROUP BY w.key
+    ) AS w ON w.key = s.key
     LOOP
         -- The error undoes the write, which would leave the vector of one text beside another text.
         IF outcome = 'overtaken' THEN

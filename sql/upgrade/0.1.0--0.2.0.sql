@@ -15,6 +15,10 @@ DROP FUNCTION autoembed._prepared;
 DROP FUNCTION autoembed._forget_prepared;
 
 DROP FUNCTION autoembed._pipelines;
+-- What is known of a row has the digest of its vector.
+DROP FUNCTION autoembed._digests;
+DROP FUNCTION autoembed._record_embedded;
+DROP FUNCTION autoembed._state_of;
 DROP FUNCTION autoembed._content_function;
 
 ALTER TABLE autoembed.pipeline ADD COLUMN ended boolean NOT NULL DEFAULT false;
@@ -192,6 +196,15 @@ COMMENT ON COLUMN autoembed.backfill.index_problem IS
     'The reason why the index could not be built. No lane tries again.';
 COMMENT ON TABLE autoembed.embedded IS
     'The digest of the text from which each embedding was made. A text with the same digest is not sent again.';
+ALTER TABLE autoembed.embedded ADD COLUMN vector_digest bytea;
+ALTER TABLE autoembed.embedded ADD COLUMN embedded_at timestamptz;
+ALTER TABLE autoembed.embedded ALTER COLUMN embedded_at SET DEFAULT clock_timestamp();
+ALTER TABLE autoembed.embedded ADD COLUMN replaced smallint NOT NULL DEFAULT 0;
+COMMENT ON COLUMN autoembed.embedded.vector_digest IS
+    'SHA-256 of the vector as it is stored, 8 bytes. NULL: not known. Empty: the row has a vector of somebody else.';
+COMMENT ON COLUMN autoembed.embedded.embedded_at IS 'When the vector was written. NULL: by version 0.1.0.';
+COMMENT ON COLUMN autoembed.embedded.replaced IS
+    'How often within an hour the vector of this text was written again because somebody else had replaced it.';
 COMMENT ON TABLE autoembed.failure IS
     'The failed list: rows that cannot be embedded, and messages that name no row. See the view failed.';
 COMMENT ON COLUMN autoembed.failure.id IS 'The number of the failure.';

@@ -36,6 +36,7 @@ _build_index - - - x
 _build_pipeline - - - x
 _build_triggers - - - x
 _call_embedder - - - x
+_changed_expression - - - x
 _check_api_key - - - x
 _check_budget - - - x
 _check_content - x - x
@@ -119,6 +120,7 @@ _model_fault - - - x
 _model_identity - - - x
 _needed_columns - x - x
 _next_backfill - - - x
+_note_replaced - - - x
 _note_usage - - - x
 _operator - x - x
 _output_settings - - - x
@@ -161,6 +163,7 @@ _trigger_problems - - - x
 _unschedule - - - x
 _updated - - - x
 _vault_key - - - x
+_vector_digest_expression - x - x
 _vector_index - - - x
 _vector_types - - - x
 _warn_of_blocked_pipelines - - - x

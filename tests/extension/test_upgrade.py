@@ -492,7 +492,7 @@ KEPT = {
     "setting": "SELECT * FROM autoembed.setting ORDER BY name",
     "model_rest": "SELECT model, until, failures, needs_attention, reason FROM autoembed.model_rest",
     "backfill": "SELECT to_jsonb(b) - 'served_at' FROM autoembed.backfill AS b",
-    "embedded": "SELECT * FROM autoembed.embedded ORDER BY pipeline_id, key",
+    "embedded": "SELECT pipeline_id, key, digest, truncated FROM autoembed.embedded ORDER BY pipeline_id, key",
     "failure": "SELECT * FROM autoembed.failure ORDER BY id",
     "usage": "SELECT * FROM autoembed.usage ORDER BY day, model, table_name::text",
     "queue": "SELECT * FROM pgmq.q_embedding_jobs ORDER BY msg_id",

@@ -18,7 +18,7 @@ from autoembed.errors import Refused, RowError, Trouble
 from autoembed.limits import Charge, Limits, Permit
 from autoembed.model import Embedded, Model, Request, Share
 from autoembed.network import Network
-from autoembed.records import MAX_TEXT_BYTES, Backfill, Message, Pipeline, Row
+from autoembed.records import MAX_TEXT_BYTES, Backfill, Known, Message, Pipeline, Row, Written
 
 if TYPE_CHECKING:
     # mypy compares the fake's methods with the real ones. Inside a test they cannot be imported: they need plpy.
@@ -92,6 +92,10 @@ def vectors_of(texts: Sequence[str]) -> Vector:
     return np.stack([vector_of(text) for text in texts])
 
 
+def digest_of(vector: list[float] | None) -> bytes | None:
+    return None if vector is None else repr(vector).encode()
+
+
 class FakeDatabase(Database):
     """One table, the queue and the failed list; delays are noted, not waited for.
 
@@ -107,6 +111,8 @@ class FakeDatabase(Database):
         self.texts: dict[str, str | None] = {}
         self.vectors: dict[str, list[float] | None] = {}
         self.embedded: dict[str, tuple[bytes, bool]] = {}
+        self.vector_digests: dict[str, bytes] = {}
+        self.replaced: dict[str, int] = {}
         self.failures: dict[str, Failure] = {}
         self.failed_messages: list[tuple[Any, str, int]] = []
         self.queue: dict[int, Message] = {}
@@ -329,17 +335,26 @@ class FakeDatabase(Database):
                 text = self.texts[key]
                 size = len((text or "").encode())
                 max_bytes -= size
-                found[key] = Row(text if size <= MAX_TEXT_BYTES else None, self.vectors[key] is not None, size)
+                found[key] = Row(text if size <= MAX_TEXT_BYTES else None, digest_of(self.vectors[key]), size)
                 if max_bytes < 0:
                     return found, False
         return found, True
 
-    def digests(self, pipeline: Pipeline, keys: Sequence[str]) -> dict[str, bytes]:
-        return {key: self.embedded[key][0] for key in keys if key in self.embedded}
+    def digests(self, pipeline: Pipeline, keys: Sequence[str]) -> dict[str, Known]:
+        return {
+            key: Known(self.embedded[key][0], self.vector_digests.get(key), self.replaced.get(key, 0), 0.0)
+            for key in keys
+            if key in self.embedded
+        }
+
+    def note_replaced(self, pipeline_id: int, keys: Sequence[str]) -> None:
+        self._note("note_replaced")
+        for key in keys:
+            self.vector_digests.setdefault(key, b"")
 
     def write(
         self, pipeline: Pipeline, keys: Sequence[str], contents: Sequence[str | None], vectors: Vector | None
-    ) -> dict[str, str]:
+    ) -> dict[str, Written]:
         self._note("write")
         self.written_keys.append(list(keys))
         assert len(set(keys)) == len(keys), "a row cannot be written twice by one statement"
@@ -360,16 +375,25 @@ class FakeDatabase(Database):
             else:
                 self.vectors[key] = None if vectors is None else vectors[index].tolist()
                 outcomes[key] = "written"
-        return outcomes
+        return {key: Written(outcome, digest_of(self.vectors.get(key))) for key, outcome in outcomes.items()}
 
     def record_embedded(
-        self, pipeline: Pipeline, keys: Sequence[str], digests: Sequence[bytes], truncated: Sequence[bool]
+        self,
+        pipeline: Pipeline,
+        keys: Sequence[str],
+        digests: Sequence[bytes],
+        vector_digests: Sequence[bytes | None],
+        truncated: Sequence[bool],
+        *,
+        written: bool,
     ) -> None:
         self._note("record_embedded")
         self._raise_for(keys)
         assert len(set(keys)) == len(keys), "a row cannot be recorded twice by one statement"
-        for key, digest, cut in zip(keys, digests, truncated, strict=True):
+        for key, digest, vector_digest, cut in zip(keys, digests, vector_digests, truncated, strict=True):
             self.embedded[key] = (digest, cut)
+            if vector_digest is not None:
+                self.vector_digests[key] = vector_digest
             self.failures.pop(key, None)
 
     def forget(self, pipeline: Pipeline, keys: Sequence[str]) -> None:

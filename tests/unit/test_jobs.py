@@ -481,6 +481,22 @@ def test_messages_beyond_a_pipelines_share_go_back_as_they_were(lane: Lane, data
     assert database.waiting() == before[3:6]
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_vector_that_has_no_digest_is_trusted_unless_it_was_replaced(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider, replaced: bool
+) -> None:
+    database.put(1, "text")
+    lane.run()
+    database.vectors["[1]"] = vector_of("other").tolist()
+    database.vector_digests.clear()
+    database.send({"pipeline": 1, "keys": [[1]], **({"replaced": True} if replaced else {})})
+
+    lane.run()
+
+    assert database.is_fresh(1) is replaced
+    assert provider.texts == ["text"] * (1 + replaced)
+
+
 @pytest.mark.parametrize("died", [False, True])
 def test_what_is_known_of_keys_that_rows_have_left_or_taken_is_forgotten_whoever_embeds_them(
     lane: Lane, database: FakeDatabase, provider: FakeProvider, died: bool
@@ -489,6 +505,7 @@ def test_what_is_known_of_keys_that_rows_have_left_or_taken_is_forgotten_whoever
     database.put(1, "text")
     lane.run()
     database.vectors["[1]"] = vector_of("other").tolist()
+    database.vector_digests.clear()
     message_id = database.send({"pipeline": 1, "keys": [[2], [1]], "moved": True})
     if died:
         database.claim(1, 60, [], [])

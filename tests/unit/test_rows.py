@@ -11,8 +11,8 @@ import pytest
 
 from autoembed import rows
 from autoembed.errors import PassEnded, RowError
-from autoembed.jobs import MAX_ATTEMPTS, Job, Ledger, Report
-from autoembed.records import Pipeline, Row
+from autoembed.jobs import MAX_ATTEMPTS, Job, Ledger, Outcome, Report
+from autoembed.records import Known, Pipeline, Row
 from autoembed.rows import Owners, Pace, Rows
 from unit.fakes import (
     MODEL,
@@ -563,7 +563,7 @@ class Desk:
 
     def write(self, jobs: list[Job], pipeline: Pipeline = PIPELINE) -> None:
         for job in jobs:
-            job.row = Row(self.database.texts[job.key], False)
+            job.row = Row(self.database.texts[job.key], None)
         self.rows.write(pipeline, jobs, vectors_of([job.content or "" for job in jobs]))
 
     def takes(self, seconds: float, statement: str) -> None:
@@ -723,10 +723,10 @@ def test_a_cancel_in_an_owners_code_counts_its_rows_rests_the_owner_and_ends_the
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        (Row(None, False, (64 << 20) + 1), "the text has 64 MB, and a lane reads at most 64 MB"),
-        (Row(None, True, 900 << 20), "the text has 900 MB, and a lane reads at most 64 MB"),
-        (Row(None, False, 64 << 20), None),
-        (Row("text", False, 900 << 20), None),
+        (Row(None, None, (64 << 20) + 1), "the text has 64 MB, and a lane reads at most 64 MB"),
+        (Row(None, b"", 900 << 20), "the text has 900 MB, and a lane reads at most 64 MB"),
+        (Row(None, None, 64 << 20), None),
+        (Row("text", None, 900 << 20), None),
     ],
 )
 def test_a_text_that_no_lane_reads_fails_and_keeps_its_vector(desk: Desk, row: Row, reason: str | None) -> None:
@@ -846,7 +846,7 @@ def test_a_blank_row_that_is_locked_gets_its_null_later(desk: Desk) -> None:
     jobs = desk.put("", "")
     for job in jobs:
         desk.database.vectors[job.key] = [1.0, 2.0, 3.0]
-        job.row = Row("", True)
+        job.row = Row("", b"")
     desk.database.locked[jobs[1].key] = 1
 
     assert desk.rows.to_embed(PIPELINE, jobs) == []
@@ -981,3 +981,60 @@ def test_a_lane_holds_what_it_writes_in_a_second_two_requests_at_least(
 @pytest.mark.parametrize(("indexed", "most"), [(True, 400), (False, 1000)])
 def test_a_lane_begins_carefully_where_an_index_makes_writing_slow(indexed: bool, most: int) -> None:
     assert Pace(100, 1000, indexed=indexed).max_rows() == most
+
+
+# --- replaced vectors -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("replaced", "age", "wait"),
+    [
+        (0, 0.0, 0.0),
+        (4, 0.0, 0.0),
+        (5, 0.0, 1.0),
+        (5, 0.4, 0.6),
+        (5, 1.0, 0.0),
+        (8, 3.0, 5.0),
+        (14, 0.0, 512.0),
+        (15, 0.0, 600.0),
+        (100, 0.0, 600.0),
+        (100, 599.0, 1.0),
+        (100, 7200.0, 0.0),
+        (100, None, 600.0),
+    ],
+)
+def test_a_vector_that_is_replaced_again_and_again_waits_longer_each_time(
+    replaced: int, age: float | None, wait: float
+) -> None:
+    assert Known(b"text", b"vector", replaced, age).wait_seconds() == pytest.approx(wait)
+
+
+@pytest.mark.parametrize(
+    ("known", "row", "fresh"),
+    [
+        (Known(b"text", b"vector"), Row("text", b"vector"), True),
+        (Known(b"text", None), Row("text", b"vector"), True),
+        (Known(b"text", b"vector"), Row("text", b"another"), False),
+        (Known(b"text", b""), Row("text", b"another"), False),
+        (Known(b"text", b"vector"), Row("text", None), False),
+        (Known(b"text", None), Row("text", None), False),
+        (Known(b"old text", b"vector"), Row("text", b"vector"), False),
+    ],
+)
+def test_a_row_is_fresh_if_its_text_and_its_vector_are_those_that_are_recorded(
+    known: Known, row: Row, fresh: bool
+) -> None:
+    assert known.describes(row, b"text") is fresh
+
+
+def test_a_row_that_waits_for_its_vector_spends_no_attempt_and_a_new_text_ends_the_wait(desk: Desk) -> None:
+    jobs = desk.put("same", "new", attempts=1)
+    digests = [MODEL.digest("same"), MODEL.digest("old")]
+    for job, digest in zip(jobs, digests, strict=True):
+        desk.database.embedded[job.key] = (digest, False)
+        desk.database.replaced[job.key] = 7
+
+    chosen = desk.rows.to_embed(PIPELINE, desk.read(jobs))
+
+    assert [text for _, text in chosen] == ["new"]
+    assert jobs[0].outcome == Outcome(4.0, 1)
