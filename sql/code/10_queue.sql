@@ -164,6 +164,50 @@ COMMENT ON FUNCTION autoembed._claim IS
     'The last message of each pipeline may exceed its share of max_rows. held: the messages that the lane has already. '
     'busy_models: the models that have not answered the lane for a while.';
 
+CREATE OR REPLACE FUNCTION autoembed._is_uncommitted(inserted_by xid)
+    RETURNS boolean
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _next bigint := pg_snapshot_xmax(pg_current_snapshot())::text::bigint;
+    -- The difference of two transactions, as xid has no epoch.
+    _distance bigint := (inserted_by::text::bigint - _next) & 4294967295;
+BEGIN
+    IF _distance >= 2147483648 THEN
+        _distance := _distance - 4294967296;
+    END IF;
+    RETURN pg_xact_status((_next + _distance)::text::xid8) = 'in progress';
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._is_uncommitted IS
+    'Whether the caller''s own transaction, or a part of it, has inserted a row with that xmin, which the caller sees.';
+
+CREATE OR REPLACE FUNCTION autoembed._waits_for_commit(pipeline_ids integer[])
+    RETURNS boolean
+    LANGUAGE plpgsql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    RETURN pg_current_xact_id_if_assigned() IS NOT NULL AND (
+        EXISTS (
+            SELECT FROM pgmq.q_embedding_jobs AS q
+            WHERE coalesce(q.message ->> 'pipeline', '') = ANY (pipeline_ids::text[])
+              AND autoembed._is_uncommitted(q.xmin)
+        )
+        OR EXISTS (
+            SELECT FROM autoembed.backfill AS b
+            WHERE b.pipeline_id = ANY (pipeline_ids) AND b.scanned_at IS NULL AND autoembed._is_uncommitted(b.xmin)
+        )
+    );
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._waits_for_commit IS
+    'Whether jobs of these pipelines wait for the caller''s own transaction to commit.';
+
 CREATE OR REPLACE FUNCTION autoembed._extend(message_ids bigint[], lease_seconds double precision)
     RETURNS void
     LANGUAGE sql

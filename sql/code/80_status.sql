@@ -167,24 +167,44 @@ CREATE OR REPLACE FUNCTION autoembed.wait_until_fresh(table_name regclass, timeo
 AS $plpgsql$
 DECLARE
     _end timestamptz := clock_timestamp() + make_interval(secs => timeout_seconds);
+    _pipelines integer[] := ARRAY(SELECT p.id FROM autoembed._owned_pipelines(table_name, NULL) AS p);
+    _failed bigint;
 BEGIN
-    PERFORM autoembed._owned_pipelines(table_name, NULL);
-    LOOP
-        IF NOT EXISTS (
-            SELECT FROM autoembed._owned_pipelines(table_name, NULL) AS p
-            JOIN autoembed._row_state AS r ON r.pipeline_id = p.id
-            WHERE r.state = 'waiting'
-        ) THEN
-            RETURN true;
-        END IF;
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_transaction_state',
+            MESSAGE = format('wait_until_fresh() cannot see what lanes do in a %s transaction',
+                             upper(current_setting('transaction_isolation'))),
+            DETAIL = 'Such a transaction does not see what others commit after it has begun.',
+            HINT = 'Call it after BEGIN ISOLATION LEVEL READ COMMITTED.';
+    ELSIF autoembed._waits_for_commit(_pipelines) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_transaction_state',
+            MESSAGE = format('wait_until_fresh() would wait for its own transaction, which has changed table %s',
+                             table_name),
+            DETAIL = 'Lanes do not see these changes before the transaction commits.',
+            HINT = 'Commit first, or embed within the transaction: SELECT * FROM autoembed.process().';
+    END IF;
+    WHILE EXISTS (
+        SELECT FROM autoembed._row_state AS r WHERE r.pipeline_id = ANY (_pipelines) AND r.state = 'waiting'
+    ) LOOP
         IF clock_timestamp() >= _end THEN
             RETURN false;
         END IF;
         PERFORM pg_sleep(least(0.02, extract(epoch FROM _end - clock_timestamp())));
     END LOOP;
+    SELECT count(*) INTO _failed FROM autoembed.failed AS f WHERE f.table_name = wait_until_fresh.table_name;
+    IF _failed > 0 THEN
+        RAISE WARNING USING
+            ERRCODE = 'no_data_found',
+            MESSAGE = format('nothing of table %s waits, but %s of its rows or scans failed', table_name, _failed),
+            HINT = format('SELECT key, reason FROM autoembed.failed WHERE table_name = %L::regclass shows them.',
+                          table_name);
+    END IF;
+    RETURN _failed = 0;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.wait_until_fresh IS
     'Waits until no committed row of a table that the caller owns waits to be embedded. Returns false if '
-    'timeout_seconds pass before that. Lanes do the embedding; they do not see a change in the caller''s own '
-    'transaction before it commits.';
+    'timeout_seconds pass before that, or, with a WARNING, if rows were given up. An error if it could never see the '
+    'end: in a REPEATABLE READ or SERIALIZABLE transaction, or in one that has changed the table.';

@@ -34,7 +34,8 @@ BEGIN
         _advisory_locks, _as_owner, _check_content, _check_on_change, _check_owner, _columns_of, _content_expression,
         _content_function, _content_function_of, _dimensions, _estimate_texts, _index_key, _key_expression,
         _load_python, _look_through, _needed_columns, _operator, _owned_pipeline, _owned_pipelines, _read_condition,
-        _restore_advisory_locks, _run_as_owner, _set_paused, _short_key, _state_of, _template, _vector_digest_expression
+        _restore_advisory_locks, _run_as_owner, _set_paused, _short_key, _state_of, _template,
+        _vector_digest_expression, _waits_for_commit
     }');
     -- The role gets rights to columns only. A right to the whole table, which 0.1.0 granted, includes LOCK TABLE, and
     -- that stops all lanes.

@@ -97,6 +97,7 @@ _index_job - - - x
 _index_key - x - x
 _index_may_be_built - - - x
 _is_chosen - - - x
+_is_uncommitted - - - x
 _keep_restored_model - - - x
 _keep_restored_queue - - - x
 _key_columns - - - x
@@ -166,6 +167,7 @@ _vault_key - - - x
 _vector_digest_expression - x - x
 _vector_index - - - x
 _vector_types - - - x
+_waits_for_commit - x - x
 _warn_of_blocked_pipelines - - - x
 _work - - - x
 allow_http_host - - - x

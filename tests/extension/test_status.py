@@ -13,7 +13,7 @@ import psycopg
 import pytest
 
 from fake_api import FakeApi
-from harness import GUIDE_TABLE, GUIDE_TRIGGERS, Connection, Server, is_settled, run_server, waiting
+from harness import GUIDE_TABLE, GUIDE_TRIGGERS, Connection, Server, is_settled, run_server, waiting, warnings_of
 from lanes import running_lanes
 from waiting import wait_until
 
@@ -954,10 +954,6 @@ def test_wait_until_fresh_is_true_once_all_is_embedded_and_false_in_time(
         api.release()
         assert one(notes, fresh, 20).fresh
         assert one(notes, "SELECT count(*) AS n FROM notes WHERE embedding IS NULL").n == 0
-        with notes.transaction():
-            add(notes, 4, 4)
-            assert not one(notes, fresh, 0.3).fresh
-        assert one(notes, fresh, 20).fresh
 
 
 def test_wait_until_fresh_waits_for_a_backfill_too(notes: Connection, connect: Connect) -> None:
@@ -968,6 +964,56 @@ def test_wait_until_fresh_waits_for_a_backfill_too(notes: Connection, connect: C
     with running_lanes(notes, connect):
         assert one(notes, "SELECT autoembed.wait_until_fresh('notes', 20) AS fresh").fresh
         assert one(notes, "SELECT count(*) AS n FROM notes WHERE embedding IS NULL").n == 0
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+def test_wait_until_fresh_says_at_once_that_it_cannot_see_through_a_fixed_snapshot(
+    notes: Connection, level: str
+) -> None:
+    """It waited for its whole time, and said that what was done was not."""
+    notes.execute(f"BEGIN ISOLATION LEVEL {level}")
+    with pytest.raises(psycopg.errors.InvalidTransactionState, match=f"what lanes do in a {level} transaction"):
+        notes.execute("SELECT autoembed.wait_until_fresh('notes', 600)")
+    notes.execute("ROLLBACK")
+
+
+OWN_CHANGES = {
+    "a row": ["INSERT INTO notes VALUES (1, 'own')"],
+    "a row in a part": ["SAVEPOINT part", "INSERT INTO notes VALUES (1, 'own')", "RELEASE part"],
+    "a scan": ["SELECT autoembed.resync('notes')"],
+}
+
+
+@pytest.mark.parametrize("change", OWN_CHANGES)
+def test_wait_until_fresh_does_not_wait_for_its_own_transaction(notes: Connection, api: FakeApi, change: str) -> None:
+    """It waited for its whole time for what no lane can see."""
+    fresh = "SELECT autoembed.wait_until_fresh('notes', 600) AS fresh"
+    with notes.transaction(force_rollback=True):
+        for statement in OWN_CHANGES[change]:
+            notes.execute(statement)
+        with pytest.raises(psycopg.errors.InvalidTransactionState, match="its own transaction"), notes.transaction():
+            notes.execute(fresh)
+        # What a pass in the same transaction has embedded is done.
+        notes.execute("SELECT autoembed.process()")
+        assert one(notes, fresh).fresh
+    with notes.transaction():
+        notes.execute("CREATE TABLE unrelated ()")
+        assert one(notes, fresh).fresh
+
+
+def test_wait_until_fresh_tells_rows_that_were_given_up_from_rows_that_are_done(
+    notes: Connection, api: FakeApi, connect: Connect
+) -> None:
+    """It said that a table of which a row had failed was fresh."""
+    api.behave(faults=[{"status": 400, "match": "poison", "times": "forever"}])
+    notes.execute("INSERT INTO notes VALUES (1, 'good'), (2, 'poison')")
+    fresh = "SELECT autoembed.wait_until_fresh('notes', 20) AS fresh"
+    with running_lanes(notes, connect), warnings_of(notes) as heard:
+        assert not one(notes, fresh).fresh
+        assert len(heard) == 1 and "but 1 of its rows or scans failed" in heard[0]
+        notes.execute("UPDATE notes SET content = 'better' WHERE id = 2")
+        assert one(notes, fresh).fresh
+    assert len(heard) == 1
 
 
 # estimate and usage ------------------------------------------------------------------------------
