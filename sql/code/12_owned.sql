@@ -7,10 +7,11 @@ CREATE OR REPLACE FUNCTION autoembed._output_settings()
     SET search_path = pg_catalog, pg_temp
 AS $sql$
     SELECT $$SET TimeZone = 'UTC' SET DateStyle = 'ISO, YMD' SET IntervalStyle = 'postgres' $$
-        || $$SET extra_float_digits = 1 SET bytea_output = 'hex'$$;
+        || $$SET extra_float_digits = 1 SET bytea_output = 'hex' SET standard_conforming_strings = on$$;
 $sql$;
 COMMENT ON FUNCTION autoembed._output_settings IS
-    'The settings under which texts and keys are written, so that they do not depend on the session.';
+    'The settings under which texts and keys are written and conditions are read, so that they do not depend on the '
+    'session.';
 
 CREATE OR REPLACE FUNCTION autoembed._plan(pipeline_id integer, OUT problem text, OUT errcode text)
     LANGUAGE plpython3u

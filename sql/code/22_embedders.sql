@@ -155,7 +155,7 @@ BEGIN
 EXCEPTION WHEN query_canceled THEN
     GET STACKED DIAGNOSTICS _context = PG_EXCEPTION_CONTEXT;
     -- A cancel that the function raises is an error of that function. A real one goes on.
-    IF _context !~ '^PL/pgSQL function ("([^"]|"")*"|[^"\n])* line [0-9]+ at RAISE(\n|$)' THEN
+    IF _context !~ E'^PL/pgSQL function ("([^"]|"")*"|[^"\n])* line [0-9]+ at RAISE(\n|$)' THEN
         RAISE;
     END IF;
     RAISE EXCEPTION USING ERRCODE = 'external_routine_exception', MESSAGE = SQLERRM;

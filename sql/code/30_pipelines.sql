@@ -124,18 +124,18 @@ AS $plpgsql$
 BEGIN
     RETURN QUERY
     SELECT CASE
-               WHEN t.part[1] IN ('{{', '}}', '\\') THEN left(t.part[1], 1)
-               WHEN t.part[1] = '\n' THEN E'\n'
+               WHEN t.part[1] IN ('{{', '}}', E'\\\\') THEN left(t.part[1], 1)
+               WHEN t.part[1] = E'\\n' THEN E'\n'
                WHEN t.part[2] IS NULL THEN t.part[1]
            END,
            replace(t.part[2], '""', '"')
-    FROM regexp_matches(template, '(\{\{|\}\}|\\\\|\\n|\{([^{}]+)\}|[^{}\\]+|.)', 'g')
+    FROM regexp_matches(template, E'([{][{]|[}][}]|\\\\\\\\|\\\\n|[{]([^{}]+)[}]|[^{}\\\\]+|.)', 'g')
         WITH ORDINALITY AS t(part, position)
     ORDER BY t.position;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._template IS
-    'The parts of a template in order: literal text, or a column. {{ and }} are braces, \n is a line break, \\ a '
+    E'The parts of a template in order: literal text, or a column. {{ and }} are braces, \\n is a line break, \\\\ a '
     'backslash.';
 
 CREATE OR REPLACE FUNCTION autoembed._columns_of(pipeline autoembed.pipeline)
@@ -174,6 +174,7 @@ CREATE OR REPLACE FUNCTION autoembed._missing_object(pipeline autoembed.pipeline
     LANGUAGE plpgsql
     STABLE
     SET search_path = pg_catalog, pg_temp
+    SET quote_all_identifiers = off
 AS $plpgsql$
 BEGIN
     RETURN (
@@ -250,14 +251,16 @@ BEGIN
     INTO _columns
     FROM unnest(autoembed._columns_of(pipeline)) WITH ORDINALITY AS c(name, position);
     IF pipeline.content_columns IS NOT NULL THEN
-        _text := format('pg_catalog.concat_ws(%L, %s)', E'\n\n', _columns);
+        -- A function takes up to a hundred arguments, and an array any number.
+        _text := format('pg_catalog.concat_ws(%L, VARIADIC ARRAY[%s])', E'\n\n', _columns);
     ELSIF pipeline.content_template IS NOT NULL THEN
         SELECT format(
-            'CASE WHEN pg_catalog.num_nonnulls(%s) OPERATOR(pg_catalog.>) 0 THEN pg_catalog.concat(%s) END',
+            'CASE WHEN pg_catalog.num_nonnulls(VARIADIC ARRAY[%s]) OPERATOR(pg_catalog.>) 0 '
+            'THEN pg_catalog.concat(VARIADIC ARRAY[%s]) END',
             _columns,
             string_agg(CASE
                 WHEN t.column_name IS NULL THEN quote_literal(t.literal)
-                ELSE format('%s.%I', alias, t.column_name)
+                ELSE format('pg_catalog.concat(%s.%I)', alias, t.column_name)
             END, ', ')
         )
         INTO _text

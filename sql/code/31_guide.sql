@@ -80,7 +80,7 @@ CREATE OR REPLACE FUNCTION autoembed._arguments(trigger pg_trigger)
 AS $sql$
     -- tgargs: each argument ends with a zero byte, which the escape format shows as \000.
     SELECT array_agg(convert_from(decode(a.argument, 'escape'), getdatabaseencoding()) ORDER BY a.position)
-    FROM string_to_table(encode(trigger.tgargs, 'escape'), '\000') WITH ORDINALITY AS a(argument, position)
+    FROM string_to_table(encode(trigger.tgargs, 'escape'), E'\\000') WITH ORDINALITY AS a(argument, position)
     WHERE a.position <= trigger.tgnargs;
 $sql$;
 COMMENT ON FUNCTION autoembed._arguments IS 'The arguments of a trigger.';

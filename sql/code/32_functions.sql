@@ -44,7 +44,7 @@ CREATE OR REPLACE FUNCTION autoembed._create_function(template_name text, slots 
 AS $plpgsql$
 DECLARE
     _template text[] := string_to_array(autoembed._function_template(template_name), '$body$');
-    _name text := autoembed._filled(substring(_template[1] FROM 'FUNCTION autoembed\.([^(]+)'), slots);
+    _name text := autoembed._filled(substring(_template[1] FROM 'FUNCTION autoembed[.]([^(]+)'), slots);
     _function regprocedure;
     _role text;
 BEGIN
@@ -114,6 +114,8 @@ CREATE OR REPLACE FUNCTION autoembed._slots(pipeline autoembed.pipeline)
     LANGUAGE plpgsql
     STABLE
     SET search_path = pg_catalog, pg_temp
+    SET quote_all_identifiers = off
+    SET standard_conforming_strings = on
 AS $plpgsql$
 DECLARE
     _table jsonb;
@@ -150,10 +152,10 @@ BEGIN
             WHEN bool_and(k.greater IN ('OPERATOR(pg_catalog.>)', '>')) THEN
                 format('ROW(%s) OPERATOR(pg_catalog.>) ROW(%s)',
                        string_agg(format('t.%I', k.name), ', ' ORDER BY k.number),
-                       string_agg('s.k' || k.number, ', ' ORDER BY k.number))
+                       string_agg(k.last, ', ' ORDER BY k.number))
             ELSE
                 string_agg(
-                    format('%st.%I %s s.k%s', k.equal_before, k.name, k.greater, k.number),
+                    format('%st.%I %s %s', k.equal_before, k.name, k.greater, k.last),
                     ' OR ' ORDER BY k.number
                 )
         END,
@@ -167,11 +169,14 @@ BEGIN
     INTO STRICT _key
     FROM (
         SELECT p.*,
-               string_agg(format('t.%I %s s.k%s AND ', p.name, p.equal, p.number), '')
+               string_agg(format('t.%I %s %s AND ', p.name, p.equal, p.last), '')
                    OVER (ORDER BY p.number ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS equal_before
         FROM (
             SELECT n.name, n.number,
                    format_type(a.atttypid, a.atttypmod) AS type,
+                   -- The condition of a scan names columns without their table. Beside them stands nothing else.
+                   format('($1::pg_catalog.jsonb ->> %s)::%s', n.number - 1, format_type(a.atttypid, a.atttypmod))
+                       AS last,
                    autoembed._operator(pipeline.table_id, n.name, 3) AS equal,
                    autoembed._operator(pipeline.table_id, n.name, 5) AS greater,
                    y.typtype = 'e' OR coalesce(nullif(y.typbasetype, 0), y.oid) IN (

@@ -5,6 +5,8 @@ CREATE OR REPLACE FUNCTION autoembed._table_shape(pipeline autoembed.pipeline)
     LANGUAGE sql
     STABLE
     SET search_path = pg_catalog, pg_temp
+    SET quote_all_identifiers = off
+    SET standard_conforming_strings = on
 AS $sql$
     SELECT jsonb_build_object(
         'columns', (SELECT jsonb_object_agg(a.attnum, a.attname) FROM pg_attribute AS a
@@ -247,7 +249,7 @@ BEGIN
                     CASE
                         WHEN t.column_name IS NOT NULL THEN
                             format('{%s}', coalesce(_renames ->> t.column_name, t.column_name))
-                        WHEN t.literal IN ('{', '}', '\') THEN t.literal || t.literal
+                        WHEN t.literal IN ('{', '}', E'\\') THEN t.literal || t.literal
                         ELSE t.literal
                     END, '')
                 FROM autoembed._template(_pipeline.content_template) AS t

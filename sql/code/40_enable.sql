@@ -5,6 +5,7 @@ CREATE OR REPLACE FUNCTION autoembed._owned_pipelines(table_name regclass, embed
     LANGUAGE plpgsql
     STABLE
     SET search_path = pg_catalog, pg_temp
+    SET row_security = on
 AS $plpgsql$
 BEGIN
     RETURN QUERY
@@ -94,12 +95,12 @@ BEGIN
             HINT = 'For example: content_columns => ''{title,content}''.';
     ELSIF content_template IS NOT NULL AND (
         NOT EXISTS (SELECT FROM autoembed._template(content_template) AS t WHERE t.column_name IS NOT NULL)
-        OR regexp_replace(content_template, '\{\{|\}\}|\{[^{}]+\}', '', 'g') ~ '[{}]'
+        OR regexp_replace(content_template, '[{][{]|[}][}]|[{][^{}]+[}]', '', 'g') ~ '[{}]'
     ) THEN
         RAISE EXCEPTION USING
             ERRCODE = 'invalid_parameter_value',
             MESSAGE = format('content_template %L names no column or has an unmatched brace', content_template),
-            HINT = 'For example: content_template => ''# {title}\n\n{content}''. Write {{ and }} for plain braces.';
+            HINT = E'For example: content_template => ''# {title}\\n\\n{content}''. Write {{ and }} for plain braces.';
     END IF;
 END;
 $plpgsql$;
@@ -131,6 +132,8 @@ CREATE OR REPLACE FUNCTION autoembed._read_condition(
 )
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
+    SET quote_all_identifiers = off
+    SET standard_conforming_strings = on
     SET client_min_messages = warning
 AS $plpgsql$
 DECLARE
@@ -187,6 +190,14 @@ BEGIN
     WHERE k.conrelid = 'pg_temp.autoembed_condition'::regclass AND k.conname = 'condition';
     DROP TABLE pg_temp.autoembed_condition;
 EXCEPTION WHEN syntax_error_or_access_rule_violation OR feature_not_supported OR data_exception THEN
+    IF NOT has_database_privilege(current_database(), 'TEMPORARY') THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'insufficient_privilege',
+            MESSAGE = format('role %s may not create temporary tables, in one of which a condition is read',
+                             quote_ident(current_user)),
+            HINT = format('GRANT TEMPORARY ON DATABASE %I TO %I, at least until the condition is read.',
+                          current_database(), current_user);
+    END IF;
     RAISE EXCEPTION USING
         ERRCODE = SQLSTATE,
         MESSAGE = format('condition %s is not valid for table %s: %s', condition, table_name, SQLERRM),
@@ -215,6 +226,7 @@ CREATE OR REPLACE FUNCTION autoembed.enable(
     RETURNS void
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
+    SET row_security = on
 AS $plpgsql$
 DECLARE
     _table pg_class;
@@ -341,6 +353,7 @@ CREATE OR REPLACE FUNCTION autoembed.alter_pipeline(
     RETURNS void
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
+    SET row_security = on
 AS $plpgsql$
 DECLARE
     _pipeline autoembed.pipeline := autoembed._owned_pipeline(table_name, embedding_column);
@@ -394,6 +407,7 @@ CREATE OR REPLACE FUNCTION autoembed.disable(
     RETURNS void
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
+    SET row_security = on
 AS $plpgsql$
 DECLARE
     _pipeline autoembed.pipeline;
@@ -414,6 +428,7 @@ CREATE OR REPLACE FUNCTION autoembed._set_paused(table_name regclass, embedding_
     RETURNS void
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
+    SET row_security = on
 AS $plpgsql$
 DECLARE
     _pipeline autoembed.pipeline;
@@ -454,6 +469,7 @@ CREATE OR REPLACE FUNCTION autoembed.resync(table_name regclass, embedding_colum
     RETURNS void
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
+    SET row_security = on
 AS $plpgsql$
 DECLARE
     _pipeline autoembed.pipeline;
@@ -494,6 +510,7 @@ CREATE OR REPLACE FUNCTION autoembed._look_through(pipeline autoembed.pipeline, 
     RETURNS void
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
+    SET row_security = on
 AS $plpgsql$
 BEGIN
     -- A backfill in progress is widened, not replaced: to all rows, unless both have the same condition.

@@ -31,9 +31,9 @@ AS $sql$
     -- Builds run one at a time: each may wait long for old snapshots, and a lane that begins again must find a place.
     SELECT NOT EXISTS (
                SELECT FROM cron.job AS j
-               WHERE j.jobname ~ '^autoembed-index-\d+$' AND j.jobname <> 'autoembed-index-' || pipeline_id
+               WHERE j.jobname ~ '^autoembed-index-[0-9]+$' AND j.jobname <> 'autoembed-index-' || pipeline_id
            )
-           AND (SELECT count(*) FROM cron.job AS j WHERE j.active AND j.jobname ~ '^autoembed-(lane|backfill)-\d+$')
+           AND (SELECT count(*) FROM cron.job AS j WHERE j.active AND j.jobname ~ '^autoembed-(lane|backfill)-[0-9]+$')
                < autoembed._cron_places();
 $sql$;
 COMMENT ON FUNCTION autoembed._index_may_be_built IS
@@ -67,8 +67,8 @@ AS $plpgsql$
 BEGIN
     UPDATE autoembed.lane SET stop = true;
     -- No lane would watch the builds of indexes. The next lane starts them again.
-    PERFORM autoembed._unschedule('(backfill|index)-\d+');
-    RETURN autoembed._unschedule('lane-\d+');
+    PERFORM autoembed._unschedule('(backfill|index)-[0-9]+');
+    RETURN autoembed._unschedule('lane-[0-9]+');
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.unschedule IS
@@ -131,10 +131,10 @@ BEGIN
     -- Without an argument, the lanes keep the role that was chosen for them before.
     _role := coalesce(_role, (
         SELECT j.username FROM cron.job AS j
-        WHERE j.jobname ~ '^autoembed-(lane|backfill)-\d+$' AND j.database = current_database()
+        WHERE j.jobname ~ '^autoembed-(lane|backfill)-[0-9]+$' AND j.database = current_database()
         LIMIT 1
     ), current_user);
-    PERFORM autoembed._unschedule('(lane|backfill)-\d+');
+    PERFORM autoembed._unschedule('(lane|backfill)-[0-9]+');
     PERFORM cron.schedule_in_database(
         'autoembed-lane-' || n, '1 second', 'CALL autoembed.work()', current_database(), _role
     )
@@ -191,7 +191,7 @@ BEGIN
         )
         INTO scheduled, last_message
         FROM cron.job AS j
-        WHERE j.active AND j.database = current_database() AND j.command ~ 'autoembed\.work';
+        WHERE j.active AND j.database = current_database() AND j.command ~ 'autoembed[.]work';
     END IF;
 END;
 $plpgsql$;
@@ -229,7 +229,7 @@ AS $plpgsql$
 BEGIN
     SELECT j.schedule <> '0 0 1 1 *', (
         -- A build that ended with an error is not tried again. One that ended with a restart, or found no process, is.
-        SELECT substring(d.return_message FROM '^ERROR:\s*([^\n]*)')
+        SELECT substring(d.return_message FROM E'^ERROR:[[:space:]]*([^\n]*)')
         FROM cron.job_run_details AS d
         WHERE d.jobid = j.jobid AND d.status = 'failed' AND d.return_message LIKE 'ERROR%'
         LIMIT 1
@@ -283,7 +283,7 @@ DECLARE
 BEGIN
     -- Only a superuser can drop this extension. A direct DROP EXTENSION names the extension that it drops.
     IF NOT (SELECT r.rolsuper FROM pg_roles AS r WHERE r.rolname = current_user)
-       OR current_query() ~* '^\s*DROP\s+EXTENSION'
+       OR current_query() ~* '^[[:space:]]*DROP[[:space:]]+EXTENSION'
           AND current_query() !~* '(autoembed|pgmq|vector|plpython3u|pg_cron)' THEN
         RETURN;
     END IF;
@@ -292,7 +292,7 @@ BEGIN
     IF autoembed._cron_is_here() THEN
         WITH taken AS (
             DELETE FROM cron.job AS j
-            WHERE j.jobname ~ '^autoembed-(lane|backfill|index)-\d+$' AND j.database = current_database()
+            WHERE j.jobname ~ '^autoembed-(lane|backfill|index)-[0-9]+$' AND j.database = current_database()
             RETURNING j.*
         )
         SELECT jsonb_agg(to_jsonb(t)) INTO _jobs FROM taken AS t;

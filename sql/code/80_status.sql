@@ -126,7 +126,7 @@ LEFT JOIN LATERAL (
 LEFT JOIN autoembed.pipeline AS p ON p.id::text = h.pipeline
 LEFT JOIN autoembed.backfill AS b ON b.pipeline_id = p.id AND l.backfill
 WHERE autoembed._lane_lives(l.pid, l.backend_start) AND (p.id IS NULL OR autoembed._may_see(p.table_id));
-COMMENT ON VIEW autoembed.progress IS 'Present work of each lane, one row a table, for \watch.';
+COMMENT ON VIEW autoembed.progress IS E'Present work of each lane, one row a table, for \\watch.';
 COMMENT ON COLUMN autoembed.progress.pid IS 'Process of the lane, as in pg_stat_activity.';
 COMMENT ON COLUMN autoembed.progress.table_name IS 'Table whose rows the lane has claimed.';
 COMMENT ON COLUMN autoembed.progress.embedding_column IS 'Column that holds the embeddings.';

@@ -10,6 +10,7 @@ CREATE OR REPLACE FUNCTION autoembed.preview(table_name regclass, key text, embe
     SET IntervalStyle = 'postgres'
     SET extra_float_digits = 1
     SET bytea_output = 'hex'
+    SET standard_conforming_strings = on
 AS $plpgsql$
 DECLARE
     _pipeline autoembed.pipeline := autoembed._owned_pipeline(table_name, embedding_column);
@@ -18,7 +19,7 @@ DECLARE
     _row jsonb;
 BEGIN
     -- A key of one column may be given as its value; a longer one is a JSON array.
-    IF cardinality(_pipeline.key_columns) = 1 AND key !~ '^\s*\[' THEN
+    IF cardinality(_pipeline.key_columns) = 1 AND key !~ '^[[:space:]]*[[]' THEN
         _key := jsonb_build_array(key);
     ELSIF pg_input_is_valid(key, 'jsonb') THEN
         _key := key::jsonb;
@@ -113,6 +114,7 @@ CREATE OR REPLACE FUNCTION autoembed.estimate(
 )
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
+    SET standard_conforming_strings = on
 AS $plpgsql$
 DECLARE
     _pipeline autoembed.pipeline;
@@ -148,7 +150,7 @@ BEGIN
         autoembed._content_expression(_pipeline, 't'), table_name,
         CASE WHEN _percent < 100 THEN format('TABLESAMPLE SYSTEM (%s)', _percent) END
     ));
-    SELECT count(*), array_agg(s.content) FILTER (WHERE s.content ~ '\S')
+    SELECT count(*), array_agg(s.content) FILTER (WHERE s.content ~ '[^[:space:]]')
     INTO _sample, _texts
     FROM jsonb_to_recordset(_answer) AS s(content text);
     SELECT e.* INTO _found FROM autoembed._estimate_texts(coalesce(_texts, '{}'), _pipeline.model) AS e;

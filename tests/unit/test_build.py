@@ -181,3 +181,32 @@ def test_lines_of_sql_have_at_most_120_columns() -> None:
     ]
 
     assert long == []
+
+
+# Comments, Python, escape strings, and, to be looked at, all other strings.
+STRINGS = re.compile(
+    r"--[^\n]*|\$(?P<tag>\w*python\w*)\$.*?\$(?P=tag)\$|[Ee]'(?:[^'\\]|\\.|'')*'|(?P<string>'(?:[^']|'')*')", re.DOTALL
+)
+
+
+def strings_with_backslashes(source: str) -> list[str]:
+    return [found["string"] for found in STRINGS.finditer(source) if "\\" in (found["string"] or "")]
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [(r"SELECT 'a\d'", [r"'a\d'"]), (r"SELECT E'a\\d', 'it''s' -- a '\'", []), (r"'x' || E'\'' || '\'", [r"'\'"])],
+)
+def test_a_backslash_in_an_ordinary_string_is_found(source: str, found: list[str]) -> None:
+    assert strings_with_backslashes(source) == found
+
+
+def test_no_string_depends_on_standard_conforming_strings() -> None:
+    """In a session that has it off, a backslash in an ordinary string is an escape."""
+    found = {
+        str(path.relative_to(build.ROOT)): strings
+        for path in (build.ROOT / "sql").rglob("*.sql")
+        if (strings := strings_with_backslashes(path.read_text()))
+    }
+
+    assert found == {}
