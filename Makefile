@@ -2,6 +2,9 @@
 .DEFAULT_GOAL := help
 .PHONY: help image demo test chaos bench lint build install lock clean
 PYTHON ?= python3
+MAJORS := $(shell awk '/^[0-9]/ { print $$1 }' docker/majors)
+PG ?= $(firstword $(MAJORS))
+IMAGE = autoembed:$(PG)
 VERSION = $(shell sed -n "s/^default_version = '\(.*\)'/\1/p" extension/autoembed.control)
 PYTHON_SOURCES = $(wildcard plpy_src build.py docker/make_model.py tests bench)
 WORK = "autoembed.work(run_seconds double precision,batch_size integer,max_requests integer,timeout_milliseconds integer,backfill boolean)"
@@ -10,18 +13,19 @@ SHELL_SCRIPTS = $(wildcard .ci/run docker/*.sh docker/*/*.sh demo/*.sh)
 help: ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
-image: ## build the image autoembed, with what it takes: a Docker engine, a base image (or name one: BASE_IMAGE=)
+image: ## build the image autoembed:18, or of another major (PG=17), with what it takes: a Docker engine, a base image (or name one: BASE_IMAGE=)
 	@docker/engine.sh
-	base=$${BASE_IMAGE:-$$(docker/base.sh)} && docker build -f Dockerfile.postgres --build-arg BASE_IMAGE=$$base --build-arg VERSION=$(VERSION) -t autoembed .
+	base=$${BASE_IMAGE:-$$(docker/base.sh $(PG))} && docker build -f Dockerfile.postgres --build-arg BASE_IMAGE=$$base --build-arg VERSION=$(VERSION) -t $(IMAGE) .
+	$(if $(filter $(firstword $(MAJORS)),$(PG)),docker tag $(IMAGE) autoembed)
 
 demo: image ## build the image, start it, and watch it embed and search real text
 	demo/run.sh
 
-test: lint image ## run every check and test
-	TESTCONTAINERS_RYUK_DISABLED=true TESTCONTAINERS_CONNECTION_MODE=docker_host TESTCONTAINERS_HOST_OVERRIDE=127.0.0.1 .venv/bin/pytest
+test: lint image ## run every check and test, on a major (PG=17), or some of the tests (TESTS=)
+	AUTOEMBED_TEST_IMAGE=$(IMAGE) TESTCONTAINERS_RYUK_DISABLED=true TESTCONTAINERS_CONNECTION_MODE=docker_host TESTCONTAINERS_HOST_OVERRIDE=127.0.0.1 .venv/bin/pytest $(TESTS)
 
 chaos: image .venv/stamp ## random work, kills and faults for MINUTES=10, then what it did and whether a promise broke
-	TESTCONTAINERS_RYUK_DISABLED=true .venv/bin/pytest -s tests/extension/test_chaos.py --chaos-minutes=$(or $(MINUTES),10)
+	AUTOEMBED_TEST_IMAGE=$(IMAGE) TESTCONTAINERS_RYUK_DISABLED=true .venv/bin/pytest -s tests/extension/test_chaos.py --chaos-minutes=$(or $(MINUTES),10)
 
 bench: image .bench/stamp ## measure us and our rivals side by side, into docs/bench (ROWS=2000 RUNS=3)
 	.bench/venv/bin/python -m bench --rows $(or $(ROWS),2000) --runs $(or $(RUNS),3)
@@ -48,7 +52,8 @@ lock: ## choose the tests' packages anew: requirements-dev.txt from requirements
 
 clean: ## remove the demo's container, our images and .venv
 	docker rm --force --volumes autoembed-demo
-	-docker rmi autoembed autoembed-base:17-trixie autoembed-base:rootfs && docker image prune --force --filter label=autoembed
+	-docker rmi $$(docker images --quiet --filter reference=autoembed --filter reference=autoembed-base | sort -u) --force
+	docker image prune --force --filter label=autoembed
 	rm -rf .venv .bench
 
 # Debian's own Python keeps venv in a package apart.

@@ -1,10 +1,26 @@
 #!/usr/bin/env bash
-# Prints the name of the image to build on: the official one, or where no registry gives it, a stand-in from Debian's archive.
+# Prints the name of the image to build on, for one major of PostgreSQL: the official one, or where no registry gives it,
+# a stand-in from Debian's archive. Usage: base.sh MAJOR.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-official=postgres:17-trixie
-standin=autoembed-base:17-trixie
+major=${1:?the major of PostgreSQL}
+suite=$(awk -v major="$major" '$1 == major { print $2 }' majors)
+if [[ -z $suite ]]; then
+    echo "PostgreSQL $major is not among the majors of docker/majors: $(awk '/^[0-9]/ { print $1 }' majors | xargs)." >&2
+    exit 1
+fi
+official=postgres:$major-trixie
+standin=autoembed-base:$major-$suite
+root=autoembed-base:rootfs-$major
+
+# The official images have had another volume since PostgreSQL 18.
+volume=/var/lib/postgresql
+data=$volume/$major/docker
+if ((major < 18)); then
+    volume=/var/lib/postgresql/data
+    data=$volume
+fi
 
 # The machine's own certificate authorities go into the stand-in, so that pip works during the build.
 shopt -s nullglob
@@ -18,13 +34,15 @@ is_here() { docker image inspect "$1" > /dev/null 2>&1; }
 build_standin() {
     # setsid, because mmdebstrap ends its whole process group when it fails.
     # shellcheck disable=SC2016 # mmdebstrap's own shell expands $1, the root filesystem.
-    setsid --wait mmdebstrap --quiet --variant=minbase --include=ca-certificates,gosu,less,locales,postgresql-17 \
+    setsid --wait mmdebstrap --quiet --variant=minbase --include="ca-certificates,gosu,less,locales,postgresql-$major" \
+        --aptopt='Acquire::Check-Valid-Until "false"' \
         --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/doc/*' \
         --dpkgopt='path-include=/usr/share/doc/*/copyright' \
         --essential-hook='mkdir "$1/etc/postgresql-common"' \
         --essential-hook='echo "create_main_cluster = false" > "$1/etc/postgresql-common/createcluster.conf"' \
-        "${hooks[@]}" trixie | docker import - autoembed-base:rootfs
-    docker build --quiet --label "autoembed=$recipe" --tag "$standin" standin
+        "${hooks[@]}" "$suite" | docker import - "$root"
+    docker build --quiet --label "autoembed=$recipe" --tag "$standin" --build-arg ROOT="$root" \
+        --build-arg PG_MAJOR="$major" --build-arg PGDATA="$data" --build-arg VOLUME="$volume" standin
 }
 
 if is_here "$official"; then

@@ -19,9 +19,17 @@ from_file() {
     unset "$file_name"
 }
 
+# The images of PostgreSQL 18 and later keep their data in another place. A volume in the old one would not hold them.
+check_volume() {
+    if [[ $PGDATA != /var/lib/postgresql/data* ]] && grep -q ' /var/lib/postgresql/data ' /proc/self/mountinfo; then
+        fail "a volume is mounted at /var/lib/postgresql/data, but PostgreSQL $PG_MAJOR has its at /var/lib/postgresql."
+    fi
+}
+
 make_directories() {
     mkdir -p "$PGDATA" /var/run/postgresql
-    chmod 700 "$PGDATA"
+    # A user who does not own the directory may still be able to use it.
+    chmod 700 "$PGDATA" || true
     if [[ $(id -u) == 0 ]]; then
         find "$PGDATA" /var/run/postgresql \! -user postgres -exec chown postgres {} +
     fi
@@ -68,6 +76,7 @@ from_file POSTGRES_USER postgres
 from_file POSTGRES_DB "$POSTGRES_USER"
 from_file POSTGRES_INITDB_ARGS
 : "${POSTGRES_HOST_AUTH_METHOD:=}"
+check_volume
 make_directories
 if [[ $(id -u) == 0 ]]; then exec gosu postgres "$0" "$@"; fi
 if [[ ! -s $PGDATA/PG_VERSION ]]; then

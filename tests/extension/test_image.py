@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import psycopg
 import pytest
 from testcontainers.core.container import DockerContainer
+from testcontainers.core.docker_client import DockerClient
 
 from harness import FAKE_API_PORT, GUIDE_TRIGGERS, HOST, IMAGE, PASSWORD, Connection, Server, is_settled, waiting
 from waiting import wait_until
@@ -77,8 +80,12 @@ def odd() -> Iterator[Server]:
 
 
 def is_up(server: Server) -> bool:
+    return answers(server, DATABASE, USER)
+
+
+def answers(server: Server, dbname: str = "postgres", user: str = "postgres") -> bool:
     try:
-        connect(server).close()
+        server.connect(dbname, user=user).close()
     except psycopg.OperationalError:
         return False
     return True
@@ -139,7 +146,12 @@ def test_a_quiet_start_says_nothing_of_an_error(odd: Server) -> None:
     ]
 
     # Of the server itself, while nobody may connect yet or the entrypoint restarts it, and of initdb about trust.
-    known = ("the database system is", "terminating connection due to administrator command", "trust")
+    known = (
+        "the database system is",
+        "terminating connection due to administrator command",
+        'terminating background worker "pg_cron launcher" due to administrator command',
+        "trust",
+    )
     assert [line for line in said if not any(part in line for part in known)] == []
     assert "Traceback" not in log(odd)
 
@@ -207,3 +219,50 @@ def test_a_number_of_lanes_that_is_none_stops_the_first_start() -> None:
 
         assert wrapped.wait(timeout=60)["StatusCode"] != 0
         assert "AUTOEMBED_LANES is 'two' but must be a whole number" in wrapped.logs().decode()
+
+
+@pytest.fixture
+def volume() -> Iterator[str]:
+    name = f"autoembed_{uuid.uuid4().hex}"
+    yield name
+    DockerClient().client.volumes.get(name).remove()
+
+
+def started(volume: str, place: str) -> DockerContainer:
+    container = DockerContainer(IMAGE).with_env("POSTGRES_PASSWORD", PASSWORD).with_env("AUTOEMBED_LANES", "0")
+    published: dict[str, Any] = {"5432/tcp": (HOST, None)}
+    container.ports = published
+    return container.with_volume_mapping(volume, place, "rw")
+
+
+def place_of_the_volume() -> str:
+    (place,) = DockerClient().client.images.get(IMAGE).attrs["Config"]["Volumes"]
+    return str(place)
+
+
+def major() -> int:
+    environment = DockerClient().client.images.get(IMAGE).attrs["Config"]["Env"]
+    return int(dict(entry.split("=", 1) for entry in environment)["PG_MAJOR"])
+
+
+def test_data_in_the_documented_volume_outlive_the_container(volume: str) -> None:
+    # Both are in README.md and compose.yaml.
+    place = "/var/lib/postgresql" if major() >= 18 else "/var/lib/postgresql/data"
+    assert place_of_the_volume() == place
+    for statement in ("CREATE TABLE kept (a int)", "INSERT INTO kept VALUES (1)"):
+        with started(volume, place) as container:
+            server = Server(container, int(container.get_exposed_port(5432)))
+            wait_until(partial(answers, server), 60)
+            with server.connect() as db:
+                db.execute(statement)
+
+
+def test_a_volume_at_the_place_of_another_major_is_refused_where_it_would_hold_no_data(volume: str) -> None:
+    with started(volume, "/var/lib/postgresql/data") as container:
+        if major() < 18:
+            server = Server(container, int(container.get_exposed_port(5432)))
+            wait_until(partial(answers, server), 60)
+        else:
+            wrapped = container.get_wrapped_container()
+            assert wrapped.wait(timeout=60)["StatusCode"] != 0
+            assert "/var/lib/postgresql/data" in wrapped.logs().decode()
