@@ -1,0 +1,121 @@
+"""What the triggers of a table do to a write: queue its rows, clear vectors, and refuse nothing."""
+
+from __future__ import annotations
+
+import psycopg
+import pytest
+
+from extension.pipelines.documents import COLUMNS, FORMS, embed, enable, queued, vectors
+from harness import Connection, waiting
+
+
+@pytest.mark.parametrize("form", ["two columns", "a template", "a function", "condition"])
+def test_clear_removes_the_vector_in_the_write_that_changes_the_text_and_keep_does_not(
+    db: Connection, form: str
+) -> None:
+    arguments = {
+        **{name: value[0] for name, value in FORMS.items()},
+        "condition": f"{COLUMNS}, condition => 'published'",
+    }
+    enable(db, f"{arguments[form]}, on_change => 'clear'")
+    enable(db, f"'kept', {arguments[form]}, on_change => 'keep'")
+    embed(db)
+
+    db.execute("UPDATE documents SET content = 'new' WHERE id = 1; UPDATE documents SET note = 'seen'")
+    db.execute("UPDATE documents SET content = content, title = title")
+    assert vectors(db) == {1: False, 2: True, 3: True}
+    assert vectors(db, "kept") == {1: True, 2: True, 3: True}
+
+    db.execute("SELECT autoembed.alter_pipeline('documents', 'embedding', on_change => 'keep')")
+    db.execute("SELECT autoembed.alter_pipeline('documents', 'kept', on_change => 'clear')")
+    db.execute("UPDATE documents SET content = 'newer' WHERE id = 2")
+    assert vectors(db) == {1: False, 2: True, 3: True}
+    assert vectors(db, "kept") == {1: True, 2: False, 3: True}
+    embed(db)
+    assert set(vectors(db).values()) == set(vectors(db, "kept").values()) == {True}
+
+
+@pytest.mark.parametrize(
+    "form", ["content_function => 'about'", "content_columns => '{title}', condition => 'length(about) > 0'"]
+)
+def test_clear_never_takes_away_the_vector_that_is_being_written(db: Connection, form: str) -> None:
+    """A trigger before the write does not see generated columns; one that compares without them clears every write."""
+    db.execute("ALTER TABLE documents ADD about text GENERATED ALWAYS AS ('about ' || title) STORED")
+    db.execute("CREATE FUNCTION about(d documents) RETURNS text LANGUAGE sql AS 'SELECT d.about'")
+    try:
+        with db.transaction():
+            enable(db, f"{form}, on_change => 'clear'")
+    except psycopg.errors.FeatureNotSupported as error:
+        assert "keep" in (error.diag.message_hint or "")
+        enable(db, form)
+    embed(db)
+    assert set(vectors(db).values()) == {True}
+    db.execute("UPDATE documents SET note = 'seen'")
+    assert set(vectors(db).values()) == {True}
+
+
+@pytest.mark.parametrize("arguments", [COLUMNS, "content_function => 'text_of', condition => 'published'"])
+def test_replicated_rows_are_captured_where_that_was_asked_for(db: Connection, arguments: str) -> None:
+    """The worker of a subscription applies rows in this mode."""
+    enable(db, f"{arguments}, replicated => true, on_change => 'clear'")
+    embed(db)
+    db.execute("SET LOCAL session_replication_role = replica")
+    db.execute("INSERT INTO documents VALUES (4, 'four', 'c4'); UPDATE documents SET content = 'new' WHERE id = 1")
+    db.execute("DELETE FROM documents WHERE id = 2; UPDATE documents SET note = 'seen'")
+
+    assert queued(db) == [[1], [2], [4]]
+    assert vectors(db) == {1: False, 3: True, 4: False}
+    embed(db)
+    db.execute("TRUNCATE documents")
+    assert waiting(db) == 1
+    db.execute("SELECT autoembed.alter_pipeline('documents', on_change => 'keep')")
+    db.execute("INSERT INTO documents VALUES (5, 'five', 'c5')")
+    assert queued(db) == [[5]]
+
+
+TROUBLES = {
+    "an exception": "RAISE 'no text'",
+    "an assertion": "ASSERT false, 'no text'",
+    "a cancel": "RAISE query_canceled",
+    "a shutdown": "RAISE admin_shutdown",
+    "a lack of memory": "RAISE out_of_memory",
+    "a code of nobody's": "RAISE 'no text' USING ERRCODE = 'ZZ999'",
+    "a division by zero": "PERFORM 1 / (length(t) - length(t))",
+    "a recursion without end": "PERFORM app.troubled(t)",
+    "a table that is not there": "PERFORM * FROM nowhere",
+    "a commit": "COMMIT",
+    "too many rows": "PERFORM (SELECT * FROM (VALUES (1), (2)) AS v)",
+    "a serialization failure": "RAISE serialization_failure",
+}
+
+
+@pytest.mark.parametrize(
+    "form", ["content_function => 'text_of'", "content_columns => '{title}', condition => 'troubled(content)'"]
+)
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_no_row_is_refused_whatever_its_owners_code_raises(db: Connection, form: str, trouble: str) -> None:
+    troubled = "CREATE OR REPLACE FUNCTION troubled(t text) RETURNS boolean LANGUAGE plpgsql AS $${}$$"
+    db.execute(troubled.format("BEGIN RETURN true; END"))
+    db.execute(
+        "CREATE OR REPLACE FUNCTION text_of(d documents) RETURNS text LANGUAGE sql AS"
+        " $$SELECT d.content WHERE app.troubled(d.content)$$"
+    )
+    enable(db, f"{form}, on_change => 'clear'")
+    enable(db, f"'kept', {form}, replicated => true")
+    embed(db)
+    db.execute(troubled.format(f"BEGIN IF t LIKE 'bad%' THEN {TROUBLES[trouble]}; END IF; RETURN true; END"))
+
+    db.execute("INSERT INTO documents VALUES (4, 'four', 'bad'), (5, 'five', 'good')")
+    db.execute("UPDATE documents SET content = 'bad' WHERE id = 1")
+    db.execute("UPDATE documents SET content = 'bad too' WHERE id = 4")
+    db.execute("UPDATE documents SET content = CASE id WHEN 4 THEN 'good' ELSE 'bad' END WHERE id > 3")
+    db.execute(
+        "INSERT INTO documents VALUES (1, '', 'bad 2') ON CONFLICT (id) DO UPDATE SET content = excluded.content"
+    )
+    with db.cursor() as cursor, cursor.copy("COPY documents (id, content) FROM STDIN") as copy:
+        copy.write("6\tbad\n7\tgood\n")
+    db.execute("DELETE FROM documents WHERE id = 5")
+
+    assert {key for [key] in queued(db)} >= {1, 4, 6, 7}
+    contents = dict(db.execute("SELECT id, content FROM documents").fetchall())
+    assert contents == {1: "bad 2", 2: "c2", 3: "c3", 4: "good", 6: "bad", 7: "good"}
