@@ -26,7 +26,7 @@ from autoembed.errors import (
 )
 from autoembed.limits import Charge, Limits, Permit
 from autoembed.model import Model, Share
-from autoembed.records import MAX_TEXT_BYTES, Backfill, Known, Message, Pipeline, Row, Written
+from autoembed.records import MAX_TEXT_BYTES, Backfill, Chunk, Known, Message, Pipeline, Row, Written, digest_of_chunks
 from autoembed.restricted import Run, available, restricted
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ CALLER_SECONDS = 3600.0
 CANCEL_REST_SECONDS = 60.0
 # A lane does not wait longer for a lock, in milliseconds.
 LOCK_TIMEOUT_MILLISECONDS = 500
+# The types of the arguments that describe chunks: counts, keys, numbers, starts, ends, digests.
+CHUNK_COLUMNS = ["pg_catalog.int4[]", "pg_catalog.text[]", *["pg_catalog.int4[]"] * 3, "pg_catalog.bytea[]"]
 
 _plans: dict[str, Any] = {}
 
@@ -228,6 +230,7 @@ class Database:
                 blocked=row["blocked"],
                 failures=row["failures"],
                 model=Model.from_row(json.loads(row["model"])),
+                is_beside=row["is_beside"],
             )
             for row in rows
         }
@@ -417,7 +420,7 @@ class Database:
                 ["pg_catalog.text[]", "pg_catalog.int8", "pg_catalog.int8"],
                 [list(keys), max_bytes, MAX_TEXT_BYTES],
             )
-        found = {row["key"]: Row(row["content"], row["vector_digest"], row["bytes"] or 0) for row in rows}
+        found = {row["key"]: _row(row) for row in rows}
         # A row without a key is the mark that rows are left.
         return found, found.pop(None, None) is None
 
@@ -466,21 +469,70 @@ class Database:
 
         Returns what became of each key. RowError if a row does not take its vector; then none was written.
         """
-        rows: Any = []
+        rows = self._write(pipeline, keys, contents, (), (), [None] * len(keys) if vectors is None else vectors)
+        return {row["key"]: Written(row["outcome"], row["vector_digest"]) for row in rows}
+
+    def write_chunks(
+        self,
+        pipeline: Pipeline,
+        keys: Sequence[str],
+        contents: Sequence[str | None],
+        chunks: Sequence[Sequence[Chunk]],
+        vectors: np.ndarray | None,
+    ) -> dict[str, Written]:
+        """The same where embeddings are beside the rows. vectors: those of the chunks that are not kept, in order.
+
+        A row without chunks loses its embeddings.
+        """
+        numbered = [
+            (key, number, chunk)
+            for key, of_key in zip(keys, chunks, strict=True)
+            for number, chunk in enumerate(of_key, 1)
+        ]
+        # The array of vectors ends where those begin that the row keeps.
+        numbered.sort(key=lambda one: one[2].is_kept)
+        columns: list[list[Any]] = [
+            [len(of_key) for of_key in chunks],
+            [key for key, _, _ in numbered],
+            [number for _, number, _ in numbered],
+            [chunk.start for _, _, chunk in numbered],
+            [chunk.end for _, _, chunk in numbered],
+            [chunk.digest for _, _, chunk in numbered],
+        ]
+        new: np.ndarray | list[None] = [] if vectors is None or not len(vectors) else vectors
+        rows = self._write(pipeline, keys, contents, CHUNK_COLUMNS, columns, new)
+        digests = {key: digest_of_chunks([one.digest for one in own]) for key, own in zip(keys, chunks, strict=True)}
+        return {row["key"]: Written(row["outcome"], digests[row["key"]]) for row in rows}
+
+    def _write(
+        self,
+        pipeline: Pipeline,
+        keys: Sequence[str],
+        contents: Sequence[str | None],
+        types: Sequence[str],
+        columns: Sequence[Sequence[Any]],
+        vectors: np.ndarray | list[None],
+    ) -> Any:
+        """Calls a pipeline's function that writes. types, columns: its arguments between the model and the vectors."""
         with row_errors():
-            stage = None if vectors is None else self._staged(pipeline, vectors)
+            stage = None if isinstance(vectors, list) else self._staged(pipeline, vectors)
         if stage is not None:
             embeddings, arguments = f"(SELECT pg_catalog.array_agg(s.v ORDER BY s.n) FROM {stage} AS s)", []
         else:
-            embeddings = f"$4::{pipeline.vector_type}[]"
-            arguments = [[None] * len(keys) if vectors is None else literals(vectors)]
+            embeddings = f"${len(types) + 4}::{pipeline.vector_type}[]"
+            arguments = [vectors if isinstance(vectors, list) else literals(vectors)]
+        placeholders = ", ".join(f"${number}" for number in range(1, len(types) + 4))
         with self._owners_code():
-            rows = self._run(
-                f"SELECT w.* FROM autoembed._write_{pipeline.id}($1, $2, $3, {embeddings}) AS w",
-                [*["pg_catalog.text[]"] * 2, "pg_catalog.text", *["pg_catalog.text[]"] * len(arguments)],
-                [list(keys), list(contents), pipeline.model.identity, *arguments],
+            return self._run(
+                f"SELECT w.* FROM autoembed._write_{pipeline.id}({placeholders}, {embeddings}) AS w",
+                [
+                    *["pg_catalog.text[]"] * 2,
+                    "pg_catalog.text",
+                    *types,
+                    *["pg_catalog.text[]"] * len(arguments),
+                ],
+                [list(keys), list(contents), pipeline.model.identity, *columns, *arguments],
             )
-        return {row["key"]: Written(row["outcome"], row["vector_digest"]) for row in rows}
 
     def _staged(self, pipeline: Pipeline, vectors: np.ndarray) -> str | None:
         """The temporary table that holds the vectors in their order; None if this role may not COPY from a file."""
@@ -617,6 +669,13 @@ def literals(vectors: np.ndarray) -> list[str]:
 
     rows = np.ascontiguousarray(vectors, dtype=np.float32)
     return [orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY).decode() for row in rows]
+
+
+def _row(row: dict[str, Any]) -> Row:
+    if "digests" not in row:
+        return Row(row["content"], row["vector_digest"], row["bytes"] or 0)
+    digests = row["digests"] or ()
+    return Row(row["content"], digest_of_chunks(digests), row["bytes"] or 0, digests)
 
 
 def _body(message: str | None) -> Any:

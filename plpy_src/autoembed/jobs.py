@@ -13,7 +13,7 @@ from autoembed.errors import RowError
 
 if TYPE_CHECKING:
     from autoembed.database import Database
-    from autoembed.records import Message, Pipeline, Row
+    from autoembed.records import Chunk, Message, Pipeline, Row
 
 # A row fails after this many attempts.
 MAX_ATTEMPTS = 5
@@ -111,7 +111,10 @@ RELEASED = Outcome(released=True)
 
 @dataclass(eq=False)
 class Job:
-    """One row to embed, as claimed by one or more messages."""
+    """One row to embed, as claimed by one or more messages.
+
+    chunks: those of the text, where embeddings are beside the rows. wanted: those that have no vector yet, by text.
+    """
 
     pipeline: Any  # Pipeline; None if it was dropped after the row was queued
     key: str
@@ -122,6 +125,8 @@ class Job:
     vector_digest: bytes | None = None
     truncated: bool = False
     outcome: Outcome | None = None
+    chunks: list[Chunk] = field(default_factory=list)
+    wanted: dict[str, list[Chunk]] = field(default_factory=dict)
 
     @property
     def content(self) -> str | None:
@@ -130,6 +135,11 @@ class Job:
     @property
     def has_embedding(self) -> bool:
         return self.row is not None and self.row.vector_digest is not None
+
+    @property
+    def vector_count(self) -> int:
+        """The number of vectors that are written for the row."""
+        return sum(not chunk.is_kept for chunk in self.chunks) if self.pipeline.is_beside else 1
 
 
 def open_jobs(

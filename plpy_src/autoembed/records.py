@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autoembed.model import Model
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # A lane reads no longer text, in bytes.
 MAX_TEXT_BYTES = 64 << 20
@@ -28,6 +33,7 @@ class Message:
 class Pipeline:
     """One embedding column of one table.
 
+    is_beside: the embeddings are in a table beside the rows, one for each chunk of a row's text.
     vector_type: the column's type with its schema. truncate: texts that are too long are cut instead of failed.
     owner: the OID of the table's owner. blocked: why the jobs must wait; None: they need not.
     failures: how often the provider of the model has failed in a row.
@@ -44,6 +50,7 @@ class Pipeline:
     blocked: str | None
     failures: int
     model: Model
+    is_beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,11 +73,13 @@ class Row:
     """A row as it is now: its text, the digest of its vector (None: it has no vector), and the size of the text.
 
     A text of more than MAX_TEXT_BYTES is not read: it is None then.
+    digests: those of the chunks that have an embedding beside the row.
     """
 
     content: str | None
     vector_digest: bytes | None
     size: int = 0
+    digests: Collection[bytes] = ()
 
 
 @dataclass(frozen=True)
@@ -106,3 +115,23 @@ class Written:
 
     outcome: str
     vector_digest: bytes | None = None
+
+
+def digest_of_chunks(digests: Iterable[bytes]) -> bytes | None:
+    """8 bytes that tell whether a row has these embeddings beside it; None: it has none."""
+    together = b"".join(digests)
+    return hashlib.sha256(together).digest()[:8] if together else None
+
+
+@dataclass(eq=False)
+class Chunk:
+    """A part of a row's text, from its first character to the one behind its last. digest: of the model and the part.
+
+    vector: (dimensions,) float32; None: not known yet, or in the row's embeddings already (is_kept).
+    """
+
+    start: int
+    end: int
+    digest: bytes
+    is_kept: bool = False
+    vector: np.ndarray | None = None

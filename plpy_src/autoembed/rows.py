@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from autoembed import batching
 from autoembed.errors import PassEnded, RowError
 from autoembed.jobs import MAX_ATTEMPTS, Job, Ledger
 from autoembed.providers import sizes_of
-from autoembed.records import MAX_TEXT_BYTES
+from autoembed.records import MAX_TEXT_BYTES, Chunk
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,9 +118,14 @@ class Write:
     due_at: float = 0.0
     until: float | None = None
 
-    def part(self, start: int, end: int) -> Write:
-        vectors = None if self.vectors is None else self.vectors[start:end]
-        return Write(self.pipeline, self.jobs[start:end], vectors, self.due_at, self.until)
+    def part(self, indexes: Sequence[int]) -> Write:
+        """The same for some of the rows, with their vectors."""
+        jobs = [self.jobs[i] for i in indexes]
+        if self.vectors is None:
+            return Write(self.pipeline, jobs, None, self.due_at, self.until)
+        ends = list(accumulate(job.vector_count for job in self.jobs))
+        chosen = [n for i in indexes for n in range(ends[i] - self.jobs[i].vector_count, ends[i])]
+        return Write(self.pipeline, jobs, self.vectors[chosen], self.due_at, self.until)
 
 
 class Rows:
@@ -184,14 +190,18 @@ class Rows:
         found = [job for job in jobs if job.row is not None]
         missing = [job for job in jobs if job.row is None]
         if complete:
-            self._forget(pipeline, missing)
+            if pipeline.is_beside and missing:
+                # A lane may have written embeddings while the row was deleted.
+                self.write(pipeline, missing, None)
+            else:
+                self._forget(pipeline, missing)
             return found, []
         return found, missing
 
     def to_embed(self, pipeline: Pipeline, jobs: list[Job]) -> list[tuple[Job, str]]:
-        """The jobs that need a vector, each with the text to send. All others are settled here.
+        """The jobs that need vectors, once with each text to send. All others are settled here.
 
-        Settled are rows without a text, rows whose vector is of this text already, and texts that must not be cut.
+        Settled are rows without a text, rows whose vectors are of this text already, and texts that must not be cut.
         """
         if not jobs:
             return []
@@ -202,6 +212,7 @@ class Rows:
         blank: list[Job] = []
         empty: list[Job] = []
         unchanged: list[Job] = []
+        rearranged: list[Job] = []
         for job in jobs:
             if job.row is not None and job.row.content is None and job.row.size > MAX_TEXT_BYTES:
                 size = job.row.size >> 20
@@ -219,18 +230,46 @@ class Rows:
             if known is not None and known.digest == job.digest and (wait := known.wait_seconds()):
                 self._ledger.retry(job, wait, "something else keeps replacing its embedding")
                 continue
-            text = job.content if limit is None else batching.truncate(job.content, limit, prefix)
-            job.truncated = text is not job.content
+            if pipeline.is_beside:
+                # A row that is embedded again by request has an empty digest.
+                kept = job.row.digests if job.row and (known is None or known.digest) else ()
+                texts = self._cut(pipeline, job, kept, limit, prefix)
+            else:
+                texts = [job.content if limit is None else batching.truncate(job.content, limit, prefix)]
+                job.truncated = texts[0] is not job.content
             if job.truncated and not pipeline.truncate:
                 self._ledger.fail(job, f"the text has more than the {limit} tokens that the model takes")
+            elif texts:
+                chosen += [(job, text) for text in texts]
             else:
-                chosen.append((job, text))
+                rearranged.append(job)
         if unchanged:
             self._record(pipeline, unchanged, written=False)
+        if rearranged:
+            self.write_complete(pipeline, rearranged)
         if blank:
             self.write(pipeline, blank, None)
         self._forget(pipeline, empty)
         return chosen
+
+    def _cut(self, pipeline: Pipeline, job: Job, kept: Collection[bytes], limit: int | None, prefix: str) -> list[str]:
+        """Cuts the text of a row into chunks. Returns the texts of those that have no vector yet.
+
+        kept: the digests of the chunks whose vectors are good.
+        """
+        content = job.content or ""
+        text = content if limit is None else batching.truncate(content, limit, prefix)
+        job.truncated = text is not content
+        kept = frozenset(kept)
+        job.chunks, job.wanted = [], defaultdict(list)
+        for start, end in [(0, len(text))]:
+            part = text[start:end]
+            chunk = Chunk(start, end, pipeline.model.digest(part))
+            chunk.is_kept = chunk.digest in kept
+            job.chunks.append(chunk)
+            if not chunk.is_kept:
+                job.wanted[part].append(chunk)
+        return list(job.wanted)
 
     def fail_unless_changed(self, job: Job, reason: str) -> None:
         """Fails a row whose text was refused. A row that has another text by now is read again."""
@@ -240,6 +279,14 @@ class Rows:
                 self._ledger.fail(existing, reason)
             else:
                 self._retry_changed(existing)
+
+    def write_complete(self, pipeline: Pipeline, jobs: list[Job]) -> None:
+        """Writes the chunks of rows that have all their vectors."""
+        import numpy as np
+
+        vectors = [chunk.vector for job in jobs for chunk in job.chunks if chunk.vector is not None]
+        empty = np.empty((0, pipeline.model.dimensions), np.float32)
+        self.write(pipeline, jobs, np.stack(vectors) if vectors else empty)
 
     def write(self, pipeline: Pipeline, jobs: list[Job], vectors: np.ndarray | None) -> None:
         """Writes the vectors (None: NULLs) of the rows whose text is still the same.
@@ -272,12 +319,17 @@ class Rows:
         """Writes as many rows as one statement takes. The others stay."""
         count = self._statement_rows(write.pipeline, write.jobs)
         if len(write.jobs) > count:
-            self._writes.append(write.part(count, len(write.jobs)))
-            write = write.part(0, count)
+            self._writes.append(write.part(range(count, len(write.jobs))))
+            write = write.part(range(count))
         pipeline, jobs, vectors = write.pipeline, write.jobs, write.vectors
         began_at = time.monotonic()
         try:
-            outcomes = self._database.write(pipeline, [job.key for job in jobs], [job.content for job in jobs], vectors)
+            keys, contents = [job.key for job in jobs], [job.content for job in jobs]
+            if pipeline.is_beside:
+                chunks = [job.chunks if vectors is not None else [] for job in jobs]
+                outcomes = self._database.write_chunks(pipeline, keys, contents, chunks, vectors)
+            else:
+                outcomes = self._database.write(pipeline, keys, contents, vectors)
         except RowError as error:
             if self._blame_others(pipeline, jobs, error):
                 return
@@ -318,10 +370,10 @@ class Rows:
         if not indexes:
             return
         now = time.monotonic()
-        jobs = [write.jobs[i] for i in indexes]
-        vectors = None if write.vectors is None else write.vectors[indexes]
-        until = now + LOCK_PATIENCE_SECONDS if write.until is None else write.until
-        self._writes.append(Write(write.pipeline, jobs, vectors, now + LOCK_POLL_SECONDS, until))
+        kept = write.part(indexes)
+        kept.due_at = now + LOCK_POLL_SECONDS
+        kept.until = now + LOCK_PATIENCE_SECONDS if write.until is None else write.until
+        self._writes.append(kept)
 
     def _record(self, pipeline: Pipeline, jobs: list[Job], *, written: bool) -> None:
         """Settles rows whose vector is of their text. written: it was written now."""
@@ -371,7 +423,8 @@ class Rows:
             self._ledger.retry(job, CHANGED_DELAY_SECONDS, counts=True)
             return
         # Another lane may have embedded the new text already.
-        for without_vector, _ in self.to_embed(job.pipeline, self.read(job.pipeline, [job])):
+        unembedded = self.to_embed(job.pipeline, self.read(job.pipeline, [job]))
+        for without_vector in dict.fromkeys(one for one, _ in unembedded):
             self._ledger.fail(without_vector, "its text was different each time it was read")
 
     def _blame_others(self, pipeline: Pipeline, jobs: Sequence[Job], error: RowError) -> bool:

@@ -539,7 +539,9 @@ class _Pass:
                 outbox.waiting.append(self._request(request.model, half))
             return
         for job in outbox.jobs.pop(request.texts[0]):
-            self._rows.fail_unless_changed(job, str(refusal))
+            # Another chunk of the row may have been refused before.
+            if job.outcome is None:
+                self._rows.fail_unless_changed(job, str(refusal))
 
     def _give_up_model(self, flight: Flight[Request, Embedded], request: Request, trouble: ProviderTrouble) -> None:
         """Lets the model rest, for all lanes, and releases the jobs that were to be sent."""
@@ -577,11 +579,18 @@ class _Pass:
         by_statement: dict[tuple[int, int], list[tuple[Job, int]]] = defaultdict(list)
         for index, text in enumerate(request.texts):
             for job in self._outboxes[request.model].jobs[text]:
-                turns[job.pipeline.id, job.key] += 1
-                by_statement[job.pipeline.id, turns[job.pipeline.id, job.key]].append((job, index))
+                for chunk in job.wanted.pop(text, ()):
+                    chunk.vector = vectors[index]
+                # Another chunk may have no vector yet, or have been refused.
+                if not job.wanted and job.outcome is None:
+                    turns[job.pipeline.id, job.key] += 1
+                    by_statement[job.pipeline.id, turns[job.pipeline.id, job.key]].append((job, index))
         for matched in by_statement.values():
             jobs = [job for job, _ in matched]
-            self._rows.write(jobs[0].pipeline, jobs, vectors[[index for _, index in matched]])
+            if jobs[0].pipeline.is_beside:
+                self._rows.write_complete(jobs[0].pipeline, jobs)
+            else:
+                self._rows.write(jobs[0].pipeline, jobs, vectors[[index for _, index in matched]])
             if len(by_statement) > 1:
                 # The row locks of one owner do not wait for the code of another.
                 self._commit()

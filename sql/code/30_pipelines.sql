@@ -338,18 +338,31 @@ CREATE OR REPLACE FUNCTION autoembed._vector_digest_expression(pipeline autoembe
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    SELECT format('pg_catalog.substring(pg_catalog.sha256(%I.%I(%s.%I)), 1, 8)',
-                  n.nspname, p.proname, alias, a.attname)
+    SELECT CASE
+        WHEN pipeline.embeddings_table IS NULL THEN
+            format('pg_catalog.substring(pg_catalog.sha256(%I.%I(%s.%I)), 1, 8)',
+                   n.nspname, p.proname, alias, a.attname)
+        ELSE
+            format('(SELECT pg_catalog.substring(pg_catalog.sha256(pg_catalog.string_agg(e.digest, '''' '
+                   'ORDER BY e.chunk_number)), 1, 8) FROM %s AS e WHERE %s)',
+                   pipeline.embeddings_table,
+                   (SELECT string_agg(
+                        format('e.%1$I %2$s %3$s.%1$I', k.name,
+                               autoembed._operator(pipeline.table_id, k.name, 3), alias), ' AND '
+                    )
+                    FROM unnest(pipeline.key_columns) AS k(name)))
+    END
     FROM pg_attribute AS a
     JOIN autoembed._vector_types() AS v ON v.id = a.atttypid
     JOIN pg_type AS t ON t.oid = v.id
     JOIN pg_proc AS p ON p.oid = t.typsend
     JOIN pg_namespace AS n ON n.oid = p.pronamespace
-    WHERE a.attrelid = pipeline.table_id AND a.attname = pipeline.embedding_column AND NOT a.attisdropped;
+    WHERE a.attrelid = coalesce(pipeline.embeddings_table, pipeline.table_id)
+      AND a.attname = pipeline.embedding_column AND NOT a.attisdropped;
 $sql$;
 COMMENT ON FUNCTION autoembed._vector_digest_expression IS
-    'The SQL expression that gives the digest of the vector in the row of that alias; NULL if the row has none. NULL '
-    'if the column holds no vectors.';
+    'The SQL expression that gives the digest of the vector of the row of that alias, or of its chunks; NULL if the '
+    'row has none. NULL if the column holds no vectors.';
 
 CREATE OR REPLACE FUNCTION autoembed._short_key(key text)
     RETURNS text

@@ -66,7 +66,7 @@ BEGIN
     LOOP
         EXECUTE format('REVOKE ALL ON FUNCTION %s FROM %s', _function, _role);
     END LOOP;
-    IF template_name IN ('content', 'scan', 'write') THEN
+    IF template_name IN ('content', 'content_beside', 'scan', 'write', 'write_beside') THEN
         FOR _role IN SELECT r.role::text FROM autoembed._lane_roles() AS r(role) LOOP
             EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %s', _function, _role);
         END LOOP;
@@ -121,7 +121,10 @@ DECLARE
     _table jsonb;
     _key jsonb;
     _text_changed text;
-    _vector_changed text := autoembed._changed_expression(pipeline.table_id, ARRAY[pipeline.embedding_column]);
+    -- Nothing but a lane is expected to write an embeddings table.
+    _vector_changed text := CASE WHEN pipeline.embeddings_table IS NULL THEN autoembed._changed_expression(
+        pipeline.table_id, ARRAY[pipeline.embedding_column]
+    ) ELSE 'false' END;
     _runs_owners_code boolean := num_nonnulls(pipeline.content_function, pipeline.condition) > 0;
 BEGIN
     SELECT jsonb_build_object(
@@ -130,13 +133,20 @@ BEGIN
         'table', CASE c.relkind WHEN 'r' THEN 'ONLY ' ELSE '' END || c.oid::regclass::text,
         'owner', pg_get_userbyid(c.relowner),
         'search_path', format('%I, public, pg_temp', n.nspname),
-        'embedding_column', quote_ident(e.attname),
-        'vector_type', (SELECT v.full_name FROM autoembed._vector_types() AS v WHERE v.id = e.atttypid)
+        'embedding_column', quote_ident(pipeline.embedding_column),
+        'embeddings_table', pipeline.embeddings_table,
+        'vector_type', (
+            SELECT v.full_name
+            FROM pg_attribute AS e
+            JOIN autoembed._vector_types() AS v ON v.id = e.atttypid
+            WHERE e.attrelid = coalesce(pipeline.embeddings_table, c.oid)
+              AND e.attname = pipeline.embedding_column
+              AND NOT e.attisdropped
+        )
     )
     INTO STRICT _table
     FROM pg_class AS c
     JOIN pg_namespace AS n ON n.oid = c.relnamespace
-    JOIN pg_attribute AS e ON e.attrelid = c.oid AND e.attname = pipeline.embedding_column AND NOT e.attisdropped
     WHERE c.oid = pipeline.table_id;
 
     SELECT jsonb_build_object(
@@ -146,6 +156,9 @@ BEGIN
             ', ' ORDER BY k.number
         ),
         'same_key', string_agg(format('t.%I %s s.k%s', k.name, k.equal, k.number), ' AND ' ORDER BY k.number),
+        'same_embeddings', string_agg(format('e.%I %s s.k%s', k.name, k.equal, k.number), ' AND ' ORDER BY k.number),
+        'key_names', string_agg(quote_ident(k.name), ', ' ORDER BY k.number),
+        'sent_key_names', string_agg('s.k' || k.number, ', ' ORDER BY k.number),
         -- A row comparison uses the index. It cannot name operators of other schemas: with these, the columns are
         -- compared one by one.
         'later_key', CASE
@@ -230,7 +243,8 @@ BEGIN
         ),
         'vector_digest', autoembed._vector_digest_expression(pipeline, 't'),
         'runs_owners_code', _runs_owners_code,
-        'managed', pipeline.managed
+        'managed', pipeline.managed,
+        'on_change', pipeline.on_change
     );
 END;
 $plpgsql$;
@@ -269,6 +283,32 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._build_pipeline IS
     'Makes the functions of a pipeline, unless they exist and the same version made them from the same facts.';
 
+CREATE OR REPLACE FUNCTION autoembed._erasures(slots jsonb)
+    RETURNS jsonb
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT jsonb_object_agg(e.slot, CASE
+        WHEN slots ->> 'embeddings_table' IS NOT NULL AND slots ->> 'vector_type' IS NOT NULL THEN
+            autoembed._filled(replace(e.statement, 'erase(', 'PERFORM autoembed._erase_{{id}}('), slots)
+        ELSE ''
+    END)
+    FROM (VALUES
+        ('erase_truncate', 'erase(NULL);'),
+        ('erase_rows', 'erase(ARRAY(SELECT r.key FROM ({{old_rows}}) AS r));'),
+        ('erase_row', 'IF TG_OP = ''DELETE'' AND {{has_old_key}} THEN erase(ARRAY[{{old_key}}]); END IF;'),
+        -- The embeddings of a key that changes belong to no row.
+        ('erase_update', CASE slots ->> 'on_change'
+            WHEN 'clear' THEN 'erase(ARRAY[{{old_key}}, {{new_key}}]);'
+            ELSE 'IF {{key_changed}} THEN erase(ARRAY[{{old_key}}, {{new_key}}]); END IF;'
+        END)
+    ) AS e(slot, statement);
+$sql$;
+COMMENT ON FUNCTION autoembed._erasures IS
+    'The statements by which a pipeline''s triggers delete embeddings that are beside the rows. Empty for vectors in '
+    'the rows, which go with them.';
+
 CREATE OR REPLACE FUNCTION autoembed._create_functions(slots jsonb)
     RETURNS void
     LANGUAGE plpgsql
@@ -288,14 +328,21 @@ BEGIN
     );
     -- A column that is no vector cannot be written. The triggers go on queuing.
     IF slots ->> 'vector_type' IS NOT NULL THEN
-        PERFORM autoembed._create_function('content', slots, _owner);
         PERFORM autoembed._create_function('scan', slots, _owner);
-        PERFORM autoembed._create_function('write', slots, _owner);
+        IF slots ->> 'embeddings_table' IS NULL THEN
+            PERFORM autoembed._create_function('content', slots, _owner);
+            PERFORM autoembed._create_function('write', slots, _owner);
+        ELSE
+            PERFORM autoembed._create_function('content_beside', slots, _owner);
+            PERFORM autoembed._create_function('write_beside', slots, _owner);
+            PERFORM autoembed._create_function('erase', slots, _owner);
+        END IF;
     END IF;
     IF NOT (slots ->> 'managed')::boolean THEN
         RETURN;
     END IF;
 
+    slots := slots || autoembed._erasures(slots);
     FOREACH _piece IN ARRAY '{queue_update,queue_truncate,queue_row}'::text[] LOOP
         _pieces := _pieces
             || jsonb_build_object(_piece, autoembed._filled(autoembed._function_template(_piece), slots));
@@ -315,7 +362,9 @@ BEGIN
     ELSE
         PERFORM autoembed._create_function('capture', slots || _pieces);
     END IF;
-    PERFORM autoembed._create_function('clear', slots || _pieces);
+    IF slots ->> 'embeddings_table' IS NULL THEN
+        PERFORM autoembed._create_function('clear', slots || _pieces);
+    END IF;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._create_functions IS 'Makes the functions of a pipeline from the facts of _slots().';
@@ -335,7 +384,7 @@ BEGIN
         FROM pg_proc AS p
         WHERE p.pronamespace = 'autoembed'::regnamespace
           AND (p.proname IN ('_content_' || pipeline_id, '_write_' || pipeline_id,
-                             '_scan_' || pipeline_id, '_text_' || pipeline_id)
+                             '_scan_' || pipeline_id, '_text_' || pipeline_id, '_erase_' || pipeline_id)
                OR with_triggers AND p.proname IN ('_capture_' || pipeline_id, '_clear_' || pipeline_id))
     LOOP
         EXECUTE format('DROP FUNCTION %s %s', _function, CASE WHEN with_triggers THEN 'CASCADE' END);

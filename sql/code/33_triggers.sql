@@ -12,6 +12,16 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._trigger_name IS 'The name of a pipeline''s trigger.';
 
+CREATE OR REPLACE FUNCTION autoembed._clears(pipeline autoembed.pipeline)
+    RETURNS boolean
+    LANGUAGE sql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT pipeline.on_change = 'clear' AND pipeline.embeddings_table IS NULL;
+$sql$;
+COMMENT ON FUNCTION autoembed._clears IS 'Whether a trigger clears the vector in a row whose text changes.';
+
 CREATE OR REPLACE FUNCTION autoembed._build_triggers(pipeline autoembed.pipeline)
     RETURNS void
     LANGUAGE plpgsql
@@ -40,7 +50,7 @@ BEGIN
             ('update', 'AFTER UPDATE ON %s FOR EACH ROW'),
             ('truncate', 'AFTER TRUNCATE ON %s'),
             -- Its name makes it the last of the BEFORE triggers, so it sees the text that the others leave.
-            ('clear', CASE WHEN pipeline.on_change = 'clear' THEN 'BEFORE UPDATE ON %s FOR EACH ROW' END)
+            ('clear', CASE WHEN autoembed._clears(pipeline) THEN 'BEFORE UPDATE ON %s FOR EACH ROW' END)
         ) AS t(name, definition)
     LOOP
         EXECUTE format('DROP TRIGGER IF EXISTS %I ON %s',
@@ -80,7 +90,7 @@ AS $sql$
     SELECT format('no trigger for %s', e.event), NULL
     FROM unnest('{insert,update,delete,truncate,clear}'::text[]) AS e(event)
     WHERE pipeline.managed
-      AND (e.event <> 'clear' OR pipeline.on_change = 'clear')
+      AND (e.event <> 'clear' OR autoembed._clears(pipeline))
       AND NOT EXISTS (
           SELECT FROM found AS f
           WHERE f.tgrelid = pipeline.table_id AND f.tgname = autoembed._trigger_name(pipeline.id, e.event)

@@ -36,19 +36,20 @@ CREATE OR REPLACE FUNCTION autoembed._index_key(
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE
+    _vectors_table regclass := coalesce(pipeline.embeddings_table, pipeline.table_id);
     _type name;
     _dimensions integer;
 BEGIN
     SELECT t.typname, nullif(a.atttypmod, -1) INTO STRICT _type, _dimensions
     FROM pg_attribute AS a
     JOIN pg_type AS t ON t.oid = a.atttypid
-    WHERE a.attrelid = pipeline.table_id AND a.attname = pipeline.embedding_column;
+    WHERE a.attrelid = _vectors_table AND a.attname = pipeline.embedding_column;
     IF _dimensions IS NULL THEN
         _dimensions := autoembed._dimensions(pipeline.model);
         problem := format('column "%s" of table %s has no dimensions, which an HNSW index needs',
-                          pipeline.embedding_column, pipeline.table_id);
+                          pipeline.embedding_column, _vectors_table);
         hint := format('ALTER TABLE %s ALTER COLUMN %I TYPE @extschema:vector@.%s(%s);',
-                       pipeline.table_id, pipeline.embedding_column, _type, _dimensions);
+                       _vectors_table, pipeline.embedding_column, _type, _dimensions);
     END IF;
     expression := quote_ident(pipeline.embedding_column);
     -- pgvector's HNSW indexes take up to 2000 dimensions of vector, and 4000 of halfvec.
@@ -76,6 +77,7 @@ CREATE OR REPLACE FUNCTION autoembed._build_index(pipeline_id integer)
 AS $plpgsql$
 DECLARE
     _pipeline autoembed.pipeline;
+    _vectors_table regclass;
     _index pg_index;
     _key record;
     _job record;
@@ -83,13 +85,14 @@ DECLARE
     _problem text;
 BEGIN
     SELECT p.* INTO STRICT _pipeline FROM autoembed.pipeline AS p WHERE p.id = pipeline_id;
-    SELECT i.* INTO _index FROM autoembed._vector_index(_pipeline.table_id, _pipeline.embedding_column) AS i;
+    _vectors_table := coalesce(_pipeline.embeddings_table, _pipeline.table_id);
+    SELECT i.* INTO _index FROM autoembed._vector_index(_vectors_table, _pipeline.embedding_column) AS i;
     IF _index.indisvalid THEN
         PERFORM autoembed._unschedule('index-' || pipeline_id);
         RETURN true;
     ELSIF NOT autoembed._cron_is_here() THEN
         RAISE WARNING USING
-            MESSAGE = format('%s.%I has no index', _pipeline.table_id, _pipeline.embedding_column),
+            MESSAGE = format('%s.%I has no index', _vectors_table, _pipeline.embedding_column),
             HINT = 'Create it by hand: indexes are built by pg_cron, which is not installed in this database.';
         RETURN true;
     END IF;
@@ -108,7 +111,7 @@ BEGIN
     IF _index.indexrelid IS NOT NULL THEN
         -- The index is being built, or its build was interrupted.
         BEGIN
-            EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE NOWAIT', _pipeline.table_id);
+            EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE NOWAIT', _vectors_table);
             -- The build may have ended before the lock was granted.
             IF EXISTS (SELECT FROM pg_index AS i WHERE i.indexrelid = _index.indexrelid AND NOT i.indisvalid) THEN
                 EXECUTE format('DROP INDEX %s', _index.indexrelid::regclass);
@@ -125,10 +128,10 @@ BEGIN
         CROSS JOIN LATERAL (
             SELECT left(c.relname, 30) || '_' || left(_pipeline.embedding_column, 25) || '_idx' AS name
         ) AS k
-        WHERE c.oid = _pipeline.table_id;
+        WHERE c.oid = _vectors_table;
         -- No function can build an index concurrently.
         PERFORM autoembed._schedule_index(pipeline_id, format(
-            'CREATE INDEX CONCURRENTLY IF NOT EXISTS %I ON %s USING hnsw (%s)', _name, _pipeline.table_id, _key.key
+            'CREATE INDEX CONCURRENTLY IF NOT EXISTS %I ON %s USING hnsw (%s)', _name, _vectors_table, _key.key
         ));
     END IF;
     RETURN false;

@@ -15,6 +15,7 @@ DECLARE
     _table pg_class;
     _function pg_proc;
     _missing text;
+    _vectors_table regclass := coalesce(pipeline.embeddings_table, pipeline.table_id);
     _type text;
     _is_vector boolean;
     _type_dimensions integer;
@@ -87,33 +88,49 @@ BEGIN
         RETURN;
     END IF;
 
+    IF pipeline.embeddings_table IS NOT NULL AND NOT EXISTS (
+        SELECT FROM pg_class AS c
+        WHERE c.oid = pipeline.embeddings_table AND c.relkind = 'r' AND c.relowner = _table.relowner
+    ) THEN
+        problem := CASE
+            WHEN EXISTS (SELECT FROM pg_class AS c WHERE c.oid = pipeline.embeddings_table) THEN
+                format('the embeddings table %s has another owner than table %s',
+                       pipeline.embeddings_table, pipeline.table_id)
+            ELSE format('the embeddings table of table %s was dropped', pipeline.table_id)
+        END;
+        hint := format('Attach the table again: SELECT autoembed.disable(%L); then SELECT autoembed.enable(%L, …).',
+                       pipeline.table_id, pipeline.table_id);
+        errcode := 'waits';
+        RETURN;
+    END IF;
+
     SELECT coalesce(v.name, format_type(a.atttypid, a.atttypmod)), v.name IS NOT NULL, a.atttypmod, a.attgenerated <> ''
     INTO _type, _is_vector, _type_dimensions, _generated
     FROM pg_attribute AS a
     LEFT JOIN autoembed._vector_types() AS v ON v.id = a.atttypid
-    WHERE a.attrelid = _table.oid AND a.attname = pipeline.embedding_column AND a.attnum > 0 AND NOT a.attisdropped;
+    WHERE a.attrelid = _vectors_table AND a.attname = pipeline.embedding_column AND a.attnum > 0 AND NOT a.attisdropped;
     IF NOT FOUND THEN
-        problem := format('table %s has no column "%s"', pipeline.table_id, pipeline.embedding_column);
+        problem := format('table %s has no column "%s"', _vectors_table, pipeline.embedding_column);
         hint := format('Add it: ALTER TABLE %s ADD COLUMN %I halfvec(%s).',
-                       pipeline.table_id, pipeline.embedding_column, (autoembed._model(pipeline.model)).dimensions);
+                       _vectors_table, pipeline.embedding_column, (autoembed._model(pipeline.model)).dimensions);
         errcode := 'undefined_column';
         RETURN;
     END IF;
     IF NOT _is_vector OR _generated THEN
-        problem := format('column "%s" of table %s is %s', pipeline.embedding_column, pipeline.table_id,
+        problem := format('column "%s" of table %s is %s', pipeline.embedding_column, _vectors_table,
                           CASE WHEN _generated THEN 'a generated column' ELSE 'of type ' || _type END);
         hint := 'An embedding column is of type halfvec or vector.';
         errcode := 'datatype_mismatch';
         RETURN;
     END IF;
-    IF pipeline.embedding_column = ANY (autoembed._columns_of(pipeline)) THEN
+    IF pipeline.embeddings_table IS NULL AND pipeline.embedding_column = ANY (autoembed._columns_of(pipeline)) THEN
         problem := format('column "%s" cannot be its own content', pipeline.embedding_column);
         hint := 'Leave it out of the content.';
         errcode := 'invalid_parameter_value';
         RETURN;
     END IF;
 
-    IF pipeline.on_change = 'clear' AND EXISTS (
+    IF autoembed._clears(pipeline) AND EXISTS (
         SELECT FROM pg_attribute AS a
         WHERE a.attrelid = _table.oid AND a.attname = pipeline.embedding_column AND a.attnotnull AND NOT a.attisdropped
     ) THEN
@@ -124,7 +141,7 @@ BEGIN
         RETURN;
     END IF;
     -- A BEFORE trigger sees no generated column. A content function may read any column.
-    IF pipeline.on_change = 'clear' AND EXISTS (
+    IF autoembed._clears(pipeline) AND EXISTS (
         SELECT FROM pg_attribute AS a
         WHERE a.attrelid = _table.oid AND a.attgenerated <> '' AND NOT a.attisdropped
           AND (a.attname = ANY (autoembed._needed_columns(pipeline)) OR pipeline.content_function IS NOT NULL)
@@ -180,11 +197,11 @@ BEGIN
     _model := autoembed._model(pipeline.model);
     IF _type_dimensions NOT IN (-1, _model.dimensions) THEN
         problem := format('column "%s" of table %s has %s dimensions, model "%s" has %s',
-                          pipeline.embedding_column, pipeline.table_id, _type_dimensions,
+                          pipeline.embedding_column, _vectors_table, _type_dimensions,
                           _model.name, _model.dimensions);
         hint := format('Change the column: ALTER TABLE %s ALTER COLUMN %I TYPE %s(%s) USING NULL; '
                        'or the model: SELECT %s.',
-                       pipeline.table_id, pipeline.embedding_column, _type, _model.dimensions,
+                       _vectors_table, pipeline.embedding_column, _type, _model.dimensions,
                        CASE
                            WHEN pipeline.managed THEN
                                format('autoembed.alter_pipeline(%L, model => …)', pipeline.table_id)
@@ -221,7 +238,8 @@ SELECT p.id,
            WHEN r.needs_attention THEN format('SELECT autoembed.resume_model(%L) tries it at once.', r.model)
        END) AS hint,
        c.problem IS NULL AS sound,
-       coalesce(r.failures, 0) AS failures
+       coalesce(r.failures, 0) AS failures,
+       p.embeddings_table
 FROM autoembed.pipeline AS p
 CROSS JOIN LATERAL autoembed._check_pipeline(p) AS c
 LEFT JOIN autoembed.model_rest AS r ON r.model = coalesce(p.model, autoembed._default_model())

@@ -12,23 +12,25 @@ AS $sql$
         'columns', (SELECT jsonb_object_agg(a.attnum, a.attname) FROM pg_attribute AS a
                     WHERE a.attrelid = pipeline.table_id AND a.attnum > 0 AND NOT a.attisdropped),
         'type', (SELECT concat_ws(' ', a.attnum, format_type(a.atttypid, a.atttypmod)) FROM pg_attribute AS a
-                 WHERE a.attrelid = pipeline.table_id AND a.attname = pipeline.embedding_column),
+                 WHERE a.attrelid = coalesce(pipeline.embeddings_table, pipeline.table_id)
+                   AND a.attname = pipeline.embedding_column),
         'contents', (SELECT jsonb_object_agg(a.attnum, concat_ws(
                          ' ', format_type(a.atttypid, a.atttypmod), pg_get_expr(d.adbin, d.adrelid)
                      ))
                      FROM pg_attribute AS a
                      LEFT JOIN pg_attrdef AS d ON a.attgenerated <> '' AND d.adrelid = a.attrelid AND d.adnum = a.attnum
                      WHERE a.attrelid = pipeline.table_id AND a.attnum > 0 AND NOT a.attisdropped
-                       AND a.attname <> pipeline.embedding_column),
+                       AND (a.attname <> pipeline.embedding_column OR pipeline.embeddings_table IS NOT NULL)),
         'partitions', (SELECT coalesce(jsonb_agg(t.relid::oid::bigint ORDER BY t.relid::oid), '[]')
                        FROM pg_partition_tree(pipeline.table_id) AS t
-                       WHERE t.isleaf)
+                       WHERE t.isleaf),
+        'owner', (SELECT c.relowner::bigint FROM pg_class AS c WHERE c.oid = pipeline.table_id)
     );
 $sql$;
 COMMENT ON FUNCTION autoembed._table_shape IS
     'The facts of a table that its pipeline follows. columns: the names by number. type: the number and the type of '
     'the embedding column. contents: the types and expressions of the other columns. partitions: the OIDs of the '
-    'leaves.';
+    'leaves. owner: the OID of the owner.';
 
 CREATE OR REPLACE FUNCTION autoembed._renamed(names name[], renames jsonb)
     RETURNS name[]
@@ -82,6 +84,16 @@ BEGIN
     ) LOOP
         NEW.id := nextval('autoembed.pipeline_id_seq');
     END LOOP;
+    IF TG_OP = 'INSERT' AND NEW.embeddings_table IS NOT NULL AND NOT EXISTS (
+        SELECT FROM pg_class AS t
+        JOIN pg_class AS e ON e.relowner = t.relowner AND e.oid = NEW.embeddings_table
+        WHERE t.oid = NEW.table_id
+    ) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'insufficient_privilege',
+            MESSAGE = format('table %s and its embeddings table do not belong to the same role', NEW.table_id),
+            HINT = 'Leave it to enable() to make the embeddings table.';
+    END IF;
     IF NEW.managed AND NEW.key_columns IS NULL THEN
         NEW.key_columns := coalesce(autoembed._key_columns(NEW.table_id), '{}');
     END IF;
@@ -176,6 +188,18 @@ BEGIN
     LOOP
         EXECUTE format('DROP TRIGGER %I ON %s', _trigger, OLD.table_id);
     END LOOP;
+    -- The embeddings of a table that was dropped go with it, unless something depends on them.
+    IF EXISTS (
+        SELECT FROM pg_class AS c
+        WHERE c.oid = OLD.embeddings_table AND c.relowner::bigint = (OLD.table_shape ->> 'owner')::bigint
+    )
+       AND NOT EXISTS (SELECT FROM pg_class AS c WHERE c.oid = OLD.table_id) THEN
+        BEGIN
+            EXECUTE format('DROP TABLE %s', OLD.embeddings_table);
+        EXCEPTION WHEN dependent_objects_still_exist OR lock_not_available THEN
+            NULL;
+        END;
+    END IF;
     RETURN NULL;
 END;
 $plpgsql$;
@@ -214,6 +238,58 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._drop_orphaned_pipelines IS
     'Ends the pipelines whose table was dropped, with their jobs.';
 
+CREATE OR REPLACE FUNCTION autoembed._follow_embeddings_table(pipeline autoembed.pipeline, renames jsonb)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _table pg_class;
+    _embeddings pg_class;
+    _change text;
+BEGIN
+    SELECT c.* INTO _table FROM pg_class AS c WHERE c.oid = pipeline.table_id;
+    SELECT c.* INTO _embeddings FROM pg_class AS c WHERE c.oid = pipeline.embeddings_table;
+    -- A table that was given to another role is left alone.
+    IF _embeddings.relowner::bigint IS DISTINCT FROM (pipeline.table_shape ->> 'owner')::bigint THEN
+        RETURN;
+    END IF;
+    -- Each of these statements runs no code of the owner.
+    IF _embeddings.relowner <> _table.relowner THEN
+        EXECUTE format('ALTER TABLE %s OWNER TO %I', pipeline.embeddings_table, pg_get_userbyid(_table.relowner));
+    END IF;
+    IF _embeddings.relnamespace <> _table.relnamespace THEN
+        EXECUTE format('ALTER TABLE %s SET SCHEMA %s', pipeline.embeddings_table, _table.relnamespace::regnamespace);
+    END IF;
+    FOR _change IN
+        SELECT format('ALTER TABLE %s RENAME COLUMN %I TO %I', pipeline.embeddings_table, r.key, r.value)
+        FROM jsonb_each_text(renames) AS r
+        JOIN pg_attribute AS a
+            ON a.attrelid = pipeline.embeddings_table AND a.attname = r.key AND a.attnum > 0 AND NOT a.attisdropped
+        WHERE r.value = ANY (pipeline.key_columns)
+    LOOP
+        EXECUTE _change;
+    END LOOP;
+    -- Between these types PostgreSQL converts by itself.
+    FOR _change IN
+        SELECT format('ALTER TABLE %s ALTER COLUMN %I TYPE %s', pipeline.embeddings_table, k.name,
+                      format_type(t.atttypid, t.atttypmod))
+        FROM unnest(pipeline.key_columns) AS k(name)
+        JOIN pg_attribute AS t ON t.attrelid = pipeline.table_id AND t.attname = k.name
+        JOIN pg_attribute AS a ON a.attrelid = pipeline.embeddings_table AND a.attname = k.name
+        WHERE (a.atttypid, a.atttypmod) <> (t.atttypid, t.atttypmod)
+          AND a.atttypid IN ('smallint'::regtype, 'integer'::regtype, 'bigint'::regtype, 'text'::regtype,
+                             'varchar'::regtype)
+          AND t.atttypid IN ('smallint'::regtype, 'integer'::regtype, 'bigint'::regtype, 'text'::regtype,
+                             'varchar'::regtype)
+    LOOP
+        EXECUTE _change;
+    END LOOP;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._follow_embeddings_table IS
+    'Gives an embeddings table the owner, the schema and the key columns of its table.';
+
 CREATE OR REPLACE FUNCTION autoembed._follow_tables()
     RETURNS event_trigger
     LANGUAGE plpgsql
@@ -241,7 +317,11 @@ BEGIN
         JOIN jsonb_each_text(autoembed._table_shape(_pipeline) -> 'columns') AS a
             ON a.key = b.key AND a.value <> b.value;
         IF _renames <> '{}' THEN
-            _pipeline.embedding_column := coalesce(_renames ->> _pipeline.embedding_column, _pipeline.embedding_column);
+            IF _pipeline.embeddings_table IS NULL THEN
+                _pipeline.embedding_column := coalesce(
+                    _renames ->> _pipeline.embedding_column, _pipeline.embedding_column
+                );
+            END IF;
             _pipeline.key_columns := autoembed._renamed(_pipeline.key_columns, _renames);
             _pipeline.content_columns := autoembed._renamed(_pipeline.content_columns, _renames);
             _pipeline.content_template := (
@@ -259,6 +339,7 @@ BEGIN
             INTO _pipeline.condition_columns
             FROM jsonb_each_text(_pipeline.condition_columns) AS c;
         END IF;
+        PERFORM autoembed._follow_embeddings_table(_pipeline, _renames);
         _after := autoembed._table_shape(_pipeline);
 
         -- The restore of a dump switches check_function_bodies off. Its last statements need the functions of the dump.
@@ -309,7 +390,9 @@ BEGIN
         SELECT p.id, p.table_id, p.embedding_column, min(k.name::text) AS lost
         FROM autoembed.pipeline AS p
         JOIN pg_class AS c ON c.oid = p.table_id
-        CROSS JOIN LATERAL unnest(p.embedding_column || autoembed._needed_columns(p)) AS k(name)
+        CROSS JOIN LATERAL unnest(
+            autoembed._needed_columns(p) || CASE WHEN p.embeddings_table IS NULL THEN ARRAY[p.embedding_column] END
+        ) AS k(name)
         WHERE p.managed
           AND p.table_id IN (
               SELECT coalesce(pg_partition_root(d.objid), d.objid)

@@ -11,7 +11,8 @@ BEGIN
     RETURN QUERY
     SELECT p.*
     FROM autoembed.pipeline AS p
-    WHERE p.table_id = _owned_pipelines.table_name
+    -- Several embeddings tables of one table are told apart by their own names.
+    WHERE _owned_pipelines.table_name IN (p.table_id, p.embeddings_table)
       AND (_owned_pipelines.embedding_column IS NULL OR p.embedding_column = _owned_pipelines.embedding_column)
     ORDER BY p.id;
     IF table_name IS NULL THEN
@@ -44,8 +45,13 @@ BEGIN
         RAISE EXCEPTION USING
             ERRCODE = 'ambiguous_column',
             MESSAGE = format('table %s has several embedding columns', table_name),
-            HINT = 'Name one of them: embedding_column => '
-                || (SELECT string_agg(quote_literal(f.embedding_column), ' or ') FROM unnest(_found) AS f) || '.';
+            HINT = (
+                SELECT 'Name one of them: ' || string_agg(CASE
+                    WHEN f.embeddings_table IS NULL THEN format('embedding_column => %L', f.embedding_column)
+                    ELSE format('table_name => %L', f.embeddings_table)
+                END, ' or ') || '.'
+                FROM unnest(_found) AS f
+            );
     END IF;
     RETURN _found[1];
 END;
@@ -208,6 +214,92 @@ COMMENT ON FUNCTION autoembed._read_condition IS
     'A condition on the rows of a table with every name in it in full, its columns, {name: name}, and the other '
     'objects that it uses. Fails if it is not a valid condition. Runs with the caller''s rights.';
 
+CREATE OR REPLACE FUNCTION autoembed._make_embeddings_table(table_name regclass, name text, dimensions integer)
+    RETURNS regclass
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _table record;
+    _key_columns name[] := autoembed._key_columns(table_name);
+    _keys text;
+    _full_name text;
+    _columns name[];
+    _comment text;
+BEGIN
+    SELECT n.nspname, c.relname, c.relowner INTO STRICT _table
+    FROM pg_class AS c
+    JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE c.oid = table_name;
+    _full_name := format('%I.%I', _table.nspname, coalesce(name, left(_table.relname, 52) || '_embeddings'));
+    IF _key_columns IS NULL THEN
+        -- The check of the pipeline says so.
+        RETURN NULL;
+    ELSIF _key_columns && '{chunk_number,chunk_start,chunk_end,digest,embedding}' THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'duplicate_column',
+            MESSAGE = format('key column "%s" of table %s has the name of a column of its embeddings table',
+                             (SELECT k.name FROM unnest(_key_columns) AS k(name)
+                              WHERE k.name IN ('chunk_number', 'chunk_start', 'chunk_end', 'digest', 'embedding')
+                              LIMIT 1), table_name),
+            HINT = 'Keep the embeddings in the rows: embedding_column => ''embedding''.';
+    END IF;
+    _columns := ARRAY(
+        SELECT a.attname FROM pg_attribute AS a
+        WHERE a.attrelid = to_regclass(_full_name) AND a.attnum > 0 AND NOT a.attisdropped
+        ORDER BY a.attnum
+    );
+    IF _columns = _key_columns || '{chunk_number,chunk_start,chunk_end,digest,embedding}'::name[]
+       AND NOT EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.embeddings_table = to_regclass(_full_name)) THEN
+        -- A table that was attached before left it, or a dump brought it.
+        RAISE NOTICE 'the embeddings in table % are used', to_regclass(_full_name);
+        RETURN to_regclass(_full_name);
+    ELSIF to_regclass(_full_name) IS NOT NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'duplicate_table',
+            MESSAGE = format('relation %s exists and is no embeddings table of %s', _full_name, table_name),
+            HINT = format(
+                'Give the embeddings table another name: embeddings_table => %L.', _table.relname || '_vectors'
+            );
+    END IF;
+    SELECT string_agg(concat(
+        format('%I %s', a.attname, format_type(a.atttypid, a.atttypmod)),
+        (SELECT format(' COLLATE %I.%I', n.nspname, l.collname)
+         FROM pg_collation AS l
+         JOIN pg_namespace AS n ON n.oid = l.collnamespace
+         WHERE l.oid = a.attcollation AND l.collname <> 'default')
+    ), ', ' ORDER BY k.number)
+    INTO _keys
+    FROM unnest(_key_columns) WITH ORDINALITY AS k(name, number)
+    JOIN pg_attribute AS a ON a.attrelid = table_name AND a.attname = k.name;
+    EXECUTE format(
+        'CREATE TABLE %s (%s, chunk_number integer, chunk_start integer NOT NULL, chunk_end integer NOT NULL, '
+        'digest bytea NOT NULL, embedding @extschema:vector@.halfvec(%s) NOT NULL, PRIMARY KEY (%s, chunk_number))',
+        _full_name, _keys, dimensions,
+        (SELECT string_agg(quote_ident(k.name), ', ' ORDER BY k.number)
+         FROM unnest(_key_columns) WITH ORDINALITY AS k(name, number))
+    );
+    EXECUTE format('ALTER TABLE %s OWNER TO %I', _full_name, pg_get_userbyid(_table.relowner));
+    EXECUTE format('COMMENT ON TABLE %s IS %L', _full_name,
+                   format('The embeddings of the rows of %s, one for each chunk of a row''s text.', table_name));
+    FOR _comment IN
+        SELECT format('COMMENT ON COLUMN %s.%I IS %L', _full_name, c.name, c.comment)
+        FROM (VALUES
+            ('chunk_number', 'The number of the chunk in the text of the row, from 1.'),
+            ('chunk_start', 'The number of characters before the chunk.'),
+            ('chunk_end', 'The number of characters up to the end of the chunk.'),
+            ('digest', 'The digest of the model and the chunk. A chunk with a known digest is not sent again.')
+        ) AS c(name, comment)
+    LOOP
+        EXECUTE _comment;
+    END LOOP;
+    RETURN _full_name::regclass;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._make_embeddings_table IS
+    'Makes the embeddings table of a table, in its schema and for its owner, or takes one that exists. name: NULL is '
+    'that of the table with _embeddings. NULL if the table has no key.';
+
 CREATE OR REPLACE FUNCTION autoembed.enable(
     table_name regclass,
     embedding_column name DEFAULT 'embedding',
@@ -221,7 +313,8 @@ CREATE OR REPLACE FUNCTION autoembed.enable(
     enqueue_existing boolean DEFAULT true,
     create_index boolean DEFAULT false,
     replicated boolean DEFAULT false,
-    if_not_exists boolean DEFAULT false
+    if_not_exists boolean DEFAULT false,
+    embeddings_table text DEFAULT NULL
 )
     RETURNS void
     LANGUAGE plpgsql
@@ -233,11 +326,16 @@ DECLARE
     _dimensions integer;
     _pipeline autoembed.pipeline;
     _index record;
+    _embeddings_table regclass;
+    _name text := concat_ws('.', table_name::text, quote_ident(embedding_column));
 BEGIN
-    IF table_name IS NULL OR embedding_column IS NULL THEN
+    IF table_name IS NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'null_value_not_allowed', MESSAGE = 'table_name must not be NULL';
+    ELSIF embedding_column IS NOT NULL AND embeddings_table IS NOT NULL THEN
         RAISE EXCEPTION USING
-            ERRCODE = 'null_value_not_allowed',
-            MESSAGE = 'table_name and embedding_column must not be NULL';
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'embedding_column and embeddings_table cannot both be given',
+            HINT = 'embedding_column keeps the embeddings in the rows, embeddings_table beside them.';
     END IF;
     SELECT c.* INTO _table FROM pg_class AS c WHERE c.oid = enable.table_name;
     IF NOT FOUND THEN
@@ -283,21 +381,37 @@ BEGIN
     PERFORM autoembed._check_on_change(on_change);
     IF EXISTS (
         SELECT FROM autoembed.pipeline AS p
-        WHERE p.table_id = enable.table_name AND p.embedding_column = enable.embedding_column
+        WHERE p.table_id = enable.table_name
+          AND CASE
+              WHEN enable.embedding_column IS NOT NULL THEN
+                  p.embeddings_table IS NULL AND p.embedding_column = enable.embedding_column
+              ELSE
+                  p.embeddings_table IS NOT NULL AND (enable.embeddings_table IS NULL OR (
+                      SELECT c.relname FROM pg_class AS c WHERE c.oid = p.embeddings_table
+                  ) = enable.embeddings_table)
+          END
     ) THEN
         IF if_not_exists THEN
-            RAISE NOTICE '%.% is already attached, skipping',
-                enable.table_name, quote_ident(enable.embedding_column);
+            RAISE NOTICE '% is already attached, skipping', _name;
             RETURN;
         END IF;
         RAISE EXCEPTION USING
             ERRCODE = 'duplicate_object',
-            MESSAGE = format('%s.%I is already attached', enable.table_name, enable.embedding_column),
-            HINT = 'Change how it is embedded with autoembed.alter_pipeline(), or detach it with autoembed.disable().';
+            MESSAGE = format('%s is already attached', _name),
+            HINT = concat(
+                'Change how it is embedded with autoembed.alter_pipeline(), or detach it with autoembed.disable().',
+                CASE
+                    WHEN enable.embedding_column IS NULL THEN ' Second embeddings need a name: embeddings_table => ….'
+                END
+            );
     END IF;
 
     _dimensions := autoembed._dimensions(enable.model);
-    IF NOT EXISTS (
+    IF enable.embedding_column IS NULL THEN
+        _embeddings_table := autoembed._make_embeddings_table(
+            enable.table_name, enable.embeddings_table, _dimensions
+        );
+    ELSIF NOT EXISTS (
         SELECT FROM pg_attribute AS a
         WHERE a.attrelid = enable.table_name
           AND a.attname = enable.embedding_column
@@ -311,12 +425,12 @@ BEGIN
     END IF;
     INSERT INTO autoembed.pipeline AS p (
         table_id, embedding_column, content_columns, content_function, content_template,
-        condition, condition_columns, condition_objects, model, on_change, truncate, replicated
+        condition, condition_columns, condition_objects, model, on_change, truncate, replicated, embeddings_table
     )
-    SELECT enable.table_name, enable.embedding_column,
+    SELECT enable.table_name, coalesce(enable.embedding_column, 'embedding'),
            enable.content_columns, enable.content_function, enable.content_template,
            c.condition, c.columns, c.objects, enable.model, enable.on_change,
-           coalesce(enable.truncate, true), coalesce(enable.replicated, false)
+           coalesce(enable.truncate, true), coalesce(enable.replicated, false), _embeddings_table
     FROM autoembed._read_condition(enable.table_name, enable.condition) AS c
     RETURNING p.* INTO _pipeline;
     SELECT k.* INTO _index FROM autoembed._index_key(_pipeline) AS k;
@@ -414,7 +528,9 @@ DECLARE
 BEGIN
     FOR _pipeline IN SELECT p.* FROM autoembed._owned_pipelines(table_name, embedding_column) AS p LOOP
         UPDATE autoembed.pipeline AS p SET ended = true WHERE p.id = _pipeline.id;
-        IF drop_column THEN
+        IF drop_column AND _pipeline.embeddings_table IS NOT NULL THEN
+            EXECUTE format('DROP TABLE %s', _pipeline.embeddings_table);
+        ELSIF drop_column THEN
             EXECUTE format('ALTER TABLE %s DROP COLUMN %I', _pipeline.table_id, _pipeline.embedding_column);
         END IF;
     END LOOP;

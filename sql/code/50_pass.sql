@@ -8,6 +8,7 @@ CREATE OR REPLACE FUNCTION autoembed._pipelines(ids integer[])
         owner bigint,
         content_function text,
         embedding_column text,
+        is_beside boolean,
         vector_type text,
         truncate boolean,
         blocked text,
@@ -35,12 +36,13 @@ BEGIN
     END LOOP;
     RETURN QUERY
     SELECT s.id, n.nspname::text, c.relname::text, c.relowner::bigint, s.content_function, s.embedding_column::text,
-           v.full_name, s.truncate, coalesce(s.blocked, _unbuilt ->> s.id::text), s.failures,
-           autoembed._model_facts(autoembed._model(s.model))
+           s.embeddings_table IS NOT NULL, v.full_name, s.truncate, coalesce(s.blocked, _unbuilt ->> s.id::text),
+           s.failures, autoembed._model_facts(autoembed._model(s.model))
     FROM autoembed._pipeline_state AS s
     LEFT JOIN pg_class AS c ON c.oid = s.table_id
     LEFT JOIN pg_namespace AS n ON n.oid = c.relnamespace
-    LEFT JOIN pg_attribute AS a ON a.attrelid = s.table_id AND a.attname = s.embedding_column
+    LEFT JOIN pg_attribute AS a
+        ON a.attrelid = coalesce(s.embeddings_table, s.table_id) AND a.attname = s.embedding_column
     LEFT JOIN autoembed._vector_types() AS v ON v.id = a.atttypid
     WHERE s.id = ANY (ids);
 END;

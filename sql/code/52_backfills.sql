@@ -71,7 +71,8 @@ BEGIN
         RETURN;
     END IF;
     IF _backfill.force THEN
-        DELETE FROM autoembed.embedded AS e
+        -- No text has this digest.
+        UPDATE autoembed.embedded AS e SET digest = ''
         WHERE e.pipeline_id = _queue_backfill.pipeline_id AND e.key = ANY (autoembed._short_keys(keys));
     END IF;
     -- The message is queued as claimed: if this lane dies, another lane finds it.

@@ -21,7 +21,7 @@ BEGIN
     ON CONFLICT DO NOTHING;
     RETURN EXISTS (
         SELECT FROM autoembed.pipeline AS p
-        JOIN pg_index AS i ON i.indrelid = p.table_id
+        JOIN pg_index AS i ON i.indrelid = coalesce(p.embeddings_table, p.table_id)
         JOIN pg_class AS c ON c.oid = i.indexrelid
         JOIN pg_am AS m ON m.oid = c.relam AND m.amname IN ('hnsw', 'ivfflat')
     );

@@ -22,14 +22,16 @@ CREATE TABLE autoembed.pipeline (
     built_from text,
     ended boolean NOT NULL DEFAULT false,
     content_function_schema name,
-    UNIQUE (table_id, embedding_column),
+    embeddings_table regclass,
+    CONSTRAINT pipeline_embedding_column_key UNIQUE NULLS NOT DISTINCT (table_id, embeddings_table, embedding_column),
     CHECK (num_nonnulls(content_columns, content_template, content_function) = 1)
 );
 COMMENT ON TABLE autoembed.pipeline IS
     'One embedding column of one table, with its content and its model. See enable().';
 COMMENT ON COLUMN autoembed.pipeline.id IS 'The number in its jobs and in the names of its functions and triggers.';
 COMMENT ON COLUMN autoembed.pipeline.table_id IS 'The table. For a partitioned table: the root.';
-COMMENT ON COLUMN autoembed.pipeline.embedding_column IS 'The vector or halfvec column that holds the embeddings.';
+COMMENT ON COLUMN autoembed.pipeline.embedding_column IS
+    'The vector or halfvec column that holds the embeddings, in the table or in its embeddings table.';
 COMMENT ON COLUMN autoembed.pipeline.key_columns IS 'The columns by which its rows are found.';
 COMMENT ON COLUMN autoembed.pipeline.content_columns IS
     'The columns whose values, joined by blank lines, are the text.';
@@ -61,6 +63,8 @@ COMMENT ON COLUMN autoembed.pipeline.built_from IS
     'The digest of the facts from which its functions were made. A difference shows that they are outdated.';
 COMMENT ON COLUMN autoembed.pipeline.content_function_schema IS
     'The schema of the content function when it was named. A function of that name in another schema is another one.';
+COMMENT ON COLUMN autoembed.pipeline.embeddings_table IS
+    'The table beside it that holds the embeddings; NULL: they are in the rows themselves.';
 COMMENT ON COLUMN autoembed.pipeline.ended IS
     'Set to true by disable(), which deletes the row. Owners have no right to DELETE, since it includes LOCK TABLE.';
 

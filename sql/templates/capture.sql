@@ -14,14 +14,18 @@ BEGIN
             RETURN NULL;
         END IF;
         {{queue_update}}
+        {{erase_update}}
     ELSIF TG_OP = 'TRUNCATE' THEN
         {{queue_truncate}}
+        {{erase_truncate}}
     ELSIF TG_LEVEL = 'ROW' THEN
         {{queue_row}}
+        {{erase_row}}
     ELSIF TG_OP = 'INSERT' THEN
         {{queue_new_rows}}
     ELSE
         {{queue_old_rows}}
+        {{erase_rows}}
     END IF;
     RETURN NULL;
 END;

@@ -28,10 +28,13 @@ BEGIN
             RETURN NULL;
         END IF;
         {{queue_update}}
+        {{erase_update}}
     ELSIF TG_OP = 'TRUNCATE' THEN
         {{queue_truncate}}
+        {{erase_truncate}}
     ELSIF TG_LEVEL = 'ROW' THEN
         {{queue_row}}
+        {{erase_row}}
     ELSIF TG_OP = 'INSERT' THEN
         BEGIN
             {{queue_new_rows_with_text}}
@@ -41,6 +44,7 @@ BEGIN
         END;
     ELSE
         {{queue_old_rows}}
+        {{erase_rows}}
     END IF;
     RETURN NULL;
 END;

@@ -19,10 +19,20 @@ DROP FUNCTION autoembed._pipelines;
 DROP FUNCTION autoembed._digests;
 DROP FUNCTION autoembed._record_embedded;
 DROP FUNCTION autoembed._state_of;
+-- It has a new parameter.
+DROP FUNCTION autoembed.enable;
 DROP FUNCTION autoembed._content_function;
 
 ALTER TABLE autoembed.pipeline ADD COLUMN ended boolean NOT NULL DEFAULT false;
 ALTER TABLE autoembed.pipeline ADD COLUMN content_function_schema name;
+ALTER TABLE autoembed.pipeline ADD COLUMN embeddings_table regclass;
+ALTER TABLE autoembed.pipeline DROP CONSTRAINT pipeline_table_id_embedding_column_key;
+ALTER TABLE autoembed.pipeline ADD CONSTRAINT pipeline_embedding_column_key
+    UNIQUE NULLS NOT DISTINCT (table_id, embeddings_table, embedding_column);
+COMMENT ON COLUMN autoembed.pipeline.embeddings_table IS
+    'The table beside it that holds the embeddings; NULL: they are in the rows themselves.';
+COMMENT ON COLUMN autoembed.pipeline.embedding_column IS
+    'The vector or halfvec column that holds the embeddings, in the table or in its embeddings table.';
 COMMENT ON COLUMN autoembed.pipeline.content_function_schema IS
     'The schema of the content function when it was named. A function of that name in another schema is another one.';
 UPDATE autoembed.pipeline AS p

@@ -48,6 +48,7 @@ _check_pipeline - x x x
 _check_trigger - - - x
 _claim - - - x
 _clean_up - - - x
+_clears - - - x
 _columns_of - x - x
 _content_bytes_expression - - - x
 _content_expression - x - x
@@ -71,6 +72,7 @@ _end - - - x
 _end_broken - - - x
 _ended - - - x
 _enter_lane - - - x
+_erasures - - - x
 _estimate_texts - x - x
 _estimated_rows - x x x
 _extend - - - x
@@ -80,6 +82,7 @@ _fail_message - - - x
 _filled - - - x
 _finish_backfills - - - x
 _fold_usage - - - x
+_follow_embeddings_table - - - x
 _follow_tables - - - x
 _forget - - - x
 _forget_all - - - x
@@ -100,7 +103,7 @@ _is_chosen - - - x
 _is_uncommitted - - - x
 _keep_restored_model - - - x
 _keep_restored_queue - - - x
-_key_columns - - - x
+_key_columns - x - x
 _key_expression - x - x
 _keys_per_message - - - x
 _lane_is_wanted - - - x
@@ -112,6 +115,7 @@ _leave_lane - - - x
 _list_queue - - - x
 _load_python - x - x
 _look_through - x - x
+_make_embeddings_table - x - x
 _may_see - x x x
 _missing_guide_triggers - - - x
 _missing_object - - - x
@@ -232,6 +236,7 @@ pipeline.content_columns - raw - raw
 pipeline.content_function - raw - raw
 pipeline.content_template - raw - raw
 pipeline.embedding_column - ra - raw
+pipeline.embeddings_table - ra - raw
 pipeline.ended - rw - raw
 pipeline.model - raw - raw
 pipeline.on_change - raw - raw

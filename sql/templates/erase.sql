@@ -1,0 +1,33 @@
+-- Deletes the embeddings of rows by key; NULL: of all rows. Runs as the table's owner, in the statement that deletes
+-- the rows or changes their keys.
+CREATE FUNCTION autoembed._erase_{{id}}(keys text[])
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = {{search_path}}
+    -- The plan is made once, perhaps while the table is small.
+    SET enable_seqscan = off
+AS $body$
+#variable_conflict use_column
+BEGIN
+    IF keys IS NULL THEN
+        BEGIN
+            LOCK TABLE {{embeddings_table}} IN ACCESS EXCLUSIVE MODE NOWAIT;
+            TRUNCATE {{embeddings_table}};
+            RETURN;
+        EXCEPTION WHEN lock_not_available THEN
+            -- To wait for a reader could be a deadlock.
+            DELETE FROM {{embeddings_table}};
+        END;
+    ELSE
+        DELETE FROM {{embeddings_table}} AS d
+        WHERE d.ctid = ANY (ARRAY(
+            SELECT f.ctid
+            FROM (SELECT {{sent_keys}} FROM pg_catalog.unnest(keys) AS s(key)) AS s
+            CROSS JOIN LATERAL (SELECT e.ctid FROM {{embeddings_table}} AS e WHERE {{same_embeddings}} OFFSET 0) AS f
+        ));
+    END IF;
+EXCEPTION WHEN OTHERS THEN
+    -- No row is kept from being deleted. A lane deletes its embeddings later.
+END;
+$body$

@@ -1,0 +1,139 @@
+-- Writes the embeddings of rows that still have the text that was sent into the table beside them. Takes no lock on a
+-- row of the application's table. Runs as the table's owner, in lanes.
+-- counts: the number of chunks of each row. A row without chunks loses its embeddings.
+-- chunk_keys to embeddings: the chunks of all rows. The last ones have no embedding: the row has the embedding of a
+-- chunk with that digest already.
+CREATE FUNCTION autoembed._write_{{id}}(
+    keys text[],
+    contents text[],
+    model text,
+    counts integer[],
+    chunk_keys text[],
+    numbers integer[],
+    starts integer[],
+    ends integer[],
+    digests bytea[],
+    embeddings {{vector_type}}[]
+)
+    RETURNS TABLE (key text, outcome text)
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = {{search_path}}
+    {{output_settings}}
+    -- The plans are made once, perhaps while the table is small.
+    SET enable_seqscan = off
+AS $body$
+#variable_conflict use_column
+DECLARE
+    _context text;
+    _outcomes text[];
+    _versions text[];
+    _written text[];
+    _overtaken text[];
+BEGIN
+    {{content_guard}}
+    -- The request was sent for another model. An answer of the present model may have come first.
+    IF model IS DISTINCT FROM {{model}} THEN
+        RETURN QUERY SELECT s.key, 'changed' FROM unnest(keys) AS s(key);
+        RETURN;
+    END IF;
+    LOCK TABLE {{table}} IN ACCESS SHARE MODE NOWAIT;
+    LOCK TABLE {{embeddings_table}} IN ROW EXCLUSIVE MODE NOWAIT;
+    -- Another session that writes the same row has locked its first chunk.
+    SELECT array_agg(CASE WHEN p.is_there AND l.is_free IS NULL THEN 'locked' END ORDER BY s.number)
+    INTO _outcomes
+    FROM (SELECT s.number, {{sent_keys}} FROM unnest(keys) WITH ORDINALITY AS s(key, number)) AS s
+    LEFT JOIN LATERAL (
+        SELECT true AS is_there FROM {{embeddings_table}} AS e WHERE {{same_embeddings}} AND e.chunk_number = 1 LIMIT 1
+    ) AS p ON true
+    LEFT JOIN LATERAL (
+        SELECT true AS is_free FROM {{embeddings_table}} AS e WHERE {{same_embeddings}} AND e.chunk_number = 1
+        FOR UPDATE OF e SKIP LOCKED
+    ) AS l ON p.is_there;
+
+    SELECT array_agg(coalesce(s.outcome, CASE
+               WHEN t.ctid IS NULL THEN 'gone'
+               WHEN {{content}} COLLATE "C" IS NOT DISTINCT FROM s.content THEN 'written'
+               ELSE 'changed'
+           END) ORDER BY s.number),
+           array_agg(concat(t.tableoid, t.ctid, t.xmin) ORDER BY s.number)
+    INTO _outcomes, _versions
+    FROM (
+        SELECT s.number, s.content, s.outcome, {{sent_keys}}
+        FROM unnest(keys, contents, _outcomes) WITH ORDINALITY AS s(key, content, outcome, number)
+    ) AS s
+    LEFT JOIN {{table}} AS t ON {{same_key}};
+
+    LOOP
+        _written := ARRAY(SELECT s.key FROM unnest(keys, _outcomes) AS s(key, outcome) WHERE s.outcome = 'written');
+        BEGIN
+            -- Sessions that write the same rows wait for each other in one order, so they cannot deadlock.
+            INSERT INTO {{embeddings_table}} AS e (
+                {{key_names}}, chunk_number, chunk_start, chunk_end, digest, {{embedding_column}}
+            )
+            SELECT {{sent_key_names}}, s.number, s.start, s.end_, s.digest, coalesce(s.embedding, k.embedding)
+            FROM (
+                SELECT s.number, s.start, s.end_, s.digest, s.embedding, {{sent_keys}}
+                FROM unnest(chunk_keys, numbers, starts, ends, digests, embeddings)
+                    AS s(key, number, start, end_, digest, embedding)
+                WHERE cardinality(_written) = cardinality(keys) OR s.key = ANY (_written)
+            ) AS s
+            LEFT JOIN LATERAL (
+                SELECT e.{{embedding_column}} AS embedding
+                FROM {{embeddings_table}} AS e
+                WHERE s.embedding IS NULL AND {{same_embeddings}} AND e.digest = s.digest
+                LIMIT 1
+            ) AS k ON true
+            ORDER BY {{sent_key_names}}, s.number
+            ON CONFLICT ({{key_names}}, chunk_number) DO UPDATE
+            SET chunk_start = excluded.chunk_start, chunk_end = excluded.chunk_end, digest = excluded.digest,
+                {{embedding_column}} = excluded.{{embedding_column}}
+            WHERE (e.chunk_start, e.chunk_end, e.digest)
+                IS DISTINCT FROM (excluded.chunk_start, excluded.chunk_end, excluded.digest);
+            -- What is left of a longer text, or of a row that is gone.
+            DELETE FROM {{embeddings_table}} AS d
+            WHERE d.ctid = ANY (ARRAY(
+                SELECT f.ctid
+                FROM (
+                    SELECT CASE s.outcome WHEN 'written' THEN s.count ELSE 0 END AS count, {{sent_keys}}
+                    FROM unnest(keys, counts, _outcomes) AS s(key, count, outcome)
+                    WHERE s.outcome IN ('written', 'gone')
+                ) AS s
+                CROSS JOIN LATERAL (
+                    SELECT e.ctid FROM {{embeddings_table}} AS e
+                    WHERE {{same_embeddings}} AND e.chunk_number > s.count
+                    OFFSET 0
+                ) AS f
+            ));
+            -- A text that has changed since the first look has queued its row before this one. Its embeddings may have
+            -- been written already, and must not be overwritten.
+            _overtaken := ARRAY(
+                SELECT s.key
+                FROM (
+                    SELECT s.key, s.content, s.version, {{sent_keys}}
+                    FROM unnest(keys, contents, _outcomes, _versions) AS s(key, content, outcome, version)
+                    WHERE s.outcome = 'written'
+                ) AS s
+                LEFT JOIN {{table}} AS t ON {{same_key}}
+                WHERE CASE
+                    WHEN t.ctid IS NULL THEN true
+                    WHEN concat(t.tableoid, t.ctid, t.xmin) = s.version THEN false
+                    ELSE {{content}} COLLATE "C" IS DISTINCT FROM s.content
+                END
+            );
+            EXIT WHEN _overtaken = '{}';
+            RAISE EXCEPTION SQLSTATE 'AE001' USING MESSAGE = 'texts have changed while their embeddings were written';
+        EXCEPTION WHEN SQLSTATE 'AE001' THEN
+            _outcomes := ARRAY(
+                SELECT CASE WHEN s.key = ANY (_overtaken) THEN 'changed' ELSE s.outcome END
+                FROM unnest(keys, _outcomes) WITH ORDINALITY AS s(key, outcome, number)
+                ORDER BY s.number
+            );
+        END;
+    END LOOP;
+    RETURN QUERY SELECT s.key, s.outcome FROM unnest(keys, _outcomes) AS s(key, outcome);
+EXCEPTION WHEN query_canceled THEN
+    {{raise_if_cancelled}}
+    RAISE EXCEPTION USING ERRCODE = 'external_routine_exception', MESSAGE = SQLERRM;
+END;
+$body$

@@ -1,0 +1,329 @@
+"""Embeddings beside the rows: the table that holds them, and what happens to it when rows and tables change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import psycopg
+import pytest
+
+from fake_api import FakeApi, embedding_of
+from harness import Connection, waiting
+
+COLUMNS = "chunk_number, chunk_start, chunk_end, embedding::text::halfvec::real[]"
+
+
+@pytest.fixture
+def pages(db: Connection, api: FakeApi) -> Connection:
+    """An attached table whose embeddings are beside its rows."""
+    db.execute("SELECT autoembed.set_default_model('text-embedding-3-small')")
+    db.execute("CREATE TABLE pages (id int PRIMARY KEY, body text, views int NOT NULL DEFAULT 0)")
+    db.execute("SELECT autoembed.enable('pages', NULL, content_columns => '{body}')")
+    return db
+
+
+def process(db: Connection) -> Any:
+    counts = db.execute("SELECT * FROM autoembed.process()").fetchone()
+    assert counts is not None
+    return counts
+
+
+def assert_beside(db: Connection, texts: str = "SELECT id, body FROM pages WHERE body <> ''") -> None:
+    """Checks that each row has the embedding of its text, that nothing else is there, and that no row waits."""
+    expected = dict(db.execute(texts).fetchall())
+    found = db.execute("SELECT id, chunk_start, chunk_end, embedding::real[] FROM pages_embeddings").fetchall()
+    assert sorted(row[0] for row in found) == sorted(expected)
+    for key, start, end, vector in found:
+        assert (start, end) == (0, len(expected[key]))
+        assert np.allclose(vector, embedding_of(expected[key]), atol=2e-3), expected[key]
+    assert waiting(db) == 0
+
+
+def test_embeddings_are_beside_the_rows_which_are_never_written(pages: Connection) -> None:
+    pages.execute("INSERT INTO pages VALUES (1, 'one'), (2, 'two'), (3, ''), (4, NULL)")
+    before = pages.execute("SELECT id, ctid, xmin, xmax FROM pages ORDER BY id").fetchall()
+
+    counts = process(pages)
+
+    assert (counts.completed, counts.failed) == (4, 0)
+    assert_beside(pages)
+    assert pages.execute("SELECT id, ctid, xmin, xmax FROM pages ORDER BY id").fetchall() == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE pages SET body = 'other' WHERE id = 1",
+        "UPDATE pages SET body = NULL WHERE id = 1",
+        "UPDATE pages SET body = '' WHERE id = 1",
+        "UPDATE pages SET id = 9 WHERE id = 1",
+        "UPDATE pages SET id = 9, body = 'other' WHERE id = 1",
+        "UPDATE pages SET id = CASE id WHEN 1 THEN 3 WHEN 2 THEN 4 ELSE id END, body = body || '!'",
+        "DELETE FROM pages WHERE id = 1",
+        "DELETE FROM pages",
+        "TRUNCATE pages",
+        "DELETE FROM pages WHERE id = 1; INSERT INTO pages VALUES (1, 'again')",
+        "INSERT INTO pages VALUES (1, 'x') ON CONFLICT (id) DO UPDATE SET body = 'merged'",
+        "MERGE INTO pages AS p USING (VALUES (1, 'a'), (7, 'b')) AS s(id, body) ON s.id = p.id "
+        "WHEN MATCHED THEN DELETE WHEN NOT MATCHED THEN INSERT VALUES (s.id, s.body, 0)",
+    ],
+)
+def test_embeddings_follow_every_change_of_the_rows(pages: Connection, change: str) -> None:
+    pages.execute("INSERT INTO pages VALUES (1, 'one'), (2, 'two')")
+    process(pages)
+
+    pages.execute(change)
+
+    # Nothing is left of rows and keys that are gone, in the same transaction.
+    gone = "SELECT count(*) FROM pages_embeddings AS e WHERE NOT EXISTS (SELECT FROM pages AS p WHERE p.id = e.id)"
+    assert pages.execute(gone).fetchone() == (0,)
+    process(pages)
+    assert_beside(pages)
+
+
+def test_what_a_row_had_stays_until_the_new_embedding_is_written(pages: Connection) -> None:
+    pages.execute("INSERT INTO pages VALUES (1, 'one')")
+    process(pages)
+
+    pages.execute("UPDATE pages SET body = 'two'")
+
+    [(vector,)] = pages.execute("SELECT embedding::real[] FROM pages_embeddings").fetchall()
+    assert np.allclose(vector, embedding_of("one"), atol=2e-3)
+
+
+def test_with_clear_an_embedding_goes_with_its_text(pages: Connection) -> None:
+    pages.execute("SELECT autoembed.alter_pipeline('pages', on_change => 'clear')")
+    pages.execute("INSERT INTO pages VALUES (1, 'one'), (2, 'two')")
+    process(pages)
+
+    pages.execute("UPDATE pages SET body = 'other', views = 1 WHERE id = 1")
+    pages.execute("UPDATE pages SET views = 1 WHERE id = 2")
+
+    assert pages.execute("SELECT id FROM pages_embeddings").fetchall() == [(2,)]
+    process(pages)
+    assert_beside(pages)
+
+
+def test_an_unchanged_text_is_not_sent_again(pages: Connection, api: FakeApi) -> None:
+    pages.execute("INSERT INTO pages VALUES (1, 'one'), (2, 'two')")
+    process(pages)
+    before = len(api.log())
+
+    pages.execute("UPDATE pages SET views = 1")
+    pages.execute("SELECT autoembed.resync('pages')")
+    pages.execute("UPDATE pages SET body = 'other' WHERE id = 1; UPDATE pages SET body = 'one' WHERE id = 1")
+    process(pages)
+    process(pages)
+
+    assert len(api.log()) == before
+    assert_beside(pages)
+
+
+def test_reembed_sends_an_unchanged_text_again(pages: Connection, api: FakeApi) -> None:
+    pages.execute("INSERT INTO pages VALUES (1, 'one'), (2, 'two')")
+    process(pages)
+    before = len(api.log())
+
+    pages.execute("SELECT autoembed.reembed('pages', condition => 'id = 2')")
+    process(pages)
+    process(pages)
+
+    assert [text for request in api.log()[before:] for text in request["texts"]] == ["two"]
+    assert_beside(pages)
+
+
+def test_an_embedding_that_somebody_deletes_is_made_again_by_resync(pages: Connection) -> None:
+    pages.execute("INSERT INTO pages VALUES (1, 'one'), (2, 'two')")
+    process(pages)
+    pages.execute("DELETE FROM pages_embeddings WHERE id = 1")
+    assert pages.execute("SELECT state FROM autoembed.preview('pages', '1')").fetchone() == ("missing",)
+    assert pages.execute("SELECT state FROM autoembed.preview('pages', '2')").fetchone() == ("fresh",)
+
+    pages.execute("SELECT autoembed.resync('pages')")
+    process(pages)
+    process(pages)
+
+    assert_beside(pages)
+
+
+def test_an_application_that_holds_a_row_does_not_hold_up_its_embedding(
+    pages: Connection, connect: Callable[..., Connection]
+) -> None:
+    pages.execute("INSERT INTO pages VALUES (1, 'one')")
+    holder = connect()
+    with holder.transaction():
+        holder.execute("SELECT FROM pages FOR UPDATE")
+
+        process(pages)
+
+        assert_beside(pages)
+
+
+def test_a_text_that_changes_while_its_embedding_is_written_wins(
+    pages: Connection, connect: Callable[..., Connection], api: FakeApi
+) -> None:
+    """A change that commits between the look at the text and the commit of the lane must not be overwritten."""
+    pages.execute("INSERT INTO pages VALUES (1, 'one'), (2, 'two')")
+    # A trigger of the embeddings table changes the row in another session, after the look at its text.
+    pages.execute("CREATE EXTENSION dblink")
+    dsn = f"dbname={pages.info.dbname} user=postgres"
+    pages.execute(
+        "CREATE FUNCTION interfere() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        f" PERFORM public.dblink_exec('{dsn}',"
+        " 'UPDATE public.pages SET body = ''changed'' WHERE id = 1 AND body = ''one''');"
+        " RETURN NEW; END $$"
+    )
+    pages.execute(
+        "CREATE TRIGGER interfere BEFORE INSERT ON pages_embeddings FOR EACH ROW EXECUTE FUNCTION interfere()"
+    )
+
+    process(pages)
+
+    assert pages.execute("SELECT id FROM pages_embeddings").fetchall() == [(2,)]
+    process(pages)
+    [(vector,)] = pages.execute("SELECT embedding::real[] FROM pages_embeddings WHERE id = 1").fetchall()
+    assert np.allclose(vector, embedding_of("changed"), atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "ALTER TABLE pages RENAME TO sheets; ALTER TABLE sheets RENAME TO pages",
+        "ALTER TABLE pages RENAME COLUMN body TO words; ALTER TABLE pages RENAME COLUMN words TO body",
+        "ALTER TABLE pages RENAME COLUMN id TO number; ALTER TABLE pages RENAME COLUMN number TO id",
+        "ALTER TABLE pages ALTER COLUMN id TYPE bigint",
+        "CREATE SCHEMA other; ALTER TABLE pages SET SCHEMA other; SET search_path = other, public",
+        "ALTER TABLE pages_embeddings RENAME TO vectors; ALTER TABLE vectors RENAME TO pages_embeddings",
+    ],
+)
+def test_embeddings_follow_every_change_of_the_table(pages: Connection, change: str) -> None:
+    pages.execute("INSERT INTO pages VALUES (1, 'one'), (2, 'two')")
+    process(pages)
+
+    pages.execute(change)
+    pages.execute("UPDATE pages SET body = 'other' WHERE id = 1; DELETE FROM pages WHERE id = 2")
+    pages.execute("INSERT INTO pages VALUES (3, 'three')")
+    process(pages)
+
+    assert_beside(pages)
+
+
+def test_the_embeddings_of_a_table_that_is_dropped_go_with_it(pages: Connection) -> None:
+    pages.execute("DROP TABLE pages")
+    process(pages)
+
+    assert pages.execute("SELECT to_regclass('pages_embeddings')").fetchone() == (None,)
+
+
+def test_disable_leaves_the_embeddings_and_enable_takes_them_again(pages: Connection, api: FakeApi) -> None:
+    pages.execute("INSERT INTO pages VALUES (1, 'one'), (2, 'two')")
+    process(pages)
+    before = len(api.log())
+
+    pages.execute("SELECT autoembed.disable('pages')")
+    pages.execute("SELECT autoembed.enable('pages', NULL, content_columns => '{body}')")
+    process(pages)
+
+    assert len(api.log()) == before
+    assert_beside(pages)
+
+
+def test_disable_can_drop_the_embeddings(pages: Connection) -> None:
+    pages.execute("SELECT autoembed.disable('pages', drop_column => true)")
+
+    assert pages.execute("SELECT to_regclass('pages_embeddings')").fetchone() == (None,)
+
+
+def test_a_table_may_have_several_embeddings_tables_and_a_column(pages: Connection) -> None:
+    with pytest.raises(psycopg.errors.DuplicateObject) as refusal:
+        pages.execute("SELECT autoembed.enable('pages', NULL, content_columns => '{body}')")
+    assert "embeddings_table" in str(refusal.value.diag.message_hint)
+    pages.execute("SELECT autoembed.enable('pages', NULL, content_columns => '{body}', embeddings_table => 'others')")
+    pages.execute("SELECT autoembed.enable('pages', content_columns => '{body}')")
+    pages.execute("INSERT INTO pages VALUES (1, 'one')")
+    process(pages)
+    assert_beside(pages)
+    assert pages.execute("SELECT count(*) FROM others").fetchone() == (1,)
+    assert pages.execute("SELECT count(embedding) FROM pages").fetchone() == (1,)
+
+    pages.execute("SELECT autoembed.disable('others', drop_column => true)")
+
+    assert pages.execute("SELECT to_regclass('others')").fetchone() == (None,)
+    assert pages.execute("SELECT count(*) FROM autoembed.pipeline").fetchone() == (2,)
+
+
+def test_the_tables_owner_owns_the_embeddings_and_runs_all_that_hangs_on_them(
+    db: Connection, api: FakeApi, role: Callable[[str], str], connect: Callable[..., Connection]
+) -> None:
+    owner = role("beside_owner")
+    db.execute("SELECT autoembed.set_default_model('text-embedding-3-small')")
+    db.execute(f"SELECT autoembed.grant_usage('{owner}')")
+    db.execute(f"GRANT CREATE ON SCHEMA public TO {owner}")
+    db.execute(f"SET ROLE {owner}")
+    db.execute("CREATE TABLE pages (id int PRIMARY KEY, body text)")
+    db.execute("SELECT autoembed.enable('pages', NULL, content_columns => '{body}')")
+    db.execute("CREATE TABLE seen (who text)")
+    db.execute(
+        "CREATE FUNCTION spy() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN INSERT INTO public.seen VALUES (current_user); RETURN coalesce(NEW, OLD); END $$"
+    )
+    db.execute("CREATE TRIGGER spy BEFORE INSERT OR DELETE ON pages_embeddings FOR EACH ROW EXECUTE FUNCTION spy()")
+    db.execute("RESET ROLE")
+    db.execute("INSERT INTO pages VALUES (1, 'one')")
+    process(db)
+    assert_beside(db)
+    db.execute("DELETE FROM pages")
+    process(db)
+
+    assert db.execute(
+        "SELECT pg_get_userbyid(relowner) FROM pg_class WHERE relname = 'pages_embeddings'"
+    ).fetchone() == (owner,)
+    assert db.execute("SELECT DISTINCT who FROM seen").fetchall() == [(owner,)]
+    assert_beside(db)
+
+
+def test_an_embeddings_table_that_refuses_keeps_no_row_from_being_deleted(pages: Connection) -> None:
+    pages.execute("INSERT INTO pages VALUES (1, 'one'), (2, 'two')")
+    process(pages)
+    pages.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no'; END $$;"
+        "CREATE TRIGGER refuse BEFORE DELETE ON pages_embeddings FOR EACH ROW EXECUTE FUNCTION refuse()"
+    )
+
+    pages.execute("DELETE FROM pages WHERE id = 1")
+    assert pages.execute("SELECT id FROM pages").fetchall() == [(2,)]
+
+    # A lane deletes the embedding as soon as it can.
+    pages.execute("DROP TRIGGER refuse ON pages_embeddings")
+    process(pages)
+    assert_beside(pages)
+
+
+@pytest.mark.parametrize(
+    ("table", "arguments", "sqlstate", "message"),
+    [
+        ("id int PRIMARY KEY, body text", "embedding_column => 'e', embeddings_table => 'x'", "22023", "cannot both"),
+        ("digest int PRIMARY KEY, body text", "embedding_column => NULL", "42701", 'key column "digest"'),
+        ("id int, body text", "embedding_column => NULL", "55000", "has no key"),
+        (
+            "id int PRIMARY KEY, body text",
+            "embedding_column => NULL, embeddings_table => 'pg_class2'",
+            "42P07",
+            "exists",
+        ),
+    ],
+)
+def test_what_cannot_be_beside_is_refused_with_a_reason(
+    db: Connection, table: str, arguments: str, sqlstate: str, message: str
+) -> None:
+    db.execute(f"CREATE TABLE books ({table})")
+    db.execute("CREATE TABLE pg_class2 (id int)")
+
+    with pytest.raises(psycopg.Error) as refusal:
+        db.execute(f"SELECT autoembed.enable('books', content_columns => '{{body}}', {arguments})")
+
+    assert refusal.value.sqlstate == sqlstate
+    assert message in str(refusal.value)
+    assert refusal.value.diag.message_hint
