@@ -126,11 +126,11 @@ def test_reembed_sends_an_unchanged_text_again(pages: Connection, api: FakeApi) 
     process(pages)
     before = len(api.log())
 
-    pages.execute("SELECT autoembed.reembed('pages', condition => 'id = 2')")
+    pages.execute("SELECT autoembed.reembed('pages')")
     process(pages)
     process(pages)
 
-    assert [text for request in api.log()[before:] for text in request["texts"]] == ["two"]
+    assert [text for request in api.log()[before:] for text in request["texts"]] == ["one", "two"]
     assert_beside(pages)
 
 
