@@ -683,8 +683,9 @@ def test_a_lane_without_superuser_works_with_the_grants_of_the_document(talkativ
         db.execute("INSERT INTO after VALUES (1, 'one'), (2, 'poison'), (3, 'not wanted'), (4, 'four')")
         db.execute("DELETE FROM after WHERE id = 4; UPDATE before SET content = 'changed' WHERE id = 1")
         db.execute("TRUNCATE after; INSERT INTO after VALUES (1, 'one'), (2, 'poison'), (3, 'no')")
-        for table in ("before", "after"):
-            assert db.execute(f"SELECT autoembed.wait_until_fresh('{table}', 30)").fetchone() == (True,)
+        # One row of the second table is given up.
+        for table, all_are_fresh in (("before", True), ("after", False)):
+            assert db.execute(f"SELECT autoembed.wait_until_fresh('{table}', 30)").fetchone() == (all_are_fresh,)
 
         assert db.execute("SELECT count(*) FROM before WHERE embedding IS NULL").fetchone() == (0,)
         assert db.execute("SELECT id FROM after WHERE embedding IS NOT NULL").fetchall() == [(1,)]
