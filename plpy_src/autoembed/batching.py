@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 import string
-import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
+from autoembed.graphemes import MAX_JOINED, is_boundary
+
 Item = TypeVar("Item")
 
-ZERO_WIDTH_JOINER = "\u200d"
-SKIN_TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
 # Tokens that models put around a text.
 MARKS = 2
-# The most characters that are kept together. More accents on one letter are not a real text.
-MAX_JOINED = 16
 
 
 # The cost of a character in tokens, by the first byte of its UTF-8 form. A text has no more tokens than bytes, and far
@@ -84,7 +81,7 @@ def most_tokens(text: str) -> int:
 def truncate(text: str, max_tokens: int, prefix: str = "") -> str:
     """The longest beginning of a text that has at most max_tokens behind a prefix.
 
-    A letter keeps its accents, and at least one character is left of every text.
+    What is read as one character is not cut, and at least one character is left of every text.
     """
     max_tokens = max(0, max_tokens - _before(prefix))
     if len(text) <= max_tokens and most_tokens(text) <= max_tokens:
@@ -104,14 +101,9 @@ def truncate(text: str, max_tokens: int, prefix: str = "") -> str:
         else:
             high = middle
     for cut in range(min(low, len(text) - 1), max(0, low - MAX_JOINED), -1):
-        if not _joined(text[cut - 1], text[cut]):
+        if is_boundary(text, cut):
             return text[:cut]
     return text[:low]
-
-
-def _joined(before: str, after: str) -> bool:
-    """Whether two characters are drawn as one: an accent, the colour of an emoji, emoji with a joiner between them."""
-    return ZERO_WIDTH_JOINER in (before, after) or after in SKIN_TONES or unicodedata.category(after).startswith("M")
 
 
 def _before(prefix: str) -> int:

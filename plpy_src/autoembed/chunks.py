@@ -1,0 +1,517 @@
+"""Cuts a long text into chunks that a model takes whole: at its headings, paragraphs and sentences where it has them.
+
+Every step reads a text forwards once and keeps a bounded part of it. Expressions are possessive or have a fixed width,
+so no text makes them slow.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import NamedTuple
+
+from autoembed.batching import halves
+from autoembed.graphemes import MAX_JOINED, is_boundary
+
+# The number of tokens of each of these texts, with what the model puts around each: marks, a prefix.
+Count = Callable[[Sequence[str]], list[int]]
+
+CHUNKING = ("structure", "tokens", "none")
+# The fewest tokens of a chunk. A single character may be up to five.
+MIN_CHUNK_SIZE = 16
+# A chunk has at most so many characters for each token, lest a megabyte that a model knows as one word is one chunk.
+CHARACTERS_PER_TOKEN = 16
+# A piece with more characters for each token than this is taken apart before its tokens are counted.
+COUNTED_CHARACTERS_PER_TOKEN = 8
+# Texts that are counted at once, and their characters. Counting cannot be interrupted.
+COUNTED_TEXTS = 64
+COUNTED_CHARACTERS = 1 << 15
+# A text without paragraphs and sentences is taken apart into runs of so many parts of a chunk.
+RUNS_PER_CHUNK = 16
+# A longer line is read as several, and a longer paragraph is taken for several.
+LONGEST_LINE = 1 << 14
+LONGEST_PARAGRAPH = 1 << 16
+# The white space before a line, or between two tags, that is looked at.
+WIDEST_INDENT = 80
+# Lines that are read without a look at interrupts.
+LINES_PER_STEP = 1000
+
+
+class Chunk(NamedTuple):
+    """text[start:end], which begins and ends with a visible character, and its tokens as the model counts them."""
+
+    start: int
+    end: int
+    tokens: int
+
+
+class Block(NamedTuple):
+    """A part of a text.
+
+    cutters: the ways to take it apart, best first. depth: how many of them it took to make the cut before it.
+    opens: a section begins with it. heading: it holds nothing but a heading.
+    repeats: it belongs to the chunk before, too.
+    """
+
+    start: int
+    end: int
+    cutters: tuple[Cutter, ...]
+    depth: int = 0
+    opens: bool = False
+    heading: bool = False
+    repeats: bool = False
+    tokens: int = 0
+
+
+# The positions within text[start:end] before which it may be cut, in order.
+Cutter = Callable[["Splitter", int, int], Iterator[int]]
+
+
+def chunks_of(
+    text: str,
+    count: Count,
+    chunk_size: int,
+    chunking: str = "structure",
+    chunk_overlap: int = 0,
+    between_steps: Callable[[], None] = lambda: None,
+) -> Iterator[Chunk]:
+    """The chunks of a text in order. Together they hold all that is not white space.
+
+    chunk_size: the most tokens of a chunk, as `count` counts them. chunk_overlap: the tokens of the chunk before with
+    which a chunk begins. between_steps: is called before each count, and may raise.
+    """
+    splitter = Splitter(text, count, chunk_size, chunk_overlap, between_steps)
+    if chunking == "none":
+        return splitter.whole()
+    if chunking == "tokens":
+        start, end = trimmed(text, 0, len(text))
+        return splitter.split(iter([Block(start, end, WORDS)] if start < end else []), greedy=True)
+    return splitter.split(paragraphs(text, between_steps))
+
+
+class Splitter:
+    def __init__(
+        self, text: str, count: Count, chunk_size: int, chunk_overlap: int, between_steps: Callable[[], None]
+    ) -> None:
+        self.text = text
+        self._count = count
+        self._between_steps = between_steps
+        self._around, one, two = count(["", "a", "a\n\na"])
+        # The tokens of the white space between two pieces: none for most models, but some count line ends.
+        self._between = two - 2 * one + self._around
+        self._overlap = chunk_overlap
+        self._most = chunk_size - self._around
+        self._packed_tokens = self._most - chunk_overlap
+        self._packed_characters = CHARACTERS_PER_TOKEN * self._packed_tokens
+        self._counted_characters = COUNTED_CHARACTERS_PER_TOKEN * self._packed_tokens
+        self.run = max(1, self._packed_tokens // RUNS_PER_CHUNK)
+
+    def split(self, blocks: Iterator[Block], greedy: bool = False) -> Iterator[Chunk]:
+        """The chunks that blocks are packed into. greedy: each is as long as may be."""
+        return self._chunks(self._packs(self._pieces(blocks), _all_of if greedy else self._best_cut))
+
+    def whole(self) -> Iterator[Chunk]:
+        start, end = trimmed(self.text, 0, len(self.text))
+        if start < end:
+            yield Chunk(start, end, self._around + sum(self._window_tokens(start, end)))
+
+    def _window_tokens(self, start: int, end: int) -> Iterator[int]:
+        """The tokens of a range, in parts that are counted one by one."""
+        while start < end:
+            stop = min(end, start + COUNTED_CHARACTERS)
+            while stop < end and stop > start + COUNTED_CHARACTERS // 2 and not self.text[stop].isspace():
+                stop -= 1
+            self._between_steps()
+            yield self._count([self.text[start:stop]])[0] - self._around
+            start = stop
+
+    def _pieces(self, blocks: Iterator[Block]) -> Iterator[Block]:
+        """Blocks with their tokens, taken apart until each fits in a chunk."""
+        for batch in self._batches(blocks):
+            short = [block for block in batch if block.end - block.start <= self._counted_characters]
+            counts = iter(self._tokens(short))
+            for block in batch:
+                tokens = next(counts) if block.end - block.start <= self._counted_characters else self._most + 1
+                if tokens <= self._packed_tokens or not block.cutters:
+                    yield block._replace(tokens=tokens)
+                else:
+                    yield from self._pieces(self.parts(block))
+
+    def _batches(self, blocks: Iterator[Block]) -> Iterator[list[Block]]:
+        batch: list[Block] = []
+        characters = 0
+        for block in blocks:
+            batch.append(block)
+            characters += min(block.end - block.start, self._counted_characters)
+            if len(batch) == COUNTED_TEXTS or characters >= COUNTED_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+        if batch:
+            yield batch
+
+    def _tokens(self, parts: Sequence[Block]) -> list[int]:
+        self._between_steps()
+        if not parts:
+            return []
+        return [tokens - self._around for tokens in self._count([self.text[part.start : part.end] for part in parts])]
+
+    def parts(self, block: Block) -> Iterator[Block]:
+        """The block cut in the best way that cuts it at all; parts of white space are left out."""
+        cuts, depth = self._first_cuts(block)
+        at, part_depth, opens = block.start, block.depth, block.opens
+        for cut in chain(cuts, [block.end]):
+            start, end = trimmed(self.text, at, cut)
+            if start < end:
+                yield Block(start, end, block.cutters[depth:], part_depth, opens, block.heading and opens)
+                part_depth, opens = block.depth + depth, False
+            at = cut
+
+    def _first_cuts(self, block: Block) -> tuple[Iterator[int], int]:
+        """The positions where a block is cut, and how many ways of cutting it were tried."""
+        for tried, cutter in enumerate(block.cutters, 1):
+            cuts = cutter(self, block.start, block.end)
+            for first in cuts:
+                return chain([first], cuts), tried
+        return iter([]), len(block.cutters)
+
+    def _packs(self, pieces: Iterator[Block], best_cut: Callable[[list[Block], Block], int]) -> Iterator[list[Block]]:
+        """Pieces that are a chunk together."""
+        pack: list[Block] = []
+        tokens = 0
+        is_heading = True
+        sources = [pieces]
+        while sources:
+            piece = next(sources[-1], None)
+            if piece is None:
+                sources.pop()
+                continue
+            if piece.opens and not is_heading:
+                yield pack
+                pack, tokens, is_heading = [], 0, True
+            if pack and is_heading and piece.cutters and not piece.heading and not self._fits(pack, tokens, piece):
+                # A heading stays with the beginning of what it is the heading of.
+                sources.append(self._pieces(self.parts(piece)))
+                continue
+            while not self._fits(pack, tokens, piece):
+                cut = best_cut(pack, piece)
+                yield pack[:cut]
+                pack = pack[cut:]
+                tokens = sum(other.tokens + self._between for other in pack)
+                is_heading = not pack
+            pack.append(piece)
+            tokens += piece.tokens + self._between
+            is_heading = is_heading and piece.heading
+        if pack:
+            yield pack
+
+    def _fits(self, pack: list[Block], tokens: int, piece: Block) -> bool:
+        return not pack or (
+            tokens + piece.tokens <= self._packed_tokens and piece.end - pack[0].start <= self._packed_characters
+        )
+
+    def _best_cut(self, pack: list[Block], following: Block) -> int:
+        """How many pieces of a full pack are a chunk: at least half of it.
+
+        The cut is where the text has the strongest one, and among equals where the hash of a piece is least. So an edit
+        moves few cuts: behind it, the same pieces are soon the ends of chunks again.
+        """
+        half, tokens, best = self._packed_tokens / 2, 0, (following.depth, 1 << 32, len(pack))
+        for number, (piece, after) in enumerate(zip(pack, [*pack[1:], following], strict=True), 1):
+            tokens += piece.tokens + self._between
+            if tokens >= half:
+                digest = zlib.crc32(self.text[piece.start : piece.end].encode())
+                best = min(best, (after.depth, digest, number))
+        return best[2]
+
+    def _chunks(self, packs: Iterator[list[Block]]) -> Iterator[Chunk]:
+        if self._overlap:
+            packs = self._overlapping(packs)
+        while batch := list(islice(packs, COUNTED_TEXTS)):
+            yield from self._counted(batch)
+
+    def _overlapping(self, packs: Iterator[list[Block]]) -> Iterator[list[Block]]:
+        """Packs that begin with the end of the pack before, within a section."""
+        lowest = 0
+        for pack in packs:
+            first = pack[0]
+            yield pack if first.opens or not lowest else [*self._end_of(lowest, first.start), *pack]
+            lowest = first.start + 1
+
+    def _end_of(self, lowest: int, end: int) -> list[Block]:
+        """The last words of text[lowest:end] that an overlap may hold, as one block or none."""
+        start = max(lowest, end - CHARACTERS_PER_TOKEN * self._overlap)
+        # The first of them may be half a word.
+        words = list(self.parts(Block(start, end, WORDS)))[1:]
+        tokens = 0
+        kept: list[Block] = []
+        for word, word_tokens in zip(reversed(words), reversed(self._tokens(words)), strict=True):
+            tokens += word_tokens + self._between
+            if tokens > self._overlap:
+                break
+            kept = [Block(word.start, end, (), repeats=True)]
+        return kept
+
+    def _counted(self, packs: Sequence[list[Block]]) -> Iterator[Chunk]:
+        """The chunks of packs. What is counted as a whole may have more tokens than its pieces."""
+        several = [pack for pack in packs if len(pack) > 1]
+        counts = iter(self._tokens([Block(pack[0].start, pack[-1].end, ()) for pack in several]))
+        for pack in packs:
+            tokens = next(counts) if len(pack) > 1 else pack[0].tokens
+            if tokens <= self._most or len(pack) == 1:
+                yield Chunk(pack[0].start, pack[-1].end, self._around + tokens)
+            else:
+                yield from self._counted([pack[1:]] if pack[0].repeats else halves(pack))
+
+
+def _all_of(pack: list[Block], following: Block) -> int:
+    return len(pack)
+
+
+def trimmed(text: str, start: int, end: int) -> tuple[int, int]:
+    """The range without the white space at its ends."""
+    found = _VISIBLE.search(text, start, end)
+    if found is None:
+        return end, end
+    while text[end - 1].isspace():
+        end -= 1
+    return found.start(), end
+
+
+_VISIBLE = re.compile(r"\S")
+_SPACE = re.compile(r"\s")
+
+# --- How a text that is too long is taken apart ---------------------------------------------------------------------
+
+
+_BLANK_LINES = re.compile(r"\n(?:[^\S\n]*+\n)++")
+
+
+def _blank_lines(splitter: Splitter, start: int, end: int) -> Iterator[int]:
+    return (found.end() for found in _BLANK_LINES.finditer(splitter.text, start, end))
+
+
+def _lines(splitter: Splitter, start: int, end: int) -> Iterator[int]:
+    text = splitter.text
+    at = text.find("\n", start, end) + 1
+    while 0 < at < end:
+        yield at
+        at = text.find("\n", at, end) + 1
+
+
+_ITEM = re.compile(r"\n(?=[^\S\n]*+(?:[-*+•·–—|]|\d{1,3}[.)]|\(?[A-Za-z\d][.)])[^\S\n])")
+
+
+def _items(splitter: Splitter, start: int, end: int) -> Iterator[int]:
+    return (found.end() for found in _ITEM.finditer(splitter.text, start, end))
+
+
+_SENTENCE_END = re.compile(
+    r"(?<![.!?…])[.!?…]++[\"'”’»)\]*_]*+(?=\s)"
+    r"|[。！？｡⁇⁈⁉‼]++[」』）】》〉”’\"')\]]*+"
+    r"|[।॥؟۔።፧។៕။།]++[\"'”’»)\]]*+"
+)
+
+
+def _sentences(splitter: Splitter, start: int, end: int) -> Iterator[int]:
+    text = splitter.text
+    for found in _SENTENCE_END.finditer(text, start, end):
+        following = _VISIBLE.search(text, found.end(), end)
+        if following is not None and not following[0].islower():
+            yield following.start()
+
+
+def _words(splitter: Splitter, start: int, end: int) -> Iterator[int]:
+    """Before a word, but not one of the first characters."""
+    text = splitter.text
+    while (space := _SPACE.search(text, start + splitter.run, end)) and (
+        word := _VISIBLE.search(text, space.end(), end)
+    ):
+        start = word.start()
+        yield start
+
+
+def _clusters(splitter: Splitter, start: int, end: int) -> Iterator[int]:
+    return _characters_apart(splitter, start, end, splitter.run)
+
+
+def _single_clusters(splitter: Splitter, start: int, end: int) -> Iterator[int]:
+    return _characters_apart(splitter, start, end, 1)
+
+
+def _characters_apart(splitter: Splitter, start: int, end: int, run: int) -> Iterator[int]:
+    text = splitter.text
+    while (at := start + run) < end:
+        last = min(end, at + MAX_JOINED)
+        while at < last and not is_boundary(text, at, start):
+            at += 1
+        if at == end:
+            return
+        yield at
+        start = at
+
+
+def _code_points(splitter: Splitter, start: int, end: int) -> Iterator[int]:
+    return iter(range(start + 1, end))
+
+
+WORDS: tuple[Cutter, ...] = (_words, _clusters, _single_clusters, _code_points)
+PROSE: tuple[Cutter, ...] = (_items, _sentences, *WORDS)
+LINES: tuple[Cutter, ...] = (_blank_lines, _lines, *WORDS)
+
+# --- Paragraphs -----------------------------------------------------------------------------------------------------
+
+_ATX_HEADING = re.compile(r"#{1,6}(?:\s|$)")
+_FENCE = re.compile(r"`{3,}+(?=[^`]*+$)|~{3,}+")
+_UNDERLINE = re.compile(r"([=\-~^\"'`#*+.:_<>])\1{2,}+$")
+# The underlines that Markdown has. They may be shorter than the heading.
+_SHORT_UNDERLINES = "=-"
+_HTML_BLOCK = re.compile(
+    r"<(?:(h[1-6])|p|div|ul|ol|li|dl|dt|dd|table|tr|pre|blockquote|section|article|br|hr)(?=[\s/>])|(</h[1-6]>)",
+    re.IGNORECASE,
+)
+
+
+class _Line(NamedTuple):
+    """A line that is not blank, or a part of one. joins: it goes on with a line that is too long to be read at once."""
+
+    start: int
+    text: str
+    after_blank: bool
+    joins: bool = False
+    begins_block: bool = False
+    begins_heading: bool = False
+
+
+@dataclass
+class _Paragraph:
+    """The paragraph that is being read, and its first line. is_code: its lines so far are indented."""
+
+    start: int
+    end: int
+    first: str
+    cutters: tuple[Cutter, ...]
+    is_code: bool = False
+    is_heading: bool = False
+    lines: int = 1
+
+    def block(self) -> Block:
+        return Block(self.start, self.end, self.cutters, 0, self.is_heading, self.is_heading)
+
+
+def paragraphs(text: str, between_steps: Callable[[], None] = lambda: None) -> Iterator[Block]:
+    """The headings, paragraphs, blocks of code and tables of a text, as Markdown, reStructuredText and HTML have them.
+
+    A heading is a block of its own. So is all between two fences, and so are indented lines with blank lines between.
+    """
+    paragraph: _Paragraph | None = None
+    fence = ""
+    for number, line in enumerate(_parts_of_lines(text)):
+        if number % LINES_PER_STEP == 0:
+            between_steps()
+        stripped = line.text.strip()
+        start = line.start + len(line.text) - len(line.text.lstrip())
+        end = start + len(stripped)
+        if paragraph and end - paragraph.start > LONGEST_PARAGRAPH:
+            yield paragraph.block()
+            paragraph = _Paragraph(start, start, "", paragraph.cutters, paragraph.is_code)
+        if paragraph and fence:
+            paragraph.end = end
+            if stripped.startswith(fence) and not stripped.strip(fence[0]):
+                yield paragraph.block()
+                paragraph, fence = None, ""
+            continue
+        if paragraph and line.joins:
+            paragraph.end = end
+            continue
+        is_code = (line.text[0] == "\t" or line.text[:4] == "    ") and not line.begins_block
+        if paragraph and not line.after_blank and _is_underline(stripped, paragraph):
+            paragraph.end, paragraph.is_heading = end, True
+            yield paragraph.block()
+            paragraph = None
+            continue
+        is_heading = not is_code and stripped[0] == "#" and bool(_ATX_HEADING.match(stripped))
+        opening = None if is_code or stripped[0] not in "`~" else _FENCE.match(stripped)
+        parted = line.after_blank and not (is_code and paragraph and paragraph.is_code)
+        if paragraph and (parted or is_heading or opening or line.begins_block):
+            yield paragraph.block()
+            paragraph = None
+        if paragraph:
+            paragraph.end = end
+            paragraph.lines += 1
+            paragraph.is_code &= is_code
+        else:
+            cutters = LINES if is_code or opening or stripped[0] in "|+" else PROSE
+            paragraph = _Paragraph(start, end, stripped, cutters, is_code, is_heading or line.begins_heading)
+        if is_heading:
+            yield paragraph.block()
+            paragraph = None
+        elif opening:
+            fence = opening[0]
+    if paragraph:
+        yield paragraph.block()
+
+
+def _is_underline(line: str, paragraph: _Paragraph) -> bool:
+    """Whether a line makes a heading of the paragraph before it: one line, or one below a line like this one."""
+    if not _UNDERLINE.match(line):
+        return False
+    if paragraph.lines == 2:
+        return paragraph.first == line
+    title = paragraph.first
+    return (
+        paragraph.lines == 1
+        and not paragraph.is_code
+        and not paragraph.is_heading
+        and not _UNDERLINE.match(title)
+        and (line[0] in _SHORT_UNDERLINES or len(line) >= len(title))
+    )
+
+
+def _parts_of_lines(text: str) -> Iterator[_Line]:
+    """The lines of a text; where HTML begins or ends a block within a line, the line is cut."""
+    at, joins = 0, False
+    while visible := _VISIBLE.search(text, at):
+        start = text.rfind("\n", at, visible.start()) + 1
+        after_blank = start > at
+        start = max(start, at, visible.start() - WIDEST_INDENT)
+        stop = text.find("\n", visible.start(), start + LONGEST_LINE) + 1
+        is_whole = stop > 0
+        stop = stop or _end_of_part(text, start)
+        line = text[start:stop]
+        joins = joins and not after_blank
+        if "<" in line and (found := _HTML_BLOCK.search(line)):
+            yield from _parts_of_html(_Line(start, line, after_blank, joins), found)
+        else:
+            yield _Line(start, line, after_blank, joins)
+        at, joins = stop, not is_whole
+
+
+def _end_of_part(text: str, start: int) -> int:
+    """Where the first part of a line that is too long ends: before a word, or at least not within a character."""
+    end = start + LONGEST_LINE
+    if end >= len(text):
+        return len(text)
+    space = text.rfind(" ", start + LONGEST_LINE // 2, end) + 1
+    return space or next((at for at in range(end, end - MAX_JOINED, -1) if is_boundary(text, at, start)), end)
+
+
+def _parts_of_html(line: _Line, found: re.Match[str] | None) -> Iterator[_Line]:
+    at, part = 0, line
+    while found:
+        cut = found.end() if found[2] else found.start()
+        # In the middle of a sentence it is the name of a tag.
+        if not found[1] or _ends_tag(line.text[max(0, cut - WIDEST_INDENT) : cut].rstrip()):
+            if line.text[at:cut].strip():
+                yield part._replace(text=line.text[at:cut])
+            at = cut
+            part = _Line(line.start + at, "", line.after_blank, False, True, bool(found[1]))
+        found = _HTML_BLOCK.search(line.text, found.end())
+    if line.text[at:].strip():
+        yield part._replace(text=line.text[at:])
+
+
+def _ends_tag(before: str) -> bool:
+    return not before or before.endswith(">")
