@@ -347,7 +347,7 @@ def test_what_was_made_for_a_function_model_goes_with_it(mine: Connection, end: 
 # --- a fake ------------------------------------------------------------------------------------------
 
 
-def fake(db: Connection, options: str = "{}") -> None:
+def create_fake(db: Connection, options: str = "{}") -> None:
     db.execute("SELECT autoembed.create_model('test', 'fake', 8, options => %s)", [options])
 
 
@@ -355,7 +355,7 @@ def fake(db: Connection, options: str = "{}") -> None:
 def test_a_table_is_embedded_by_a_fake_and_a_search_finds_the_row_that_says_it(
     db: Connection, connect: Connect, door: str
 ) -> None:
-    fake(db)
+    create_fake(db)
     attach(db, "test", "one", "two", "three")
 
     run(db, connect, door)
@@ -374,7 +374,7 @@ def test_a_table_is_embedded_by_a_fake_and_a_search_finds_the_row_that_says_it(
 def test_a_text_with_a_fault_fails_alone_and_comes_back_when_the_fault_ends(
     db: Connection, connect: Connect, door: str
 ) -> None:
-    fake(db, '{"faults": [{"match": "poison", "status": 400, "message": "not these words"}]}')
+    create_fake(db, '{"faults": [{"match": "poison", "status": 400, "message": "not these words"}]}')
     attach(db, "test", "one", "a poison", "three")
 
     run(db, connect, door)
@@ -392,7 +392,7 @@ def test_a_text_with_a_fault_fails_alone_and_comes_back_when_the_fault_ends(
 def test_a_fault_of_every_request_rests_the_model_until_it_ends(
     db: Connection, status: int, needs_attention: bool
 ) -> None:
-    fake(db, f'{{"faults": [{{"status": {status}, "message": "no", "retry_after_seconds": 600}}]}}')
+    create_fake(db, f'{{"faults": [{{"status": {status}, "message": "no", "retry_after_seconds": 600}}]}}')
     attach(db, "test", "one")
 
     db.execute("SELECT autoembed.process()")
@@ -406,7 +406,7 @@ def test_a_fault_of_every_request_rests_the_model_until_it_ends(
 
 @pytest.mark.parametrize("call", ["SELECT autoembed.process()", "SELECT autoembed.embed('x', 'test')"])
 def test_a_delay_ends_with_the_statement(db: Connection, call: str) -> None:
-    fake(db, '{"delay_seconds": 50}')
+    create_fake(db, '{"delay_seconds": 50}')
     attach(db, "test", "one")
     db.execute("SET statement_timeout = '500ms'")
 
@@ -418,7 +418,7 @@ def test_a_delay_ends_with_the_statement(db: Connection, call: str) -> None:
 
 
 def test_a_delay_beyond_the_timeout_is_no_answer(db: Connection) -> None:
-    fake(db, '{"delay_seconds": 50}')
+    create_fake(db, '{"delay_seconds": 50}')
     attach(db, "test", "one")
 
     db.execute("SELECT autoembed.process(timeout_milliseconds => 200)")
@@ -428,7 +428,7 @@ def test_a_delay_beyond_the_timeout_is_no_answer(db: Connection) -> None:
 
 def test_a_wrong_option_of_a_fake_is_one_clear_error(db: Connection) -> None:
     with pytest.raises(psycopg.errors.InvalidParameterValue, match='option faults of model "test" has a fault without'):
-        fake(db, '{"faults": [{"match": "x"}]}')
+        create_fake(db, '{"faults": [{"match": "x"}]}')
 
 
 @Doors

@@ -29,7 +29,7 @@ def enable(db: Connection, arguments: str = COLUMNS, table: str = "documents") -
     db.execute(f"SELECT autoembed.enable('{table}', {arguments})")
 
 
-def attached(db: Connection, arguments: str = COLUMNS) -> None:
+def attach(db: Connection, arguments: str = COLUMNS) -> None:
     """The table enabled and embedded."""
     enable(db, arguments)
     embed(db)
@@ -46,7 +46,7 @@ def embed(db: Connection) -> None:
     raise AssertionError("there is always more to embed")
 
 
-def sent(db: Connection, api: FakeApi) -> list[str]:
+def send_all(db: Connection, api: FakeApi) -> list[str]:
     """The texts that are sent until nothing waits."""
     before = len(api.texts())
     embed(db)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import psycopg
 import pytest
 
-from extension.pipelines.documents import COLUMNS, assert_fresh, attached, embed, enable, sent, vectors
+from extension.pipelines.documents import COLUMNS, assert_fresh, attach, embed, enable, send_all, vectors
 from fake_api import FakeApi
 from harness import Connection, warnings_of
 
@@ -22,7 +22,7 @@ def test_a_missing_column_is_added_with_the_dimensions_of_the_model(db: Connecti
 @pytest.mark.parametrize("kind", ["vector(1536)", "halfvec(1536)", "vector", "halfvec"])
 def test_vector_and_halfvec_columns_both_work(db: Connection, kind: str) -> None:
     db.execute(f"ALTER TABLE documents ADD embedding {kind}")
-    attached(db)
+    attach(db)
 
     assert_fresh(db)
 
@@ -77,13 +77,13 @@ def test_several_pipelines_live_on_one_table(db: Connection, api: FakeApi) -> No
     db.execute("UPDATE documents SET content = 'new' WHERE id = 1")
     assert vectors(db) == {1: True, 2: True, 3: True}
     assert vectors(db, "small") == {1: False, 2: True, 3: True}
-    assert sent(db, api) == ["new", "one: new"]
+    assert send_all(db, api) == ["new", "one: new"]
     assert_fresh(db, "title")
     assert_fresh(db, "content", column="small", model="text-embedding-3-large")
     assert_fresh(db, "title || ': ' || content", column="third")
 
     db.execute("SELECT autoembed.disable('documents', 'small')")
     db.execute("UPDATE documents SET content = 'newer', title = 'newer' WHERE id = 1")
-    assert sent(db, api) == ["newer", "newer: newer"]
+    assert send_all(db, api) == ["newer", "newer: newer"]
     with pytest.raises(psycopg.errors.AmbiguousColumn, match="several embedding columns"), db.transaction():
         db.execute("SELECT autoembed.reembed('documents')")

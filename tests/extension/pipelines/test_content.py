@@ -8,11 +8,11 @@ from extension.pipelines.documents import (
     COLUMNS,
     FORMS,
     assert_fresh,
-    attached,
+    attach,
     embed,
     enable,
     queued,
-    sent,
+    send_all,
     vectors,
 )
 from fake_api import FakeApi
@@ -24,7 +24,7 @@ def test_every_form_of_content_gives_its_text_before_and_after_a_change(db: Conn
     arguments, text = FORMS[form]
     db.execute("CREATE FUNCTION \"Text von\"(documents) RETURNS varchar(9) LANGUAGE sql AS 'SELECT upper($1.title)'")
     db.execute("INSERT INTO documents (id, title, content) VALUES (4, 'four', NULL), (5, NULL, 'c5'), (6, NULL, NULL)")
-    attached(db, arguments)
+    attach(db, arguments)
     assert_fresh(db, text)
 
     db.execute("UPDATE documents SET title = content, content = title")
@@ -35,7 +35,7 @@ def test_every_form_of_content_gives_its_text_before_and_after_a_change(db: Conn
 def test_a_row_that_failed_before_its_tables_truncation_is_read_stays_known(db: Connection, api: FakeApi) -> None:
     """The newest messages are claimed before older ones."""
     api.behave(faults=[{"status": 400, "match": "poison", "times": "forever"}])
-    attached(db)
+    attach(db)
     db.execute("UPDATE documents SET content = 'poison' WHERE id = 1")
     db.execute("SELECT autoembed.process(); TRUNCATE documents")
     db.execute("UPDATE pgmq.q_embedding_jobs SET vt = 'infinity'; INSERT INTO documents VALUES (5, 'poison', 'poison')")
@@ -50,27 +50,27 @@ def test_a_row_that_failed_before_its_tables_truncation_is_read_stays_known(db: 
 
 
 def test_a_blank_text_has_no_embedding(db: Connection, api: FakeApi) -> None:
-    attached(db, "content_columns => '{content}'")
+    attach(db, "content_columns => '{content}'")
 
     db.execute("UPDATE documents SET content = (ARRAY['', E' \\n\\t', NULL])[id]")
 
-    assert sent(db, api) == []
+    assert send_all(db, api) == []
     assert vectors(db) == {1: False, 2: False, 3: False}
 
 
 def test_the_condition_says_which_rows_have_an_embedding_at_all(db: Connection, api: FakeApi) -> None:
     db.execute("UPDATE documents SET archived = true WHERE id = 1; UPDATE documents SET published = NULL WHERE id = 2")
-    attached(db, f"{COLUMNS}, condition => 'published and not archived'")
+    attach(db, f"{COLUMNS}, condition => 'published and not archived'")
     assert vectors(db) == {1: False, 2: False, 3: True}
 
     db.execute("UPDATE documents SET archived = false")
     assert queued(db) == [[1]]
-    assert sent(db, api) == ["one\n\nc1"]
+    assert send_all(db, api) == ["one\n\nc1"]
     assert vectors(db) == {1: True, 2: False, 3: True}
 
     db.execute("UPDATE documents SET published = false")
     assert queued(db) == [[1], [3]]
-    assert sent(db, api) == []
+    assert send_all(db, api) == []
     assert vectors(db) == {1: False, 2: False, 3: False}
 
     db.execute("UPDATE documents SET title = 'unseen'; INSERT INTO documents VALUES (4, 'unseen', '', false)")
@@ -113,7 +113,7 @@ def test_partitions_that_come_and_go_are_followed(db: Connection, api: FakeApi) 
     embed(db)
 
     db.execute("ALTER TABLE parts ATTACH PARTITION high FOR VALUES FROM (10) TO (20)")
-    assert sent(db, api) == ["eleven", "twelve"]
+    assert send_all(db, api) == ["eleven", "twelve"]
     db.execute("UPDATE high SET title = 'new' WHERE id = 11; INSERT INTO parts VALUES (13, 'thirteen')")
     db.execute(
         "CREATE TABLE higher PARTITION OF parts FOR VALUES FROM (20) TO (30);"
@@ -125,9 +125,9 @@ def test_partitions_that_come_and_go_are_followed(db: Connection, api: FakeApi) 
 
     db.execute("ALTER TABLE parts DETACH PARTITION high")
     db.execute("UPDATE high SET title = 'unseen'; INSERT INTO high (id, title) VALUES (14, 'unseen')")
-    assert sent(db, api) == []
+    assert send_all(db, api) == []
     db.execute("UPDATE parts SET title = 'seen' WHERE id = 1")
-    assert sent(db, api) == ["seen"]
+    assert send_all(db, api) == ["seen"]
 
 
 def test_a_deferrable_primary_key_is_a_key(db: Connection) -> None:
@@ -141,7 +141,7 @@ def test_a_deferrable_primary_key_is_a_key(db: Connection) -> None:
 
 
 def test_a_row_without_a_key_holds_up_no_other(db: Connection) -> None:
-    attached(db)
+    attach(db)
     db.execute("ALTER TABLE documents DROP CONSTRAINT documents_pkey; ALTER TABLE documents ALTER id DROP NOT NULL")
     db.execute("INSERT INTO documents VALUES (NULL, 'none', 'c'), (4, 'four', 'c4')")
     for _ in range(3):
@@ -153,7 +153,7 @@ def test_a_row_without_a_key_holds_up_no_other(db: Connection) -> None:
 def test_rows_of_tables_that_inherit_are_none_of_the_table(db: Connection, api: FakeApi) -> None:
     db.execute("ALTER TABLE documents ADD embedding halfvec(1536)")
     db.execute("CREATE TABLE special () INHERITS (documents); INSERT INTO special VALUES (1, 'child', 'c1')")
-    attached(db)
+    attach(db)
 
     assert len(api.texts()) == 3
     assert_fresh(db, table="ONLY documents")

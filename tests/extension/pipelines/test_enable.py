@@ -1,4 +1,4 @@
-"""A table is attached, changed, paused and detached."""
+"""A table is attach, changed, paused and detached."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from extension.pipelines.documents import (
     BOTH,
     COLUMNS,
     assert_fresh,
-    attached,
+    attach,
     embed,
     enable,
     queued,
-    sent,
+    send_all,
     traces,
     vectors,
 )
@@ -26,7 +26,7 @@ from harness import Connection, warnings_of
     "arguments", [COLUMNS, "content_function => 'text_of', condition => 'published', on_change => 'clear'"]
 )
 def test_disable_leaves_nothing_but_the_vectors(db: Connection, arguments: str, drop_column: bool) -> None:
-    attached(db, arguments)
+    attach(db, arguments)
     db.execute("UPDATE documents SET content = 'new' WHERE id = 1; SELECT autoembed.resync('documents')")
     assert {trace.kind for trace in traces(db)} >= {"function", "trigger", "job", "pipeline", "backfill", "embedded"}
 
@@ -39,13 +39,13 @@ def test_disable_leaves_nothing_but_the_vectors(db: Connection, arguments: str, 
             vectors(db)
     else:
         assert vectors(db)[3]
-    attached(db, arguments)
+    attach(db, arguments)
     assert set(vectors(db).values()) == {True}
 
 
 def test_what_was_enabled_is_gone_when_the_transaction_is_rolled_back(db: Connection) -> None:
     with db.transaction(force_rollback=True):
-        attached(db)
+        attach(db)
 
     assert traces(db) == []
 
@@ -53,10 +53,10 @@ def test_what_was_enabled_is_gone_when_the_transaction_is_rolled_back(db: Connec
 def test_a_paused_table_goes_on_where_it_stood(db: Connection, api: FakeApi) -> None:
     enable(db)
     db.execute("SELECT autoembed.pause('documents')")
-    assert sent_while_paused(db, api) == []
+    assert process_while_paused(db, api) == []
 
     db.execute("UPDATE documents SET content = 'new' WHERE id = 1; INSERT INTO documents VALUES (4, 'four', 'c4')")
-    assert sent_while_paused(db, api) == []
+    assert process_while_paused(db, api) == []
     assert queued(db) == [[1], [4]]
 
     db.execute("SELECT autoembed.resume('documents')")
@@ -65,7 +65,7 @@ def test_a_paused_table_goes_on_where_it_stood(db: Connection, api: FakeApi) -> 
     assert_fresh(db)
 
 
-def sent_while_paused(db: Connection, api: FakeApi) -> list[str]:
+def process_while_paused(db: Connection, api: FakeApi) -> list[str]:
     assert db.execute("SELECT read, retried, failed FROM autoembed.process()").fetchone() == (0, 0, 0)
     return api.texts()
 
@@ -100,12 +100,12 @@ def test_an_alteration_sends_exactly_the_rows_to_which_it_makes_a_difference(
     db.execute(
         "UPDATE documents SET content = NULL WHERE id = 1; INSERT INTO documents VALUES (4, 'four', 'c4', false)"
     )
-    attached(db, f"{COLUMNS}, condition => 'published'")
+    attach(db, f"{COLUMNS}, condition => 'published'")
     texts, text = ALTERATIONS[alteration]
 
     db.execute(f"SELECT autoembed.alter_pipeline('documents', {alteration})")
 
-    assert sent(db, api) == texts
+    assert send_all(db, api) == texts
     assert_fresh(db, text)
     db.execute("UPDATE documents SET title = upper(title)")
     embed(db)
@@ -113,9 +113,9 @@ def test_an_alteration_sends_exactly_the_rows_to_which_it_makes_a_difference(
 
 
 def test_another_model_embeds_all_rows_anew(db: Connection, api: FakeApi) -> None:
-    attached(db)
+    attach(db)
     db.execute("SELECT autoembed.alter_pipeline('documents', model => 'large')")
-    assert len(sent(db, api)) == 3
+    assert len(send_all(db, api)) == 3
     assert_fresh(db, model="text-embedding-3-large")
 
     with warnings_of(db) as warnings:
@@ -125,24 +125,24 @@ def test_another_model_embeds_all_rows_anew(db: Connection, api: FakeApi) -> Non
     assert set(vectors(db).values()) == {True}
 
     db.execute("SELECT autoembed.alter_pipeline('documents', model => '')")
-    assert len(sent(db, api)) == 3
+    assert len(send_all(db, api)) == 3
     assert_fresh(db)
 
 
 def test_reembed_sends_all_rows_or_those_that_a_condition_holds_for(db: Connection, api: FakeApi) -> None:
-    attached(db, f"{COLUMNS}, condition => 'published'")
+    attach(db, f"{COLUMNS}, condition => 'published'")
     db.execute("SELECT autoembed.reembed('documents')")
-    assert len(sent(db, api)) == 3
+    assert len(send_all(db, api)) == 3
     db.execute("SELECT autoembed.reembed('documents', condition => 'title < ''p''')")
-    assert sent(db, api) == ["one\n\nc1"]
+    assert send_all(db, api) == ["one\n\nc1"]
     db.execute("UPDATE documents SET published = false WHERE id = 1")
     db.execute("SELECT autoembed.reembed('documents', 'embedding', 'id <= 2')")
-    assert sent(db, api) == ["two\n\nc2"]
+    assert send_all(db, api) == ["two\n\nc2"]
 
     # Two one after the other: neither is forgotten.
     db.execute("SELECT autoembed.reembed('documents', condition => 'id = 2')")
     db.execute("SELECT autoembed.reembed('documents', condition => 'id = 3')")
-    assert set(sent(db, api)) >= {"two\n\nc2", "three\n\nc3"}
+    assert set(send_all(db, api)) >= {"two\n\nc2", "three\n\nc3"}
 
 
 WITHOUT_TRIGGERS = {
@@ -153,7 +153,7 @@ WITHOUT_TRIGGERS = {
 
 @pytest.mark.parametrize("how", WITHOUT_TRIGGERS)
 def test_resync_finds_what_no_trigger_saw_and_sends_nothing_else(db: Connection, api: FakeApi, how: str) -> None:
-    attached(db)
+    attach(db)
     off, on = WITHOUT_TRIGGERS[how]
     db.execute(off)
     db.execute("UPDATE documents SET content = 'new' WHERE id = 1; INSERT INTO documents VALUES (4, 'four', 'c4')")
@@ -163,18 +163,18 @@ def test_resync_finds_what_no_trigger_saw_and_sends_nothing_else(db: Connection,
 
     db.execute("SELECT autoembed.resync('documents')")
 
-    assert sent(db, api) == ["four\n\nc4", "one\n\nnew", "two\n\nc2"]
+    assert send_all(db, api) == ["four\n\nc4", "one\n\nnew", "two\n\nc2"]
     assert_fresh(db)
     db.execute("SELECT autoembed.resync('documents')")
-    assert sent(db, api) == []
+    assert send_all(db, api) == []
 
 
 def test_resync_after_the_digests_are_lost_embeds_all(db: Connection, api: FakeApi) -> None:
-    attached(db)
+    attach(db)
     db.execute("TRUNCATE autoembed.embedded")
     db.execute("SELECT autoembed.resync('documents')")
 
-    assert len(sent(db, api)) == 3
+    assert len(send_all(db, api)) == 3
 
 
 def test_an_option_that_is_null_is_as_if_it_were_not_given(db: Connection) -> None:
@@ -186,11 +186,11 @@ def test_an_option_that_is_null_is_as_if_it_were_not_given(db: Connection) -> No
 
 
 def test_if_not_exists_leaves_what_is_there_as_it_is(db: Connection, api: FakeApi) -> None:
-    attached(db)
+    attach(db)
     with warnings_of(db) as notices:
         enable(db, "content_columns => '{title}', if_not_exists => true")
 
-    assert notices == ["app.documents.embedding is already attached, skipping"]
-    assert sent(db, api) == []
+    assert notices == ["app.documents.embedding is already attach, skipping"]
+    assert send_all(db, api) == []
     enable(db, "'other', content_columns => '{title}', if_not_exists => true")
-    assert len(sent(db, api)) == 3
+    assert len(send_all(db, api)) == 3

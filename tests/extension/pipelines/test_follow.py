@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from extension.pipelines.documents import BOTH, COLUMNS, assert_fresh, attached, embed, queued, sent, traces
+from extension.pipelines.documents import BOTH, COLUMNS, assert_fresh, attach, embed, queued, send_all, traces
 from fake_api import FakeApi
 from harness import Connection
 
@@ -69,7 +69,7 @@ def test_a_rename_is_followed_and_costs_nothing(db: Connection, api: FakeApi, pi
     db.execute("CREATE FUNCTION odd(n int) RETURNS boolean LANGUAGE sql AS 'SELECT n % 2 = 1'")
     # An SQL function with a body of its own follows its columns, too.
     db.execute("CREATE OR REPLACE FUNCTION text_of(d documents) RETURNS text RETURN d.title || ': ' || d.content")
-    attached(db, PIPELINES[pipeline])
+    attach(db, PIPELINES[pipeline])
     db.execute("CREATE VIEW rows AS SELECT * FROM documents")
     statements, words = RENAMES[rename]
 
@@ -78,12 +78,12 @@ def test_a_rename_is_followed_and_costs_nothing(db: Connection, api: FakeApi, pi
     def say(words_then: str) -> str:
         return " ".join(words.get(word, word) for word in words_then.split(" "))
 
-    assert sent(db, api) == []
+    assert send_all(db, api) == []
     db.execute(say("UPDATE documents SET content = 'new' WHERE id = 1"))
     db.execute(say("INSERT INTO documents ( id , title , content ) VALUES (4, 'four', 'c4')"))
     db.execute(say("DELETE FROM documents WHERE id = 2"))
     assert queued(db) == [[1], [2], [4]]
-    assert len(sent(db, api)) == 2
+    assert len(send_all(db, api)) == 2
     # The view follows renames by itself: its names are those of before.
     texts = {
         "columns": BOTH,
@@ -101,7 +101,7 @@ def test_a_table_with_its_functions_may_be_altered_by_another_owner(db: Connecti
         "CREATE ROLE enable_first; CREATE ROLE enable_second; GRANT ALL ON SCHEMA app TO enable_first, enable_second"
     )
     db.execute("ALTER TABLE documents OWNER TO enable_first; ALTER FUNCTION text_of OWNER TO enable_first")
-    attached(db, "content_function => 'text_of', condition => 'published', on_change => 'clear'")
+    attach(db, "content_function => 'text_of', condition => 'published', on_change => 'clear'")
 
     db.execute("ALTER FUNCTION text_of OWNER TO enable_second; ALTER TABLE documents OWNER TO enable_second")
 
@@ -137,19 +137,19 @@ def test_altered_columns_are_followed_and_texts_that_change_by_it_are_embedded(
 ) -> None:
     """ALTER TABLE fires no trigger, whatever it does to the rows."""
     db.execute("ALTER TABLE documents ADD about text GENERATED ALWAYS AS ('About ' || title) STORED")
-    attached(db, "content_columns => '{title,content,about}', condition => 'published'")
+    attach(db, "content_columns => '{title,content,about}', condition => 'published'")
     text = r"concat_ws(E'\n\n', title, content, about)"
     statement, texts = RETYPED[alteration]
 
     db.execute(statement)
 
-    number = len(sent(db, api))
+    number = len(send_all(db, api))
     assert texts is None or number == texts
     assert_fresh(db, text)
     db.execute(
         "UPDATE documents SET title = 'new' WHERE id::int = 1; INSERT INTO documents (id, title) VALUES (4, 'four')"
     )
-    assert len(sent(db, api)) == 2
+    assert len(send_all(db, api)) == 2
     assert_fresh(db, text)
 
 
@@ -175,7 +175,7 @@ def test_a_pipeline_ends_with_what_it_is_made_of_and_the_table_goes_on(db: Conne
     )
     db.execute("CREATE DOMAIN types.word AS text")
     db.execute("ALTER TABLE documents ADD c citext, ADD colour colour, ADD word types.word")
-    attached(db, "content_columns => '{title,content,c,colour,word}', condition => 'published'")
+    attach(db, "content_columns => '{title,content,c,colour,word}', condition => 'published'")
     db.execute("UPDATE documents SET title = 'new' WHERE id = 1; SELECT autoembed.resync('documents')")
 
     db.execute(DROPS[drop])

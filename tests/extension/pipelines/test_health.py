@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from extension.pipelines.documents import COLUMNS, assert_fresh, attached, embed, queued, sent, vectors
+from extension.pipelines.documents import COLUMNS, assert_fresh, attach, embed, queued, send_all, vectors
 from fake_api import FakeApi
 from harness import Connection, warnings_of
 
@@ -59,7 +59,7 @@ GOING: dict[str, tuple[str, str, str]] = {
 }
 
 
-def odd_pipeline(db: Connection, condition: str) -> None:
+def enable_odd(db: Connection, condition: str) -> None:
     db.execute(HELPERS)
     db.execute("SELECT autoembed.enable('documents', content_columns => '{content}', condition => %s)", [condition])
     embed(db)
@@ -76,7 +76,7 @@ def test_what_a_condition_uses_may_go_and_its_rows_wait_until_that_is_mended(
     db: Connection, going: str, mended: str
 ) -> None:
     condition, goes, comes_back = GOING[going]
-    odd_pipeline(db, condition)
+    enable_odd(db, condition)
     assert vectors(db) == {1: True, 2: False, 3: True}
 
     db.execute(goes)
@@ -109,7 +109,7 @@ def test_a_type_that_a_conditions_function_takes_may_be_renamed(db: Connection) 
     db.execute(HELPERS)
     db.execute("CREATE FUNCTION warm(c helpers.colour) RETURNS boolean LANGUAGE sql RETURN c::text <> 'two'")
     db.execute("ALTER TABLE documents ADD colour helpers.colour; UPDATE documents SET colour = title::helpers.colour")
-    attached(db, "content_columns => '{content}', condition => 'warm(colour)'")
+    attach(db, "content_columns => '{content}', condition => 'warm(colour)'")
 
     db.execute("ALTER TYPE helpers.colour RENAME TO color; UPDATE documents SET content = 'new'")
     embed(db)
@@ -138,7 +138,7 @@ HELD_UP = {
 def test_a_rename_refuses_no_row_whatever_keeps_its_table_from_being_embedded(db: Connection, held_up: str) -> None:
     arguments, holds_up = HELD_UP[held_up]
     db.execute(HELPERS)
-    attached(db, arguments)
+    attach(db, arguments)
     db.execute(holds_up)
 
     db.execute("ALTER TABLE documents RENAME id TO number; ALTER TABLE documents RENAME content TO body")
@@ -180,7 +180,7 @@ def test_policies_that_may_hide_rows_from_their_owner_are_reported_and_leave_non
     statements, sound = FORCED[policies]
     db.execute("CREATE ROLE enable_group; CREATE ROLE enable_other; CREATE ROLE enable_owner IN ROLE enable_group")
     db.execute("GRANT ALL ON SCHEMA app TO enable_owner; ALTER TABLE documents OWNER TO enable_owner")
-    attached(db)
+    attach(db)
     db.execute("ALTER TABLE documents ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
     db.execute(f"{statements}; UPDATE documents SET content = 'new'")
 
@@ -202,7 +202,7 @@ def test_policies_that_may_hide_rows_from_their_owner_are_reported_and_leave_non
 def test_a_content_function_that_is_dropped_stops_its_pipeline_until_it_is_there_again(
     db: Connection, api: FakeApi
 ) -> None:
-    attached(db, "content_function => 'text_of'")
+    attach(db, "content_function => 'text_of'")
     db.execute("DROP FUNCTION text_of")
 
     db.execute("UPDATE documents SET content = 'new' WHERE id = 1; INSERT INTO documents VALUES (4, 'four', 'c4')")
@@ -213,5 +213,5 @@ def test_a_content_function_that_is_dropped_stops_its_pipeline_until_it_is_there
     db.execute(
         "CREATE FUNCTION text_of(d documents) RETURNS text LANGUAGE sql AS 'SELECT d.title || '': '' || d.content'"
     )
-    assert sent(db, api) == ["four: c4", "one: new"]
+    assert send_all(db, api) == ["four: c4", "one: new"]
     assert_fresh(db, "title || ': ' || content")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import psycopg
 import pytest
 
-from extension.pipelines.documents import COLUMNS, assert_fresh, attached, embed, enable, queued, traces
+from extension.pipelines.documents import COLUMNS, assert_fresh, attach, embed, enable, queued, traces
 from harness import Connection
 
 
@@ -81,7 +81,7 @@ STATEMENTS = [
 
 def test_another_role_may_do_nothing_and_sees_nothing(db: Connection) -> None:
     """It may attach tables of its own, and even read and write this one."""
-    attached(db, f"{COLUMNS}, condition => 'length(content) < 20'")
+    attach(db, f"{COLUMNS}, condition => 'length(content) < 20'")
     db.execute("SELECT autoembed.reembed('documents')")
     [pipeline] = db.execute("SELECT id, table_id::oid AS table_id FROM autoembed.pipeline").fetchall()
     db.execute(
