@@ -146,9 +146,9 @@ def put_file(container: DockerContainer, source: Path, folder: str) -> None:
     container.get_wrapped_container().put_archive(folder, archive.getvalue())
 
 
-def run_server(stack: ExitStack, *arguments: str, **environment: str) -> Server:
+def run_server(stack: ExitStack, *arguments: str, image: str = IMAGE, **environment: str) -> Server:
     """Starts a container of the image, with the fake API in it, until the stack unwinds."""
-    container = DockerContainer(IMAGE)
+    container = DockerContainer(image)
     published: dict[str, Any] = {f"{port}/tcp": (HOST, None) for port in (5432, FAKE_API_PORT)}
     container.ports = published
     for name, value in {"POSTGRES_PASSWORD": PASSWORD, "OPENAI_API_KEY": "sk-test", **environment}.items():

@@ -58,13 +58,14 @@ DECLARE
     _now timestamptz := clock_timestamp();
     _ready record;
     _messages refcursor;
-    _due record;
+    _message_id bigint;
+    _rows integer;
     _owner oid;
     _owner_room integer;
     _share integer;
     _room integer;
     _newest boolean;
-    _ids bigint[] := '{}';
+    _ids bigint[] := ARRAY[]::bigint[];
 BEGIN
     -- A lane's transaction begins here, so it takes the same lock as in _gate().
     LOCK TABLE autoembed.lane IN ACCESS SHARE MODE;
@@ -134,12 +135,12 @@ BEGIN
                 FOR UPDATE SKIP LOCKED
                 $sql$, CASE WHEN _newest THEN 'DESC' END) USING _ready.pipeline, _now, _ids;
             WHILE _room > 0 LOOP
-                FETCH _messages INTO _due;
-                EXIT WHEN NOT FOUND OR _newest AND _due.rows > _room;
-                _ids := _ids || _due.message_id;
-                _room := _room - _due.rows;
-                _share := _share - _due.rows;
-                _owner_room := _owner_room - _due.rows;
+                FETCH _messages INTO _message_id, _rows;
+                EXIT WHEN NOT FOUND OR _newest AND _rows > _room;
+                _ids := _ids || _message_id;
+                _room := _room - _rows;
+                _share := _share - _rows;
+                _owner_room := _owner_room - _rows;
             END LOOP;
             CLOSE _messages;
         END LOOP;

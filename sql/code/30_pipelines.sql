@@ -421,7 +421,7 @@ COMMENT ON FUNCTION autoembed._key_expression IS
 CREATE OR REPLACE FUNCTION autoembed._has_key_expression(pipeline autoembed.pipeline, alias text)
     RETURNS text
     LANGUAGE plpgsql
-    IMMUTABLE
+    STABLE
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN

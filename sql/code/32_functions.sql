@@ -317,7 +317,7 @@ AS $plpgsql$
 DECLARE
     _owner name := slots ->> 'owner';
     -- The pieces that go into other templates, by name.
-    _pieces jsonb := '{}';
+    _pieces jsonb := '{}'::jsonb;
     _piece text;
 BEGIN
     slots := slots || jsonb_build_object(

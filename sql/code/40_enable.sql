@@ -84,7 +84,7 @@ CREATE OR REPLACE FUNCTION autoembed._check_content(
 )
     RETURNS void
     LANGUAGE plpgsql
-    IMMUTABLE
+    STABLE
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
@@ -116,7 +116,7 @@ COMMENT ON FUNCTION autoembed._check_content IS
 CREATE OR REPLACE FUNCTION autoembed._check_on_change(on_change text)
     RETURNS void
     LANGUAGE plpgsql
-    IMMUTABLE
+    STABLE
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN

@@ -24,7 +24,7 @@ AS $plpgsql$
 #variable_conflict use_column
 DECLARE
     _id integer;
-    _unbuilt jsonb := '{}';
+    _unbuilt jsonb := '{}'::jsonb;
 BEGIN
     FOR _id IN SELECT s.id FROM autoembed._pipeline_state AS s WHERE s.id = ANY (ids) AND s.sound LOOP
         BEGIN
@@ -240,7 +240,7 @@ CREATE OR REPLACE FUNCTION autoembed._check_options(
 )
     RETURNS void
     LANGUAGE plpgsql
-    IMMUTABLE
+    STABLE
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE

@@ -310,7 +310,7 @@ CREATE OR REPLACE FUNCTION autoembed._after_drop()
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE
-    _jobs jsonb := nullif(current_setting('autoembed.jobs_before_drop', true), '');
+    _jobs jsonb := nullif(current_setting('autoembed.jobs_before_drop', true), '')::jsonb;
 BEGIN
     IF _jobs IS NULL OR NOT (SELECT r.rolsuper FROM pg_roles AS r WHERE r.rolname = current_user) THEN
         RETURN;
