@@ -63,7 +63,10 @@ CREATE OR REPLACE FUNCTION autoembed.clear_column()
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    IF NOT NEW OPERATOR(pg_catalog.*=) OLD THEN
+    -- A trigger for a generated column fires for the write of a vector, too.
+    IF NOT NEW OPERATOR(pg_catalog.*=) OLD
+       AND (pg_trigger_depth() = 1 AND current_setting('autoembed.writing', true)
+                = coalesce(pg_partition_root(TG_RELID), TG_RELID)::oid::text) IS NOT TRUE THEN
         NEW := jsonb_populate_record(NEW, jsonb_build_object(TG_ARGV[0], NULL));
     END IF;
     RETURN NEW;

@@ -97,17 +97,50 @@ CREATE OR REPLACE FUNCTION autoembed._changed_expression(table_id oid, columns n
     SET search_path = pg_catalog, pg_temp
 AS $sql$
     -- A long value that the UPDATE leaves alone keeps its place in the TOAST table, and is not fetched.
-    SELECT string_agg(concat(
+    SELECT coalesce(string_agg(concat(
         CASE WHEN a.attlen = -1 AND a.attstorage <> 'p' THEN
-            format('(pg_column_toast_chunk_id(OLD.%1$I) = pg_column_toast_chunk_id(NEW.%1$I)) IS NOT TRUE AND ', k.name)
+            format('(pg_column_toast_chunk_id(OLD.%1$I) = pg_column_toast_chunk_id(NEW.%1$I)) IS NOT TRUE AND ',
+                   a.attname)
         END,
-        format('record_image_ne(ROW(OLD.%1$I), ROW(NEW.%1$I))', k.name)
-    ), ' OR ' ORDER BY k.position)
+        format('record_image_ne(ROW(OLD.%1$I), ROW(NEW.%1$I))', a.attname)
+    ), ' OR ' ORDER BY k.position, a.attnum), 'false')
     FROM unnest(columns) WITH ORDINALITY AS k(name, position)
-    JOIN pg_attribute AS a ON a.attrelid = table_id AND a.attname = k.name;
+    JOIN pg_attribute AS n ON n.attrelid = table_id AND n.attname = k.name
+    CROSS JOIN LATERAL (
+        SELECT n.attnum WHERE n.attgenerated <> 'v'
+        UNION ALL
+        -- A trigger sees no virtual column. The columns that it is computed from stand for it.
+        SELECT d.refobjsubid
+        FROM pg_attrdef AS e
+        JOIN pg_depend AS d
+            ON d.classid = 'pg_attrdef'::regclass AND d.objid = e.oid
+           AND d.refclassid = 'pg_class'::regclass AND d.refobjid = table_id AND d.refobjsubid NOT IN (0, n.attnum)
+        WHERE n.attgenerated = 'v' AND e.adrelid = table_id AND e.adnum = n.attnum
+    ) AS s(number)
+    JOIN pg_attribute AS a ON a.attrelid = table_id AND a.attnum = s.number;
 $sql$;
 COMMENT ON FUNCTION autoembed._changed_expression IS
     'The SQL expression that says, in a row trigger, whether an UPDATE has changed one of these columns, byte by byte.';
+
+CREATE OR REPLACE FUNCTION autoembed._compute_virtual(pipeline autoembed.pipeline)
+    RETURNS text
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    -- The fields of a polymorphic parameter are not known when the function is made.
+    SELECT coalesce('DECLARE _r record := r; BEGIN ' || string_agg(
+        format('_r.%I := (SELECT %s FROM (SELECT r.*) AS c);', a.attname, pg_get_expr(e.adbin, e.adrelid)),
+        ' ' ORDER BY a.attnum
+    ) || ' r := _r; END;', '')
+    FROM pg_attribute AS a
+    JOIN pg_attrdef AS e ON e.adrelid = a.attrelid AND e.adnum = a.attnum
+    WHERE a.attrelid = pipeline.table_id AND a.attgenerated = 'v'
+      -- A content function may read any column.
+      AND (pipeline.content_function IS NOT NULL OR a.attname = ANY (autoembed._needed_columns(pipeline)));
+$sql$;
+COMMENT ON FUNCTION autoembed._compute_virtual IS
+    'The block that puts the virtual columns that a pipeline needs into the row r of a trigger, which has NULL there.';
 
 CREATE OR REPLACE FUNCTION autoembed._slots(pipeline autoembed.pipeline)
     RETURNS jsonb
@@ -221,6 +254,7 @@ BEGIN
         'content_guard', autoembed._content_guard(pipeline),
         'content_bytes', autoembed._content_bytes_expression(pipeline, 't'),
         'content_of_r', autoembed._content_expression(pipeline, 'r'),
+        'compute_virtual', autoembed._compute_virtual(pipeline),
         'key', autoembed._key_expression(pipeline, 't'),
         'old_key', autoembed._key_expression(pipeline, 'OLD'),
         'new_key', autoembed._key_expression(pipeline, 'NEW'),
@@ -232,7 +266,14 @@ BEGIN
                            autoembed._key_expression(pipeline, 'n'), autoembed._has_key_expression(pipeline, 'n')),
         'with_text', CASE
             WHEN pipeline.condition IS NULL THEN ''
-            ELSE format(' AND autoembed._text_%s(ROW(n.*)::%s) IS NOT NULL', pipeline.id, pipeline.table_id)
+            ELSE (
+                -- PostgreSQL fails where a virtual column of a transition table is read.
+                SELECT format(' AND autoembed._text_%s(ROW(%s)::%s) IS NOT NULL', pipeline.id, string_agg(
+                    CASE a.attgenerated WHEN 'v' THEN 'NULL' ELSE format('n.%I', a.attname) END, ', ' ORDER BY a.attnum
+                ), pipeline.table_id)
+                FROM pg_attribute AS a
+                WHERE a.attrelid = pipeline.table_id AND a.attnum > 0 AND NOT a.attisdropped
+            )
         END,
         'text_changed', _text_changed,
         'vector_changed', _vector_changed,

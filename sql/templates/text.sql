@@ -11,6 +11,7 @@ AS $body$
 #variable_conflict use_column
 BEGIN
     {{content_guard}}
+    {{compute_virtual}}
     RETURN {{content_of_r}};
 END;
 $body$

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from psycopg import sql
 
-from fake_api import embedding_of
+from fake_api import FakeApi, embedding_of
 from harness import Connection, Server, waiting
 
 Key = list[Any]
@@ -210,6 +210,40 @@ KINDS = {
         written="body",
         text="content",
         arguments="content_function => 'text_of'",
+    ),
+    # Virtual where the server has such columns: its triggers see NULL in them.
+    "virtual column": Kind(
+        "CREATE TABLE documents (id int PRIMARY KEY, title text DEFAULT 't', body text, note text,"
+        " content text GENERATED ALWAYS AS ('About ' || body) {virtual},"
+        " empty text GENERATED ALWAYS AS ('x') {virtual})",
+        written="body",
+        arguments="content_columns => '{title,content,empty}'",
+        text=r"concat_ws(E'\n\n', nullif(title, ''), content, empty)",
+    ),
+    "virtual column by function": Kind(
+        "CREATE TABLE documents (gone int, id int PRIMARY KEY, r text DEFAULT 't', body text, note text,"
+        " content text GENERATED ALWAYS AS ('About ' || body || r) {virtual}); ALTER TABLE documents DROP gone;"
+        "CREATE FUNCTION text_of(d documents) RETURNS text LANGUAGE sql AS $$SELECT d.content$$",
+        written="body",
+        title="r",
+        text="content",
+        arguments="content_function => 'text_of'",
+    ),
+    "virtual column in a condition": Kind(
+        "CREATE TABLE documents (id int PRIMARY KEY, title text DEFAULT 't', content text, note text,"
+        " shown boolean GENERATED ALWAYS AS (note IS DISTINCT FROM 'hidden') {virtual})",
+        arguments="content_columns => '{title,content}', condition => 'shown'",
+    ),
+    "virtual column of partitions": Kind(
+        "CREATE TABLE documents (id int PRIMARY KEY, title text DEFAULT 't', body text, note text,"
+        " content text GENERATED ALWAYS AS ('About ' || body) {virtual}, odd boolean GENERATED ALWAYS AS (id % 2 = 1)"
+        " {virtual}) PARTITION BY RANGE (id);"
+        "CREATE TABLE more (odd boolean GENERATED ALWAYS AS (id % 2 = 1) {virtual}, note text, body text,"
+        " title text DEFAULT 't', content text GENERATED ALWAYS AS ('Of ' || body) {virtual}, id int NOT NULL);"
+        "ALTER TABLE documents ATTACH PARTITION more FOR VALUES FROM (2) TO (MAXVALUE);"
+        "CREATE TABLE few PARTITION OF documents FOR VALUES FROM (MINVALUE) TO (2)",
+        written="body",
+        arguments="content_columns => '{title,content}', condition => 'odd IS NOT NULL'",
     ),
     "row level security, forced": Kind(
         by_key("id int PRIMARY KEY") + "; ALTER TABLE documents ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;"
@@ -478,7 +512,8 @@ def attach(changes: Connection) -> Callable[[str], Table]:
         with changes.transaction():
             changes.execute(sql.SQL("CREATE SCHEMA {} AUTHORIZATION {}").format(schema, sql.Identifier(OWNER)))
             with acting_as(changes, OWNER, name):
-                changes.execute(kind.setup.replace("{schema}", name))
+                virtual = "VIRTUAL" if changes.info.server_version >= 180000 else "STORED"
+                changes.execute(kind.setup.replace("{schema}", name).replace("{virtual}", virtual))
                 changes.execute(kind.enable.format(arguments=kind.arguments))
                 changes.execute(sql.SQL("GRANT USAGE ON SCHEMA {} TO PUBLIC").format(schema))
                 changes.execute(sql.SQL("GRANT ALL ON ALL TABLES IN SCHEMA {} TO PUBLIC").format(schema))
@@ -699,3 +734,45 @@ def test_a_change_that_is_rolled_back_leaves_nothing(
                 made.make(table)
 
     assert queued_keys(changes) == []
+
+
+@pytest.mark.parametrize("stored", ["STORED", "{virtual}"])
+def test_rows_that_come_to_hold_or_no_longer_hold_by_a_generated_column_are_followed(
+    db: Connection, api: FakeApi, stored: str
+) -> None:
+    virtual = "VIRTUAL" if db.info.server_version >= 180000 else "STORED"
+    db.execute(
+        "CREATE TABLE notes (id int PRIMARY KEY, content text, state text,"
+        f" shown boolean GENERATED ALWAYS AS (state = 'shown') {stored.format(virtual=virtual)})"
+    )
+    db.execute("SELECT autoembed.enable('notes', content_columns => '{content}', condition => 'shown')")
+    embedded = "SELECT id FROM notes WHERE embedding IS NOT NULL ORDER BY id"
+
+    db.execute("INSERT INTO notes VALUES (1, 'one', 'shown'), (2, 'two', 'hidden')")
+    assert queued_keys(db) == [[1]]
+    embed(db)
+    assert db.execute(embedded).fetchall() == [(1,)]
+
+    db.execute("UPDATE notes SET state = CASE id WHEN 1 THEN 'hidden' ELSE 'shown' END")
+    assert queued_keys(db) == [[1], [2]]
+    embed(db)
+    assert db.execute(embedded).fetchall() == [(2,)]
+
+
+def test_another_expression_of_a_generated_column_is_followed(db: Connection, api: FakeApi) -> None:
+    virtual = "VIRTUAL" if db.info.server_version >= 180000 else "STORED"
+    db.execute(
+        "CREATE TABLE notes (id int PRIMARY KEY, a text, b text,"
+        f" content text GENERATED ALWAYS AS (upper(a)) {virtual})"
+    )
+    db.execute("SELECT autoembed.enable('notes', content_columns => '{content}')")
+    db.execute("INSERT INTO notes VALUES (1, 'one', 'eins')")
+    embed(db)
+
+    db.execute("ALTER TABLE notes ALTER content SET EXPRESSION AS (lower(b))")
+    embed(db)
+    db.execute("UPDATE notes SET b = 'Zwei'")
+    embed(db)
+
+    [(vector,)] = db.execute("SELECT embedding::vector::real[] FROM notes").fetchall()
+    assert np.allclose(vector, embedding_of("zwei"), atol=1e-3)

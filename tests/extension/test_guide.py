@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 
 from fake_api import FakeApi, embedding_of
-from harness import GUIDE_TABLE, GUIDE_TRIGGERS, Connection, Server, run_server
+from harness import (
+    GUIDE_TABLE,
+    GUIDE_TRIGGERS,
+    Connection,
+    Server,
+    assert_fresh,
+    insert,
+    run_server,
+    stored,
+    waiting,
+)
 from waiting import wait_until
 
 
@@ -167,3 +177,25 @@ def test_an_empty_queue_is_no_error(db: Connection) -> None:
         "requests": 0,
         "failed_jobs": [],
     }
+
+
+@pytest.mark.parametrize("columns", ["title, content", "about"])
+def test_a_generated_column_may_be_the_content(db: Connection, api: FakeApi, columns: str) -> None:
+    """It is virtual where the server has such columns: triggers see NULL in them."""
+    virtual = "VIRTUAL" if db.info.server_version >= 180000 else "STORED"
+    db.execute(GUIDE_TABLE.format(dimensions=1536))
+    db.execute(f"ALTER TABLE documents ADD about text GENERATED ALWAYS AS (title || ': ' || content) {virtual}")
+    db.execute(
+        "CREATE OR REPLACE FUNCTION embedding_input(doc documents) RETURNS text LANGUAGE sql AS 'SELECT doc.about'"
+    )
+    db.execute(GUIDE_TRIGGERS.replace("title, content", columns))
+
+    insert(db, "one", "two")
+    db.execute("SELECT autoembed.process()")
+    assert_fresh(db)
+    db.execute("UPDATE documents SET content = 'three' WHERE id = 1 RETURNING embedding")
+    assert waiting(db) == 1
+    assert stored(db)[1] is None
+    db.execute("SELECT autoembed.process()")
+
+    assert_fresh(db)

@@ -50,6 +50,7 @@ _claim - - - x
 _clean_up - - - x
 _clears - - - x
 _columns_of - x - x
+_compute_virtual - - - x
 _content_bytes_expression - - - x
 _content_expression - x - x
 _content_function - x - x
