@@ -52,16 +52,22 @@ CREATE OR REPLACE TRIGGER ended
 CREATE UNIQUE INDEX IF NOT EXISTS failure_pipeline_id_key_idx
     ON autoembed.failure (pipeline_id, autoembed._short_key(key));
 
-DROP EVENT TRIGGER IF EXISTS autoembed_end_broken;
-CREATE EVENT TRIGGER autoembed_end_broken
+DROP EVENT TRIGGER IF EXISTS autoembed_follow_drops;
+CREATE EVENT TRIGGER autoembed_follow_drops
     ON sql_drop
-    EXECUTE FUNCTION autoembed._end_broken();
+    EXECUTE FUNCTION autoembed._follow_drops();
 
 DROP EVENT TRIGGER IF EXISTS autoembed_follow_tables;
 CREATE EVENT TRIGGER autoembed_follow_tables
     ON ddl_command_end
-    WHEN TAG IN ('ALTER TABLE')
+    WHEN TAG IN ('ALTER TABLE', 'ALTER TYPE', 'CREATE INDEX', 'ALTER INDEX')
     EXECUTE FUNCTION autoembed._follow_tables();
+
+DROP EVENT TRIGGER IF EXISTS autoembed_follow_functions;
+CREATE EVENT TRIGGER autoembed_follow_functions
+    ON ddl_command_end
+    WHEN TAG IN ('CREATE FUNCTION', 'ALTER FUNCTION', 'ALTER ROUTINE')
+    EXECUTE FUNCTION autoembed._follow_functions();
 
 DROP EVENT TRIGGER IF EXISTS autoembed_check_trigger;
 CREATE EVENT TRIGGER autoembed_check_trigger

@@ -319,10 +319,16 @@ BEGIN
     PERFORM autoembed._drop_functions(pipeline_id, false);
     PERFORM autoembed._create_functions(_slots);
     UPDATE autoembed.pipeline AS p SET built_from = md5('@BUILD@' || _slots::text) WHERE p.id = pipeline_id;
+    IF _built_from = 'stopped' THEN
+        -- It goes on. No trigger has seen what happened meanwhile.
+        PERFORM autoembed._build_triggers(p) FROM autoembed.pipeline AS p WHERE p.id = pipeline_id;
+        PERFORM autoembed._backfill(pipeline_id);
+    END IF;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._build_pipeline IS
-    'Makes the functions of a pipeline, unless they exist and the same version made them from the same facts.';
+    'Makes the functions of a pipeline, unless they exist and the same version made them from the same facts. A '
+    'pipeline that was stopped gets its triggers again, and its table is scanned.';
 
 CREATE OR REPLACE FUNCTION autoembed._erasures(slots jsonb)
     RETURNS jsonb

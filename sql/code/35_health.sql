@@ -1,5 +1,48 @@
 -- The checks that tell whether a pipeline can be embedded, and if not, why.
 
+CREATE OR REPLACE FUNCTION autoembed._continue_advice(pipeline autoembed.pipeline, missing name)
+    RETURNS text
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _table text := quote_literal(pipeline.table_id);
+    _column text := CASE
+        WHEN (SELECT count(*) > 1 FROM autoembed.pipeline AS p WHERE p.table_id = pipeline.table_id) THEN
+            format(', embedding_column => %L', pipeline.embedding_column)
+    END;
+    _left name[] := ARRAY(
+        SELECT c.name
+        FROM unnest(pipeline.content_columns) WITH ORDINALITY AS c(name, position)
+        JOIN pg_attribute AS a ON a.attrelid = pipeline.table_id AND a.attname = c.name AND NOT a.attisdropped
+        ORDER BY c.position
+    );
+BEGIN
+    IF missing = ANY (pipeline.key_columns) AND pipeline.embeddings_table IS NOT NULL THEN
+        RETURN format('Attach the table by its new key: SELECT autoembed.disable(%s%s); '
+                      'SELECT autoembed.enable(%s, …);', _table, _column, _table);
+    ELSIF missing = ANY (pipeline.key_columns) THEN
+        RETURN format('Give the table a key, and its pipeline goes on with it: '
+                      'ALTER TABLE %s ADD COLUMN %I bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY;',
+                      pipeline.table_id, missing);
+    ELSIF missing <> ALL (autoembed._columns_of(pipeline)) THEN
+        RETURN format('Embed all rows: SELECT autoembed.alter_pipeline(%s%s, condition => ''''); or give another '
+                      'condition, or add the column again.', _table, _column);
+    ELSIF _left <> '{}' THEN
+        RETURN format('Go on without it: SELECT autoembed.alter_pipeline(%s%s, content_columns => %L); or add the '
+                      'column again.', _table, _column, _left);
+    END IF;
+    RETURN format('Name another content: SELECT autoembed.alter_pipeline(%s%s, %s => …); or add the column again.',
+                  _table, _column, CASE
+                      WHEN pipeline.content_template IS NULL THEN 'content_columns'
+                      ELSE 'content_template'
+                  END);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._continue_advice IS
+    'The advice on how a pipeline goes on that has lost a column.';
+
 CREATE OR REPLACE FUNCTION autoembed._check_pipeline(
     pipeline autoembed.pipeline,
     OUT problem text,
@@ -16,6 +59,7 @@ DECLARE
     _function pg_proc;
     _missing text;
     _vectors_table regclass := coalesce(pipeline.embeddings_table, pipeline.table_id);
+    _root regclass;
     _type text;
     _is_vector boolean;
     _type_dimensions integer;
@@ -43,6 +87,22 @@ BEGIN
         errcode := 'object_not_in_prerequisite_state';
         RETURN;
     END IF;
+    IF _table.relispartition THEN
+        SELECT p.table_id INTO _root
+        FROM pg_partition_ancestors(pipeline.table_id) AS a(table_id)
+        JOIN autoembed.pipeline AS p USING (table_id)
+        WHERE p.table_id <> pipeline.table_id AND p.embedding_column = pipeline.embedding_column
+          AND num_nonnulls(p.embeddings_table, pipeline.embeddings_table) = 0
+        LIMIT 1;
+        IF FOUND THEN
+            problem := format('table %s is a partition of %s, whose own pipeline embeds this column',
+                              pipeline.table_id, _root);
+            hint := format('Detach the partition from autoembed: SELECT autoembed.disable(%L, %L);',
+                           pipeline.table_id, pipeline.embedding_column);
+            errcode := 'duplicate_object';
+            RETURN;
+        END IF;
+    END IF;
     SELECT k.name INTO _missing
     FROM unnest(autoembed._needed_columns(pipeline)) WITH ORDINALITY AS k(name, position)
     WHERE NOT EXISTS (
@@ -54,6 +114,7 @@ BEGIN
     IF FOUND THEN
         problem := format('table %s has no column "%s"', pipeline.table_id, _missing);
         hint := CASE
+            WHEN pipeline.built_from = 'stopped' THEN autoembed._continue_advice(pipeline, _missing)
             WHEN pipeline.managed THEN
                 (SELECT 'Its columns are: ' || string_agg(a.attname, ', ' ORDER BY a.attnum) || '.'
                  FROM pg_attribute AS a
@@ -62,6 +123,16 @@ BEGIN
             ELSE 'queue_embeddings() finds rows by a primary key column called id.'
         END;
         errcode := 'undefined_column';
+        RETURN;
+    END IF;
+
+    IF pipeline.managed AND pipeline.table_shape -> 'key' = 'false' THEN
+        problem := format('column %s of table %s is no longer a key',
+                          array_to_string(pipeline.key_columns, ', '), pipeline.table_id);
+        hint := format('Make it one again: ALTER TABLE %s ADD PRIMARY KEY (%s); or give the table another key.',
+                       pipeline.table_id,
+                       (SELECT string_agg(quote_ident(k.name), ', ') FROM unnest(pipeline.key_columns) AS k(name)));
+        errcode := 'waits';
         RETURN;
     END IF;
 
@@ -79,7 +150,7 @@ BEGIN
                   SELECT FROM unnest(p.polroles) AS r(id)
                   WHERE r.id = 0 OR pg_has_role(_table.relowner, r.id, 'USAGE')
               )) THEN
-        problem := format('row level security is forced on the owner of table %s and may hide rows from him',
+        problem := format('row level security is forced on the owner of table %s and may hide rows from the owner',
                           pipeline.table_id);
         hint := format('Let the owner see all rows: CREATE POLICY embeddings ON %s TO %I USING (true), without '
                        'restrictive policies; or ALTER TABLE %s NO FORCE ROW LEVEL SECURITY.',
@@ -111,7 +182,7 @@ BEGIN
     WHERE a.attrelid = _vectors_table AND a.attname = pipeline.embedding_column AND a.attnum > 0 AND NOT a.attisdropped;
     IF NOT FOUND THEN
         problem := format('table %s has no column "%s"', _vectors_table, pipeline.embedding_column);
-        hint := format('Add it: ALTER TABLE %s ADD COLUMN %I halfvec(%s).',
+        hint := format('Add it: ALTER TABLE %s ADD COLUMN %I @extschema:vector@.halfvec(%s);',
                        _vectors_table, pipeline.embedding_column, (autoembed._model(pipeline.model)).dimensions);
         errcode := 'undefined_column';
         RETURN;
@@ -173,7 +244,7 @@ BEGIN
         -- The function runs as the table's owner, so its own owner must have that role's rights already.
         -- A role that may SET ROLE to the table's owner has them. A membership alone may give none.
         IF NOT pg_has_role(_function.proowner, _table.relowner, 'SET') THEN
-            problem := format('function %s belongs to %I, who has not the rights of %I, the owner of table %s',
+            problem := format('function %s belongs to %I, which lacks the rights of %I, the owner of table %s',
                               _function.oid::regprocedure, pg_get_userbyid(_function.proowner),
                               pg_get_userbyid(_table.relowner), pipeline.table_id);
             hint := format('Make it the table owner''s: ALTER FUNCTION %s OWNER TO %I.',
@@ -262,11 +333,15 @@ BEGIN
         -- The warning is for the server's log alone. A lane's client is pg_cron, which would write it there again.
         PERFORM set_config('client_min_messages', 'error', true);
     END IF;
+    IF resting = '{}' THEN
+        PERFORM autoembed._warn_once(p.id) FROM autoembed.pipeline AS p ORDER BY p.id;
+        RETURN;
+    END IF;
     FOR _state IN
         SELECT s.*
         FROM autoembed.pipeline AS p
         JOIN autoembed._pipeline_state AS s ON s.id = p.id AND s.blocked IS NOT NULL AND NOT s.paused
-        WHERE (resting IS NULL OR CASE WHEN s.sound THEN s.model = ANY (resting) ELSE resting = '{}' END)
+        WHERE (resting IS NULL OR s.sound AND s.model = ANY (resting))
           AND (NOT only_with_jobs
                OR EXISTS (SELECT FROM autoembed._job AS q WHERE q.pipeline = p.id::text))
         ORDER BY p.id
@@ -281,7 +356,7 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._warn_of_blocked_pipelines IS
     'Warns of pipelines that wait, with the reason and the cure. resting: warns in the server''s log alone, of the '
-    'pipelines that wait for one of these models. An empty array: of those that wait for no model.';
+    'pipelines that wait for one of these models. An empty array: of the problems that the log does not have yet.';
 
 CREATE OR REPLACE FUNCTION autoembed._rest_pipelines(owner bigint, pipeline_ids integer[], reason text)
     RETURNS void

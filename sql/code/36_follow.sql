@@ -1,5 +1,68 @@
 -- These triggers act when a pipeline is defined, changed or ended, and when its table is altered.
 
+CREATE OR REPLACE FUNCTION autoembed._is_key(table_id oid, columns name[])
+    RETURNS boolean
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT EXISTS (
+        SELECT FROM pg_index AS i
+        WHERE i.indrelid = table_id AND i.indisunique AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL
+          AND NOT EXISTS (
+              SELECT FROM unnest(i.indkey::smallint[]) WITH ORDINALITY AS n(number, position)
+              JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = n.number
+              WHERE n.position <= i.indnkeyatts AND NOT (a.attnotnull AND a.attname = ANY (columns))
+          )
+    );
+$sql$;
+COMMENT ON FUNCTION autoembed._is_key IS
+    'Whether these columns tell the rows of a table apart: a unique index without NULLs is on them, or on some of '
+    'them.';
+
+CREATE OR REPLACE FUNCTION autoembed._labels(table_id oid)
+    RETURNS jsonb
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    WITH RECURSIVE used AS (
+        SELECT a.atttypid AS id
+        FROM pg_attribute AS a
+        WHERE a.attrelid = table_id AND a.attnum > 0 AND NOT a.attisdropped
+        UNION
+        SELECT p.id
+        FROM used AS u
+        JOIN pg_type AS t ON t.oid = u.id
+        CROSS JOIN LATERAL (
+            SELECT t.typbasetype AS id
+            UNION ALL
+            SELECT t.typelem
+            UNION ALL
+            SELECT r.rngsubtype FROM pg_range AS r WHERE t.oid IN (r.rngtypid, r.rngmultitypid)
+            UNION ALL
+            SELECT a.atttypid FROM pg_attribute AS a
+            WHERE a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped
+        ) AS p
+        WHERE p.id <> 0
+    )
+    SELECT coalesce(jsonb_object_agg(f.key, f.value), '{}')
+    FROM (
+        SELECT 'enum ' || e.oid AS key, e.enumlabel::text AS value
+        FROM used AS u
+        JOIN pg_enum AS e ON e.enumtypid = u.id
+        UNION ALL
+        SELECT 'composite ' || t.oid, string_agg(format_type(a.atttypid, a.atttypmod), ',' ORDER BY a.attnum)
+        FROM used AS u
+        JOIN pg_type AS t ON t.oid = u.id AND t.typtype = 'c'
+        JOIN pg_attribute AS a ON a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped
+        GROUP BY t.oid
+    ) AS f;
+$sql$;
+COMMENT ON FUNCTION autoembed._labels IS
+    'The names of enum values, and the types of attributes, in the types of a table''s columns. The text of a value '
+    'depends on them.';
+
 CREATE OR REPLACE FUNCTION autoembed._table_shape(pipeline autoembed.pipeline)
     RETURNS jsonb
     LANGUAGE sql
@@ -9,6 +72,11 @@ CREATE OR REPLACE FUNCTION autoembed._table_shape(pipeline autoembed.pipeline)
     SET standard_conforming_strings = on
 AS $sql$
     SELECT jsonb_build_object(
+        'name', (SELECT format('%I.%I', n.nspname, c.relname) FROM pg_class AS c
+                 JOIN pg_namespace AS n ON n.oid = c.relnamespace
+                 WHERE c.oid = pipeline.table_id),
+        'key', autoembed._is_key(pipeline.table_id, pipeline.key_columns),
+        'labels', autoembed._labels(pipeline.table_id),
         'columns', (SELECT jsonb_object_agg(a.attnum, a.attname) FROM pg_attribute AS a
                     WHERE a.attrelid = pipeline.table_id AND a.attnum > 0 AND NOT a.attisdropped),
         'type', (SELECT concat_ws(' ', a.attnum, format_type(a.atttypid, a.atttypmod)) FROM pg_attribute AS a
@@ -28,9 +96,10 @@ AS $sql$
     );
 $sql$;
 COMMENT ON FUNCTION autoembed._table_shape IS
-    'The facts of a table that its pipeline follows. columns: the names by number. type: the number and the type of '
-    'the embedding column. contents: the types and expressions of the other columns. partitions: the OIDs of the '
-    'leaves. owner: the OID of the owner.';
+    'The facts of a table that its pipeline follows. name: the name of the table. key: whether the key columns are a '
+    'key. labels: the names of enum values and attributes by type. columns: the names by number. type: the number and '
+    'the type of the embedding column. contents: the types and expressions of the other columns. partitions: the OIDs '
+    'of the leaves. owner: the OID of the owner.';
 
 CREATE OR REPLACE FUNCTION autoembed._renamed(names name[], renames jsonb)
     RETURNS name[]
@@ -165,6 +234,9 @@ BEGIN
     ) THEN
         PERFORM autoembed._build_triggers(NEW);
     END IF;
+    IF TG_OP = 'INSERT' THEN
+        PERFORM autoembed._follow_partitions(NEW.table_id);
+    END IF;
     RETURN NULL;
 END;
 $plpgsql$;
@@ -200,6 +272,7 @@ BEGIN
             NULL;
         END;
     END IF;
+    PERFORM autoembed._follow_partitions(OLD.table_id);
     RETURN NULL;
 END;
 $plpgsql$;
@@ -290,6 +363,312 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._follow_embeddings_table IS
     'Gives an embeddings table the owner, the schema and the key columns of its table.';
 
+CREATE OR REPLACE FUNCTION autoembed._after_renames(pipeline autoembed.pipeline)
+    RETURNS autoembed.pipeline
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _followed autoembed.pipeline := pipeline;
+    _shape jsonb;
+    _renames jsonb;
+BEGIN
+    SELECT coalesce(jsonb_object_agg(b.value, a.value), '{}') INTO _renames
+    FROM jsonb_each_text(pipeline.table_shape -> 'columns') AS b
+    JOIN jsonb_each_text(autoembed._table_shape(pipeline) -> 'columns') AS a
+        ON a.key = b.key AND a.value <> b.value;
+    IF _renames <> '{}' THEN
+        IF pipeline.embeddings_table IS NULL THEN
+            _followed.embedding_column := coalesce(_renames ->> pipeline.embedding_column, pipeline.embedding_column);
+        END IF;
+        _followed.key_columns := autoembed._renamed(pipeline.key_columns, _renames);
+        _followed.content_columns := autoembed._renamed(pipeline.content_columns, _renames);
+        _followed.content_template := (
+            SELECT string_agg(
+                CASE
+                    WHEN t.column_name IS NOT NULL THEN
+                        format('{%s}', coalesce(_renames ->> t.column_name, t.column_name))
+                    WHEN t.literal IN ('{', '}', E'\\') THEN t.literal || t.literal
+                    ELSE t.literal
+                END, '')
+            FROM autoembed._template(pipeline.content_template) AS t
+        );
+        -- The condition keeps its names. It is the owner's code, and no other role may parse it.
+        SELECT coalesce(jsonb_object_agg(c.key, coalesce(_renames ->> c.value, c.value)), '{}')
+        INTO _followed.condition_columns
+        FROM jsonb_each_text(pipeline.condition_columns) AS c;
+    END IF;
+    PERFORM autoembed._follow_embeddings_table(_followed, _renames);
+    _shape := autoembed._table_shape(_followed);
+    _followed.table_shape := _shape || jsonb_strip_nulls(jsonb_build_object('former_name', pipeline.table_shape -> CASE
+        WHEN _shape ->> 'name' = pipeline.table_shape ->> 'name' THEN 'former_name'
+        ELSE 'name'
+    END));
+    RETURN _followed;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._after_renames IS
+    'A pipeline with the present names of its columns, and the present shape of its table.';
+
+CREATE OR REPLACE FUNCTION autoembed._warn_once(pipeline_id integer)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _found record;
+BEGIN
+    SELECT p.table_id, p.embedding_column, p.warned_of, c.problem, c.hint
+    INTO _found
+    FROM autoembed.pipeline AS p
+    CROSS JOIN LATERAL autoembed._check_pipeline(p) AS c
+    WHERE p.id = _warn_once.pipeline_id AND p.warned_of IS DISTINCT FROM c.problem
+    -- A tenant may have locked the row. Another look comes.
+    FOR NO KEY UPDATE OF p SKIP LOCKED;
+    IF NOT FOUND THEN
+        RETURN;
+    END IF;
+    UPDATE autoembed.pipeline AS p SET warned_of = _found.problem WHERE p.id = _warn_once.pipeline_id;
+    IF _found.problem IS NOT NULL THEN
+        RAISE WARNING USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = format('%s.%I is not being embedded: %s',
+                             _found.table_id, _found.embedding_column, _found.problem),
+            HINT = _found.hint;
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._warn_once IS
+    'Warns of a problem that stops a pipeline, unless the same problem was the last that was told.';
+
+CREATE OR REPLACE FUNCTION autoembed._rows_of(table_id oid)
+    RETURNS text
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    -- Rows of tables that inherit from it have keys of their own.
+    SELECT CASE c.relkind WHEN 'r' THEN 'ONLY ' ELSE '' END || c.oid::regclass
+    FROM pg_class AS c
+    WHERE c.oid = table_id;
+$sql$;
+COMMENT ON FUNCTION autoembed._rows_of IS 'A table, as FROM names it, with its own rows and those of its partitions.';
+
+CREATE OR REPLACE FUNCTION autoembed._take_key(pipeline autoembed.pipeline, key_columns name[])
+    RETURNS integer
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+    -- The settings with which lanes make keys, as in _output_settings().
+    SET TimeZone = 'UTC'
+    SET DateStyle = 'ISO, YMD'
+    SET IntervalStyle = 'postgres'
+    SET extra_float_digits = 1
+    SET bytea_output = 'hex'
+AS $plpgsql$
+DECLARE
+    _new autoembed.pipeline := pipeline;
+BEGIN
+    -- Lanes may hold jobs with the old keys. These end with the old number.
+    UPDATE autoembed.pipeline AS p SET table_id = 0 WHERE p.id = pipeline.id;
+    _new.key_columns := _take_key.key_columns;
+    INSERT INTO autoembed.pipeline AS p (
+        table_id, embedding_column, key_columns, content_columns, content_template, content_function,
+        content_function_id, content_function_schema, condition, condition_columns, condition_objects, model,
+        on_change, truncate, replicated, managed, paused, table_shape, built_from
+    )
+    SELECT (_new).table_id, (_new).embedding_column, (_new).key_columns, (_new).content_columns,
+           (_new).content_template, (_new).content_function, (_new).content_function_id,
+           (_new).content_function_schema, (_new).condition, (_new).condition_columns, (_new).condition_objects,
+           (_new).model, (_new).on_change, (_new).truncate, (_new).replicated, (_new).managed, (_new).paused,
+           (_new).table_shape, 'stopped'
+    RETURNING p.id INTO _new.id;
+    -- What is known of the rows goes along, as long as the table has both keys.
+    IF NOT EXISTS (
+        SELECT FROM unnest(pipeline.key_columns) AS k(name)
+        WHERE NOT EXISTS (
+            SELECT FROM pg_attribute AS a
+            WHERE a.attrelid = pipeline.table_id AND a.attname = k.name AND NOT a.attisdropped
+        )
+    ) THEN
+        EXECUTE format(
+            $sql$
+            INSERT INTO autoembed.embedded (
+                pipeline_id, key, digest, truncated, vector_digest, embedded_at, replaced
+            )
+            SELECT $1, autoembed._short_key(k.new_key), e.digest, e.truncated, e.vector_digest, e.embedded_at,
+                   e.replaced
+            FROM (
+                SELECT %s AS old_key, min(%s COLLATE "C") AS new_key FROM %s AS t GROUP BY 1 HAVING count(*) = 1
+            ) AS k
+            JOIN autoembed.embedded AS e ON e.pipeline_id = $2 AND e.key = autoembed._short_key(k.old_key)
+            $sql$,
+            autoembed._key_expression(pipeline, 't'), autoembed._key_expression(_new, 't'),
+            autoembed._rows_of(pipeline.table_id)
+        ) USING _new.id, pipeline.id;
+    END IF;
+    INSERT INTO autoembed.backfill (pipeline_id, create_index)
+    SELECT _new.id, coalesce(bool_or(b.create_index), false)
+    FROM autoembed.backfill AS b
+    WHERE b.pipeline_id = pipeline.id;
+    DELETE FROM autoembed.pipeline AS p WHERE p.id = pipeline.id;
+    RETURN _new.id;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._take_key IS
+    'Replaces a pipeline by one with another key. Digests go along if the table still has the columns of the old key.';
+
+CREATE OR REPLACE FUNCTION autoembed._forget_old_keys(pipeline autoembed.pipeline)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+    -- The settings with which lanes make keys, as in _output_settings().
+    SET TimeZone = 'UTC'
+    SET DateStyle = 'ISO, YMD'
+    SET IntervalStyle = 'postgres'
+    SET extra_float_digits = 1
+    SET bytea_output = 'hex'
+AS $plpgsql$
+BEGIN
+    EXECUTE format(
+        $sql$
+        DELETE FROM autoembed.embedded AS e
+        WHERE e.pipeline_id = $1 AND NOT EXISTS (
+            SELECT FROM (SELECT autoembed._short_key(%s) AS key FROM %s AS t) AS k WHERE k.key = e.key
+        )
+        $sql$,
+        autoembed._key_expression(pipeline, 't'), autoembed._rows_of(pipeline.table_id)
+    ) USING pipeline.id;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._forget_old_keys IS
+    'Deletes the digests of rows whose key is written in another way since the type of a key column has changed.';
+
+CREATE OR REPLACE FUNCTION autoembed._follow(ids integer[], text_changed boolean DEFAULT false)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _id integer;
+    _before autoembed.pipeline;
+    _after autoembed.pipeline;
+    _shape jsonb;
+    _names CONSTANT text[] := '{key,labels,name,former_name}';
+    _key name[];
+    _changed text[];
+    _check record;
+    _rival autoembed.pipeline;
+BEGIN
+    FOREACH _id IN ARRAY coalesce(ids, '{}') LOOP
+        SELECT p.* INTO _before
+        FROM autoembed.pipeline AS p
+        JOIN pg_class AS c ON c.oid = p.table_id
+        WHERE p.id = _id;
+        CONTINUE WHEN NOT FOUND;
+        _after := autoembed._after_renames(_before);
+        _shape := _after.table_shape;
+        -- The restore of a dump switches check_function_bodies off. Its last statements need the functions of the dump.
+        -- The next pass replaces them.
+        IF NOT current_setting('check_function_bodies')::boolean
+           AND _before.table_shape - _names = _shape - _names THEN
+            UPDATE autoembed.pipeline AS p SET table_shape = _shape WHERE p.id = _before.id;
+            CONTINUE;
+        END IF;
+        -- A column that is renamed may take the name of a column that another pipeline has lost.
+        FOR _rival IN
+            SELECT p.* FROM autoembed.pipeline AS p
+            WHERE p.table_id = _after.table_id AND p.embedding_column = _after.embedding_column
+              AND p.embeddings_table IS NOT DISTINCT FROM _after.embeddings_table AND p.id <> _after.id
+        LOOP
+            DELETE FROM autoembed.pipeline AS p WHERE p.id = _rival.id;
+            RAISE WARNING USING
+                ERRCODE = 'object_not_in_prerequisite_state',
+                MESSAGE = format('the pipeline of %s.%I has ended: its column was dropped, and the column of another '
+                                 'pipeline has that name now', _rival.table_id, _rival.embedding_column),
+                HINT = format('SELECT * FROM autoembed.status WHERE table_name = %L shows the pipelines of the table.',
+                              _rival.table_id);
+        END LOOP;
+        IF _before.table_shape IS DISTINCT FROM _shape THEN
+            UPDATE autoembed.pipeline AS p
+            SET embedding_column = _after.embedding_column, key_columns = _after.key_columns,
+                content_columns = _after.content_columns, content_template = _after.content_template,
+                condition_columns = _after.condition_columns, table_shape = _shape
+            WHERE p.id = _before.id;
+        END IF;
+        -- An embeddings table has the columns of the old key.
+        _key := CASE
+            WHEN _after.managed AND NOT (_shape -> 'key')::boolean AND _after.embeddings_table IS NULL THEN
+                autoembed._key_columns(_after.table_id)
+        END;
+        IF _key IS NOT NULL THEN
+            _after.id := autoembed._take_key(_after, _key);
+            SELECT p.* INTO STRICT _after FROM autoembed.pipeline AS p WHERE p.id = _after.id;
+        END IF;
+        SELECT c.* INTO _check FROM autoembed._check_pipeline(_after) AS c;
+        IF _check.errcode IN ('undefined_column', 'duplicate_object') THEN
+            -- The trigger of a lost column would refuse writes.
+            IF _after.managed AND _after.built_from IS DISTINCT FROM 'stopped' THEN
+                PERFORM autoembed._drop_functions(_after.id, true);
+                UPDATE autoembed.pipeline AS p SET built_from = 'stopped' WHERE p.id = _after.id;
+            END IF;
+            -- The other pipeline overwrites vectors, which only a digest of them can show.
+            IF _check.errcode = 'duplicate_object' THEN
+                DELETE FROM autoembed.embedded AS e WHERE e.pipeline_id = _after.id AND e.vector_digest IS NULL;
+            END IF;
+        ELSE
+            -- A trigger made for other names would refuse writes. Its function is made even if the pipeline waits.
+            PERFORM autoembed._build_pipeline(_after.id);
+        END IF;
+        SELECT coalesce(array_agg(coalesce(_shape -> 'columns' ->> a.key, a.key)), '{}') INTO _changed
+        FROM (VALUES ('contents'), ('labels')) AS f(fact)
+        CROSS JOIN LATERAL jsonb_each_text(_before.table_shape -> f.fact) AS b
+        JOIN jsonb_each_text(_shape -> f.fact) AS a ON a.key = b.key AND a.value <> b.value;
+        IF _after.managed AND _key IS NULL AND _check.problem IS NULL AND (
+            _changed && _after.key_columns::text[] OR _before.table_shape -> 'labels' <> _shape -> 'labels'
+        ) THEN
+            PERFORM autoembed._forget_old_keys(_after);
+        END IF;
+        IF _before.table_shape ->> 'type' <> _shape ->> 'type' THEN
+            -- The bytes of the vectors are others.
+            UPDATE autoembed.embedded AS e SET vector_digest = NULL WHERE e.pipeline_id = _after.id;
+        END IF;
+        -- The vectors have another type, or the texts may have changed, or a partition has brought rows. No trigger
+        -- sees such a change.
+        IF text_changed OR _changed <> '{}'
+           OR _before.table_shape ->> 'type' <> _shape ->> 'type'
+           OR NOT _before.table_shape -> 'partitions' @> (_shape -> 'partitions') THEN
+            PERFORM autoembed._backfill(_after.id);
+        END IF;
+        -- A migration that replaces a key drops the old one first. Lanes tell of a key that stays away.
+        IF _check.problem IS NULL OR (_shape -> 'key')::boolean OR _check.errcode = 'undefined_column' THEN
+            PERFORM autoembed._warn_once(_after.id);
+        END IF;
+    END LOOP;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._follow IS
+    'Has pipelines follow what has changed of their tables: names, owners, types, keys and partitions. A pipeline that '
+    'has lost a column is stopped, and goes on when it can. text_changed: texts may have changed, so rows are scanned.';
+
+CREATE OR REPLACE FUNCTION autoembed._follow_partitions(table_id oid)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    PERFORM autoembed._follow(ARRAY(
+        SELECT p.id
+        FROM pg_partition_tree(table_id) AS t
+        JOIN autoembed.pipeline AS p ON p.table_id = t.relid AND t.level > 0
+    ));
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._follow_partitions IS
+    'Has the pipelines of partitions follow that the whole table is attached or detached.';
+
 CREATE OR REPLACE FUNCTION autoembed._follow_tables()
     RETURNS event_trigger
     LANGUAGE plpgsql
@@ -297,122 +676,115 @@ CREATE OR REPLACE FUNCTION autoembed._follow_tables()
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE
-    _pipeline autoembed.pipeline;
-    _before jsonb;
-    _after jsonb;
-    _renames jsonb;
+    _ids integer[];
+    _rename record;
 BEGIN
-    FOR _pipeline IN
-        SELECT p.*
-        FROM autoembed.pipeline AS p
-        WHERE p.table_id IN (
-            SELECT coalesce(pg_partition_root(d.objid), d.objid) FROM pg_event_trigger_ddl_commands() AS d
-            WHERE d.classid = 'pg_class'::regclass
-        )
-        ORDER BY p.id
-    LOOP
-        _before := _pipeline.table_shape;
-        SELECT coalesce(jsonb_object_agg(b.value, a.value), '{}') INTO _renames
-        FROM jsonb_each_text(_before -> 'columns') AS b
-        JOIN jsonb_each_text(autoembed._table_shape(_pipeline) -> 'columns') AS a
-            ON a.key = b.key AND a.value <> b.value;
-        IF _renames <> '{}' THEN
-            IF _pipeline.embeddings_table IS NULL THEN
-                _pipeline.embedding_column := coalesce(
-                    _renames ->> _pipeline.embedding_column, _pipeline.embedding_column
-                );
-            END IF;
-            _pipeline.key_columns := autoembed._renamed(_pipeline.key_columns, _renames);
-            _pipeline.content_columns := autoembed._renamed(_pipeline.content_columns, _renames);
-            _pipeline.content_template := (
-                SELECT string_agg(
-                    CASE
-                        WHEN t.column_name IS NOT NULL THEN
-                            format('{%s}', coalesce(_renames ->> t.column_name, t.column_name))
-                        WHEN t.literal IN ('{', '}', E'\\') THEN t.literal || t.literal
-                        ELSE t.literal
-                    END, '')
-                FROM autoembed._template(_pipeline.content_template) AS t
-            );
-            -- The condition keeps its names. It is the owner's code, and no other role may parse it.
-            SELECT coalesce(jsonb_object_agg(c.key, coalesce(_renames ->> c.value, c.value)), '{}')
-            INTO _pipeline.condition_columns
-            FROM jsonb_each_text(_pipeline.condition_columns) AS c;
-        END IF;
-        PERFORM autoembed._follow_embeddings_table(_pipeline, _renames);
-        _after := autoembed._table_shape(_pipeline);
+    WITH RECURSIVE altered AS (
+        SELECT coalesce(i.indrelid, d.objid) AS id, d.command_tag
+        FROM pg_event_trigger_ddl_commands() AS d
+        LEFT JOIN pg_index AS i ON i.indexrelid = d.objid
+        WHERE d.classid = 'pg_class'::regclass
+    ),
+    -- A change of a table is one of those that inherit from it.
+    touched AS (
+        SELECT a.id FROM altered AS a
+        UNION
+        SELECT i.inhrelid FROM touched AS t JOIN pg_inherits AS i ON i.inhparent = t.id
+    )
+    SELECT array_agg(DISTINCT p.id) INTO _ids
+    FROM autoembed.pipeline AS p
+    WHERE p.table_id IN (
+        SELECT t.id FROM touched AS t
+        UNION
+        SELECT r.relid::oid FROM altered AS a CROSS JOIN LATERAL pg_partition_ancestors(a.id) AS r(relid)
+    )
+    OR p.embeddings_table IN (SELECT t.id FROM touched AS t)
+    -- A partition that is detached is not named.
+    OR p.built_from = 'stopped'
+    -- The text of a value may depend on its type.
+    OR TG_TAG = 'ALTER TYPE' AND p.table_shape -> 'labels' <> autoembed._labels(p.table_id);
+    PERFORM autoembed._follow(_ids);
 
-        -- The restore of a dump switches check_function_bodies off. Its last statements need the functions of the dump.
-        -- The next pass replaces them.
-        CONTINUE WHEN _before = _after AND NOT current_setting('check_function_bodies')::boolean;
-        IF _before <> _after THEN
-            UPDATE autoembed.pipeline AS p
-            SET embedding_column = _pipeline.embedding_column, key_columns = _pipeline.key_columns,
-                content_columns = _pipeline.content_columns, content_template = _pipeline.content_template,
-                condition_columns = _pipeline.condition_columns, table_shape = _after
-            WHERE p.id = _pipeline.id;
-        END IF;
-        -- A trigger made for other names would refuse writes. Its function is made again even if the pipeline waits.
-        IF (SELECT c.errcode IS DISTINCT FROM 'undefined_column' FROM autoembed._check_pipeline(_pipeline) AS c) THEN
-            PERFORM autoembed._build_pipeline(_pipeline.id);
-        END IF;
-        -- The vectors have another type, or the texts may have changed, or a partition has brought rows. No trigger
-        -- sees such a change.
-        IF _before ->> 'type' <> _after ->> 'type' THEN
-            -- The bytes of the vectors are others.
-            UPDATE autoembed.embedded AS e SET vector_digest = NULL WHERE e.pipeline_id = _pipeline.id;
-        END IF;
-        IF _before ->> 'type' <> _after ->> 'type'
-           OR EXISTS (
-               SELECT FROM jsonb_each_text(_before -> 'contents') AS b
-               JOIN jsonb_each_text(_after -> 'contents') AS a ON a.key = b.key AND a.value <> b.value
-           )
-           OR NOT _before -> 'partitions' @> (_after -> 'partitions') THEN
-            PERFORM autoembed._backfill(_pipeline.id);
-        END IF;
-    END LOOP;
+    IF TG_TAG = 'ALTER TABLE' THEN
+        FOR _rename IN
+            SELECT DISTINCT ON (c.oid) c.oid::regclass AS new_table, o.oid::regclass AS old_table
+            FROM pg_event_trigger_ddl_commands() AS d
+            JOIN pg_class AS c ON d.classid = 'pg_class'::regclass AND c.oid = d.objid AND c.relkind IN ('r', 'p')
+            JOIN pg_namespace AS n ON n.oid = c.relnamespace
+            JOIN autoembed.pipeline AS p ON p.table_id <> c.oid
+            LEFT JOIN pg_class AS o ON o.oid = p.table_id
+            WHERE format('%I.%I', n.nspname, c.relname)
+                  = CASE WHEN o.oid IS NULL THEN p.table_shape ->> 'name' ELSE p.table_shape ->> 'former_name' END
+              AND NOT EXISTS (SELECT FROM autoembed.pipeline AS q WHERE q.table_id = c.oid)
+        LOOP
+            RAISE WARNING USING
+                ERRCODE = 'object_not_in_prerequisite_state',
+                MESSAGE = format('%s is not attached to autoembed: it has the name of a table that is',
+                                 _rename.new_table),
+                DETAIL = coalesce(format('The attached table is %s now.', _rename.old_table),
+                                  'The attached table was dropped.'),
+                HINT = format('Attach it: SELECT autoembed.enable(%L, …).', _rename.new_table);
+        END LOOP;
+    END IF;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._follow_tables IS
-    'Has pipelines follow the names, owners, types and partitions that ALTER TABLE changes.';
+    'Has pipelines follow changes of their tables, indexes and types. Warns of a table that takes the name of an '
+    'attached one.';
 
-CREATE OR REPLACE FUNCTION autoembed._end_broken()
+CREATE OR REPLACE FUNCTION autoembed._follow_functions()
     RETURNS event_trigger
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
-DECLARE
-    _broken record;
 BEGIN
-    -- The trigger of a lost column would refuse writes. A renamed column keeps its number, so it is not lost.
-    FOR _broken IN
-        SELECT p.id, p.table_id, p.embedding_column, min(k.name::text) AS lost
-        FROM autoembed.pipeline AS p
-        JOIN pg_class AS c ON c.oid = p.table_id
-        CROSS JOIN LATERAL unnest(
-            autoembed._needed_columns(p) || CASE WHEN p.embeddings_table IS NULL THEN ARRAY[p.embedding_column] END
-        ) AS k(name)
-        WHERE p.managed
-          AND p.table_id IN (
-              SELECT coalesce(pg_partition_root(d.objid), d.objid)
-              FROM pg_event_trigger_dropped_objects() AS d
-              WHERE d.classid = 'pg_class'::regclass AND d.objsubid > 0
-          )
-          AND NOT EXISTS (
-              SELECT FROM pg_attribute AS a
-              WHERE a.attrelid = p.table_id AND NOT a.attisdropped
-                AND (a.attname = k.name OR p.table_shape -> 'columns' ->> a.attnum::text = k.name)
-          )
-        GROUP BY p.id
-    LOOP
-        DELETE FROM autoembed.pipeline AS p WHERE p.id = _broken.id;
-        RAISE NOTICE '%.% is no longer embedded: column "%" is gone',
-            _broken.table_id, quote_ident(_broken.embedding_column), _broken.lost;
-    END LOOP;
+    PERFORM autoembed._follow(array_agg(p.id), TG_TAG = 'CREATE FUNCTION')
+    FROM autoembed.pipeline AS p
+    WHERE autoembed._content_function_of(p) IN (
+        SELECT d.objid FROM pg_event_trigger_ddl_commands() AS d WHERE d.classid = 'pg_proc'::regclass
+    )
+    HAVING count(*) > 0;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._end_broken IS 'Ends the pipelines that have lost a column, however it was dropped.';
+COMMENT ON FUNCTION autoembed._follow_functions IS
+    'Has pipelines follow changes of their content functions. A new body may give other texts.';
+
+CREATE OR REPLACE FUNCTION autoembed._follow_drops()
+    RETURNS event_trigger
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    PERFORM autoembed._follow(array_agg(p.id))
+    FROM autoembed.pipeline AS p
+    WHERE p.table_id IN (
+              SELECT d.objid FROM pg_event_trigger_dropped_objects() AS d
+              WHERE d.classid = 'pg_class'::regclass AND d.objsubid > 0
+          )
+       OR p.embeddings_table IN (
+              SELECT d.objid FROM pg_event_trigger_dropped_objects() AS d WHERE d.classid = 'pg_class'::regclass
+          )
+       OR p.content_function_id IN (
+              SELECT d.objid FROM pg_event_trigger_dropped_objects() AS d WHERE d.classid = 'pg_proc'::regclass
+          )
+       OR p.condition_objects ?| ARRAY(
+              SELECT d.object_identity FROM pg_event_trigger_dropped_objects() AS d
+              WHERE d.classid <> 'pg_class'::regclass
+          )
+       -- It is not told whose index was dropped.
+       OR p.managed AND p.table_shape -> 'key' = 'true'
+          AND NOT autoembed._is_key(p.table_id, p.key_columns)
+          AND EXISTS (
+              SELECT FROM pg_event_trigger_dropped_objects() AS d
+              WHERE d.object_type = 'index' AND d.original
+          )
+    HAVING count(*) > 0;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._follow_drops IS
+    'Stops the pipelines that have lost a column, a key or a function, however it was dropped.';
 
 CREATE OR REPLACE FUNCTION autoembed._protect_functions()
     RETURNS event_trigger

@@ -391,19 +391,27 @@ BEGIN
                   ) = enable.embeddings_table)
           END
     ) THEN
-        IF if_not_exists THEN
+        IF enable.embedding_column IS NOT NULL AND NOT EXISTS (
+            SELECT FROM pg_attribute AS a
+            WHERE a.attrelid = enable.table_name AND a.attname = enable.embedding_column AND NOT a.attisdropped
+        ) THEN
+            -- The column was dropped, and is now added with a new definition.
+            PERFORM autoembed.disable(enable.table_name, enable.embedding_column);
+        ELSIF if_not_exists THEN
             RAISE NOTICE '% is already attached, skipping', _name;
             RETURN;
+        ELSE
+            RAISE EXCEPTION USING
+                ERRCODE = 'duplicate_object',
+                MESSAGE = format('%s is already attached', _name),
+                HINT = concat(
+                    'Change how it is embedded with autoembed.alter_pipeline(), or detach it with autoembed.disable().',
+                    CASE
+                        WHEN enable.embedding_column IS NULL THEN
+                            ' Second embeddings need a name: embeddings_table => ….'
+                    END
+                );
         END IF;
-        RAISE EXCEPTION USING
-            ERRCODE = 'duplicate_object',
-            MESSAGE = format('%s is already attached', _name),
-            HINT = concat(
-                'Change how it is embedded with autoembed.alter_pipeline(), or detach it with autoembed.disable().',
-                CASE
-                    WHEN enable.embedding_column IS NULL THEN ' Second embeddings need a name: embeddings_table => ….'
-                END
-            );
     END IF;
 
     _dimensions := autoembed._dimensions(enable.model);
@@ -531,7 +539,7 @@ BEGIN
         IF drop_column AND _pipeline.embeddings_table IS NOT NULL THEN
             EXECUTE format('DROP TABLE %s', _pipeline.embeddings_table);
         ELSIF drop_column THEN
-            EXECUTE format('ALTER TABLE %s DROP COLUMN %I', _pipeline.table_id, _pipeline.embedding_column);
+            EXECUTE format('ALTER TABLE %s DROP COLUMN IF EXISTS %I', _pipeline.table_id, _pipeline.embedding_column);
         END IF;
     END LOOP;
 END;

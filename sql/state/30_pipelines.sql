@@ -23,6 +23,7 @@ CREATE TABLE autoembed.pipeline (
     ended boolean NOT NULL DEFAULT false,
     content_function_schema name,
     embeddings_table regclass,
+    warned_of text,
     CONSTRAINT pipeline_embedding_column_key UNIQUE NULLS NOT DISTINCT (table_id, embeddings_table, embedding_column),
     CHECK (num_nonnulls(content_columns, content_template, content_function) = 1)
 );
@@ -60,13 +61,16 @@ COMMENT ON COLUMN autoembed.pipeline.paused IS 'Whether its jobs wait until resu
 COMMENT ON COLUMN autoembed.pipeline.table_shape IS
     'The table''s columns, embedding type and partitions when they were last seen. A difference shows a change.';
 COMMENT ON COLUMN autoembed.pipeline.built_from IS
-    'The digest of the facts from which its functions were made. A difference shows that they are outdated.';
+    'The digest of the facts from which its functions were made. A difference shows that they are outdated. stopped: '
+    'a column is missing, so it has no triggers.';
 COMMENT ON COLUMN autoembed.pipeline.content_function_schema IS
     'The schema of the content function when it was named. A function of that name in another schema is another one.';
 COMMENT ON COLUMN autoembed.pipeline.embeddings_table IS
     'The table beside it that holds the embeddings; NULL: they are in the rows themselves.';
 COMMENT ON COLUMN autoembed.pipeline.ended IS
     'Set to true by disable(), which deletes the row. Owners have no right to DELETE, since it includes LOCK TABLE.';
+COMMENT ON COLUMN autoembed.pipeline.warned_of IS
+    'The problem that the server''s log was last told of. NULL: none since the last one was over.';
 
 SELECT pg_catalog.pg_extension_config_dump('autoembed.pipeline', '');
 SELECT pg_catalog.pg_extension_config_dump('autoembed.pipeline_id_seq', '');

@@ -14,6 +14,8 @@ DROP FUNCTION autoembed._check_deferred;
 DROP FUNCTION autoembed._prepared;
 DROP FUNCTION autoembed._forget_prepared;
 
+-- _follow_drops() replaces this function and its event trigger.
+DROP FUNCTION autoembed._end_broken CASCADE;
 DROP FUNCTION autoembed._pipelines;
 -- What is known of a row has the digest of its vector.
 DROP FUNCTION autoembed._digests;
@@ -33,6 +35,9 @@ COMMENT ON COLUMN autoembed.pipeline.embeddings_table IS
     'The table beside it that holds the embeddings; NULL: they are in the rows themselves.';
 COMMENT ON COLUMN autoembed.pipeline.embedding_column IS
     'The vector or halfvec column that holds the embeddings, in the table or in its embeddings table.';
+ALTER TABLE autoembed.pipeline ADD COLUMN warned_of text;
+COMMENT ON COLUMN autoembed.pipeline.warned_of IS
+    'The problem that the server''s log was last told of. NULL: none since the last one was over.';
 COMMENT ON COLUMN autoembed.pipeline.content_function_schema IS
     'The schema of the content function when it was named. A function of that name in another schema is another one.';
 UPDATE autoembed.pipeline AS p
@@ -192,7 +197,8 @@ COMMENT ON COLUMN autoembed.pipeline.managed IS
 COMMENT ON COLUMN autoembed.pipeline.table_shape IS
     'The table''s columns, embedding type and partitions when they were last seen. A difference shows a change.';
 COMMENT ON COLUMN autoembed.pipeline.built_from IS
-    'The digest of the facts from which its functions were made. A difference shows that they are outdated.';
+    'The digest of the facts from which its functions were made. A difference shows that they are outdated. stopped: '
+    'a column is missing, so it has no triggers.';
 COMMENT ON TABLE autoembed.backfill IS
     'The tables that lanes scan, in the order of their keys, for embeddings that are missing or stale.';
 COMMENT ON COLUMN autoembed.backfill.condition IS 'The condition of the rows that are scanned; NULL: all rows.';

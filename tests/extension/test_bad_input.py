@@ -217,7 +217,7 @@ def test_a_content_function_of_somebody_elses_is_refused(
     documents.execute(f"ALTER TABLE documents OWNER TO {owner}")
     documents.execute(f"ALTER FUNCTION embedding_input OWNER TO {stranger}")
 
-    with pytest.raises(psycopg.errors.InsufficientPrivilege, match="who has not the rights of") as caught:
+    with pytest.raises(psycopg.errors.InsufficientPrivilege, match="which lacks the rights of") as caught:
         documents.execute(
             "CREATE TRIGGER again AFTER INSERT ON documents FOR EACH ROW"
             " EXECUTE FUNCTION autoembed.queue_embeddings('public.embedding_input', 'embedding')"

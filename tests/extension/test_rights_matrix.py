@@ -27,6 +27,7 @@ FUNCTIONS = """
 _adopt - - - x
 _advisory_locks - x - x
 _after_drop - - - x
+_after_renames - - - x
 _arguments - - - x
 _as_owner - x - x
 _backfill - - - x
@@ -56,6 +57,7 @@ _content_expression - x - x
 _content_function - x - x
 _content_function_of - x - x
 _content_guard - - - x
+_continue_advice - - - x
 _create_function - - - x
 _create_functions - - - x
 _cron_is_here - - - x
@@ -70,7 +72,6 @@ _drop_orphaned_pipelines - - - x
 _embed - - - x
 _embedder - - - x
 _end - - - x
-_end_broken - - - x
 _ended - - - x
 _enter_lane - - - x
 _erasures - - - x
@@ -83,10 +84,15 @@ _fail_message - - - x
 _filled - - - x
 _finish_backfills - - - x
 _fold_usage - - - x
+_follow - - - x
+_follow_drops - - - x
 _follow_embeddings_table - - - x
+_follow_functions - - - x
+_follow_partitions - - - x
 _follow_tables - - - x
 _forget - - - x
 _forget_all - - - x
+_forget_old_keys - - - x
 _forget_permits - - - x
 _forget_runs - - - x
 _free_slots - - - x
@@ -101,12 +107,14 @@ _index_job - - - x
 _index_key - x - x
 _index_may_be_built - - - x
 _is_chosen - - - x
+_is_key - - - x
 _is_uncommitted - - - x
 _keep_restored_model - - - x
 _keep_restored_queue - - - x
 _key_columns - x - x
 _key_expression - x - x
 _keys_per_message - - - x
+_labels - - - x
 _lane_is_wanted - - - x
 _lane_jobs - - - x
 _lane_lives - x x x
@@ -149,6 +157,7 @@ _resolve - - - x
 _rest_model - - - x
 _rest_pipelines - - - x
 _restore_advisory_locks - x - x
+_rows_of - - - x
 _run_as_owner - x - x
 _schedule_index - - - x
 _set_paused - x - x
@@ -161,6 +170,7 @@ _stage - - - x
 _start_advice - - - x
 _state_of - x - x
 _table_shape - - - x
+_take_key - - - x
 _take_permit - - - x
 _take_slot - - - x
 _template - x - x
@@ -174,6 +184,7 @@ _vector_index - - - x
 _vector_types - - - x
 _waits_for_commit - x - x
 _warn_of_blocked_pipelines - - - x
+_warn_once - - - x
 _work - - - x
 allow_http_host - - - x
 alter_model - - - x

@@ -187,7 +187,7 @@ def test_policies_that_may_hide_rows_from_their_owner_are_reported_and_leave_non
     if not sound:
         assert db.execute("SELECT read FROM autoembed.process()").fetchone() == (0,)
         assert queued(db) == [[1], [2], [3]]
-        problem = "row level security is forced on the owner of table app.documents and may hide rows from him"
+        problem = "row level security is forced on the owner of table app.documents and may hide rows from the owner"
         stopped, reason, hint = state(db)
         assert (stopped, reason) == ("stopped", problem)
         assert hint is not None and "CREATE POLICY embeddings ON app.documents TO enable_owner USING (true)" in hint

@@ -1,0 +1,492 @@
+"""What migrations do to attached tables, keys, types and functions is followed, or refused, or said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+import pytest
+
+from harness import Connection
+
+Connect = Callable[..., Connection]
+
+# Ten rows of the table have been embedded.
+ROWS = 10
+TEXT = r"concat_ws(E'\n\n', nullif(a, ''), nullif(b, ''))"
+
+
+@pytest.fixture
+def t(db: Connection) -> Connection:
+    """A table of ten rows, which are embedded."""
+    db.execute("SELECT autoembed.create_model('test', 'fake', 8)")
+    db.execute("CREATE TABLE t (id int PRIMARY KEY, a text, b text, c int)")
+    db.execute("SELECT autoembed.enable('t', content_columns => '{a,b}', model => 'test')")
+    db.execute("INSERT INTO t SELECT n, 'a' || n, 'b' || n, n FROM generate_series(1, %s) AS n", [ROWS])
+    process(db)
+    assert sent(db) == ROWS
+    return db
+
+
+@dataclass
+class Told:
+    """The warnings of a session."""
+
+    warnings: list[tuple[str, str]]
+
+    @classmethod
+    def by(cls, db: Connection) -> Told:
+        told = cls([])
+
+        def note(diagnostic: Any) -> None:
+            if diagnostic.severity_nonlocalized == "WARNING":
+                told.warnings.append((diagnostic.message_primary, diagnostic.message_hint))
+
+        db.add_notice_handler(note)
+        return told
+
+
+def one(db: Connection, sql: str) -> Any:
+    [row] = db.execute(sql.encode()).fetchall()
+    return row
+
+
+def process(db: Connection) -> None:
+    """Embeds all that can be."""
+    db.execute("SELECT autoembed.process()")
+    db.execute("UPDATE pgmq.q_embedding_jobs SET vt = clock_timestamp()")
+    while one(db, "SELECT completed FROM autoembed.process()").completed:
+        pass
+    db.execute("SELECT autoembed.process()")
+
+
+def sent(db: Connection) -> int:
+    return int(one(db, "SELECT coalesce(sum(inputs), 0) AS sent FROM autoembed.usage").sent)
+
+
+def status(db: Connection) -> Any:
+    return one(db, "SELECT table_name::text, embedding_column, state, reason, hint FROM autoembed.status")
+
+
+def wrong(db: Connection, table: str = "t", text: str = TEXT, embedding: str = "embedding") -> list[Any]:
+    """The rows whose vector is not that of their text."""
+    return db.execute(
+        f"SELECT t.* FROM {table} AS t"
+        f" WHERE ({embedding} <=> (autoembed.embed({text}, model => 'test'))::halfvec(8) < 0.001) IS NOT TRUE"
+    ).fetchall()
+
+
+# Followed ----------------------------------------------------------------------------------------
+
+FOLLOWED = {
+    # What is done: (the statements, texts that are sent again, the text of a row after it).
+    "a content column gets another type": ("ALTER TABLE t ALTER a TYPE varchar(100)", 0, TEXT),
+    "a content column is renamed": ("ALTER TABLE t RENAME a TO aa", 0, TEXT.replace("a,", "aa,", 1)),
+    "the table is renamed and back": ("ALTER TABLE t RENAME TO s; ALTER TABLE s RENAME TO t", 0, TEXT),
+    "the embedding column gets another type": ("ALTER TABLE t ALTER embedding TYPE vector(8)", 0, TEXT),
+    "the table is not logged for a while": ("ALTER TABLE t SET UNLOGGED; ALTER TABLE t SET LOGGED", 0, TEXT),
+    "the replica identity is the whole row": ("ALTER TABLE t REPLICA IDENTITY FULL", 0, TEXT),
+    "the table has row level security": ("ALTER TABLE t ENABLE ROW LEVEL SECURITY", 0, TEXT),
+    "the table inherits": ("CREATE TABLE p (a text, b text); ALTER TABLE t INHERIT p", 0, TEXT),
+    "a column is added": ("ALTER TABLE t ADD COLUMN t text; ALTER TABLE t ADD COLUMN key text", 0, TEXT),
+    "a column that is not needed is dropped": ("ALTER TABLE t DROP COLUMN c", 0, TEXT),
+    "the inherited column is renamed": (
+        "CREATE TABLE p (a text, b text); ALTER TABLE t INHERIT p; ALTER TABLE p RENAME a TO aa",
+        0,
+        TEXT.replace("a,", "aa,", 1),
+    ),
+    "a column of the parent of the parent is renamed": (
+        "CREATE TABLE g (a text, b text); CREATE TABLE p () INHERITS (g); ALTER TABLE t INHERIT p;"
+        " ALTER TABLE g RENAME a TO aa",
+        0,
+        TEXT.replace("a,", "aa,", 1),
+    ),
+    "the table becomes a partition, whose column is renamed": (
+        "CREATE TABLE p (LIKE t INCLUDING ALL) PARTITION BY RANGE (id);"
+        " ALTER TABLE p ATTACH PARTITION t FOR VALUES FROM (0) TO (1000); ALTER TABLE p RENAME a TO aa",
+        0,
+        TEXT.replace("a,", "aa,", 1),
+    ),
+    "the key gets another type": ("ALTER TABLE t ALTER id TYPE bigint", 0, TEXT),
+    "the key gets other values": ("ALTER TABLE t ALTER id TYPE text USING 'doc-' || id", ROWS, TEXT),
+    "another primary key": (
+        "ALTER TABLE t ADD COLUMN uid uuid NOT NULL DEFAULT gen_random_uuid(); ALTER TABLE t DROP CONSTRAINT t_pkey;"
+        " ALTER TABLE t ADD PRIMARY KEY (uid); ALTER TABLE t DROP COLUMN id; ALTER TABLE t RENAME uid TO id",
+        0,
+        TEXT,
+    ),
+    "a key of two columns": ("ALTER TABLE t DROP CONSTRAINT t_pkey, ADD PRIMARY KEY (c, id)", 0, TEXT),
+    "a key of other numbers": (
+        "ALTER TABLE t DROP CONSTRAINT t_pkey; UPDATE t SET c = 100 - id; ALTER TABLE t ADD PRIMARY KEY (c)",
+        0,
+        TEXT,
+    ),
+    "numbers that are swapped": (
+        "ALTER TABLE t DROP CONSTRAINT t_pkey; UPDATE t SET c = 11 - id; ALTER TABLE t ADD PRIMARY KEY (c)",
+        0,
+        TEXT,
+    ),
+    "a unique index is the key": (
+        "ALTER TABLE t ALTER c SET NOT NULL; CREATE UNIQUE INDEX u ON t (c); ALTER TABLE t DROP CONSTRAINT t_pkey",
+        0,
+        TEXT,
+    ),
+    "the key's index is made after the old one is gone": (
+        "ALTER TABLE t ALTER c SET NOT NULL; ALTER TABLE t DROP CONSTRAINT t_pkey; CREATE UNIQUE INDEX u ON t (c)",
+        0,
+        TEXT,
+    ),
+    "the key is dropped and added in one command": (
+        "ALTER TABLE t DROP COLUMN id, ADD COLUMN id bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY",
+        0,
+        TEXT,
+    ),
+    "the same key again": ("ALTER TABLE t DROP CONSTRAINT t_pkey; ALTER TABLE t ADD PRIMARY KEY (id)", 0, TEXT),
+    "a value of an enum is renamed": (
+        "CREATE TYPE mood AS ENUM ('b1'); UPDATE t SET b = 'b1'; ALTER TABLE t ALTER b TYPE mood USING b::mood;"
+        " ALTER TYPE mood RENAME VALUE 'b1' TO 'glad'",
+        ROWS,
+        TEXT.replace("nullif(b, '')", "b::text"),
+    ),
+    "a value of an enum in an array is renamed": (
+        "CREATE TYPE mood AS ENUM ('b1'); ALTER TABLE t ALTER b TYPE mood[] USING '{b1}';"
+        " ALTER TYPE mood RENAME VALUE 'b1' TO 'glad'",
+        ROWS,
+        TEXT.replace("nullif(b, '')", "b::text"),
+    ),
+    "a composite type gets an attribute": (
+        "CREATE TYPE pair AS (x int); ALTER TABLE t ALTER b TYPE pair USING ROW(1)::pair;"
+        " ALTER TYPE pair ADD ATTRIBUTE y int CASCADE",
+        ROWS,
+        TEXT.replace("nullif(b, '')", "b::text"),
+    ),
+    "a content column is dropped and added again": (
+        "ALTER TABLE t DROP COLUMN b; ALTER TABLE t ADD COLUMN b text DEFAULT 'new'",
+        ROWS,
+        TEXT,
+    ),
+    "a content column is replaced by a generated one": (
+        "ALTER TABLE t DROP COLUMN b; ALTER TABLE t ADD COLUMN b text GENERATED ALWAYS AS (upper(a)) STORED",
+        ROWS,
+        TEXT,
+    ),
+    "the embedding column is dropped and added again": (
+        "ALTER TABLE t DROP COLUMN embedding; ALTER TABLE t ADD COLUMN embedding halfvec(8)",
+        ROWS,
+        TEXT,
+    ),
+    "the content function has another body": (
+        "CREATE FUNCTION f(t) RETURNS text LANGUAGE sql IMMUTABLE AS $$SELECT $1.a$$;"
+        " SELECT autoembed.alter_pipeline('t', content_function => 'f'); SELECT autoembed.process();"
+        " SELECT autoembed.process(); SELECT autoembed.process();"
+        " CREATE OR REPLACE FUNCTION f(t) RETURNS text LANGUAGE sql IMMUTABLE AS $$SELECT upper($1.a)$$",
+        2 * ROWS,
+        "upper(a)",
+    ),
+    "the content function is dropped and created again": (
+        "CREATE FUNCTION f(t) RETURNS text LANGUAGE sql IMMUTABLE AS $$SELECT $1.a$$;"
+        " SELECT autoembed.alter_pipeline('t', content_function => 'f'); SELECT autoembed.process();"
+        " SELECT autoembed.process(); SELECT autoembed.process(); DROP FUNCTION f;"
+        " CREATE FUNCTION f(t) RETURNS text LANGUAGE sql IMMUTABLE AS $$SELECT upper($1.a)$$",
+        2 * ROWS,
+        "upper(a)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOLLOWED)
+def test_a_change_is_followed(t: Connection, case: str) -> None:
+    statements, again, text = FOLLOWED[case]
+
+    # Migrations run in one transaction, but for those that embed meanwhile.
+    with nullcontext() if "process" in statements else t.transaction():
+        for statement in statements.split("; "):
+            t.execute(statement.encode())
+    process(t)
+    content = "aa" if "aa" in text else "a"
+    t.execute(f"UPDATE t SET {content} = {content} || ' changed' WHERE ctid = (SELECT max(ctid) FROM t)")
+    process(t)
+
+    assert (status(t).state, status(t).reason) == ("idle", None)
+    assert sent(t) == ROWS + again + 1
+    assert wrong(t, text=text) == []
+    assert one(t, "SELECT count(*) FROM autoembed.embedded").count == ROWS
+    assert t.execute("SELECT reason FROM autoembed.failed").fetchall() == []
+
+
+# Stopped -----------------------------------------------------------------------------------------
+
+F = "CREATE FUNCTION f(t) RETURNS text LANGUAGE sql IMMUTABLE AS $$SELECT $1.a$$"
+
+STOPPED = {
+    # What is done: (the statements, the reason, the hint's statement, with what the user puts into it).
+    "a content column is dropped": (
+        "ALTER TABLE t DROP COLUMN b",
+        'table public.t has no column "b"',
+        "SELECT autoembed.alter_pipeline('public.t', content_columns => '{a}')",
+        "a",
+    ),
+    "all content columns are dropped": (
+        "ALTER TABLE t DROP COLUMN a, DROP COLUMN b",
+        'table public.t has no column "a"',
+        "SELECT autoembed.alter_pipeline('public.t', content_columns => '{c}')",
+        "c::text",
+    ),
+    "a column of the template is dropped": (
+        "SELECT autoembed.alter_pipeline('t', content_template => '{a} {b}'); ALTER TABLE t DROP COLUMN b",
+        'table public.t has no column "b"',
+        "SELECT autoembed.alter_pipeline('public.t', content_template => '{a}')",
+        "a",
+    ),
+    "a column of the condition is dropped": (
+        "SELECT autoembed.alter_pipeline('t', condition => 'c > 0'); ALTER TABLE t DROP COLUMN c",
+        'table public.t has no column "c"',
+        "SELECT autoembed.alter_pipeline('public.t', condition => '')",
+        TEXT,
+    ),
+    "the type of a column is dropped": (
+        "CREATE DOMAIN d AS text; ALTER TABLE t ALTER b TYPE d; DROP DOMAIN d CASCADE",
+        'table public.t has no column "b"',
+        "SELECT autoembed.alter_pipeline('public.t', content_columns => '{a}')",
+        "a",
+    ),
+    "the key is dropped": (
+        "ALTER TABLE t DROP COLUMN id",
+        'table public.t has no column "id"',
+        "ALTER TABLE public.t ADD COLUMN id bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY",
+        TEXT,
+    ),
+    "the columns are not a key any more": (
+        "ALTER TABLE t DROP CONSTRAINT t_pkey",
+        "column id of table public.t is no longer a key",
+        "ALTER TABLE public.t ADD PRIMARY KEY (id)",
+        TEXT,
+    ),
+    "the index of the key is dropped": (
+        "ALTER TABLE t DROP CONSTRAINT t_pkey; CREATE UNIQUE INDEX u ON t (id); DROP INDEX u",
+        "column id of table public.t is no longer a key",
+        "ALTER TABLE public.t ADD PRIMARY KEY (id)",
+        TEXT,
+    ),
+    "the embedding column is dropped": (
+        "ALTER TABLE t DROP COLUMN embedding",
+        'table public.t has no column "embedding"',
+        "ALTER TABLE public.t ADD COLUMN embedding public.halfvec(8)",
+        TEXT,
+    ),
+    "the embedding column is no vector": (
+        "ALTER TABLE t ALTER embedding TYPE text USING NULL",
+        'column "embedding" of table public.t is of type text',
+        "ALTER TABLE public.t ALTER COLUMN embedding TYPE public.halfvec(8) USING NULL",
+        TEXT,
+    ),
+    "the embedding column has other dimensions": (
+        "ALTER TABLE t ALTER embedding TYPE halfvec(9) USING NULL",
+        'column "embedding" of table public.t has 9 dimensions, model "test" has 8',
+        "ALTER TABLE public.t ALTER COLUMN embedding TYPE halfvec(8) USING NULL",
+        TEXT,
+    ),
+    "the content function is dropped": (
+        f"{F}; SELECT autoembed.alter_pipeline('t', content_function => 'f'); DROP FUNCTION f",
+        'there is no function "f" of one row of public.t',
+        "CREATE FUNCTION f(public.t) RETURNS text LANGUAGE sql IMMUTABLE AS $$SELECT $1.a$$",
+        "a",
+    ),
+    "the schema of the content function is dropped": (
+        f"CREATE SCHEMA s; {F.replace('FUNCTION f', 'FUNCTION s.f')};"
+        " SELECT autoembed.alter_pipeline('t', content_function => 's.f'); DROP SCHEMA s CASCADE",
+        'there is no function "s.f" of one row of public.t',
+        "SELECT autoembed.alter_pipeline('public.t', content_columns => '{a}')",
+        "a",
+    ),
+    "a function of the condition is dropped": (
+        "CREATE FUNCTION ok(int) RETURNS boolean LANGUAGE sql IMMUTABLE AS 'SELECT true';"
+        " SELECT autoembed.alter_pipeline('t', condition => 'ok(c)'); DROP FUNCTION ok",
+        "the condition on table public.t uses function public.ok(integer), which is gone or has another name",
+        "SELECT autoembed.alter_pipeline('public.t', condition => '')",
+        TEXT,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STOPPED)
+def test_what_a_pipeline_cannot_do_without_stops_it_and_the_hint_goes_on(t: Connection, case: str) -> None:
+    statements, reason, mend, text = STOPPED[case]
+    told = Told.by(t)
+
+    for statement in statements.split("; "):
+        t.execute(statement.encode())
+    now = status(t)
+    # The application goes on writing.
+    t.execute("ALTER TABLE t ADD COLUMN other int; UPDATE t SET other = 1")
+    t.execute("DELETE FROM t WHERE ctid = (SELECT max(ctid) FROM t)")
+    t.execute("CREATE TABLE unrelated (id int PRIMARY KEY); DROP TABLE unrelated")
+    process(t)
+    process(t)
+
+    assert (now.state, now.reason) == ("stopped", reason)
+    assert told.warnings[:1] == [(f"public.t.embedding is not being embedded: {reason}", now.hint)]
+
+    t.execute(mend.encode())
+    process(t)
+
+    assert (status(t).state, status(t).reason) == ("idle", None)
+    assert wrong(t, text=text) == []
+
+
+def test_a_stopped_pipeline_is_said_once_in_the_log(t: Connection) -> None:
+    told = Told.by(t)
+
+    t.execute("ALTER TABLE t DROP COLUMN b")
+    t.execute("ALTER TABLE t ADD COLUMN d text")
+    t.execute("ALTER TABLE t RENAME c TO e")
+    t.execute("SELECT autoembed._warn_of_blocked_pipelines(true, '{}')")
+
+    assert len(told.warnings) == 1
+
+
+def test_a_dropped_embedding_column_can_be_enabled_again(t: Connection) -> None:
+    t.execute("ALTER TABLE t DROP COLUMN embedding")
+
+    t.execute("SELECT autoembed.enable('t', content_columns => '{a}', model => 'test', if_not_exists => true)")
+    process(t)
+
+    assert (status(t).state, wrong(t, text="a")) == ("idle", [])
+
+
+def test_a_column_that_takes_the_place_of_a_dropped_one_keeps_its_pipeline(t: Connection) -> None:
+    t.execute("SELECT autoembed.enable('t', 'next', content_columns => '{a}', model => 'test')")
+    process(t)
+    told = Told.by(t)
+
+    t.execute("ALTER TABLE t DROP COLUMN embedding")
+    t.execute("ALTER TABLE t RENAME next TO embedding")
+    t.execute("UPDATE t SET a = 'changed'")
+    process(t)
+
+    assert (status(t).embedding_column, status(t).state, wrong(t, text="a")) == ("embedding", "idle", [])
+    assert [message.split(":")[0] for message, _ in told.warnings] == [
+        "public.t.embedding is not being embedded",
+        "the pipeline of public.t.embedding has ended",
+    ]
+
+
+# Said --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        "ALTER TABLE t RENAME TO t_old; ALTER TABLE t_new RENAME TO t",
+        "ALTER TABLE t RENAME TO t_old; ALTER TABLE t_new RENAME TO t; DROP TABLE t_old",
+        "DROP TABLE t; ALTER TABLE t_new RENAME TO t",
+    ],
+    ids=["the old one is kept", "the old one is dropped after", "the old one is dropped before"],
+)
+def test_a_table_that_is_swapped_in_is_said_to_be_without_embeddings(t: Connection, statements: str) -> None:
+    t.execute("CREATE TABLE t_new (LIKE t INCLUDING ALL); INSERT INTO t_new SELECT * FROM t")
+    told = Told.by(t)
+
+    with t.transaction():
+        for statement in statements.split("; "):
+            t.execute(statement.encode())
+
+    [(message, hint)] = told.warnings
+    assert message == "public.t is not attached to autoembed: it has the name of a table that is"
+    assert hint == "Attach it: SELECT autoembed.enable('public.t', …)."
+
+
+# Refused -----------------------------------------------------------------------------------------
+
+
+def test_pgvector_cannot_be_moved_to_another_schema(t: Connection) -> None:
+    t.execute("CREATE SCHEMA extensions")
+
+    with pytest.raises(psycopg.errors.FeatureNotSupported, match="cannot SET SCHEMA of extension"):
+        t.execute("ALTER EXTENSION vector SET SCHEMA extensions")
+
+
+# Partitions --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def partitioned(t: Connection) -> Connection:
+    """A partitioned table that is embedded by its column b, and t, which may become a partition of it."""
+    t.execute("CREATE TABLE p (LIKE t INCLUDING ALL) PARTITION BY RANGE (id)")
+    t.execute("SELECT autoembed.enable('p', content_columns => '{b}', model => 'test')")
+    process(t)
+    return t
+
+
+def test_an_attached_partition_follows_the_whole_table_until_it_is_detached(partitioned: Connection) -> None:
+    told = Told.by(partitioned)
+
+    partitioned.execute("ALTER TABLE p ATTACH PARTITION t FOR VALUES FROM (0) TO (1000)")
+    process(partitioned)
+    partitioned.execute("UPDATE t SET a = 'other', b = 'other b' WHERE id = 1")
+    process(partitioned)
+    states = dict(partitioned.execute("SELECT table_name::text, state FROM autoembed.status").fetchall())
+
+    assert states == {"p": "idle", "t": "stopped"}
+    assert [message for message, _ in told.warnings] == [
+        "public.t.embedding is not being embedded: "
+        "table public.t is a partition of public.p, whose own pipeline embeds this column"
+    ]
+    assert wrong(partitioned, "p", text="b") == []
+
+    partitioned.execute("ALTER TABLE p DETACH PARTITION t")
+    process(partitioned)
+    partitioned.execute("UPDATE t SET a = 'third' WHERE id = 2")
+    process(partitioned)
+
+    assert wrong(partitioned) == []
+
+
+@pytest.mark.parametrize("end", ["SELECT autoembed.disable('p')", "SELECT autoembed.disable('t')"])
+def test_the_embedding_of_the_whole_table_or_of_the_partition_can_be_ended(partitioned: Connection, end: str) -> None:
+    partitioned.execute("ALTER TABLE p ATTACH PARTITION t FOR VALUES FROM (0) TO (1000)")
+    process(partitioned)
+
+    partitioned.execute(end)
+    partitioned.execute("UPDATE t SET a = 'other', b = 'other b' WHERE id = 1")
+    process(partitioned)
+
+    assert wrong(partitioned, text=TEXT if "'p'" in end else "b") == []
+    assert status(partitioned).state == "idle"
+
+
+def test_enabling_the_whole_table_stops_the_pipeline_of_a_partition(t: Connection) -> None:
+    t.execute("CREATE TABLE p (LIKE t INCLUDING ALL) PARTITION BY RANGE (id)")
+    t.execute("ALTER TABLE p ATTACH PARTITION t FOR VALUES FROM (0) TO (1000)")
+
+    t.execute("SELECT autoembed.enable('p', content_columns => '{b}', model => 'test')")
+    process(t)
+    t.execute("UPDATE t SET b = 'other b' WHERE id = 1")
+    process(t)
+
+    assert dict(t.execute("SELECT table_name::text, state FROM autoembed.status").fetchall()) == {
+        "p": "idle",
+        "t": "stopped",
+    }
+    assert wrong(t, "p", text="b") == []
+
+
+def test_the_owner_of_a_stopped_table_can_do_all_that_the_hint_says(
+    t: Connection, connect: Connect, role: Callable[[str], str]
+) -> None:
+    owner = role("owner")
+    t.execute("SELECT autoembed.grant_usage(%s)", [owner])
+    t.execute(f"GRANT ALL ON SCHEMA public TO {owner}; ALTER TABLE t OWNER TO {owner}")
+    mine = connect(user=owner)
+    told = Told.by(mine)
+
+    mine.execute("ALTER TABLE t DROP CONSTRAINT t_pkey, ADD PRIMARY KEY (c)")
+    mine.execute("ALTER TABLE t DROP COLUMN b")
+    mine.execute("SELECT autoembed.alter_pipeline('t', content_columns => '{a}')")
+    process(t)
+
+    assert len(told.warnings) == 1
+    assert (status(t).state, wrong(t, text="a")) == ("idle", [])
