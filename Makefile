@@ -7,7 +7,6 @@ PG ?= $(firstword $(MAJORS))
 IMAGE = autoembed:$(PG)
 VERSION = $(shell sed -n "s/^default_version = '\(.*\)'/\1/p" extension/autoembed.control)
 PYTHON_SOURCES = $(wildcard plpy_src build.py docker/make_model.py tests bench)
-WORK = "autoembed.work(run_seconds double precision,batch_size integer,max_requests integer,timeout_milliseconds integer,backfill boolean)"
 SHELL_SCRIPTS = $(wildcard .ci/run docker/*.sh docker/*/*.sh demo/*.sh)
 
 help: ## list the commands
@@ -34,8 +33,8 @@ lint: .venv/stamp build ## check style, types, and the safety of the SQL
 	.venv/bin/ruff check && .venv/bin/ruff format --check
 	.venv/bin/mypy --strict $(PYTHON_SOURCES)
 	.venv/bin/shellcheck $(SHELL_SCRIPTS)
-	@# work() commits, which a pinned search_path forbids. The one unknown is a DO block in Python.
-	.venv/bin/pgspot --no-plpgsql --ignore-lang plpython3u --proc-without-search-path $(WORK) \
+	@# A test knows the functions without a search_path (PS005). The one unknown is a DO block in Python.
+	.venv/bin/pgspot --no-plpgsql --ignore-lang plpython3u --ignore PS005 \
 		build/autoembed--$(VERSION).sql | tee /dev/stderr | grep --quiet "Errors: 0 Warnings: 0 Unknown: 1"
 
 build: ## make the extension's SQL scripts out of sql/ and plpy_src/, into build/

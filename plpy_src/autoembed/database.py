@@ -231,6 +231,9 @@ class Database:
                 failures=row["failures"],
                 model=Model.from_row(json.loads(row["model"])),
                 is_beside=row["is_beside"],
+                chunking=row["chunking"],
+                chunk_size=row["chunk_size"],
+                chunk_overlap=row["chunk_overlap"],
             )
             for row in rows
         }

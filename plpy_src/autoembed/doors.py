@@ -122,7 +122,7 @@ def state_of(
         known = Known(
             bytes.fromhex(known_digest), None if known_vector_digest is None else bytes.fromhex(known_vector_digest)
         )
-        fresh = known.describes(row, pipeline.model.digest(content))
+        fresh = known.describes(row, pipeline.digest(content))
     if fresh or not wanted and not has_embedding:
         state = "fresh" if wanted else "not wanted"
     else:

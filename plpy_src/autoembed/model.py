@@ -62,6 +62,14 @@ class Model:
         """16 bytes that tell whether this model has embedded this text before."""
         return hashlib.blake2b((self._salt + content).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
+    def chunk_digest(self, chunk: str) -> bytes:
+        """16 bytes that tell whether this model has embedded this chunk before. search() computes it in SQL."""
+        return hashlib.sha256(self._chunk_salt + chunk.encode("utf-8", "surrogatepass")).digest()[:16]
+
+    @cached_property
+    def _chunk_salt(self) -> bytes:
+        return hashlib.sha256(self.identity.encode()).digest()
+
     @cached_property
     def _salt(self) -> str:
         return "\0".join(map(str, json.loads(self.identity)))

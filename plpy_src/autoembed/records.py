@@ -34,6 +34,7 @@ class Pipeline:
     """One embedding column of one table.
 
     is_beside: the embeddings are in a table beside the rows, one for each chunk of a row's text.
+    chunking, chunk_size, chunk_overlap: how a text is cut into chunks; see enable().
     vector_type: the column's type with its schema. truncate: texts that are too long are cut instead of failed.
     owner: the OID of the table's owner. blocked: why the jobs must wait; None: they need not.
     failures: how often the provider of the model has failed in a row.
@@ -51,6 +52,15 @@ class Pipeline:
     failures: int
     model: Model
     is_beside: bool = False
+    chunking: str = "none"
+    chunk_size: int | None = None
+    chunk_overlap: int = 0
+
+    def digest(self, content: str) -> bytes:
+        """16 bytes that tell whether the embeddings of a row were made of this text, in this way."""
+        if self.chunking == "none":
+            return self.model.digest(content)
+        return self.model.digest(f"{self.chunking}\0{self.chunk_size}\0{self.chunk_overlap}\0{content}")
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,7 @@ class Rows:
             if job.content is None or not job.content.strip():
                 (blank if job.has_embedding else empty).append(job)
                 continue
-            job.digest = pipeline.model.digest(job.content)
+            job.digest = pipeline.digest(job.content)
             known = known_rows.get(job.key)
             if known is not None and job.row is not None and known.describes(job.row, job.digest):
                 job.vector_digest = job.row.vector_digest
@@ -264,7 +264,7 @@ class Rows:
         job.chunks, job.wanted = [], defaultdict(list)
         for start, end in [(0, len(text))]:
             part = text[start:end]
-            chunk = Chunk(start, end, pipeline.model.digest(part))
+            chunk = Chunk(start, end, pipeline.model.chunk_digest(part))
             chunk.is_kept = chunk.digest in kept
             job.chunks.append(chunk)
             if not chunk.is_kept:

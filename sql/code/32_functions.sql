@@ -191,6 +191,8 @@ BEGIN
         'same_key', string_agg(format('t.%I %s s.k%s', k.name, k.equal, k.number), ' AND ' ORDER BY k.number),
         'same_embeddings', string_agg(format('e.%I %s s.k%s', k.name, k.equal, k.number), ' AND ' ORDER BY k.number),
         'key_names', string_agg(quote_ident(k.name), ', ' ORDER BY k.number),
+        'key_types', string_agg(k.type, ', ' ORDER BY k.number),
+        'is_key', string_agg(format('t.%I %s $%s', k.name, k.equal, k.number), ' AND ' ORDER BY k.number),
         'sent_key_names', string_agg('s.k' || k.number, ', ' ORDER BY k.number),
         -- A row comparison uses the index. It cannot name operators of other schemas: with these, the columns are
         -- compared one by one.
@@ -284,6 +286,12 @@ BEGIN
         ),
         'vector_digest', autoembed._vector_digest_expression(pipeline, 't'),
         'runs_owners_code', _runs_owners_code,
+        'read_columns', CASE
+            -- A content function may read any column.
+            WHEN pipeline.content_function IS NOT NULL THEN 't.*'
+            ELSE (SELECT string_agg(DISTINCT format('t.%I', c.name), ', ')
+                  FROM unnest(autoembed._needed_columns(pipeline)) AS c(name))
+        END,
         'managed', pipeline.managed,
         'on_change', pipeline.on_change
     );
@@ -329,6 +337,37 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._build_pipeline IS
     'Makes the functions of a pipeline, unless they exist and the same version made them from the same facts. A '
     'pipeline that was stopped gets its triggers again, and its table is scanned.';
+
+CREATE OR REPLACE FUNCTION autoembed._admit_readers(slots jsonb)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _outdated regprocedure;
+BEGIN
+    FOR _outdated IN
+        SELECT p.oid
+        FROM pg_proc AS p
+        WHERE p.pronamespace = 'autoembed'::regnamespace
+          AND p.proname = '_may_read_' || (slots ->> 'id')
+          AND pg_get_function_identity_arguments(p.oid) <> slots ->> 'key_types'
+    LOOP
+        EXECUTE format('DROP FUNCTION %s CASCADE', _outdated);
+    END LOOP;
+    PERFORM autoembed._create_function('may_read', slots);
+    EXECUTE format('GRANT EXECUTE ON FUNCTION autoembed._may_read_%s TO PUBLIC', slots ->> 'id');
+    IF NOT EXISTS (
+        SELECT FROM pg_policy AS p
+        WHERE p.polrelid = (slots ->> 'embeddings_table')::regclass AND p.polname = 'autoembed_readers'
+    ) THEN
+        EXECUTE format('CREATE POLICY autoembed_readers ON %s FOR SELECT USING (autoembed._may_read_%s(%s))',
+                       slots ->> 'embeddings_table', slots ->> 'id', slots ->> 'key_names');
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._admit_readers IS
+    'Lets those read the embeddings of a row who may read the row.';
 
 CREATE OR REPLACE FUNCTION autoembed._erasures(slots jsonb)
     RETURNS jsonb
@@ -383,6 +422,7 @@ BEGIN
             PERFORM autoembed._create_function('content_beside', slots, _owner);
             PERFORM autoembed._create_function('write_beside', slots, _owner);
             PERFORM autoembed._create_function('erase', slots, _owner);
+            PERFORM autoembed._admit_readers(slots);
         END IF;
     END IF;
     IF NOT (slots ->> 'managed')::boolean THEN
@@ -432,7 +472,8 @@ BEGIN
         WHERE p.pronamespace = 'autoembed'::regnamespace
           AND (p.proname IN ('_content_' || pipeline_id, '_write_' || pipeline_id,
                              '_scan_' || pipeline_id, '_text_' || pipeline_id, '_erase_' || pipeline_id)
-               OR with_triggers AND p.proname IN ('_capture_' || pipeline_id, '_clear_' || pipeline_id))
+               OR with_triggers AND p.proname IN ('_capture_' || pipeline_id, '_clear_' || pipeline_id,
+                                                  '_may_read_' || pipeline_id))
     LOOP
         EXECUTE format('DROP FUNCTION %s %s', _function, CASE WHEN with_triggers THEN 'CASCADE' END);
     END LOOP;

@@ -356,6 +356,8 @@ BEGIN
           AND t.atttypid IN ('smallint'::regtype, 'integer'::regtype, 'bigint'::regtype, 'text'::regtype,
                              'varchar'::regtype)
     LOOP
+        -- The functions of the pipeline are made again after this, and the policy with them.
+        EXECUTE format('DROP POLICY IF EXISTS autoembed_readers ON %s', pipeline.embeddings_table);
         EXECUTE _change;
     END LOOP;
 END;

@@ -130,6 +130,43 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._check_on_change IS 'Fails unless on_change is keep or clear.';
 
+CREATE OR REPLACE FUNCTION autoembed._check_chunking(
+    is_beside boolean,
+    chunking text,
+    chunk_size integer,
+    chunk_overlap integer
+)
+    RETURNS void
+    LANGUAGE plpgsql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF NOT is_beside AND num_nonnulls(chunking, chunk_size, chunk_overlap) > 0 THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'feature_not_supported',
+            MESSAGE = 'a column in the row holds one embedding, not those of chunks',
+            HINT = 'Keep the embeddings beside the rows: embedding_column => NULL.';
+    ELSIF chunking NOT IN ('structure', 'tokens', 'none') THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = format('chunking must be structure, tokens or none, not %s', chunking),
+            HINT = 'structure cuts at headings, paragraphs and sentences, tokens at equal lengths.';
+    ELSIF chunk_size < 16 THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = format('chunk_size must be at least 16 tokens, not %s', chunk_size),
+            HINT = 'Leave chunk_size out for what suits the model.';
+    ELSIF chunk_overlap < 0 OR chunk_overlap > coalesce(chunk_size, 64) / 2 THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = format('chunk_overlap must be from 0 to half of chunk_size, not %s', chunk_overlap),
+            HINT = 'Give chunk_size too, or leave chunk_overlap out.';
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._check_chunking IS 'Fails unless texts can be cut into chunks like this.';
+
 CREATE OR REPLACE FUNCTION autoembed._read_condition(
     table_name regclass,
     INOUT condition text,
@@ -280,6 +317,9 @@ BEGIN
          FROM unnest(_key_columns) WITH ORDINALITY AS k(name, number))
     );
     EXECUTE format('ALTER TABLE %s OWNER TO %I', _full_name, pg_get_userbyid(_table.relowner));
+    -- A policy shows a role the embeddings of the rows that it may read.
+    EXECUTE format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY', _full_name);
+    EXECUTE format('GRANT SELECT ON %s TO PUBLIC', _full_name);
     EXECUTE format('COMMENT ON TABLE %s IS %L', _full_name,
                    format('The embeddings of the rows of %s, one for each chunk of a row''s text.', table_name));
     FOR _comment IN
@@ -314,7 +354,10 @@ CREATE OR REPLACE FUNCTION autoembed.enable(
     create_index boolean DEFAULT false,
     replicated boolean DEFAULT false,
     if_not_exists boolean DEFAULT false,
-    embeddings_table text DEFAULT NULL
+    embeddings_table text DEFAULT NULL,
+    chunking text DEFAULT NULL,
+    chunk_size integer DEFAULT NULL,
+    chunk_overlap integer DEFAULT NULL
 )
     RETURNS void
     LANGUAGE plpgsql
@@ -337,6 +380,7 @@ BEGIN
             MESSAGE = 'embedding_column and embeddings_table cannot both be given',
             HINT = 'embedding_column keeps the embeddings in the rows, embeddings_table beside them.';
     END IF;
+    PERFORM autoembed._check_chunking(embedding_column IS NULL, chunking, chunk_size, chunk_overlap);
     SELECT c.* INTO _table FROM pg_class AS c WHERE c.oid = enable.table_name;
     IF NOT FOUND THEN
         RAISE EXCEPTION USING
@@ -433,12 +477,15 @@ BEGIN
     END IF;
     INSERT INTO autoembed.pipeline AS p (
         table_id, embedding_column, content_columns, content_function, content_template,
-        condition, condition_columns, condition_objects, model, on_change, truncate, replicated, embeddings_table
+        condition, condition_columns, condition_objects, model, on_change, truncate, replicated, embeddings_table,
+        chunking, chunk_size, chunk_overlap
     )
     SELECT enable.table_name, coalesce(enable.embedding_column, 'embedding'),
            enable.content_columns, enable.content_function, enable.content_template,
            c.condition, c.columns, c.objects, enable.model, enable.on_change,
-           coalesce(enable.truncate, true), coalesce(enable.replicated, false), _embeddings_table
+           coalesce(enable.truncate, true), coalesce(enable.replicated, false), _embeddings_table,
+           coalesce(enable.chunking, CASE WHEN enable.embedding_column IS NULL THEN 'structure' ELSE 'none' END),
+           enable.chunk_size, coalesce(enable.chunk_overlap, 0)
     FROM autoembed._read_condition(enable.table_name, enable.condition) AS c
     RETURNING p.* INTO _pipeline;
     SELECT k.* INTO _index FROM autoembed._index_key(_pipeline) AS k;
@@ -470,7 +517,10 @@ CREATE OR REPLACE FUNCTION autoembed.alter_pipeline(
     model text DEFAULT NULL,
     condition text DEFAULT NULL,
     on_change text DEFAULT NULL,
-    truncate boolean DEFAULT NULL
+    truncate boolean DEFAULT NULL,
+    chunking text DEFAULT NULL,
+    chunk_size integer DEFAULT NULL,
+    chunk_overlap integer DEFAULT NULL
 )
     RETURNS void
     LANGUAGE plpgsql
@@ -493,6 +543,10 @@ BEGIN
     IF alter_pipeline.on_change IS NOT NULL THEN
         PERFORM autoembed._check_on_change(alter_pipeline.on_change);
     END IF;
+    PERFORM autoembed._check_chunking(
+        _pipeline.embeddings_table IS NOT NULL, alter_pipeline.chunking,
+        coalesce(alter_pipeline.chunk_size, _pipeline.chunk_size), alter_pipeline.chunk_overlap
+    );
     SELECT c.* INTO _condition
     FROM autoembed._read_condition(_pipeline.table_id, nullif(alter_pipeline.condition, '')) AS c;
     UPDATE autoembed.pipeline AS p
@@ -510,9 +564,15 @@ BEGIN
             ELSE _condition.objects
         END,
         on_change = coalesce(alter_pipeline.on_change, p.on_change),
-        truncate = coalesce(alter_pipeline.truncate, p.truncate)
+        truncate = coalesce(alter_pipeline.truncate, p.truncate),
+        chunking = coalesce(alter_pipeline.chunking, p.chunking),
+        chunk_size = coalesce(alter_pipeline.chunk_size, p.chunk_size),
+        chunk_overlap = coalesce(alter_pipeline.chunk_overlap, p.chunk_overlap)
     WHERE p.id = _pipeline.id;
-    IF _new_content OR alter_pipeline.model IS NOT NULL OR alter_pipeline.condition IS NOT NULL THEN
+    IF _new_content OR num_nonnulls(
+        alter_pipeline.model, alter_pipeline.condition, alter_pipeline.chunking, alter_pipeline.chunk_size,
+        alter_pipeline.chunk_overlap
+    ) > 0 THEN
         PERFORM autoembed.resync(_pipeline.table_id, _pipeline.embedding_column);
     END IF;
 END;

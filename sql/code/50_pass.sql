@@ -13,7 +13,10 @@ CREATE OR REPLACE FUNCTION autoembed._pipelines(ids integer[])
         truncate boolean,
         blocked text,
         failures integer,
-        model jsonb
+        model jsonb,
+        chunking text,
+        chunk_size integer,
+        chunk_overlap integer
     )
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -37,8 +40,10 @@ BEGIN
     RETURN QUERY
     SELECT s.id, n.nspname::text, c.relname::text, c.relowner::bigint, s.content_function, s.embedding_column::text,
            s.embeddings_table IS NOT NULL, v.full_name, s.truncate, coalesce(s.blocked, _unbuilt ->> s.id::text),
-           s.failures, autoembed._model_facts(autoembed._model(s.model))
+           s.failures, autoembed._model_facts(autoembed._model(s.model)), p.chunking, p.chunk_size,
+           p.chunk_overlap
     FROM autoembed._pipeline_state AS s
+    JOIN autoembed.pipeline AS p ON p.id = s.id
     LEFT JOIN pg_class AS c ON c.oid = s.table_id
     LEFT JOIN pg_namespace AS n ON n.oid = c.relnamespace
     LEFT JOIN pg_attribute AS a

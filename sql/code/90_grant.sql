@@ -29,14 +29,14 @@ CREATE OR REPLACE FUNCTION autoembed.grant_usage(role regrole)
 AS $plpgsql$
 BEGIN
     PERFORM autoembed._grant(role, '{
-        alter_pipeline, clear_column, disable, embed, enable, estimate, pause, preview, queue_embeddings,
-        reembed, resume, resync, wait_until_fresh,
-        _advisory_locks, _as_owner, _check_content, _check_on_change, _check_owner, _columns_of,
-        _content_expression, _content_function, _content_function_of, _dimensions, _estimate_texts, _index_key,
-        _key_columns, _key_expression, _load_python, _look_through, _make_embeddings_table, _needed_columns,
-        _operator, _owned_pipeline, _owned_pipelines, _read_condition, _restore_advisory_locks, _run_as_owner,
-        _set_paused, _short_key, _state_of, _template, _vector_digest_expression,
-        _waits_for_commit
+        alter_pipeline, clear_column, disable, embed, embed_query, enable, estimate, pause, preview, queue_embeddings,
+        reembed, resume, resync, search, search_rows, wait_until_fresh,
+        _advisory_locks, _as_owner, _check_chunking, _check_content, _check_on_change, _check_owner, _columns_of,
+        _content_expression, _content_function, _content_function_of, _dimensions, _estimate_texts, _estimated_matches,
+        _index_key, _key_columns, _key_expression, _load_python, _look_through, _make_embeddings_table,
+        _needed_columns, _operator, _owned_pipeline, _owned_pipelines, _ranked, _read_condition,
+        _restore_advisory_locks, _run_as_owner, _search, _search_target, _set_paused, _short_key, _state_of, _template,
+        _vector_digest_expression, _waits_for_commit
     }');
     -- The role gets rights to columns only. A right to the whole table, which 0.1.0 granted, includes LOCK TABLE, and
     -- that stops all lanes.
@@ -44,9 +44,10 @@ BEGIN
     EXECUTE format('GRANT SELECT,
                     INSERT (table_id, embedding_column, content_columns, content_function, content_template, condition,
                             condition_columns, condition_objects, model, on_change, truncate, replicated,
-                            embeddings_table),
+                            embeddings_table, chunking, chunk_size, chunk_overlap),
                     UPDATE (content_columns, content_function, content_template, condition, condition_columns,
-                            condition_objects, model, on_change, truncate, paused, ended)
+                            condition_objects, model, on_change, truncate, paused, ended, chunking, chunk_size,
+                            chunk_overlap)
                     ON autoembed.pipeline TO %s', role);
     EXECUTE format('GRANT SELECT,
                     INSERT (pipeline_id, condition, force, create_index),

@@ -23,6 +23,9 @@ CREATE TABLE autoembed.pipeline (
     ended boolean NOT NULL DEFAULT false,
     content_function_schema name,
     embeddings_table regclass,
+    chunking text NOT NULL DEFAULT 'none' CHECK (chunking IN ('structure', 'tokens', 'none')),
+    chunk_size integer,
+    chunk_overlap integer NOT NULL DEFAULT 0,
     warned_of text,
     CONSTRAINT pipeline_embedding_column_key UNIQUE NULLS NOT DISTINCT (table_id, embeddings_table, embedding_column),
     CHECK (num_nonnulls(content_columns, content_template, content_function) = 1)
@@ -67,6 +70,11 @@ COMMENT ON COLUMN autoembed.pipeline.content_function_schema IS
     'The schema of the content function when it was named. A function of that name in another schema is another one.';
 COMMENT ON COLUMN autoembed.pipeline.embeddings_table IS
     'The table beside it that holds the embeddings; NULL: they are in the rows themselves.';
+COMMENT ON COLUMN autoembed.pipeline.chunking IS
+    'How its texts are cut into chunks. structure: at headings, paragraphs and sentences. tokens: at equal lengths. '
+    'none: a text is one chunk.';
+COMMENT ON COLUMN autoembed.pipeline.chunk_size IS 'The most tokens of a chunk; NULL: what suits the model.';
+COMMENT ON COLUMN autoembed.pipeline.chunk_overlap IS 'The tokens that a chunk repeats of the chunk before.';
 COMMENT ON COLUMN autoembed.pipeline.ended IS
     'Set to true by disable(), which deletes the row. Owners have no right to DELETE, since it includes LOCK TABLE.';
 COMMENT ON COLUMN autoembed.pipeline.warned_of IS

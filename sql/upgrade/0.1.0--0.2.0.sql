@@ -21,13 +21,23 @@ DROP FUNCTION autoembed._pipelines;
 DROP FUNCTION autoembed._digests;
 DROP FUNCTION autoembed._record_embedded;
 DROP FUNCTION autoembed._state_of;
--- It has a new parameter.
+-- They have new parameters.
 DROP FUNCTION autoembed.enable;
+DROP FUNCTION autoembed.alter_pipeline;
 DROP FUNCTION autoembed._content_function;
 
 ALTER TABLE autoembed.pipeline ADD COLUMN ended boolean NOT NULL DEFAULT false;
 ALTER TABLE autoembed.pipeline ADD COLUMN content_function_schema name;
 ALTER TABLE autoembed.pipeline ADD COLUMN embeddings_table regclass;
+ALTER TABLE autoembed.pipeline ADD COLUMN chunking text NOT NULL DEFAULT 'none'
+    CHECK (chunking IN ('structure', 'tokens', 'none'));
+ALTER TABLE autoembed.pipeline ADD COLUMN chunk_size integer;
+ALTER TABLE autoembed.pipeline ADD COLUMN chunk_overlap integer NOT NULL DEFAULT 0;
+COMMENT ON COLUMN autoembed.pipeline.chunking IS
+    'How its texts are cut into chunks. structure: at headings, paragraphs and sentences. tokens: at equal lengths. '
+    'none: a text is one chunk.';
+COMMENT ON COLUMN autoembed.pipeline.chunk_size IS 'The most tokens of a chunk; NULL: what suits the model.';
+COMMENT ON COLUMN autoembed.pipeline.chunk_overlap IS 'The tokens that a chunk repeats of the chunk before.';
 ALTER TABLE autoembed.pipeline DROP CONSTRAINT pipeline_table_id_embedding_column_key;
 ALTER TABLE autoembed.pipeline ADD CONSTRAINT pipeline_embedding_column_key
     UNIQUE NULLS NOT DISTINCT (table_id, embeddings_table, embedding_column);

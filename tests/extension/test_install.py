@@ -106,7 +106,8 @@ def test_every_object_has_a_comment(db: Connection) -> None:
 
 
 def test_every_function_pins_its_search_path(documents: Connection) -> None:
-    # A procedure with a SET clause cannot commit. Both qualify all names.
+    # A procedure with a SET clause cannot commit, and a condition of search() is in the caller's search_path. These
+    # qualify all names.
     rows = documents.execute(f"""
         SELECT r.name
         FROM ({ROUTINES}) AS r
@@ -114,7 +115,14 @@ def test_every_function_pins_its_search_path(documents: Connection) -> None:
     """).fetchall()
 
     assert sorted(row.name for row in rows) == [
+        "autoembed._estimated_matches(regclass,text)",
+        "autoembed._ranked(anyelement,regclass,text,integer,integer,text,name)",
+        "autoembed._search(anyelement,regclass,text,integer,text,name)",
         "autoembed._work(double precision,integer,integer,integer,boolean)",
+        "autoembed.search(anyelement,text,integer,integer,text,name)",
+        "autoembed.search(regclass,text,integer,integer,text,name)",
+        "autoembed.search(text,text,integer,integer,text,name)",
+        "autoembed.search_rows(anyelement,text,integer,integer,text,name)",
         "autoembed.work(double precision,integer,integer,integer,boolean)",
     ]
 

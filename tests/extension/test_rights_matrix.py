@@ -24,6 +24,7 @@ MODEL = "text-embedding-3-small"
 
 # Who may execute it: a role without grants, an owner of a table with grant_usage, one with grant_monitor, a superuser.
 FUNCTIONS = """
+_admit_readers - - - x
 _adopt - - - x
 _advisory_locks - x - x
 _after_drop - - - x
@@ -40,6 +41,7 @@ _call_embedder - - - x
 _changed_expression - - - x
 _check_api_key - - - x
 _check_budget - - - x
+_check_chunking - x - x
 _check_content - x - x
 _check_model - - - x
 _check_on_change - x - x
@@ -76,6 +78,7 @@ _ended - - - x
 _enter_lane - - - x
 _erasures - - - x
 _estimate_texts - x - x
+_estimated_matches - x - x
 _estimated_rows - x x x
 _extend - - - x
 _fail - - - x
@@ -148,6 +151,7 @@ _probe - - - x
 _process - - - x
 _protect_functions - - - x
 _queue_backfill - - - x
+_ranked - x - x
 _read_condition - x - x
 _record_embedded - - - x
 _release - - - x
@@ -160,6 +164,8 @@ _restore_advisory_locks - x - x
 _rows_of - - - x
 _run_as_owner - x - x
 _schedule_index - - - x
+_search - x - x
+_search_target - x - x
 _set_paused - x - x
 _settle - - - x
 _short_key - x - x
@@ -195,6 +201,7 @@ disable - x - x
 doctor - - - x
 drop_model - - - x
 embed - x - x
+embed_query - x - x
 enable - x - x
 estimate - x - x
 grant_lane - - - x
@@ -210,6 +217,10 @@ resume_model - - - x
 resync - x - x
 retry_failed - - - x
 schedule - - - x
+search - x - x
+search - x - x
+search - x - x
+search_rows - x - x
 set_default_model - - - x
 unschedule - - - x
 wait_until_fresh - x - x
@@ -241,6 +252,9 @@ model_limit - - - rawd
 model_rest - - r rawd
 permit - - - rawd
 pipeline - r - rawd
+pipeline.chunk_overlap - raw - raw
+pipeline.chunk_size - raw - raw
+pipeline.chunking - raw - raw
 pipeline.condition - raw - raw
 pipeline.condition_columns - raw - raw
 pipeline.condition_objects - raw - raw

@@ -1,0 +1,292 @@
+"""search(): the nearest rows, all of them, in the caller's rights, from one request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import psycopg
+import pytest
+
+from fake_api import FakeApi, embedding_of
+from harness import Connection
+
+STORAGES = pytest.mark.parametrize("column", ["NULL", "'embedding'"], ids=["beside", "in the row"])
+MODEL = "short"
+DIMENSIONS = 32
+
+
+@pytest.fixture
+def short(db: Connection, api: FakeApi) -> Connection:
+    """The default model gives short vectors, so that many of them are soon compared and indexed."""
+    db.execute(
+        "SELECT autoembed.create_model(%s, 'openai', %s, model_id => 'text-embedding-3-small', base_url => %s,"
+        " api_key => 'env:OPENAI_API_KEY')",
+        [MODEL, DIMENSIONS, api.base_url],
+    )
+    db.execute("SELECT autoembed.set_default_model(%s)", [MODEL])
+    return db
+
+
+def attach(db: Connection, column: str, texts: list[str]) -> None:
+    db.execute("CREATE TABLE pages (id int PRIMARY KEY, body text, tenant int NOT NULL DEFAULT 0)")
+    db.cursor().executemany("INSERT INTO pages (id, body) VALUES (%s, %s)", list(enumerate(texts, 1)))
+    db.execute(f"SELECT autoembed.enable('pages', {column}, content_columns => '{{body}}')")
+    db.execute("SELECT autoembed.process()")
+
+
+def vector_of(text: str) -> Any:
+    return embedding_of(text, DIMENSIONS)
+
+
+def nearest(texts: list[str], query: str) -> list[int]:
+    """The keys of texts, the nearest first."""
+    return [int(n) + 1 for n in np.argsort([-np.dot(vector_of(text), vector_of(query)) for text in texts])]
+
+
+@STORAGES
+def test_the_nearest_rows_come_first_with_their_scores_from_one_request(
+    short: Connection, api: FakeApi, column: str
+) -> None:
+    texts = [f"text {n}" for n in range(50)]
+    attach(short, column, texts)
+    before = len(api.log())
+
+    found = short.execute(
+        "SELECT s.rank, (s.hit).id, (s.hit).body, s.key, s.score FROM autoembed.search(NULL::pages, 'question') AS s"
+    ).fetchall()
+
+    assert [row.id for row in found] == nearest(texts, "question")[:10]
+    assert [row.rank for row in found] == list(range(1, 11))
+    assert [row.key for row in found] == [f"[{row.id}]" for row in found]
+    for row in found:
+        assert row.score == pytest.approx(float(np.dot(vector_of(row.body), vector_of("question"))), abs=2e-3)
+    assert len(api.log()) == before + 1
+
+
+@STORAGES
+def test_pages_continue_each_other(short: Connection, column: str) -> None:
+    texts = [f"text {n}" for n in range(25)]
+    attach(short, column, texts)
+
+    pages = [
+        short.execute(
+            "SELECT rank, key FROM autoembed.search('pages', 'question', max_rows => 10, skip_rows => %s)", [skip]
+        ).fetchall()
+        for skip in (0, 10, 20, 30)
+    ]
+
+    assert [row.rank for page in pages for row in page] == list(range(1, 26))
+    assert [row.key for page in pages for row in page] == [f"[{n}]" for n in nearest(texts, "question")]
+
+
+@STORAGES
+def test_a_condition_is_read_as_in_where(short: Connection, column: str) -> None:
+    attach(short, column, [f"text {n}" for n in range(20)])
+    search = "SELECT (s.hit).id FROM autoembed.search(NULL::pages, 'question', condition => %s) AS s ORDER BY 1"
+
+    assert short.execute(search, ["id <= 3 -- the first"]).fetchall() == [(1,), (2,), (3,)]
+    assert short.execute(search, ["id = 1 OR body = 'text 4'"]).fetchall() == [(1,), (5,)]
+    assert short.execute(search, ["false"]).fetchall() == []
+    with pytest.raises(psycopg.errors.UndefinedColumn):
+        short.execute(search, ["nosuch"])
+
+
+@STORAGES
+def test_a_search_can_stand_wherever_a_table_can(short: Connection, column: str) -> None:
+    texts = [f"text {n}" for n in range(20)]
+    attach(short, column, texts)
+    expected = [(n,) for n in nearest(texts, "question")[:3]]
+    call = "autoembed.search_rows(NULL::pages, 'question', max_rows => 3)"
+
+    assert short.execute(f"SELECT id FROM {call}").fetchall() == expected
+    assert short.execute(f"WITH s AS (SELECT * FROM {call}) SELECT id FROM s").fetchall() == expected
+    joined = f"SELECT p.id FROM {call} AS s JOIN pages AS p USING (id) ORDER BY p.id"
+    assert short.execute(joined).fetchall() == sorted(expected)
+    short.execute(f"CREATE VIEW found AS SELECT id FROM {call}")
+    assert short.execute("TABLE found").fetchall() == expected
+    short.execute("PREPARE found (text) AS SELECT id FROM autoembed.search_rows(NULL::pages, $1, 3)")
+    for _ in range(7):
+        assert short.execute("EXECUTE found ('question')").fetchall() == expected
+    short.execute(
+        "CREATE FUNCTION find(words text) RETURNS SETOF pages LANGUAGE sql STABLE AS"
+        " $$ SELECT * FROM autoembed.search_rows(NULL::pages, words, 3) $$"
+    )
+    assert short.execute("SELECT id FROM find('question')").fetchall() == expected
+
+
+@STORAGES
+def test_own_sql_has_the_vector_of_the_tables_model(short: Connection, api: FakeApi, column: str) -> None:
+    """Another model is the default by now."""
+    texts = [f"text {n}" for n in range(20)]
+    short.execute("CREATE TABLE pages (id int PRIMARY KEY, body text)")
+    short.cursor().executemany("INSERT INTO pages VALUES (%s, %s)", list(enumerate(texts, 1)))
+    short.execute(f"SELECT autoembed.enable('pages', {column}, content_columns => '{{body}}', model => '{MODEL}')")
+    short.execute("SELECT autoembed.process()")
+    short.execute("SELECT autoembed.set_default_model('text-embedding-3-small')")
+    before = len(api.log())
+
+    found = short.execute(
+        f"SELECT id FROM {'pages_embeddings' if column == 'NULL' else 'pages'}"
+        " ORDER BY embedding <=> (SELECT autoembed.embed_query('pages', 'question')) LIMIT 5"
+    ).fetchall()
+
+    assert [row.id for row in found] == nearest(texts, "question")[:5]
+    assert len(api.log()) == before + 1
+
+
+def test_the_passage_is_shown_as_long_as_the_text_is_the_same(short: Connection) -> None:
+    attach(short, "NULL", ["one", "two"])
+    passages = (
+        "SELECT (s.hit).id, s.chunk, s.chunk_start, s.chunk_end FROM autoembed.search(NULL::pages, 'x') AS s ORDER BY 1"
+    )
+    assert short.execute(passages).fetchall() == [(1, "one", 0, 3), (2, "two", 0, 3)]
+
+    short.execute("UPDATE pages SET body = 'other' WHERE id = 1")
+
+    assert short.execute(passages).fetchall() == [(1, None, 0, 3), (2, "two", 0, 3)]
+
+
+# Conditions and policies that leave most rows, a few thousand, a few, one, and those that are far from the question.
+FILTERS = [
+    (None, None),
+    ("tenant < 800", None),
+    ("tenant < 500", None),
+    ("tenant = 7", None),
+    ("tenant = 7 AND id < 2000", None),
+    ("id = 1", None),
+    ("tenant = -1", None),
+    (None, "tenant = 7"),
+    ("id < 7000", "tenant < 900"),
+]
+
+
+@STORAGES
+def test_an_index_leaves_out_no_row_that_matches(short: Connection, role: Callable[[str], str], column: str) -> None:
+    application = role("application")
+    short.execute(f"SELECT autoembed.grant_usage('{application}')")
+    attach(short, column, [])
+    short.execute(f"GRANT SELECT ON pages TO {application}")
+    random = np.random.default_rng(7)
+    vectors = random.normal(size=(8000, DIMENSIONS)).astype(np.float32)
+    tenants = random.integers(0, 1000, len(vectors))
+    question = np.asarray(vector_of("question"), np.float32)
+    vectors[tenants == 7] -= 20 * question
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    short.execute(f"CREATE TABLE given (id int PRIMARY KEY, tenant int, embedding halfvec({DIMENSIONS}))")
+    with short.cursor().copy("COPY given FROM STDIN") as copy:
+        for number, (tenant, vector) in enumerate(zip(tenants, vectors, strict=True), 1):
+            copy.write_row((number, int(tenant), str(vector.tolist())))
+    short.execute("ALTER TABLE pages DISABLE TRIGGER USER")
+    if column == "NULL":
+        table = "pages_embeddings"
+        short.execute("INSERT INTO pages SELECT id, 'text', tenant FROM given")
+        short.execute("INSERT INTO pages_embeddings SELECT id, 1, 0, 4, '', embedding FROM given")
+    else:
+        table = "pages"
+        short.execute("INSERT INTO pages SELECT id, 'text', tenant, embedding FROM given")
+    short.execute("SET max_parallel_maintenance_workers = 0")
+    short.execute(f"CREATE INDEX ON {table} USING hnsw (embedding halfvec_cosine_ops)")
+    short.execute("ANALYZE")
+    similarities = vectors @ question
+
+    for condition, policy in FILTERS:
+        short.execute("DROP POLICY IF EXISTS own ON pages; ALTER TABLE pages DISABLE ROW LEVEL SECURITY")
+        if policy is not None:
+            short.execute(f"CREATE POLICY own ON pages USING ({policy}); ALTER TABLE pages ENABLE ROW LEVEL SECURITY")
+        matching = [
+            row.id for row in short.execute(f"SELECT id FROM pages WHERE ({condition or True}) AND ({policy or True})")
+        ]
+        expected = sorted(matching, key=lambda key: -similarities[key - 1])[:10]
+        short.execute(f"SET ROLE {application}")
+        found = short.execute(
+            "SELECT (s.hit).id, s.score FROM autoembed.search(NULL::pages, 'question', condition => %s) AS s",
+            [condition],
+        ).fetchall()
+        short.execute("RESET ROLE")
+
+        assert len(found) == len(expected), (condition, policy)
+        assert [row.score for row in found] == sorted((row.score for row in found), reverse=True)
+        assert len({row.id for row in found} & set(expected)) >= 0.9 * len(expected), (condition, policy)
+
+
+def test_who_may_not_read_a_row_finds_neither_it_nor_its_embedding(
+    short: Connection, role: Callable[[str], str]
+) -> None:
+    attach(short, "NULL", ["one", "two", "three"])
+    stranger = role("stranger")
+    short.execute(f"SELECT autoembed.grant_usage('{stranger}')")
+    both = (
+        "SELECT id FROM pages_embeddings ORDER BY id",
+        "SELECT key FROM autoembed.search('pages', 'x') ORDER BY key",
+    )
+
+    def seen() -> list[Any]:
+        found: list[Any] = []
+        for query in both:
+            short.execute(f"SET ROLE {stranger}")
+            try:
+                found.append([row[0] for row in short.execute(query.encode()).fetchall()])
+            except psycopg.errors.InsufficientPrivilege:
+                found.append("denied")
+            short.execute("RESET ROLE")
+        return found
+
+    assert seen() == ["denied", "denied"]
+    # The text is made of the column body.
+    short.execute(f"GRANT SELECT (id) ON pages TO {stranger}")
+    assert seen() == ["denied", "denied"]
+    short.execute(f"GRANT SELECT ON pages TO {stranger}")
+    assert seen() == [[1, 2, 3], ["[1]", "[2]", "[3]"]]
+    short.execute("ALTER TABLE pages ENABLE ROW LEVEL SECURITY")
+    assert seen() == [[], []]
+    short.execute(f"CREATE POLICY two ON pages TO {stranger} USING (id = 2)")
+    assert seen() == [[2], ["[2]"]]
+
+
+@pytest.mark.parametrize(
+    ("call", "sqlstate", "message"),
+    [
+        ("search('pg_class', 'x')", "42704", "table pg_class is not attached to autoembed"),
+        ("search('nosuch', 'x')", "42P01", 'relation "nosuch" does not exist'),
+        ("search(NULL::pages, 'x', embedding_column => 'e')", "42704", 'column "e" of table public.pages'),
+        ("search('pages', 'x', max_rows => -1)", "22023", "max_rows"),
+        ("search('pages', 'x', skip_rows => -1)", "22023", "skip_rows"),
+        ("embed_query('pg_class', 'x')", "42704", "table pg_class is not attached to autoembed"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_with_a_reason(
+    short: Connection, call: str, sqlstate: str, message: str
+) -> None:
+    attach(short, "NULL", ["one"])
+
+    with pytest.raises(psycopg.Error) as refusal:
+        short.execute(f"SELECT * FROM autoembed.{call}")
+
+    assert refusal.value.sqlstate == sqlstate
+    assert message in str(refusal.value)
+
+
+def test_of_several_embeddings_one_must_be_named(short: Connection) -> None:
+    attach(short, "NULL", ["one"])
+    short.execute("SELECT autoembed.enable('pages', 'body_embedding', content_columns => '{body}')")
+    short.execute("SELECT autoembed.process()")
+
+    with pytest.raises(psycopg.errors.AmbiguousColumn) as refusal:
+        short.execute("SELECT * FROM autoembed.search('pages', 'x')")
+    assert "pages_embeddings" in str(refusal.value.diag.message_hint)
+
+    search = "SELECT key FROM autoembed.search({}, 'x')"
+    assert short.execute(search.format("'pages_embeddings'")).fetchall() == [("[1]",)]
+    named = "SELECT key FROM autoembed.search('pages', 'x', embedding_column => 'body_embedding')"
+    assert short.execute(named).fetchall() == [("[1]",)]
+
+
+@pytest.mark.parametrize("words", [None, "", " \n"])
+def test_nothing_is_found_for_no_words(short: Connection, api: FakeApi, words: str | None) -> None:
+    attach(short, "NULL", ["one"])
+    before = len(api.log())
+
+    assert short.execute("SELECT * FROM autoembed.search(NULL::pages, %s)", [words]).fetchall() == []
+    assert len(api.log()) == before
