@@ -6,6 +6,7 @@ so no text makes them slow.
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -14,14 +15,19 @@ from itertools import chain, islice
 from typing import NamedTuple
 
 from autoembed.batching import halves
+from autoembed.errors import Fault
 from autoembed.graphemes import MAX_JOINED, is_boundary
 
 # The number of tokens of each of these texts, with what the model puts around each: marks, a prefix.
 Count = Callable[[Sequence[str]], list[int]]
 
-CHUNKING = ("structure", "tokens", "none")
-# The fewest tokens of a chunk. A single character may be up to five.
-MIN_CHUNK_SIZE = 16
+STRUCTURE, TOKENS, NONE = CHUNKING = ("structure", "tokens", "none")
+# The fewest tokens of a chunk, beside those that the model puts around it. A single character may be up to five.
+FEWEST_TOKENS = 14
+# The size of chunks for models that take much more: search finds a passage better than a chapter.
+USUAL_CHUNK_SIZE = 512
+# The part of a model's limit that chunks of estimated tokens fill: an estimate may be so much too low.
+CERTAIN = 0.8
 # A chunk has at most so many characters for each token, lest a megabyte that a model knows as one word is one chunk.
 CHARACTERS_PER_TOKEN = 16
 # A piece with more characters for each token than this is taken apart before its tokens are counted.
@@ -70,11 +76,53 @@ class Block(NamedTuple):
 Cutter = Callable[["Splitter", int, int], Iterator[int]]
 
 
+def size_of(
+    chunking: str,
+    chunk_size: int | None,
+    chunk_overlap: int,
+    model_name: str,
+    around: int,
+    most: int | None,
+    is_exact: bool,
+) -> int:
+    """The most tokens of a chunk. Raises Fault if texts cannot be cut like that.
+
+    around: the tokens that the model puts around a text. most, is_exact: the model's limit, and whether tokens are
+    counted or estimated.
+    """
+    if chunking not in CHUNKING:
+        raise Fault(f'chunking "{chunking}" is not known', hint=f"It is one of: {', '.join(CHUNKING)}.")
+    if chunking == NONE and (chunk_size is not None or chunk_overlap):
+        raise Fault(
+            f'chunking "{NONE}" takes no chunk_size and no chunk_overlap',
+            hint="Leave them out, or choose a way to cut.",
+        )
+    fewest = around + FEWEST_TOKENS
+    usual = min(USUAL_CHUNK_SIZE, math.floor(most if is_exact else CERTAIN * most)) if most else USUAL_CHUNK_SIZE
+    size = usual if chunk_size is None else chunk_size
+    if size < fewest and chunking != NONE:
+        raise Fault(
+            f'chunk_size is {size}, and model "{model_name}" needs at least {fewest}',
+            hint=f"The model puts {around} tokens around each chunk.",
+        )
+    if most and size > most:
+        raise Fault(
+            f'chunk_size is {size}, and model "{model_name}" takes at most {most} tokens',
+            hint=f"Give {most} at most, or leave it out.",
+        )
+    if not 0 <= chunk_overlap <= size // 2:
+        raise Fault(
+            f"chunk_overlap is {chunk_overlap}, and must be between 0 and half of the chunk_size of {size}",
+            hint=f"Give {size // 2} at most.",
+        )
+    return size
+
+
 def chunks_of(
     text: str,
     count: Count,
     chunk_size: int,
-    chunking: str = "structure",
+    chunking: str = STRUCTURE,
     chunk_overlap: int = 0,
     between_steps: Callable[[], None] = lambda: None,
 ) -> Iterator[Chunk]:
@@ -84,9 +132,9 @@ def chunks_of(
     which a chunk begins. between_steps: is called before each count, and may raise.
     """
     splitter = Splitter(text, count, chunk_size, chunk_overlap, between_steps)
-    if chunking == "none":
+    if chunking == NONE:
         return splitter.whole()
-    if chunking == "tokens":
+    if chunking == TOKENS:
         start, end = trimmed(text, 0, len(text))
         return splitter.split(iter([Block(start, end, WORDS)] if start < end else []), greedy=True)
     return splitter.split(paragraphs(text, between_steps))
@@ -101,7 +149,7 @@ class Splitter:
         self._between_steps = between_steps
         self._around, one, two = count(["", "a", "a\n\na"])
         # The tokens of the white space between two pieces: none for most models, but some count line ends.
-        self._between = two - 2 * one + self._around
+        self._between = max(0, two - 2 * one + self._around)
         self._overlap = chunk_overlap
         self._most = chunk_size - self._around
         self._packed_tokens = self._most - chunk_overlap
@@ -276,7 +324,8 @@ def trimmed(text: str, start: int, end: int) -> tuple[int, int]:
     if found is None:
         return end, end
     while text[end - 1].isspace():
-        end -= 1
+        last = text[max(start, end - LONGEST_LINE) : end]
+        end -= len(last) - len(last.rstrip())
     return found.start(), end
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 from autoembed import database, heap, providers, worker
 from autoembed.batching import estimate_tokens, pack, truncate
+from autoembed.chunks import STRUCTURE, chunks_of, size_of
 from autoembed.errors import Fault, OverBudget, ProviderTrouble, RowError, Trouble
 from autoembed.flight import SLICE_SECONDS, Flight
 from autoembed.limits import NOTHING_KNOWN, PATIENCE_SECONDS, Charge, Limiter
@@ -148,6 +149,31 @@ def estimate(texts: list[str], model_name: str | None) -> dict[str, Any]:
     }
 
 
+def chunk_size(chunking: str | None, size: int | None, overlap: int | None, model_name: str) -> dict[str, Any]:
+    """The most tokens of a chunk, or the fault that SQL is to raise: the columns of autoembed._chunk_size()."""
+    model = database.Database(commits=False).model(model_name)
+    try:
+        counter = providers.counter_of(model)
+        (around,) = counter.count([""])
+        tokens = size_of(chunking or STRUCTURE, size, overlap or 0, model_name, around, counter.most, counter.is_exact)
+    except Fault as fault:
+        return {"tokens": None, **_fields(fault)}
+    except Trouble as trouble:
+        return {"tokens": None, **_fields(_without_tokens(model_name, trouble))}
+    return {"tokens": tokens, **NO_FAULT}
+
+
+def chunks(
+    content: str | None, chunking: str | None, size: int, overlap: int | None, model_name: str
+) -> Iterator[tuple[int, int, int, str]]:
+    """The chunks of a text: the rows of autoembed._chunks()."""
+    here = database.Database(commits=False)
+    count = providers.counter_of(here.model(model_name)).count
+    text = content or ""
+    for start, end, tokens in chunks_of(text, count, size, chunking or STRUCTURE, overlap or 0, here.check_interrupts):
+        yield start, end, tokens, text[start:end]
+
+
 def check_model(name: str) -> dict[str, Any] | None:
     """The fault in a model's definition, if there is one. waits: the model cannot be used yet, which is a WARNING."""
     model = database.Database(commits=False).model(name)
@@ -187,6 +213,14 @@ def _fields(fault: Fault) -> dict[str, Any]:
 def _without_vector(model_name: str, trouble: Trouble) -> Fault:
     return Fault(
         f'model "{model_name}" gave no embedding: {trouble}',
+        hint="SELECT * FROM autoembed.doctor() shows what to do.",
+        errcode="38000",
+    )
+
+
+def _without_tokens(model_name: str, trouble: Trouble) -> Fault:
+    return Fault(
+        f'model "{model_name}" cannot count tokens: {trouble}',
         hint="SELECT * FROM autoembed.doctor() shows what to do.",
         errcode="38000",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from autoembed import heap
@@ -21,6 +22,8 @@ TOKENIZE_TEXTS = 64
 CHARACTERS_PER_TOKEN = 16
 # WordPiece makes up to one token per character of a word, but a single token of a longer word than this.
 LONGEST_WORD_CHARACTERS = 100
+# Tokenizers that a session keeps, each with some 10 MB. Models of the same folder share one.
+KEPT_TOKENIZERS = 4
 
 
 class Stopped(Exception):
@@ -36,7 +39,7 @@ class OnnxModel:
     """
 
     def __init__(self, folder: str, *, max_tokens: int = 256, threads: int | None = None) -> None:
-        self._tokenizer = _open(_load_tokenizer, os.path.join(folder, "tokenizer.json"))
+        self._tokenizer = load_tokenizer(folder)
         self._session = _open(
             lambda path: _load_session(path, threads or len(os.sched_getaffinity(0))),
             os.path.join(folder, "model.onnx"),
@@ -76,11 +79,6 @@ class OnnxModel:
         finally:
             heap.trim()
         return vectors
-
-    def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Return how many tokens each text has, untruncated."""
-        encode = self._tokenizer.encode_batch_fast
-        return [len(encoding) for part in _parts(texts) for encoding in encode(part)]
 
     def stop(self) -> None:
         """End the batch that another thread runs now: its `embed` raises `Stopped`."""
@@ -125,6 +123,16 @@ class OnnxModel:
         vectors: Array = np.einsum("bt,btd->bd", mask.astype(np.float32), hidden)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         return vectors
+
+
+def count_tokens(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """Return how many tokens each text has, untruncated, with the marks around it."""
+    return [len(encoding) for part in _parts(texts) for encoding in tokenizer.encode_batch_fast(part)]
+
+
+@lru_cache(maxsize=KEPT_TOKENIZERS)
+def load_tokenizer(folder: str) -> Any:
+    return _open(_load_tokenizer, os.path.join(folder, "tokenizer.json"))
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

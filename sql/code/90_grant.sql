@@ -29,8 +29,8 @@ CREATE OR REPLACE FUNCTION autoembed.grant_usage(role regrole)
 AS $plpgsql$
 BEGIN
     PERFORM autoembed._grant(role, '{
-        alter_pipeline, clear_column, disable, embed, embed_query, enable, estimate, pause, preview, queue_embeddings,
-        reembed, resume, resync, search, search_rows, wait_until_fresh,
+        alter_pipeline, chunk_text, clear_column, disable, embed, embed_query, enable, estimate, pause, preview,
+        queue_embeddings, reembed, resume, resync, search, search_rows, wait_until_fresh,
         _advisory_locks, _as_owner, _check_chunking, _check_content, _check_on_change, _check_owner, _columns_of,
         _content_expression, _content_function, _content_function_of, _dimensions, _estimate_texts, _estimated_matches,
         _index_key, _key_columns, _key_expression, _load_python, _look_through, _make_embeddings_table,

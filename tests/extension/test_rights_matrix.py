@@ -49,6 +49,8 @@ _check_options - - - x
 _check_owner - x - x
 _check_pipeline - x x x
 _check_trigger - - - x
+_chunk_size - - - x
+_chunks - - - x
 _claim - - - x
 _clean_up - - - x
 _clears - - - x
@@ -195,6 +197,7 @@ _work - - - x
 allow_http_host - - - x
 alter_model - - - x
 alter_pipeline - x - x
+chunk_text - x - x
 clear_column - x - x
 create_model - - - x
 disable - x - x

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from autoembed import chunks
 from autoembed.batching import estimate_tokens
-from autoembed.chunks import CHARACTERS_PER_TOKEN, Chunk, chunks_of
+from autoembed.chunks import CHARACTERS_PER_TOKEN, Chunk, chunks_of, size_of
+from autoembed.errors import Fault
 
 
 def count_words(texts: Sequence[str]) -> list[int]:
@@ -68,7 +69,7 @@ TEXTS = st.one_of(
 @given(
     text=TEXTS,
     count=st.sampled_from(list(COUNTS.values())),
-    chunk_size=st.integers(chunks.MIN_CHUNK_SIZE, 80),
+    chunk_size=st.integers(2 + chunks.FEWEST_TOKENS, 80),
     chunking=st.sampled_from(["structure", "tokens"]),
 )
 def test_chunks_hold_every_visible_character_once_and_in_order(
@@ -195,6 +196,46 @@ def test_an_overlap_stays_within_a_section() -> None:
     assert sum(piece.startswith("# Two") for piece in found) == 1
     assert all("# Two" not in piece for piece in found if not piece.startswith("# Two"))
     assert all(after.split()[0] in before for before, after in pairwise(found[: len(found) // 2]))
+
+
+# --- The size of a chunk ---
+
+SIZES = {
+    "the whole of a small model": ((None, 256, True), 256),
+    "less than a large model takes": ((None, 8192, True), 512),
+    "an estimate stays below the limit": ((None, 512, False), 409),
+    "an unknown limit": ((None, None, False), 512),
+    "as asked for": ((100, 256, True), 100),
+    "as much as the model takes": ((256, 256, True), 256),
+}
+
+
+@pytest.mark.parametrize(("given_", "wanted"), SIZES.values(), ids=SIZES.keys())
+def test_the_size_of_a_chunk_follows_from_the_model(given_: tuple[int | None, int | None, bool], wanted: int) -> None:
+    chunk_size, most, is_exact = given_
+
+    assert size_of("structure", chunk_size, 0, "m", 2, most, is_exact) == wanted
+
+
+MISTAKES = {
+    "an unknown way": (("lines", None, 0), 'chunking "lines" is not known'),
+    "too large": (("structure", 257, 0), 'chunk_size is 257, and model "m" takes at most 256 tokens'),
+    "too small": (("tokens", 15, 0), 'chunk_size is 15, and model "m" needs at least 16'),
+    "negative": (("tokens", -1, 0), 'chunk_size is -1, and model "m" needs at least 16'),
+    "too much overlap": (("tokens", 100, 51), "chunk_overlap is 51, and must be between 0 and half of the chunk_size"),
+    "a negative overlap": (("tokens", 100, -1), "chunk_overlap is -1, and must be between 0 and half of the"),
+    "a size of what is not cut": (("none", 100, 0), 'chunking "none" takes no chunk_size and no chunk_overlap'),
+    "an overlap of what is not cut": (("none", None, 1), 'chunking "none" takes no chunk_size and no chunk_overlap'),
+}
+
+
+@pytest.mark.parametrize(("given_", "problem"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_way_to_cut_that_cannot_be_is_a_fault(given_: tuple[str, int | None, int], problem: str) -> None:
+    with pytest.raises(Fault) as caught:
+        size_of(*given_, "m", 2, 256, True)
+
+    assert caught.value.problem.startswith(problem)
+    assert (caught.value.errcode, caught.value.hint[-1]) == ("22023", ".")
 
 
 # --- Languages ---

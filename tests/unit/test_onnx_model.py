@@ -170,8 +170,12 @@ def test_a_long_text_is_cut_at_max_tokens_with_the_special_ones_among_them(folde
 
 
 def test_tokens_are_counted_untruncated(folder: Path) -> None:
-    model = OnnxModel(str(folder), max_tokens=6)
-    assert model.count_tokens(["", "one", "one " * 5000]) == [2, 3, 5002]
+    tokenizer = onnx_model.load_tokenizer(str(folder))
+    assert onnx_model.count_tokens(tokenizer, ["", "one", "one " * 5000]) == [2, 3, 5002]
+
+
+def test_a_tokenizer_that_is_read_once_serves_the_model_and_the_count(folder: Path) -> None:
+    assert onnx_model.load_tokenizer(str(folder)) is onnx_model.load_tokenizer(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -288,10 +292,10 @@ def test_tokenizing_starts_no_thread(folder: Path) -> None:
     # In a process of its own: the tokenizers' threads, once started, stay for all that follow.
     program = """if True:
         import os, sys
-        from autoembed.onnx_model import OnnxModel
+        from autoembed.onnx_model import OnnxModel, count_tokens, load_tokenizer
         model = OnnxModel(sys.argv[1], threads=1)
         before = os.listdir("/proc/self/task")
-        model.count_tokens(["one two"] * 1000)
+        count_tokens(load_tokenizer(sys.argv[1]), ["one two"] * 1000)
         model.embed(["one two"] * 1000)
         assert os.listdir("/proc/self/task") == before
     """

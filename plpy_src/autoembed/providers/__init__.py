@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from autoembed.batching import estimate_tokens
 from autoembed.errors import Fault
 from autoembed.model import Embedded, Model, Request
 from autoembed.providers import azure, cohere, fake, function, gemini, local, ollama, openai, voyage
@@ -84,6 +86,31 @@ def sizes_of(model: Model, learnt: Limits | None = None) -> Sizes:
         min([per_request, *(limit for limit in per_minute if limit is not None)]),
         model.max_tokens_per_input or provider.MAX_TOKENS_PER_INPUT,
     )
+
+
+@dataclass(frozen=True)
+class Counter:
+    """How the tokens of a model's documents are counted. most: those that one may have, if that is known."""
+
+    count: Callable[[Sequence[str]], list[int]]
+    is_exact: bool
+    most: int | None
+
+
+def counter_of(model: Model) -> Counter:
+    """Counts by the model's own tokenizer where it is at hand. The prefix of documents counts, too."""
+    if provider_of(model) is local:
+        counter = Counter(local.token_counter(model), True, local.max_tokens(model))
+    else:
+        counter = Counter(_estimate_all, False, sizes_of(model).tokens_per_input)
+    prefix = model.prefix("document")
+    if not prefix:
+        return counter
+    return replace(counter, count=lambda texts: counter.count([prefix + text for text in texts]))
+
+
+def _estimate_all(texts: Sequence[str]) -> list[int]:
+    return [estimate_tokens(text) for text in texts]
 
 
 def check(model: Model) -> None:

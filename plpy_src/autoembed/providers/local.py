@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 from autoembed.errors import ProviderTrouble
 from autoembed.model import PREFIXES, Embedded, Model, Request, prefixed
@@ -13,6 +15,8 @@ from autoembed.providers.definition import check_options, check_without
 if TYPE_CHECKING:
     from autoembed.network import Network
     from autoembed.onnx_model import OnnxModel
+
+Loaded = TypeVar("Loaded")
 
 MODELS_FOLDER = "/usr/local/share/autoembed/models"
 MAX_INPUTS_PER_REQUEST = 256
@@ -64,14 +68,30 @@ def _stop_if_told() -> None:
         raise ProviderTrouble("the local model was stopped")
 
 
+def max_tokens(model: Model) -> int:
+    return model.max_tokens_per_input or DEFAULT_MAX_TOKENS
+
+
+def token_counter(model: Model) -> Callable[[Sequence[str]], list[int]]:
+    """Counts the tokens of texts, with the marks that the model puts around each. Raises ProviderTrouble."""
+    from autoembed.onnx_model import count_tokens, load_tokenizer
+
+    check(model)
+    return partial(count_tokens, _loading(partial(load_tokenizer, folder_of(model))))
+
+
 def _onnx_model(model: Model) -> OnnxModel:
     from autoembed.onnx_model import OnnxModel
 
-    which = (folder_of(model), model.max_tokens_per_input or DEFAULT_MAX_TOKENS)
+    which = (folder_of(model), max_tokens(model))
     if which not in _loaded:
         check(model)
-        try:
-            _loaded[which] = OnnxModel(which[0], max_tokens=which[1])
-        except (OSError, ImportError, ValueError) as error:
-            raise ProviderTrouble(f"the local model cannot be loaded: {error}", permanent=True) from error
+        _loaded[which] = _loading(partial(OnnxModel, which[0], max_tokens=which[1]))
     return _loaded[which]
+
+
+def _loading(load: Callable[[], Loaded]) -> Loaded:
+    try:
+        return load()
+    except (OSError, ImportError, ValueError) as error:
+        raise ProviderTrouble(f"the local model cannot be loaded: {error}", permanent=True) from error
