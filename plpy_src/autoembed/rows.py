@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from autoembed import batching
-from autoembed.errors import PassEnded, RowError
+from autoembed.chunks import NONE, chunks_of, size_of, trimmed
+from autoembed.errors import Fault, PassEnded, RowError, Trouble
 from autoembed.jobs import MAX_ATTEMPTS, Job, Ledger
-from autoembed.providers import sizes_of
+from autoembed.providers import counter_of, sizes_of
 from autoembed.records import MAX_TEXT_BYTES, Chunk
 
 if TYPE_CHECKING:
     import numpy as np
 
     from autoembed.database import Database
+    from autoembed.model import Model
+    from autoembed.providers import Counter
     from autoembed.records import Pipeline
 
 # A lane holds about so many bytes of texts.
@@ -137,6 +140,8 @@ class Rows:
         self._pace = pace
         self._owners = owners
         self._writes: deque[Write] = deque()
+        # How the tokens of chunks are counted, and the most of them, by the way in which texts are cut.
+        self._cutters: dict[tuple[Model, str, int | None, int], tuple[Counter, int]] = {}
 
     @property
     def some_are_unwritten(self) -> bool:
@@ -233,7 +238,11 @@ class Rows:
             if pipeline.is_beside:
                 # A row that is embedded again by request has an empty digest.
                 kept = job.row.digests if job.row and (known is None or known.digest) else ()
-                texts = self._cut(pipeline, job, kept, limit, prefix)
+                try:
+                    texts = self._cut(pipeline, job, kept, limit, prefix)
+                except Fault as fault:
+                    self._ledger.fail(job, str(fault))
+                    continue
             else:
                 texts = [job.content if limit is None else batching.truncate(job.content, limit, prefix)]
                 job.truncated = texts[0] is not job.content
@@ -258,18 +267,42 @@ class Rows:
         kept: the digests of the chunks whose vectors are good.
         """
         content = job.content or ""
-        text = content if limit is None else batching.truncate(content, limit, prefix)
-        job.truncated = text is not content
+        if pipeline.chunking == NONE:
+            whole = content if limit is None else batching.truncate(content, limit, prefix)
+            job.truncated = whole is not content
+            ranges: Iterable[tuple[int, int]] = [(0, len(whole))]
+        else:
+            ranges = self._ranges_of(pipeline, content)
         kept = frozenset(kept)
         job.chunks, job.wanted = [], defaultdict(list)
-        for start, end in [(0, len(text))]:
-            part = text[start:end]
+        for start, end in ranges:
+            part = content[start:end]
             chunk = Chunk(start, end, pipeline.model.chunk_digest(part))
             chunk.is_kept = chunk.digest in kept
             job.chunks.append(chunk)
             if not chunk.is_kept:
                 job.wanted[part].append(chunk)
         return list(job.wanted)
+
+    def _ranges_of(self, pipeline: Pipeline, content: str) -> list[tuple[int, int]]:
+        """The start and the end of each chunk of a text. Raises Fault if no text can be cut like that."""
+        way = (pipeline.model, pipeline.chunking, pipeline.chunk_size, pipeline.chunk_overlap)
+        try:
+            if way not in self._cutters:
+                counter = counter_of(pipeline.model)
+                (around,) = counter.count([""])
+                size = size_of(*way[1:], pipeline.model.name, around, counter.most, counter.is_exact)
+                self._cutters[way] = counter, size
+            counter, size = self._cutters[way]
+            if batching.most_tokens(content) <= size:
+                return [trimmed(content, 0, len(content))]
+            found = chunks_of(
+                content, counter.count, size, pipeline.chunking, pipeline.chunk_overlap, self._database.check_interrupts
+            )
+            return [(chunk.start, chunk.end) for chunk in found]
+        except Trouble:
+            # The model cannot be had. The request for the whole text says why.
+            return [trimmed(content, 0, len(content))]
 
     def fail_unless_changed(self, job: Job, reason: str) -> None:
         """Fails a row whose text was refused. A row that has another text by now is read again."""

@@ -134,34 +134,29 @@ CREATE OR REPLACE FUNCTION autoembed._check_chunking(
     is_beside boolean,
     chunking text,
     chunk_size integer,
-    chunk_overlap integer
+    chunk_overlap integer,
+    model text
 )
     RETURNS void
     LANGUAGE plpgsql
-    IMMUTABLE
+    STABLE
+    SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    _check record;
 BEGIN
-    IF NOT is_beside AND num_nonnulls(chunking, chunk_size, chunk_overlap) > 0 THEN
+    IF is_beside THEN
+        SELECT c.* INTO _check
+        FROM autoembed._chunk_size(chunking, chunk_size, chunk_overlap, (autoembed._model(model)).name) AS c;
+        IF _check.problem IS NOT NULL THEN
+            RAISE EXCEPTION USING MESSAGE = _check.problem, HINT = _check.hint, ERRCODE = _check.errcode;
+        END IF;
+    ELSIF num_nonnulls(chunking, chunk_size, chunk_overlap) > 0 THEN
         RAISE EXCEPTION USING
             ERRCODE = 'feature_not_supported',
             MESSAGE = 'a column in the row holds one embedding, not those of chunks',
             HINT = 'Keep the embeddings beside the rows: embedding_column => NULL.';
-    ELSIF chunking NOT IN ('structure', 'tokens', 'none') THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'invalid_parameter_value',
-            MESSAGE = format('chunking must be structure, tokens or none, not %s', chunking),
-            HINT = 'structure cuts at headings, paragraphs and sentences, tokens at equal lengths.';
-    ELSIF chunk_size < 16 THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'invalid_parameter_value',
-            MESSAGE = format('chunk_size must be at least 16 tokens, not %s', chunk_size),
-            HINT = 'Leave chunk_size out for what suits the model.';
-    ELSIF chunk_overlap < 0 OR chunk_overlap > coalesce(chunk_size, 64) / 2 THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'invalid_parameter_value',
-            MESSAGE = format('chunk_overlap must be from 0 to half of chunk_size, not %s', chunk_overlap),
-            HINT = 'Give chunk_size too, or leave chunk_overlap out.';
     END IF;
 END;
 $plpgsql$;
@@ -380,7 +375,7 @@ BEGIN
             MESSAGE = 'embedding_column and embeddings_table cannot both be given',
             HINT = 'embedding_column keeps the embeddings in the rows, embeddings_table beside them.';
     END IF;
-    PERFORM autoembed._check_chunking(embedding_column IS NULL, chunking, chunk_size, chunk_overlap);
+    PERFORM autoembed._check_chunking(embedding_column IS NULL, chunking, chunk_size, chunk_overlap, model);
     SELECT c.* INTO _table FROM pg_class AS c WHERE c.oid = enable.table_name;
     IF NOT FOUND THEN
         RAISE EXCEPTION USING
@@ -543,10 +538,14 @@ BEGIN
     IF alter_pipeline.on_change IS NOT NULL THEN
         PERFORM autoembed._check_on_change(alter_pipeline.on_change);
     END IF;
-    PERFORM autoembed._check_chunking(
-        _pipeline.embeddings_table IS NOT NULL, alter_pipeline.chunking,
-        coalesce(alter_pipeline.chunk_size, _pipeline.chunk_size), alter_pipeline.chunk_overlap
-    );
+    IF num_nonnulls(chunking, chunk_size, chunk_overlap) > 0 THEN
+        PERFORM autoembed._check_chunking(
+            _pipeline.embeddings_table IS NOT NULL, coalesce(alter_pipeline.chunking, _pipeline.chunking),
+            coalesce(alter_pipeline.chunk_size, _pipeline.chunk_size),
+            coalesce(alter_pipeline.chunk_overlap, _pipeline.chunk_overlap),
+            coalesce(nullif(alter_pipeline.model, ''), _pipeline.model)
+        );
+    END IF;
     SELECT c.* INTO _condition
     FROM autoembed._read_condition(_pipeline.table_id, nullif(alter_pipeline.condition, '')) AS c;
     UPDATE autoembed.pipeline AS p

@@ -327,3 +327,116 @@ def test_what_cannot_be_beside_is_refused_with_a_reason(
     assert refusal.value.sqlstate == sqlstate
     assert message in str(refusal.value)
     assert refusal.value.diag.message_hint
+
+
+def long_text(paragraphs: int) -> str:
+    """Paragraphs that are all different."""
+    return "\n\n".join(
+        f"This is paragraph {n}. " + f"It says what number {n} says, in some words. " * 8 for n in range(paragraphs)
+    )
+
+
+def chunks(db: Connection) -> list[Any]:
+    return db.execute(
+        "SELECT e.chunk_number, substr(p.body, e.chunk_start + 1, e.chunk_end - e.chunk_start) AS chunk,"
+        " e.embedding::real[] AS vector FROM pages_embeddings AS e JOIN pages AS p USING (id) ORDER BY 1"
+    ).fetchall()
+
+
+def test_a_long_text_has_an_embedding_for_each_of_its_chunks(pages: Connection) -> None:
+    text = long_text(60)
+    pages.execute("INSERT INTO pages VALUES (1, %s)", [text])
+
+    process(pages)
+
+    found = chunks(pages)
+    assert len(found) > 5
+    assert [row.chunk_number for row in found] == list(range(1, len(found) + 1))
+    assert "".join("".join(row.chunk for row in found).split()) == "".join(text.split())
+    for row in found:
+        assert np.allclose(row.vector, embedding_of(row.chunk), atol=2e-3)
+
+
+def test_only_the_chunks_that_an_edit_changes_are_sent(pages: Connection, api: FakeApi) -> None:
+    text = long_text(60)
+    pages.execute("INSERT INTO pages VALUES (1, %s)", [text])
+    process(pages)
+    before = len(api.log())
+
+    pages.execute("UPDATE pages SET body = %s", [text.replace("paragraph 30.", "the thirtieth.")])
+    process(pages)
+    sent = [text for request in api.log()[before:] for text in request["texts"]]
+    assert len(sent) == 1
+    # What comes before it moves the others, whose texts stay.
+    pages.execute("UPDATE pages SET body = 'A new beginning.' || E'\\n\\n' || body")
+    process(pages)
+    sent = [text for request in api.log()[before + 1 :] for text in request["texts"]]
+
+    assert 1 <= len(sent) <= 2
+    for row in chunks(pages):
+        assert np.allclose(row.vector, embedding_of(row.chunk), atol=2e-3)
+
+
+def test_what_is_left_of_a_longer_text_goes(pages: Connection, api: FakeApi) -> None:
+    text = long_text(60)
+    pages.execute("INSERT INTO pages VALUES (1, %s)", [text])
+    process(pages)
+    few = chunks(pages)[:3]
+    before = len(api.log())
+
+    pages.execute("UPDATE pages SET body = %s", [text[: text.index(few[-1].chunk) + len(few[-1].chunk)]])
+    process(pages)
+
+    assert [row.chunk for row in chunks(pages)] == [row.chunk for row in few]
+    assert len(api.log()) == before
+
+
+def test_another_way_to_cut_is_taken_for_all_rows(pages: Connection) -> None:
+    pages.execute("INSERT INTO pages VALUES (1, %s)", [long_text(20)])
+    process(pages)
+    before = len(chunks(pages))
+
+    pages.execute("SELECT autoembed.alter_pipeline('pages', chunk_size => 128)")
+    process(pages)
+    process(pages)
+    finer = len(chunks(pages))
+    pages.execute("SELECT autoembed.alter_pipeline('pages', chunking => 'tokens', chunk_overlap => 16)")
+    process(pages)
+    process(pages)
+
+    assert finer > 2 * before
+    overlapping = "SELECT FROM pages_embeddings AS a JOIN pages_embeddings AS b ON b.chunk_start < a.chunk_end"
+    assert pages.execute(f"{overlapping} AND b.chunk_number = a.chunk_number + 1").fetchall() != []
+    for row in chunks(pages):
+        assert np.allclose(row.vector, embedding_of(row.chunk), atol=2e-3)
+
+
+def test_a_refused_chunk_fails_its_row_alone(pages: Connection, api: FakeApi) -> None:
+    api.behave(faults=[{"status": 400, "match": "number 30 says", "times": "forever"}])
+    pages.execute("INSERT INTO pages VALUES (1, %s), (2, 'two')", [long_text(60)])
+
+    process(pages)
+    process(pages)
+
+    assert pages.execute("SELECT key FROM autoembed.failed").fetchall() == [("[1]",)]
+    assert pages.execute("SELECT id FROM pages_embeddings").fetchall() == [(2,)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sqlstate"),
+    [
+        ("embedding_column => NULL, chunking => 'lines'", "22023"),
+        ("embedding_column => NULL, chunk_size => 1", "22023"),
+        ("embedding_column => NULL, chunk_size => 100000", "22023"),
+        ("embedding_column => NULL, chunk_overlap => 400", "22023"),
+        ("embedding_column => 'embedding', chunk_size => 100", "0A000"),
+    ],
+)
+def test_a_way_to_cut_that_cannot_be_is_refused(db: Connection, api: FakeApi, arguments: str, sqlstate: str) -> None:
+    db.execute("CREATE TABLE books (id int PRIMARY KEY, body text)")
+
+    with pytest.raises(psycopg.Error) as refusal:
+        db.execute(f"SELECT autoembed.enable('books', content_columns => '{{body}}', {arguments})")
+
+    assert refusal.value.sqlstate == sqlstate
+    assert refusal.value.diag.message_hint
