@@ -11,6 +11,21 @@ CREATE OR REPLACE TRIGGER keep_restored
     FOR EACH ROW
     EXECUTE FUNCTION autoembed._keep_restored_model();
 
+CREATE OR REPLACE TRIGGER model_changed
+    AFTER UPDATE ON autoembed.model
+    FOR EACH ROW
+    WHEN (
+        (OLD.provider, OLD.model_id, OLD.dimensions, coalesce(OLD.options ->> 'document_prefix', ''))
+        IS DISTINCT FROM (NEW.provider, NEW.model_id, NEW.dimensions, coalesce(NEW.options ->> 'document_prefix', ''))
+    )
+    EXECUTE FUNCTION autoembed._model_changed();
+
+CREATE OR REPLACE TRIGGER model_changed
+    AFTER INSERT OR UPDATE ON autoembed.setting
+    FOR EACH ROW
+    WHEN (NEW.name = 'default_model')
+    EXECUTE FUNCTION autoembed._model_changed();
+
 CREATE OR REPLACE TRIGGER define
     BEFORE INSERT ON autoembed.pipeline
     FOR EACH ROW

@@ -64,7 +64,7 @@ COMMENT ON FUNCTION autoembed._fold_usage IS
 CREATE OR REPLACE VIEW autoembed.usage AS
 SELECT u.day,
        u.model,
-       p.table_id AS table_name,
+       p.table_id::text AS table_name,
        p.embedding_column,
        sum(u.requests)::bigint AS requests,
        sum(u.inputs)::bigint AS inputs,

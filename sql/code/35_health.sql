@@ -310,7 +310,8 @@ SELECT p.id,
        END) AS hint,
        c.problem IS NULL AS sound,
        coalesce(r.failures, 0) AS failures,
-       p.embeddings_table
+       p.embeddings_table,
+       p.stale_since
 FROM autoembed.pipeline AS p
 CROSS JOIN LATERAL autoembed._check_pipeline(p) AS c
 LEFT JOIN autoembed.model_rest AS r ON r.model = coalesce(p.model, autoembed._default_model())

@@ -185,6 +185,10 @@ BEGIN
         RAISE EXCEPTION USING MESSAGE = _check.problem, HINT = _check.hint, ERRCODE = _check.errcode;
     END IF;
     NEW.table_shape := autoembed._table_shape(NEW);
+    IF TG_OP = 'UPDATE' AND (NEW.model, NEW.content_columns, NEW.content_template, NEW.content_function, NEW.condition)
+       IS DISTINCT FROM (OLD.model, OLD.content_columns, OLD.content_template, OLD.content_function, OLD.condition) THEN
+        NEW.stale_since := clock_timestamp();
+    END IF;
     RETURN NEW;
 END;
 $plpgsql$;
@@ -277,6 +281,47 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._ended IS 'Removes the jobs, functions and triggers of a pipeline that has ended.';
+
+CREATE OR REPLACE FUNCTION autoembed._model_changed()
+    RETURNS trigger
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _pipeline record;
+BEGIN
+    -- The restore of a dump, which switches this off, changes no model.
+    IF NOT current_setting('check_function_bodies')::boolean THEN
+        RETURN NULL;
+    END IF;
+    FOR _pipeline IN
+        UPDATE autoembed.pipeline AS p
+        SET stale_since = clock_timestamp()
+        FROM autoembed.model AS m
+        WHERE m.name = coalesce(p.model, autoembed._default_model())
+          AND CASE TG_TABLE_NAME
+              WHEN 'model' THEN m.name = to_jsonb(NEW) ->> 'name'
+              ELSE p.model IS NULL AND autoembed._model_identity(m) <> autoembed._model_identity(autoembed._model(
+                  CASE WHEN TG_OP = 'UPDATE' THEN to_jsonb(OLD) ->> 'value' ELSE 'all-MiniLM-L6-v2' END
+              ))
+          END
+          AND EXISTS (SELECT FROM autoembed.embedded AS e WHERE e.pipeline_id = p.id)
+        RETURNING p.*
+    LOOP
+        -- Another warning tells of a pipeline that does not fit its model.
+        CONTINUE WHEN (SELECT c.problem IS NOT NULL FROM autoembed.pipeline AS p
+                       CROSS JOIN LATERAL autoembed._check_pipeline(p) AS c WHERE p.id = _pipeline.id);
+        RAISE WARNING USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = format('%s.%I holds vectors of another model', _pipeline.table_id, _pipeline.embedding_column),
+            HINT = format('Embed its rows again: SELECT autoembed.resync(%L);', _pipeline.table_id);
+    END LOOP;
+    RETURN NULL;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._model_changed IS
+    'Notes that the vectors of pipelines are of another model than the present one, and warns of it.';
 
 CREATE OR REPLACE FUNCTION autoembed._end()
     RETURNS trigger
@@ -589,8 +634,7 @@ BEGIN
                 ERRCODE = 'object_not_in_prerequisite_state',
                 MESSAGE = format('the pipeline of %s.%I has ended: its column was dropped, and the column of another '
                                  'pipeline has that name now', _rival.table_id, _rival.embedding_column),
-                HINT = format('SELECT * FROM autoembed.status WHERE table_name = %L shows the pipelines of the table.',
-                              _rival.table_id);
+                HINT = 'SELECT * FROM autoembed.status shows the pipelines of the table.';
         END LOOP;
         IF _before.table_shape IS DISTINCT FROM _shape THEN
             UPDATE autoembed.pipeline AS p
@@ -741,6 +785,10 @@ CREATE OR REPLACE FUNCTION autoembed._follow_functions()
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
+    -- The functions of pipelines are made often, and are nobody's content.
+    IF NOT EXISTS (SELECT FROM pg_event_trigger_ddl_commands() AS d WHERE d.schema_name <> 'autoembed') THEN
+        RETURN;
+    END IF;
     PERFORM autoembed._follow(array_agg(p.id), TG_TAG = 'CREATE FUNCTION')
     FROM autoembed.pipeline AS p
     WHERE autoembed._content_function_of(p) IN (

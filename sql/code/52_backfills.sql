@@ -114,13 +114,18 @@ DECLARE
     _backfill record;
 BEGIN
     FOR _backfill IN
-        SELECT b.pipeline_id, b.create_index, p.table_id, p.embedding_column
+        SELECT b.pipeline_id, b.create_index, b.condition IS NULL AND b.started_at >= p.stale_since AS is_fresh
         FROM autoembed.backfill AS b
         JOIN autoembed.pipeline AS p ON p.id = b.pipeline_id
         WHERE b.scanned_at IS NOT NULL
           AND NOT EXISTS (SELECT FROM autoembed._job AS q WHERE q.pipeline = b.pipeline_id::text)
         FOR UPDATE OF b SKIP LOCKED
+        -- A tenant may have locked the pipeline. Another look comes.
+        FOR NO KEY UPDATE OF p SKIP LOCKED
     LOOP
+        IF _backfill.is_fresh THEN
+            UPDATE autoembed.pipeline AS p SET stale_since = NULL WHERE p.id = _backfill.pipeline_id;
+        END IF;
         IF NOT _backfill.create_index OR autoembed._build_index(_backfill.pipeline_id) THEN
             DELETE FROM autoembed.backfill AS b WHERE b.pipeline_id = _backfill.pipeline_id;
         END IF;

@@ -2,7 +2,7 @@
 
 CREATE OR REPLACE VIEW autoembed.failed WITH (security_barrier) AS
 SELECT f.id,
-       p.table_id AS table_name,
+       p.table_id::text AS table_name,
        p.embedding_column,
        f.key,
        f.error_class,
@@ -49,7 +49,7 @@ BEGIN
         DELETE FROM autoembed.failure AS f
         USING autoembed.failed AS v
         WHERE v.id = f.id
-          AND (retry_failed.table_name IS NULL OR v.table_name = retry_failed.table_name)
+          AND (retry_failed.table_name IS NULL OR v.table_name = retry_failed.table_name::text)
           AND (retry_failed.error_class IS NULL OR v.error_class = retry_failed.error_class)
         RETURNING f.pipeline_id, f.key, f.message
     ),

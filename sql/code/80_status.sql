@@ -19,24 +19,38 @@ COMMENT ON FUNCTION autoembed._estimated_rows IS
     'The estimated number of rows of a table, without reading it. NULL if the table was never analysed.';
 
 CREATE OR REPLACE VIEW autoembed.status WITH (security_barrier) AS
-SELECT s.table_id AS table_name,
+WITH held AS MATERIALIZED (
+    SELECT m.id AS message_id
+    FROM autoembed.lane AS l
+    CROSS JOIN LATERAL unnest(l.message_ids) AS m(id)
+    WHERE autoembed._lane_lives(l.pid, l.backend_start)
+)
+SELECT s.table_id::text AS table_name,
        s.embedding_column,
        s.model,
        CASE WHEN s.paused THEN 'paused'
             WHEN NOT s.sound THEN 'stopped'
             WHEN s.blocked IS NOT NULL THEN 'resting'
-            WHEN b.pipeline_id IS NOT NULL AND b.scanned_at IS NULL THEN 'backfilling'
+            WHEN w.is_scanned THEN 'backfilling'
             WHEN q.waiting + q.in_flight > 0 THEN 'embedding'
             WHEN b.create_index AND b.index_problem IS NULL THEN 'indexing'
+            WHEN e.stale > 0 THEN 'stale'
             ELSE 'idle'
        END AS state,
-       coalesce(s.blocked, 'the index could not be built: ' || b.index_problem) AS reason,
+       coalesce(
+           s.blocked,
+           CASE WHEN e.stale > 0 AND b.pipeline_id IS NULL THEN 'its model or its content has changed since' END,
+           'the index could not be built: ' || b.index_problem
+       ) AS reason,
        CASE WHEN s.blocked IS NOT NULL THEN s.hint
+            WHEN e.stale > 0 AND b.pipeline_id IS NULL THEN
+                format('Embed the rows again: SELECT autoembed.resync(%L);', s.table_id)
             WHEN b.index_problem IS NOT NULL THEN
                 format('Create the index by hand, or have it built again: SELECT autoembed.resync(%L);', s.table_id)
        END AS hint,
        greatest(r.rows, e.embedded, b.rows_queued) AS estimated_rows,
        e.embedded,
+       e.stale,
        q.waiting,
        q.in_flight,
        f.failed,
@@ -44,28 +58,66 @@ SELECT s.table_id AS table_name,
        a.rows_per_second,
        round(100 * (1 - w.left::numeric / greatest(r.rows, e.embedded, w.left, 1)), 1) AS percent_done,
        CASE WHEN w.left = 0 THEN interval '0'
-            WHEN a.rows_per_second > 0 THEN make_interval(secs => round(w.left / a.rows_per_second)::double precision)
+            WHEN e.stale > 0 AND b.pipeline_id IS NULL THEN NULL
+            WHEN t.rows_per_second > 0 THEN
+                make_interval(secs => round(w.left / t.rows_per_second)::double precision)
        END AS time_left
 FROM autoembed._pipeline_state AS s
 -- The next lane ends a pipeline whose table was dropped.
 JOIN pg_class AS c ON c.oid = s.table_id
 LEFT JOIN autoembed.backfill AS b ON b.pipeline_id = s.id
 CROSS JOIN LATERAL (SELECT autoembed._estimated_rows(s.table_id) AS rows) AS r
-CROSS JOIN LATERAL (SELECT count(*) AS embedded FROM autoembed.embedded AS e WHERE e.pipeline_id = s.id) AS e
+CROSS JOIN LATERAL (
+    SELECT (SELECT count(*) FROM autoembed.embedded AS e WHERE e.pipeline_id = s.id) AS embedded,
+           CASE
+               WHEN s.stale_since IS NULL THEN 0
+               ELSE (SELECT count(*) FROM autoembed.embedded AS e
+                     WHERE e.pipeline_id = s.id AND (e.embedded_at >= s.stale_since) IS NOT TRUE)
+           END AS stale
+    -- Without it, each mention of the counts would count again.
+    OFFSET 0
+) AS e
 CROSS JOIN LATERAL (SELECT count(*) AS failed FROM autoembed.failure AS f WHERE f.pipeline_id = s.id) AS f
 CROSS JOIN LATERAL (
-    SELECT coalesce(sum(k.rows) FILTER (WHERE NOT k.held), 0)::bigint AS waiting,
-           coalesce(sum(k.rows) FILTER (WHERE k.held), 0)::bigint AS in_flight,
-           min(k.enqueued_at) AS oldest_at
+    -- A row may wait in several messages. More than 100,000 keys are not compared.
+    SELECT CASE WHEN m.rows > 100000 THEN m.rows - m.rows_held ELSE k.waiting END AS waiting,
+           CASE WHEN m.rows > 100000 THEN m.rows_held ELSE k.in_flight END AS in_flight,
+           m.oldest_at
     FROM (
-        SELECT q.enqueued_at,
-               q.due_at > clock_timestamp() AND EXISTS (
-                   SELECT FROM autoembed.lane AS l
-                   WHERE q.message_id = ANY (l.message_ids) AND autoembed._lane_lives(l.pid, l.backend_start)
-               ) AS held,
-               q.rows AS rows
-        FROM autoembed._job AS q
-        WHERE q.pipeline = s.id::text
+        SELECT coalesce(sum(j.rows), 0)::bigint AS rows,
+               coalesce(sum(j.rows) FILTER (WHERE j.message_id IN (SELECT h.message_id FROM held AS h)), 0)::bigint
+                   AS rows_held,
+               min(j.enqueued_at) AS oldest_at
+        FROM autoembed._job AS j
+        WHERE j.pipeline = s.id::text
+    ) AS m
+    CROSS JOIN LATERAL (
+        SELECT count(*) FILTER (WHERE NOT d.held) AS waiting,
+               -- A message stays until the last of its rows has its vector.
+               count(*) FILTER (WHERE d.held AND ((
+                   SELECT e.embedded_at
+                   FROM autoembed.embedded AS e
+                   WHERE e.pipeline_id = s.id AND e.key = autoembed._short_key((
+                       SELECT concat('[', string_agg(v.value::text, ',' ORDER BY v.number), ']')
+                       FROM jsonb_array_elements(d.key) WITH ORDINALITY AS v(value, number)
+                   ))
+               ) > d.claimed_at) IS NOT TRUE) AS in_flight
+        FROM (
+            SELECT i.key, bool_or(i.held) AS held, max(i.last_read_at) FILTER (WHERE i.held) AS claimed_at
+            FROM (
+                SELECT k.key, j.last_read_at,
+                       j.due_at > clock_timestamp() AND j.message_id IN (SELECT h.message_id FROM held AS h) AS held
+                FROM autoembed._job AS j
+                CROSS JOIN LATERAL jsonb_array_elements(
+                    CASE
+                        WHEN jsonb_typeof(j.message -> 'keys') = 'array' THEN j.message -> 'keys'
+                        ELSE jsonb_build_array(jsonb_build_array(j.message -> 'id'))
+                    END
+                ) AS k(key)
+                WHERE m.rows <= 100000 AND j.pipeline = s.id::text
+            ) AS i
+            GROUP BY i.key
+        ) AS d
     ) AS k
 ) AS q
 CROSS JOIN LATERAL (
@@ -76,11 +128,31 @@ CROSS JOIN LATERAL (
     WHERE u.pipeline_id = s.id AND u.at > clock_timestamp() - interval '1 minute'
 ) AS a
 CROSS JOIN LATERAL (
-    SELECT q.waiting + q.in_flight + CASE
-        WHEN b.pipeline_id IS NOT NULL AND b.scanned_at IS NULL THEN greatest(coalesce(r.rows, 0) - b.rows_queued, 0)
-        ELSE 0
-    END AS left
+    SELECT x.is_scanned,
+           -- It is not known how many rows the condition of a scan has still to find.
+           CASE
+               WHEN b.pipeline_id IS NULL THEN greatest(q.waiting + q.in_flight, e.stale)
+               WHEN NOT x.is_scanned THEN q.waiting + q.in_flight
+               WHEN b.condition IS NULL THEN
+                   q.waiting + q.in_flight + greatest(coalesce(r.rows, 0) - b.rows_queued, 0)
+           END AS left
+    FROM (SELECT b.pipeline_id IS NOT NULL AND b.scanned_at IS NULL AS is_scanned) AS x
 ) AS w
+CROSS JOIN LATERAL (
+    -- Over five minutes, or since there is work. A scan passes rows that need nothing, too.
+    SELECT coalesce(greatest(
+        sum(u.rows) / greatest(extract(epoch FROM clock_timestamp() - greatest(
+            clock_timestamp() - interval '5 minutes', least(q.oldest_at, b.started_at)
+        )), 1),
+        CASE
+            WHEN w.is_scanned THEN
+                (b.rows_queued - q.in_flight) / greatest(extract(epoch FROM clock_timestamp() - b.started_at), 1)
+        END
+    ), a.rows_per_second) AS rows_per_second
+    FROM autoembed.usage_entry AS u
+    WHERE u.pipeline_id = s.id
+      AND u.at > greatest(clock_timestamp() - interval '5 minutes', least(q.oldest_at, b.started_at))
+) AS t
 WHERE autoembed._may_see(s.table_id);
 COMMENT ON VIEW autoembed.status IS 'State and progress of each embedding column.';
 COMMENT ON COLUMN autoembed.status.table_name IS 'Attached table.';
@@ -89,25 +161,32 @@ COMMENT ON COLUMN autoembed.status.model IS 'Model that embeds the table.';
 COMMENT ON COLUMN autoembed.status.state IS
     'idle; embedding: rows wait or are in flight; backfilling: the table is being scanned; indexing: its index is '
     'being built; resting: the provider fails, or a limit is reached; paused; stopped: the owner or an administrator '
-    'must act.';
+    'must act; stale: rows have vectors of another model or content.';
 COMMENT ON COLUMN autoembed.status.reason IS
     'Reason why the table is stopped, paused or resting, or lacks the index that was asked for.';
 COMMENT ON COLUMN autoembed.status.hint IS 'Advice on what to do about the reason.';
 COMMENT ON COLUMN autoembed.status.estimated_rows IS
     'Estimated number of rows of the table. NULL if the table was never analysed.';
-COMMENT ON COLUMN autoembed.status.embedded IS 'Number of rows that were embedded.';
-COMMENT ON COLUMN autoembed.status.waiting IS 'Number of queued rows. A row that changed twice may count twice.';
-COMMENT ON COLUMN autoembed.status.in_flight IS 'Number of rows that lanes have claimed.';
+COMMENT ON COLUMN autoembed.status.embedded IS 'Number of rows that have a vector, stale ones included.';
+COMMENT ON COLUMN autoembed.status.stale IS
+    'Number of rows whose vector was made before the model or the content changed, and that no scan has read since.';
+COMMENT ON COLUMN autoembed.status.waiting IS
+    'Number of rows that changed, were deleted or were found by a scan, and that no lane has claimed. Each counts '
+    'once, among up to 100,000.';
+COMMENT ON COLUMN autoembed.status.in_flight IS 'Number of rows that lanes have claimed and not written yet.';
 COMMENT ON COLUMN autoembed.status.failed IS 'Number of rows that were given up. The view failed lists them.';
 COMMENT ON COLUMN autoembed.status.oldest_waiting IS 'Time since the oldest row queued or in flight was queued.';
 COMMENT ON COLUMN autoembed.status.rows_per_second IS 'Rows embedded a second, over the last minute.';
-COMMENT ON COLUMN autoembed.status.percent_done IS 'Share of the table that does not wait, from 0 to 100 percent.';
+COMMENT ON COLUMN autoembed.status.percent_done IS
+    'Share of the table that does not wait and is not stale, from 0 to 100 percent. NULL during a scan with a '
+    'condition, whose rows are not known yet.';
 COMMENT ON COLUMN autoembed.status.time_left IS
-    'Time until no row waits, at the rate of rows_per_second. NULL if it cannot be estimated.';
+    'Time until no row waits, at the rate of the last five minutes, or since there is work. NULL if it cannot be '
+    'estimated, or nothing works on stale rows.';
 
 CREATE OR REPLACE VIEW autoembed.progress WITH (security_barrier) AS
 SELECT l.pid,
-       p.table_id AS table_name,
+       p.table_id::text AS table_name,
        p.embedding_column,
        CASE WHEN l.backfill THEN 'backfill' ELSE 'live' END AS lane,
        CASE WHEN h.rows > 0 THEN 'embedding' ELSE 'waiting for work' END AS phase,
@@ -193,12 +272,12 @@ BEGIN
         END IF;
         PERFORM pg_sleep(least(0.02, extract(epoch FROM _end - clock_timestamp())));
     END LOOP;
-    SELECT count(*) INTO _failed FROM autoembed.failed AS f WHERE f.table_name = wait_until_fresh.table_name;
+    SELECT count(*) INTO _failed FROM autoembed.failed AS f WHERE f.table_name = wait_until_fresh.table_name::text;
     IF _failed > 0 THEN
         RAISE WARNING USING
             ERRCODE = 'no_data_found',
             MESSAGE = format('nothing of table %s waits, but %s of its rows or scans failed', table_name, _failed),
-            HINT = format('SELECT key, reason FROM autoembed.failed WHERE table_name = %L::regclass shows them.',
+            HINT = format('SELECT key, reason FROM autoembed.failed WHERE table_name = %L shows them.',
                           table_name);
     END IF;
     RETURN _failed = 0;

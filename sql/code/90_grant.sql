@@ -13,7 +13,7 @@ BEGIN
         -- PostgreSQL calls a view's functions with the rights of the view's reader.
         WHERE p.pronamespace = 'autoembed'::regnamespace
           AND p.proname = ANY (functions || '{
-              _check_pipeline, _default_model, _estimated_rows, _lane_lives, _may_see, _owns
+              _check_pipeline, _default_model, _estimated_rows, _lane_lives, _may_see, _owns, _short_key
           }'::text[])
     ), role);
     EXECUTE format('GRANT SELECT ON autoembed.status, autoembed.progress, autoembed.failed TO %s', role);
@@ -35,7 +35,7 @@ BEGIN
         _content_expression, _content_function, _content_function_of, _dimensions, _estimate_texts, _estimated_matches,
         _index_key, _key_columns, _key_expression, _load_python, _look_through, _make_embeddings_table,
         _needed_columns, _operator, _owned_pipeline, _owned_pipelines, _ranked, _read_condition,
-        _restore_advisory_locks, _run_as_owner, _search, _search_target, _set_paused, _short_key, _state_of, _template,
+        _restore_advisory_locks, _run_as_owner, _search, _search_target, _set_paused, _state_of, _template,
         _vector_digest_expression, _waits_for_commit
     }');
     -- The role gets rights to columns only. A right to the whole table, which 0.1.0 granted, includes LOCK TABLE, and

@@ -17,6 +17,11 @@ DROP FUNCTION autoembed._forget_prepared;
 -- _follow_drops() replaces this function and its event trigger.
 DROP FUNCTION autoembed._end_broken CASCADE;
 DROP FUNCTION autoembed._pipelines;
+-- table_name is text in these views, and can be compared with a name.
+DROP VIEW autoembed.status;
+DROP VIEW autoembed.progress;
+DROP VIEW autoembed.failed;
+DROP VIEW autoembed.usage;
 -- What is known of a row has the digest of its vector.
 DROP FUNCTION autoembed._digests;
 DROP FUNCTION autoembed._record_embedded;
@@ -46,8 +51,11 @@ COMMENT ON COLUMN autoembed.pipeline.embeddings_table IS
 COMMENT ON COLUMN autoembed.pipeline.embedding_column IS
     'The vector or halfvec column that holds the embeddings, in the table or in its embeddings table.';
 ALTER TABLE autoembed.pipeline ADD COLUMN warned_of text;
+ALTER TABLE autoembed.pipeline ADD COLUMN stale_since timestamptz;
 COMMENT ON COLUMN autoembed.pipeline.warned_of IS
     'The problem that the server''s log was last told of. NULL: none since the last one was over.';
+COMMENT ON COLUMN autoembed.pipeline.stale_since IS
+    'When its model or content changed. Vectors from before are stale until a scan has read all rows. NULL: none is.';
 COMMENT ON COLUMN autoembed.pipeline.content_function_schema IS
     'The schema of the content function when it was named. A function of that name in another schema is another one.';
 UPDATE autoembed.pipeline AS p

@@ -57,7 +57,7 @@ def test_a_lane_takes_it_calmly_when_its_table_changes_under_a_request_in_flight
             assert lane.error is None
             db.execute("UPDATE autoembed.pipeline SET paused = false")
             if meanwhile in MENDED:
-                reason = "SELECT reason FROM autoembed.status WHERE table_name = 'documents'::regclass"
+                reason = "SELECT reason FROM autoembed.status WHERE table_name = 'documents'"
                 assert db.execute(reason).fetchone() != (None,)
                 assert db.execute("SELECT * FROM autoembed.failed").fetchall() == []
             db.execute(MENDED.get(meanwhile, ""))

@@ -517,7 +517,7 @@ def test_a_vector_too_long_for_an_index_of_its_own_gets_one_of_its_halves(cron: 
 
 
 def test_a_build_that_fails_ends_with_its_reason_and_begins_anew_when_that_is_mended(cron: Connection) -> None:
-    state = "SELECT state, reason, hint FROM autoembed.status WHERE table_name = 'documents'::regclass"
+    state = "SELECT state, reason, hint FROM autoembed.status WHERE table_name = 'documents'"
     failed = "SELECT count(*) FROM cron.job_run_details WHERE return_message LIKE '%does not have dimensions%'"
     with cron.transaction():
         enable(cron, arguments=", create_index => true")

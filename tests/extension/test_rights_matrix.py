@@ -134,6 +134,7 @@ _may_see - x x x
 _missing_guide_triggers - - - x
 _missing_object - - - x
 _model - - - x
+_model_changed - - - x
 _model_facts - - - x
 _model_fault - - - x
 _model_identity - - - x
@@ -170,7 +171,7 @@ _search - x - x
 _search_target - x - x
 _set_paused - x - x
 _settle - - - x
-_short_key - x - x
+_short_key - x x x
 _short_keys - - - x
 _slots - - - x
 _spent_budget - - - x

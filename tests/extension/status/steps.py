@@ -20,7 +20,7 @@ def one(db: Connection, sql: str, *arguments: object) -> Any:
 
 
 def status(db: Connection) -> Any:
-    return one(db, "SELECT * FROM autoembed.status WHERE table_name = 'notes'::regclass")
+    return one(db, "SELECT * FROM autoembed.status WHERE table_name = 'notes'")
 
 
 def add(db: Connection, first: int, last: int, content: str = "note") -> None:

@@ -178,7 +178,8 @@ def test_the_status_of_a_large_table_reads_an_index_and_no_table(notes: Connecti
 
     plan = explained["Plan"]
     assert "notes" not in json.dumps(plan)
-    assert sum(node.get("Relation Name") == "embedded" for node in nodes(plan)) == 1
+    read = [node for node in nodes(plan) if node.get("Relation Name") == "embedded" and node["Actual Loops"] > 0]
+    assert len(read) == 1, read
     assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < pages + 500
     assert status(notes).embedded == 200_000
 

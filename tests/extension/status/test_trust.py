@@ -1,0 +1,89 @@
+"""What the view status says of rows is so: each counts once, and what is stale is no more told to be done."""
+
+from __future__ import annotations
+
+import pytest
+
+from extension.status.steps import add, one, process, status
+from harness import Connection
+
+
+@pytest.fixture
+def fake(db: Connection) -> Connection:
+    """A table of ten rows whose model, the default one, is a fake; and another model of the same dimensions."""
+    db.execute("SELECT autoembed.create_model('one', 'fake', 8); SELECT autoembed.create_model('two', 'fake', 8)")
+    db.execute("SELECT autoembed.set_default_model('one')")
+    db.execute("CREATE TABLE notes (id int PRIMARY KEY, content text)")
+    add(db, 1, 10)
+    db.execute("SELECT autoembed.enable('notes', content_columns => '{content}', embedding_column => 'embedding')")
+    process(db)
+    assert status(db).state == "idle"
+    return db
+
+
+@pytest.mark.parametrize("view", ["status", "progress", "failed", "usage"])
+def test_a_view_can_be_asked_for_a_table_by_its_name(fake: Connection, view: str) -> None:
+    fake.execute(f"SELECT * FROM autoembed.{view} WHERE table_name = 'notes'".encode())
+
+
+def test_another_default_model_leaves_vectors_stale_and_says_so(fake: Connection) -> None:
+    heard: list[str] = []
+    fake.add_notice_handler(lambda note: heard.append(str(note.message_primary)))
+
+    fake.execute("SELECT autoembed.set_default_model('two')")
+    row = status(fake)
+
+    assert heard == ["public.notes.embedding holds vectors of another model"]
+    assert (row.state, row.embedded, row.stale, row.percent_done, row.time_left) == ("stale", 10, 10, 0, None)
+    assert row.hint == "Embed the rows again: SELECT autoembed.resync('notes');"
+
+    fake.execute("SELECT autoembed.resync('notes')")
+    process(fake)
+    row = status(fake)
+
+    assert (row.state, row.reason, row.stale, row.percent_done) == ("idle", None, 0, 100)
+
+
+def test_a_model_that_becomes_another_one_leaves_vectors_stale(fake: Connection) -> None:
+    fake.execute("SELECT autoembed.alter_model('one', model_id => 'other')")
+    fake.execute("UPDATE notes SET content = 'changed' WHERE id <= 4")
+    process(fake)
+
+    assert (status(fake).state, status(fake).stale) == ("stale", 6)
+
+
+def test_a_change_that_makes_the_same_vectors_leaves_none_stale(fake: Connection) -> None:
+    fake.execute("SELECT autoembed.alter_model('one', max_inputs_per_request => 5)")
+    fake.execute("SELECT autoembed.set_default_model('one')")
+
+    assert (status(fake).state, status(fake).stale) == ("idle", 0)
+
+
+def test_a_row_that_waits_in_several_messages_counts_once(fake: Connection) -> None:
+    for n in range(3):
+        fake.execute(f"UPDATE notes SET content = 'changed {n}'".encode())
+
+    assert one(fake, "SELECT sum(rows) AS messages FROM autoembed._job").messages == 30
+    assert (status(fake).waiting, status(fake).percent_done) == (10, 0)
+
+
+def test_a_row_that_has_its_vector_is_not_in_flight(fake: Connection) -> None:
+    fake.execute(
+        "UPDATE notes SET content = 'changed ' || id; UPDATE notes SET content = 'changed again' WHERE id = 10"
+    )
+    # This session stands for a lane that has claimed all of it, and has written four rows.
+    fake.execute("UPDATE autoembed._job SET due_at = clock_timestamp() + interval '1 hour', last_read_at = now()")
+    fake.execute(
+        "INSERT INTO autoembed.lane (pid, backend_start, claimed_at, message_ids)"
+        " SELECT a.pid, a.backend_start, now(), ARRAY(SELECT q.message_id FROM autoembed._job AS q)"
+        " FROM pg_stat_get_activity(pg_backend_pid()) AS a"
+    )
+    fake.execute("UPDATE autoembed.embedded SET embedded_at = clock_timestamp() WHERE key IN ('[1]','[2]','[3]','[4]')")
+
+    assert (status(fake).waiting, status(fake).in_flight, status(fake).percent_done) == (0, 6, 40)
+
+
+def test_a_scan_with_a_condition_claims_to_know_nothing(fake: Connection) -> None:
+    fake.execute("SELECT autoembed.pause('notes'); SELECT autoembed.reembed('notes', condition => 'id <= 3')")
+
+    assert (status(fake).percent_done, status(fake).time_left) == (None, None)
