@@ -84,6 +84,13 @@ CREATE EVENT TRIGGER autoembed_follow_functions
     WHEN TAG IN ('CREATE FUNCTION', 'ALTER FUNCTION', 'ALTER ROUTINE')
     EXECUTE FUNCTION autoembed._follow_functions();
 
+-- No statement of a job can say this itself: CREATE INDEX CONCURRENTLY stands alone.
+DROP EVENT TRIGGER IF EXISTS autoembed_build_without_workers;
+CREATE EVENT TRIGGER autoembed_build_without_workers
+    ON ddl_command_start
+    WHEN TAG IN ('CREATE INDEX')
+    EXECUTE FUNCTION autoembed._build_without_workers();
+
 DROP EVENT TRIGGER IF EXISTS autoembed_check_trigger;
 CREATE EVENT TRIGGER autoembed_check_trigger
     ON ddl_command_end

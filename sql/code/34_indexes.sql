@@ -140,3 +140,52 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._build_index IS
     'Has pg_cron build the HNSW index of a pipeline''s column, concurrently. True if the index exists, or cannot be '
     'built in this database.';
+
+CREATE OR REPLACE FUNCTION autoembed._vector_version()
+    RETURNS text
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT e.default_version FROM pg_available_extensions AS e WHERE e.name = 'vector';
+$sql$;
+COMMENT ON FUNCTION autoembed._vector_version IS
+    'The version of pgvector''s library, which is that of the newest scripts beside it.';
+
+CREATE OR REPLACE FUNCTION autoembed._vector_faults(OUT faults text, OUT in_parallel_builds boolean)
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT string_agg(f.fault, ', ' ORDER BY f.mended_in), coalesce(bool_or(f.in_parallel_builds), false)
+    FROM (VALUES
+        ('{0,8,2}'::integer[], 'a parallel build of an HNSW index can overflow a buffer (CVE-2026-3172)', true),
+        ('{0,8,3}', 'VACUUM can corrupt an HNSW index', false),
+        ('{0,8,4}', 'VACUUM of an HNSW index can fail', false)
+    ) AS f(mended_in, fault, in_parallel_builds)
+    WHERE string_to_array(substring(autoembed._vector_version() FROM '^\d+(?:\.\d+)*'), '.')::integer[] < f.mended_in;
+$sql$;
+COMMENT ON FUNCTION autoembed._vector_faults IS
+    'What is known to be wrong with the HNSW indexes of this version of pgvector; NULL if nothing is. '
+    'in_parallel_builds: whether an index is safe only if one process builds it.';
+
+CREATE OR REPLACE FUNCTION autoembed._build_without_workers()
+    RETURNS event_trigger
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    -- A session of pg_cron, in either of its modes, ends with its job, and the setting with it.
+    IF EXISTS (
+        SELECT FROM pg_stat_get_activity(pg_backend_pid()) AS a
+        WHERE 'pg_cron' IN (a.backend_type, a.application_name)
+    ) THEN
+        IF (SELECT f.in_parallel_builds FROM autoembed._vector_faults() AS f) THEN
+            PERFORM set_config('max_parallel_maintenance_workers', '0', false);
+        END IF;
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._build_without_workers IS
+    'Has pg_cron build indexes without parallel workers where these are a fault of pgvector.';

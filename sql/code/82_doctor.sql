@@ -37,6 +37,15 @@ BEGIN
             WHEN NOT ok AND _row.installed_version IS NULL THEN _start
             WHEN NOT ok THEN format('ALTER EXTENSION %I UPDATE;', _row.name)
         END;
+        IF _row.name = 'vector' THEN
+            SELECT f.faults INTO _problem FROM autoembed._vector_faults() AS f;
+            IF _problem IS NOT NULL THEN
+                ok := false;
+                finding := concat(finding, ': ', _problem);
+                advice := 'Install pgvector 0.8.4 or later, restart the server, then: ALTER EXTENSION vector UPDATE; '
+                    'and REINDEX INDEX CONCURRENTLY for each HNSW index.';
+            END IF;
+        END IF;
         RETURN NEXT;
     END LOOP;
 

@@ -442,6 +442,45 @@ def scheduled() -> Iterator[Server]:
         yield run_server(stack, AUTOEMBED_LANES="1")
 
 
+@pytest.mark.parametrize(("version", "workers"), [("0.8.0", "0"), ("0.8.1", "0"), ("0.8.2", "3"), ("0.10.0", "3")])
+def test_an_index_is_built_without_workers_where_they_are_a_fault_of_pgvector(
+    scheduled: Server, version: str, workers: str
+) -> None:
+    name = f"by_{version.replace('.', '_')}"
+    with scheduled.connect() as db:
+        given = db.execute("SELECT pg_get_functiondef('autoembed._vector_version'::regproc)").fetchone()
+        assert given is not None
+        db.execute("ALTER DATABASE postgres SET max_parallel_maintenance_workers = 3")
+        db.execute(
+            "CREATE OR REPLACE FUNCTION autoembed._vector_version() RETURNS text LANGUAGE sql STABLE"
+            f" SET search_path = pg_catalog, pg_temp AS $$SELECT '{version}'$$"
+        )
+        db.execute("CREATE TABLE seen (workers text)")
+        db.execute("""
+            CREATE FUNCTION see() RETURNS event_trigger LANGUAGE plpgsql AS $$BEGIN
+                INSERT INTO public.seen VALUES (current_setting('max_parallel_maintenance_workers'));
+            END$$;
+            CREATE EVENT TRIGGER see ON ddl_command_end WHEN TAG IN ('CREATE INDEX') EXECUTE FUNCTION see()
+        """)
+        fill(db, 1, name)
+
+        db.execute("SELECT autoembed.create_model(%s, 'fake', 1536)", [name])
+        enable(db, name, f", model => '{name}', create_index => true")
+
+        try:
+            wait_until(lambda: db.execute("SELECT count(*) FROM seen").fetchone() == (1,), 60)
+            assert db.execute("SELECT workers FROM seen").fetchall() == [(workers,)]
+            # A session of anybody else keeps its own.
+            with scheduled.connect() as session:
+                session.execute(f"CREATE INDEX ON {name} (content)")
+                assert session.execute("SHOW max_parallel_maintenance_workers").fetchone() == ("3",)
+        finally:
+            db.execute("DROP EVENT TRIGGER see; DROP FUNCTION see; DROP TABLE seen")
+            db.execute("ALTER DATABASE postgres RESET max_parallel_maintenance_workers")
+            db.execute(given[0])
+            db.execute(f"DROP TABLE {name}")
+
+
 def test_the_index_is_built_concurrently_once_the_rows_are_embedded(scheduled: Server) -> None:
     api = scheduled.fake_api("index")
     long = 'Ein langer Name mit "Anführungszeichen"; der 63 Bytes hat ........'[:58]

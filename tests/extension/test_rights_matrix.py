@@ -37,6 +37,7 @@ _build_embedders - - - x
 _build_index - - - x
 _build_pipeline - - - x
 _build_triggers - - - x
+_build_without_workers - - - x
 _call_embedder - - - x
 _changed_expression - - - x
 _check_api_key - - - x
@@ -189,8 +190,10 @@ _unschedule - - - x
 _updated - - - x
 _vault_key - - - x
 _vector_digest_expression - x - x
+_vector_faults - - - x
 _vector_index - - - x
 _vector_types - - - x
+_vector_version - - - x
 _waits_for_commit - x - x
 _warn_of_blocked_pipelines - - - x
 _warn_once - - - x

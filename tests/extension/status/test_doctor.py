@@ -164,6 +164,31 @@ def test_an_older_version_is_found(notes: Connection) -> None:
     assert row.advice == "ALTER EXTENSION vector UPDATE;"
 
 
+@pytest.mark.parametrize(
+    ("version", "faults"),
+    [
+        ("0.8.1", ["CVE-2026-3172", "VACUUM can corrupt", "can fail"]),
+        ("0.8.2", ["VACUUM can corrupt", "can fail"]),
+        ("0.8.3", ["can fail"]),
+        ("0.8.4", []),
+        ("0.8.10", []),
+        ("1.0", []),
+    ],
+)
+def test_the_faults_of_an_older_pgvector_are_named(notes: Connection, version: str, faults: list[str]) -> None:
+    notes.execute(
+        "CREATE OR REPLACE FUNCTION autoembed._vector_version() RETURNS text LANGUAGE sql STABLE"
+        f" SET search_path = pg_catalog, pg_temp AS $$SELECT '{version}'$$"
+    )
+
+    row = doctor(notes)["extension vector"]
+
+    known = ["CVE-2026-3172", "VACUUM can corrupt", "can fail"]
+    assert [fault for fault in known if fault in row.finding] == faults
+    assert row.ok is not bool(faults)
+    assert ("Install pgvector 0.8.4 or later" in (row.advice or "")) is bool(faults)
+
+
 def test_a_disabled_trigger_is_found_and_the_advice_catches_up(notes: Connection) -> None:
     notes.execute("ALTER TABLE notes DISABLE TRIGGER autoembed_1_insert")
     add(notes, 1, 2)
