@@ -328,13 +328,18 @@ class Database:
                 self._run("SELECT autoembed._restore_advisory_locks($1)", ["pg_catalog.text[]"], [locks])
 
     @contextmanager
-    def lane_settings(self) -> Iterator[None]:
+    def lane_settings(self, name: str) -> Iterator[None]:
         """Transactions that see what is committed and wait for no lock, whatever the session's default.
 
         At a higher level, lanes and applications would fail each other's statements, and even COMMIT. Errors are in
-        PostgreSQL's own language where that may be set: their context tells who has raised a cancel.
+        PostgreSQL's own language where that may be set: their context tells who has raised a cancel. name: the lane's,
+        for those who watch the server.
         """
-        settings = {"default_transaction_isolation": "read committed", "lock_timeout": f"{LOCK_TIMEOUT_MILLISECONDS}ms"}
+        settings = {
+            "application_name": name,
+            "default_transaction_isolation": "read committed",
+            "lock_timeout": f"{LOCK_TIMEOUT_MILLISECONDS}ms",
+        }
         sql = "SELECT pg_catalog.has_parameter_privilege('lc_messages', 'SET') AS may"
         if self._run(sql)[0]["may"]:
             settings["lc_messages"] = "C"

@@ -55,7 +55,7 @@ def work(run_seconds: float, batch_size: int, max_requests: int, timeout_millise
     heap.keep(block_bytes=KEPT_BLOCK_BYTES, free_bytes=KEPT_FREE_BYTES)
     here = database.Database(commits=True)
     try:
-        with here.lane_settings():
+        with here.lane_settings("autoembed backfill lane" if backfill else "autoembed lane"):
             worker.work(here, _network, options, run_seconds, backfill=backfill)
     except database.Error:
         # DROP EXTENSION while the lane runs is no error.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from extension.status.steps import add, one, process, status
+from extension.status.steps import Connect, add, one, process, status
 from harness import Connection
+from lanes import running_lanes
 
 
 @pytest.fixture
@@ -87,3 +88,15 @@ def test_a_scan_with_a_condition_claims_to_know_nothing(fake: Connection) -> Non
     fake.execute("SELECT autoembed.pause('notes'); SELECT autoembed.reembed('notes', condition => 'id <= 3')")
 
     assert (status(fake).percent_done, status(fake).time_left) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"), [("", "autoembed lane"), ("backfill => true", "autoembed backfill lane")]
+)
+def test_a_lane_has_a_name_for_those_who_watch_the_server(
+    fake: Connection, connect: Connect, arguments: str, name: str
+) -> None:
+    with running_lanes(fake, connect, arguments=arguments) as [lane]:
+        row = one(fake, "SELECT application_name FROM pg_stat_activity WHERE pid = %s", lane.pid)
+
+    assert row.application_name == name
