@@ -9,5 +9,5 @@ ROOT = Path(__file__).resolve().parent.parent
 # What is installed for the bench: outside git, kept from one bench to the next.
 CACHE = ROOT / ".bench"
 
-# The fake API's client.
-sys.path.insert(0, str(ROOT / "tests"))
+# The fake API's client, and what runs inside the server.
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "plpy_src")]

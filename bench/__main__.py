@@ -14,6 +14,7 @@ from bench import CACHE, ROOT, documents, machine, report, scenarios
 from bench.results import Result, Results
 from bench.scenarios import Measured, Sizes
 from bench.server import Connection, Server, running_server
+from bench.splitters import SPLITTERS
 from bench.systems import System
 from bench.systems.autoembed import Autoembed
 from bench.systems.guide import Guide
@@ -31,12 +32,14 @@ SYSTEMS: dict[str, System] = {
 }
 # Connections.
 LIMITS = {"limit-1": 1, "limit-2": 2}
+NAMES = [*SYSTEMS, *LIMITS, *SPLITTERS]
 SCENARIOS: dict[str, Callable[..., Measured]] = {
     "drain": scenarios.drain,
     "drain-no-index": scenarios.drain,
     "backfill": scenarios.backfill,
     "local-model": scenarios.local_model,
     "search": scenarios.search,
+    "chunking": scenarios.chunks,
     "fresh-idle": scenarios.fresh_when_idle,
     "fresh-steady": scenarios.fresh_when_steady,
     "fresh-backfill": scenarios.fresh_during_backfill,
@@ -45,7 +48,7 @@ SCENARIOS: dict[str, Callable[..., Measured]] = {
     "idle": scenarios.idle,
 }
 # The index would be the wall, or is of other dimensions.
-WITHOUT_INDEX = ("drain-no-index", "backfill", "local-model", "search")
+WITHOUT_INDEX = ("drain-no-index", "backfill", "local-model", "search", "chunking")
 
 Measurement = Callable[[Server, Connection], Measured]
 
@@ -100,11 +103,16 @@ def _plan(names_of_scenarios: list[str], names: list[str], sizes: Sizes) -> Iter
             if name in LIMITS:
                 if scenario.startswith("drain"):
                     yield scenario, name, partial(scenarios.write_limit, connections=LIMITS[name], sizes=own)
+            elif name in SPLITTERS:
+                if scenario == "chunking":
+                    yield scenario, name, partial(scenarios.chunks, splitter=name)
             elif _is_of_use(scenario, SYSTEMS[name]):
                 yield scenario, name, partial(SCENARIOS[scenario], system=SYSTEMS[name], sizes=own)
 
 
 def _is_of_use(scenario: str, system: System) -> bool:
+    if scenario == "chunking":
+        return False
     if scenario == "local-model" or system.settings == "local":
         return scenario in ("local-model", "search") and system.settings == "local"
     if scenario in ("backfill", "search"):
@@ -122,7 +130,7 @@ def _options() -> argparse.Namespace:
     add("--rows", type=int, default=2000, help="rows of a drain (%(default)s)")
     add("--rows-without-index", type=int, help="and of one without an index (10 times the rows)")
     add("--runs", type=int, default=3, help="measurements of each figure, whose median counts (%(default)s)")
-    add("--systems", nargs="+", choices=[*SYSTEMS, *LIMITS], default=[*SYSTEMS, *LIMITS], metavar="NAME")
+    add("--systems", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
     add("--scenarios", nargs="+", choices=list(SCENARIOS), default=list(SCENARIOS), metavar="NAME")
     add("--image", default="autoembed", help="(%(default)s)")
     add("--request-seconds", type=float, default=0.1, help="what the fake API takes per request (%(default)s)")
@@ -133,7 +141,7 @@ def _options() -> argparse.Namespace:
     add("--idle-seconds", type=float, default=60, help="how long nothing happens (%(default)s)")
     add("--add", action="store_true", help="keep the figures of other scenarios and systems that the report has")
     add("--output", type=Path, default=ROOT / "docs" / "bench", help="folder of the report (docs/bench)")
-    parser.epilog = f"systems: {', '.join([*SYSTEMS, *LIMITS])}; scenarios: {', '.join(SCENARIOS)}"
+    parser.epilog = f"systems: {', '.join(NAMES)}; scenarios: {', '.join(SCENARIOS)}"
     return parser.parse_args()
 
 

@@ -26,6 +26,10 @@ LABELS = {
     "pgai-best": "pgai at its best",
     "limit-1": "the limit of 1 connection",
     "limit-2": "the limit of 2 connections",
+    "chunks-autoembed": "autoembed",
+    "chunks-semantic": "semantic-text-splitter, Markdown",
+    "chunks-pgai": "pgai, defaults",
+    "chunks-fixed": "256 tokens each",
 }
 LINES = {
     "autoembed": {"color": "tab:blue", "linestyle": "--"},
@@ -80,6 +84,19 @@ SEARCH: Columns = {
     "the same again, ms": ("again_seconds", 1000),
     "private MB": ("private_bytes", 1e-6),
 }
+CHUNKS: Columns = {
+    "chunks": ("chunks", 1),
+    "MRR@10": ("reciprocal_rank", 1),
+    "answer in 2,000 characters": ("answer_share", 1),
+    "right document first": ("right_document", 1),
+    "MB/s": ("megabytes_per_second", 1),
+}
+EDITS: Columns = {
+    "a word changed, %": ("new_after_word_percent", 1),
+    "a sentence added, %": ("new_after_sentence_percent", 1),
+    "a paragraph added, %": ("new_after_paragraph_percent", 1),
+    "a paragraph deleted, %": ("new_after_deletion_percent", 1),
+}
 IDLE: Columns = {
     "CPU of the server, %": ("postgres_cpu_percent", 1),
     "of a lane, %": ("lane_cpu_percent", 1),
@@ -96,6 +113,8 @@ TABLES: list[tuple[str, str, Columns]] = [
     ("Backfill: enable() on a table of {backfill_rows} rows", "backfill", BACKFILL),
     ("The local model, without a network", "local-model", LOCAL),
     ("A session that calls embed()", "search", SEARCH),
+    ("Chunks, found by the questions of the FAQs of Perl and Python", "chunking", CHUNKS),
+    ("Chunks that are new after an edit of a text of 44 kB", "chunking", EDITS),
     ("Freshness: single INSERTs, nothing else to do", "fresh-idle", FRESHNESS),
     ("Freshness: 50 rows/s", "fresh-steady", FRESHNESS),
     ("Freshness: during a backfill of {backfill_rows} rows", "fresh-backfill", FRESHNESS),
@@ -116,6 +135,8 @@ a fresh server; each figure is the median of {runs} of them.
 - Freshness is from COMMIT to the vector visible, less the API's time for one input; ∞: no vector {grace} s after the
   last INSERT. During a backfill, {backfill_rows} older rows wait.
 - Cost is over the same table without triggers, in turns: {cost_rows} rows in one statement, 2,000 singly.
+- Chunks are found by the local model. A chunk is right if the shorter of it and the answer lies half within the other.
+  The questions are taken out of the texts; an answer longer than 2,000 characters counts as 2,000.
 - Private memory is that of the largest process. "All else" is the fake API, the bench, and neighbours on the machine.
 """
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
-from bench import documents, limit, measure
+from bench import chunking, documents, limit, measure
 from bench.measure import Usage
 from bench.server import Connection, Server, wait_until
 from bench.systems import System, Workers
@@ -210,6 +210,11 @@ def search(server: Server, db: Connection, system: Autoembed, sizes: Sizes) -> M
         "private_bytes": measure.backend_private_bytes(db, pid),
     }
     return Measured(figures)
+
+
+def chunks(server: Server, db: Connection, splitter: str) -> Measured:
+    """How well the chunks of a splitter are found, and how many an edit makes new."""
+    return Measured(chunking.measure(server, splitter))
 
 
 def fresh_when_idle(server: Server, db: Connection, system: System, sizes: Sizes) -> Measured:

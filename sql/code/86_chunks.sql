@@ -76,5 +76,5 @@ COMMENT ON FUNCTION autoembed.chunk_text IS
     'Shows how a text is cut into chunks; nothing is stored or sent. chunking: structure (at headings, paragraphs and '
     'sentences), tokens (as long as may be), or none. chunk_size: the most tokens of a chunk, by default those that '
     'suit the model. chunk_overlap: tokens of the chunk before with which a chunk begins. chunk_start, chunk_end: the '
-    'numbers of characters before the chunk and up to its end. token_count: by the tokenizer of a local model, otherwise '
-    'estimated.';
+    'numbers of characters before the chunk and up to its end. token_count: by the tokenizer of a local model, '
+    'otherwise estimated.';
