@@ -162,13 +162,28 @@ class Database:
 
     # Backfills -----------------------------------------------------------------------------------
 
-    def next_backfill(self, *, dedicated: bool) -> Backfill | None:
-        """The next table to scan, locked against other lanes until the commit. dedicated: this lane only backfills."""
-        rows = self._run("SELECT b.* FROM autoembed._next_backfill($1) AS b", ["pg_catalog.bool"], [dedicated])
+    def next_backfill(self, *, dedicated: bool, busy_models: Sequence[str]) -> Backfill | None:
+        """The next table to scan, locked against other lanes until the commit; of other models than the busy ones.
+
+        dedicated: this lane only backfills.
+        """
+        rows = self._run(
+            "SELECT b.* FROM autoembed._next_backfill($1, $2) AS b",
+            ["pg_catalog.bool", "pg_catalog.text[]"],
+            [dedicated, list(busy_models)],
+        )
         if not rows:
             return None
         row = rows[0]
-        return Backfill(row["pipeline_id"], row["owner"], row["after"], row["condition"], row["failures"])
+        return Backfill(
+            row["pipeline_id"],
+            row["owner"],
+            row["after"],
+            row["condition"],
+            row["failures"],
+            row["model"],
+            row["provider"],
+        )
 
     def scan(self, backfill: Backfill, max_rows: int) -> list[str]:
         """The next keys of its table. Raises RowError if its condition fails or the table is locked."""
@@ -542,6 +557,22 @@ class Database:
                 [list(keys), list(contents), pipeline.model.identity, *columns, *arguments],
             )
 
+    def try_write(self, pipeline: Pipeline, keys: Sequence[str], contents: Sequence[str | None]) -> dict[str, str]:
+        """Writes a vector of no meaning into these rows, and undoes that.
+
+        Returns what would become of each key. RowError if a row would not take a vector.
+        """
+        vector = f"[1{',0' * (pipeline.model.dimensions - 1)}]"
+        rows: Any = []
+        with self._owners_code(undone=True):
+            rows = self._run(
+                f"SELECT w.key, w.outcome FROM autoembed._write_{pipeline.id}($1, $2, $3, pg_catalog.array_fill("
+                f"$4::{pipeline.vector_type}, ARRAY[pg_catalog.cardinality($1)])) AS w",
+                [*["pg_catalog.text[]"] * 2, *["pg_catalog.text"] * 2],
+                [list(keys), list(contents), pipeline.model.identity, vector],
+            )
+        return {row["key"]: row["outcome"] for row in rows}
+
     def _staged(self, pipeline: Pipeline, vectors: np.ndarray) -> str | None:
         """The temporary table that holds the vectors in their order; None if this role may not COPY from a file."""
         may_have_rows = not self._commits or pipeline.vector_type in self._filled
@@ -681,7 +712,7 @@ def literals(vectors: np.ndarray) -> list[str]:
 
 def _row(row: dict[str, Any]) -> Row:
     if "digests" not in row:
-        return Row(row["content"], row["vector_digest"], row["bytes"] or 0)
+        return Row(row["content"], row["vector_digest"], row["bytes"] or 0, is_locked=bool(row["is_locked"]))
     digests = row["digests"] or ()
     return Row(row["content"], digest_of_chunks(digests), row["bytes"] or 0, digests)
 

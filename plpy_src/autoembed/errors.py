@@ -81,12 +81,19 @@ class RowError(Exception):
         self.slow = slow
         self.cancels = cancels
 
+    @property
+    def may_pass(self) -> bool:
+        """Whether another try of a write may do."""
+        return self.slow or self.sqlstate.startswith(CONFLICT)
+
 
 # SQLSTATEs (PostgreSQL manual, appendix A).
 LOCK_NOT_AVAILABLE = "55P03"
 OBJECT_IN_USE = "55006"
 QUERY_CANCELED = "57014"
 INSUFFICIENT_PRIVILEGE = "42501"
+# A deadlock or a serialization failure, by its beginning: another try may do.
+CONFLICT = "40"
 # By their beginnings: the statement may work at another time.
 PASSING = ("08", "40", "53", "55", "57P03", "58000", "58030")
 # What a statement without an owner's code raises for nobody's fault: no memory or disk, a cancel, a shutdown.

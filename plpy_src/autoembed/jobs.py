@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +13,7 @@ from autoembed.errors import RowError
 
 if TYPE_CHECKING:
     from autoembed.database import Database
+    from autoembed.model import Model
     from autoembed.records import Chunk, Message, Pipeline, Row
 
 # A row fails after this many attempts.
@@ -143,9 +144,16 @@ class Job:
 
 
 def open_jobs(
-    database: Database, ledger: Ledger, messages: list[Message], max_rows: int
+    database: Database,
+    ledger: Ledger,
+    messages: list[Message],
+    max_rows: int,
+    texts_ahead: Callable[[Model], int | None] = lambda model: None,
 ) -> list[tuple[Pipeline, list[Job]]]:
-    """The claimed messages as jobs, one for each row, by pipeline. Messages that cannot be jobs are settled here."""
+    """The claimed messages as jobs, one for each row, by pipeline. Messages that cannot be jobs are settled here.
+
+    texts_ahead: the most rows for a model; None: max_rows.
+    """
     chosen, others = isolate(messages, random.random())
     if others:
         ledger.release_messages(others)
@@ -169,9 +177,11 @@ def open_jobs(
         else:
             addressed[pipeline_id].append((message, address))
 
-    rows = _rows_of(database, ledger, addressed, max_rows)
     ids = sorted({*addressed, *moved})
     pipelines = database.pipelines(ids) if ids else {}
+    share = max(1, max_rows // max(1, len(addressed)))
+    room = {number: min(share, texts_ahead(pipeline.model) or share) for number, pipeline in pipelines.items()}
+    rows = _rows_of(database, ledger, addressed, defaultdict(lambda: share, room))
     for pipeline_id in moved.keys() & pipelines.keys():
         database.forget(pipelines[pipeline_id], moved[pipeline_id])
     for pipeline_id, keys in replaced.items():
@@ -201,15 +211,18 @@ def _address_in(database: Database, ledger: Ledger, message: Message) -> tuple[i
 
 
 def _rows_of(
-    database: Database, ledger: Ledger, addressed: dict[int, list[tuple[Message, Address]]], max_rows: int
+    database: Database,
+    ledger: Ledger,
+    addressed: dict[int, list[tuple[Message, Address]]],
+    most: Mapping[int, int],
 ) -> dict[tuple[int, str], tuple[int, list[Message]]]:
-    """The attempts and the messages of each row, by pipeline and key. Each pipeline has an equal share of max_rows.
+    """The attempts and the messages of each row, by pipeline and key.
 
-    Rows beyond the share go back to the queue.
+    most: the rows that a pipeline may have. Those beyond go back to the queue.
     """
     rows: dict[tuple[int, str], tuple[int, list[Message]]] = {}
     for pipeline_id, of_pipeline in addressed.items():
-        room = max(1, max_rows // len(addressed))
+        room = most[pipeline_id]
         # Short messages come first: they hold the latest changes. A long one may exceed the share.
         for message, address in sorted(of_pipeline, key=lambda one: len(one[1].keys)):
             if room == 0:

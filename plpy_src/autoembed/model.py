@@ -119,9 +119,10 @@ class Embedded:
     """The answer to a request.
 
     vectors: (n, dimensions) float32, finite, in the order of the texts. tokens: as the provider counted them.
-    headers: those of the HTTP answer, in lower case.
+    headers: those of the HTTP answer, in lower case. seconds: the time that it took this process; None: another one.
     """
 
     vectors: np.ndarray
     tokens: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict, compare=False)
+    seconds: float | None = field(default=None, compare=False)

@@ -76,13 +76,15 @@ class Backfill:
     after: str | None
     condition: str | None
     failures: int
+    model: str = ""
+    provider: str = ""
 
 
 @dataclass(frozen=True)
 class Row:
     """A row as it is now: its text, the digest of its vector (None: it has no vector), and the size of the text.
 
-    A text of more than MAX_TEXT_BYTES is not read: it is None then.
+    A text of more than MAX_TEXT_BYTES is not read: it is None then. is_locked: another session has locked the row.
     digests: those of the chunks that have an embedding beside the row.
     """
 
@@ -90,6 +92,7 @@ class Row:
     vector_digest: bytes | None
     size: int = 0
     digests: Collection[bytes] = ()
+    is_locked: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from autoembed import batching
 from autoembed.chunks import NONE, chunks_of, size_of, trimmed
 from autoembed.errors import Fault, PassEnded, RowError, Trouble
 from autoembed.jobs import MAX_ATTEMPTS, Job, Ledger
-from autoembed.providers import counter_of, sizes_of
+from autoembed.providers import COMPUTED_HERE, counter_of, sizes_of
 from autoembed.records import MAX_TEXT_BYTES, Chunk
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ OWNER_SHARE_SECONDS = 1.0
 
 # A lane claims no more rows than it can write in this time, in seconds.
 AHEAD_SECONDS = 1.0
+# The texts of the first request to a model that embeds in the lane's own process.
+FIRST_TEXTS = 10
 # The fixed cost of a write statement, in seconds.
 WRITE_SECONDS = 0.003
 # The first guess for a row of a table with a vector index, in seconds.
@@ -50,6 +52,8 @@ LOCK_PATIENCE_SECONDS = 1.0
 LOCK_POLL_SECONDS = 0.05
 # The delay before a row that is still locked is claimed again, in seconds.
 LOCKED_DELAY_SECONDS = 1.0
+LOCKED = "the row or its table is locked by another transaction"
+SKIPPED = "a trigger or a policy of the table leaves the row out of the write"
 
 
 class Pace:
@@ -82,12 +86,32 @@ class Pace:
         return min(self._max_rows, requests * self._batch_size)
 
 
+class Speeds:
+    """How fast the models embed that run in the lane's own process, one request at a time."""
+
+    def __init__(self) -> None:
+        self._texts_per_second: dict[str, float] = {}
+
+    def embedded(self, model: str, texts: int, seconds: float) -> None:
+        """Takes note of a request. It counts as much as all those before it."""
+        speed = texts / max(seconds, 0.001)
+        self._texts_per_second[model] = (self._texts_per_second.get(model, speed) + speed) / 2
+
+    def texts_ahead(self, model: str, provider: str) -> int | None:
+        """The texts that a model embeds in AHEAD_SECONDS, at least one. None: its provider is another process."""
+        if provider not in COMPUTED_HERE:
+            return None
+        speed = self._texts_per_second.get(model)
+        return FIRST_TEXTS if speed is None else max(1, int(speed * AHEAD_SECONDS))
+
+
 class Owners:
     """What a lane has learnt about the code of tables' owners: how many rows one statement takes, and how long."""
 
     def __init__(self) -> None:
         self._rows: dict[int, int] = {}
         self._seconds: dict[int, float] = {}
+        self._take_vectors: set[int] = set()
 
     def statement_rows(self, pipeline: Pipeline) -> int:
         """The number of rows to read or write in one statement."""
@@ -102,6 +126,16 @@ class Owners:
         if rows >= self.statement_rows(pipeline) and seconds < OWNER_SHARE_SECONDS / 4:
             self._rows[pipeline.id] = min(2 * rows, MAX_STATEMENT_ROWS)
         self._seconds[pipeline.owner] = 0.5 * self._seconds.get(pipeline.owner, 0.0) + seconds
+
+    def take_vectors(self, pipeline: Pipeline) -> bool:
+        """Whether rows took their vectors, and none refused one since."""
+        return pipeline.id in self._take_vectors
+
+    def took_vectors(self, pipeline: Pipeline) -> None:
+        self._take_vectors.add(pipeline.id)
+
+    def refused_vectors(self, pipeline: Pipeline) -> None:
+        self._take_vectors.discard(pipeline.id)
 
     def quickest_first(self, work: list[tuple[Pipeline, list[Job]]]) -> list[tuple[Pipeline, list[Job]]]:
         """The work, that of owners whose code was quick before that of others."""
@@ -235,6 +269,9 @@ class Rows:
             if known is not None and known.digest == job.digest and (wait := known.wait_seconds()):
                 self._ledger.retry(job, wait, "something else keeps replacing its embedding")
                 continue
+            if job.row is not None and job.row.is_locked:
+                self._ledger.retry(job, LOCKED_DELAY_SECONDS, LOCKED)
+                continue
             if pipeline.is_beside:
                 # A row that is embedded again by request has an empty digest.
                 kept = job.row.digests if job.row and (known is None or known.digest) else ()
@@ -304,6 +341,53 @@ class Rows:
             # The model cannot be had. The request for the whole text says why.
             return [trimmed(content, 0, len(content))]
 
+    def writable(self, pipeline: Pipeline, chosen: list[tuple[Job, str]]) -> list[tuple[Job, str]]:
+        """Those of the rows to send that would take their vectors, as far as that is in doubt.
+
+        Before the first text of a pipeline is paid for, a write is tried, and again once a row has refused its vector.
+        A row that was to blame before is tried, too. Embeddings beside the rows need no row to take them.
+        """
+        if pipeline.is_beside:
+            return chosen
+        jobs = list(dict.fromkeys(job for job, _ in chosen))
+        if jobs and not self._owners.take_vectors(pipeline):
+            self._try(pipeline, jobs[:1])
+            if jobs[0].outcome is None:
+                self._owners.took_vectors(pipeline)
+            else:
+                self._try(pipeline, jobs[1:])
+        else:
+            self._try(pipeline, [job for job in jobs if job.attempts])
+        return [(job, text) for job, text in chosen if job.outcome is None]
+
+    def _try(self, pipeline: Pipeline, jobs: list[Job]) -> None:
+        """Decides on rows that would not take their vectors now. Those that the owner's time leaves no try go back."""
+        end = time.monotonic() + OWNER_SHARE_SECONDS
+        parts = [jobs] if jobs else []
+        while parts:
+            part = parts.pop()
+            if time.monotonic() > end:
+                for job in part:
+                    self._ledger.release(job)
+                continue
+            try:
+                outcomes = self._database.try_write(pipeline, [job.key for job in part], [job.content for job in part])
+            except RowError as error:
+                if self._blame_others(pipeline, part, error):
+                    continue
+                if len(part) > 1:
+                    parts += batching.halves(part)
+                    continue
+                # The read had the lock of the table a moment ago, so an error of a lock is a trigger's, and counts.
+                counted = RowError(str(error), sqlstate=error.sqlstate)
+                self.retry_or_fail(part[0], counted, at_once=not (error.may_pass or error.locked))
+                continue
+            for job in part:
+                if outcomes.get(job.key) == "skipped":
+                    self.retry_or_fail(job, RowError(SKIPPED))
+                elif outcomes.get(job.key) == "locked":
+                    self._ledger.retry(job, LOCKED_DELAY_SECONDS, LOCKED)
+
     def fail_unless_changed(self, job: Job, reason: str) -> None:
         """Fails a row whose text was refused. A row that has another text by now is read again."""
         content = job.content
@@ -340,9 +424,7 @@ class Rows:
                 self._writes.append(write)
             elif write.until is not None and write.until < now:
                 for job in write.jobs:
-                    self._ledger.retry(
-                        job, LOCKED_DELAY_SECONDS, "the row or its table is locked by another transaction"
-                    )
+                    self._ledger.retry(job, LOCKED_DELAY_SECONDS, LOCKED)
             else:
                 self._write_part(write)
             if time.monotonic() - now > OWNER_SHARE_SECONDS:
@@ -370,11 +452,12 @@ class Rows:
                 self._keep(write, list(range(len(jobs))))
                 return
             self._owners.failed(pipeline, len(jobs))
+            self._owners.refused_vectors(pipeline)
             if len(jobs) > 1:
                 # The statements have fewer rows, until the row that does not take its vector stands alone.
                 self._writes.append(write)
             else:
-                self.retry_or_fail(jobs[0], error, at_once=not error.slow)
+                self.retry_or_fail(jobs[0], error, at_once=not error.may_pass)
             return
         except self._database.Error as error:
             self.blame(pipeline, jobs, error)
@@ -391,11 +474,14 @@ class Rows:
         if vectors is None:
             self._forget(pipeline, written)
         elif written:
+            self._owners.took_vectors(pipeline)
             self._record(pipeline, written, written=True)
+        if by_outcome["skipped"]:
+            self._owners.refused_vectors(pipeline)
         for job in by_outcome["changed"]:
             self._retry_changed(job)
         for job in by_outcome["skipped"]:
-            self.retry_or_fail(job, RowError("a trigger or a policy of the table leaves the row out of the write"))
+            self.retry_or_fail(job, RowError(SKIPPED))
         self._forget(pipeline, by_outcome["gone"])
 
     def _keep(self, write: Write, indexes: list[int]) -> None:

@@ -18,7 +18,7 @@ from autoembed.jobs import Job, Ledger, Report, are_keys, open_jobs
 from autoembed.limits import FIRST_ANSWER_SECONDS, NOTHING_KNOWN, PATIENCE_SECONDS, Limiter, Permit
 from autoembed.model import Embedded, Model, Request, Share
 from autoembed.providers import PROVIDERS, provider_of, sizes_of
-from autoembed.rows import READ_BYTES, Owners, Pace, Rows
+from autoembed.rows import READ_BYTES, Owners, Pace, Rows, Speeds
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +41,8 @@ LOOK_AROUND_SECONDS = 1.0
 BUSY_SECONDS = 1.0
 # The threads of a lane, as a multiple of the requests that one model may have at a time.
 THREADS_PER_REQUEST = 4
+# Requests to a model that embeds in this process: one is worked on, the next one waits.
+REQUESTS_HERE = 2
 # A lane whose time is up waits so long for its answers, in seconds.
 ENDING_SECONDS = 2.0
 # A text that no model refuses. It shows whether a text or the whole request is to blame.
@@ -108,6 +110,7 @@ class _Lane:
         indexed = database.enter_lane(backfill=backfill)
         self.pace = Pace(options.batch_size, options.max_rows, indexed=indexed)
         self.owners = Owners()
+        self.speeds = Speeds()
 
     def goes_on(self) -> bool:
         """Whether the lane's time is not up and nobody has told it to end. Cleans up now and then."""
@@ -139,7 +142,9 @@ class _Lane:
         if not self._backfill:
             messages = self._database.claim(max_rows, self._options.lease_seconds, held, busy_models)
         if not messages and time.monotonic() >= self._scan_at:
-            messages = _claim_backfill(self._database, self._options, self._backfill, max_rows, held)
+            messages = _claim_backfill(
+                self._database, self._options, self.speeds, self._backfill, max_rows, held, busy_models
+            )
             self._scan_at = 0.0 if messages else time.monotonic() + LOOK_AROUND_SECONDS
         return messages
 
@@ -151,7 +156,7 @@ def run_pass(database: Database, network: Network, options: Options) -> Report:
     """
     messages = database.claim(options.max_rows, options.lease_seconds, [], [])
     if not messages:
-        messages = _claim_backfill(database, options, False, options.max_rows, [])
+        messages = _claim_backfill(database, options, Speeds(), False, options.max_rows, [], [])
     if not messages:
         return Report()
     return _run(database, network, options, messages, None)
@@ -179,12 +184,19 @@ def _run(database: Database, network: Network, options: Options, messages: list[
 
 
 def _claim_backfill(
-    database: Database, options: Options, dedicated: bool, max_rows: int, held: list[int]
+    database: Database,
+    options: Options,
+    speeds: Speeds,
+    dedicated: bool,
+    max_rows: int,
+    held: list[int],
+    busy_models: list[str],
 ) -> list[Message]:
     """The next rows of a table that is being scanned, as one message that is claimed already."""
-    backfill = database.next_backfill(dedicated=dedicated)
+    backfill = database.next_backfill(dedicated=dedicated, busy_models=busy_models)
     if backfill is None:
         return []
+    max_rows = min(max_rows, speeds.texts_ahead(backfill.model, backfill.provider) or max_rows)
     if backfill.failures:
         # A provider that failed last time is tried with one row.
         max_rows = 1
@@ -261,6 +273,7 @@ class _Pass:
         self._lane = lane
         self._pace = lane.pace if lane else Pace(options.batch_size, options.max_rows, indexed=True)
         self._owners = lane.owners if lane else Owners()
+        self._speeds = lane.speeds if lane else None
         self._rows = Rows(database, ledger, self._pace, self._owners)
         self._outboxes: dict[Model, Outbox] = {}
         # Requests that are handed to threads and may not be sent yet.
@@ -305,7 +318,7 @@ class _Pass:
     def _load(self, flight: Flight[Request, Embedded], messages: list[Message]) -> None:
         """Reads the rows of claimed messages, and sends their texts."""
         began_at = time.monotonic()
-        work = open_jobs(self._database, self._ledger, messages, self._options.max_rows)
+        work = open_jobs(self._database, self._ledger, messages, self._options.max_rows, self._texts_ahead)
         for pipeline, jobs in self._owners.quickest_first(work):
             try:
                 self._read(pipeline, jobs)
@@ -320,7 +333,8 @@ class _Pass:
     def _read(self, pipeline: Pipeline, jobs: list[Job]) -> None:
         """Reads the rows of one pipeline, and puts their texts into the outbox of its model."""
         held = sum(len(text) for outbox in self._outboxes.values() for text in outbox.jobs)
-        for job, text in self._rows.to_embed(pipeline, self._rows.read(pipeline, jobs, READ_BYTES - held)):
+        chosen = self._rows.to_embed(pipeline, self._rows.read(pipeline, jobs, READ_BYTES - held))
+        for job, text in self._rows.writable(pipeline, chosen):
             outbox = self._outbox(pipeline)
             if text not in outbox.jobs:
                 outbox.unsent.append(text)
@@ -344,7 +358,7 @@ class _Pass:
         Models that do not answer are left out of the account.
         """
         batch_size = self._options.batch_size
-        busy = {model.name for model, outbox in self._outboxes.items() if outbox.is_busy}
+        busy = {model.name for model, outbox in self._outboxes.items() if outbox.is_busy or self._holds_enough(model)}
         others = [outbox for model, outbox in self._outboxes.items() if model.name not in busy]
         # In requests: those the lane may hold, those it holds, and those that may be added.
         most = self._pace.max_rows() // batch_size
@@ -372,11 +386,21 @@ class _Pass:
 
     # Embed ---------------------------------------------------------------------------------------
 
+    def _holds_enough(self, model: Model) -> bool:
+        """Whether a model that embeds in this process has enough to do for a while."""
+        ahead = self._texts_ahead(model)
+        return ahead is not None and len(self._outboxes[model].jobs) >= ahead
+
+    def _texts_ahead(self, model: Model) -> int | None:
+        return self._speeds.texts_ahead(model.name, model.provider) if self._speeds else None
+
     def _submit(self, model: Model, texts: Sequence[str]) -> None:
         """Packs texts into requests, which are sent when the limits of their model allow."""
         outbox = self._outboxes[model]
         sizes = sizes_of(model, outbox.limiter.learnt)
         most = min(self._options.batch_size, sizes.inputs_per_request)
+        # A new change waits behind the request that is being worked on.
+        most = min(most, self._texts_ahead(model) or most)
         packed = batching.pack(texts, most, sizes.tokens_per_request, model.prefix("document"))
         outbox.waiting.extend(self._request(model, part) for part in packed)
 
@@ -414,6 +438,8 @@ class _Pass:
         """Whether the first request that waits may be sent now. Asks for its permit if it has none."""
         elapsed = time.monotonic() - outbox.began_at
         if outbox.in_flight >= min(self._options.max_requests, model.max_requests_in_flight or math.inf):
+            return False
+        if outbox.in_flight >= REQUESTS_HERE and self._texts_ahead(model) is not None:
             return False
         if outbox.in_flight and outbox.limiter.learnt is None and elapsed < FIRST_ANSWER_SECONDS:
             return False
@@ -464,6 +490,8 @@ class _Pass:
             case BaseException():
                 raise outcome
             case Embedded(vectors, tokens):
+                if self._speeds is not None and outcome.seconds is not None:
+                    self._speeds.embedded(request.model.name, len(request.texts), outcome.seconds)
                 self._database.note_usage(request.model.name, self._shares(request, tokens), request.slot)
                 self._accept(request, vectors)
 

@@ -10,6 +10,20 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._owns IS 'Whether the current role has the rights of a table''s owner.';
 
+CREATE OR REPLACE FUNCTION autoembed._is_empty(table_id regclass)
+    RETURNS boolean
+    LANGUAGE sql
+    VOLATILE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT coalesce(bool_and(c.relkind = 'r' AND pg_relation_size(c.oid) = 0), true)
+    FROM (SELECT t.relid FROM pg_partition_tree(table_id) AS t WHERE t.isleaf UNION SELECT table_id) AS r
+    JOIN pg_class AS c ON c.oid = r.relid AND c.relkind <> 'p';
+$sql$;
+COMMENT ON FUNCTION autoembed._is_empty IS
+    'Whether a table has no page, and so no row. Reads nothing. A table whose rows were deleted may have pages.';
+
 CREATE OR REPLACE FUNCTION autoembed._may_see(table_id regclass)
     RETURNS boolean
     LANGUAGE sql

@@ -43,6 +43,50 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._continue_advice IS
     'The advice on how a pipeline goes on that has lost a column.';
 
+CREATE OR REPLACE FUNCTION autoembed._without_replica_identity(table_id regclass)
+    RETURNS regclass
+    LANGUAGE plpgsql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    -- Most databases publish nothing. Each claim comes by here.
+    IF NOT EXISTS (SELECT FROM pg_publication AS p WHERE p.pubupdate) THEN
+        RETURN NULL;
+    END IF;
+    RETURN (
+        SELECT c.oid
+        FROM (SELECT t.relid FROM pg_partition_tree(table_id) AS t WHERE t.isleaf UNION SELECT table_id) AS r
+        JOIN pg_class AS c ON c.oid = r.relid AND c.relkind = 'r' AND c.relpersistence = 'p'
+        WHERE c.relreplident <> 'f'
+          AND NOT EXISTS (
+              SELECT FROM pg_index AS i
+              WHERE i.indrelid = c.oid
+                AND CASE c.relreplident WHEN 'd' THEN i.indisprimary WHEN 'i' THEN i.indisreplident ELSE false END
+          )
+          AND EXISTS (
+              SELECT FROM (SELECT a.relid FROM pg_partition_ancestors(c.oid) AS a UNION SELECT c.oid) AS a
+              JOIN pg_class AS o ON o.oid = a.relid
+              JOIN pg_publication AS p
+                  ON p.pubupdate
+                 AND (p.puballtables
+                      OR EXISTS (
+                          SELECT FROM pg_publication_rel AS l WHERE l.prpubid = p.oid AND l.prrelid = o.oid
+                      )
+                      OR EXISTS (
+                          SELECT FROM pg_publication_namespace AS n
+                          WHERE n.pnpubid = p.oid AND n.pnnspid = o.relnamespace
+                      ))
+          )
+        LIMIT 1
+    );
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._without_replica_identity IS
+    'The table, or its partition, that a publication of updates has and that has no replica identity. PostgreSQL '
+    'refuses each UPDATE of such a table. NULL if there is none.';
+
 CREATE OR REPLACE FUNCTION autoembed._check_pipeline(
     pipeline autoembed.pipeline,
     OUT problem text,
@@ -64,6 +108,7 @@ DECLARE
     _is_vector boolean;
     _type_dimensions integer;
     _generated boolean;
+    _unpublished regclass;
     _model autoembed.model;
 BEGIN
     SELECT c.* INTO _table FROM pg_class AS c WHERE c.oid = pipeline.table_id;
@@ -252,6 +297,16 @@ BEGIN
             errcode := 'insufficient_privilege';
             RETURN;
         END IF;
+    END IF;
+
+    _unpublished := autoembed._without_replica_identity(_vectors_table);
+    IF _unpublished IS NOT NULL THEN
+        problem := format('table %s is published without a replica identity, so none of its rows can be updated',
+                          _unpublished);
+        hint := format('Give it a primary key, or name another index: ALTER TABLE %s REPLICA IDENTITY USING INDEX ….',
+                       _unpublished);
+        errcode := 'waits';
+        RETURN;
     END IF;
 
     _missing := autoembed._missing_object(pipeline);

@@ -366,6 +366,7 @@ DECLARE
     _index record;
     _embeddings_table regclass;
     _name text := concat_ws('.', table_name::text, quote_ident(embedding_column));
+    _is_empty boolean;
 BEGIN
     IF table_name IS NULL THEN
         RAISE EXCEPTION USING ERRCODE = 'null_value_not_allowed', MESSAGE = 'table_name must not be NULL';
@@ -492,9 +493,14 @@ BEGIN
     ELSIF _index.key IS NULL THEN
         RAISE WARNING USING MESSAGE = _index.problem, HINT = _index.hint;
     END IF;
-    IF enqueue_existing OR create_index THEN
+    -- The triggers are there, and no other session can write before this transaction ends. What comes is queued.
+    _is_empty := autoembed._is_empty(enable.table_name);
+    IF enqueue_existing AND NOT _is_empty OR create_index THEN
         INSERT INTO autoembed.backfill (pipeline_id, create_index)
         VALUES (_pipeline.id, coalesce(enable.create_index, false));
+        UPDATE autoembed.backfill AS b
+        SET scanned_at = clock_timestamp()
+        WHERE b.pipeline_id = _pipeline.id AND _is_empty;
     END IF;
 END;
 $plpgsql$;

@@ -1,11 +1,15 @@
 -- Backfills: scans of whole tables for missing and stale embeddings.
 
-CREATE OR REPLACE FUNCTION autoembed._next_backfill(dedicated boolean)
-    RETURNS TABLE (pipeline_id integer, owner bigint, after text, condition text, failures integer)
+CREATE OR REPLACE FUNCTION autoembed._next_backfill(dedicated boolean, busy_models text[])
+    RETURNS TABLE (
+        pipeline_id integer, owner bigint, after text, condition text, failures integer, model text, provider text
+    )
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    _left_since timestamptz := 'infinity';
 BEGIN
     -- This begins a lane's transaction, so it takes the lock of _gate().
     LOCK TABLE autoembed.lane IN ACCESS SHARE MODE;
@@ -14,14 +18,19 @@ BEGIN
        OR NOT dedicated AND EXISTS (SELECT FROM autoembed.lane AS l WHERE l.backfill) THEN
         RETURN;
     END IF;
+    -- Between the end of such a lane and the start of the next there is none.
+    IF NOT dedicated AND autoembed._backfill_lane_is_scheduled() THEN
+        _left_since := clock_timestamp() - interval '30 seconds';
+    END IF;
     -- Backfills take turns, so that none holds up another, whether its scan works or fails.
     RETURN QUERY
     WITH next AS (
-        SELECT b.pipeline_id, s.failures
+        SELECT b.pipeline_id, s.failures, m.name, m.provider
         FROM autoembed.backfill AS b
         JOIN autoembed._pipeline_state AS s ON s.id = b.pipeline_id AND s.blocked IS NULL
         JOIN autoembed.pipeline AS p ON p.id = b.pipeline_id
-        WHERE b.scanned_at IS NULL
+        JOIN autoembed.model AS m ON m.name = s.model AND m.name <> ALL (busy_models)
+        WHERE b.scanned_at IS NULL AND coalesce(b.served_at, b.started_at) < _left_since
         -- In a dump of 0.1.0, a backfill that no lane has worked on yet has a NULL.
         ORDER BY coalesce(b.served_at, b.started_at), b.pipeline_id
         LIMIT 1
@@ -38,11 +47,12 @@ BEGIN
         FROM autoembed.pipeline AS p
         JOIN pg_class AS c ON c.oid = p.table_id
         WHERE p.id = b.pipeline_id
-    ), b.position, b.condition, n.failures;
+    ), b.position, b.condition, n.failures, n.name, n.provider;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._next_backfill IS
-    'The next backfill to scan for, locked until the commit. dedicated: the caller is a lane for backfills alone.';
+    'The next backfill to scan for, locked until the commit. dedicated: the caller is a lane for backfills alone. '
+    'busy_models: the models for which the lane holds enough.';
 
 CREATE OR REPLACE FUNCTION autoembed._queue_backfill(
     pipeline_id integer,
@@ -60,6 +70,7 @@ AS $plpgsql$
 DECLARE
     _now timestamptz := clock_timestamp();
     _backfill autoembed.backfill;
+    _queued jsonb;
 BEGIN
     UPDATE autoembed.backfill AS b
     SET position = coalesce(keys[cardinality(keys)], b.position),
@@ -67,19 +78,36 @@ BEGIN
         scanned_at = CASE WHEN exhausted THEN _now END
     WHERE b.pipeline_id = _queue_backfill.pipeline_id
     RETURNING b.* INTO _backfill;
-    IF keys = '{}' THEN
-        RETURN;
-    END IF;
     IF _backfill.force THEN
         -- No text has this digest.
         UPDATE autoembed.embedded AS e SET digest = ''
         WHERE e.pipeline_id = _queue_backfill.pipeline_id AND e.key = ANY (autoembed._short_keys(keys));
     END IF;
+    -- A row that a message names already is left to it, or it would be sent twice. A change is queued with its row, so
+    -- the message of a row that the scan has seen is seen here.
+    SELECT jsonb_agg(k.key::jsonb ORDER BY k.number) INTO _queued
+    FROM unnest(keys) WITH ORDINALITY AS k(key, number)
+    WHERE _backfill.force OR k.key::jsonb NOT IN (
+        SELECT e.key
+        FROM (
+            SELECT q.message FROM autoembed._job AS q
+            WHERE q.pipeline = _queue_backfill.pipeline_id::text
+            -- With more, this look would take longer than it saves.
+            LIMIT 1000
+        ) AS q
+        CROSS JOIN LATERAL jsonb_array_elements(CASE jsonb_typeof(q.message -> 'keys')
+            WHEN 'array' THEN q.message -> 'keys'
+            ELSE jsonb_build_array(jsonb_build_array(q.message -> 'id'))
+        END) AS e(key)
+    );
+    IF _queued IS NULL THEN
+        RETURN;
+    END IF;
     -- The message is queued as claimed: if this lane dies, another lane finds it.
     INSERT INTO autoembed._job AS q (due_at, read_count, last_read_at, message)
     VALUES (_now + make_interval(secs => lease_seconds), 1, _now, jsonb_build_object(
         'pipeline', _queue_backfill.pipeline_id,
-        'keys', (SELECT jsonb_agg(k.key::jsonb) FROM unnest(keys) AS k(key))
+        'keys', _queued
     ))
     RETURNING q.message_id, q.read_count, q.message INTO message_id, read_count, message;
     UPDATE autoembed._this_lane SET claimed_at = _now, message_ids = held || message_id;
@@ -87,7 +115,8 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._queue_backfill IS
-    'Moves the position of a backfill behind these keys, and returns a message that names them and is already claimed.';
+    'Moves the position of a backfill behind these keys. Returns a message that is already claimed and names those '
+    'that no other message names.';
 
 CREATE OR REPLACE FUNCTION autoembed._fail_backfill(pipeline_id integer, reason text)
     RETURNS void

@@ -21,6 +21,26 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._cron_places IS 'How many jobs pg_cron runs at a time.';
 
+CREATE OR REPLACE FUNCTION autoembed._backfill_lane_is_scheduled()
+    RETURNS boolean
+    LANGUAGE plpgsql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF NOT autoembed._cron_is_here() THEN
+        RETURN false;
+    END IF;
+    RETURN EXISTS (
+        SELECT FROM cron.job AS j
+        WHERE j.active AND j.jobname ~ '^autoembed-backfill-[0-9]+$' AND j.database = current_database()
+    );
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._backfill_lane_is_scheduled IS
+    'Whether pg_cron starts a lane for backfills in this database.';
+
 CREATE OR REPLACE FUNCTION autoembed._index_may_be_built(pipeline_id integer)
     RETURNS boolean
     LANGUAGE sql

@@ -1,6 +1,6 @@
 -- Reads the texts of rows by key, up to about max_bytes. Runs as the table's owner, in lanes.
 CREATE FUNCTION autoembed._content_{{id}}(keys text[], max_bytes bigint, max_text_bytes bigint)
-    RETURNS TABLE (key text, content text, vector_digest bytea, bytes bigint)
+    RETURNS TABLE (key text, content text, vector_digest bytea, bytes bigint, is_locked boolean)
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = {{search_path}}
@@ -13,9 +13,13 @@ DECLARE
         SELECT s.key,
                CASE WHEN {{content_bytes}} OPERATOR(pg_catalog.<=) max_text_bytes THEN {{content}} END,
                {{vector_digest}},
-               {{content_bytes}}
+               {{content_bytes}},
+               t.xmax, t.tableoid, t.ctid
         FROM (SELECT s.key, {{sent_keys}} FROM pg_catalog.unnest(keys) AS s(key)) AS s
         JOIN {{table}} AS t ON {{same_key}};
+    _locked_by xid;
+    _table oid;
+    _place tid;
     _context text;
 BEGIN
     {{content_guard}}
@@ -24,11 +28,17 @@ BEGIN
     LOCK TABLE {{table}} IN ROW EXCLUSIVE MODE NOWAIT;
     OPEN _rows;
     LOOP
-        FETCH _rows INTO key, content, vector_digest, bytes;
+        FETCH _rows INTO key, content, vector_digest, bytes, _locked_by, _table, _place;
         EXIT WHEN NOT FOUND;
         bytes := GREATEST(bytes, pg_catalog.octet_length(content));
         IF bytes OPERATOR(pg_catalog.>) max_text_bytes THEN
             content := NULL;
+        END IF;
+        is_locked := false;
+        -- Most rows have never been locked. The lock taken here is undone with what else the code of the owner does.
+        IF _locked_by OPERATOR(pg_catalog.<>) 0 THEN
+            PERFORM FROM {{table}} AS t WHERE t.ctid = _place AND t.tableoid = _table FOR NO KEY UPDATE SKIP LOCKED;
+            is_locked := NOT FOUND;
         END IF;
         RETURN NEXT;
         max_bytes := max_bytes - bytes;

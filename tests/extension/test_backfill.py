@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -127,6 +128,104 @@ def test_a_backfill_goes_on_where_a_killed_lane_stood(db: Connection, api: FakeA
     assert len(sent) == 300
     assert {text for text, times in sent.items() if times > 1} <= {f"old {n}" for n in range(121, 131)}
     assert max(sent.values()) <= 2
+
+
+def inputs(db: Connection) -> int:
+    row = db.execute("SELECT coalesce(sum(inputs), 0) FROM autoembed.usage").fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+@pytest.mark.parametrize("partitioned", [False, True])
+def test_there_is_nothing_to_scan_in_an_empty_table(db: Connection, api: FakeApi, partitioned: bool) -> None:
+    """Rows that come at once were found twice: by the trigger, and by the scan of a table that had none."""
+    db.execute("CREATE TABLE documents (id int PRIMARY KEY, content text)" + " PARTITION BY RANGE (id)" * partitioned)
+    if partitioned:
+        db.execute("CREATE TABLE part PARTITION OF documents DEFAULT")
+
+    enable(db)
+
+    assert db.execute(SCANNING).fetchone() == (False,)
+    db.execute("INSERT INTO documents SELECT n, 'text ' || n FROM generate_series(1, 30) AS n")
+    process_all(db)
+    assert is_fresh(db)
+    assert inputs(db) == 30
+
+
+@pytest.mark.parametrize("key", ["id int PRIMARY KEY", "id bigint, note text DEFAULT 'a, b', PRIMARY KEY (note, id)"])
+def test_rows_that_come_while_a_table_is_scanned_are_sent_once(
+    db: Connection, api: FakeApi, connect: Connect, key: str
+) -> None:
+    """A scan that does not look into the queue sends rows whose message is in flight or waits."""
+    db.execute(f"CREATE TABLE documents ({key}, content text, embedding halfvec(1536))")
+    db.execute("INSERT INTO documents (id, content) SELECT n, 'old ' || n FROM generate_series(1, 50) AS n")
+    enable(db)
+    api.behave(hold="new")
+    # A message that names no row stops no scan.
+    db.execute("SELECT pgmq.send('embedding_jobs', '{\"pipeline\": 1, \"keys\": 5}')")
+    db.execute("INSERT INTO documents (id, content) SELECT n, 'new ' || n FROM generate_series(51, 90) AS n")
+    with running_lanes(db, connect, 1, TEN):
+        api.wait_for(held=1)
+        with running_lanes(db, connect, 1, f"{TEN}, backfill => true"):
+            wait_until(lambda: db.execute(SCANNING).fetchone() == (False,))
+            api.release()
+            wait_until(lambda: is_done(db))
+
+    assert is_fresh(db)
+    assert max(Counter(api.texts()).values()) == 1
+
+
+def test_rows_that_wait_are_embedded_again_where_all_are_asked_for(db: Connection, api: FakeApi) -> None:
+    """If a forced scan left out rows that wait, a row that is queued for nothing would keep its vector."""
+    fill(db, 10)
+    enable(db)
+    process_all(db)
+    with db.transaction():
+        db.execute("UPDATE documents SET content = 'x' WHERE id = 1")
+        db.execute("UPDATE documents SET content = 'old 1' WHERE id = 1")
+    db.execute("UPDATE pgmq.q_embedding_jobs SET vt = now() + interval '1 hour'")
+    db.execute("SELECT autoembed.reembed('documents')")
+    process_all(db)
+
+    assert Counter(api.texts()) == {f"old {n}": 2 for n in range(1, 11)}
+
+
+@pytest.mark.parametrize("active", [True, False])
+@pytest.mark.parametrize(("ago", "left"), [("1 second", True), ("1 hour", False)])
+def test_a_backfill_is_left_to_the_lane_that_is_scheduled_for_it_for_a_while(
+    db: Connection, api: FakeApi, ago: str, left: bool, active: bool
+) -> None:
+    """Between two lanes for backfills there is none. A live lane took 2,000 rows then, and live rows waited."""
+    fill(db, 10)
+    enable(db)
+    # In the place of pg_cron, which is in one database of a server.
+    db.execute("CREATE SCHEMA cron CREATE TABLE job (jobname text, active boolean, database name)")
+    db.execute("INSERT INTO cron.job VALUES ('autoembed-backfill-1', %s, current_database())", [active])
+    served = f"UPDATE autoembed.backfill SET served_at = now() - interval '{ago}'"
+
+    db.execute(served.encode())
+    assert db.execute("SELECT FROM autoembed._next_backfill(true, '{}')").rowcount == 1
+    db.execute(served.encode())
+    assert db.execute("SELECT FROM autoembed._next_backfill(false, '{}')").rowcount == int(not (left and active))
+
+
+def test_no_more_of_a_table_is_scanned_while_its_model_does_not_answer(
+    db: Connection, api: FakeApi, connect: Connect
+) -> None:
+    """A lane whose model hung for a second went on to claim the whole table."""
+    fill(db, 200)
+    enable(db)
+    api.behave(hold="old")
+    with running_lanes(db, connect, 1, f"{TEN}, backfill => true"):
+        api.wait_for(held=1)
+        began_at = time.monotonic()
+        # Busy after a second, and another second of looks.
+        wait_until(lambda: time.monotonic() - began_at > 3)
+        assert db.execute("SELECT rows_queued <= 20 FROM autoembed.backfill").fetchone() == (True,)
+        api.release()
+        wait_until(lambda: is_done(db), 60)
+
+    assert is_fresh(db)
 
 
 def test_a_fresh_row_does_not_wait_for_a_backfill(db: Connection, api: FakeApi, connect: Connect) -> None:

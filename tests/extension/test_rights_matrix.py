@@ -32,6 +32,7 @@ _after_renames - - - x
 _arguments - - - x
 _as_owner - x - x
 _backfill - - - x
+_backfill_lane_is_scheduled - - - x
 _before_drop - - - x
 _build_embedders - - - x
 _build_index - - - x
@@ -113,6 +114,7 @@ _index_job - - - x
 _index_key - x - x
 _index_may_be_built - - - x
 _is_chosen - - - x
+_is_empty - x - x
 _is_key - - - x
 _is_uncommitted - - - x
 _keep_restored_model - - - x
@@ -197,6 +199,7 @@ _vector_version - - - x
 _waits_for_commit - x - x
 _warn_of_blocked_pipelines - - - x
 _warn_once - - - x
+_without_replica_identity - - - x
 _work - - - x
 allow_http_host - - - x
 alter_model - - - x

@@ -112,6 +112,9 @@ class FakeDatabase(Database):
         self.vectors: dict[str, list[float] | None] = {}
         self.embedded: dict[str, tuple[bytes, bool]] = {}
         self.vector_digests: dict[str, bytes] = {}
+        # The keys of each try of a write, and whether a try meets the errors of the write.
+        self.tried_keys: list[list[str]] = []
+        self.tries_find = True
         self.replaced: dict[str, int] = {}
         self.failures: dict[str, Failure] = {}
         self.failed_messages: list[tuple[Any, str, int]] = []
@@ -260,9 +263,9 @@ class FakeDatabase(Database):
         self.queue[message_id] = replace(self.queue[message_id], read_count=read_count)
         self.delays[message_id] = delay_seconds
 
-    def next_backfill(self, *, dedicated: bool) -> Backfill | None:
+    def next_backfill(self, *, dedicated: bool, busy_models: Sequence[str]) -> Backfill | None:
         self._note("next_backfill")
-        return self.backfill
+        return None if MODEL.name in busy_models else self.backfill
 
     def scan(self, backfill: Backfill, max_rows: int) -> list[str]:
         self._note("scan")
@@ -351,6 +354,14 @@ class FakeDatabase(Database):
         self._note("note_replaced")
         for key in keys:
             self.vector_digests.setdefault(key, b"")
+
+    def try_write(self, pipeline: Pipeline, keys: Sequence[str], contents: Sequence[str | None]) -> dict[str, str]:
+        self._note("try_write")
+        self.tried_keys.append(list(keys))
+        for key in keys:
+            if key in self.write_errors and self.tries_find:
+                raise self.write_errors[key]
+        return {key: "skipped" if key in self.skipped else "written" for key in keys}
 
     def write(
         self, pipeline: Pipeline, keys: Sequence[str], contents: Sequence[str | None], vectors: Vector | None

@@ -13,7 +13,7 @@ from autoembed import rows
 from autoembed.errors import PassEnded, RowError
 from autoembed.jobs import MAX_ATTEMPTS, Job, Ledger, Outcome, Report
 from autoembed.records import Known, Pipeline, Row
-from autoembed.rows import Owners, Pace, Rows
+from autoembed.rows import Owners, Pace, Rows, Speeds
 from unit.fakes import (
     MODEL,
     PIPELINE,
@@ -1038,3 +1038,87 @@ def test_a_row_that_waits_for_its_vector_spends_no_attempt_and_a_new_text_ends_t
 
     assert [text for _, text in chosen] == ["new"]
     assert jobs[0].outcome == Outcome(4.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("provider", "requests", "texts"),
+    [
+        ("openai", [(100, 30.0)], None),
+        ("fake", [], None),
+        ("local", [], 10),
+        ("function", [], 10),
+        ("local", [(10, 0.1)], 100),
+        ("local", [(10, 2.0)], 5),
+        ("local", [(10, 60.0)], 1),
+        ("local", [(10, 0.1), (100, 1.0), (100, 5.0)], 60),
+        ("local", [(10, 0.0)], 10_000),
+    ],
+)
+def test_a_model_in_the_lanes_own_process_has_work_for_a_second(
+    provider: str, requests: list[tuple[int, float]], texts: int | None
+) -> None:
+    speeds = Speeds()
+    for count_of_texts, seconds in requests:
+        speeds.embedded("model", count_of_texts, seconds)
+
+    assert speeds.texts_ahead("model", provider) == texts
+
+
+# --- tries of a write -------------------------------------------------------------------------------
+
+
+def tried(desk: Desk, jobs: list[Job]) -> list[str]:
+    """The texts that may be sent."""
+    return [text for _, text in desk.rows.writable(PIPELINE, desk.rows.to_embed(PIPELINE, desk.read(jobs)))]
+
+
+def test_one_row_is_tried_before_the_first_text_and_none_once_rows_take_their_vectors(desk: Desk) -> None:
+    first, second = desk.put("a", "b", "c"), desk.put("d", "e")
+
+    assert tried(desk, first) == ["a", "b", "c"]
+    assert tried(desk, second) == ["d", "e"]
+    assert desk.database.tried_keys == [[first[0].key]]
+
+
+def test_once_a_row_has_refused_its_vector_the_next_rows_are_tried(desk: Desk) -> None:
+    jobs = desk.put("a")
+    tried(desk, jobs)
+    desk.database.write_errors[jobs[0].key] = RowError("no")
+    desk.write(jobs)
+    desk.database.tried_keys.clear()
+    others = desk.put("c", "d")
+    desk.database.write_errors |= {job.key: RowError("no") for job in others}
+
+    assert tried(desk, others) == []
+    assert desk.database.tried_keys == [[others[0].key], [others[1].key]]
+    assert outcomes_of(others) == ["done"] * 2
+    assert {failure.reason for failure in desk.database.failures.values()} == {"no"}
+
+
+def test_a_row_that_was_to_blame_before_is_tried_and_a_conflict_is_counted(desk: Desk) -> None:
+    tried(desk, desk.put("a"))
+    [again] = desk.put("b", attempts=1)
+    desk.database.write_errors[again.key] = RowError("deadlock", sqlstate="40P01")
+
+    assert tried(desk, [again]) == []
+    assert outcomes_of([again]) == ["counted"]
+
+
+def test_tries_have_a_second_and_the_rows_that_are_left_go_back(desk: Desk) -> None:
+    jobs = desk.put(*"abcde")
+    desk.database.write_errors = {job.key: RowError("no") for job in jobs}
+    desk.takes(0.6, "try_write")
+
+    assert tried(desk, jobs) == []
+    assert outcomes_of(jobs).count("released") == 4
+
+
+def test_the_text_of_a_locked_row_is_not_sent(desk: Desk) -> None:
+    jobs = desk.put("a", "b")
+    for job in desk.read(jobs):
+        job.row = Row(job.content, None, is_locked=job is jobs[0])
+
+    chosen = desk.rows.to_embed(PIPELINE, jobs)
+
+    assert [text for _, text in chosen] == ["b"]
+    assert outcomes_of(jobs[:1]) == ["again"]

@@ -53,6 +53,8 @@ PROVIDERS: dict[str, Provider] = {
     "function": function,
     "fake": fake,
 }
+# The providers whose models embed in the process that asks, one request at a time.
+COMPUTED_HERE = frozenset({"local", "function"})
 
 
 def provider_of(model: Model) -> Provider:

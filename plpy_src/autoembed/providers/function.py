@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from autoembed.errors import Refused
@@ -30,14 +31,16 @@ def check(model: Model) -> None:
 def embed(request: Request, call_embedder: CallEmbedder) -> Embedded:
     import numpy as np
 
+    began_at = time.monotonic()
     answer = call_embedder(request.model.name, request.purpose, request.texts, request.timeout_seconds)
+    seconds = time.monotonic() - began_at
     if len(answer) != len(request.texts):
         raise Refused(f"the function returned {len(answer)} vectors for {len(request.texts)} texts")
     sent = [vector for vector in answer if vector is not None]
     if len(sent) < len(answer):
         raise Refused("the function returned NULL in place of a vector")
     vectors = [np.frombuffer(vector, ">f4", offset=HEADER_BYTES) for vector in sent]
-    return Embedded(matrix(vectors, len(vectors), request.model.dimensions))
+    return Embedded(matrix(vectors, len(vectors), request.model.dimensions), seconds=seconds)
 
 
 def abort() -> None:

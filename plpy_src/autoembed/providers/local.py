@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -48,13 +49,16 @@ def embed(request: Request, network: Network) -> Embedded:
     request.sent.set()
     with _running:
         _stopping.clear()
-        vectors = _onnx_model(request.model).embed(prefixed(request), _stop_if_told)
+        model = _onnx_model(request.model)
+        began_at = time.monotonic()
+        vectors = model.embed(prefixed(request), _stop_if_told)
+        seconds = time.monotonic() - began_at
     if vectors.shape[1] != request.model.dimensions:
         raise ProviderTrouble(
             f"the model's vectors have {vectors.shape[1]} dimensions, it is defined with {request.model.dimensions}",
             permanent=True,
         )
-    return Embedded(vectors)
+    return Embedded(vectors, seconds=seconds)
 
 
 def abort() -> None:

@@ -1,0 +1,211 @@
+"""Rows that cannot be written: locked ones, and those whose table refuses their vectors. Nothing is paid for them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fake_api import FakeApi
+from harness import Connection, waiting
+from waiting import wait_until
+
+Connect = Callable[..., Connection]
+
+# What a trigger does before an UPDATE of the rows for which a condition holds, and after how many tries a row fails.
+REFUSALS = {
+    "raises": ("RAISE 'not now';", 1, "not now"),
+    "returns NULL": ("RETURN NULL;", 5, "leaves the row out of the write"),
+    "raises a serialization failure": ("RAISE 'again' USING ERRCODE = 'serialization_failure';", 5, "again"),
+    "raises a deadlock": ("RAISE 'dead' USING ERRCODE = 'deadlock_detected';", 5, "dead"),
+    "raises no replica identity": (
+        "RAISE 'cannot' USING ERRCODE = 'object_not_in_prerequisite_state';",
+        1,
+        "cannot",
+    ),
+}
+
+
+def process(db: Connection) -> Any:
+    """A pass over all that waits, due or not."""
+    db.execute("UPDATE pgmq.q_embedding_jobs SET vt = now()")
+    return db.execute("SELECT * FROM autoembed.process()").fetchone()
+
+
+def drain(db: Connection) -> None:
+    """Passes until nothing waits. A pass has a second for the code of an owner."""
+    wait_until(lambda: process(db) and waiting(db) == 0, 60)
+
+
+def refuse(db: Connection, statement: str, condition: str) -> None:
+    db.execute(
+        f"CREATE OR REPLACE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
+        f" $$ BEGIN IF {condition} THEN {statement} END IF; RETURN NEW; END $$"
+    )
+    db.execute("CREATE TRIGGER refuse BEFORE UPDATE ON notes FOR EACH ROW EXECUTE FUNCTION refuse()")
+
+
+@pytest.fixture
+def notes(db: Connection, api: FakeApi) -> Connection:
+    db.execute("CREATE TABLE notes (id int PRIMARY KEY, body text, embedding halfvec(1536))")
+    db.execute("SELECT autoembed.enable('notes', content_columns => '{body}', embedding_column => 'embedding')")
+    return db
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_a_table_that_takes_no_vector_costs_no_request(notes: Connection, api: FakeApi, refusal: str) -> None:
+    """If the vector is asked for before a write is tried, each row is paid for, once or five times."""
+    statement, attempts, reason = REFUSALS[refusal]
+    refuse(notes, statement, "true")
+    notes.execute("INSERT INTO notes SELECT n, 'text ' || n FROM generate_series(1, 20) AS n")
+
+    drain(notes)
+
+    assert api.texts() == []
+    failures = notes.execute("SELECT reason, attempts FROM autoembed.failed").fetchall()
+    assert len(failures) == 20
+    assert all(reason in failure.reason and failure.attempts == attempts for failure in failures)
+    assert waiting(notes) == 0
+    # The cause is mended.
+    notes.execute("DROP TRIGGER refuse ON notes")
+    notes.execute("SELECT autoembed.retry_failed('notes')")
+    process(notes)
+    assert notes.execute("SELECT count(*) FROM notes WHERE embedding IS NULL").fetchone() == (0,)
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_a_row_that_takes_no_vector_is_paid_for_once_at_most(notes: Connection, api: FakeApi, refusal: str) -> None:
+    statement, attempts, reason = REFUSALS[refusal]
+    refuse(notes, statement, "NEW.id = 7")
+    notes.execute("INSERT INTO notes SELECT n, 'text ' || n FROM generate_series(1, 20) AS n")
+
+    drain(notes)
+
+    [failure] = notes.execute("SELECT key, reason FROM autoembed.failed").fetchall()
+    assert failure.key == "[7]" and reason in failure.reason
+    assert notes.execute("SELECT id FROM notes WHERE embedding IS NULL").fetchall() == [(7,)]
+    assert max(Counter(api.texts()).values()) == 1
+
+
+def test_a_deadlock_that_passes_costs_no_row(notes: Connection, api: FakeApi) -> None:
+    """A first deadlock put the row on the failed list."""
+    notes.execute("CREATE SEQUENCE tries")
+    refuse(notes, "RAISE 'dead' USING ERRCODE = 'deadlock_detected';", "nextval('tries') < 3")
+    notes.execute("INSERT INTO notes VALUES (1, 'one')")
+
+    for _ in range(4):
+        process(notes)
+
+    assert notes.execute("SELECT embedding IS NULL FROM notes").fetchone() == (False,)
+    assert notes.execute("SELECT FROM autoembed.failed").rowcount == 0
+
+
+@pytest.mark.parametrize(
+    ("publication", "ddl"),
+    [
+        ("FOR TABLE notes", "CREATE TABLE notes (id int NOT NULL UNIQUE, body text)"),
+        ("FOR ALL TABLES", "CREATE TABLE notes (id int NOT NULL UNIQUE, body text)"),
+        ("FOR TABLES IN SCHEMA public", "CREATE TABLE notes (id int NOT NULL UNIQUE, body text)"),
+        (
+            "FOR TABLE notes",
+            "CREATE TABLE notes (id int NOT NULL UNIQUE, body text) PARTITION BY RANGE (id);"
+            "CREATE TABLE part PARTITION OF notes DEFAULT",
+        ),
+    ],
+)
+def test_a_published_table_without_a_replica_identity_waits_and_says_why(
+    db: Connection, api: FakeApi, publication: str, ddl: str
+) -> None:
+    """Its rows were paid for and refused each second, and nothing said so."""
+    db.execute(ddl)
+    db.execute("SELECT autoembed.enable('notes', content_columns => '{body}', embedding_column => 'embedding')")
+    db.execute("INSERT INTO notes VALUES (1, 'one'), (2, 'two')")
+    db.execute(f"CREATE PUBLICATION p {publication}")
+
+    process(db)
+
+    state = db.execute("SELECT state, reason, hint FROM autoembed.status").fetchone()
+    assert state is not None
+    assert (state.state, "without a replica identity" in state.reason) == ("stopped", True)
+    assert api.texts() == []
+    assert waiting(db) > 0
+    for table in ("notes", *(["part"] if "part" in ddl else [])):
+        db.execute(f"ALTER TABLE {table} REPLICA IDENTITY FULL")
+    process(db)
+    assert db.execute("SELECT count(*) FROM notes WHERE embedding IS NULL").fetchone() == (0,)
+
+
+@pytest.mark.parametrize(
+    ("publication", "ddl"),
+    [
+        ("FOR TABLE notes WITH (publish = 'insert')", "CREATE TABLE notes (id int NOT NULL UNIQUE, body text)"),
+        ("FOR TABLE other", "CREATE TABLE notes (id int NOT NULL UNIQUE, body text)"),
+        ("FOR ALL TABLES", "CREATE UNLOGGED TABLE notes (id int NOT NULL UNIQUE, body text)"),
+        ("FOR ALL TABLES", "CREATE TABLE notes (id int PRIMARY KEY, body text, embedding halfvec(1536))"),
+    ],
+)
+def test_a_table_that_can_be_updated_is_not_held_up_by_a_publication(
+    db: Connection, api: FakeApi, publication: str, ddl: str
+) -> None:
+    db.execute("CREATE TABLE other (id int PRIMARY KEY)")
+    db.execute(ddl)
+    db.execute("SELECT autoembed.enable('notes', content_columns => '{body}', embedding_column => 'embedding')")
+    db.execute("INSERT INTO notes VALUES (1, 'one')")
+    db.execute(f"CREATE PUBLICATION p {publication}")
+
+    process(db)
+
+    assert db.execute("SELECT embedding IS NULL FROM notes").fetchone() == (False,)
+
+
+@pytest.mark.parametrize("partitioned", [False, True])
+@pytest.mark.parametrize(
+    ("lock", "sent"),
+    [
+        ("SELECT FROM notes WHERE id = 1 FOR UPDATE", 1),
+        ("SELECT FROM notes WHERE id = 1 FOR NO KEY UPDATE", 1),
+        ("SELECT FROM notes WHERE id = 1 FOR SHARE", 1),
+        ("UPDATE notes SET views = 1 WHERE id = 1", 1),
+        ("DELETE FROM notes WHERE id = 1", 1),
+        ("SELECT FROM notes WHERE id = 1 FOR KEY SHARE", 2),
+    ],
+)
+def test_the_text_of_a_locked_row_is_not_sent_while_it_is_locked(
+    db: Connection, api: FakeApi, connect: Connect, lock: str, sent: int, partitioned: bool
+) -> None:
+    """A row that was locked for an hour was paid for each second."""
+    db.execute(
+        "CREATE TABLE notes (id int PRIMARY KEY, body text, views int DEFAULT 0)"
+        + " PARTITION BY RANGE (id)" * partitioned
+    )
+    if partitioned:
+        db.execute("CREATE TABLE part PARTITION OF notes DEFAULT")
+    db.execute("SELECT autoembed.enable('notes', content_columns => '{body}', embedding_column => 'embedding')")
+    db.execute("INSERT INTO notes VALUES (1, 'locked'), (2, 'free')")
+    other = connect()
+    other.execute("BEGIN")
+    other.execute(lock.encode())
+
+    for _ in range(3):
+        process(db)
+
+    assert len(api.texts()) == sent
+    assert db.execute("SELECT FROM autoembed.failed").rowcount == 0
+    other.execute("ROLLBACK")
+    process(db)
+    assert db.execute("SELECT count(*) FROM notes WHERE embedding IS NULL").fetchone() == (0,)
+    assert sorted(api.texts()) == ["free", "locked"]
+
+
+def test_a_table_that_takes_its_vectors_is_tried_once(notes: Connection, connect: Connect) -> None:
+    """A try for each row, or each claim, would make every write twice as dear."""
+    notes.execute("CREATE SEQUENCE writes")
+    refuse(notes, "PERFORM nextval('writes');", "true")
+    lane = connect()
+    notes.execute("INSERT INTO notes SELECT n, 'text ' || n FROM generate_series(1, 500) AS n")
+    lane.execute("CALL autoembed.work(run_seconds => 3)")
+
+    assert notes.execute("SELECT count(*) FROM notes WHERE embedding IS NULL").fetchone() == (0,)
+    assert notes.execute("SELECT last_value FROM writes").fetchone() == (501,)
