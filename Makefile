@@ -1,6 +1,6 @@
 # The project's commands: `make` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help image demo test chaos bench lint build install lock clean
+.PHONY: help image demo test interop chaos bench lint build install lock clean
 PYTHON ?= python3
 MAJORS := $(shell awk '/^[0-9]/ { print $$1 }' docker/majors)
 PG ?= $(firstword $(MAJORS))
@@ -22,6 +22,9 @@ demo: image ## build the image, start it, and watch it embed and search real tex
 
 test: lint image ## run every check and test, on a major (PG=17), or some of the tests (TESTS=)
 	AUTOEMBED_TEST_IMAGE=$(IMAGE) TESTCONTAINERS_RYUK_DISABLED=true TESTCONTAINERS_CONNECTION_MODE=docker_host TESTCONTAINERS_HOST_OVERRIDE=127.0.0.1 .venv/bin/pytest $(TESTS)
+
+interop: image .interop/stamp ## test with models of Django and SQLAlchemy, in a venv of its own
+	AUTOEMBED_TEST_IMAGE=$(IMAGE) TESTCONTAINERS_RYUK_DISABLED=true TESTCONTAINERS_CONNECTION_MODE=docker_host TESTCONTAINERS_HOST_OVERRIDE=127.0.0.1 .interop/bin/pytest tests/interop
 
 chaos: image .venv/stamp ## random work, kills and faults for MINUTES=10, then what it did and whether a promise broke
 	AUTOEMBED_TEST_IMAGE=$(IMAGE) TESTCONTAINERS_RYUK_DISABLED=true .venv/bin/pytest -s tests/extension/test_chaos.py --chaos-minutes=$(or $(MINUTES),10)
@@ -46,6 +49,7 @@ install: build ## install the extension into the PostgreSQL that pg_config names
 lock: ## choose the tests' packages anew: requirements-dev.txt from requirements-dev.in
 	$(PYTHON) -m venv .venv/lock && .venv/lock/bin/pip install --quiet uv
 	.venv/lock/bin/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --generate-hashes --upgrade --constraint docker/requirements.txt --custom-compile-command 'make lock' -o requirements-dev.txt requirements-dev.in
+	.venv/lock/bin/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --generate-hashes --upgrade --constraint requirements-dev.txt --custom-compile-command 'make lock' -o tests/interop/requirements.txt tests/interop/requirements.in
 	.venv/lock/bin/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --generate-hashes --upgrade --custom-compile-command 'make lock' -o bench/requirements.txt bench/requirements.in
 	.venv/lock/bin/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --generate-hashes --upgrade --custom-compile-command 'make lock' --override bench/pgai/unused.txt -o bench/pgai/requirements.txt bench/pgai/requirements.in
 
@@ -53,12 +57,16 @@ clean: ## remove the demo's container, our images and .venv
 	docker rm --force --volumes autoembed-demo
 	-docker rmi $$(docker images --quiet --filter reference=autoembed --filter reference=autoembed-base | sort -u) --force
 	docker image prune --force --filter label=autoembed
-	rm -rf .venv .bench
+	rm -rf .venv .interop .bench
 
 # Debian's own Python keeps venv in a package apart.
 .venv/stamp: requirements-dev.txt
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || { apt-get update -qq && apt-get install -qq -y python3-venv; }
 	rm -rf .venv && $(PYTHON) -m venv .venv && .venv/bin/pip install --quiet --require-hashes -r requirements-dev.txt
+	touch $@
+
+.interop/stamp: tests/interop/requirements.txt
+	rm -rf .interop && $(PYTHON) -m venv .interop && .interop/bin/pip install --quiet --require-hashes -r tests/interop/requirements.txt
 	touch $@
 
 .bench/stamp: bench/requirements.txt
