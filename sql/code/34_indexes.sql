@@ -163,7 +163,8 @@ AS $sql$
         ('{0,8,3}', 'VACUUM can corrupt an HNSW index', false),
         ('{0,8,4}', 'VACUUM of an HNSW index can fail', false)
     ) AS f(mended_in, fault, in_parallel_builds)
-    WHERE string_to_array(substring(autoembed._vector_version() FROM '^[0-9]+(?:[.][0-9]+)*'), '.')::integer[] < f.mended_in;
+    WHERE string_to_array(substring(autoembed._vector_version() FROM '^[0-9]+(?:[.][0-9]+)*'), '.')::integer[]
+        < f.mended_in;
 $sql$;
 COMMENT ON FUNCTION autoembed._vector_faults IS
     'What is known to be wrong with the HNSW indexes of this version of pgvector; NULL if nothing is. '
