@@ -57,6 +57,13 @@ BEGIN
     IF owner IS NOT NULL THEN
         EXECUTE format('ALTER FUNCTION %s OWNER TO %I', _function, owner);
     END IF;
+    IF template_name = 'may_read' THEN
+        -- It runs with the rights of the reader, who may be any role.
+        IF NOT has_function_privilege('public', _function, 'EXECUTE') THEN
+            EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO PUBLIC', _function);
+        END IF;
+        RETURN;
+    END IF;
     -- Default privileges may have granted the function to any role.
     FOR _role IN
         SELECT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END
@@ -74,8 +81,8 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._create_function IS
-    'Makes a function from a template. Only its owner and the lanes may call it. owner: the role that it runs as. '
-    'NULL: the current role.';
+    'Makes a function from a template. Only its owner and the lanes may call it, but for may_read. owner: the role '
+    'that it runs as. NULL: the current role.';
 
 CREATE OR REPLACE FUNCTION autoembed._lane_roles()
     RETURNS SETOF regrole
@@ -356,7 +363,6 @@ BEGIN
         EXECUTE format('DROP FUNCTION %s CASCADE', _outdated);
     END LOOP;
     PERFORM autoembed._create_function('may_read', slots);
-    EXECUTE format('GRANT EXECUTE ON FUNCTION autoembed._may_read_%s TO PUBLIC', slots ->> 'id');
     IF NOT EXISTS (
         SELECT FROM pg_policy AS p
         WHERE p.polrelid = (slots ->> 'embeddings_table')::regclass AND p.polname = 'autoembed_readers'

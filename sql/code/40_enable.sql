@@ -402,7 +402,7 @@ BEGIN
                 ELSE format('a relation of kind "%s"', _table.relkind)
             END),
             HINT = 'Attach the table that holds the rows.';
-    ELSIF _table.relkind = 'p' AND create_index THEN
+    ELSIF _table.relkind = 'p' AND create_index AND embedding_column IS NOT NULL THEN
         RAISE EXCEPTION USING
             ERRCODE = 'feature_not_supported',
             MESSAGE = format('cannot build an index concurrently on partitioned table %s', enable.table_name),

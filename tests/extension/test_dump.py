@@ -54,6 +54,10 @@ def lived_in(db: Connection, api: FakeApi, role: Role, connect: Connect) -> Conn
     db.execute("ALTER TABLE drafts RENAME TO notes")
     db.execute("ALTER TABLE notes ADD COLUMN views int DEFAULT 0")
 
+    db.execute("CREATE TABLE manuals (number int PRIMARY KEY, body text)")
+    db.execute("SELECT autoembed.enable('manuals', NULL, content_columns => '{body}')")
+    db.execute("INSERT INTO manuals SELECT n, 'manual ' || n FROM generate_series(1, 5) AS n")
+
     db.execute(
         "CREATE TABLE app.sites (x int, site text, path text, label text, live boolean, PRIMARY KEY (site, path))"
     )
@@ -109,6 +113,8 @@ def embedded(db: Connection) -> dict[str, list[str]]:
         "pages": "'# ' || label || E'\\n\\n' || path, vector::vector::real[] FROM pages",
         "stories": f"'by {owner[0]}: ' || content, embedding::vector::real[] FROM stories",
         "documents": "embedding_input(d), embedding::vector::real[] FROM documents AS d",
+        "manuals": "body, (SELECT e.embedding::real[] FROM manuals_embeddings AS e WHERE e.number = m.number)"
+        " FROM manuals AS m",
     }
     found: dict[str, list[str]] = {}
     for table, source in sources.items():
@@ -159,7 +165,7 @@ def test_a_restored_database_knows_what_it_knew(lived_in: Connection, restored: 
         if name != "pipeline":
             assert copy.execute(sql.encode()).fetchall() == lived_in.execute(sql.encode()).fetchall(), name
     assert [row.advice for row in copy.execute("SELECT * FROM autoembed.doctor()") if "triggers" in row.subject] == (
-        [None] * 4
+        [None] * 5
     )
 
 
@@ -201,18 +207,21 @@ def test_each_restored_table_captures_every_kind_of_change(
     copy.execute("UPDATE pages SET label = 'AA' WHERE path = '/' AND site = 'a'")
     assert copy.execute("SELECT vector IS NULL FROM pages WHERE label = 'AA'").fetchone() == (True,)
     copy.execute("INSERT INTO stories (content) VALUES ('thrice')")
+    copy.execute("UPDATE manuals SET body = 'revised' WHERE number = 1; DELETE FROM manuals WHERE number = 2")
+    assert copy.execute("SELECT number FROM manuals_embeddings WHERE number = 2").fetchall() == []
     insert(copy, "newer")
     process(copy)
 
     [owner] = copy.execute("SELECT tableowner FROM pg_tables WHERE tablename = 'stories'").fetchall()
     assert sorted(api.texts()[sent:]) == sorted(
-        ["new\n\nnote", "changed\n\nb2", "# B\n\n/", "# AA\n\n/", f"by {owner[0]}: thrice", "# t\n\nnewer"]
+        ["new\n\nnote", "changed\n\nb2", "# B\n\n/", "# AA\n\n/", f"by {owner[0]}: thrice", "# t\n\nnewer", "revised"]
     )
     assert {table: len(texts) for table, texts in embedded(copy).items()} == {
         "notes": 20,
         "pages": 2,
         "stories": 3,
         "documents": 2,
+        "manuals": 4,
     }
     assert copy.execute("SELECT key FROM autoembed.embedded WHERE key = '[4]' AND pipeline_id = 1").fetchall() == []
 

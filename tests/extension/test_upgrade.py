@@ -487,7 +487,8 @@ def test_a_dump_of_an_updated_database_has_the_grants_of_a_new_one(
 
 KEPT = {
     "pipeline": "SELECT p.id, p.table_id::text,"
-    " to_jsonb(p) - '{built_from,content_function_schema,ended,embeddings_table,warned_of,stale_since}'::text[]"
+    " to_jsonb(p) - '{built_from,content_function_schema,ended,warned_of,stale_since}'::text[]"
+    " - '{embeddings_table,chunking,chunk_size,chunk_overlap}'::text[]"
     " FROM autoembed.pipeline AS p ORDER BY p.id",
     "model": "SELECT to_jsonb(m) - 'timeout_seconds' FROM autoembed.model AS m ORDER BY m.name",
     "setting": "SELECT * FROM autoembed.setting ORDER BY name",
