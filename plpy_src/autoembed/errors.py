@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import email.utils
+import html
 import json
 import re
 import time
+import urllib.parse
 from collections.abc import Collection, Mapping
 from datetime import UTC
 from types import MappingProxyType
@@ -209,13 +211,49 @@ def retry_after_seconds(headers: Mapping[str, str], now: float | None = None) ->
     return max(0.0, moment.timestamp() - (time.time() if now is None else now))
 
 
+# A part of a secret that is shorter than this says nothing.
+MIN_SECRET_LENGTH = 4
+# How many layers of escapes are taken off in the search for secrets.
+ESCAPE_LAYERS = 4
+# What JSON, Python and C write for a character.
+BACKSLASHED = re.compile(r"\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|([^\w\s]))")
+# An escape that the end of a text has cut, or a character.
+CUT_ESCAPE = re.compile(r"(?:\\+(?:u[0-9a-fA-F]{0,3}|x[0-9a-fA-F]?)?|&#?\w{0,6}|%[0-9a-fA-F]?|\ufffd)\Z")
+
+
 def without_secrets(trouble: Trouble, secrets: Collection[str]) -> Trouble:
-    """The same trouble, its words on one line of at most 400 characters, without secrets that the provider may echo."""
-    words = str(trouble)
-    for secret in sorted(secrets, key=len, reverse=True):
-        words = words.replace(secret, "***")
+    """The same trouble, its words on one line of at most 400 characters, without secrets that the provider may echo.
+
+    A secret is found in the escapes of JSON, Python, HTML and URLs, too, and where the end of the words has cut it.
+    """
+    words = plain = _masked(str(trouble), secrets)
+    for _ in range(ESCAPE_LAYERS):
+        unescaped = _unescaped(plain)
+        plain = _masked(unescaped, secrets)
+        if plain != unescaped:
+            words = plain
     trouble.args = (" ".join(words.split())[:400],)
     return trouble
+
+
+def _masked(words: str, secrets: Collection[str]) -> str:
+    longest_first = sorted((secret for secret in secrets if len(secret) >= MIN_SECRET_LENGTH), key=len, reverse=True)
+    for secret in longest_first:
+        words = words.replace(secret, "***")
+    end = CUT_ESCAPE.sub("", words)
+    for secret in longest_first:
+        for length in range(len(secret) - 1, MIN_SECRET_LENGTH - 1, -1):
+            if end.endswith(secret[:length]):
+                return end[:-length] + "***"
+    return words
+
+
+def _unescaped(words: str) -> str:
+    def character(escape: re.Match[str]) -> str:
+        code = escape[1] or escape[2]
+        return chr(int(code, 16)) if code else escape[3]
+
+    return html.unescape(urllib.parse.unquote(BACKSLASHED.sub(character, words)))
 
 
 def _message_in(body: bytes | bytearray) -> str:

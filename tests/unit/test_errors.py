@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import email.utils
+import html
 import json
 import time
 import tracemalloc
+import urllib.parse
 
 import pytest
 from hypothesis import given
@@ -161,6 +163,55 @@ def test_secrets_are_hidden_and_the_words_are_one_short_line(words: str, secrets
     assert found is trouble
     assert str(found) == left
     assert (trouble.permanent, trouble.retry_after_seconds) == (True, 7)
+
+
+KEY = "sk-a/b\\c\"d'e&f%g-1234"
+BACKSLASHED = "".join(f"\\u{ord(c):04x}" for c in KEY)
+
+
+@pytest.mark.parametrize(
+    ("body", "left"),
+    [
+        # The end of what is read of a body cuts the key, in each of its forms.
+        (b"x" + b" " * 9_979 + b"sk-0123456789-0123456789" + b" " * 100, "x ***"),
+        (b"x" + b" " * 9_995 + b"sk-0123456789-0123456789", "x ***"),
+        (b"x" + b" " * 9_996 + b"sk-0123456789-0123456789", "x sk-"),
+        (b"x" + b" " * 9_990 + b"sk-\\u0030123456789-0123456789", "x ***"),
+        (b"x" + b" " * 9_991 + b"sk-0\\u003123456789-0123456789", "x ***"),
+        (b"x" + b" " * 9_992 + b"sk-0\\u003123456789-0123456789", "x ***"),
+        (b"x" + b" " * 9_993 + b"sk-0\\u003123456789-0123456789", "x ***"),
+        (b"x" + b" " * 9_993 + b"sk-0\\x3123456789-0123456789", "x ***"),
+        (b"x" + b" " * 9_993 + b"sk-0&#x31;23456789-0123456789", "x ***"),
+        (b"x" + b" " * 9_994 + b"sk-0%3123456789-0123456789", "x ***"),
+        # A body that is no complete JSON, with the escapes of JSON.
+        (('{"error": "Bad key ' + json.dumps(KEY)[1:-1]).encode(), '{"error": "Bad key ***'),
+        (('{"error": "Bad key ' + KEY.replace("/", "\\/").replace('"', '\\"') + " here").encode(), "*** here"),
+        (('{"error": "Bad key ' + BACKSLASHED + " here").encode(), "*** here"),
+        (('{"error": "Bad key ' + BACKSLASHED.upper().replace("\\U", "\\u") + " here").encode(), "*** here"),
+        (('{"error": "Bad key ' + BACKSLASHED.replace("\\", "\\\\") + " here").encode(), "*** here"),
+        # An object that has no message is shown as Python writes it.
+        (json.dumps({"error": {"key": KEY}}).encode(), "***"),
+        (json.dumps({"error": {KEY: {"inner": json.dumps(KEY)}}}).encode(), "***"),
+        (f"<p>Bad key {html.escape(KEY)} here".encode(), "*** here"),
+        (f"Bad key {urllib.parse.quote(KEY, safe='')} here".encode(), "*** here"),
+        (f"Bad key {''.join(f'&#{ord(c)};' for c in KEY)} here".encode(), "*** here"),
+        (f"Bad key {''.join(f'%{ord(c):02x}' for c in KEY)} here".encode(), "*** here"),
+        # Other escapes stay as they are.
+        (b"50%25 of \\u0041 &amp; b, not valid", "50%25 of \\u0041 &amp; b, not valid"),
+    ],
+)
+def test_no_part_of_a_secret_is_shown_in_any_form(body: bytes, left: str) -> None:
+    found = str(errors.without_secrets(trouble_of_answer(500, {}, body), ["sk-0123456789-0123456789", KEY]))
+
+    assert left in found
+    assert "1234" not in found
+
+
+@given(st.text(max_size=300), st.lists(st.text(min_size=4, max_size=30)))
+def test_no_words_break_the_mask(words: str, secrets: list[str]) -> None:
+    found = str(errors.without_secrets(ProviderTrouble(words), secrets))
+
+    assert len(found) <= 400
 
 
 @given(status=st.integers(300, 599), body=st.binary(), header=st.text())

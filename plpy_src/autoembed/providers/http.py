@@ -106,7 +106,7 @@ def post(
     except Trouble as trouble:
         # The one place where an error becomes text that is stored and shown.
         secrets = {part for value in sent.values() for part in (value, value.split(" ")[-1])}
-        raise without_secrets(trouble, [secret for secret in secrets if len(secret) > 3]) from trouble.__cause__
+        raise without_secrets(trouble, secrets) from trouble.__cause__
 
 
 def _post(
