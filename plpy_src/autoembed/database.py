@@ -618,11 +618,12 @@ class Database:
 
     def note_replaced(self, pipeline_id: int, keys: Sequence[str]) -> None:
         """Records that somebody else has replaced the vectors of rows."""
-        self._run(
-            "SELECT autoembed._note_replaced($1, $2)",
-            ["pg_catalog.int4", "pg_catalog.text[]"],
-            [pipeline_id, list(keys)],
-        )
+        with row_errors():
+            self._run(
+                "SELECT autoembed._note_replaced($1, $2)",
+                ["pg_catalog.int4", "pg_catalog.text[]"],
+                [pipeline_id, list(keys)],
+            )
 
     def forget(self, pipeline: Pipeline, keys: Sequence[str]) -> None:
         with row_errors():
@@ -645,7 +646,8 @@ class Database:
         )
 
     def forget_all(self, pipeline_id: int) -> None:
-        self._run("SELECT autoembed._forget_all($1)", ["pg_catalog.int4"], [pipeline_id])
+        with row_errors():
+            self._run("SELECT autoembed._forget_all($1)", ["pg_catalog.int4"], [pipeline_id])
 
     @staticmethod
     def is_nobodys(error: Exception) -> bool:

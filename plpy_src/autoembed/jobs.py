@@ -157,18 +157,16 @@ def open_jobs(
     chosen, others = isolate(messages, random.random())
     if others:
         ledger.release_messages(others)
+    found = [(message, *one) for message in chosen if (one := _address_in(database, ledger, message)) is not None]
+    resting = _forget_changed(database, [(pipeline_id, address) for _, pipeline_id, address in found])
     addressed: dict[int, list[tuple[Message, Address]]] = defaultdict(list)
-    moved: dict[int, list[str]] = defaultdict(list)
-    replaced: dict[int, list[str]] = defaultdict(list)
-    for message in chosen:
-        found = _address_in(database, ledger, message)
-        if found is None:
+    for message, pipeline_id, address in found:
+        if pipeline_id in resting:
+            ledger.release_messages([message])
             continue
-        pipeline_id, address = found
-        if address.moved:
-            moved[pipeline_id].extend(address.keys)
-        if address.replaced:
-            replaced[pipeline_id].extend(address.keys)
+        if address.truncated:
+            ledger.settle(message)
+            continue
         if message.read_count > 1 and len(address.keys) > 1:
             # A lane died, perhaps because of one of these rows: from now on each row has its own message.
             for key in address.keys:
@@ -177,15 +175,10 @@ def open_jobs(
         else:
             addressed[pipeline_id].append((message, address))
 
-    ids = sorted({*addressed, *moved})
-    pipelines = database.pipelines(ids) if ids else {}
+    pipelines = database.pipelines(sorted(addressed)) if addressed else {}
     share = max(1, max_rows // max(1, len(addressed)))
     room = {number: min(share, texts_ahead(pipeline.model) or share) for number, pipeline in pipelines.items()}
     rows = _rows_of(database, ledger, addressed, defaultdict(lambda: share, room))
-    for pipeline_id in moved.keys() & pipelines.keys():
-        database.forget(pipelines[pipeline_id], moved[pipeline_id])
-    for pipeline_id, keys in replaced.items():
-        database.note_replaced(pipeline_id, keys)
     by_pipeline: dict[int, list[Job]] = defaultdict(list)
     for (pipeline_id, key), (attempts, holders) in rows.items():
         job = Job(pipelines.get(pipeline_id), key, attempts, [message.id for message in holders])
@@ -203,11 +196,35 @@ def _address_in(database: Database, ledger: Ledger, message: Message) -> tuple[i
     except (ValueError, RowError) as error:
         ledger.fail_message(message, str(error))
         return None
-    if address.truncated:
-        database.forget_all(pipeline_id)
-        ledger.settle(message)
-        return None
     return pipeline_id, address
+
+
+def _forget_changed(database: Database, found: list[tuple[int, Address]]) -> set[int]:
+    """Forgets the digests that messages say are no longer those of their rows.
+
+    Returns the pipelines where that is not possible now. They rest, and their messages keep what they say.
+    """
+    changed: dict[int, list[Address]] = defaultdict(list)
+    for pipeline_id, address in found:
+        if address.truncated or address.moved or address.replaced:
+            changed[pipeline_id].append(address)
+    pipelines = database.pipelines(sorted(changed)) if changed else {}
+    resting = set()
+    for pipeline_id, pipeline in pipelines.items():
+        addresses = changed[pipeline_id]
+        moved = [key for address in addresses if address.moved for key in address.keys]
+        replaced = [key for address in addresses if address.replaced for key in address.keys]
+        try:
+            if any(address.truncated for address in addresses):
+                database.forget_all(pipeline_id)
+            if moved:
+                database.forget(pipeline, moved)
+            if replaced:
+                database.note_replaced(pipeline_id, replaced)
+        except RowError as error:
+            database.rest_pipelines(pipeline.owner, [pipeline_id], str(error))
+            resting.add(pipeline_id)
+    return resting
 
 
 def _rows_of(

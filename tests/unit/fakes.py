@@ -352,6 +352,7 @@ class FakeDatabase(Database):
 
     def note_replaced(self, pipeline_id: int, keys: Sequence[str]) -> None:
         self._note("note_replaced")
+        self._raise_for(keys)
         for key in keys:
             self.vector_digests.setdefault(key, b"")
 
@@ -447,6 +448,7 @@ class FakeDatabase(Database):
 
     def forget_all(self, pipeline_id: int) -> None:
         self._note("forget_all")
+        self._raise_for(list(self.settle_errors))
         self.embedded.clear()
         self.failures.clear()
 

@@ -516,3 +516,19 @@ def test_what_is_known_of_keys_that_rows_have_left_or_taken_is_forgotten_whoever
 
     assert database.is_fresh(1)
     assert provider.texts == ["text", "text"]
+
+
+@pytest.mark.parametrize(
+    "said", [{"keys": [[1]], "moved": True}, {"keys": [[1]], "replaced": True}, {"truncated": True}]
+)
+def test_a_pipeline_whose_digests_cannot_be_forgotten_rests_and_the_lane_goes_on(
+    lane: Lane, database: FakeDatabase, said: dict[str, Any]
+) -> None:
+    database.settle_errors["[1]"] = RowError("canceling statement due to lock timeout", sqlstate="55P03", locked=True)
+    body = {"pipeline": 1, **said}
+    database.send(body)
+
+    lane.run()
+
+    assert database.rested_pipelines == [(PIPELINE.owner, [1], "canceling statement due to lock timeout")]
+    assert body in bodies(database.waiting())
