@@ -104,6 +104,11 @@ BEGIN
             WHERE EXISTS (SELECT FROM autoembed._job AS q WHERE q.pipeline = n.pipeline AND q.due_at <= _now)
               -- The quick test comes first. Many tables may wait for one model, and each lane looks ten times a second.
               AND CASE WHEN s.waits THEN false
+                       -- A restore in parallel brings the pipeline later, and a restore of the schema alone never.
+                       WHEN s.id IS NULL AND EXISTS (
+                           SELECT FROM pg_proc AS f
+                           WHERE f.proname = '_content_' || n.pipeline AND f.pronamespace = 'autoembed'::regnamespace
+                       ) THEN false
                        ELSE (SELECT b.blocked FROM autoembed._pipeline_state AS b WHERE b.id = s.id) IS NULL END
         )
         SELECT r.pipeline, r.failures, r.owner,

@@ -352,6 +352,7 @@ SELECT p.id,
        coalesce(p.model, autoembed._default_model()) AS model,
        coalesce(c.problem, CASE
            WHEN p.paused THEN 'it is paused'
+           WHEN t.are_missing THEN 'its triggers are not there'
            WHEN r.until > clock_timestamp() THEN
                -- The reason may quote the provider, and with it the texts of other tenants.
                format('model "%s" rests: %s', r.model,
@@ -361,6 +362,7 @@ SELECT p.id,
        END) AS blocked,
        coalesce(c.hint, CASE
            WHEN p.paused THEN format('SELECT autoembed.resume(%L).', p.table_id)
+           WHEN t.are_missing THEN format('If no restore is going on: SELECT autoembed.resync(%L).', p.table_id)
            WHEN r.needs_attention THEN format('SELECT autoembed.resume_model(%L) tries it at once.', r.model)
        END) AS hint,
        c.problem IS NULL AS sound,
@@ -369,6 +371,14 @@ SELECT p.id,
        p.stale_since
 FROM autoembed.pipeline AS p
 CROSS JOIN LATERAL autoembed._check_pipeline(p) AS c
+-- A restore brings triggers last. Until then rows that are not there yet look like deleted ones.
+CROSS JOIN LATERAL (
+    SELECT p.managed AND NOT EXISTS (
+        SELECT FROM pg_trigger AS g
+        -- Readers of views that use this one may not call _trigger_name().
+        WHERE g.tgrelid = p.table_id AND g.tgname = format('autoembed_%s_insert', p.id)::name
+    ) AS are_missing
+) AS t
 LEFT JOIN autoembed.model_rest AS r ON r.model = coalesce(p.model, autoembed._default_model())
 LEFT JOIN autoembed.pipeline_rest AS e ON e.pipeline_id = p.id;
 COMMENT ON VIEW autoembed._pipeline_state IS 'Every pipeline, and the reason why its jobs wait, if they do.';

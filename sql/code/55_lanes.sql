@@ -15,6 +15,8 @@ CREATE OR REPLACE FUNCTION autoembed._enter_lane(backfill boolean)
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
+    -- DROP EXTENSION takes this lock first, too.
+    PERFORM autoembed._gate();
     PERFORM autoembed._forget_runs();
     INSERT INTO autoembed.lane (pid, backend_start, backfill)
     SELECT a.pid, a.backend_start, _enter_lane.backfill FROM pg_stat_get_activity(pg_backend_pid()) AS a

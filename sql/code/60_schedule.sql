@@ -319,6 +319,8 @@ BEGIN
     END IF;
     PERFORM set_config('autoembed.jobs_before_drop', coalesce(_jobs, '[]')::text, true);
     PERFORM autoembed._list_queue(false);
+    -- PostgreSQL would refuse to drop this extension for the sake of its trigger.
+    DROP TRIGGER IF EXISTS autoembed_keep_restored ON pgmq.meta;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._before_drop IS
@@ -337,6 +339,11 @@ BEGIN
     END IF;
     PERFORM set_config('autoembed.jobs_before_drop', '', true);
     PERFORM autoembed._list_queue(true);
+    CREATE OR REPLACE TRIGGER autoembed_keep_restored
+        BEFORE INSERT ON pgmq.meta
+        FOR EACH ROW
+        WHEN (NEW.queue_name = 'embedding_jobs')
+        EXECUTE FUNCTION autoembed._keep_restored_queue();
     IF autoembed._cron_is_here() THEN
         INSERT INTO cron.job SELECT j.* FROM jsonb_populate_recordset(NULL::cron.job, _jobs) AS j;
     END IF;

@@ -21,6 +21,10 @@ CREATE INDEX q_embedding_jobs_pipeline_idx
 -- to an application's INSERT.
 ALTER TABLE pgmq.q_embedding_jobs SET (toast_tuple_target = 8160);
 
+-- A publication of all tables would refuse each UPDATE and DELETE of a table without a replica identity.
+ALTER TABLE pgmq.meta REPLICA IDENTITY FULL;
+ALTER TABLE pgmq.topic_bindings REPLICA IDENTITY FULL;
+
 SELECT pg_catalog.pg_extension_config_dump('pgmq.q_embedding_jobs', '');
 SELECT pg_catalog.pg_extension_config_dump('pgmq.q_embedding_jobs_msg_id_seq', '');
 

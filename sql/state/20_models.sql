@@ -99,6 +99,8 @@ CREATE TABLE autoembed.model_limit (
     tokens_per_minute integer,
     tokens_at_once integer
 );
+-- A publication of all tables would refuse each UPDATE and DELETE of a table without a replica identity.
+ALTER TABLE autoembed.model_limit REPLICA IDENTITY FULL;
 COMMENT ON TABLE autoembed.model_limit IS
     'The limits that the providers'' answers tell. The newest row of a model counts. Rows are added and never changed, '
     'so no session waits for another one''s row.';

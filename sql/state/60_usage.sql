@@ -1,4 +1,5 @@
 -- The requests, inputs and tokens by model and pipeline.
+-- A publication of all tables would refuse each DELETE of a table without a replica identity.
 
 CREATE TABLE autoembed.usage_entry (
     at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
@@ -9,6 +10,7 @@ CREATE TABLE autoembed.usage_entry (
     tokens bigint NOT NULL,
     rows integer NOT NULL
 );
+ALTER TABLE autoembed.usage_entry REPLICA IDENTITY FULL;
 
 CREATE INDEX usage_entry_at_idx ON autoembed.usage_entry (at);
 COMMENT ON TABLE autoembed.usage_entry IS
@@ -33,6 +35,7 @@ CREATE TABLE autoembed.usage_day (
     rows bigint NOT NULL,
     UNIQUE NULLS NOT DISTINCT (day, model, pipeline_id)
 );
+ALTER TABLE autoembed.usage_day REPLICA IDENTITY FULL;
 COMMENT ON TABLE autoembed.usage_day IS
     'The requests to each model by day, except those of the last minutes. See the view usage.';
 COMMENT ON COLUMN autoembed.usage_day.day IS 'The day, in UTC.';

@@ -268,3 +268,10 @@ COMMENT ON TABLE autoembed.usage_day IS
     'The requests to each model by day, except those of the last minutes. See the view usage.';
 COMMENT ON COLUMN autoembed.usage_day.inputs IS 'Texts in the requests.';
 COMMENT ON COLUMN autoembed.usage_day.rows IS 'Rows that have these texts.';
+
+-- A publication of all tables would refuse each UPDATE and DELETE of a table without a replica identity.
+ALTER TABLE pgmq.meta REPLICA IDENTITY FULL;
+ALTER TABLE pgmq.topic_bindings REPLICA IDENTITY FULL;
+ALTER TABLE autoembed.model_limit REPLICA IDENTITY FULL;
+ALTER TABLE autoembed.usage_entry REPLICA IDENTITY FULL;
+ALTER TABLE autoembed.usage_day REPLICA IDENTITY FULL;

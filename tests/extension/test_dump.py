@@ -358,3 +358,41 @@ def test_a_table_of_a_restored_schema_can_be_enabled_again(
 
     assert sorted(api.texts()[sent:]) == ["# B\n\n/", "a\n\nb"]
     assert len(embedded(copy)["notes"]) == len(embedded(copy)["pages"]) == 1
+
+
+def test_rows_that_a_restore_has_not_brought_yet_are_not_taken_for_deleted(documents: Connection, api: FakeApi) -> None:
+    """A lane runs while a dump is restored. The queue comes first, then the rows, and the triggers last."""
+    documents.execute("CREATE TABLE notes (id int PRIMARY KEY, body text)")
+    documents.execute("SELECT autoembed.enable('notes', content_columns => '{body}')")
+    documents.execute("INSERT INTO notes VALUES (1, 'one'), (2, 'two')")
+    [triggers] = documents.execute(
+        "SELECT string_agg(pg_get_triggerdef(oid), ';') AS made,"
+        " string_agg(format('DROP TRIGGER %I ON notes', tgname), ';') AS gone"
+        " FROM pg_trigger WHERE tgrelid = 'notes'::regclass"
+    ).fetchall()
+    documents.execute(f"CREATE TABLE saved AS TABLE notes; {triggers.gone}; DELETE FROM notes".encode())
+
+    documents.execute("SELECT autoembed.process()")
+
+    state = "SELECT state, reason FROM autoembed.status WHERE table_name = 'notes'"
+    assert documents.execute(state).fetchone() == ("resting", "its triggers are not there")
+    documents.execute(f"INSERT INTO notes SELECT * FROM saved; {triggers.made}".encode())
+    process(documents)
+    assert documents.execute("SELECT count(embedding) FROM notes").fetchone() == (2,)
+
+
+def test_messages_wait_for_pipelines_that_a_restore_brings_later(db: Connection, api: FakeApi) -> None:
+    """A restore in parallel may bring the queue before the pipelines."""
+    db.execute("CREATE TABLE notes (id int PRIMARY KEY, body text)")
+    db.execute("SELECT autoembed.enable('notes', content_columns => '{body}', enqueue_existing => false)")
+    db.execute("INSERT INTO notes VALUES (1, 'one')")
+    db.execute("CREATE TABLE saved AS TABLE autoembed.pipeline")
+    db.execute("SET session_replication_role = replica; DELETE FROM autoembed.pipeline")
+
+    assert db.execute("SELECT read FROM autoembed.process()").fetchone() == (0,)
+
+    db.execute(
+        "INSERT INTO autoembed.pipeline OVERRIDING SYSTEM VALUE SELECT * FROM saved; RESET session_replication_role"
+    )
+    process(db)
+    assert db.execute("SELECT count(embedding) FROM notes").fetchone() == (1,)
