@@ -139,7 +139,7 @@ def waiting_of(db: Connection, tenant: Tenant) -> int:
 def failures_of(db: Connection, tenant: Tenant) -> dict[str, str]:
     """The reasons of a tenant's failed rows, by key."""
     rows = db.execute(
-        """SELECT f.key, f.reason FROM autoembed.failed AS f JOIN pg_class AS c ON c.oid = f.table_name
+        """SELECT f.key, f.reason FROM autoembed.failed AS f JOIN pg_class AS c ON c.oid = f.table_name::regclass
            WHERE c.relowner = %s::regrole""",
         [tenant.name],
     )
