@@ -28,10 +28,12 @@ class Trouble(Exception):
 
     headers: those of the HTTP answer that says so, in lower case; empty without an answer.
     summary: the same without words of the provider, which may quote texts: for every tenant.
+    may_be_a_texts: an answer came, and one of the texts may be the reason that it is no good.
     """
 
     headers: Mapping[str, str] = MappingProxyType({})
     summary: str = "its provider is in trouble"
+    may_be_a_texts: bool = False
 
 
 class Refused(Trouble):
@@ -155,6 +157,8 @@ def rest_seconds(trouble: ProviderTrouble, failures: int, fraction: float) -> fl
 
 # Statuses that blame the request (RFC 9110, section 15).
 REFUSED_STATUSES = {400, 413, 414, 422}
+# Statuses that blame the key, the address or the limits, whatever the texts are.
+TEXTLESS_STATUSES = {401, 403, 404, 429}
 # Statuses that pass by themselves. 409, 423 and 425 come from busy gateways.
 PASSING_STATUSES = {408, 409, 423, 425, 429}
 
@@ -163,7 +167,13 @@ def trouble_of_answer(status: int, headers: Mapping[str, str], body: bytes | byt
     """The trouble that an HTTP answer with a status other than 200 means."""
     trouble = _trouble_of_answer(status, headers, body)
     trouble.summary = summary_of(status)
+    trouble.may_be_a_texts = may_be_a_texts(status)
     return trouble
+
+
+def may_be_a_texts(status: int) -> bool:
+    """Whether a text may be to blame for an answer that is no good."""
+    return status not in TEXTLESS_STATUSES
 
 
 def summary_of(status: int) -> str:

@@ -388,8 +388,14 @@ class Rows:
                 elif outcomes.get(job.key) == "locked":
                     self._ledger.retry(job, LOCKED_DELAY_SECONDS, LOCKED)
 
-    def fail_unless_changed(self, job: Job, reason: str) -> None:
-        """Fails a row whose text was refused. A row that has another text by now is read again."""
+    def refuse(self, job: Job, reason: str, *, at_once: bool) -> None:
+        """Fails a row whose text the model does not take. A row that has another text by now is read again.
+
+        at_once: another try does not help. Otherwise the row has all its attempts.
+        """
+        if not at_once and job.attempts + 1 < MAX_ATTEMPTS:
+            self._ledger.retry(job, 2.0**job.attempts, reason, counts=True)
+            return
         content = job.content
         for existing in self.read(job.pipeline, [job]):
             if existing.content == content:

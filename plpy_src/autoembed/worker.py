@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from autoembed import batching, heap, providers
-from autoembed.errors import OverBudget, PassEnded, ProviderTrouble, Refused, RowError, rest_seconds
+from autoembed.errors import OverBudget, PassEnded, ProviderTrouble, Refused, RowError, Trouble, rest_seconds
 from autoembed.flight import SLICE_SECONDS, Flight
 from autoembed.jobs import Job, Ledger, Report, are_keys, open_jobs
 from autoembed.limits import FIRST_ANSWER_SECONDS, NOTHING_KNOWN, PATIENCE_SECONDS, Limiter, Permit
@@ -220,7 +220,7 @@ class Outbox:
     """One model's part of a pass.
 
     jobs: the open ones, by text. unsent: texts that no request holds yet. accepted: the model has answered in this
-    pass. suspended: refused requests, until it is known whether the model refuses everything.
+    pass. suspended: requests that failed, until it is known whether the model answers others.
     waiting: requests that the model's limits do not allow yet. permit: that of the first. slots: all that are held.
     """
 
@@ -229,7 +229,7 @@ class Outbox:
     unsent: list[str] = field(default_factory=list)
     accepted: bool = False
     trouble: ProviderTrouble | None = None
-    suspended: list[tuple[Request, Refused]] = field(default_factory=list)
+    suspended: list[tuple[Request, Trouble]] = field(default_factory=list)
     failures: int = 0
     waiting: deque[Request] = field(default_factory=deque)
     in_flight: int = 0
@@ -439,6 +439,8 @@ class _Pass:
         elapsed = time.monotonic() - outbox.began_at
         if outbox.in_flight >= min(self._options.max_requests, model.max_requests_in_flight or math.inf):
             return False
+        if outbox.suspended and not outbox.waiting[0].probe:
+            return False
         if outbox.in_flight >= REQUESTS_HERE and self._texts_ahead(model) is not None:
             return False
         if outbox.in_flight and outbox.limiter.learnt is None and elapsed < FIRST_ANSWER_SECONDS:
@@ -477,6 +479,8 @@ class _Pass:
         elif isinstance(outcome, Refused) and outbox.trouble is not None:
             outcome = outbox.trouble
         match outcome:
+            case ProviderTrouble() if self._may_be_a_texts(outbox, request, outcome):
+                self._suspend(request, outcome)
             case ProviderTrouble():
                 self._give_up_model(flight, request, outcome)
             case Refused():
@@ -539,8 +543,20 @@ class _Pass:
         outbox = self._outboxes[request.model]
         if outbox.accepted:
             self._split(request, refusal)
-            return
-        outbox.suspended.append((request, refusal))
+        else:
+            self._suspend(request, refusal)
+
+    @staticmethod
+    def _may_be_a_texts(outbox: Outbox, request: Request, trouble: ProviderTrouble) -> bool:
+        """Whether a text may be to blame for trouble of a request. A wait that the provider asks for comes first."""
+        if request.probe or outbox.trouble is not None or not trouble.may_be_a_texts:
+            return False
+        return not trouble.retry_after_seconds or outbox.failures > 0
+
+    def _suspend(self, request: Request, trouble: Trouble) -> None:
+        """Keeps a request that failed until the model has answered another one. Sends a probe."""
+        outbox = self._outboxes[request.model]
+        outbox.suspended.append((request, trouble))
         if len(outbox.suspended) == 1:
             probe = self._request(request.model, [PROBE], probe=True)
             outbox.waiting.appendleft(probe)
@@ -556,11 +572,11 @@ class _Pass:
             for text in request.texts:
                 del outbox.jobs[text]
         suspended, outbox.suspended = outbox.suspended, []
-        for refused, refusal in suspended:
-            self._split(refused, refusal)
+        for failed, trouble in suspended:
+            self._split(failed, trouble)
 
-    def _split(self, request: Request, refusal: Refused) -> None:
-        """Halves a refused request until the text to blame stands alone."""
+    def _split(self, request: Request, trouble: Trouble) -> None:
+        """Halves a request that failed until the text to blame stands alone."""
         outbox = self._outboxes[request.model]
         if len(request.texts) > 1:
             for half in batching.halves(list(request.texts)):
@@ -569,7 +585,7 @@ class _Pass:
         for job in outbox.jobs.pop(request.texts[0]):
             # Another chunk of the row may have been refused before.
             if job.outcome is None:
-                self._rows.fail_unless_changed(job, str(refusal))
+                self._rows.refuse(job, str(trouble), at_once=isinstance(trouble, Refused))
 
     def _give_up_model(self, flight: Flight[Request, Embedded], request: Request, trouble: ProviderTrouble) -> None:
         """Lets the model rest, for all lanes, and releases the jobs that were to be sent."""

@@ -62,6 +62,16 @@ class Lane:
 
         self.provider.answer = answer
 
+    def stumble(self, trouble: Callable[[], ProviderTrouble], *guilty: str) -> None:
+        """Has requests that contain one of these parts of texts end in trouble from now on."""
+
+        def answer(texts: list[str]) -> Vector:
+            if any(part in text for part in guilty for text in texts):
+                raise trouble()
+            return vectors_of(texts)
+
+        self.provider.answer = answer
+
     def fail_with(self, error: BaseException) -> None:
         def answer(texts: list[str]) -> Vector:
             raise error

@@ -16,6 +16,7 @@ import pytest
 
 from autoembed import rows, worker
 from autoembed.errors import PassEnded, ProviderTrouble, Refused, RowError
+from autoembed.jobs import MAX_ATTEMPTS
 from autoembed.model import Embedded, Request
 from autoembed.worker import PROBE
 from unit.fakes import (
@@ -188,6 +189,99 @@ def test_a_row_that_says_what_the_probe_says_is_counted_once(lane: Lane, databas
 
     assert (report.completed, report.failed) == (1, 1)
     assert database.is_fresh(1)
+
+
+# --- a text that fails in another way than by a refusal ---------------------------------------------
+
+
+def answered(words: str = "the provider answered 500: no", **more: Any) -> ProviderTrouble:
+    """Trouble of an answer that came."""
+    trouble = ProviderTrouble(words, **more)
+    trouble.may_be_a_texts = True
+    return trouble
+
+
+@pytest.mark.parametrize("guilty", [0, 21, 63])
+@pytest.mark.parametrize("permanent", [False, True])
+def test_a_text_that_fails_alone_spends_its_attempts_and_few_requests(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider, guilty: int, permanent: bool
+) -> None:
+    for row_id in range(64):
+        database.put(row_id, "poison" if row_id == guilty else f"text {row_id}")
+    lane.stumble(lambda: answered(permanent=permanent), "poison")
+
+    report = lane.run(batch_size=64)
+
+    # The one that failed and its probe; two for each of 6 halvings, and a probe for the half that failed.
+    assert report.requests == len(provider.requests) <= 2 + 3 * math.log2(64)
+    assert (report.completed, report.failed, report.retried) == (63, 0, 1)
+    assert all(database.is_fresh(row_id) for row_id in range(64) if row_id != guilty)
+    [again] = database.waiting()
+    assert (again.body["attempts"], database.delays[again.id]) == (1, 1.0)
+
+    provider.requests.clear()
+    while database.queue:
+        lane.run()
+
+    # Itself and a probe for each attempt.
+    assert provider.requests == [["poison"], [PROBE]] * (MAX_ATTEMPTS - 1)
+    assert database.failures[key_of(guilty)].attempts == MAX_ATTEMPTS
+    assert database.failures[key_of(guilty)].reason == "the provider answered 500: no"
+    assert database.rests == []
+
+
+def test_several_texts_that_fail_leave_the_others_alone(lane: Lane, database: FakeDatabase) -> None:
+    guilty = {3, 4, 17, 40}
+    for row_id in range(50):
+        database.put(row_id, f"poison {row_id}" if row_id in guilty else f"text {row_id}")
+    lane.stumble(answered, "poison")
+    lane.limit_inputs(10)
+
+    report = lane.run(max_requests=4)
+
+    assert (report.completed, report.failed, report.retried) == (46, 0, 4)
+    assert database.rests == []
+
+
+def test_a_provider_that_answers_nothing_well_rests_after_a_probe(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider
+) -> None:
+    sent = [database.put(row_id, f"text {row_id}") for row_id in range(20)]
+    lane.stumble(answered, "")
+    lane.limit_inputs(2)
+
+    report = lane.run()
+
+    assert provider.requests[1:] == [[PROBE]]
+    assert [rest.reason for rest in database.rests] == ["the provider answered 500: no"]
+    assert (report.completed, report.failed, report.retried) == (0, 0, 20)
+    assert [(message.id, message.read_count) for message in database.waiting()] == [(number, 0) for number in sent]
+
+
+@pytest.mark.parametrize(("failures", "probes"), [(0, []), (1, [[PROBE]])])
+def test_a_wait_that_the_provider_asks_for_comes_before_a_probe(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider, failures: int, probes: list[list[str]]
+) -> None:
+    database.put(1, "poison")
+    database.defined[1] = replace(PIPELINE, failures=failures)
+    lane.stumble(lambda: answered(retry_after_seconds=7), "poison")
+
+    lane.run()
+
+    assert provider.requests == [["poison"], *probes]
+    assert len(database.rests) == 1 - len(probes)
+
+
+def test_trouble_without_an_answer_is_no_texts_fault(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider
+) -> None:
+    database.put(1, "poison")
+    lane.stumble(lambda: ProviderTrouble("no answer"), "poison")
+
+    lane.run()
+
+    assert provider.requests == [["poison"]]
+    assert [rest.reason for rest in database.rests] == ["no answer"]
 
 
 # --- a provider in trouble --------------------------------------------------------------------------

@@ -12,7 +12,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from autoembed import endpoints, keys
-from autoembed.errors import Fault, ProviderTrouble, Trouble, summary_of, trouble_of_answer, without_secrets
+from autoembed.errors import (
+    Fault,
+    ProviderTrouble,
+    Trouble,
+    may_be_a_texts,
+    summary_of,
+    trouble_of_answer,
+    without_secrets,
+)
 from autoembed.model import Embedded, Model, Request
 from autoembed.providers.definition import check_options
 
@@ -140,6 +148,7 @@ def _post(
         embedded = embedded_in(answer.body, len(request.texts), request.model.dimensions)
     except Trouble as trouble:
         trouble.headers = answer.headers
+        trouble.may_be_a_texts = may_be_a_texts(answer.status)
         raise
     return replace(embedded, headers=answer.headers)
 
