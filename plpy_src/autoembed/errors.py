@@ -182,7 +182,7 @@ def summary_of(status: int) -> str:
 
 
 def _trouble_of_answer(status: int, headers: Mapping[str, str], body: bytes | bytearray) -> Trouble:
-    message = f"the provider answered {status}: {_message_in(body)}"
+    message = f"the provider answered {status}: {message_in(body)}"
     if status in REFUSED_STATUSES:
         return Refused(message)
     if status == 429 and b"Request too large" in body:
@@ -266,7 +266,7 @@ def _unescaped(words: str) -> str:
     return html.unescape(urllib.parse.unquote(BACKSLASHED.sub(character, words)))
 
 
-def _message_in(body: bytes | bytearray) -> str:
+def message_in(body: bytes | bytearray) -> str:
     """The provider's own words."""
     text = body[:10_000].decode("utf-8", "replace")
     try:

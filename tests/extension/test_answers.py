@@ -258,7 +258,6 @@ PROVIDER_PASSES: list[dict[str, Any]] = [
     {"slow_body": 30},
     {"not_json": True},
     {"wrong_count": True},
-    {"missing_index": True},
     {"invalid_base64": True},
 ]
 PROVIDER_STAYS: list[dict[str, Any]] = [

@@ -54,15 +54,14 @@ def test_a_request_names_the_model_in_its_path_too(api: FakeApi, key: str, netwo
 
 
 def test_vectors_are_brought_to_unit_length() -> None:
-    values = [{"values": vector} for vector in ([3, 4], [0, 1], [0, 0], [1e38, 1e38])]
+    values = [{"values": vector} for vector in ([3, 4], [0, 1], [1e38, 1e38])]
 
-    vectors = gemini.embedded_in(json.dumps({"embeddings": values}).encode(), 4, 2).vectors
+    vectors = gemini.embedded_in(json.dumps({"embeddings": values}).encode(), 3, 2).vectors
 
     assert vectors.dtype == np.float32
     assert vectors.tolist() == [
         pytest.approx([0.6, 0.8]),
         [0, 1],
-        [0, 0],
         pytest.approx([0.5**0.5, 0.5**0.5]),
     ]
 

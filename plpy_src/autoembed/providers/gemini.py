@@ -80,7 +80,8 @@ def unit_length(vectors: np.ndarray) -> np.ndarray:
     import numpy as np
 
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
-    return (vectors / np.where(lengths == 0, 1, lengths)).astype(np.float32)
+    scaled: np.ndarray = (vectors / lengths).astype(np.float32)
+    return scaled
 
 
 def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray) -> Trouble:

@@ -17,6 +17,7 @@ from autoembed.errors import (
     ProviderTrouble,
     Trouble,
     may_be_a_texts,
+    message_in,
     summary_of,
     trouble_of_answer,
     without_secrets,
@@ -144,6 +145,9 @@ def _post(
         if answer.status != 200:
             refusal = trouble_of(answer.status, answer.headers, answer.body)
             refusal.summary = summary_of(answer.status)
+            if answer.status == 404:
+                # The address may be wrong: a query may hold a secret, and is left out.
+                refusal.args = (f"at {url.split('?')[0]}, {refusal}",)
             raise refusal
         embedded = embedded_in(answer.body, len(request.texts), request.model.dimensions)
     except Trouble as trouble:
@@ -159,14 +163,17 @@ def encode(body: Mapping[str, Any]) -> bytes:
 
 
 def parse(body: bytes | bytearray) -> Any:
-    """The JSON value of a body. Raises ValueError."""
+    """The JSON value of a body. Raises ValueError, and ProviderTrouble for an error with status 200."""
     import orjson
 
     try:
-        return orjson.loads(body)
+        answer = orjson.loads(body)
     except ValueError:
         # Some servers answer NaN, which is not JSON, if a text was too much for their model.
-        return json.loads(body)
+        answer = json.loads(body)
+    if isinstance(answer, dict) and answer.get("error") and not answer.keys() & {"data", "embeddings"}:
+        raise ProviderTrouble(f"the provider answered with an error: {message_in(body)}")
+    return answer
 
 
 def abort() -> None:

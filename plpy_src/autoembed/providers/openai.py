@@ -109,11 +109,18 @@ def request_body(request: Request) -> dict[str, Any]:
 
 
 def embedded_in(body: bytes | bytearray, count: int, dimensions: int, api: str = "OpenAI") -> Embedded:
-    """The vectors of an answer in the order of its indexes, and the tokens it reports."""
+    """The vectors of an answer in the order of its indexes, and the tokens it reports.
+
+    An item without an index has the index of its place: Google's endpoint leaves the first one out, others all.
+    """
     with http.reading(api):
         answer = http.parse(body)
-        by_index = {item["index"]: item["embedding"] for item in answer["data"]}
-        if len(answer["data"]) != count or set(by_index) != set(range(count)):
-            raise ProviderTrouble(f"the provider answered with {len(by_index)} vectors for {count} texts")
+        embeddings = [item["embedding"] for item in answer["data"]]
+        if len(embeddings) != count:
+            raise ProviderTrouble(f"the provider answered with {len(embeddings)} vectors for {count} texts")
+        indexes = [place if item.get("index") is None else item["index"] for place, item in enumerate(answer["data"])]
+        by_index = dict(zip(indexes, embeddings, strict=True))
+        if by_index.keys() != set(range(count)):
+            raise ProviderTrouble(f"the provider's answer does not number its vectors from 0 to {count - 1}, each once")
         vectors: np.ndarray = matrix([by_index[index] for index in range(count)], count, dimensions)
         return Embedded(vectors, http.tokens_in(answer, "usage", "total_tokens"))

@@ -17,7 +17,7 @@ def matrix(embeddings: Sequence[Any], count: int, dimensions: int) -> np.ndarray
     """Embeddings, lists of numbers or base64 of float32, as (count, dimensions) float32.
 
     Raises ValueError for one in another form. Raises ProviderTrouble if their count or their length is wrong, and
-    Refused if one is not finite.
+    Refused if one is not finite, or zero: its cosine distance is NaN.
     """
     import numpy as np
 
@@ -33,6 +33,10 @@ def matrix(embeddings: Sequence[Any], count: int, dimensions: int) -> np.ndarray
     stacked = np.stack(vectors)
     if not np.isfinite(stacked).all():
         raise Refused("the provider answered with a vector that is not finite")
+    # Numbers whose squares are zero in float32 make a zero length, too.
+    with np.errstate(over="ignore", under="ignore"):
+        if not np.einsum("ij,ij->i", stacked, stacked).all():
+            raise Refused("the provider answered with a vector of length zero, which has no direction")
     return stacked
 
 

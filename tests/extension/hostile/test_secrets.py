@@ -76,7 +76,7 @@ def test_a_key_is_shown_nowhere_whatever_the_answer_is(
 
 # What a provider says of a text of bob's, in its own words.
 QUOTING: list[dict[str, Any]] = [
-    {"status": 500, "body": {"error": {"message": "bad input: bob's diagnosis"}}},
+    {"status": 500, "body": {"error": {"message": "bad input: bob's diagnosis"}}, "retry_after": 30},
     {"status": 401, "body": {"error": {"message": "not for bob's diagnosis"}}},
     {"status": 429, "body": "slow down, bob's diagnosis", "retry_after": 30},
     {"status": 404, "body": "<html>bob's diagnosis</html>"},
@@ -93,7 +93,7 @@ def test_a_tenant_reads_no_words_of_a_provider_that_quote_anothers_text(
     fault: dict[str, Any],
 ) -> None:
     db.execute("SELECT autoembed.grant_monitor(%s)", [nobody.info.user])
-    api.behave(faults=[{**fault, "times": "forever"}])
+    api.behave(faults=[{**fault, "match": "diagnosis", "times": "forever"}])
     bob.run("SELECT autoembed.alter_pipeline('letters', model => 'slow')")
     bob.run("UPDATE letters SET content = 'bob''s diagnosis'")
     mallory.run(NOTES, ENABLE_COLUMNS.replace("'{content}'", "'{content}', model => 'slow'"))
