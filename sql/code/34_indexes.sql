@@ -116,7 +116,8 @@ BEGIN
             IF EXISTS (SELECT FROM pg_index AS i WHERE i.indexrelid = _index.indexrelid AND NOT i.indisvalid) THEN
                 EXECUTE format('DROP INDEX %s', _index.indexrelid::regclass);
             END IF;
-        EXCEPTION WHEN lock_not_available THEN
+        -- A build frees its lock a moment before it commits. Until then, the catalog says: tuple concurrently updated.
+        EXCEPTION WHEN lock_not_available OR internal_error THEN
             PERFORM autoembed._hold_index_job(pipeline_id);
         END;
     ELSIF _problem IS NULL AND _job.is_due IS NOT TRUE AND autoembed._index_may_be_built(pipeline_id) THEN
