@@ -602,7 +602,7 @@ DECLARE
     _before autoembed.pipeline;
     _after autoembed.pipeline;
     _shape jsonb;
-    _names CONSTANT text[] := '{key,labels,name,former_name}';
+    _names CONSTANT text[] := '{key,labels,name,former_name}'::text[];
     _key name[];
     _changed text[];
     _check record;

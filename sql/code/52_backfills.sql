@@ -9,7 +9,7 @@ CREATE OR REPLACE FUNCTION autoembed._next_backfill(dedicated boolean, busy_mode
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE
-    _left_since timestamptz := 'infinity';
+    _left_since timestamptz := 'infinity'::timestamptz;
 BEGIN
     -- This begins a lane's transaction, so it takes the lock of _gate().
     LOCK TABLE autoembed.lane IN ACCESS SHARE MODE;

@@ -179,7 +179,7 @@ AS $plpgsql$
 #variable_conflict use_column
 DECLARE
     -- So many rows are compared one by one sooner than an index finds the nearest of them among others.
-    _few CONSTANT double precision := 5000;
+    _few CONSTANT double precision := 5000::double precision;
     _target record;
     _vector @extschema:vector@.vector;
     _by_index boolean;

