@@ -18,6 +18,8 @@ from typing import Any
 SECURITY_LOCAL_USERID_CHANGE = 1
 SECURITY_RESTRICTED_OPERATION = 2
 STATEMENT_TIMEOUT = 3
+# The shortest interval of a timeout.
+REPEAT_MILLISECONDS = 1
 PGC_SUSET = 5
 # PostgreSQL counts microseconds from 2000-01-01.
 EPOCH_SECONDS = 946_684_800
@@ -29,6 +31,7 @@ SYMBOLS = (
     "AtEOXact_GUC",
     "find_option",
     "enable_timeout_at",
+    "enable_timeout_every",
     "disable_timeout",
     "get_timeout_active",
     "get_timeout_finish_time",
@@ -57,6 +60,7 @@ def _server() -> Any:
     library.get_timeout_active.restype = ctypes.c_bool
     library.get_timeout_finish_time.restype = ctypes.c_int64
     library.enable_timeout_at.argtypes = (ctypes.c_int, ctypes.c_int64)
+    library.enable_timeout_every.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int)
     library.disable_timeout.argtypes = (ctypes.c_int, ctypes.c_bool)
     library.get_timeout_indicator.argtypes = (ctypes.c_int, ctypes.c_bool)
     library.AtEOXact_GUC.argtypes = (ctypes.c_bool, ctypes.c_int)
@@ -126,29 +130,32 @@ def _settings(names: Sequence[bytes]) -> list[_Setting]:
 
 
 class _Timer:
-    """Cancels the statement after so many seconds, unless the session's statement_timeout does so before."""
+    """Cancels the statement after so many seconds, unless the session's statement_timeout does so before.
+
+    It cancels again until the statement ends: a loop that catches one cancel seldom catches the one that follows.
+    """
 
     def __init__(self, seconds: float) -> None:
         server = _server()
-        ends = int((time.time() + seconds - EPOCH_SECONDS) * 1e6)
+        ends = self._ends = int((time.time() + seconds - EPOCH_SECONDS) * 1e6)
         self._session_ends = server.get_timeout_finish_time(STATEMENT_TIMEOUT)
         self._session_is_timed = server.get_timeout_active(STATEMENT_TIMEOUT)
         self._is_set = not (self._session_is_timed and self._session_ends <= ends)
         if self._is_set:
-            server.enable_timeout_at(STATEMENT_TIMEOUT, ends)
+            server.enable_timeout_every(STATEMENT_TIMEOUT, ends, REPEAT_MILLISECONDS)
 
     def stop(self) -> tuple[bool, bool]:
         """Puts the session's own timeout back. Returns whether this one has struck, and whether that one has."""
         server = _server()
-        has_struck = not server.get_timeout_active(STATEMENT_TIMEOUT)
         if not self._is_set:
-            return False, has_struck
+            return False, not server.get_timeout_active(STATEMENT_TIMEOUT)
+        server.disable_timeout(STATEMENT_TIMEOUT, True)
+        has_struck = server.get_timeout_finish_time(STATEMENT_TIMEOUT) != self._ends or server.get_timeout_indicator(
+            STATEMENT_TIMEOUT, True
+        )
         if has_struck:
             # It may have struck just after the code ended, and would cancel what comes next.
-            server.get_timeout_indicator(STATEMENT_TIMEOUT, True)
             ctypes.c_int.in_dll(server, "QueryCancelPending").value = 0
         if self._session_is_timed:
             server.enable_timeout_at(STATEMENT_TIMEOUT, self._session_ends)
-        else:
-            server.disable_timeout(STATEMENT_TIMEOUT, False)
         return has_struck, False
