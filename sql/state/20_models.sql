@@ -54,9 +54,10 @@ COMMENT ON COLUMN autoembed.model.options IS
 COMMENT ON COLUMN autoembed.model.timeout_seconds IS 'Seconds that a request may take; NULL: those of the lane.';
 COMMENT ON COLUMN autoembed.model.builtin IS 'Whether it came with the extension and was never changed.';
 
-INSERT INTO autoembed.model (name, provider, model_id, dimensions, api_key, builtin)
-VALUES ('all-MiniLM-L6-v2', 'local', 'all-MiniLM-L6-v2', 384, NULL, true),
-       ('text-embedding-3-small', 'openai', 'text-embedding-3-small', 1536, 'env:OPENAI_API_KEY', true);
+-- The price is OpenAI's in dollars since January 2024.
+INSERT INTO autoembed.model (name, provider, model_id, dimensions, api_key, price_per_million_tokens, builtin)
+VALUES ('all-MiniLM-L6-v2', 'local', 'all-MiniLM-L6-v2', 384, NULL, NULL, true),
+       ('text-embedding-3-small', 'openai', 'text-embedding-3-small', 1536, 'env:OPENAI_API_KEY', 0.02, true);
 
 SELECT pg_catalog.pg_extension_config_dump('autoembed.model', 'WHERE NOT builtin');
 

@@ -118,6 +118,10 @@ DROP FUNCTION autoembed.schedule;
 
 ALTER TABLE autoembed.model ADD COLUMN timeout_seconds double precision CHECK (timeout_seconds > 0);
 COMMENT ON COLUMN autoembed.model.timeout_seconds IS 'Seconds that a request may take; NULL: those of the lane.';
+-- The price is OpenAI's in dollars since January 2024.
+UPDATE autoembed.model
+SET price_per_million_tokens = 0.02
+WHERE name = 'text-embedding-3-small' AND provider = 'openai' AND model_id = name AND price_per_million_tokens IS NULL;
 DROP FUNCTION autoembed.create_model;
 DROP FUNCTION autoembed.alter_model;
 

@@ -286,7 +286,7 @@ def test_a_new_day_has_a_new_budget(documents: Connection, api: FakeApi) -> None
     "call",
     [
         "create_model('m', 'openai', 3, base_url => 'http://127.0.0.1/v1', daily_cost_budget => 5)",
-        "alter_model('text-embedding-3-small', daily_cost_budget => 5)",
+        "alter_model('all-MiniLM-L6-v2', daily_cost_budget => 5)",
     ],
 )
 def test_a_budget_in_money_needs_a_price(db: Connection, call: str) -> None:

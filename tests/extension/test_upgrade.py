@@ -490,13 +490,15 @@ KEPT = {
     " to_jsonb(p) - '{built_from,content_function_schema,ended,warned_of,stale_since}'::text[]"
     " - '{embeddings_table,chunking,chunk_size,chunk_overlap}'::text[]"
     " FROM autoembed.pipeline AS p ORDER BY p.id",
-    "model": "SELECT to_jsonb(m) - 'timeout_seconds' FROM autoembed.model AS m ORDER BY m.name",
+    # A model that had no price may have one.
+    "model": "SELECT to_jsonb(m) - '{timeout_seconds,price_per_million_tokens}'::text[]"
+    " FROM autoembed.model AS m ORDER BY m.name",
     "setting": "SELECT * FROM autoembed.setting ORDER BY name",
     "model_rest": "SELECT model, until, failures, needs_attention, reason FROM autoembed.model_rest",
     "backfill": "SELECT to_jsonb(b) - 'served_at' FROM autoembed.backfill AS b",
     "embedded": "SELECT pipeline_id, key, digest, truncated FROM autoembed.embedded ORDER BY pipeline_id, key",
     "failure": "SELECT * FROM autoembed.failure ORDER BY id",
-    "usage": "SELECT * FROM autoembed.usage ORDER BY day, model, table_name::text",
+    "usage": "SELECT to_jsonb(u) - 'cost' FROM autoembed.usage AS u ORDER BY u.day, u.model, u.table_name::text",
     "queue": "SELECT * FROM pgmq.q_embedding_jobs ORDER BY msg_id",
     "progress": "SELECT * FROM autoembed.progress ORDER BY 1",
 }

@@ -45,7 +45,17 @@ def test_requests_inputs_and_tokens_are_counted_as_the_provider_does_and_cost_th
     assert float(row.cost) == pytest.approx(counters["tokens"] * 0.5 / 1_000_000, abs=1e-6)
 
 
+def test_a_built_in_model_has_its_price(documents: Connection, api: FakeApi) -> None:
+    insert(documents, "text " * 1000)
+    process(documents)
+
+    [row] = documents.execute("SELECT tokens, cost FROM autoembed.usage").fetchall()
+    assert float(row.cost) == pytest.approx(row.tokens * 0.02 / 1_000_000, abs=1e-6)
+    assert row.cost > 0
+
+
 def test_what_has_no_price_has_no_cost(documents: Connection, api: FakeApi) -> None:
+    documents.execute("UPDATE autoembed.model SET price_per_million_tokens = NULL WHERE name = %s", [MODEL])
     insert(documents, "text")
     process(documents)
 
