@@ -106,9 +106,13 @@ class Speeds:
 
 
 class Owners:
-    """What a lane has learnt about the code of tables' owners: how many rows one statement takes, and how long."""
+    """What a lane has learnt about the code of tables' owners: how many rows one statement takes, and how long.
 
-    def __init__(self) -> None:
+    lasts: the next pass knows it, too.
+    """
+
+    def __init__(self, *, lasts: bool = True) -> None:
+        self.lasts = lasts
         self._rows: dict[int, int] = {}
         self._seconds: dict[int, float] = {}
         self._take_vectors: set[int] = set()
@@ -174,6 +178,8 @@ class Rows:
         self._pace = pace
         self._owners = owners
         self._writes: deque[Write] = deque()
+        # The rows of the last statement of several that failed, of which one is to blame.
+        self._suspects: dict[Job, RowError] = {}
         # How the tokens of chunks are counted, and the most of them, by the way in which texts are cut.
         self._cutters: dict[tuple[Model, str, int | None, int], tuple[Counter, int]] = {}
 
@@ -190,11 +196,17 @@ class Rows:
         """
         began_at = time.monotonic()
         found: list[Job] = []
+        self._suspects = {}
         waiting = sorted(jobs, key=lambda job: job.attempts)
         while waiting:
             if max_bytes < 0 or time.monotonic() - began_at > OWNER_SHARE_SECONDS:
                 for job in waiting:
-                    self._ledger.release(job)
+                    error = self._suspects.get(job)
+                    if error is None or self._owners.lasts:
+                        self._ledger.release(job)
+                    else:
+                        # The next pass would read the same rows together. Those with an attempt are read one by one.
+                        self.retry_or_fail(job, error)
                 break
             count = self._statement_rows(pipeline, waiting)
             read, left = self._read_some(pipeline, waiting[:count], max_bytes)
@@ -219,6 +231,7 @@ class Rows:
             if not error.locked:
                 self._owners.failed(pipeline, len(jobs))
                 if len(jobs) > 1:
+                    self._suspects = dict.fromkeys(jobs, error)
                     return [], jobs
             for job in jobs:
                 self.retry_or_fail(job, error)

@@ -272,7 +272,7 @@ class _Pass:
         # None: nothing further is claimed in this pass.
         self._lane = lane
         self._pace = lane.pace if lane else Pace(options.batch_size, options.max_rows, indexed=True)
-        self._owners = lane.owners if lane else Owners()
+        self._owners = lane.owners if lane else Owners(lasts=False)
         self._speeds = lane.speeds if lane else None
         self._rows = Rows(database, ledger, self._pace, self._owners)
         self._outboxes: dict[Model, Outbox] = {}
