@@ -313,15 +313,16 @@ class Database:
 
     @contextmanager
     def _owners_code(
-        self, *, undone: bool = False, user: int | None = None, seconds: float = OWNER_SECONDS
+        self, *, undone: bool = False, writes: bool = False, user: int | None = None, seconds: float = OWNER_SECONDS
     ) -> Iterator[None]:
         """Runs statements with an owner's code, under PostgreSQL's guards. Their errors are RowErrors.
 
-        undone: what the code has done is rolled back. user: the statements run as this role.
+        undone: what the code has done is rolled back. writes: although it is undone, it is a write. user: the
+        statements run as this role.
         """
         if not available():
             raise RowError("this PostgreSQL lacks the functions under whose guard the code of a table's owner runs")
-        if not undone and not self._has_written:
+        if (writes or not undone) and not self._has_written:
             # Before anything is done: PostgreSQL refuses to defer what would run with other rights at the commit.
             self._run("SET CONSTRAINTS ALL IMMEDIATE")
         run = Run()
@@ -564,7 +565,7 @@ class Database:
         """
         vector = f"[1{',0' * (pipeline.model.dimensions - 1)}]"
         rows: Any = []
-        with self._owners_code(undone=True):
+        with self._owners_code(undone=True, writes=True):
             rows = self._run(
                 f"SELECT w.key, w.outcome FROM autoembed._write_{pipeline.id}($1, $2, $3, pg_catalog.array_fill("
                 f"$4::{pipeline.vector_type}, ARRAY[pg_catalog.cardinality($1)])) AS w",
