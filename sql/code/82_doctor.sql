@@ -94,7 +94,8 @@ BEGIN
         SELECT s.*,
                p AS pipeline,
                format('%s.%I', s.table_id, s.embedding_column) AS name,
-               c.relkind = 'p' AS partitioned,
+               c.relkind = 'p' AND s.embeddings_table IS NULL AS partitioned,
+               coalesce(s.embeddings_table, s.table_id) AS vectors_table,
                b.index_problem
         FROM autoembed._pipeline_state AS s
         JOIN autoembed.pipeline AS p ON p.id = s.id
@@ -136,7 +137,7 @@ BEGIN
                        ) FILTER (WHERE i.indexrelid IS NULL),
                        CASE
                            WHEN _row.partitioned THEN
-                               format('CREATE INDEX ON %s USING hnsw (%s);', _row.table_id, _index.key)
+                               format('CREATE INDEX ON %s USING hnsw (%s);', _row.vectors_table, _index.key)
                        END,
                        CASE
                            WHEN _index.expression LIKE '%::%' THEN
@@ -145,9 +146,9 @@ BEGIN
                    )
             INTO finding, advice
             FROM (
-                SELECT t.relid FROM pg_partition_tree(_row.table_id) AS t WHERE t.isleaf
+                SELECT t.relid FROM pg_partition_tree(_row.vectors_table) AS t WHERE t.isleaf
                 UNION
-                SELECT _row.table_id WHERE NOT _row.partitioned
+                SELECT _row.vectors_table WHERE NOT _row.partitioned
             ) AS r
             JOIN pg_class AS c ON c.oid = r.relid AND c.relkind = 'r'
             LEFT JOIN LATERAL (
@@ -155,7 +156,7 @@ BEGIN
             ) AS i ON true;
             -- A search of fewer than about 10,000 rows needs no index.
             ok := finding IS NOT NULL
-                OR _row.index_problem IS NULL AND coalesce(autoembed._estimated_rows(_row.table_id), 0) < 10000;
+                OR _row.index_problem IS NULL AND coalesce(autoembed._estimated_rows(_row.vectors_table), 0) < 10000;
             finding := coalesce(finding, 'none' || coalesce(', it could not be built: ' || _row.index_problem, ''));
             advice := CASE WHEN NOT ok THEN CASE WHEN _index.key IS NULL THEN _index.hint ELSE advice END END;
             RETURN NEXT;

@@ -329,6 +329,23 @@ def test_what_cannot_be_beside_is_refused_with_a_reason(
     assert refusal.value.diag.message_hint
 
 
+def test_doctor_names_the_index_that_many_embeddings_lack(db: Connection) -> None:
+    db.execute("SELECT autoembed.create_model('tiny', 'fake', 8)")
+    db.execute("CREATE TABLE pages (id int PRIMARY KEY, body text)")
+    db.execute("SELECT autoembed.enable('pages', NULL, content_columns => '{body}', model => 'tiny')")
+    db.execute(
+        "INSERT INTO pages_embeddings SELECT n, 1, 0, 1, '', '[1,0,0,0,0,0,0,0]' FROM generate_series(1, 10000) AS n"
+    )
+    db.execute("ANALYZE pages_embeddings")
+    index = "SELECT ok, finding, advice FROM autoembed.doctor() WHERE subject = 'index of public.pages.embedding'"
+
+    [row] = db.execute(index).fetchall()
+    assert not row.ok
+    db.execute(row.advice)
+
+    assert db.execute(index).fetchone() == (True, "public.pages_embeddings_embedding_idx", None)
+
+
 def long_text(paragraphs: int) -> str:
     """Paragraphs that are all different."""
     return "\n\n".join(
