@@ -23,7 +23,7 @@ ALTER TABLE pgmq.q_embedding_jobs SET (toast_tuple_target = 8160);
 
 -- A publication of all tables would refuse each UPDATE and DELETE of a table without a replica identity.
 ALTER TABLE pgmq.meta REPLICA IDENTITY FULL;
-ALTER TABLE pgmq.topic_bindings REPLICA IDENTITY FULL;
+ALTER TABLE pgmq.topic_bindings REPLICA IDENTITY USING INDEX topic_bindings_unique_pattern_queue;
 
 SELECT pg_catalog.pg_extension_config_dump('pgmq.q_embedding_jobs', '');
 SELECT pg_catalog.pg_extension_config_dump('pgmq.q_embedding_jobs_msg_id_seq', '');

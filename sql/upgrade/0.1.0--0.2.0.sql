@@ -275,7 +275,7 @@ COMMENT ON COLUMN autoembed.usage_day.rows IS 'Rows that have these texts.';
 
 -- A publication of all tables would refuse each UPDATE and DELETE of a table without a replica identity.
 ALTER TABLE pgmq.meta REPLICA IDENTITY FULL;
-ALTER TABLE pgmq.topic_bindings REPLICA IDENTITY FULL;
+ALTER TABLE pgmq.topic_bindings REPLICA IDENTITY USING INDEX topic_bindings_unique_pattern_queue;
 ALTER TABLE autoembed.model_limit REPLICA IDENTITY FULL;
 ALTER TABLE autoembed.usage_entry REPLICA IDENTITY FULL;
 ALTER TABLE autoembed.usage_day REPLICA IDENTITY FULL;
