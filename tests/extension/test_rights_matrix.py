@@ -406,7 +406,7 @@ def test_the_functions_of_a_table_are_its_owners_and_nobody_elses(
 
 
 def tables_in(session: Connection, relation: str, column: str = "table_name") -> set[str]:
-    rows = session.execute(f"SELECT {column}::regclass::text AS name FROM autoembed.{relation}")
+    rows = session.execute(f"SELECT {column}::text AS name FROM autoembed.{relation}")
     return {row.name.split(".")[-1] for row in rows if row.name}
 
 
