@@ -16,6 +16,9 @@ VOLATILE = "routine is marked as STABLE, but expression is VOLATILE"
 ACCEPTED = {
     ("_digests", VOLATILE): "The age of a row may be that at any moment of the statement.",
     ("_is_uncommitted", VOLATILE): "The caller's own transaction is in progress throughout the statement.",
+    ("_check_pipeline", VOLATILE): "pg_partition_tree() is marked as VOLATILE, and reads the catalog alone.",
+    ("_without_replica_identity", VOLATILE): "pg_partition_tree(), too.",
+    ("_search_target", VOLATILE): "pg_partition_tree(), too.",
     ("_text_3", VOLATILE): "Calls the owner's function, and the owner may have marked it as anything.",
 }
 # Their queries are made of the names of a table, and the type of its rows is known when they run.
