@@ -99,7 +99,7 @@ def test_a_text_of_two_tables_is_the_first_ones(documents: Connection, api: Fake
 
 def test_only_what_was_answered_with_vectors_counts(documents: Connection, api: FakeApi) -> None:
     """A failed try and a refused text cost nothing; what it takes to find the text does."""
-    api.behave(faults=[{"status": 500}])
+    api.behave(faults=[{"status": 429}])
     insert(documents, "good")
     process(documents)
     assert usage(documents) == []
