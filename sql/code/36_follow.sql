@@ -530,7 +530,7 @@ BEGIN
            (_new).model, (_new).on_change, (_new).truncate, (_new).replicated, (_new).managed, (_new).paused,
            (_new).table_shape, 'stopped'
     RETURNING p.id INTO _new.id;
-    -- What is known of the rows goes along, as long as the table has both keys.
+    -- The digests of the rows go along while the table has both keys.
     IF NOT EXISTS (
         SELECT FROM unnest(pipeline.key_columns) AS k(name)
         WHERE NOT EXISTS (

@@ -90,7 +90,7 @@ BEGIN
                 {{embedding_column}} = excluded.{{embedding_column}}
             WHERE (e.chunk_start, e.chunk_end, e.digest)
                 IS DISTINCT FROM (excluded.chunk_start, excluded.chunk_end, excluded.digest);
-            -- What is left of a longer text, or of a row that is gone.
+            -- A shorter text, and a row that is gone, leave chunks behind.
             DELETE FROM {{embeddings_table}} AS d
             WHERE d.ctid = ANY (ARRAY(
                 SELECT f.ctid

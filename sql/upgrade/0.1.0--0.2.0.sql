@@ -22,7 +22,7 @@ DROP VIEW autoembed.status;
 DROP VIEW autoembed.progress;
 DROP VIEW autoembed.failed;
 DROP VIEW autoembed.usage;
--- What is known of a row has the digest of its vector.
+-- These functions know the digest of a row's vector, too.
 DROP FUNCTION autoembed._digests;
 DROP FUNCTION autoembed._record_embedded;
 DROP FUNCTION autoembed._state_of;
