@@ -16,7 +16,9 @@ FOLDER = CACHE / "manuals"
 # One release of Debian, so that the texts stay the same.
 FETCH = """
 set -e
-echo 'deb http://deb.debian.org/debian trixie main' > /etc/apt/sources.list.d/manuals.list
+apt-get update -qq
+archive=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Label: Debian' | head -n 1)
+echo "deb $archive trixie main" > /etc/apt/sources.list.d/manuals.list
 apt-get update -qq
 rm -rf /tmp/manuals && mkdir -p /tmp/manuals/perl /tmp/manuals/python && cd /tmp/manuals
 apt-get download -qq perl-doc/trixie python3.13-doc/trixie

@@ -19,7 +19,9 @@ fi
 
 apt-get install -y --no-install-recommends ca-certificates curl gcc make "postgresql-server-dev-$PG_MAJOR"
 # The archive drops a version soon after the next one. Its snapshots keep all.
-for url in "http://deb.debian.org/debian/pool/main/p/pgvector/pgvector_$version.orig.tar.gz" \
+# shellcheck disable=SC2016 # apt-get expands it.
+archive=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Label: Debian' | sed -n 1p)
+for url in "${archive}pool/main/p/pgvector/pgvector_$version.orig.tar.gz" \
     "https://snapshot.debian.org/file/$sha1"; do
     if curl --fail --silent --show-error --location --output /source.tar.gz "$url"; then break; fi
 done

@@ -327,11 +327,19 @@ class Database:
             self._run("SET CONSTRAINTS ALL IMMEDIATE")
         run = Run()
         locks = None if self._commits else self._run("SELECT autoembed._advisory_locks() AS held")[0]["held"]
+        temporary = None if undone else self._temporary_objects()
         try:
-            with contextlib.suppress(_Undo), plpy.subtransaction(), restricted(seconds, user) as run:
-                yield
+            with contextlib.suppress(_Undo), plpy.subtransaction():
+                with restricted(seconds, user) as run:
+                    yield
                 if undone:
                     raise _Undo
+                # PostgreSQL 18.6 refuses temporary tables there, but lets types and functions be made.
+                if self._temporary_objects() != temporary:
+                    raise RowError(
+                        "cannot create a temporary object while an embedding is written",
+                        sqlstate=INSUFFICIENT_PRIVILEGE,
+                    )
         except plpy.SPIError as error:
             if run.session_timed_out and _sqlstate(error) == QUERY_CANCELED:
                 raise
@@ -342,6 +350,15 @@ class Database:
                 self._run("SELECT pg_catalog.pg_advisory_unlock_all()")
             else:
                 self._run("SELECT autoembed._restore_advisory_locks($1)", ["pg_catalog.text[]"], [locks])
+
+    def _temporary_objects(self) -> int:
+        """How many objects the session's temporary schema has."""
+        [row] = self._run(
+            "SELECT pg_catalog.count(*) AS count FROM pg_catalog.pg_depend AS d"
+            " WHERE d.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_namespace'::pg_catalog.regclass"
+            " AND d.refobjid OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()"
+        )
+        return int(row["count"])
 
     @contextmanager
     def lane_settings(self, name: str) -> Iterator[None]:

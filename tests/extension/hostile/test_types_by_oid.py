@@ -102,30 +102,56 @@ def test_a_trigger_cannot_make_such_a_domain_in_the_lane(
     assert_nothing_gained(db, mallory)
 
 
+# What a trigger could leave in the session's temporary schema, named as what later statements mention without a schema.
+LEFT_BEHIND = {
+    "domain": "CREATE DOMAIN pg_temp.text AS pg_catalog.text CHECK ({me}.attack() IS NOT NULL)",
+    "enum": "CREATE TYPE pg_temp.jsonb AS ENUM ('a')",
+    "composite type": "CREATE TYPE pg_temp.lane AS (a int)",
+    "table": "CREATE TEMPORARY TABLE pipeline (a int)",
+    "view": "CREATE VIEW pg_temp.pg_class AS SELECT {me}.attack()",
+    "sequence": "CREATE TEMPORARY SEQUENCE pg_proc",
+    "function": "CREATE FUNCTION pg_temp.now() RETURNS int LANGUAGE plpgsql AS 'BEGIN RETURN {me}.attack(); END'",
+    "operator": "CREATE OPERATOR pg_temp.= (FUNCTION = pg_catalog.int4pl, LEFTARG = int, RIGHTARG = int)",
+}
+
+
+@pytest.mark.parametrize("act", LEFT_BEHIND.values(), ids=LEFT_BEHIND.keys())
 @pytest.mark.parametrize("place", ["BEFORE", "AFTER"])
-def test_a_trigger_cannot_put_a_relation_of_its_own_in_the_way_of_what_comes_next(
-    db: Connection, mallory: Tenant, bob: Tenant, lane: Lane, place: str
+def test_a_trigger_leaves_nothing_in_the_temporary_schema_of_a_lane(
+    db: Connection, mallory: Tenant, bob: Tenant, lane: Lane, act: str, place: str
 ) -> None:
-    """Temporary relations and types named as what statements of a lane mention without a schema, or might."""
-    names = ("text", "jsonb", "int4", "bool", "regtype", "pg_proc", "pg_class", "pg_attribute", "lane", "pipeline")
-    making = " ".join(
-        f"""BEGIN
-                CREATE DOMAIN pg_temp.{name} AS pg_catalog.text CHECK ({{me}}.attack() IS NOT NULL);
-            EXCEPTION WHEN OTHERS THEN NULL; END;"""
-        for name in names
+    mallory.run(
+        ATTACK, NOTES, ENABLE_COLUMNS, trigger(f"{act};", f"{place} UPDATE"), "INSERT INTO notes VALUES (1, 'n')"
     )
-    mallory.run(ATTACK, NOTES, ENABLE_COLUMNS, trigger(making, f"{place} UPDATE"), "INSERT INTO notes VALUES (1, 'n')")
 
     wait_until(lambda: waiting_of(db, mallory) == 0)
     stays_fresh(bob)
 
     assert lane.error is None
     assert_nothing_gained(db, mallory)
-    assert (
-        db.execute(
-            "SELECT typname FROM pg_type AS t JOIN pg_namespace AS n ON n.oid = t.typnamespace"
-            " WHERE n.nspname LIKE 'pg\\_temp\\_%%' AND t.typowner = %s::regrole",
-            [mallory.name],
-        ).fetchall()
-        == []
-    )
+    assert left_behind(db, mallory) == []
+
+
+@pytest.mark.parametrize("act", LEFT_BEHIND.values(), ids=LEFT_BEHIND.keys())
+def test_a_trigger_leaves_nothing_in_the_temporary_schema_of_a_caller_of_process(
+    db: Connection, mallory: Tenant, act: str
+) -> None:
+    mallory.run(ATTACK, NOTES, ENABLE_COLUMNS, trigger(f"{act};"), "INSERT INTO notes VALUES (1, 'n')")
+    db.execute("CREATE TEMPORARY TABLE mine ()")
+
+    db.execute("SELECT autoembed.process()")
+
+    assert_nothing_gained(db, mallory)
+    assert left_behind(db, mallory) == []
+
+
+def left_behind(db: Connection, tenant: Tenant) -> list[tuple[str, int]]:
+    """What a tenant owns in temporary schemas."""
+    return db.execute(
+        "SELECT d.classid::regclass, d.objid FROM pg_depend AS d JOIN pg_namespace AS n ON n.oid = d.refobjid"
+        " JOIN pg_shdepend AS o ON (o.classid, o.objid) = (d.classid, d.objid) AND o.deptype = 'o'"
+        " WHERE d.refclassid = 'pg_namespace'::regclass AND n.nspname LIKE 'pg\\_temp\\_%%'"
+        " AND o.dbid = (SELECT b.oid FROM pg_database AS b WHERE b.datname = current_database())"
+        " AND o.refobjid = %s::regrole",
+        [tenant.name],
+    ).fetchall()
