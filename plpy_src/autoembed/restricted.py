@@ -1,8 +1,8 @@
 """PostgreSQL's own guards around somebody else's code, reached by ctypes.
 
-They are C functions of the server (miscadmin.h, guc.h, guc_tables.h, timeout.h), the same in PostgreSQL 17 and 18.
-A security-restricted operation refuses what would outlive it: cursors WITH HOLD, PREPARE, LISTEN, DISCARD, SET ROLE,
-temporary objects, events deferred to the commit. A nest level of its own puts every setting back.
+They are C functions of the server (miscadmin.h, guc.h, guc_tables.h, timeout.h, xact.h), the same in PostgreSQL 17 and
+18. A security-restricted operation refuses what would outlive it: cursors WITH HOLD, PREPARE, LISTEN, DISCARD, SET
+ROLE, temporary tables, events deferred to the commit. A nest level of its own puts every setting back.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from typing import Any
 SECURITY_LOCAL_USERID_CHANGE = 1
 SECURITY_RESTRICTED_OPERATION = 2
 STATEMENT_TIMEOUT = 3
-# The shortest interval of a timeout.
-REPEAT_MILLISECONDS = 1
+SUBXACT_EVENT_ABORT_SUB = 2
 PGC_SUSET = 5
 # PostgreSQL counts microseconds from 2000-01-01.
 EPOCH_SECONDS = 946_684_800
@@ -31,11 +30,12 @@ SYMBOLS = (
     "AtEOXact_GUC",
     "find_option",
     "enable_timeout_at",
-    "enable_timeout_every",
     "disable_timeout",
     "get_timeout_active",
     "get_timeout_finish_time",
-    "get_timeout_indicator",
+    "RegisterSubXactCallback",
+    "UnregisterSubXactCallback",
+    "InterruptPending",
     "QueryCancelPending",
 )
 # These settings, which any role may change, end the whole session: at once, or with the next error.
@@ -46,6 +46,10 @@ class _Setting(ctypes.Structure):
     """The beginning of struct config_generic."""
 
     _fields_ = (("name", ctypes.c_char_p), ("context", ctypes.c_int))
+
+
+# SubXactCallback: event, subtransaction, its parent, argument.
+_SubtransactionCallback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p)
 
 
 @cache
@@ -60,9 +64,9 @@ def _server() -> Any:
     library.get_timeout_active.restype = ctypes.c_bool
     library.get_timeout_finish_time.restype = ctypes.c_int64
     library.enable_timeout_at.argtypes = (ctypes.c_int, ctypes.c_int64)
-    library.enable_timeout_every.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int)
     library.disable_timeout.argtypes = (ctypes.c_int, ctypes.c_bool)
-    library.get_timeout_indicator.argtypes = (ctypes.c_int, ctypes.c_bool)
+    library.RegisterSubXactCallback.argtypes = (_SubtransactionCallback, ctypes.c_void_p)
+    library.UnregisterSubXactCallback.argtypes = (_SubtransactionCallback, ctypes.c_void_p)
     library.AtEOXact_GUC.argtypes = (ctypes.c_bool, ctypes.c_int)
     library.SetUserIdAndSecContext.argtypes = (ctypes.c_uint, ctypes.c_int)
     return library
@@ -132,30 +136,44 @@ def _settings(names: Sequence[bytes]) -> list[_Setting]:
 class _Timer:
     """Cancels the statement after so many seconds, unless the session's statement_timeout does so before.
 
-    It cancels again until the statement ends: a loop that catches one cancel seldom catches the one that follows.
+    Code that catches a cancel rolls back a subtransaction. From then on each such rollback cancels again, so the
+    cancel meets the code outside of the block that has caught it.
     """
 
     def __init__(self, seconds: float) -> None:
         server = _server()
-        ends = self._ends = int((time.time() + seconds - EPOCH_SECONDS) * 1e6)
+        ends = int((time.time() + seconds - EPOCH_SECONDS) * 1e6)
         self._session_ends = server.get_timeout_finish_time(STATEMENT_TIMEOUT)
         self._session_is_timed = server.get_timeout_active(STATEMENT_TIMEOUT)
         self._is_set = not (self._session_is_timed and self._session_ends <= ends)
+        self._ends = ends if self._is_set else self._session_ends
+        self._has_repeated = False
         if self._is_set:
-            server.enable_timeout_every(STATEMENT_TIMEOUT, ends, REPEAT_MILLISECONDS)
+            server.enable_timeout_at(STATEMENT_TIMEOUT, ends)
+        self._callback = _SubtransactionCallback(self._after_subtransaction)
+        server.RegisterSubXactCallback(self._callback, None)
+
+    def _after_subtransaction(self, event: int, *_: Any) -> None:
+        if event == SUBXACT_EVENT_ABORT_SUB and (time.time() - EPOCH_SECONDS) * 1e6 >= self._ends:
+            self._has_repeated = True
+            _flag("QueryCancelPending").value = 1
+            _flag("InterruptPending").value = 1
 
     def stop(self) -> tuple[bool, bool]:
         """Puts the session's own timeout back. Returns whether this one has struck, and whether that one has."""
         server = _server()
-        if not self._is_set:
-            return False, not server.get_timeout_active(STATEMENT_TIMEOUT)
-        server.disable_timeout(STATEMENT_TIMEOUT, True)
-        has_struck = server.get_timeout_finish_time(STATEMENT_TIMEOUT) != self._ends or server.get_timeout_indicator(
-            STATEMENT_TIMEOUT, True
-        )
-        if has_struck:
+        server.UnregisterSubXactCallback(self._callback, None)
+        has_struck = not server.get_timeout_active(STATEMENT_TIMEOUT)
+        if self._is_set:
+            server.disable_timeout(STATEMENT_TIMEOUT, False)
+            if self._session_is_timed:
+                server.enable_timeout_at(STATEMENT_TIMEOUT, self._session_ends)
+        if self._has_repeated or (self._is_set and has_struck):
             # It may have struck just after the code ended, and would cancel what comes next.
-            ctypes.c_int.in_dll(server, "QueryCancelPending").value = 0
-        if self._session_is_timed:
-            server.enable_timeout_at(STATEMENT_TIMEOUT, self._session_ends)
-        return has_struck, False
+            _flag("QueryCancelPending").value = 0
+        return self._is_set and has_struck, not self._is_set and has_struck
+
+
+def _flag(name: str) -> ctypes.c_int:
+    """A variable of the server that its signal handlers set (sig_atomic_t)."""
+    return ctypes.c_int.in_dll(_server(), name)

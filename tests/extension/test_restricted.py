@@ -7,6 +7,29 @@ import pytest
 
 from harness import Connection
 
+# Ends by itself, though not soon.
+CATCHES_EVERY_CANCEL = """
+    DO $$
+    BEGIN
+        WHILE clock_timestamp() < now() + interval '10 s' LOOP
+            BEGIN
+                PERFORM pg_sleep(3);
+            EXCEPTION WHEN query_canceled THEN
+                NULL;
+            END;
+        END LOOP;
+    END $$
+"""
+# Each level catches the cancel that ended the one below, and begins again.
+CATCHES_AT_TEN_LEVELS = """
+    DO $$
+    BEGIN
+        EXECUTE (
+            SELECT format('DO $code$ BEGIN %s %s END $code$',
+                repeat('WHILE clock_timestamp() < now() + interval ''10 s'' LOOP BEGIN ', 10) || 'PERFORM pg_sleep(3);',
+                repeat(' EXCEPTION WHEN query_canceled THEN NULL; END; END LOOP;', 10)));
+    END $$
+"""
 PROBE = """
     CREATE FUNCTION state() RETURNS text LANGUAGE plpython3u AS $python$
         import ctypes
@@ -75,6 +98,8 @@ def test_this_server_has_the_guards(probe: Connection) -> None:
         ("SELECT 1 / 0", "22012"),
         ("DO $$ BEGIN RAISE EXCEPTION 'no' USING ERRCODE = 'query_canceled'; END $$", "57014"),
         ("SELECT pg_sleep(30)", "57014 timed out"),
+        (CATCHES_EVERY_CANCEL, "57014 timed out"),
+        (CATCHES_AT_TEN_LEVELS, "57014 timed out"),
         ("DECLARE c CURSOR WITH HOLD FOR SELECT 1", "42501"),
         ("PREPARE p AS SELECT 1", "42501"),
         ("LISTEN somebody", "42501"),

@@ -84,6 +84,14 @@ SLOW = {
     "statement": "PERFORM count(*) FROM generate_series(1, 1000000000);",
     "regular expression": "PERFORM repeat('a', 28) ~ '^(a|aa|a?a)*\\1$';",
     "lock": "LOCK TABLE {me}.entry;",
+    "caught": """
+        LOOP
+            BEGIN
+                PERFORM pg_sleep(40);
+            EXCEPTION WHEN query_canceled THEN
+                NULL;
+            END;
+        END LOOP;""",
 }
 SLOW_PLACES: dict[str, Callable[[str], str]] = {
     "content function": lambda act: f"{NOTES}; {content_function(act)}; {ENABLE_FUNCTION}",
@@ -112,6 +120,7 @@ SLOW_PLACES: dict[str, Callable[[str], str]] = {
         *((place, "sleep") for place in SLOW_PLACES),
         *(("content function", act) for act in SLOW if act != "sleep"),
         ("trigger", "lock"),
+        ("trigger", "caught"),
     ],
 )
 def test_slow_code_of_an_owner_holds_up_its_own_rows_alone(
