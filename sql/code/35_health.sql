@@ -109,6 +109,7 @@ DECLARE
     _type_dimensions integer;
     _generated boolean;
     _unpublished regclass;
+    _model_name text := coalesce(pipeline.model, autoembed._default_model());
     _model autoembed.model;
 BEGIN
     SELECT c.* INTO _table FROM pg_class AS c WHERE c.oid = pipeline.table_id;
@@ -220,6 +221,14 @@ BEGIN
         RETURN;
     END IF;
 
+    SELECT m.* INTO _model FROM autoembed.model AS m WHERE m.name = _model_name;
+    IF NOT FOUND THEN
+        problem := format('model "%s" does not exist', _model_name);
+        hint := 'Create it with autoembed.create_model().';
+        errcode := 'undefined_object';
+        RETURN;
+    END IF;
+
     SELECT coalesce(v.name, format_type(a.atttypid, a.atttypmod)), v.name IS NOT NULL, a.atttypmod, a.attgenerated <> ''
     INTO _type, _is_vector, _type_dimensions, _generated
     FROM pg_attribute AS a
@@ -228,7 +237,7 @@ BEGIN
     IF NOT FOUND THEN
         problem := format('table %s has no column "%s"', _vectors_table, pipeline.embedding_column);
         hint := format('Add it: ALTER TABLE %s ADD COLUMN %I @extschema:vector@.halfvec(%s);',
-                       _vectors_table, pipeline.embedding_column, (autoembed._model(pipeline.model)).dimensions);
+                       _vectors_table, pipeline.embedding_column, _model.dimensions);
         errcode := 'undefined_column';
         RETURN;
     END IF;
@@ -320,7 +329,6 @@ BEGIN
         RETURN;
     END IF;
 
-    _model := autoembed._model(pipeline.model);
     IF _type_dimensions NOT IN (-1, _model.dimensions) THEN
         problem := format('column "%s" of table %s has %s dimensions, model "%s" has %s',
                           pipeline.embedding_column, _vectors_table, _type_dimensions,

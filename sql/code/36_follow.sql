@@ -119,7 +119,7 @@ CREATE OR REPLACE FUNCTION autoembed._backfill(pipeline_id integer)
     SET search_path = pg_catalog, pg_temp
 AS $sql$
     INSERT INTO autoembed.backfill AS b (pipeline_id)
-    VALUES (_backfill.pipeline_id)
+    SELECT p.id FROM autoembed.pipeline AS p WHERE p.id = _backfill.pipeline_id FOR KEY SHARE
     ON CONFLICT ON CONSTRAINT backfill_pkey DO UPDATE
     SET position = NULL, rows_queued = 0, scanned_at = NULL, index_problem = NULL, started_at = clock_timestamp();
 $sql$;
@@ -178,6 +178,8 @@ BEGIN
             WHERE p.oid = NEW.content_function_id
         );
     END IF;
+    -- Nobody drops the model meanwhile.
+    PERFORM FROM autoembed.model AS m WHERE m.name = NEW.model FOR KEY SHARE;
     SELECT c.* INTO _check FROM autoembed._check_pipeline(NEW) AS c;
     IF _check.errcode = 'waits' THEN
         RAISE WARNING USING MESSAGE = _check.problem, HINT = _check.hint, ERRCODE = 'object_not_in_prerequisite_state';
@@ -257,6 +259,9 @@ DECLARE
     _trigger name;
 BEGIN
     DELETE FROM autoembed._job AS q WHERE q.pipeline = OLD.id::text;
+    DELETE FROM autoembed.backfill AS b WHERE b.pipeline_id = OLD.id;
+    DELETE FROM autoembed.embedded AS e WHERE e.pipeline_id = OLD.id;
+    DELETE FROM autoembed.failure AS f WHERE f.pipeline_id = OLD.id;
     PERFORM autoembed._drop_functions(OLD.id, true);
     PERFORM autoembed._unschedule('index-' || OLD.id);
     FOR _trigger IN
@@ -280,7 +285,8 @@ BEGIN
     RETURN NULL;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._ended IS 'Removes the jobs, functions and triggers of a pipeline that has ended.';
+COMMENT ON FUNCTION autoembed._ended IS
+    'Removes the jobs, records, functions and triggers of a pipeline that has ended.';
 
 CREATE OR REPLACE FUNCTION autoembed._model_changed()
     RETURNS trigger

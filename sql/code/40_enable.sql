@@ -704,7 +704,11 @@ AS $plpgsql$
 BEGIN
     -- A backfill in progress is widened, not replaced: to all rows, unless both have the same condition.
     INSERT INTO autoembed.backfill AS b (pipeline_id, condition, force, create_index)
-    VALUES (pipeline.id, _look_through.condition, _look_through.force, false)
+    SELECT p.id, _look_through.condition, _look_through.force, false
+    FROM autoembed.pipeline AS p
+    WHERE p.id = (_look_through.pipeline).id
+    -- It does not end meanwhile.
+    FOR KEY SHARE
     ON CONFLICT ON CONSTRAINT backfill_pkey DO UPDATE
     SET condition = CASE WHEN b.condition = excluded.condition THEN excluded.condition END,
         force = b.force OR excluded.force,

@@ -206,6 +206,8 @@ DECLARE
     _used_by text;
 BEGIN
     PERFORM autoembed._model(drop_model.name);
+    -- A table that is being given this model holds a lock of it until its transaction ends.
+    PERFORM FROM autoembed.model AS m WHERE m.name = drop_model.name FOR UPDATE;
     SELECT string_agg(format('%s.%I', p.table_id, p.embedding_column), ', ' ORDER BY p.id)
     INTO _used_by
     FROM autoembed.pipeline AS p

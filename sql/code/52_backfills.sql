@@ -28,15 +28,12 @@ BEGIN
         SELECT b.pipeline_id, s.failures, m.name, m.provider
         FROM autoembed.backfill AS b
         JOIN autoembed._pipeline_state AS s ON s.id = b.pipeline_id AND s.blocked IS NULL
-        JOIN autoembed.pipeline AS p ON p.id = b.pipeline_id
         JOIN autoembed.model AS m ON m.name = s.model AND m.name <> ALL (busy_models)
         WHERE b.scanned_at IS NULL AND coalesce(b.served_at, b.started_at) < _left_since
         -- In a dump of 0.1.0, a backfill that no lane has worked on yet has a NULL.
         ORDER BY coalesce(b.served_at, b.started_at), b.pipeline_id
         LIMIT 1
         FOR UPDATE OF b SKIP LOCKED
-        -- The second update of a row in one transaction checks its foreign key, which would wait for a tenant's lock.
-        FOR KEY SHARE OF p SKIP LOCKED
     )
     UPDATE autoembed.backfill AS b
     SET served_at = clock_timestamp()
@@ -147,6 +144,11 @@ BEGIN
         FROM autoembed.backfill AS b
         JOIN autoembed.pipeline AS p ON p.id = b.pipeline_id
         WHERE b.scanned_at IS NOT NULL
+          -- A restore brings triggers last. Until then jobs may be missing.
+          AND (NOT p.managed OR EXISTS (
+              SELECT FROM pg_trigger AS t
+              WHERE t.tgrelid = p.table_id AND t.tgname = autoembed._trigger_name(p.id, 'insert')
+          ))
           AND NOT EXISTS (SELECT FROM autoembed._job AS q WHERE q.pipeline = b.pipeline_id::text)
         FOR UPDATE OF b SKIP LOCKED
         -- A tenant may have locked the pipeline. Another look comes.

@@ -69,6 +69,7 @@ BEGIN
         CROSS JOIN LATERAL jsonb_populate_record(NULL::autoembed.backfill, r.message -> 'backfill') AS b
         JOIN autoembed.pipeline AS p ON p.id = b.pipeline_id
         WHERE r.message -> 'backfill' IS NOT NULL
+        FOR KEY SHARE OF p
         ON CONFLICT DO NOTHING
     )
     SELECT count(*) INTO _retried FROM retried;

@@ -1,4 +1,5 @@
 -- The pipelines, the backfills, and the records of rows.
+-- No foreign key joins tables that a dump has: a parallel restore loads them in any order.
 
 CREATE TABLE autoembed.pipeline (
     id integer PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
@@ -12,7 +13,7 @@ CREATE TABLE autoembed.pipeline (
     condition text,
     condition_columns jsonb NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(condition_columns) = 'object'),
     condition_objects jsonb NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(condition_objects) = 'object'),
-    model text REFERENCES autoembed.model (name) ON UPDATE CASCADE,
+    model text,
     on_change text NOT NULL DEFAULT 'keep' CHECK (on_change IN ('keep', 'clear')),
     truncate boolean NOT NULL DEFAULT true,
     replicated boolean NOT NULL DEFAULT false,
@@ -94,7 +95,7 @@ CREATE POLICY table_owner ON autoembed.pipeline
     USING (EXISTS (SELECT FROM pg_class AS c WHERE c.oid = table_id AND pg_has_role(c.relowner, 'USAGE')));
 
 CREATE TABLE autoembed.backfill (
-    pipeline_id integer PRIMARY KEY REFERENCES autoembed.pipeline (id) ON DELETE CASCADE,
+    pipeline_id integer PRIMARY KEY,
     condition text,
     force boolean NOT NULL DEFAULT false,
     create_index boolean NOT NULL DEFAULT false,
@@ -140,7 +141,7 @@ COMMENT ON COLUMN autoembed.pipeline_rest.failures IS 'Errors in a row. Each dou
 COMMENT ON COLUMN autoembed.pipeline_rest.reason IS 'The last error.';
 
 CREATE TABLE autoembed.embedded (
-    pipeline_id integer NOT NULL REFERENCES autoembed.pipeline (id) ON DELETE CASCADE,
+    pipeline_id integer NOT NULL,
     key text COLLATE pg_catalog."C" NOT NULL,
     digest bytea NOT NULL,
     truncated boolean NOT NULL,
@@ -165,7 +166,7 @@ SELECT pg_catalog.pg_extension_config_dump('autoembed.embedded', '');
 
 CREATE TABLE autoembed.failure (
     id bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
-    pipeline_id integer REFERENCES autoembed.pipeline (id) ON DELETE CASCADE,
+    pipeline_id integer,
     key text COLLATE pg_catalog."C",
     message jsonb,
     error_class text NOT NULL,

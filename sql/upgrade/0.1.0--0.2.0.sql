@@ -31,6 +31,12 @@ DROP FUNCTION autoembed.enable;
 DROP FUNCTION autoembed.alter_pipeline;
 DROP FUNCTION autoembed._content_function;
 
+-- A parallel restore loads these tables in any order.
+ALTER TABLE autoembed.pipeline DROP CONSTRAINT pipeline_model_fkey;
+ALTER TABLE autoembed.backfill DROP CONSTRAINT backfill_pipeline_id_fkey;
+ALTER TABLE autoembed.embedded DROP CONSTRAINT embedded_pipeline_id_fkey;
+ALTER TABLE autoembed.failure DROP CONSTRAINT failure_pipeline_id_fkey;
+
 ALTER TABLE autoembed.pipeline ADD COLUMN ended boolean NOT NULL DEFAULT false;
 ALTER TABLE autoembed.pipeline ADD COLUMN content_function_schema name;
 ALTER TABLE autoembed.pipeline ADD COLUMN embeddings_table regclass;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -25,12 +26,15 @@ def restored(server: Server, dbname: str) -> Iterator[Restore]:
     """Dumps the test's database in the server's container and restores it beside it; a session there."""
     name = f"restored_{uuid.uuid4().hex[:12]}"
     with ExitStack() as stack:
+        stack.enter_context(server.janitor(name))
 
         def restore(options: str = "", restore_options: str = "") -> Connection:
-            stack.enter_context(server.janitor(name))
-            custom = "-Fc" in options
-            load = f"pg_restore --exit-on-error {restore_options}" if custom else "psql --quiet -v ON_ERROR_STOP=1"
-            command = f"set -o pipefail; pg_dump -U postgres {options} {dbname} | {load} -U postgres -d {name} 2>&1"
+            load = "pg_restore --exit-on-error" if "-F" in options else "psql --quiet -v ON_ERROR_STOP=1 -f"
+            command = (
+                f"pg_dump -U postgres {options} -f /tmp/{name} {dbname} &&"
+                f" {load} /tmp/{name} {restore_options} -U postgres -d {name} 2>&1;"
+                f" code=$?; rm -r /tmp/{name}; exit $code"
+            )
             code, output = server.container.get_wrapped_container().exec_run(["bash", "-c", command])
             printed = output.decode()
             assert code == 0 and "ERROR:" not in printed, printed[-3000:]
@@ -152,14 +156,63 @@ CONTENTS = {
 }
 
 
-@pytest.mark.parametrize("options", ["", "-Fc"])
-def test_a_restored_database_knows_what_it_knew(lived_in: Connection, restored: Restore, options: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "restore_options"),
+    [
+        ("", ""),
+        ("", "--single-transaction"),
+        ("-Fc", ""),
+        ("-Fc", "--single-transaction"),
+        ("-Fc", "-j4"),
+        ("-Fd -j4", "-j4"),
+        ("-Fc --section=pre-data --section=data --section=post-data", "--no-comments"),
+    ],
+)
+def test_a_restored_database_knows_what_it_knew(
+    lived_in: Connection, restored: Restore, options: str, restore_options: str
+) -> None:
     lived_in.execute("SELECT autoembed.pause('pages')")
     insert(lived_in, "waits")
     lived_in.execute("SELECT autoembed.resync('notes')")
 
-    copy = restored(options)
+    copy = restored(options, restore_options)
 
+    assert_same(copy, lived_in)
+
+
+@pytest.mark.parametrize(
+    ("options", "restore_options"),
+    [("--clean --if-exists", ""), ("-Fc", "--clean --if-exists"), ("-Fd", "--clean --if-exists --single-transaction")],
+)
+def test_a_restore_may_replace_what_is_there(
+    lived_in: Connection, restored: Restore, options: str, restore_options: str
+) -> None:
+    restored().execute("INSERT INTO notes (id, title, body) VALUES (100, 'lost', 'in the restore')")
+    lived_in.execute("INSERT INTO notes (id, title, body) VALUES (101, 'new', 'note')")
+
+    copy = restored(options, restore_options)
+
+    assert_same(copy, lived_in)
+
+
+def test_a_restored_cluster_knows_what_it_knew(lived_in: Connection, server: Server, dbname: str) -> None:
+    insert(lived_in, "waits")
+    beside = f"beside_{dbname}"
+    command = (
+        "pg_dumpall -U postgres --exclude-database='[^t]*' --exclude-database='template*'"
+        # The names of roles end with that of the database.
+        f" | sed -E '/DATABASE|^.connect/s/\\b{dbname}\\b/{beside}/' | psql -U postgres -qf - 2>&1"
+    )
+    with ExitStack() as stack:
+        stack.callback(server.janitor(beside).drop)
+        output = server.container.get_wrapped_container().exec_run(["bash", "-c", command]).output.decode()
+
+        errors = [line for line in output.splitlines() if "ERROR:" in line]
+        assert errors and all(re.search('role "[^"]+" already exists', line) for line in errors), errors
+        assert_same(stack.enter_context(server.connect(beside)), lived_in)
+
+
+def assert_same(copy: Connection, lived_in: Connection) -> None:
     assert definitions(copy) == definitions(lived_in)
     for name, sql in CONTENTS.items():
         if name != "pipeline":
@@ -167,6 +220,44 @@ def test_a_restored_database_knows_what_it_knew(lived_in: Connection, restored: 
     assert [row.advice for row in copy.execute("SELECT * FROM autoembed.doctor()") if "triggers" in row.subject] == (
         [None] * 5
     )
+
+
+def test_no_foreign_key_joins_tables_of_a_dump(db: Connection) -> None:
+    """A restore in parallel loads them in any order."""
+    between = db.execute(
+        "SELECT k.conname FROM pg_constraint AS k JOIN pg_extension AS e ON e.extname = 'autoembed'"
+        " WHERE k.contype = 'f' AND k.conrelid = ANY (e.extconfig) AND k.confrelid = ANY (e.extconfig)"
+    ).fetchall()
+
+    assert between == []
+
+
+def test_nothing_stays_of_a_pipeline_that_has_ended(lived_in: Connection) -> None:
+    lived_in.execute("SELECT autoembed.resync(t) FROM unnest('{notes,documents}'::regclass[]) AS t")
+    for table in [*TABLES, "manuals"]:
+        lived_in.execute(f"SELECT autoembed.disable('{table}')")
+
+    for table in ("pipeline", "backfill", "embedded", "failure", "pipeline_rest"):
+        assert lived_in.execute(f"SELECT * FROM autoembed.{table}".encode()).fetchall() == [], table
+
+
+def test_a_model_that_a_restore_brings_later_is_waited_for(db: Connection, api: FakeApi) -> None:
+    db.execute("SELECT autoembed.create_model('later', 'fake', 3)")
+    for table, model in (("notes", "later"), ("pages", MODEL)):
+        db.execute(f"CREATE TABLE {table} (id int PRIMARY KEY, body text)".encode())
+        db.execute("SELECT autoembed.enable(%s, content_columns => '{body}', model => %s)", [table, model])
+        db.execute(f"INSERT INTO {table} VALUES (1, 'one')".encode())
+    db.execute("CREATE TABLE saved AS SELECT * FROM autoembed.model WHERE name = 'later'")
+    db.execute("DELETE FROM autoembed.model WHERE name = 'later'")
+
+    process(db)
+
+    assert db.execute("SELECT count(embedding) FROM pages").fetchone() == (1,)
+    state = "SELECT state, reason FROM autoembed.status WHERE table_name = 'notes'"
+    assert db.execute(state).fetchone() == ("stopped", 'model "later" does not exist')
+    db.execute("INSERT INTO autoembed.model SELECT * FROM saved")
+    process(db)
+    assert db.execute("SELECT count(embedding) FROM notes").fetchone() == (1,)
 
 
 def test_a_restored_table_is_embedded_as_before_and_unchanged_texts_are_not_sent_again(
