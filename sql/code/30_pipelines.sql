@@ -95,11 +95,19 @@ CREATE OR REPLACE FUNCTION autoembed._content_function_of(pipeline autoembed.pip
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    -- In a dump of 0.1.0, the type of the argument follows the name.
+    _name text[] := parse_ident(pipeline.content_function_id, false);
 BEGIN
-    -- A function that was dropped and created again has another OID.
     RETURN coalesce(
-        (SELECT p.oid FROM pg_proc AS p WHERE p.oid = pipeline.content_function_id),
-        autoembed._content_function(pipeline.table_id, pipeline.content_function, pipeline.content_function_schema)
+        -- After pg_upgrade or a restore, another function may have that OID.
+        (SELECT p.oid
+         FROM pg_proc AS p
+         JOIN pg_class AS c ON c.oid = pipeline.table_id AND p.proargtypes[0] = c.reltype
+         WHERE p.oid = pipeline.content_function_oid AND p.pronargs = 1 AND p.proname = _name[2]),
+        -- A function that was dropped and created again has another OID.
+        autoembed._content_function(pipeline.table_id, quote_ident(_name[2]), _name[1]),
+        autoembed._content_function(pipeline.table_id, pipeline.content_function, _name[1])
     );
 END;
 $plpgsql$;

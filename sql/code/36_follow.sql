@@ -126,6 +126,48 @@ $sql$;
 COMMENT ON FUNCTION autoembed._backfill IS
     'Has lanes scan the rows of a pipeline for embeddings that are missing or stale.';
 
+CREATE OR REPLACE FUNCTION autoembed._with_content_function(pipeline autoembed.pipeline, function oid)
+    RETURNS autoembed.pipeline
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+    SET quote_all_identifiers = off
+AS $plpgsql$
+BEGIN
+    SELECT p.oid, format('%I.%I', n.nspname, p.proname)
+    INTO pipeline.content_function_oid, pipeline.content_function_id
+    FROM pg_proc AS p
+    JOIN pg_namespace AS n ON n.oid = p.pronamespace
+    WHERE p.oid = function;
+    RETURN pipeline;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._with_content_function IS
+    'A pipeline that knows the OID and the present name of its content function; NULLs for no function.';
+
+CREATE OR REPLACE FUNCTION autoembed._find_content_functions()
+    RETURNS void
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    UPDATE autoembed.pipeline AS p
+    SET content_function_id = (n.pipeline).content_function_id,
+        content_function_oid = (n.pipeline).content_function_oid
+    FROM (
+        SELECT q.id, autoembed._with_content_function(q, autoembed._content_function_of(q)) AS pipeline
+        FROM autoembed.pipeline AS q
+        WHERE q.content_function IS NOT NULL
+        -- A tenant may have locked the row. Another look comes.
+        FOR NO KEY UPDATE SKIP LOCKED
+    ) AS n
+    WHERE p.id = n.id
+      AND (p.content_function_id, p.content_function_oid)
+          <> ((n.pipeline).content_function_id, (n.pipeline).content_function_oid);
+$sql$;
+COMMENT ON FUNCTION autoembed._find_content_functions IS
+    'Has pipelines know the OIDs of content functions that pg_upgrade has changed, and names that changed unseen.';
+
 CREATE OR REPLACE FUNCTION autoembed._define()
     RETURNS trigger
     LANGUAGE plpgsql
@@ -138,13 +180,9 @@ BEGIN
     -- The row comes from a dump. It was sound once, and the triggers of its table are restored later.
     IF TG_OP = 'INSERT' AND NEW.built_from IS NOT NULL THEN
         NEW.table_shape := autoembed._table_shape(NEW);
-        -- A dump of 0.1.0 does not have the schema.
-        NEW.content_function_schema := coalesce(NEW.content_function_schema, (
-            SELECT n.nspname
-            FROM pg_proc AS p
-            JOIN pg_namespace AS n ON n.oid = p.pronamespace
-            WHERE p.oid = NEW.content_function_id
-        ));
+        IF autoembed._content_function_of(NEW) IS NOT NULL THEN
+            NEW := autoembed._with_content_function(NEW, autoembed._content_function_of(NEW));
+        END IF;
         RETURN NEW;
     END IF;
     -- A dump of the schema alone restores functions and triggers without their pipelines. Their numbers are taken.
@@ -166,16 +204,9 @@ BEGIN
     IF NEW.managed AND NEW.key_columns IS NULL THEN
         NEW.key_columns := coalesce(autoembed._key_columns(NEW.table_id), '{}');
     END IF;
-    IF NEW.content_function IS NULL THEN
-        NEW.content_function_id := NULL;
-        NEW.content_function_schema := NULL;
-    ELSIF TG_OP = 'INSERT' OR NEW.content_function IS DISTINCT FROM OLD.content_function THEN
-        NEW.content_function_id := autoembed._content_function(NEW.table_id, NEW.content_function);
-        NEW.content_function_schema := (
-            SELECT n.nspname
-            FROM pg_proc AS p
-            JOIN pg_namespace AS n ON n.oid = p.pronamespace
-            WHERE p.oid = NEW.content_function_id
+    IF TG_OP = 'INSERT' OR NEW.content_function IS DISTINCT FROM OLD.content_function THEN
+        NEW := autoembed._with_content_function(
+            NEW, autoembed._content_function(NEW.table_id, NEW.content_function)
         );
     END IF;
     -- Nobody drops the model meanwhile.
@@ -527,12 +558,12 @@ BEGIN
     _new.key_columns := _take_key.key_columns;
     INSERT INTO autoembed.pipeline AS p (
         table_id, embedding_column, key_columns, content_columns, content_template, content_function,
-        content_function_id, content_function_schema, condition, condition_columns, condition_objects, model,
+        content_function_id, content_function_oid, condition, condition_columns, condition_objects, model,
         on_change, truncate, replicated, managed, paused, table_shape, built_from
     )
     SELECT (_new).table_id, (_new).embedding_column, (_new).key_columns, (_new).content_columns,
            (_new).content_template, (_new).content_function, (_new).content_function_id,
-           (_new).content_function_schema, (_new).condition, (_new).condition_columns, (_new).condition_objects,
+           (_new).content_function_oid, (_new).condition, (_new).condition_columns, (_new).condition_objects,
            (_new).model, (_new).on_change, (_new).truncate, (_new).replicated, (_new).managed, (_new).paused,
            (_new).table_shape, 'stopped'
     RETURNING p.id INTO _new.id;
@@ -795,6 +826,12 @@ BEGIN
     IF NOT EXISTS (SELECT FROM pg_event_trigger_ddl_commands() AS d WHERE d.schema_name <> 'autoembed') THEN
         RETURN;
     END IF;
+    UPDATE autoembed.pipeline AS p
+    SET content_function_id = (autoembed._with_content_function(p, f.oid)).content_function_id
+    FROM pg_event_trigger_ddl_commands() AS d
+    JOIN pg_proc AS f ON d.classid = 'pg_proc'::regclass AND f.oid = d.objid
+    JOIN pg_class AS c ON c.reltype = f.proargtypes[0]
+    WHERE p.content_function_oid = f.oid AND p.table_id = c.oid AND TG_TAG <> 'CREATE FUNCTION';
     PERFORM autoembed._follow(array_agg(p.id), TG_TAG = 'CREATE FUNCTION')
     FROM autoembed.pipeline AS p
     WHERE autoembed._content_function_of(p) IN (
@@ -822,7 +859,7 @@ BEGIN
        OR p.embeddings_table IN (
               SELECT d.objid FROM pg_event_trigger_dropped_objects() AS d WHERE d.classid = 'pg_class'::regclass
           )
-       OR p.content_function_id IN (
+       OR p.content_function_oid IN (
               SELECT d.objid FROM pg_event_trigger_dropped_objects() AS d WHERE d.classid = 'pg_proc'::regclass
           )
        OR p.condition_objects ?| ARRAY(

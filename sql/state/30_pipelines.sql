@@ -9,7 +9,7 @@ CREATE TABLE autoembed.pipeline (
     content_columns name[],
     content_template text,
     content_function text,
-    content_function_id regprocedure,
+    content_function_id text,
     condition text,
     condition_columns jsonb NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(condition_columns) = 'object'),
     condition_objects jsonb NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(condition_objects) = 'object'),
@@ -22,7 +22,7 @@ CREATE TABLE autoembed.pipeline (
     table_shape jsonb,
     built_from text,
     ended boolean NOT NULL DEFAULT false,
-    content_function_schema name,
+    content_function_oid oid,
     embeddings_table regclass,
     chunking text NOT NULL DEFAULT 'none' CHECK (chunking IN ('structure', 'tokens', 'none')),
     chunk_size integer,
@@ -44,7 +44,8 @@ COMMENT ON COLUMN autoembed.pipeline.content_columns IS
 COMMENT ON COLUMN autoembed.pipeline.content_template IS 'The text with columns in braces.';
 COMMENT ON COLUMN autoembed.pipeline.content_function IS
     'The function of a row that gives the text, by the name in enable() or in the trigger.';
-COMMENT ON COLUMN autoembed.pipeline.content_function_id IS 'The OID of that function, which a rename does not change.';
+COMMENT ON COLUMN autoembed.pipeline.content_function_id IS
+    'The present name of that function, with its schema. A function of that name in another schema is another one.';
 COMMENT ON COLUMN autoembed.pipeline.condition IS
     'The condition of the rows that have an embedding; NULL: every row with a text.';
 COMMENT ON COLUMN autoembed.pipeline.condition_columns IS
@@ -68,8 +69,8 @@ COMMENT ON COLUMN autoembed.pipeline.table_shape IS
 COMMENT ON COLUMN autoembed.pipeline.built_from IS
     'The digest of the facts from which its functions were made. A difference shows that they are outdated. stopped: '
     'a column is missing, so it has no triggers.';
-COMMENT ON COLUMN autoembed.pipeline.content_function_schema IS
-    'The schema of the content function when it was named. A function of that name in another schema is another one.';
+COMMENT ON COLUMN autoembed.pipeline.content_function_oid IS
+    'Its OID, which a rename does not change. A dump and pg_upgrade give it another one; then the name counts.';
 COMMENT ON COLUMN autoembed.pipeline.embeddings_table IS
     'The table beside it that holds the embeddings; NULL: they are in the rows themselves.';
 COMMENT ON COLUMN autoembed.pipeline.chunking IS

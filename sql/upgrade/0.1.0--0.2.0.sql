@@ -38,7 +38,7 @@ ALTER TABLE autoembed.embedded DROP CONSTRAINT embedded_pipeline_id_fkey;
 ALTER TABLE autoembed.failure DROP CONSTRAINT failure_pipeline_id_fkey;
 
 ALTER TABLE autoembed.pipeline ADD COLUMN ended boolean NOT NULL DEFAULT false;
-ALTER TABLE autoembed.pipeline ADD COLUMN content_function_schema name;
+ALTER TABLE autoembed.pipeline ADD COLUMN content_function_oid oid;
 ALTER TABLE autoembed.pipeline ADD COLUMN embeddings_table regclass;
 ALTER TABLE autoembed.pipeline ADD COLUMN chunking text NOT NULL DEFAULT 'none'
     CHECK (chunking IN ('structure', 'tokens', 'none'));
@@ -62,15 +62,16 @@ COMMENT ON COLUMN autoembed.pipeline.warned_of IS
     'The problem that the server''s log was last told of. NULL: none since the last one was over.';
 COMMENT ON COLUMN autoembed.pipeline.stale_since IS
     'When its model or content changed. Vectors from before are stale until a scan has read all rows. NULL: none is.';
-COMMENT ON COLUMN autoembed.pipeline.content_function_schema IS
-    'The schema of the content function when it was named. A function of that name in another schema is another one.';
+COMMENT ON COLUMN autoembed.pipeline.content_function_oid IS
+    'Its OID, which a rename does not change. A dump and pg_upgrade give it another one; then the name counts.';
+UPDATE autoembed.pipeline AS p SET content_function_oid = p.content_function_id;
+-- pg_upgrade refuses a column of type regprocedure.
+ALTER TABLE autoembed.pipeline ALTER COLUMN content_function_id TYPE text USING NULL;
 UPDATE autoembed.pipeline AS p
-SET content_function_schema = (
-    SELECT n.nspname
-    FROM pg_proc AS f
-    JOIN pg_namespace AS n ON n.oid = f.pronamespace
-    WHERE f.oid = p.content_function_id
-);
+SET content_function_id = format('%I.%I', n.nspname, f.proname)
+FROM pg_proc AS f
+JOIN pg_namespace AS n ON n.oid = f.pronamespace
+WHERE f.oid = p.content_function_oid;
 COMMENT ON COLUMN autoembed.pipeline.ended IS
     'Set to true by disable(), which deletes the row. Owners have no right to DELETE, since it includes LOCK TABLE.';
 
@@ -207,7 +208,8 @@ COMMENT ON COLUMN autoembed.pipeline.id IS 'The number in its jobs and in the na
 COMMENT ON COLUMN autoembed.pipeline.table_id IS 'The table. For a partitioned table: the root.';
 COMMENT ON COLUMN autoembed.pipeline.content_function IS
     'The function of a row that gives the text, by the name in enable() or in the trigger.';
-COMMENT ON COLUMN autoembed.pipeline.content_function_id IS 'The OID of that function, which a rename does not change.';
+COMMENT ON COLUMN autoembed.pipeline.content_function_id IS
+    'The present name of that function, with its schema. A function of that name in another schema is another one.';
 COMMENT ON COLUMN autoembed.pipeline.condition IS
     'The condition of the rows that have an embedding; NULL: every row with a text.';
 COMMENT ON COLUMN autoembed.pipeline.condition_columns IS

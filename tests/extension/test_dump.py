@@ -134,7 +134,7 @@ def embedded(db: Connection) -> dict[str, list[str]]:
 def definitions(db: Connection) -> list[object]:
     return db.execute(
         "SELECT p.id, p.table_id::text, p.embedding_column, p.key_columns, p.content_columns, p.content_template,"
-        " p.content_function, p.content_function_id::text, p.condition, p.condition_columns, p.model, p.on_change,"
+        " p.content_function, p.content_function_id, p.condition, p.condition_columns, p.model, p.on_change,"
         " p.managed, p.paused FROM autoembed.pipeline AS p ORDER BY p.id"
     ).fetchall()
 

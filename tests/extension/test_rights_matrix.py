@@ -89,6 +89,7 @@ _fail - - - x
 _fail_backfill - - - x
 _fail_message - - - x
 _filled - - - x
+_find_content_functions - - - x
 _finish_backfills - - - x
 _fold_usage - - - x
 _follow - - - x
@@ -199,6 +200,7 @@ _vector_version - - - x
 _waits_for_commit - x - x
 _warn_of_blocked_pipelines - - - x
 _warn_once - - - x
+_with_content_function - - - x
 _without_replica_identity - - - x
 _work - - - x
 allow_http_host - - - x

@@ -487,9 +487,9 @@ def test_a_dump_of_an_updated_database_has_the_grants_of_a_new_one(
 
 KEPT = {
     "pipeline": "SELECT p.id, p.table_id::text,"
-    " to_jsonb(p) - '{built_from,content_function_schema,ended,warned_of,stale_since}'::text[]"
+    " to_jsonb(p) - '{built_from,content_function_id,content_function_oid,ended,warned_of,stale_since}'::text[]"
     " - '{embeddings_table,chunking,chunk_size,chunk_overlap}'::text[]"
-    " FROM autoembed.pipeline AS p ORDER BY p.id",
+    ", autoembed._content_function_of(p)::regprocedure FROM autoembed.pipeline AS p ORDER BY p.id",
     # A model that had no price may have one.
     "model": "SELECT to_jsonb(m) - '{timeout_seconds,price_per_million_tokens}'::text[]"
     " FROM autoembed.model AS m ORDER BY m.name",
@@ -759,7 +759,7 @@ def test_an_update_waits_for_no_writer_and_no_writer_for_an_update(connect: Conn
 
 
 DEFINITIONS = """
-    SELECT p.id, to_jsonb(p) - '{built_from,table_shape}'::text[] AS definition
+    SELECT p.id, to_jsonb(p) - '{built_from,table_shape,content_function_oid}'::text[] AS definition
     FROM autoembed.pipeline AS p
     ORDER BY p.id
 """

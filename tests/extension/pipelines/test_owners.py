@@ -58,7 +58,7 @@ STATEMENTS = [
     "UPDATE autoembed.pipeline SET key_columns = '{}'",
     "UPDATE autoembed.pipeline SET built_from = ''",
     "UPDATE autoembed.pipeline SET managed = false",
-    "UPDATE autoembed.pipeline SET content_function_id = 1",
+    "UPDATE autoembed.pipeline SET content_function_id = 'pg_catalog.version'",
     "UPDATE autoembed.backfill SET served_at = '-infinity'",
     "DELETE FROM autoembed.pipeline",
     "DELETE FROM autoembed.backfill",
