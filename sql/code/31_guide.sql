@@ -168,7 +168,24 @@ DECLARE
     _trigger record;
     _arguments text[];
     _id integer;
+    _stray record;
 BEGIN
+    -- It would read columns of another table, and queue its rows for that one.
+    FOR _stray IN
+        SELECT s.*
+        FROM pg_event_trigger_ddl_commands() AS d
+        JOIN pg_trigger AS t ON d.classid = 'pg_trigger'::regclass AND t.oid = d.objid
+        CROSS JOIN LATERAL autoembed._stray_triggers(t.tgrelid) AS s
+        JOIN autoembed.pipeline AS p ON p.id = s.pipeline_id
+        WHERE s.name = t.tgname
+    LOOP
+        EXECUTE format('DROP TRIGGER %I ON %s', _stray.name, _stray.stray_on);
+        RAISE WARNING USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = format('trigger %I was taken away from table %s: it belongs to a pipeline of another table',
+                             _stray.name, _stray.stray_on),
+            HINT = format('Attach the table: SELECT autoembed.enable(%L, …).', _stray.stray_on);
+    END LOOP;
     -- The restore of a dump, which switches this off, may bring the trigger before its pipeline.
     IF NOT current_setting('check_function_bodies')::boolean THEN
         RETURN;

@@ -111,3 +111,44 @@ $sql$;
 COMMENT ON FUNCTION autoembed._trigger_problems IS
     'The triggers of a pipeline that are missing or disabled. cure: the SQL that mends a trigger made by hand. NULL: '
     'resync() mends it.';
+
+CREATE OR REPLACE FUNCTION autoembed._stray_triggers(table_id oid DEFAULT NULL)
+    RETURNS TABLE (stray_on regclass, name name, pipeline_id integer)
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT t.tgrelid, t.tgname, f.id
+    FROM (
+        SELECT p.oid, substring(p.proname FROM '[0-9]+$')::integer AS id
+        FROM pg_proc AS p
+        WHERE p.pronamespace = 'autoembed'::regnamespace AND p.proname ~ '^_(capture|clear)_[0-9]{1,9}$'
+    ) AS f
+    JOIN pg_trigger AS t ON t.tgfoid = f.oid AND t.tgparentid = 0
+    WHERE (_stray_triggers.table_id IS NULL OR t.tgrelid = _stray_triggers.table_id)
+      AND NOT EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.id = f.id AND p.table_id = t.tgrelid)
+    ORDER BY t.tgrelid, t.tgname;
+$sql$;
+COMMENT ON FUNCTION autoembed._stray_triggers IS
+    'The triggers that a dump of a table or of a schema alone has brought without their pipeline: those of a table, or '
+    'all.';
+
+CREATE OR REPLACE FUNCTION autoembed._drop_stray_triggers(table_id regclass)
+    RETURNS integer
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _name name;
+    _dropped integer := 0;
+BEGIN
+    FOR _name IN SELECT t.name FROM autoembed._stray_triggers(table_id) AS t LOOP
+        EXECUTE format('DROP TRIGGER %I ON %s', _name, table_id);
+        _dropped := _dropped + 1;
+    END LOOP;
+    RETURN _dropped;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._drop_stray_triggers IS
+    'Drops the triggers of a table that a dump has brought without their pipeline, and returns their number.';

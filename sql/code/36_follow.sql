@@ -234,27 +234,17 @@ CREATE OR REPLACE FUNCTION autoembed._defined()
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE
-    _stale integer;
     _plan record;
 BEGIN
     IF TG_OP = 'INSERT' AND NEW.built_from IS NOT NULL THEN
         RETURN NULL;
     END IF;
     IF TG_OP = 'INSERT' THEN
-        FOR _stale IN
-            SELECT DISTINCT substring(f.proname FROM '[0-9]+$')::integer
-            FROM pg_trigger AS t
-            JOIN pg_proc AS f
-                ON f.oid = t.tgfoid
-               AND f.pronamespace = 'autoembed'::regnamespace
-               AND f.proname ~ '^_(capture|clear)_[0-9]+$'
-            WHERE t.tgrelid = NEW.table_id
-              AND NOT EXISTS (
-                  SELECT FROM autoembed.pipeline AS p WHERE p.id::text = substring(f.proname FROM '[0-9]+$')
-              )
-        LOOP
-            PERFORM autoembed._drop_functions(_stale, true);
-        END LOOP;
+        -- A dump of the schema alone has brought them.
+        PERFORM autoembed._drop_functions(s.pipeline_id, true)
+        FROM (SELECT DISTINCT t.pipeline_id FROM autoembed._stray_triggers(NEW.table_id) AS t) AS s
+        WHERE NOT EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.id = s.pipeline_id);
+        PERFORM autoembed._drop_stray_triggers(NEW.table_id);
     END IF;
     PERFORM autoembed._build_pipeline(NEW.id);
     -- PostgreSQL plans the statements of a lane, under the guards of a lane.

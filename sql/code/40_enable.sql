@@ -589,7 +589,8 @@ COMMENT ON FUNCTION autoembed.alter_pipeline IS
 CREATE OR REPLACE FUNCTION autoembed.disable(
     table_name regclass,
     embedding_column name DEFAULT NULL,
-    drop_column boolean DEFAULT false
+    drop_column boolean DEFAULT false,
+    if_exists boolean DEFAULT false
 )
     RETURNS void
     LANGUAGE plpgsql
@@ -599,6 +600,19 @@ AS $plpgsql$
 DECLARE
     _pipeline autoembed.pipeline;
 BEGIN
+    IF NOT EXISTS (
+        SELECT FROM autoembed.pipeline AS p
+        WHERE disable.table_name IN (p.table_id, p.embeddings_table)
+          AND (disable.embedding_column IS NULL OR p.embedding_column = disable.embedding_column)
+    ) THEN
+        PERFORM autoembed._check_owner(table_name);
+        IF autoembed._drop_stray_triggers(table_name) > 0 THEN
+            RETURN;
+        ELSIF if_exists THEN
+            RAISE NOTICE '% is not attached, skipping', concat_ws('.', table_name, quote_ident(embedding_column));
+            RETURN;
+        END IF;
+    END IF;
     FOR _pipeline IN SELECT p.* FROM autoembed._owned_pipelines(table_name, embedding_column) AS p LOOP
         UPDATE autoembed.pipeline AS p SET ended = true WHERE p.id = _pipeline.id;
         IF drop_column AND _pipeline.embeddings_table IS NOT NULL THEN
@@ -611,7 +625,8 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.disable IS
     'Ends the embedding of a table that the caller owns, or of one column of it. Triggers, jobs and failures go. The '
-    'vectors stay unless drop_column is true.';
+    'vectors stay unless drop_column is true. With if_exists, a table that is not attached is no error. Triggers that a '
+    'dump has brought without their pipeline go, too.';
 
 CREATE OR REPLACE FUNCTION autoembed._set_paused(table_name regclass, embedding_column name, paused boolean)
     RETURNS void

@@ -175,6 +175,20 @@ BEGIN
         RETURN NEXT;
     END LOOP;
 
+    FOR _row IN
+        SELECT t.stray_on, string_agg(quote_ident(t.name), ', ') AS names
+        FROM autoembed._stray_triggers() AS t
+        GROUP BY t.stray_on
+        ORDER BY t.stray_on
+    LOOP
+        subject := format('triggers of %s', _row.stray_on);
+        ok := false;
+        finding := format('a dump has brought them without their pipeline: %s', _row.names);
+        advice := format('Attach the table: SELECT autoembed.enable(%L, …); or take them away: '
+                         'SELECT autoembed.disable(%L);', _row.stray_on, _row.stray_on);
+        RETURN NEXT;
+    END LOOP;
+
     subject := 'queue';
     SELECT coalesce(clock_timestamp() - min(q.enqueued_at) < interval '5 minutes', true),
            format('%s messages', count(*))

@@ -29,6 +29,7 @@ DROP FUNCTION autoembed._state_of;
 -- They have new parameters.
 DROP FUNCTION autoembed.enable;
 DROP FUNCTION autoembed.alter_pipeline;
+DROP FUNCTION autoembed.disable;
 DROP FUNCTION autoembed._content_function;
 
 -- A parallel restore loads these tables in any order.

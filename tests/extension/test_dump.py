@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import numpy as np
+import psycopg
 import pytest
 
 from fake_api import FakeApi, embedding_of
@@ -28,7 +29,9 @@ def restored(server: Server, dbname: str) -> Iterator[Restore]:
     with ExitStack() as stack:
         stack.enter_context(server.janitor(name))
 
-        def restore(options: str = "", restore_options: str = "") -> Connection:
+        def restore(options: str = "", restore_options: str = "", before: str = "SELECT") -> Connection:
+            with server.connect(name) as session:
+                session.execute(before.encode())
             load = "pg_restore --exit-on-error" if "-F" in options else "psql --quiet -v ON_ERROR_STOP=1 -f"
             command = (
                 f"pg_dump -U postgres {options} -f /tmp/{name} {dbname} &&"
@@ -449,6 +452,81 @@ def test_a_table_of_a_restored_schema_can_be_enabled_again(
 
     assert sorted(api.texts()[sent:]) == ["# B\n\n/", "a\n\nb"]
     assert len(embedded(copy)["notes"]) == len(embedded(copy)["pages"]) == 1
+
+
+STRAY = "SELECT subject, advice FROM autoembed.doctor() WHERE finding LIKE 'a dump has brought them%' ORDER BY 1"
+
+
+def test_triggers_without_their_pipeline_are_named_and_taken_away(
+    lived_in: Connection, restored: Restore, api: FakeApi, server: Server
+) -> None:
+    copy = restored("--schema-only")
+    copy.execute("SELECT autoembed.alter_model(%s, base_url => %s)", [MODEL, api.base_url])
+    copy.execute("SELECT autoembed.set_default_model(%s)", [MODEL])
+    stray = copy.execute(STRAY).fetchall()
+    assert [row.subject for row in stray] == [
+        f"triggers of public.{table}" for table in ("manuals", "notes", "pages", "stories")
+    ]
+
+    copy.execute("SELECT autoembed.disable('pages')")
+    copy.execute("SELECT autoembed.enable('notes', content_columns => '{title,body}')")
+    [owner] = copy.execute("SELECT tableowner AS name FROM pg_tables WHERE tablename = 'stories'").fetchall()
+    with server.connect(copy.info.dbname, user=owner.name) as session:
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            session.execute("SELECT autoembed.disable('manuals', if_exists => true)")
+        session.execute("SELECT autoembed.disable('stories')")
+
+    assert [row.subject for row in copy.execute(STRAY)] == ["triggers of public.manuals"]
+    copy.execute(stray[0].advice.split("; or take them away: ")[1].encode())
+    assert copy.execute(STRAY).fetchall() == []
+
+
+def test_a_table_that_is_not_attached_can_be_disabled_if_it_exists(db: Connection) -> None:
+    db.execute("CREATE TABLE notes (id int PRIMARY KEY, body text, embedding halfvec(384))")
+    with pytest.raises(psycopg.errors.UndefinedObject, match="not attached"):
+        db.execute("SELECT autoembed.disable('notes')")
+
+    db.execute("SELECT autoembed.disable('notes', if_exists => true)")
+    db.execute("SELECT autoembed.disable('notes', 'embedding', if_exists => true)")
+    db.execute("SELECT autoembed.enable('notes', content_columns => '{body}')")
+    db.execute("SELECT autoembed.disable('notes', if_exists => true)")
+
+    assert db.execute("SELECT count(*) FROM autoembed.status").fetchone() == (0,)
+
+
+# One table alone -------------------------------------------------------------------------------------
+
+# A database whose pipeline has the number of that of notes.
+ANOTHER = """
+    CREATE EXTENSION autoembed CASCADE;
+    SELECT autoembed.create_model('fake', 'fake', 1536), autoembed.set_default_model('fake');
+    CREATE TABLE others (code text PRIMARY KEY, content text);
+    SELECT autoembed.enable('others', content_columns => '{content}', on_change => 'clear');
+    INSERT INTO others VALUES ('x', 'other');
+"""
+
+
+@pytest.mark.parametrize("options", ["", "-Fc"])
+def test_a_dump_of_one_table_binds_to_no_pipeline_of_another(
+    lived_in: Connection, restored: Restore, options: str
+) -> None:
+    lived_in.execute("SELECT autoembed.alter_pipeline('notes', on_change => 'clear')")
+
+    copy = restored(f"{options} -t notes", before=ANOTHER)
+
+    copy.execute("INSERT INTO notes (id, title, body) VALUES (100, 'new', 'note')")
+    copy.execute("UPDATE notes SET title = 'changed' WHERE id = 2")
+    copy.execute("DELETE FROM notes WHERE id = 3")
+    assert copy.execute("SELECT message -> 'keys' FROM pgmq.q_embedding_jobs").fetchall() == [([["x"]],)]
+    assert copy.execute("SELECT count(*) FROM notes WHERE embedding IS NULL").fetchone() == (1,)
+    assert copy.execute(STRAY).fetchall() == []
+    copy.execute("SELECT autoembed.enable('notes', content_columns => '{title,body}')")
+    process(copy)
+    assert copy.execute("SELECT count(*) FROM notes WHERE embedding IS NULL").fetchone() == (0,)
+    assert copy.execute("SELECT count(*) FROM others WHERE embedding IS NULL").fetchone() == (0,)
+    copy.execute("TRUNCATE notes")
+    process(copy)
+    assert copy.execute("SELECT count(*) FROM others WHERE embedding IS NULL").fetchone() == (0,)
 
 
 def test_rows_that_a_restore_has_not_brought_yet_are_not_taken_for_deleted(documents: Connection, api: FakeApi) -> None:

@@ -75,6 +75,7 @@ _digests - - - x
 _dimensions - x - x
 _drop_functions - - - x
 _drop_orphaned_pipelines - - - x
+_drop_stray_triggers - x - x
 _embed - - - x
 _embedder - - - x
 _end - - - x
@@ -182,6 +183,7 @@ _spent_budget - - - x
 _stage - - - x
 _start_advice - - - x
 _state_of - x - x
+_stray_triggers - x - x
 _table_shape - - - x
 _take_key - - - x
 _take_permit - - - x
