@@ -625,8 +625,8 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.disable IS
     'Ends the embedding of a table that the caller owns, or of one column of it. Triggers, jobs and failures go. The '
-    'vectors stay unless drop_column is true. With if_exists, a table that is not attached is no error. Triggers that a '
-    'dump has brought without their pipeline go, too.';
+    'vectors stay unless drop_column is true. With if_exists, a table that is not attached is no error. Triggers that '
+    'a dump has brought without their pipeline go, too.';
 
 CREATE OR REPLACE FUNCTION autoembed._set_paused(table_name regclass, embedding_column name, paused boolean)
     RETURNS void
