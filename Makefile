@@ -21,7 +21,7 @@ demo: image ## build the image, start it, and watch it embed and search real tex
 	demo/run.sh
 
 test: lint image ## run every check and test, on a major (PG=17), or some of the tests (TESTS=)
-	AUTOEMBED_TEST_IMAGE=$(IMAGE) TESTCONTAINERS_RYUK_DISABLED=true TESTCONTAINERS_CONNECTION_MODE=docker_host TESTCONTAINERS_HOST_OVERRIDE=127.0.0.1 .venv/bin/pytest $(TESTS)
+	AUTOEMBED_TEST_IMAGE=$(IMAGE) TESTCONTAINERS_RYUK_DISABLED=true TESTCONTAINERS_CONNECTION_MODE=docker_host TESTCONTAINERS_HOST_OVERRIDE=127.0.0.1 .venv/bin/pytest --numprocesses=2 --dist=loadfile $(TESTS)
 
 interop: image .interop/stamp ## test with models of Django and SQLAlchemy, in a venv of its own
 	AUTOEMBED_TEST_IMAGE=$(IMAGE) TESTCONTAINERS_RYUK_DISABLED=true TESTCONTAINERS_CONNECTION_MODE=docker_host TESTCONTAINERS_HOST_OVERRIDE=127.0.0.1 .interop/bin/pytest tests/interop
