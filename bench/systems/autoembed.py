@@ -11,7 +11,7 @@ from bench.measure import backend_private_bytes
 from bench.server import Connection, Server, wait_until
 
 ENABLE = r"""
-SELECT autoembed.enable('documents', content_template => E'# {title}\n\n{content}', enqueue_existing => %s)
+SELECT autoembed.enable('documents', 'embedding', content_template => E'# {title}\n\n{content}', enqueue_existing => %s)
 """
 ARE_UP = "SELECT (SELECT count(*) FROM autoembed.lane) = (SELECT count(*) FROM cron.job)"
 

@@ -333,9 +333,15 @@ BEGIN
         problem := format('column "%s" of table %s has %s dimensions, model "%s" has %s',
                           pipeline.embedding_column, _vectors_table, _type_dimensions,
                           _model.name, _model.dimensions);
-        hint := format('Change the column: ALTER TABLE %s ALTER COLUMN %I TYPE %s(%s) USING NULL; '
-                       'or the model: SELECT %s.',
-                       _vectors_table, pipeline.embedding_column, _type, _model.dimensions,
+        hint := format('Change the column: %s; or the model: SELECT %s.',
+                       format(
+                           CASE
+                               WHEN pipeline.embeddings_table IS NULL THEN
+                                   'ALTER TABLE %s ALTER COLUMN %I TYPE %s(%s) USING NULL'
+                               ELSE 'TRUNCATE %1$s; ALTER TABLE %1$s ALTER COLUMN %2$I TYPE %3$s(%4$s)'
+                           END,
+                           _vectors_table, pipeline.embedding_column, _type, _model.dimensions
+                       ),
                        CASE
                            WHEN pipeline.managed THEN
                                format('autoembed.alter_pipeline(%L, model => …)', pipeline.table_id)

@@ -156,7 +156,7 @@ BEGIN
         RAISE EXCEPTION USING
             ERRCODE = 'feature_not_supported',
             MESSAGE = 'a column in the row holds one embedding, not those of chunks',
-            HINT = 'Keep the embeddings beside the rows: embedding_column => NULL.';
+            HINT = 'Leave embedding_column out: the embeddings are then kept beside the rows.';
     END IF;
 END;
 $plpgsql$;
@@ -335,9 +335,32 @@ COMMENT ON FUNCTION autoembed._make_embeddings_table IS
     'Makes the embeddings table of a table, in its schema and for its owner, or takes one that exists. name: NULL is '
     'that of the table with _embeddings. NULL if the table has no key.';
 
+CREATE OR REPLACE FUNCTION autoembed._fit_embeddings_table(embeddings_table regclass, dimensions integer)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF EXISTS (
+        SELECT FROM pg_attribute AS a
+        WHERE a.attrelid = _fit_embeddings_table.embeddings_table
+          AND a.attname = 'embedding'
+          AND a.atttypmod NOT IN (-1, dimensions)
+    ) THEN
+        -- Vectors of other dimensions are of no use to the model.
+        EXECUTE format('TRUNCATE %s', embeddings_table);
+        EXECUTE format(
+            'ALTER TABLE %s ALTER COLUMN embedding TYPE @extschema:vector@.halfvec(%s)', embeddings_table, dimensions
+        );
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._fit_embeddings_table IS
+    'Empties a table of embeddings whose vectors have other dimensions, and gives it these.';
+
 CREATE OR REPLACE FUNCTION autoembed.enable(
     table_name regclass,
-    embedding_column name DEFAULT 'embedding',
+    embedding_column name DEFAULT NULL,
     content_columns name[] DEFAULT NULL,
     content_function text DEFAULT NULL,
     content_template text DEFAULT NULL,
@@ -505,9 +528,9 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.enable IS
-    'Keeps in a column of a table the embedding of each row''s text, which comes from columns, a template with columns '
-    'in braces, or a function of the row. The caller owns the table. Adds the column if it is missing, and embeds the '
-    'rows that exist.';
+    'Keeps the embeddings of each row''s text, which comes from columns, a template with columns in braces, or a function '
+    'of the row. They are in a table beside the rows, or with embedding_column in the rows. The caller owns the table. '
+    'Adds the table or column if it is missing, and embeds the rows that exist.';
 
 CREATE OR REPLACE FUNCTION autoembed.alter_pipeline(
     table_name regclass,
@@ -574,6 +597,11 @@ BEGIN
         chunk_size = coalesce(alter_pipeline.chunk_size, p.chunk_size),
         chunk_overlap = coalesce(alter_pipeline.chunk_overlap, p.chunk_overlap)
     WHERE p.id = _pipeline.id;
+    IF alter_pipeline.model IS NOT NULL AND _pipeline.embeddings_table IS NOT NULL THEN
+        PERFORM autoembed._fit_embeddings_table(
+            _pipeline.embeddings_table, autoembed._dimensions(nullif(alter_pipeline.model, ''))
+        );
+    END IF;
     IF _new_content OR num_nonnulls(
         alter_pipeline.model, alter_pipeline.condition, alter_pipeline.chunking, alter_pipeline.chunk_size,
         alter_pipeline.chunk_overlap

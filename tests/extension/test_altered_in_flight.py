@@ -44,7 +44,7 @@ def test_a_lane_takes_it_calmly_when_its_table_changes_under_a_request_in_flight
         db.execute("CREATE TABLE documents (id int PRIMARY KEY, content text); INSERT INTO documents VALUES (1, 'one')")
         db.execute("CREATE FUNCTION odd(n int) RETURNS boolean RETURN n % 2 = 1")
         condition = ", condition => 'odd(id)'" if "condition" in meanwhile else ""
-        db.execute(f"SELECT autoembed.enable('documents', content_columns => '{{content}}'{condition})")
+        db.execute(f"SELECT autoembed.enable('documents', 'embedding', content_columns => '{{content}}'{condition})")
         api.behave(hold=True)
         with running_lanes(db, connect) as [lane]:
             api.wait_for(held=1)
@@ -53,7 +53,7 @@ def test_a_lane_takes_it_calmly_when_its_table_changes_under_a_request_in_flight
             api.release()
             api.wait_until_idle()
             db.execute("CREATE TABLE others (id int PRIMARY KEY, content text); INSERT INTO others VALUES (1, 'other')")
-            db.execute("SELECT autoembed.enable('others', content_columns => '{content}')")
+            db.execute("SELECT autoembed.enable('others', 'embedding', content_columns => '{content}')")
             embedded = "SELECT embedding IS NOT NULL FROM others"
             wait_until(lambda: lane.error or db.execute(embedded).fetchone() == (True,))
             assert lane.error is None
@@ -83,7 +83,7 @@ def test_an_update_of_another_column_does_not_fetch_a_long_text(api: FakeApi, co
     long_text = "SELECT string_agg(md5(random()::text), '') FROM generate_series(1, 500)"
     with connect() as db:
         db.execute("CREATE TABLE documents (id int PRIMARY KEY, content text, views int DEFAULT 0)")
-        db.execute("SELECT autoembed.enable('documents', content_columns => '{content}')")
+        db.execute("SELECT autoembed.enable('documents', 'embedding', content_columns => '{content}')")
         db.execute(f"INSERT INTO documents SELECT n, ({long_text} WHERE n > 0) FROM generate_series(1, 20) AS n")
 
         def blocks_fetched() -> int:
@@ -121,7 +121,7 @@ def test_an_answer_of_the_model_before_is_never_written_over_that_of_the_model_n
                 [model, f"text-embedding-3-{kind}", base_url],
             )
         db.execute("CREATE TABLE documents (id int PRIMARY KEY, content text)")
-        db.execute("SELECT autoembed.enable('documents', content_columns => '{content}', model => 'mine')")
+        db.execute("SELECT autoembed.enable('documents', 'embedding', content_columns => '{content}', model => 'mine')")
         api.behave(hold=True)
         with running_lanes(db, connect, 2):
             db.execute("INSERT INTO documents VALUES (1, 'one')")

@@ -31,7 +31,7 @@ def fill(db: Connection, rows: int, table: str = "documents") -> None:
 
 
 def enable(db: Connection, table: str = "documents", arguments: str = "") -> None:
-    db.execute(f"SELECT autoembed.enable('{table}', content_columns => '{{content}}' {arguments})")
+    db.execute(f"SELECT autoembed.enable('{table}', 'embedding', content_columns => '{{content}}' {arguments})")
 
 
 def process(db: Connection, arguments: str = "") -> Any:

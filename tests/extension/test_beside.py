@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import psycopg
 import pytest
 
 from fake_api import FakeApi, embedding_of
-from harness import Connection, waiting
+from harness import Connection, waiting, warnings_of
 
 COLUMNS = "chunk_number, chunk_start, chunk_end, embedding::text::halfvec::real[]"
 
@@ -20,7 +21,7 @@ def pages(db: Connection, api: FakeApi) -> Connection:
     """An attached table whose embeddings are beside its rows."""
     db.execute("SELECT autoembed.set_default_model('text-embedding-3-small')")
     db.execute("CREATE TABLE pages (id int PRIMARY KEY, body text, views int NOT NULL DEFAULT 0)")
-    db.execute("SELECT autoembed.enable('pages', NULL, content_columns => '{body}')")
+    db.execute("SELECT autoembed.enable('pages', content_columns => '{body}')")
     return db
 
 
@@ -223,7 +224,7 @@ def test_disable_leaves_the_embeddings_and_enable_takes_them_again(pages: Connec
     before = len(api.log())
 
     pages.execute("SELECT autoembed.disable('pages')")
-    pages.execute("SELECT autoembed.enable('pages', NULL, content_columns => '{body}')")
+    pages.execute("SELECT autoembed.enable('pages', content_columns => '{body}')")
     process(pages)
 
     assert len(api.log()) == before
@@ -238,10 +239,10 @@ def test_disable_can_drop_the_embeddings(pages: Connection) -> None:
 
 def test_a_table_may_have_several_embeddings_tables_and_a_column(pages: Connection) -> None:
     with pytest.raises(psycopg.errors.DuplicateObject) as refusal:
-        pages.execute("SELECT autoembed.enable('pages', NULL, content_columns => '{body}')")
+        pages.execute("SELECT autoembed.enable('pages', content_columns => '{body}')")
     assert "embeddings_table" in str(refusal.value.diag.message_hint)
-    pages.execute("SELECT autoembed.enable('pages', NULL, content_columns => '{body}', embeddings_table => 'others')")
-    pages.execute("SELECT autoembed.enable('pages', content_columns => '{body}')")
+    pages.execute("SELECT autoembed.enable('pages', content_columns => '{body}', embeddings_table => 'others')")
+    pages.execute("SELECT autoembed.enable('pages', 'embedding', content_columns => '{body}')")
     pages.execute("INSERT INTO pages VALUES (1, 'one')")
     process(pages)
     assert_beside(pages)
@@ -263,7 +264,7 @@ def test_the_tables_owner_owns_the_embeddings_and_runs_all_that_hangs_on_them(
     db.execute(f"GRANT CREATE ON SCHEMA public TO {owner}")
     db.execute(f"SET ROLE {owner}")
     db.execute("CREATE TABLE pages (id int PRIMARY KEY, body text)")
-    db.execute("SELECT autoembed.enable('pages', NULL, content_columns => '{body}')")
+    db.execute("SELECT autoembed.enable('pages', content_columns => '{body}')")
     db.execute("CREATE TABLE seen (who text)")
     db.execute(
         "CREATE FUNCTION spy() RETURNS trigger LANGUAGE plpgsql AS"
@@ -309,7 +310,7 @@ def test_an_embeddings_table_that_refuses_keeps_no_row_from_being_deleted(pages:
         ("id int, body text", "embedding_column => NULL", "55000", "has no key"),
         (
             "id int PRIMARY KEY, body text",
-            "embedding_column => NULL, embeddings_table => 'pg_class2'",
+            "embeddings_table => 'pg_class2'",
             "42P07",
             "exists",
         ),
@@ -332,7 +333,7 @@ def test_what_cannot_be_beside_is_refused_with_a_reason(
 def test_doctor_names_the_index_that_many_embeddings_lack(db: Connection) -> None:
     db.execute("SELECT autoembed.create_model('tiny', 'fake', 8)")
     db.execute("CREATE TABLE pages (id int PRIMARY KEY, body text)")
-    db.execute("SELECT autoembed.enable('pages', NULL, content_columns => '{body}', model => 'tiny')")
+    db.execute("SELECT autoembed.enable('pages', content_columns => '{body}', model => 'tiny')")
     db.execute(
         "INSERT INTO pages_embeddings SELECT n, 1, 0, 1, '', '[1,0,0,0,0,0,0,0]' FROM generate_series(1, 10000) AS n"
     )
@@ -442,10 +443,10 @@ def test_a_refused_chunk_fails_its_row_alone(pages: Connection, api: FakeApi) ->
 @pytest.mark.parametrize(
     ("arguments", "sqlstate"),
     [
-        ("embedding_column => NULL, chunking => 'lines'", "22023"),
-        ("embedding_column => NULL, chunk_size => 1", "22023"),
-        ("embedding_column => NULL, chunk_size => 100000", "22023"),
-        ("embedding_column => NULL, chunk_overlap => 400", "22023"),
+        ("chunking => 'lines'", "22023"),
+        ("chunk_size => 1", "22023"),
+        ("chunk_size => 100000", "22023"),
+        ("chunk_overlap => 400", "22023"),
         ("embedding_column => 'embedding', chunk_size => 100", "0A000"),
     ],
 )
@@ -457,3 +458,32 @@ def test_a_way_to_cut_that_cannot_be_is_refused(db: Connection, api: FakeApi, ar
 
     assert refusal.value.sqlstate == sqlstate
     assert refusal.value.diag.message_hint
+
+
+def test_another_model_makes_other_embeddings_whatever_its_dimensions(pages: Connection) -> None:
+    pages.execute("SELECT autoembed.create_model('tiny', 'fake', 8)")
+    pages.execute("CREATE INDEX ON pages_embeddings USING hnsw (embedding halfvec_cosine_ops)")
+    pages.execute("INSERT INTO pages VALUES (1, 'one'), (2, 'two')")
+    process(pages)
+
+    pages.execute("SELECT autoembed.alter_pipeline('pages', model => 'tiny')")
+    assert process(pages).completed == 2
+    assert pages.execute("SELECT array_agg(vector_dims(embedding)) FROM pages_embeddings").fetchone() == ([8, 8],)
+
+    pages.execute("SELECT autoembed.alter_pipeline('pages', model => '')")
+    process(pages)
+    assert_beside(pages)
+
+
+def test_another_default_model_says_what_makes_room_for_its_embeddings(pages: Connection) -> None:
+    pages.execute("SELECT autoembed.create_model('tiny', 'fake', 8)")
+    pages.execute("INSERT INTO pages VALUES (1, 'one'), (2, 'two')")
+    process(pages)
+
+    with warnings_of(pages) as warnings:
+        pages.execute("SELECT autoembed.set_default_model('tiny')")
+    [cure] = re.findall(r"Change the column: (.*); or the model", warnings[0])
+    pages.execute(cure)
+
+    assert process(pages).completed == 2
+    assert pages.execute("SELECT array_agg(vector_dims(embedding)) FROM pages_embeddings").fetchone() == ([8, 8],)

@@ -63,7 +63,7 @@ class Kind:
     title: str = "title"
     value: Callable[[str], str] = as_it_is
     text: str = r"concat_ws(E'\n\n', nullif(concat(title), ''), nullif(concat(content), ''))"
-    arguments: str = "content_columns => '{title,content}'"
+    arguments: str = "'embedding', content_columns => '{title,content}'"
     enable: str = "SELECT autoembed.enable('documents', {arguments})"
     beside: bool = False
 
@@ -169,7 +169,8 @@ KINDS = {
         " s text, t text, r int, n int, o int, k int, k1 int, new_rows int, old_rows int, message int, contents int,"
         " embeddings int, outcome int, unchanged int, sent int, locked int, written int, _changed int, pipeline int)",
         key_columns=["key"],
-        arguments="content_columns => '{title,content,s,t,keys}', condition => 'r IS NULL AND key > 0 AND t IS NULL'",
+        arguments="'embedding', content_columns => '{title,content,s,t,keys}',"
+        " condition => 'r IS NULL AND key > 0 AND t IS NULL'",
         text=r"concat_ws(E'\n\n', nullif(title, ''), content, s, t, keys)",
     ),
     "list partitions": Kind(
@@ -196,7 +197,7 @@ KINDS = {
         "CREATE FUNCTION text_of(d documents) RETURNS text LANGUAGE plpgsql AS"
         " $$BEGIN RETURN d.title || ': ' || d.content; END$$",
         text="title || ': ' || content",
-        arguments="content_function => 'text_of', condition => 'note IS DISTINCT FROM ''hidden''',"
+        arguments="'embedding', content_function => 'text_of', condition => 'note IS DISTINCT FROM ''hidden''',"
         " on_change => 'clear'",
     ),
     "generated column": Kind(
@@ -210,7 +211,7 @@ KINDS = {
         "CREATE FUNCTION text_of(d documents) RETURNS text LANGUAGE sql AS $$SELECT d.content$$",
         written="body",
         text="content",
-        arguments="content_function => 'text_of'",
+        arguments="'embedding', content_function => 'text_of'",
     ),
     # Virtual where the server has such columns: its triggers see NULL in them.
     "virtual column": Kind(
@@ -218,7 +219,7 @@ KINDS = {
         " content text GENERATED ALWAYS AS ('About ' || body) {virtual},"
         " empty text GENERATED ALWAYS AS ('x') {virtual})",
         written="body",
-        arguments="content_columns => '{title,content,empty}'",
+        arguments="'embedding', content_columns => '{title,content,empty}'",
         text=r"concat_ws(E'\n\n', nullif(title, ''), content, empty)",
     ),
     "virtual column by function": Kind(
@@ -228,12 +229,12 @@ KINDS = {
         written="body",
         title="r",
         text="content",
-        arguments="content_function => 'text_of'",
+        arguments="'embedding', content_function => 'text_of'",
     ),
     "virtual column in a condition": Kind(
         "CREATE TABLE documents (id int PRIMARY KEY, title text DEFAULT 't', content text, note text,"
         " shown boolean GENERATED ALWAYS AS (note IS DISTINCT FROM 'hidden') {virtual})",
-        arguments="content_columns => '{title,content}', condition => 'shown'",
+        arguments="'embedding', content_columns => '{title,content}', condition => 'shown'",
     ),
     "virtual column of partitions": Kind(
         "CREATE TABLE documents (id int PRIMARY KEY, title text DEFAULT 't', body text, note text,"
@@ -244,7 +245,7 @@ KINDS = {
         "ALTER TABLE documents ATTACH PARTITION more FOR VALUES FROM (2) TO (MAXVALUE);"
         "CREATE TABLE few PARTITION OF documents FOR VALUES FROM (MINVALUE) TO (2)",
         written="body",
-        arguments="content_columns => '{title,content}', condition => 'odd IS NOT NULL'",
+        arguments="'embedding', content_columns => '{title,content}', condition => 'odd IS NOT NULL'",
     ),
     "row level security, forced": Kind(
         by_key("id int PRIMARY KEY") + "; ALTER TABLE documents ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;"
@@ -261,7 +262,7 @@ KINDS = {
         by_key("id int PRIMARY KEY") + "; CREATE FUNCTION polish() RETURNS trigger LANGUAGE plpgsql AS"
         " $$BEGIN NEW.content := upper(NEW.content); RETURN NEW; END$$;"
         "CREATE TRIGGER zzz_polish BEFORE INSERT OR UPDATE ON documents FOR EACH ROW EXECUTE FUNCTION polish()",
-        arguments="content_columns => '{title,content}', on_change => 'clear'",
+        arguments="'embedding', content_columns => '{title,content}', on_change => 'clear'",
     ),
     "unlogged": Kind(by_key("id int PRIMARY KEY").replace("TABLE", "UNLOGGED TABLE")),
     "jsonb content": Kind(
@@ -294,11 +295,11 @@ KINDS = {
             red="2024-01-01 23:30Z", green="2024-01-01 12:00Z", blue="2024-01-01 23:45Z", grey="2024-01-02 00:30Z"
         ),
         text="'On ' || content::date",
-        arguments="content_function => 'text_of'",
+        arguments="'embedding', content_function => 'text_of'",
     ),
     "template": Kind(
         by_key("id int PRIMARY KEY"),
-        arguments=r"content_template => '# {title}\n{{{content}}} \\n \"''%s'",
+        arguments=r"'embedding', content_template => '# {title}\n{{{content}}} \\n \"''%s'",
         text=r"""'# ' || coalesce(title, '') || E'\n' || '{' || coalesce(content, '') || '} \n \"''%s'""",
     ),
     "function that calls another": Kind(
@@ -307,7 +308,7 @@ KINDS = {
         'CREATE FUNCTION text_of(d documents) RETURNS text LANGUAGE sql SET search_path = "{schema}" AS'
         " $$SELECT polished(d.content)$$",
         text="upper(content)",
-        arguments="content_function => 'text_of', on_change => 'clear'",
+        arguments="'embedding', content_function => 'text_of', on_change => 'clear'",
     ),
     "function that calls another, without its schema": Kind(
         by_key("id int PRIMARY KEY")
@@ -315,16 +316,17 @@ KINDS = {
         "CREATE FUNCTION text_of(d documents) RETURNS text LANGUAGE plpgsql AS"
         " $$BEGIN RETURN polished(d.content); END$$",
         text="upper(content)",
-        arguments="content_function => 'text_of', on_change => 'clear'",
+        arguments="'embedding', content_function => 'text_of', on_change => 'clear'",
     ),
     "condition": Kind(
         by_key("gone int, id int PRIMARY KEY")
         + "; ALTER TABLE documents DROP COLUMN gone; CREATE FUNCTION visible(t text) RETURNS boolean LANGUAGE sql AS"
         " $$SELECT t <> 'hidden'$$",
-        arguments="content_columns => '{title,content}', condition => 'note IS NULL OR visible(note)'",
+        arguments="'embedding', content_columns => '{title,content}', condition => 'note IS NULL OR visible(note)'",
     ),
     "cleared": Kind(
-        by_key("id int PRIMARY KEY"), arguments="content_columns => '{title,content}', on_change => 'clear'"
+        by_key("id int PRIMARY KEY"),
+        arguments="'embedding', content_columns => '{title,content}', on_change => 'clear'",
     ),
     "foreign keys": Kind(
         "CREATE TABLE authors (name text PRIMARY KEY, team text);"
@@ -332,18 +334,18 @@ KINDS = {
         "CREATE TABLE documents (id int PRIMARY KEY, title text DEFAULT 't', note text,"
         " content text REFERENCES authors ON UPDATE CASCADE ON DELETE CASCADE,"
         " editor text REFERENCES authors ON UPDATE CASCADE ON DELETE SET NULL)",
-        arguments="content_columns => '{content,editor}'",
+        arguments="'embedding', content_columns => '{content,editor}'",
         text=r"concat_ws(E'\n\n', content, editor)",
     ),
     "replicated": Kind(
-        by_key("id int PRIMARY KEY"), arguments="content_columns => '{title,content}', replicated => true"
+        by_key("id int PRIMARY KEY"), arguments="'embedding', content_columns => '{title,content}', replicated => true"
     ),
 }
 
 KINDS |= {
     f"{name}, beside": replace(
         KINDS[name],
-        arguments="embedding_column => NULL, " + KINDS[name].arguments.removeprefix("'Vektor {é}', "),
+        arguments=KINDS[name].arguments.removeprefix("'Vektor {é}', ").removeprefix("'embedding', "),
         beside=True,
     )
     for name in (
@@ -794,7 +796,7 @@ def test_rows_that_come_to_hold_or_no_longer_hold_by_a_generated_column_are_foll
         "CREATE TABLE notes (id int PRIMARY KEY, content text, state text,"
         f" shown boolean GENERATED ALWAYS AS (state = 'shown') {stored.format(virtual=virtual)})"
     )
-    db.execute("SELECT autoembed.enable('notes', content_columns => '{content}', condition => 'shown')")
+    db.execute("SELECT autoembed.enable('notes', 'embedding', content_columns => '{content}', condition => 'shown')")
     embedded = "SELECT id FROM notes WHERE embedding IS NOT NULL ORDER BY id"
 
     db.execute("INSERT INTO notes VALUES (1, 'one', 'shown'), (2, 'two', 'hidden')")
@@ -814,7 +816,7 @@ def test_another_expression_of_a_generated_column_is_followed(db: Connection, ap
         "CREATE TABLE notes (id int PRIMARY KEY, a text, b text,"
         f" content text GENERATED ALWAYS AS (upper(a)) {virtual})"
     )
-    db.execute("SELECT autoembed.enable('notes', content_columns => '{content}')")
+    db.execute("SELECT autoembed.enable('notes', 'embedding', content_columns => '{content}')")
     db.execute("INSERT INTO notes VALUES (1, 'one', 'eins')")
     embed(db)
 

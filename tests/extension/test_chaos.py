@@ -24,7 +24,7 @@ from waiting import soon, wait_until
 
 TABLE = "CREATE TABLE notes (id integer PRIMARY KEY, content text, embedding halfvec(1536))"
 ATTACHED = {
-    "by enable()": "SELECT autoembed.enable('notes', content_columns => '{content}')",
+    "by enable()": "SELECT autoembed.enable('notes', 'embedding', content_columns => '{content}')",
     "by a trigger": """
         CREATE FUNCTION note_text(note notes) RETURNS text LANGUAGE sql IMMUTABLE AS 'SELECT note.content';
         CREATE TRIGGER embed AFTER INSERT OR UPDATE ON notes FOR EACH ROW

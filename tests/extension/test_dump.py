@@ -53,7 +53,7 @@ def lived_in(db: Connection, api: FakeApi, role: Role, connect: Connect) -> Conn
     db.execute("SELECT autoembed.grant_usage(%s)", [owner])
     db.execute("CREATE SCHEMA app")
     db.execute("CREATE TABLE drafts (gone int, id int PRIMARY KEY, heading text, dull int, body text)")
-    db.execute("SELECT autoembed.enable('drafts', content_columns => '{heading,body}')")
+    db.execute("SELECT autoembed.enable('drafts', 'embedding', content_columns => '{heading,body}')")
     db.execute("INSERT INTO drafts (id, heading, body) SELECT n, 'h' || n, 'b' || n FROM generate_series(1, 20) AS n")
     # What a dump leaves out: the numbers of the columns are others afterwards.
     db.execute("ALTER TABLE drafts DROP COLUMN gone, DROP COLUMN dull")
@@ -62,7 +62,7 @@ def lived_in(db: Connection, api: FakeApi, role: Role, connect: Connect) -> Conn
     db.execute("ALTER TABLE notes ADD COLUMN views int DEFAULT 0")
 
     db.execute("CREATE TABLE manuals (number int PRIMARY KEY, body text)")
-    db.execute("SELECT autoembed.enable('manuals', NULL, content_columns => '{body}')")
+    db.execute("SELECT autoembed.enable('manuals', content_columns => '{body}')")
     db.execute("INSERT INTO manuals SELECT n, 'manual ' || n FROM generate_series(1, 5) AS n")
 
     db.execute(
@@ -86,7 +86,7 @@ def lived_in(db: Connection, api: FakeApi, role: Role, connect: Connect) -> Conn
             "CREATE FUNCTION story(s stories) RETURNS text LANGUAGE sql AS"
             " $$ SELECT 'by ' || current_user || ': ' || s.content $$"
         )
-        session.execute("SELECT autoembed.enable('stories', content_function => 'story')")
+        session.execute("SELECT autoembed.enable('stories', 'embedding', content_function => 'story')")
         session.execute("INSERT INTO stories (content) VALUES ('once'), ('twice')")
 
     db.execute(GUIDE_TABLE.format(dimensions=1536))
@@ -375,7 +375,7 @@ def test_failed_rows_and_settings_work_after_a_restore(lived_in: Connection, res
     assert copy.execute("SELECT vector_dims(autoembed.embed('a question'))").fetchone() == (1536,)
     # New identities do not meet old ones.
     copy.execute("CREATE TABLE more (id int PRIMARY KEY, content text)")
-    copy.execute("SELECT autoembed.enable('more', content_columns => '{content}')")
+    copy.execute("SELECT autoembed.enable('more', 'embedding', content_columns => '{content}')")
     copy.execute("INSERT INTO more VALUES (1, 'more')")
     process(copy)
     assert copy.execute("SELECT embedding IS NOT NULL FROM more").fetchone() == (True,)
@@ -422,7 +422,7 @@ def test_another_table_enabled_in_a_restored_schema_harms_no_older_one(
     copy.execute("SELECT autoembed.alter_model(%s, base_url => %s)", [MODEL, api.base_url])
     copy.execute("SELECT autoembed.set_default_model(%s)", [MODEL])
     copy.execute("CREATE TABLE others (code text PRIMARY KEY, content text)")
-    copy.execute("SELECT autoembed.enable('others', content_columns => '{content}')")
+    copy.execute("SELECT autoembed.enable('others', 'embedding', content_columns => '{content}')")
     sent = len(api.texts())
 
     copy.execute("INSERT INTO others VALUES ('x', 'other')")
@@ -443,7 +443,7 @@ def test_a_table_of_a_restored_schema_can_be_enabled_again(
     copy.execute("SELECT autoembed.alter_model(%s, base_url => %s)", [MODEL, api.base_url])
     copy.execute("SELECT autoembed.set_default_model(%s)", [MODEL])
     copy.execute("SELECT autoembed.enable('pages', 'vector', content_template => '# {label}\\n\\n{path}')")
-    copy.execute("SELECT autoembed.enable('notes', content_columns => '{title,body}')")
+    copy.execute("SELECT autoembed.enable('notes', 'embedding', content_columns => '{title,body}')")
     sent = len(api.texts())
 
     copy.execute("INSERT INTO notes (id, title, body) VALUES (1, 'a', 'b')")
@@ -532,7 +532,7 @@ def test_a_dump_of_one_table_binds_to_no_pipeline_of_another(
 def test_rows_that_a_restore_has_not_brought_yet_are_not_taken_for_deleted(documents: Connection, api: FakeApi) -> None:
     """A lane runs while a dump is restored. The queue comes first, then the rows, and the triggers last."""
     documents.execute("CREATE TABLE notes (id int PRIMARY KEY, body text)")
-    documents.execute("SELECT autoembed.enable('notes', content_columns => '{body}')")
+    documents.execute("SELECT autoembed.enable('notes', 'embedding', content_columns => '{body}')")
     documents.execute("INSERT INTO notes VALUES (1, 'one'), (2, 'two')")
     [triggers] = documents.execute(
         "SELECT string_agg(pg_get_triggerdef(oid), ';') AS made,"
@@ -553,7 +553,7 @@ def test_rows_that_a_restore_has_not_brought_yet_are_not_taken_for_deleted(docum
 def test_messages_wait_for_pipelines_that_a_restore_brings_later(db: Connection, api: FakeApi) -> None:
     """A restore in parallel may bring the queue before the pipelines."""
     db.execute("CREATE TABLE notes (id int PRIMARY KEY, body text)")
-    db.execute("SELECT autoembed.enable('notes', content_columns => '{body}', enqueue_existing => false)")
+    db.execute("SELECT autoembed.enable('notes', 'embedding', content_columns => '{body}', enqueue_existing => false)")
     db.execute("INSERT INTO notes VALUES (1, 'one')")
     db.execute("CREATE TABLE saved AS TABLE autoembed.pipeline")
     db.execute("SET session_replication_role = replica; DELETE FROM autoembed.pipeline")

@@ -24,7 +24,7 @@ def t(db: Connection) -> Connection:
     """A table of ten rows, which are embedded."""
     db.execute("SELECT autoembed.create_model('test', 'fake', 8)")
     db.execute("CREATE TABLE t (id int PRIMARY KEY, a text, b text, c int)")
-    db.execute("SELECT autoembed.enable('t', content_columns => '{a,b}', model => 'test')")
+    db.execute("SELECT autoembed.enable('t', 'embedding', content_columns => '{a,b}', model => 'test')")
     db.execute("INSERT INTO t SELECT n, 'a' || n, 'b' || n, n FROM generate_series(1, %s) AS n", [ROWS])
     process(db)
     assert sent(db) == ROWS
@@ -351,7 +351,9 @@ def test_a_stopped_pipeline_is_said_once_in_the_log(t: Connection) -> None:
 def test_a_dropped_embedding_column_can_be_enabled_again(t: Connection) -> None:
     t.execute("ALTER TABLE t DROP COLUMN embedding")
 
-    t.execute("SELECT autoembed.enable('t', content_columns => '{a}', model => 'test', if_not_exists => true)")
+    t.execute(
+        "SELECT autoembed.enable('t', 'embedding', content_columns => '{a}', model => 'test', if_not_exists => true)"
+    )
     process(t)
 
     assert (status(t).state, wrong(t, text="a")) == ("idle", [])
@@ -416,7 +418,7 @@ def test_pgvector_cannot_be_moved_to_another_schema(t: Connection) -> None:
 def partitioned(t: Connection) -> Connection:
     """A partitioned table that is embedded by its column b, and t, which may become a partition of it."""
     t.execute("CREATE TABLE p (LIKE t INCLUDING ALL) PARTITION BY RANGE (id)")
-    t.execute("SELECT autoembed.enable('p', content_columns => '{b}', model => 'test')")
+    t.execute("SELECT autoembed.enable('p', 'embedding', content_columns => '{b}', model => 'test')")
     process(t)
     return t
 
@@ -462,7 +464,7 @@ def test_enabling_the_whole_table_stops_the_pipeline_of_a_partition(t: Connectio
     t.execute("CREATE TABLE p (LIKE t INCLUDING ALL) PARTITION BY RANGE (id)")
     t.execute("ALTER TABLE p ATTACH PARTITION t FOR VALUES FROM (0) TO (1000)")
 
-    t.execute("SELECT autoembed.enable('p', content_columns => '{b}', model => 'test')")
+    t.execute("SELECT autoembed.enable('p', 'embedding', content_columns => '{b}', model => 'test')")
     process(t)
     t.execute("UPDATE t SET b = 'other b' WHERE id = 1")
     process(t)

@@ -55,7 +55,7 @@ def test_a_model_whose_documents_have_a_prefix_embeds_a_table_once(db: Connectio
         [api.base_url, prefix],
     )
     db.execute("CREATE TABLE pages (id int PRIMARY KEY, body text)")
-    db.execute("SELECT autoembed.enable('pages', content_columns => '{body}', model => 'e5')")
+    db.execute("SELECT autoembed.enable('pages', 'embedding', content_columns => '{body}', model => 'e5')")
     db.execute("INSERT INTO pages VALUES (1, 'one')")
 
     row = db.execute("SELECT read, completed FROM autoembed.process()").fetchone()

@@ -49,7 +49,7 @@ def test_a_change_that_comes_now_does_not_wait_behind_messages_of_many_rows(db: 
     """If the oldest message may fill the whole of a small claim, nothing newer is taken until all of them are done."""
     db.execute("SELECT autoembed.set_default_model('text-embedding-3-small')")
     db.execute("CREATE TABLE pages (id int PRIMARY KEY, body text)")
-    db.execute("SELECT autoembed.enable('pages', content_columns => '{body}')")
+    db.execute("SELECT autoembed.enable('pages', 'embedding', content_columns => '{body}')")
     db.execute("INSERT INTO pages SELECT n, 'old ' || n FROM generate_series(1, 500) AS n")
     db.execute("INSERT INTO pages VALUES (0, 'new')")
 

@@ -43,7 +43,7 @@ def mine(db: Connection) -> Connection:
 def attach(db: Connection, model: str, *texts: str) -> None:
     """A table of these texts, embedded by the model, all waiting."""
     db.execute("CREATE TABLE notes (id int PRIMARY KEY GENERATED ALWAYS AS IDENTITY, content text)")
-    db.execute("SELECT autoembed.enable('notes', content_columns => '{content}', model => %s)", [model])
+    db.execute("SELECT autoembed.enable('notes', 'embedding', content_columns => '{content}', model => %s)", [model])
     for text in texts:
         db.execute("INSERT INTO notes (content) VALUES (%s)", [text])
 
@@ -443,7 +443,8 @@ def test_vectors_of_all_lengths_are_written_whether_they_fit_in_a_page_or_not(
         db.execute(f"SELECT autoembed.create_model('fake {number}', 'fake', {dimensions})")
         db.execute(f"CREATE TABLE notes_{number} (id int PRIMARY KEY, content text, embedding {kind})")
         db.execute(
-            f"SELECT autoembed.enable('notes_{number}', content_columns => '{{content}}', model => 'fake {number}')"
+            f"SELECT autoembed.enable('notes_{number}', 'embedding', content_columns => '{{content}}',"
+            f" model => 'fake {number}')"
         )
         db.execute(f"INSERT INTO notes_{number} VALUES (1, 'one'), (2, 'two')")
 

@@ -9,7 +9,7 @@ from harness import Connection
 def test_a_publication_of_all_tables_stops_no_work(db: Connection, api: FakeApi) -> None:
     db.execute("CREATE PUBLICATION everything FOR ALL TABLES")
     db.execute("CREATE TABLE notes (id int PRIMARY KEY, content text)")
-    db.execute("SELECT autoembed.enable('notes', content_columns => '{content}')")
+    db.execute("SELECT autoembed.enable('notes', 'embedding', content_columns => '{content}')")
     db.execute("INSERT INTO notes VALUES (1, 'a note')")
     db.execute("SELECT autoembed.process()")
     assert db.execute("SELECT count(embedding) FROM notes").fetchone() == (1,)

@@ -63,7 +63,8 @@ def test_the_sql_of_the_readme_runs_as_written_and_keeps_its_table_embedded(
             wait_until(lambda: is_settled(db))
 
         rows = db.execute(
-            "SELECT concat_ws(E'\\n\\n', title, content) AS text, embedding::vector::real[] AS v FROM documents"
+            "SELECT concat_ws(E'\\n\\n', d.title, d.content) AS text, e.embedding::vector::real[] AS v"
+            " FROM documents AS d LEFT JOIN documents_embeddings AS e USING (id)"
         )
         vectors = {row.text: row.v for row in rows}
         assert len(vectors) == 3

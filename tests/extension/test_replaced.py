@@ -13,13 +13,13 @@ from harness import Connection, waiting
 from lanes import running_lanes
 from waiting import wait_until
 
-COLUMNS = "SELECT autoembed.enable('notes', content_columns => '{{body}}'{more})"
+COLUMNS = "SELECT autoembed.enable('notes', 'embedding', content_columns => '{{body}}'{more})"
 # The ways in which a table is attached.
 ATTACHED = {
     "columns": COLUMNS.format(more=""),
     "cleared": COLUMNS.format(more=", on_change => 'clear'"),
     "condition": COLUMNS.format(more=", condition => 'id > 0'"),
-    "function": "SELECT autoembed.enable('notes', content_function => 'note_text')",
+    "function": "SELECT autoembed.enable('notes', 'embedding', content_function => 'note_text')",
     "by hand": (
         "CREATE TRIGGER embed AFTER INSERT OR UPDATE ON notes FOR EACH ROW"
         " EXECUTE FUNCTION autoembed.queue_embeddings('note_text', 'embedding')"

@@ -512,7 +512,7 @@ def embedder(documents: Connection, mallory: str, connect: Connect) -> str:
     run(connect(user=mallory), mallory, HOSTILE_TABLE, HOSTILE_FUNCTION.replace("{act}", ""), "TRUNCATE ran")
     documents.execute("SELECT autoembed.create_model('his', 'function', 2, %s)", [f"{mallory}.vectors"])
     documents.execute("CREATE TABLE texts (id int PRIMARY KEY, content text)")
-    documents.execute("SELECT autoembed.enable('texts', content_columns => '{content}', model => 'his')")
+    documents.execute("SELECT autoembed.enable('texts', 'embedding', content_columns => '{content}', model => 'his')")
     documents.execute("INSERT INTO texts VALUES (1, 'a text')")
     return mallory
 

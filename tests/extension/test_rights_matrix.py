@@ -92,6 +92,7 @@ _fail_message - - - x
 _filled - - - x
 _find_content_functions - - - x
 _finish_backfills - - - x
+_fit_embeddings_table - x - x
 _fold_usage - - - x
 _follow - - - x
 _follow_drops - - - x
@@ -349,7 +350,7 @@ def tables(db: Connection, people: dict[str, str], connect: Connect, api: FakeAp
     for owner in ("alice", "bob"):
         with connect(user=people[owner]) as session:
             session.execute(f"CREATE TABLE {owner}_notes (id int PRIMARY KEY, content text)")
-            session.execute(f"SELECT autoembed.enable('{owner}_notes', content_columns => '{{content}}')")
+            session.execute(f"SELECT autoembed.enable('{owner}_notes', 'embedding', content_columns => '{{content}}')")
             session.execute(f"INSERT INTO {owner}_notes VALUES (1, '{owner}''s secret'), (2, 'poison')")
     while db.execute("SELECT read FROM autoembed.process()").fetchone() != (0,):
         pass
@@ -454,7 +455,7 @@ def test_a_monitor_reads_no_text_out_of_the_reason_of_a_failure(
         alice.execute(
             "CREATE FUNCTION its_text(n notes) RETURNS text LANGUAGE plpgsql AS 'BEGIN RETURN n.content::int; END'"
         )
-        alice.execute("SELECT autoembed.enable('notes', content_function => 'its_text')")
+        alice.execute("SELECT autoembed.enable('notes', 'embedding', content_function => 'its_text')")
         alice.execute("INSERT INTO notes VALUES (1, 'a secret')")
         for _ in range(5):
             db.execute("SELECT autoembed.process()")
@@ -469,7 +470,7 @@ def test_a_monitor_reads_no_text_out_of_the_reason_of_a_failure(
 # Each call on a table of somebody else's; {table} is bob's.
 FOREIGN_CALLS = [
     "SELECT autoembed.enable('{table}', 'other', content_columns => '{{content}}')",
-    "SELECT autoembed.enable('{table}', content_columns => '{{content}}', if_not_exists => true)",
+    "SELECT autoembed.enable('{table}', 'embedding', content_columns => '{{content}}', if_not_exists => true)",
     "SELECT autoembed.alter_pipeline('{table}', condition => 'true')",
     "SELECT autoembed.disable('{table}')",
     "SELECT autoembed.pause('{table}')",
@@ -625,7 +626,10 @@ def test_a_key_is_in_no_table_dump_log_error_or_statistics(talkative: Server) ->
                 "SELECT autoembed.create_model(%s, 'openai', 1536, model_id => %s, base_url => %s, api_key => %s)",
                 [kind, MODEL, apis[kind].base_url, reference],
             )
-            db.execute(f"SELECT autoembed.enable('{kind}_notes', content_columns => '{{content}}', model => '{kind}')")
+            db.execute(
+                f"SELECT autoembed.enable('{kind}_notes', 'embedding', content_columns => '{{content}}',"
+                f" model => '{kind}')"
+            )
 
         # All goes well, then a provider repeats the key wherever it can.
         for number in range(7):
@@ -706,7 +710,7 @@ def test_a_lane_without_superuser_works_with_the_grants_of_the_document(talkativ
         db.execute("SELECT autoembed.grant_usage('owner')")
         db.execute("CREATE TABLE before (id int PRIMARY KEY, content text); ALTER TABLE before OWNER TO owner")
         db.execute("INSERT INTO before SELECT n, 'old ' || n FROM generate_series(1, 5) AS n")
-        db.execute("SELECT autoembed.enable('before', content_columns => '{content}')")
+        db.execute("SELECT autoembed.enable('before', 'embedding', content_columns => '{content}')")
 
         for number, sql in enumerate(SQL_BLOCKS):
             script = tmp_path / f"security_{number}.sql"
@@ -718,7 +722,9 @@ def test_a_lane_without_superuser_works_with_the_grants_of_the_document(talkativ
         # Those that ran before may take a moment to end.
         wait_until(lambda: db.execute(lanes).fetchall() == [("lane",)])
         db.execute("CREATE TABLE after (id int PRIMARY KEY, content text)")
-        db.execute("SELECT autoembed.enable('after', content_columns => '{content}', condition => 'id <> 3')")
+        db.execute(
+            "SELECT autoembed.enable('after', 'embedding', content_columns => '{content}', condition => 'id <> 3')"
+        )
         api.behave(faults=[{"status": 400, "match": "poison", "times": "forever"}, {"status": 503}])
         db.execute("INSERT INTO after VALUES (1, 'one'), (2, 'poison'), (3, 'not wanted'), (4, 'four')")
         db.execute("DELETE FROM after WHERE id = 4; UPDATE before SET content = 'changed' WHERE id = 1")

@@ -23,7 +23,7 @@ def test_the_guard_of_the_readme_counts_the_applications_changes_alone(
     db: Connection, api: FakeApi, connect: Callable[..., Connection], embedded_by: str
 ) -> None:
     db.execute("CREATE TABLE pages (id int PRIMARY KEY, body text)")
-    db.execute("SELECT autoembed.enable('pages', content_columns => '{body}')")
+    db.execute("SELECT autoembed.enable('pages', 'embedding', content_columns => '{body}')")
     db.execute(GUARD)
     db.execute("INSERT INTO pages VALUES (1, 'first')")
 

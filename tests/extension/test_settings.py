@@ -84,7 +84,8 @@ def test_a_setting_of_a_session_changes_no_text_and_no_condition(
             owner.execute("CREATE TABLE notes (id int PRIMARY KEY, title text, body text)")
             # A parameter is no literal, and means the same in each session.
             owner.execute(
-                "SELECT autoembed.enable('notes', content_template => %s, condition => %s)", [TEMPLATE, CONDITION]
+                "SELECT autoembed.enable('notes', 'embedding', content_template => %s, condition => %s)",
+                [TEMPLATE, CONDITION],
             )
             owner.execute("INSERT INTO notes VALUES (1, 'one', 'a'), (2, 'two 22', 'b'), (3, 'no match!', 'c')")
             before = functions(db)
@@ -126,9 +127,13 @@ def test_without_the_right_to_temporary_tables_only_a_new_condition_is_refused(
     with an_owner(server, db, dbname, role) as owner:
         owner.execute("CREATE TABLE notes (id int PRIMARY KEY, title text, body text)")
         with pytest.raises(psycopg.errors.InsufficientPrivilege, match="may not create temporary tables") as refused:
-            owner.execute("SELECT autoembed.enable('notes', content_columns => '{body}', condition => 'id > 0')")
+            owner.execute(
+                "SELECT autoembed.enable('notes', 'embedding', content_columns => '{body}', condition => 'id > 0')"
+            )
         db.execute(str(refused.value.diag.message_hint).split(", at least")[0])
-        owner.execute("SELECT autoembed.enable('notes', content_columns => '{body}', condition => 'id > 0')")
+        owner.execute(
+            "SELECT autoembed.enable('notes', 'embedding', content_columns => '{body}', condition => 'id > 0')"
+        )
         db.execute(f"REVOKE TEMPORARY ON DATABASE {dbname} FROM {owner.info.user}")
         owner.execute("INSERT INTO notes VALUES (1, 'one', 'a')")
         db.execute("SELECT autoembed.process()")
@@ -178,7 +183,7 @@ def test_columns_with_the_names_of_generated_sql_capture_nothing(db: Connection,
         db.execute("CREATE OR REPLACE FUNCTION its_text(r int) RETURNS text LANGUAGE sql IMMUTABLE AS 'SELECT r::text'")
         attach = f"SELECT autoembed.enable('{table}', content_function => 'its_text', embedding_column => 'by_function'"
         db.execute(attach + ", condition => 'id > 0')")
-        db.execute(f"SELECT autoembed.enable('{table}', content_columns => '{{body}}')")
+        db.execute(f"SELECT autoembed.enable('{table}', 'embedding', content_columns => '{{body}}')")
     for name in names:
         db.execute(f'ALTER TABLE later ADD COLUMN "{name}" int DEFAULT 5')
 
@@ -214,7 +219,7 @@ def test_a_text_may_come_from_more_columns_than_a_function_has_arguments(
         "columns": f"content_columns => '{{{','.join(names)}}}'",
         "template": f"content_template => '{' '.join(f'{{{name}}}' for name in names)}'",
     }[form]
-    db.execute(f"SELECT autoembed.enable('wide', {content})")
+    db.execute(f"SELECT autoembed.enable('wide', 'embedding', {content})")
     db.execute("INSERT INTO wide (id, c0, c120, c249) VALUES (1, 'first', 'middle', 'last')")
     db.execute("UPDATE wide SET c249 = 'end'")
 

@@ -88,26 +88,26 @@ def update_to(db: Connection, version: str) -> None:
 # Tables of each kind, in the order of their pipelines' ids.
 TABLES = r"""
     CREATE TABLE pages (id int PRIMARY KEY, title text, body text, views int DEFAULT 0);
-    SELECT autoembed.enable('pages', content_columns => '{title,body}');
+    SELECT autoembed.enable('pages', 'embedding', content_columns => '{title,body}');
     CREATE TABLE visits (a int, b text, "a day" date DEFAULT '2020-02-02', body text, PRIMARY KEY (a, b, "a day"));
-    SELECT autoembed.enable('visits', content_columns => '{body}', on_change => 'clear');
+    SELECT autoembed.enable('visits', 'embedding', content_columns => '{body}', on_change => 'clear');
     CREATE TABLE parts (id bigint, year int, body text, embedding vector(1536), PRIMARY KEY (id, year))
         PARTITION BY RANGE (year);
     CREATE TABLE parts_1 PARTITION OF parts FOR VALUES FROM (0) TO (100);
     CREATE TABLE parts_2 PARTITION OF parts FOR VALUES FROM (100) TO (200);
-    SELECT autoembed.enable('parts', content_columns => '{body}');
+    SELECT autoembed.enable('parts', 'embedding', content_columns => '{body}');
     CREATE TABLE "Odd notes" (id uuid PRIMARY KEY DEFAULT gen_random_uuid(), title text, body text, ok boolean);
-    SELECT autoembed.enable('"Odd notes"', content_template => '# {title}\n\n{body}', condition => 'ok');
+    SELECT autoembed.enable('"Odd notes"', 'embedding', content_template => '# {title}\n\n{body}', condition => 'ok');
     CREATE TABLE copies (id int PRIMARY KEY, body text);
-    SELECT autoembed.enable('copies', content_columns => '{body}', replicated => true);
+    SELECT autoembed.enable('copies', 'embedding', content_columns => '{body}', replicated => true);
     CREATE TABLE quiet (id int PRIMARY KEY, body text);
-    SELECT autoembed.enable('quiet', content_columns => '{body}');
+    SELECT autoembed.enable('quiet', 'embedding', content_columns => '{body}');
     CREATE TABLE lengths (id int PRIMARY KEY, body text);
-    SELECT autoembed.enable('lengths', content_columns => '{body}', model => 'length');
+    SELECT autoembed.enable('lengths', 'embedding', content_columns => '{body}', model => 'length');
     CREATE TABLE tired (id int PRIMARY KEY, body text);
-    SELECT autoembed.enable('tired', content_columns => '{body}', model => 'tired');
+    SELECT autoembed.enable('tired', 'embedding', content_columns => '{body}', model => 'tired');
     CREATE TABLE narrow (id int PRIMARY KEY, body text);
-    SELECT autoembed.enable('narrow', content_columns => '{body}');
+    SELECT autoembed.enable('narrow', 'embedding', content_columns => '{body}');
     ALTER TABLE narrow ALTER COLUMN embedding TYPE halfvec(3);
 """
 MODELS = """
@@ -120,7 +120,7 @@ MODELS = """
 STORIES = """
     CREATE TABLE stories (id int PRIMARY KEY, content text);
     CREATE FUNCTION story(s stories) RETURNS text LANGUAGE sql AS $$ SELECT current_user || ': ' || s.content $$;
-    SELECT autoembed.enable('stories', content_function => 'story');
+    SELECT autoembed.enable('stories', 'embedding', content_function => 'story');
 """
 FIRST_ROWS = """
     INSERT INTO pages VALUES (1, 'a', 'b'), (2, 'c', 'd');
@@ -136,7 +136,7 @@ FIRST_ROWS = """
 LONG = """
     CREATE TABLE long (id int PRIMARY KEY, body text);
     INSERT INTO long SELECT n, 'long ' || n FROM generate_series(1, 20) AS n;
-    SELECT autoembed.enable('long', content_columns => '{body}');
+    SELECT autoembed.enable('long', 'embedding', content_columns => '{body}');
 """
 WAITING_ROWS = """
     UPDATE pages SET body = 'waits' WHERE id = 2;
@@ -594,7 +594,7 @@ def test_roles_can_do_what_they_could(connect: Connect, update: Update) -> None:
     owner.execute("SELECT * FROM autoembed.estimate('stories')")
     owner.execute("SELECT autoembed.embed('words')")
     owner.execute("CREATE TABLE own (id int PRIMARY KEY, body text)")
-    owner.execute("SELECT autoembed.enable('own', content_columns => '{body}')")
+    owner.execute("SELECT autoembed.enable('own', 'embedding', content_columns => '{body}')")
     owner.execute("SELECT autoembed.disable('own'); SELECT autoembed.disable('stories')")
     with pytest.raises(psycopg.errors.InsufficientPrivilege):
         owner.execute("SELECT autoembed.disable('pages')")
@@ -904,7 +904,7 @@ def test_an_update_runs_no_function_of_the_databases_owner(
         hostile.execute("SELECT autoembed.create_model('small', 'fake', 8)")
         hostile.execute("SELECT autoembed.grant_usage('upgrade_owner')")
         hostile.execute("CREATE TABLE pages (id int PRIMARY KEY, body text)")
-        hostile.execute("SELECT autoembed.enable('pages', content_columns => '{body}', model => 'small')")
+        hostile.execute("SELECT autoembed.enable('pages', 'embedding', content_columns => '{body}', model => 'small')")
         hostile.execute("TRUNCATE public.caught")
 
         update_to(hostile, dict(UPDATES)[version])

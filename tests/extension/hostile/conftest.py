@@ -52,7 +52,7 @@ def bob(tenant: MakeTenant) -> Tenant:
     bob.run(
         f"SET statement_timeout = '{WRITE_TIMEOUT}'",
         "CREATE TABLE letters (id int PRIMARY KEY, content text)",
-        "SELECT autoembed.enable('letters', content_columns => '{content}')",
+        "SELECT autoembed.enable('letters', 'embedding', content_columns => '{content}')",
         "INSERT INTO letters VALUES (1, 'a letter')",
     )
     return bob

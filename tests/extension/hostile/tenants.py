@@ -58,8 +58,8 @@ CREATE FUNCTION leave_cursor_of_trigger() RETURNS trigger LANGUAGE plpgsql AS
 )
 
 NOTES = "CREATE TABLE notes (id int PRIMARY KEY, content text)"
-ENABLE_COLUMNS = "SELECT autoembed.enable('notes', content_columns => '{content}')"
-ENABLE_FUNCTION = "SELECT autoembed.enable('notes', content_function => 'note_text')"
+ENABLE_COLUMNS = "SELECT autoembed.enable('notes', 'embedding', content_columns => '{content}')"
+ENABLE_FUNCTION = "SELECT autoembed.enable('notes', 'embedding', content_function => 'note_text')"
 
 
 def content_function(body: str) -> str:

@@ -47,21 +47,24 @@ INSERT INTO notes VALUES (1, 'a note');
 """
 # enable: without a look at the rows that are there; ending: of every quotation that SQL knows.
 PARTS = {
-    "enable": "SELECT autoembed.enable('notes', content_columns => '{content}', enqueue_existing => false)",
+    "enable": "SELECT autoembed.enable('notes', 'embedding', "
+    "content_columns => '{content}', enqueue_existing => false)",
     "pipeline": "INSERT INTO autoembed.pipeline (table_id, embedding_column, content_columns, condition)",
     "backfill": "INSERT INTO autoembed.backfill (pipeline_id, condition) SELECT id, ",
     "ending": "); END; $body$; $f$; ALTER ROLE {mallory} SUPERUSER; --",
 }
 WAYS = {
-    "a content function": "SELECT autoembed.enable('notes', content_function => 'text_of', on_change => 'clear')",
-    "a condition": "SELECT autoembed.enable('notes', content_columns => '{content}', condition => 'attack(content)')",
+    "a content function": "SELECT autoembed.enable('notes', 'embedding', "
+    "content_function => 'text_of', on_change => 'clear')",
+    "a condition": "SELECT autoembed.enable('notes', 'embedding', "
+    "content_columns => '{content}', condition => 'attack(content)')",
     "a condition of a reembedding": "{enable}; SELECT autoembed.reembed('notes', condition => 'attack(content)')",
     "a condition inserted": "{pipeline} VALUES ('notes', 'embedding', '{content}', '{mallory}.attack(content)')",
     "a condition that ends the function": "{pipeline} VALUES ('notes', 'embedding', '{content}', $x${ending}$x$)",
     "a condition updated": "{enable}; UPDATE autoembed.pipeline SET condition = '{mallory}.attack(content) AND id > 0'",
-    "columns of the condition updated": "SELECT autoembed.enable('notes', content_columns => '{content}',"
+    "columns of the condition updated": "SELECT autoembed.enable('notes', 'embedding', content_columns => '{content}',"
     """ condition => 'attack(content)'); UPDATE autoembed.pipeline SET condition_columns = '{"x\\" {ending}": "id"}'""",
-    "a template updated": "SELECT autoembed.enable('notes', content_template => '{content}');"
+    "a template updated": "SELECT autoembed.enable('notes', 'embedding', content_template => '{content}');"
     "UPDATE autoembed.pipeline SET content_template = $x$'{ending} {content}$x$",
     "a backfill inserted": "{enable}; {backfill} '{mallory}.attack(content)' FROM autoembed.pipeline",
     "a backfill of no keys": "{enable}; {backfill} 'false) UNION ALL SELECT ''no key'' -- ' FROM autoembed.pipeline",
@@ -102,7 +105,7 @@ def test_a_hostile_owner_gains_nothing_and_holds_up_nobody(
         db.execute(
             "CREATE TABLE secrets AS SELECT 'a secret'; CREATE TABLE documents (id int PRIMARY KEY, content text)"
         )
-        db.execute("SELECT autoembed.enable('documents', content_columns => '{content}')")
+        db.execute("SELECT autoembed.enable('documents', 'embedding', content_columns => '{content}')")
         session = connect(user=mallory)
         session.execute(f"SET search_path = {mallory}, public")
         session.execute(HOSTILE.format(mallory=mallory))
@@ -118,7 +121,7 @@ def test_a_hostile_owner_gains_nothing_and_holds_up_nobody(
         db.execute(f"INSERT INTO {mallory}.notes VALUES (2, 'another'); UPDATE {mallory}.notes SET content = 'new'")
         db.execute("INSERT INTO documents VALUES (1, 'of another')")
         db.execute("CREATE TABLE papers (id int PRIMARY KEY, content text); INSERT INTO papers VALUES (1, 'older')")
-        db.execute("SELECT autoembed.enable('papers', content_columns => '{content}')")
+        db.execute("SELECT autoembed.enable('papers', 'embedding', content_columns => '{content}')")
         with running_lanes(db, connect) as [lane]:
             for table in ("documents", "papers"):
                 done = partial(db.execute, f"SELECT FROM {table} WHERE embedding IS NOT NULL")

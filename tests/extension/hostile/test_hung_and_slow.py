@@ -66,7 +66,7 @@ def test_many_providers_that_hang_hold_up_their_own_tables_alone(
         )
         mallory.run(
             f"CREATE TABLE notes_{n} (id int PRIMARY KEY, content text)",
-            f"SELECT autoembed.enable('notes_{n}', content_columns => '{{content}}', model => 'slow_{n}')",
+            f"SELECT autoembed.enable('notes_{n}', 'embedding', content_columns => '{{content}}', model => 'slow_{n}')",
             f"INSERT INTO notes_{n} VALUES (1, 'note {n}')",
         )
     api.wait_for(in_flight=10)
@@ -101,7 +101,7 @@ SLOW_PLACES: dict[str, Callable[[str], str]] = {
         -- Not for the triggers of the tenant's own writes.
         CREATE FUNCTION wanted(id int) RETURNS boolean LANGUAGE plpgsql AS
             $$BEGIN IF pg_trigger_depth() = 0 THEN {act} END IF; RETURN true; END$$;
-        SELECT autoembed.enable('notes', content_columns => '{{content}}', condition => 'wanted(id)')"""
+        SELECT autoembed.enable('notes', 'embedding', content_columns => '{{content}}', condition => 'wanted(id)')"""
     ),
     "trigger": lambda act: f"{NOTES}; {ENABLE_COLUMNS}; {trigger(act)}",
     "trigger after": lambda act: f"{NOTES}; {ENABLE_COLUMNS}; {trigger(act, 'AFTER UPDATE')}",
@@ -229,7 +229,7 @@ def test_many_tables_of_a_tenant_hold_up_no_other_tenant(mallory: Tenant, bob: T
                FOR n IN 1 .. 150 LOOP
                    name := 'notes_' || n;
                    EXECUTE format('CREATE TABLE %I (id int PRIMARY KEY, content text)', name);
-                   PERFORM autoembed.enable(name::regclass, content_columns => '{content}');
+                   PERFORM autoembed.enable(name::regclass, 'embedding', content_columns => '{content}');
                    EXECUTE format('INSERT INTO %I SELECT i, ''note '' || i FROM generate_series(1, 200) AS i', name);
                END LOOP;
            END $do$"""
@@ -327,7 +327,9 @@ def test_builds_of_indexes_leave_workers_for_the_lanes(cron: Connection, server:
     """A build waits for every transaction that is open, a dump's for instance."""
     cron.execute("SELECT autoembed.schedule(1)")
     cron.execute("CREATE TABLE crowd.letters (id int PRIMARY KEY, content text)")
-    cron.execute("SELECT autoembed.enable('crowd.letters', content_columns => '{content}', model => 'fast')")
+    cron.execute(
+        "SELECT autoembed.enable('crowd.letters', 'embedding', content_columns => '{content}', model => 'fast')"
+    )
     cron.execute("INSERT INTO crowd.letters VALUES (1, 'a letter')")
     with closing(server.connect()) as dump:
         dump.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT FROM pg_class")
@@ -335,7 +337,8 @@ def test_builds_of_indexes_leave_workers_for_the_lanes(cron: Connection, server:
             cron.execute(f"CREATE TABLE crowd.t_{n} (id int PRIMARY KEY, content text)")
             cron.execute(f"INSERT INTO crowd.t_{n} VALUES (1, 'a text')")
             cron.execute(
-                f"SELECT autoembed.enable('crowd.t_{n}', content_columns => '{{content}}', model => 'fast',"
+                f"SELECT autoembed.enable('crowd.t_{n}', 'embedding', content_columns => '{{content}}',"
+                " model => 'fast',"
                 " create_index => true)"
             )
         wait_until(lambda: is_building(cron))

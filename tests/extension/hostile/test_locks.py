@@ -66,7 +66,7 @@ LEFT_OPEN = {
     "the pipeline ended": "SELECT autoembed.disable('notes')",
     "the pipeline changed": "SELECT autoembed.alter_pipeline('notes', model => 'limited')",
     "the pipeline paused": "SELECT autoembed.pause('notes')",
-    "a table enabled": "SELECT autoembed.enable('others', content_columns => '{content}')",
+    "a table enabled": "SELECT autoembed.enable('others', 'embedding', content_columns => '{content}')",
     "all rows asked for again": "SELECT autoembed.reembed('notes')",
     "a search": "SELECT autoembed.embed('a question', 'limited')",
 }

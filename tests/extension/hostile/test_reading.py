@@ -33,7 +33,7 @@ LARGE_TABLES = {
     "a template, looked through": f"""
         {NOTES};
         INSERT INTO notes SELECT n, repeat('a large text ', 9400) FROM generate_series(1, 64) AS n;
-        SELECT autoembed.enable('notes', content_template => '{"{content} " * 16}')""",
+        SELECT autoembed.enable('notes', 'embedding', content_template => '{"{content} " * 16}')""",
     "a content function": f"""
         {NOTES};
         CREATE FUNCTION note_text(n notes) RETURNS text LANGUAGE sql AS $$SELECT {LARGE}$$;
@@ -134,7 +134,7 @@ PLACES: dict[str, str] = {
     "condition": f"""
         {NOTES};
         CREATE FUNCTION wanted(id int) RETURNS boolean LANGUAGE plpgsql AS 'BEGIN RETURN {FEIGNED} IS NOT NULL; END';
-        SELECT autoembed.enable('notes', content_columns => '{{content}}', condition => 'wanted(id)')""",
+        SELECT autoembed.enable('notes', 'embedding', content_columns => '{{content}}', condition => 'wanted(id)')""",
     "trigger": f"{NOTES}; {ENABLE_COLUMNS}; {trigger(f'PERFORM {FEIGNED};')}",
     "check": f"""
         {NOTES}; {ENABLE_COLUMNS};

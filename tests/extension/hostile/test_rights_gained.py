@@ -211,7 +211,7 @@ def test_a_table_that_changes_hands_while_its_texts_are_away_gives_no_rights(
     db.execute(f"""SET search_path = {mallory.name}, public;
                    CREATE TABLE gift (id int PRIMARY KEY, content text);
                    ALTER TABLE gift OWNER TO {giver};
-                   SELECT autoembed.enable('gift', content_columns => '{{content}}', model => 'slow');
+                   SELECT autoembed.enable('gift', 'embedding', content_columns => '{{content}}', model => 'slow');
                    INSERT INTO gift VALUES (1, 'a gift')""")
     api.wait_for(held=1)
 

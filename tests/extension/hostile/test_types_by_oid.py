@@ -83,7 +83,7 @@ def test_a_trigger_cannot_make_such_a_domain_in_the_lane(
         NOTES,
         ENABLE_COLUMNS,
         named("CREATE TABLE prey (id int PRIMARY KEY, content text, embedding public.{type}(8))", type),
-        "SELECT autoembed.enable('prey', content_columns => '{content}')",
+        "SELECT autoembed.enable('prey', 'embedding', content_columns => '{content}')",
         trigger(
             named(
                 """CREATE DOMAIN pg_temp.{type} AS public.{type} CHECK ({me}.attacked(VALUE));

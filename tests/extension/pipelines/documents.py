@@ -25,8 +25,8 @@ COLUMNS = "content_columns => '{title,content}'"
 BOTH = r"concat_ws(E'\n\n', title, content)"
 
 
-def enable(db: Connection, arguments: str = COLUMNS, table: str = "documents") -> None:
-    db.execute(f"SELECT autoembed.enable('{table}', {arguments})")
+def enable(db: Connection, arguments: str = COLUMNS, table: str = "documents", column: str = "embedding") -> None:
+    db.execute(f"SELECT autoembed.enable('{table}', '{column}', {arguments})")
 
 
 def attach(db: Connection, arguments: str = COLUMNS) -> None:

@@ -11,7 +11,7 @@ from harness import Connection, warnings_of
 
 
 def test_a_missing_column_is_added_with_the_dimensions_of_the_model(db: Connection) -> None:
-    enable(db, f"'v', {COLUMNS}, model => 'small'")
+    enable(db, f"{COLUMNS}, model => 'small'", column="v")
 
     kind = "SELECT format_type(atttypid, atttypmod) FROM pg_attribute WHERE attrelid = 'documents'::regclass"
     assert db.execute(f"{kind} AND attname = 'v'").fetchone() == ("halfvec(256)",)
@@ -47,7 +47,7 @@ def test_more_dimensions_than_an_index_takes_are_said_with_the_way_out(db: Conne
         enable(db, f"{COLUMNS}, model => 'huge'")
     assert warnings == []
     with warnings_of(db) as warnings:
-        enable(db, f"'more', {COLUMNS}, model => 'giant'")
+        enable(db, f"{COLUMNS}, model => 'giant'", column="more")
     [warning] = warnings
     assert "4096 dimensions cannot have an HNSW index, which takes up to 4000" in warning
     assert "dimensions => " in warning
@@ -69,8 +69,8 @@ def test_an_index_that_cannot_be_built_is_refused_with_the_way_out(db: Connectio
 
 def test_several_pipelines_live_on_one_table(db: Connection, api: FakeApi) -> None:
     enable(db, "content_columns => '{title}'")
-    enable(db, "'small', content_columns => '{content}', model => 'small', on_change => 'clear'")
-    enable(db, "'third', content_function => 'text_of'")
+    enable(db, "content_columns => '{content}', model => 'small', on_change => 'clear'", column="small")
+    enable(db, "content_function => 'text_of'", column="third")
     embed(db)
     assert len(api.texts()) == 9
 

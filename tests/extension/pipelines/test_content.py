@@ -92,7 +92,9 @@ def test_the_condition_says_which_rows_have_an_embedding_at_all(db: Connection, 
 )
 def test_a_condition_may_be_any_expression_of_a_rows_columns(db: Connection, condition: str) -> None:
     db.execute("CREATE FUNCTION odd(n int) RETURNS boolean LANGUAGE sql RETURN n % 2 = 1")
-    db.execute("SELECT autoembed.enable('documents', content_columns => '{title}', condition => %s)", [condition])
+    db.execute(
+        "SELECT autoembed.enable('documents', 'embedding', content_columns => '{title}', condition => %s)", [condition]
+    )
     embed(db)
     assert vectors(db) == {1: True, 2: False, 3: True}
 
@@ -152,7 +154,9 @@ def test_rows_of_tables_that_inherit_are_none_of_the_table(db: Connection, api: 
 
 def test_a_temporary_table_of_the_same_name_is_not_in_the_way_of_a_condition(db: Connection) -> None:
     db.execute("CREATE TEMP TABLE documents (x int)")
-    db.execute("SELECT autoembed.enable('app.documents', content_columns => '{title}', condition => 'published')")
+    db.execute(
+        "SELECT autoembed.enable('app.documents', 'embedding', content_columns => '{title}', condition => 'published')"
+    )
     assert db.execute("SELECT count(*) FROM pg_temp.documents").fetchone() == (0,)
     embed(db)
 

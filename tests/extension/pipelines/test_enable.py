@@ -192,5 +192,5 @@ def test_if_not_exists_leaves_what_is_there_as_it_is(db: Connection, api: FakeAp
 
     assert notices == ["app.documents.embedding is already attached, skipping"]
     assert send_all(db, api) == []
-    enable(db, "'other', content_columns => '{title}', if_not_exists => true")
+    enable(db, "content_columns => '{title}', if_not_exists => true", column="other")
     assert len(send_all(db, api)) == 3

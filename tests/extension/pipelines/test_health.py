@@ -61,7 +61,10 @@ GOING: dict[str, tuple[str, str, str]] = {
 
 def enable_odd(db: Connection, condition: str) -> None:
     db.execute(HELPERS)
-    db.execute("SELECT autoembed.enable('documents', content_columns => '{content}', condition => %s)", [condition])
+    db.execute(
+        "SELECT autoembed.enable('documents', 'embedding', content_columns => '{content}', condition => %s)",
+        [condition],
+    )
     embed(db)
 
 

@@ -17,8 +17,8 @@ def test_a_plain_owner_and_the_members_of_an_owning_role_may_do_all_of_it(db: Co
         db.execute(f"SELECT autoembed.grant_usage('{role}')")
         db.execute(f"SET LOCAL ROLE {role}")
         enable(db, f"{COLUMNS}, condition => 'published', on_change => 'clear'")
-        enable(db, "'other', content_function => 'text_of', replicated => true, create_index => true")
-        enable(db, f"'other', {COLUMNS}, if_not_exists => true")
+        enable(db, "content_function => 'text_of', replicated => true, create_index => true", column="other")
+        enable(db, f"{COLUMNS}, if_not_exists => true", column="other")
         for call in (
             "alter_pipeline('documents', 'other', model => 'text-embedding-3-small', truncate => false)",
             "alter_pipeline('documents', 'embedding', content_template => '{title}', condition => '')",

@@ -56,7 +56,7 @@ REFUSALS = {
     ),
     "a table without a key": Refusal(f"enable('keyless', {COLUMNS})", "55000", "app.keyless has no key", "primary key"),
     "an index on partitions": Refusal(
-        f"enable('parts', {COLUMNS}, create_index => true)", "0A000", "partitioned", "each partition"
+        f"enable('parts', 'embedding', {COLUMNS}, create_index => true)", "0A000", "partitioned", "each partition"
     ),
     "no table": Refusal(f"enable(NULL, {COLUMNS})", "22004", "must not be NULL"),
     "an OID of no table": Refusal(f"enable(99::oid::regclass, {COLUMNS})", "42P01", "99"),
@@ -118,10 +118,13 @@ REFUSALS = {
         f"enable('documents', {COLUMNS}, on_change => NULL)", "22023", "keep or clear, not NULL", "clear"
     ),
     "clear of a column NOT NULL": Refusal(
-        "enable('filled', content_columns => '{title}', on_change => 'clear')", "22023", "NOT NULL", "keep"
+        "enable('filled', 'embedding', content_columns => '{title}', on_change => 'clear')", "22023", "NOT NULL", "keep"
     ),
     "clear with a generated column": Refusal(
-        "enable('made', content_columns => '{title}', on_change => 'clear')", "0A000", "generated columns", "keep"
+        "enable('made', 'embedding', content_columns => '{title}', on_change => 'clear')",
+        "0A000",
+        "generated columns",
+        "keep",
     ),
     "a text column": Refusal(
         f"enable('documents', 'note', {COLUMNS})",
@@ -139,7 +142,7 @@ REFUSALS = {
         "halfvec or vector",
     ),
     "twice": Refusal(
-        "enable('keyed', content_columns => '{title}')",
+        "enable('keyed', 'embedding', content_columns => '{title}')",
         "42710",
         "app.keyed.embedding is already attached",
         "alter_pipeline",
@@ -240,7 +243,7 @@ def unfit(server: Server, template: str) -> Iterator[Connection]:
             CREATE TABLE keyless (id int, number int UNIQUE, title text, content text);
             CREATE UNIQUE INDEX ON keyless (id) WHERE id > 0; CREATE UNIQUE INDEX ON keyless (abs(id));
             CREATE TABLE keyed (id int PRIMARY KEY, title text);
-            SELECT autoembed.enable('keyed', content_columns => '{title}');
+            SELECT autoembed.enable('keyed', 'embedding', content_columns => '{title}');
             CREATE TABLE guided (id int PRIMARY KEY, title text, content text, embedding halfvec(1536));
             CREATE FUNCTION guided_text(g guided) RETURNS text LANGUAGE sql AS 'SELECT g.title';
             CREATE TRIGGER embed AFTER INSERT ON guided FOR EACH ROW

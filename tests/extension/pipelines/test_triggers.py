@@ -18,7 +18,7 @@ def test_clear_removes_the_vector_in_the_write_that_changes_the_text_and_keep_do
         "condition": f"{COLUMNS}, condition => 'published'",
     }
     enable(db, f"{arguments[form]}, on_change => 'clear'")
-    enable(db, f"'kept', {arguments[form]}, on_change => 'keep'")
+    enable(db, f"{arguments[form]}, on_change => 'keep'", column="kept")
     embed(db)
 
     db.execute("UPDATE documents SET content = 'new' WHERE id = 1; UPDATE documents SET note = 'seen'")
@@ -101,7 +101,7 @@ def test_no_row_is_refused_whatever_its_owners_code_raises(db: Connection, form:
         " $$SELECT d.content WHERE app.troubled(d.content)$$"
     )
     enable(db, f"{form}, on_change => 'clear'")
-    enable(db, f"'kept', {form}, replicated => true")
+    enable(db, f"{form}, replicated => true", column="kept")
     embed(db)
     db.execute(troubled.format(f"BEGIN IF t LIKE 'bad%' THEN {TROUBLES[trouble]}; END IF; RETURN true; END"))
 

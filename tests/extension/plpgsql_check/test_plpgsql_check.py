@@ -34,15 +34,15 @@ TABLES = r"""
 CREATE TABLE documents (id int PRIMARY KEY, title text, content text, published boolean);
 CREATE FUNCTION text_of(d documents) RETURNS text LANGUAGE sql AS 'SELECT d.title';
 SELECT autoembed.create_model('fast', 'fake', 8), autoembed.set_default_model('fast');
-SELECT autoembed.enable('documents', content_columns => '{title,content}', condition => 'published');
+SELECT autoembed.enable('documents', 'embedding', content_columns => '{title,content}', condition => 'published');
 SELECT autoembed.enable('documents', 'cleared', content_template => '# {title}', on_change => 'clear');
 SELECT autoembed.enable(
     'documents', 'made', content_function => 'text_of', condition => 'published', on_change => 'clear',
     replicated => true
 );
-SELECT autoembed.enable('documents', NULL, content_columns => '{content}', on_change => 'clear');
+SELECT autoembed.enable('documents', content_columns => '{content}', on_change => 'clear');
 CREATE TABLE parts (a int, b text, year int, body text, PRIMARY KEY (a, b, year)) PARTITION BY RANGE (year);
-SELECT autoembed.enable('parts', content_columns => '{body}', on_change => 'clear');
+SELECT autoembed.enable('parts', 'embedding', content_columns => '{body}', on_change => 'clear');
 CREATE TABLE by_hand (id int PRIMARY KEY, title text, embedding halfvec(8));
 CREATE FUNCTION text_by_hand(b by_hand) RETURNS text LANGUAGE sql AS 'SELECT b.title';
 CREATE TRIGGER queue AFTER INSERT ON by_hand FOR EACH ROW

@@ -12,5 +12,7 @@ from harness import Connection
 def notes(db: Connection, api: FakeApi) -> Connection:
     """A table that is enabled, sound and empty."""
     db.execute("CREATE TABLE notes (id int PRIMARY KEY, content text)")
-    db.execute("SELECT autoembed.enable('notes', content_columns => '{content}', enqueue_existing => false)")
+    db.execute(
+        "SELECT autoembed.enable('notes', 'embedding', content_columns => '{content}', enqueue_existing => false)"
+    )
     return db

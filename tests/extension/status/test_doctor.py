@@ -51,7 +51,7 @@ def test_all_is_well_on_a_healthy_server_and_its_log_stays_quiet(cron: Connectio
     began = len(log_of(scheduled))
     cron.execute("CREATE TABLE notes (id int PRIMARY KEY, content text)")
     add(cron, 1, 50)
-    cron.execute("SELECT autoembed.enable('notes', content_columns => '{content}', create_index => true)")
+    cron.execute("SELECT autoembed.enable('notes', 'embedding', content_columns => '{content}', create_index => true)")
     assert one(cron, "SELECT autoembed.wait_until_fresh('notes') AS fresh").fresh
     wait_until(lambda: status(cron).state == "idle", 40)
     add(cron, 51, 60)
@@ -97,7 +97,7 @@ def test_a_dead_provider_is_said_in_the_log_when_it_dies_and_only_then(cron: Con
     try:
         api.behave(faults=[{"status": 503, "times": "forever"}])
         # Both lanes meet it: one by the rows that are there, one by those that come.
-        cron.execute("SELECT autoembed.enable('notes', content_columns => '{content}')")
+        cron.execute("SELECT autoembed.enable('notes', 'embedding', content_columns => '{content}')")
         add(cron, 201, 400)
         wait_until(said)
         wait_until(lambda: one(cron, "SELECT max(failures) >= 3 AS more FROM autoembed.model_rest").more, 40)
@@ -205,7 +205,7 @@ def test_a_disabled_trigger_is_found_and_the_advice_catches_up(notes: Connection
 
 def test_the_advice_keeps_the_triggers_of_a_replicated_table_firing_always(notes: Connection) -> None:
     notes.execute("CREATE TABLE copies (id int PRIMARY KEY, content text)")
-    notes.execute("SELECT autoembed.enable('copies', content_columns => '{content}', replicated => true)")
+    notes.execute("SELECT autoembed.enable('copies', 'embedding', content_columns => '{content}', replicated => true)")
     process(notes)
     notes.execute("ALTER TABLE copies DISABLE TRIGGER USER")
 
@@ -276,7 +276,7 @@ def test_the_triggers_of_a_table_set_up_by_hand_are_looked_at(documents: Connect
 def test_a_trigger_that_is_disabled_on_a_partition_is_found(notes: Connection) -> None:
     notes.execute("CREATE TABLE parts (id int PRIMARY KEY, content text) PARTITION BY RANGE (id)")
     notes.execute("CREATE TABLE parts_1 PARTITION OF parts FOR VALUES FROM (0) TO (100)")
-    notes.execute("SELECT autoembed.enable('parts', content_columns => '{content}')")
+    notes.execute("SELECT autoembed.enable('parts', 'embedding', content_columns => '{content}')")
     process(notes)
     assert sick(notes) == {}
     notes.execute("ALTER TABLE parts_1 DISABLE TRIGGER autoembed_2_insert")
@@ -471,7 +471,9 @@ def test_an_index_on_every_partition_is_an_index(notes: Connection) -> None:
     notes.execute("CREATE TABLE large_2 PARTITION OF large FOR VALUES FROM (1000000) TO (2000000)")
     notes.execute("INSERT INTO large SELECT 990000 + n FROM generate_series(1, 20000) AS n")
     notes.execute("ANALYZE")
-    notes.execute("SELECT autoembed.enable('large', content_columns => '{content}', enqueue_existing => false)")
+    notes.execute(
+        "SELECT autoembed.enable('large', 'embedding', content_columns => '{content}', enqueue_existing => false)"
+    )
     index = "CREATE INDEX ON {} USING hnsw (embedding halfvec_cosine_ops)"
     notes.execute(index.format("large_1").encode())
     row = sick(notes)["index of public.large.embedding"]
@@ -489,7 +491,8 @@ def test_vectors_too_long_for_an_index_get_an_advice_that_says_so(notes: Connect
     notes.execute("INSERT INTO large (id) SELECT generate_series(1, 10001)")
     notes.execute("ANALYZE")
     notes.execute(
-        "SELECT autoembed.enable('large', content_columns => '{content}', model => 'giant', enqueue_existing => false)"
+        "SELECT autoembed.enable('large', 'embedding', content_columns => '{content}', model => 'giant',"
+        " enqueue_existing => false)"
     )
 
     assert "dimensions => 1024" in doctor(notes)["index of public.large.embedding"].advice

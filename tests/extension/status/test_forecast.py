@@ -78,7 +78,7 @@ def test_preview_finds_a_row_by_a_key_of_any_type(
 ) -> None:
     db.execute("SET TimeZone = 'UTC'")
     db.execute(f"CREATE TABLE notes (id {key_type} PRIMARY KEY, content text)")
-    db.execute("SELECT autoembed.enable('notes', content_columns => '{content}')")
+    db.execute("SELECT autoembed.enable('notes', 'embedding', content_columns => '{content}')")
     db.execute(f"INSERT INTO notes VALUES (%s::{key_type}, 'a text')", [value])
     assert preview(db, key).state == "waiting"
 
@@ -106,7 +106,7 @@ def test_preview_shows_what_row_level_security_lets_the_owner_see(
 
 def test_preview_takes_a_composite_key_as_an_array(db: Connection, api: FakeApi) -> None:
     db.execute("CREATE TABLE notes (site text, path text, n int, content text, PRIMARY KEY (site, path, n))")
-    db.execute("SELECT autoembed.enable('notes', content_template => '# {path}\\n\\n{content}')")
+    db.execute("SELECT autoembed.enable('notes', 'embedding', content_template => '# {path}\\n\\n{content}')")
     db.execute("""INSERT INTO notes VALUES ('a', 'it''s "x"', 1, 'one'), ('a', 'it''s "x"', 2, 'two')""")
     process(db)
 
@@ -127,7 +127,7 @@ def test_preview_takes_a_composite_key_as_an_array(db: Connection, api: FakeApi)
 )
 def test_a_value_that_is_no_key_is_a_clean_error(db: Connection, api: FakeApi, key_type: str, key: str) -> None:
     db.execute(f"CREATE TABLE notes (id {key_type} PRIMARY KEY, content text)")
-    db.execute("SELECT autoembed.enable('notes', content_columns => '{content}')")
+    db.execute("SELECT autoembed.enable('notes', 'embedding', content_columns => '{content}')")
 
     with pytest.raises(psycopg.Error) as caught:
         preview(db, key)
@@ -141,7 +141,7 @@ def test_a_value_that_is_no_key_is_a_clean_error(db: Connection, api: FakeApi, k
 
 def test_preview_reads_a_text_and_a_key_as_lanes_do(db: Connection, api: FakeApi) -> None:
     db.execute("CREATE TABLE notes (id timestamptz PRIMARY KEY, at timestamptz)")
-    db.execute("SELECT autoembed.enable('notes', content_columns => '{at}')")
+    db.execute("SELECT autoembed.enable('notes', 'embedding', content_columns => '{at}')")
     db.execute("INSERT INTO notes VALUES ('2026-01-01 00:00:00+00', '2026-01-02 00:00:00+00')")
     process(db)
     db.execute("SET TimeZone = 'Asia/Tokyo'; SET DateStyle = 'German'")
@@ -154,7 +154,7 @@ def test_preview_of_a_row_of_a_large_table_reads_a_few_pages(
     db: Connection, api: FakeApi, columns: str, key: str
 ) -> None:
     db.execute(f"CREATE TABLE notes (site text DEFAULT 'a', id int, content text, PRIMARY KEY ({columns}))")
-    db.execute("SELECT autoembed.enable('notes', content_columns => '{content}')")
+    db.execute("SELECT autoembed.enable('notes', 'embedding', content_columns => '{content}')")
     with db.transaction():
         db.execute("SET LOCAL session_replication_role = replica")
         db.execute("INSERT INTO notes (id, content) SELECT n, repeat('x', 100) FROM generate_series(1, 200000) AS n")
@@ -199,7 +199,7 @@ def test_an_estimate_is_what_is_then_sent_and_itself_sends_nothing(
     before = one(articles, f"SELECT * FROM autoembed.estimate('notes', {WAYS[way]})")
     assert api.counters()["requests"] == 0
     assert articles.execute("TABLE autoembed.usage").fetchall() == []
-    articles.execute(f"SELECT autoembed.enable('notes', {WAYS[way]})".encode())
+    articles.execute(f"SELECT autoembed.enable('notes', 'embedding', {WAYS[way]})".encode())
     assert one(articles, "SELECT * FROM autoembed.estimate('notes')") == before
 
     process(articles)
@@ -219,7 +219,7 @@ def test_texts_that_are_cut_are_estimated_as_cut(articles: Connection) -> None:
     """What is beyond the model's limit is not sent and not paid for."""
     articles.execute("TRUNCATE notes")
     articles.execute("INSERT INTO notes SELECT n, n, repeat(%s, 2000) FROM generate_series(1, 3) AS n", [PROSE])
-    articles.execute("SELECT autoembed.enable('notes', content_columns => '{title,content}')")
+    articles.execute("SELECT autoembed.enable('notes', 'embedding', content_columns => '{title,content}')")
     before = one(articles, "SELECT * FROM autoembed.estimate('notes')")
 
     process(articles)
@@ -231,7 +231,7 @@ def test_texts_that_are_cut_are_estimated_as_cut(articles: Connection) -> None:
 
 def test_equal_texts_are_estimated_once(articles: Connection) -> None:
     articles.execute("UPDATE notes SET title = 'same', content = 'text' WHERE id <= 200")
-    articles.execute("SELECT autoembed.enable('notes', content_columns => '{title,content}')")
+    articles.execute("SELECT autoembed.enable('notes', 'embedding', content_columns => '{title,content}')")
     before = one(articles, "SELECT * FROM autoembed.estimate('notes')")
 
     process(articles)
@@ -273,7 +273,7 @@ def test_a_large_table_is_sampled_and_its_estimate_is_near(articles: Connection)
 
 
 def test_usage_counts_each_table_and_embed_by_itself(articles: Connection, api: FakeApi) -> None:
-    articles.execute("SELECT autoembed.enable('notes', content_columns => '{title,content}')")
+    articles.execute("SELECT autoembed.enable('notes', 'embedding', content_columns => '{title,content}')")
     process(articles)
     articles.execute("SELECT autoembed.embed('a question') AS one, autoembed.embed('another') AS two")
 
