@@ -248,7 +248,7 @@ def test_a_model_that_a_restore_brings_later_is_waited_for(db: Connection, api: 
     db.execute("SELECT autoembed.create_model('later', 'fake', 3)")
     for table, model in (("notes", "later"), ("pages", MODEL)):
         db.execute(f"CREATE TABLE {table} (id int PRIMARY KEY, body text)".encode())
-        db.execute("SELECT autoembed.enable(%s, content_columns => '{body}', model => %s)", [table, model])
+        db.execute("SELECT autoembed.enable(%s, 'embedding', content_columns => '{body}', model => %s)", [table, model])
         db.execute(f"INSERT INTO {table} VALUES (1, 'one')".encode())
     db.execute("CREATE TABLE saved AS SELECT * FROM autoembed.model WHERE name = 'later'")
     db.execute("DELETE FROM autoembed.model WHERE name = 'later'")
