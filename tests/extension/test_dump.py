@@ -469,7 +469,7 @@ def test_triggers_without_their_pipeline_are_named_and_taken_away(
     ]
 
     copy.execute("SELECT autoembed.disable('pages')")
-    copy.execute("SELECT autoembed.enable('notes', content_columns => '{title,body}')")
+    copy.execute("SELECT autoembed.enable('notes', 'embedding', content_columns => '{title,body}')")
     [owner] = copy.execute("SELECT tableowner AS name FROM pg_tables WHERE tablename = 'stories'").fetchall()
     with server.connect(copy.info.dbname, user=owner.name) as session:
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
@@ -488,7 +488,7 @@ def test_a_table_that_is_not_attached_can_be_disabled_if_it_exists(db: Connectio
 
     db.execute("SELECT autoembed.disable('notes', if_exists => true)")
     db.execute("SELECT autoembed.disable('notes', 'embedding', if_exists => true)")
-    db.execute("SELECT autoembed.enable('notes', content_columns => '{body}')")
+    db.execute("SELECT autoembed.enable('notes', 'embedding', content_columns => '{body}')")
     db.execute("SELECT autoembed.disable('notes', if_exists => true)")
 
     assert db.execute("SELECT count(*) FROM autoembed.status").fetchone() == (0,)
@@ -501,7 +501,7 @@ ANOTHER = """
     CREATE EXTENSION autoembed CASCADE;
     SELECT autoembed.create_model('fake', 'fake', 1536), autoembed.set_default_model('fake');
     CREATE TABLE others (code text PRIMARY KEY, content text);
-    SELECT autoembed.enable('others', content_columns => '{content}', on_change => 'clear');
+    SELECT autoembed.enable('others', 'embedding', content_columns => '{content}', on_change => 'clear');
     INSERT INTO others VALUES ('x', 'other');
 """
 
@@ -520,7 +520,7 @@ def test_a_dump_of_one_table_binds_to_no_pipeline_of_another(
     assert copy.execute("SELECT message -> 'keys' FROM pgmq.q_embedding_jobs").fetchall() == [([["x"]],)]
     assert copy.execute("SELECT count(*) FROM notes WHERE embedding IS NULL").fetchone() == (1,)
     assert copy.execute(STRAY).fetchall() == []
-    copy.execute("SELECT autoembed.enable('notes', content_columns => '{title,body}')")
+    copy.execute("SELECT autoembed.enable('notes', 'embedding', content_columns => '{title,body}')")
     process(copy)
     assert copy.execute("SELECT count(*) FROM notes WHERE embedding IS NULL").fetchone() == (0,)
     assert copy.execute("SELECT count(*) FROM others WHERE embedding IS NULL").fetchone() == (0,)
