@@ -34,7 +34,7 @@ BEGIN
     END IF;
     RETURN EXISTS (
         SELECT FROM cron.job AS j
-        WHERE j.active AND j.jobname ~ '^autoembed-backfill-[0-9]+$' AND j.database = current_database()
+        WHERE j.active AND j.jobname ~ '^autoembed-backfill-[0-9]+(@.*)?$' AND j.database = current_database()
     );
 END;
 $plpgsql$;
@@ -53,11 +53,30 @@ AS $sql$
                SELECT FROM cron.job AS j
                WHERE j.jobname ~ '^autoembed-index-[0-9]+$' AND j.jobname <> 'autoembed-index-' || pipeline_id
            )
-           AND (SELECT count(*) FROM cron.job AS j WHERE j.active AND j.jobname ~ '^autoembed-(lane|backfill)-[0-9]+$')
-               < autoembed._cron_places();
+           AND (SELECT count(*) FROM cron.job AS j
+                WHERE j.active AND j.jobname ~ '^autoembed-(lane|backfill)-[0-9]+(@.*)?$') < autoembed._cron_places();
 $sql$;
 COMMENT ON FUNCTION autoembed._index_may_be_built IS
     'Whether pg_cron can build the index of a pipeline without taking the place of a lane.';
+
+CREATE OR REPLACE FUNCTION autoembed._schedule_statement()
+    RETURNS text
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    -- A job of the same name would be moved here from its database, so the name has the database in it.
+    SELECT format('SELECT %s;', string_agg(format(
+        'cron.schedule_in_database(%L, %L, %L, %L) AS %I',
+        format('autoembed-%s-1@%s', j.kind, current_database()), '1 second', j.command, current_database(), j.kind
+    ), ', ' ORDER BY j.kind DESC))
+    FROM (VALUES
+        ('lane', 'CALL autoembed.work()'),
+        ('backfill', 'CALL autoembed.work(backfill => true)')
+    ) AS j(kind, command);
+$sql$;
+COMMENT ON FUNCTION autoembed._schedule_statement IS
+    'The statement that schedules a lane, and one for backfills, for this database in the database of pg_cron.';
 
 CREATE OR REPLACE FUNCTION autoembed._unschedule(jobs text)
     RETURNS integer
@@ -71,7 +90,7 @@ BEGIN
         SELECT count(u.unscheduled) INTO _unscheduled
         FROM cron.job AS j
         CROSS JOIN LATERAL cron.unschedule(j.jobid) AS u(unscheduled)
-        WHERE j.jobname ~ format('^autoembed-%s$', jobs) AND j.database = current_database();
+        WHERE j.jobname ~ format('^autoembed-%s(@.*)?$', jobs) AND j.database = current_database();
     END IF;
     RETURN _unscheduled;
 END;
@@ -124,11 +143,7 @@ BEGIN
             ERRCODE = 'object_not_in_prerequisite_state',
             MESSAGE = format('pg_cron is not installed in database "%s"', current_database()),
             DETAIL = 'pg_cron can be in one database of a server only, the one that cron.database_name names.',
-            HINT = format(
-                'Run CREATE EXTENSION pg_cron here, or in its database '
-                'SELECT cron.schedule_in_database(%L, %L, %L, %L).',
-                'autoembed-lane-1', '1 second', 'CALL autoembed.work()', current_database()
-            );
+            HINT = 'Run CREATE EXTENSION pg_cron here, or in its database: ' || autoembed._schedule_statement();
     END IF;
     -- pg_cron's own worker and that of logical replication run as well.
     IF current_setting('cron.use_background_workers')::boolean
@@ -151,7 +166,7 @@ BEGIN
     -- Without an argument, the lanes keep the role that was chosen for them before.
     _role := coalesce(_role, (
         SELECT j.username FROM cron.job AS j
-        WHERE j.jobname ~ '^autoembed-(lane|backfill)-[0-9]+$' AND j.database = current_database()
+        WHERE j.jobname ~ '^autoembed-(lane|backfill)-[0-9]+(@.*)?$' AND j.database = current_database()
         LIMIT 1
     ), current_user);
     PERFORM autoembed._unschedule('(lane|backfill)-[0-9]+');
@@ -170,6 +185,26 @@ COMMENT ON FUNCTION autoembed.schedule IS
     'Has pg_cron run that many lanes in this database, and that many more for backfills, in place of those that it ran '
     'before. Returns the number of lanes.';
 
+CREATE OR REPLACE FUNCTION autoembed._jobs_of_dropped_databases()
+    RETURNS TABLE (jobid bigint, name text, database text)
+    LANGUAGE plpgsql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF autoembed._cron_is_here() THEN
+        RETURN QUERY
+        SELECT j.jobid, j.jobname::text, j.database
+        FROM cron.job AS j
+        WHERE j.jobname ~ '^autoembed-(lane|backfill)-[0-9]+(@.*)?$'
+          AND NOT EXISTS (SELECT FROM pg_database AS d WHERE d.datname = j.database);
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._jobs_of_dropped_databases IS
+    'The lanes that pg_cron is to run in databases that do not exist.';
+
 CREATE OR REPLACE FUNCTION autoembed._forget_runs()
     RETURNS void
     LANGUAGE plpgsql
@@ -178,10 +213,10 @@ CREATE OR REPLACE FUNCTION autoembed._forget_runs()
 AS $plpgsql$
 BEGIN
     IF to_regclass('cron.job_run_details') IS NOT NULL THEN
-        -- A run that never started has no start_time, so runid tells its age.
+        PERFORM cron.unschedule(j.jobid) FROM autoembed._jobs_of_dropped_databases() AS j;
+        -- Lanes of other databases cannot do this. A run that never started has no start_time, so runid tells its age.
         DELETE FROM cron.job_run_details AS d
         WHERE d.command LIKE 'CALL autoembed.work(%'
-          AND d.database = current_database()
           AND d.status NOT IN ('starting', 'running')
           AND d.runid < (
               SELECT min(r.runid)
@@ -192,7 +227,8 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._forget_runs IS
-    'Deletes pg_cron''s records of runs of lanes that are more than an hour old. pg_cron itself keeps them for ever.';
+    'Deletes pg_cron''s records of runs of lanes that are more than an hour old, and the lanes of databases that '
+    'were dropped. pg_cron itself keeps both for ever.';
 
 CREATE OR REPLACE FUNCTION autoembed._lane_jobs(OUT scheduled bigint, OUT last_message text)
     LANGUAGE plpgsql
@@ -205,7 +241,12 @@ BEGIN
         SELECT count(*), (
             SELECT split_part(d.return_message, E'\n', 1)
             FROM cron.job_run_details AS d
-            WHERE d.jobid = ANY (array_agg(j.jobid))
+            WHERE d.jobid = ANY (array_agg(j.jobid)) AND d.status = 'failed'
+              -- A run that goes on, or was stopped for a new one, has no reason.
+              AND NOT EXISTS (
+                  SELECT FROM cron.job_run_details AS s
+                  WHERE s.jobid = d.jobid AND s.runid > d.runid AND s.status = 'succeeded'
+              )
             ORDER BY d.runid DESC
             LIMIT 1
         )
@@ -216,8 +257,8 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._lane_jobs IS
-    'The number of lanes that pg_cron is to run in this database, and the message with which the last one ended. NULLs '
-    'without pg_cron.';
+    'The number of lanes that pg_cron is to run in this database, and the message with which the last one failed, if '
+    'none has ended well since. NULLs without pg_cron.';
 
 CREATE OR REPLACE FUNCTION autoembed._start_advice()
     RETURNS text
@@ -233,9 +274,7 @@ AS $sql$
         WHEN current_setting('cron.database_name') = current_database() THEN
             'CREATE EXTENSION pg_cron; SELECT autoembed.schedule();'
         ELSE
-            format('In database "%s": SELECT cron.schedule_in_database(%L, %L, %L, %L);',
-                   current_setting('cron.database_name'), 'autoembed-lane-1', '1 second', 'CALL autoembed.work()',
-                   current_database())
+            format('In database "%s": %s', current_setting('cron.database_name'), autoembed._schedule_statement())
     END;
 $sql$;
 COMMENT ON FUNCTION autoembed._start_advice IS 'The advice on how to have lanes run in this database.';
@@ -312,7 +351,7 @@ BEGIN
     IF autoembed._cron_is_here() THEN
         WITH taken AS (
             DELETE FROM cron.job AS j
-            WHERE j.jobname ~ '^autoembed-(lane|backfill|index)-[0-9]+$' AND j.database = current_database()
+            WHERE j.jobname ~ '^autoembed-(lane|backfill|index)-[0-9]+(@.*)?$' AND j.database = current_database()
             RETURNING j.*
         )
         SELECT jsonb_agg(to_jsonb(t)) INTO _jobs FROM taken AS t;

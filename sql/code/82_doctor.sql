@@ -53,10 +53,14 @@ BEGIN
     SELECT j.scheduled, 'the last one ended with: ' || j.last_message
     INTO _scheduled, _problem
     FROM autoembed._lane_jobs() AS j;
-    ok := _lanes > 0;
-    finding := concat_ws(
-        ', ', _lanes || ' running', _scheduled || ' jobs of pg_cron', CASE WHEN NOT ok THEN _problem END
-    );
+    -- A standby shows the lanes of its primary, and runs none.
+    ok := _lanes > 0 OR pg_is_in_recovery();
+    finding := CASE
+        WHEN pg_is_in_recovery() THEN 'a standby, the lanes of its primary do the work'
+        ELSE concat_ws(
+            ', ', _lanes || ' running', _scheduled || ' jobs of pg_cron', CASE WHEN NOT ok THEN _problem END
+        )
+    END;
     advice := CASE
         WHEN ok THEN NULL
         WHEN _scheduled > 0 THEN
@@ -65,6 +69,14 @@ BEGIN
         ELSE _start
     END;
     RETURN NEXT;
+
+    FOR _row IN SELECT j.* FROM autoembed._jobs_of_dropped_databases() AS j ORDER BY j.name LOOP
+        subject := format('job %s', _row.name);
+        ok := false;
+        finding := format('database "%s" does not exist', _row.database);
+        advice := format('SELECT cron.unschedule(%s);', _row.jobid);
+        RETURN NEXT;
+    END LOOP;
 
     FOR _row IN
         SELECT m.name, r.until, r.reason, r.needs_attention

@@ -151,6 +151,8 @@ def test_a_promoted_replica_takes_over_where_the_killed_primary_was(namespace: D
 
         with replica.connect() as db:
             assert db.execute("SELECT pg_is_in_recovery()").fetchone() == (True,)
+            lanes = db.execute("SELECT ok, finding, advice FROM autoembed.doctor() WHERE subject = 'lanes'").fetchone()
+            assert lanes == (True, "a standby, the lanes of its primary do the work", None)
             wait_until(lambda: db.execute("SELECT count(*) FROM documents").fetchone() == (ROWS,))
             db.execute("SELECT pg_promote()")
             wait_until(lambda: is_settled(db), 60)

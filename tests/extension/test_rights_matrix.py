@@ -120,6 +120,7 @@ _is_chosen - - - x
 _is_empty - x - x
 _is_key - - - x
 _is_uncommitted - - - x
+_jobs_of_dropped_databases - - - x
 _keep_restored_model - - - x
 _keep_restored_queue - - - x
 _key_columns - x - x
@@ -173,6 +174,7 @@ _restore_advisory_locks - x - x
 _rows_of - - - x
 _run_as_owner - x - x
 _schedule_index - - - x
+_schedule_statement - - - x
 _search - x - x
 _search_target - x - x
 _set_paused - x - x

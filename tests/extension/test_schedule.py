@@ -221,22 +221,34 @@ def test_without_pg_cron_the_error_says_what_to_do_and_that_works(
             diagnostic = caught.value.diag
             assert diagnostic.message_primary == f'pg_cron is not installed in database "{dbname}"'
             assert diagnostic.message_detail
-            statement = re.search(r"SELECT cron\.schedule_in_database\(.*\)", diagnostic.message_hint or "")
+            statement = re.search(r"SELECT cron\.schedule_in_database\(.*;", diagnostic.message_hint or "")
             assert statement
+            cron.execute("SELECT autoembed.schedule()")
             cron.execute(statement[0].encode())
             wait_until(lambda: len(lanes(db)) == 1)
-            assert lanes(cron) == set()
-            # It ends for good only where pg_cron is.
-            cron.execute("SELECT cron.unschedule('autoembed-lane-1')")
+            # The lanes of the first database are where they were.
+            wait_until(lambda: len(lanes(cron)) == 1)
+            assert [
+                (row.database, row.jobname.split("@")[0]) for row in cron.execute(JOBS) if row.database == dbname
+            ] == [
+                (dbname, "autoembed-backfill-1"),
+                (dbname, "autoembed-lane-1"),
+            ]
+            cron.execute("SELECT autoembed.unschedule()")
+            assert [row.database for row in cron.execute(JOBS)] == [dbname, dbname]
+            # They end for good only where pg_cron is.
+            cron.execute("SELECT cron.unschedule(jobid) FROM cron.job WHERE database = %s", [dbname])
             assert db.execute("SELECT autoembed.unschedule()").fetchone() == (0,)
-            wait_until(lambda: db.execute("SELECT count(*) FROM autoembed.lane").fetchone() == (0,), 5)
+            # pg_cron may terminate a lane before it signs off.
+            alive = "SELECT count(*) FROM autoembed.lane WHERE autoembed._lane_lives(pid, backend_start)"
+            wait_until(lambda: db.execute(alive).fetchone() == (0,), 5)
     finally:
         cron.execute("SELECT cron.unschedule(jobid) FROM cron.job")
         cron.execute(f'DROP DATABASE "{quoted}" WITH (FORCE)')
 
 
 def test_a_lane_deletes_what_pg_cron_noted_of_lanes_an_hour_ago(cron: Connection) -> None:
-    """pg_cron keeps such notes for ever, a dozen an hour of each lane; those of other jobs are none of ours."""
+    """pg_cron keeps such notes for ever, a dozen an hour of each lane. Lanes of other databases cannot reach them."""
     lane, other = "CALL autoembed.work()", "SELECT 1"
     cron.execute("DELETE FROM cron.job_run_details")
     for command, database, status, started in [
@@ -261,8 +273,45 @@ def test_a_lane_deletes_what_pg_cron_noted_of_lanes_an_hour_ago(cron: Connection
         " FROM cron.job_run_details ORDER BY runid"
     ).fetchall() == [
         (lane, "postgres", "running", True),
-        (lane, "elsewhere", "succeeded", True),
         (other, "postgres", "succeeded", True),
         (lane, "postgres", "succeeded", False),
         (other, "postgres", "succeeded", False),
     ]
+
+
+def test_a_dropped_database_leaves_no_lane_behind(scheduled: Server, cron: Connection) -> None:
+    dbname = f"dropped_{uuid.uuid4().hex[:8]}"
+    cron.execute(f"CREATE DATABASE {dbname}")
+    with scheduled.connect(dbname) as db:
+        db.execute("CREATE EXTENSION autoembed CASCADE")
+        [statement] = db.execute("SELECT autoembed._schedule_statement() AS sql").fetchall()
+        cron.execute(statement.sql)
+        wait_until(lambda: len(lanes(db)) == 1)
+
+    # No lane is asked to end before.
+    cron.execute(f"DROP DATABASE {dbname} WITH (FORCE)")
+
+    found = cron.execute("SELECT * FROM autoembed.doctor() WHERE subject LIKE 'job %' ORDER BY subject").fetchall()
+    assert [(row.subject, row.ok, row.finding) for row in found] == [
+        (f"job autoembed-{kind}-1@{dbname}", False, f'database "{dbname}" does not exist')
+        for kind in ("backfill", "lane")
+    ]
+    cron.execute(found[0].advice)
+    cron.execute("CALL autoembed.work(run_seconds => 0)")
+    assert jobs(cron) == []
+
+
+def test_the_reason_of_a_lane_that_fails_is_told_while_the_next_one_starts(cron: Connection) -> None:
+    cron.execute("DELETE FROM cron.job_run_details")
+    cron.execute("SELECT cron.schedule('autoembed-lane-1', '0 0 1 1 *', 'CALL autoembed.work()')")
+    for status, message in [("succeeded", "CALL"), ("failed", "ERROR: no"), ("running", None)]:
+        cron.execute(
+            "INSERT INTO cron.job_run_details (jobid, command, database, username, status, return_message)"
+            " SELECT jobid, command, database, username, %s, %s FROM cron.job",
+            [status, message],
+        )
+
+    told = "SELECT last_message FROM autoembed._lane_jobs()"
+    assert cron.execute(told).fetchone() == ("ERROR: no",)
+    cron.execute("UPDATE cron.job_run_details SET status = 'succeeded' WHERE status = 'running'")
+    assert cron.execute(told).fetchone() == (None,)

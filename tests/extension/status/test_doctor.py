@@ -149,7 +149,7 @@ def test_without_lanes_the_advice_starts_them_from_the_database_of_pg_cron(
             there.execute(statement.encode())
             wait_until(lambda: not [row for row in doctor(notes).values() if not row.ok])
         finally:
-            there.execute("SELECT cron.unschedule('autoembed-lane-1')")
+            there.execute("SELECT cron.unschedule(jobid) FROM cron.job WHERE database = %s", [notes.info.dbname])
             notes.execute("UPDATE autoembed.lane SET stop = true")
             wait_until(lambda: one(notes, "SELECT count(*) = 0 AS gone FROM autoembed.progress").gone)
 
