@@ -103,7 +103,7 @@ def _vectors(texts: list[str]) -> Vectors:
         path = VECTORS / hashlib.sha256(text.encode()).hexdigest()
         if not path.exists():
             model = model or OnnxModel(str(MODEL))
-            path.write_bytes(model.embed([text]).astype("<f4").tobytes())
+            path.write_bytes(model.embed([text]).vectors.astype("<f4").tobytes())
         rows.append(np.frombuffer(path.read_bytes(), "<f4"))
     return np.array(rows)
 

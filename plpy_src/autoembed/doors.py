@@ -11,13 +11,13 @@ from typing import Any
 
 from autoembed import database, heap, providers, worker
 from autoembed.batching import estimate_tokens, pack, truncate
-from autoembed.chunks import STRUCTURE, chunks_of, size_of
+from autoembed.chunks import NONE, STRUCTURE, chunks_of, size_of
 from autoembed.errors import Fault, OverBudget, ProviderTrouble, RowError, Trouble
 from autoembed.flight import SLICE_SECONDS, Flight
 from autoembed.limits import NOTHING_KNOWN, PATIENCE_SECONDS, Charge, Limiter
 from autoembed.model import Embedded, Model, Request, Share
 from autoembed.network import Network
-from autoembed.providers import provider_of, sizes_of
+from autoembed.providers import counter_of, most_tokens_of, provider_of, sizes_of
 from autoembed.records import Known, Row
 
 # Vectors of search texts that a session keeps: a plan without an index calls embed() once for each row, and paging
@@ -113,8 +113,7 @@ def state_of(
 ) -> dict[str, Any]:
     """The state of a row with this text and this vector: the columns of autoembed._state_of()."""
     pipeline = database.Database(commits=False).pipelines([pipeline_id])[pipeline_id]
-    limit = sizes_of(pipeline.model).tokens_per_input
-    tokens = estimate_tokens(content or "")
+    tokens, limit = _tokens_of(pipeline.model, content or "")
     wanted = content is not None and content.strip() != ""
     row = Row(content, None if vector_digest is None else bytes.fromhex(vector_digest))
     has_embedding = vector_digest is not None
@@ -128,7 +127,17 @@ def state_of(
         state = "fresh" if wanted else "not wanted"
     else:
         state = outstanding or ("stale" if has_embedding else "missing")
-    return {"tokens": tokens if wanted else 0, "truncated": limit is not None and tokens > limit, "state": state}
+    is_cut = pipeline.chunking == NONE and limit is not None and tokens > limit
+    return {"tokens": tokens if wanted else 0, "truncated": is_cut, "state": state}
+
+
+def _tokens_of(model: Model, text: str) -> tuple[int, int | None]:
+    """The tokens of a text, estimated if its model cannot count them here, and the most that the model takes."""
+    try:
+        counter = counter_of(model)
+    except ProviderTrouble:
+        return estimate_tokens(text), most_tokens_of(model)
+    return counter.count([text])[0], counter.most
 
 
 def estimate(texts: list[str], model_name: str | None) -> dict[str, Any]:
@@ -141,8 +150,9 @@ def estimate(texts: list[str], model_name: str | None) -> dict[str, Any]:
     most = min(worker.DEFAULT_BATCH_SIZE, sizes.inputs_per_request)
     requests = pack(distinct, most, sizes.tokens_per_request, prefix)
     price, rows_per_second = here.price_and_rate(model)
+    most_tokens = most_tokens_of(model) or sizes.tokens_per_request
     return {
-        "tokens": sum(estimate_tokens(prefix + text) for text in distinct),
+        "tokens": sum(min(estimate_tokens(prefix + text), most_tokens) for text in distinct),
         "requests": len(requests),
         "price": price,
         "rows_per_second": rows_per_second,

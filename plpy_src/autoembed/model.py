@@ -120,9 +120,11 @@ class Embedded:
 
     vectors: (n, dimensions) float32, finite, in the order of the texts. tokens: as the provider counted them.
     headers: those of the HTTP answer, in lower case. seconds: the time that it took this process; None: another one.
+    cut: the positions of the texts that the model has cut by itself, as far as it tells.
     """
 
     vectors: np.ndarray
     tokens: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict, compare=False)
     seconds: float | None = field(default=None, compare=False)
+    cut: frozenset[int] = frozenset()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from autoembed import heap
 
@@ -28,6 +28,14 @@ KEPT_TOKENIZERS = 4
 
 class Stopped(Exception):
     """The embedding was stopped."""
+
+
+class Computed(NamedTuple):
+    """Vectors, float32 (n, dimensions) of unit length; the tokens of all texts; which texts were cut, by position."""
+
+    vectors: Array
+    tokens: int
+    cut: frozenset[int]
 
 
 class OnnxModel:
@@ -58,8 +66,8 @@ class OnnxModel:
         # Loading leaves 60 MB of freed memory.
         heap.trim()
 
-    def embed(self, texts: Sequence[str], between_batches: Callable[[], None] = lambda: None) -> Array:
-        """Return one float32 vector of unit length for each text, in their order.
+    def embed(self, texts: Sequence[str], between_batches: Callable[[], None] = lambda: None) -> Computed:
+        """Return one vector for each text, in their order. A text of more than max_tokens is cut.
 
         `between_batches` is called before each batch and may raise. To give up from another thread, first see
         to it that `between_batches` raises, then call `stop`.
@@ -71,27 +79,30 @@ class OnnxModel:
         # If memory were mapped again for each batch, a batch would take half as long again.
         heap.keep(block_bytes=32 << 20, free_bytes=64 << 20)
         try:
-            tokens = self._tokenize(texts, between_batches)
+            tokens, cut = self._tokenize(texts, between_batches)
             for batch in batches([len(ids) for ids in tokens], BATCH_TOKENS):
                 self._run = onnxruntime.RunOptions()
                 between_batches()
                 vectors[batch] = self._embed_batch([tokens[i] for i in batch])
         finally:
             heap.trim()
-        return vectors
+        return Computed(vectors, sum(map(len, tokens)), cut)
 
     def stop(self) -> None:
         """End the batch that another thread runs now: its `embed` raises `Stopped`."""
         if self._run is not None:
             self._run.terminate = True
 
-    def _tokenize(self, texts: Sequence[str], between_batches: Callable[[], None]) -> list[Array]:
+    def _tokenize(
+        self, texts: Sequence[str], between_batches: Callable[[], None]
+    ) -> tuple[list[Array], frozenset[int]]:
         import numpy as np
 
         encode = self._tokenizer.encode_batch_fast
         limit = self._max_tokens - self._tokenizer.num_special_tokens_to_add(False)
         characters = CHARACTERS_PER_TOKEN * self._max_tokens
-        tokens = []
+        tokens: list[Array] = []
+        cut = set()
         for part in _parts(texts):
             between_batches()
             encodings = encode([text[:characters] for text in part], add_special_tokens=False)
@@ -99,9 +110,11 @@ class OnnxModel:
                 if len(text) > characters and len(encoding) < limit + LONGEST_WORD_CHARACTERS:
                     # The cut may have changed the tokens within the limit.
                     (encoding,) = encode([text], add_special_tokens=False)
+                if len(encoding) > limit:
+                    cut.add(len(tokens))
                 encoding.truncate(limit)
                 tokens.append(np.array(self._tokenizer.post_process(encoding).ids, np.int32))
-        return tokens
+        return tokens, frozenset(cut)
 
     def _embed_batch(self, tokens: list[Array]) -> Array:
         import numpy as np

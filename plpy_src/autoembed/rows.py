@@ -14,7 +14,7 @@ from autoembed import batching
 from autoembed.chunks import NONE, chunks_of, size_of, trimmed
 from autoembed.errors import Fault, PassEnded, RowError, Trouble
 from autoembed.jobs import MAX_ATTEMPTS, Job, Ledger
-from autoembed.providers import COMPUTED_HERE, counter_of, sizes_of
+from autoembed.providers import COMPUTED_HERE, counter_of, most_tokens_of, sizes_of
 from autoembed.records import MAX_TEXT_BYTES, Chunk
 
 if TYPE_CHECKING:
@@ -296,9 +296,11 @@ class Rows:
             else:
                 texts = [job.content if limit is None else batching.truncate(job.content, limit, prefix)]
                 job.truncated = texts[0] is not job.content
-            if job.truncated and not pipeline.truncate:
-                self._ledger.fail(job, f"the text has more than the {limit} tokens that the model takes")
-            elif texts:
+            if job.truncated:
+                self.note_cut(job)
+            if job.outcome is not None:
+                continue
+            if texts:
                 chosen += [(job, text) for text in texts]
             else:
                 rearranged.append(job)
@@ -310,6 +312,13 @@ class Rows:
             self.write(pipeline, blank, None)
         self._forget(pipeline, empty)
         return chosen
+
+    def note_cut(self, job: Job) -> None:
+        """The text of a row has been cut, by the model or before: that is recorded, or fails the row."""
+        job.truncated = True
+        if not job.pipeline.truncate and job.outcome is None:
+            limit = most_tokens_of(job.pipeline.model)
+            self._ledger.fail(job, f"the text has more than the {limit} tokens that the model takes")
 
     def _cut(self, pipeline: Pipeline, job: Job, kept: Collection[bytes], limit: int | None, prefix: str) -> list[str]:
         """Cuts the text of a row into chunks. Returns the texts of those that have no vector yet.

@@ -497,7 +497,7 @@ class _Pass:
                 if self._speeds is not None and outcome.seconds is not None:
                     self._speeds.embedded(request.model.name, len(request.texts), outcome.seconds)
                 self._database.note_usage(request.model.name, self._shares(request, tokens), request.slot)
-                self._accept(request, vectors)
+                self._accept(request, vectors, outcome.cut)
 
     def _note_limits(self, outbox: Outbox, request: Request, outcome: Embedded | BaseException) -> None:
         """Takes the model's limits from an answer. A request that failed frees its slot."""
@@ -561,13 +561,16 @@ class _Pass:
             probe = self._request(request.model, [PROBE], probe=True)
             outbox.waiting.appendleft(probe)
 
-    def _accept(self, request: Request, vectors: np.ndarray) -> None:
+    def _accept(self, request: Request, vectors: np.ndarray, cut: Iterable[int]) -> None:
         outbox = self._outboxes[request.model]
         outbox.accepted = True
         if outbox.failures:
             self._database.resume_model(request.model.name)
             outbox.failures = 0
         if not request.probe:
+            for number in cut:
+                for job in outbox.jobs[request.texts[number]]:
+                    self._rows.note_cut(job)
             self._apply(request, vectors)
             for text in request.texts:
                 del outbox.jobs[text]

@@ -83,6 +83,30 @@ def test_a_longer_text_is_cut_after_256_tokens(db: Connection) -> None:
     assert cosine(vectors[2], vectors[3]) >= 0.99999
 
 
+@pytest.mark.parametrize("where", ["embedding_column => 'embedding'", "chunking => 'none'"])
+def test_a_text_that_the_model_has_cut_is_told_or_refused(db: Connection, where: str) -> None:
+    db.execute("CREATE TABLE pages (id int PRIMARY KEY, body text)")
+    db.execute(f"SELECT autoembed.enable('pages', content_columns => '{{body}}', {where})")
+    db.execute("INSERT INTO pages VALUES (1, repeat('database ', 254)), (2, repeat('database ', 255))")
+    preview = "SELECT tokens, truncated FROM autoembed.preview('pages', %s)"
+
+    db.execute("SELECT autoembed.process()")
+
+    assert [db.execute(preview, [key]).fetchone() for key in ("1", "2")] == [(256, False), (257, True)]
+    assert db.execute("SELECT key, truncated FROM autoembed.embedded ORDER BY key").fetchall() == [
+        ("[1]", False),
+        ("[2]", True),
+    ]
+    assert db.execute("SELECT inputs, tokens FROM autoembed.usage").fetchall() == [(2, 512)]
+
+    db.execute("SELECT autoembed.alter_pipeline('pages', truncate => false), autoembed.reembed('pages')")
+    db.execute("SELECT autoembed.process()")
+
+    assert db.execute("SELECT key, reason FROM autoembed.failed").fetchall() == [
+        ("[2]", "the text has more than the 256 tokens that the model takes")
+    ]
+
+
 @pytest.fixture
 def damage(server: Server) -> Iterator[Callable[[str], None]]:
     """Copies the model's folder to DAMAGED_FOLDER and runs a command there."""

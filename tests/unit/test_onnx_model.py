@@ -129,14 +129,14 @@ def expected(*words: str) -> np.ndarray:
 
 
 def test_a_vector_is_the_mean_of_its_tokens_at_unit_length(folder: Path) -> None:
-    vectors = OnnxModel(str(folder)).embed(["one two two"])
+    vectors = OnnxModel(str(folder)).embed(["one two two"]).vectors
     assert vectors.dtype == np.float32
     assert vectors == pytest.approx(expected("one", "two", "two")[None], abs=1e-6)
 
 
 def test_vectors_come_in_the_order_of_the_texts_and_padding_does_not_count(folder: Path) -> None:
     texts = ["two " * 40, "one", "", "one three", "unheard", "two", "one"]
-    vectors = OnnxModel(str(folder)).embed(texts)
+    vectors = OnnxModel(str(folder)).embed(texts).vectors
     assert vectors == pytest.approx(
         np.array(
             [
@@ -156,17 +156,24 @@ def test_vectors_come_in_the_order_of_the_texts_and_padding_does_not_count(folde
 def test_no_text_gives_an_array_of_no_vectors(folder: Path) -> None:
     model = OnnxModel(str(folder))
     assert model.dimensions == 4
-    assert model.embed([]).shape == (0, 4)
+    assert model.embed([]).vectors.shape == (0, 4)
 
 
 def test_more_texts_than_are_tokenized_at_once_keep_their_order(folder: Path) -> None:
     words = ["one", "two", "three"] * onnx_model.TOKENIZE_TEXTS
-    assert OnnxModel(str(folder)).embed(words) == pytest.approx(np.array([expected(w) for w in words]), abs=1e-6)
+    assert OnnxModel(str(folder)).embed(words).vectors == pytest.approx(
+        np.array([expected(w) for w in words]), abs=1e-6
+    )
 
 
 def test_a_long_text_is_cut_at_max_tokens_with_the_special_ones_among_them(folder: Path) -> None:
-    vectors = OnnxModel(str(folder), max_tokens=6).embed(["one one one two two two"])
+    vectors = OnnxModel(str(folder), max_tokens=6).embed(["one one one two two two"]).vectors
     assert vectors == pytest.approx(expected("one", "one", "one", "two")[None], abs=1e-6)
+
+
+def test_the_texts_that_were_cut_are_told_and_the_tokens_that_were_computed(folder: Path) -> None:
+    texts = ["one one one one", "one one one one two", "", "one " * 1000]
+    assert OnnxModel(str(folder), max_tokens=6).embed(texts)[1:] == (6 + 6 + 2 + 6, frozenset({1, 3}))
 
 
 def test_tokens_are_counted_untruncated(folder: Path) -> None:
@@ -191,7 +198,9 @@ def test_a_tokenizer_that_is_read_once_serves_the_model_and_the_count(folder: Pa
     ids=["many blanks", "a word across the cut", "a word longer than the cut"],
 )
 def test_a_text_of_many_characters_has_the_tokens_of_the_whole_text(folder: Path, text: str, tokens: list[str]) -> None:
-    assert OnnxModel(str(folder), max_tokens=6).embed([text]) == pytest.approx(expected(*tokens)[None], abs=1e-6)
+    assert OnnxModel(str(folder), max_tokens=6).embed([text]).vectors == pytest.approx(
+        expected(*tokens)[None], abs=1e-6
+    )
 
 
 def test_only_the_beginning_of_a_huge_text_is_tokenized(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +217,7 @@ def test_only_the_beginning_of_a_huge_text_is_tokenized(folder: Path, monkeypatc
             return tokenizer.encode_batch_fast(texts, **options)
 
     monkeypatch.setattr(model, "_tokenizer", Watched())
-    assert model.embed(["one " * 1_000_000]) == pytest.approx(expected(*["one"] * 254)[None], abs=1e-6)
+    assert model.embed(["one " * 1_000_000]).vectors == pytest.approx(expected(*["one"] * 254)[None], abs=1e-6)
     assert lengths == [256 * onnx_model.CHARACTERS_PER_TOKEN]
 
 
@@ -265,7 +274,7 @@ def test_stop_ends_a_batch_that_another_thread_runs_and_the_model_lives_on(folde
     model.stop()
     thread.join(1)
     assert outcome == ["The embedding was stopped."]
-    assert model.embed(["one"]) == pytest.approx(expected("one")[None], abs=1e-6)
+    assert model.embed(["one"]).vectors == pytest.approx(expected("one")[None], abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json"])

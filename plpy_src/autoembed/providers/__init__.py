@@ -90,6 +90,11 @@ def sizes_of(model: Model, learnt: Limits | None = None) -> Sizes:
     )
 
 
+def most_tokens_of(model: Model) -> int | None:
+    """The most tokens of a text that a model reads, if that is known."""
+    return local.max_tokens(model) if provider_of(model) is local else sizes_of(model).tokens_per_input
+
+
 @dataclass(frozen=True)
 class Counter:
     """How the tokens of a model's documents are counted. most: those that one may have, if that is known."""
@@ -102,9 +107,9 @@ class Counter:
 def counter_of(model: Model) -> Counter:
     """Counts by the model's own tokenizer where it is at hand. The prefix of documents counts, too."""
     if provider_of(model) is local:
-        counter = Counter(local.token_counter(model), True, local.max_tokens(model))
+        counter = Counter(local.token_counter(model), True, most_tokens_of(model))
     else:
-        counter = Counter(_estimate_all, False, sizes_of(model).tokens_per_input)
+        counter = Counter(_estimate_all, False, most_tokens_of(model))
     prefix = model.prefix("document")
     if not prefix:
         return counter

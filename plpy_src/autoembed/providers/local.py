@@ -51,14 +51,14 @@ def embed(request: Request, network: Network) -> Embedded:
         _stopping.clear()
         model = _onnx_model(request.model)
         began_at = time.monotonic()
-        vectors = model.embed(prefixed(request), _stop_if_told)
+        vectors, tokens, cut = model.embed(prefixed(request), _stop_if_told)
         seconds = time.monotonic() - began_at
     if vectors.shape[1] != request.model.dimensions:
         raise ProviderTrouble(
             f"the model's vectors have {vectors.shape[1]} dimensions, it is defined with {request.model.dimensions}",
             permanent=True,
         )
-    return Embedded(vectors, seconds=seconds)
+    return Embedded(vectors, tokens, seconds=seconds, cut=cut)
 
 
 def abort() -> None:
