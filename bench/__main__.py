@@ -19,6 +19,7 @@ from bench.systems import System
 from bench.systems.autoembed import Autoembed
 from bench.systems.guide import Guide
 from bench.systems.pgai import Pgai
+from extension.hostile.attacks import ATTACKS
 
 # The rivals at their best: found by trying batch sizes, concurrencies and processes from half to several times these.
 SYSTEMS: dict[str, System] = {
@@ -32,7 +33,7 @@ SYSTEMS: dict[str, System] = {
 }
 # Connections.
 LIMITS = {"limit-1": 1, "limit-2": 2}
-NAMES = [*SYSTEMS, *LIMITS, *SPLITTERS]
+NAMES = [*SYSTEMS, *LIMITS, *SPLITTERS, *ATTACKS]
 SCENARIOS: dict[str, Callable[..., Measured]] = {
     "drain": scenarios.drain,
     "drain-no-index": scenarios.drain,
@@ -44,6 +45,7 @@ SCENARIOS: dict[str, Callable[..., Measured]] = {
     "fresh-steady": scenarios.fresh_when_steady,
     "fresh-backfill": scenarios.fresh_during_backfill,
     "fresh-backlog": scenarios.fresh_behind_a_backlog,
+    "neighbours": scenarios.fresh_beside_a_neighbour,
     "cost": scenarios.cost,
     "idle": scenarios.idle,
 }
@@ -106,12 +108,15 @@ def _plan(names_of_scenarios: list[str], names: list[str], sizes: Sizes) -> Iter
             elif name in SPLITTERS:
                 if scenario == "chunking":
                     yield scenario, name, partial(scenarios.chunks, splitter=name)
+            elif name in ATTACKS:
+                if scenario == "neighbours":
+                    yield scenario, name, partial(scenarios.fresh_beside_a_neighbour, attack=name, sizes=own)
             elif _is_of_use(scenario, SYSTEMS[name]):
                 yield scenario, name, partial(SCENARIOS[scenario], system=SYSTEMS[name], sizes=own)
 
 
 def _is_of_use(scenario: str, system: System) -> bool:
-    if scenario == "chunking":
+    if scenario in ("chunking", "neighbours"):
         return False
     if scenario == "local-model" or system.settings == "local":
         return scenario in ("local-model", "search") and system.settings == "local"

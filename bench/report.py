@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from bench.results import Result, Results
 from bench.targets import TARGETS
+from extension.hostile.attacks import ATTACKS
 
 # In the order of tables and chart.
 LABELS = {
@@ -30,6 +31,7 @@ LABELS = {
     "chunks-semantic": "semantic-text-splitter, Markdown",
     "chunks-pgai": "pgai, defaults",
     "chunks-fixed": "256 tokens each",
+    **{name: attack.label for name, attack in ATTACKS.items()},
 }
 LINES = {
     "autoembed": {"color": "tab:blue", "linestyle": "--"},
@@ -56,6 +58,16 @@ DRAIN: Columns = {
     "INSERT, ms": ("insert_seconds", 1000),
 }
 FRESHNESS: Columns = {"rows": ("inserted", 1), "p50, ms": ("p50_seconds", 1000), "p99, ms": ("p99_seconds", 1000)}
+NEIGHBOURS: Columns = {
+    "alone: p50, ms": ("alone_p50_seconds", 1000),
+    "p99": ("alone_p99_seconds", 1000),
+    "worst": ("alone_worst_seconds", 1000),
+    "beside it: p50, ms": ("p50_seconds", 1000),
+    "p99, ms": ("p99_seconds", 1000),
+    "worst, ms": ("worst_seconds", 1000),
+    "rows": ("inserted", 1),
+    "lanes lost": ("lanes_lost", 1),
+}
 COST: Columns = {
     "INSERT of many rows, ×": ("insert_ratio", 1),
     "its ms": ("insert_seconds", 1000),
@@ -119,6 +131,7 @@ TABLES: list[tuple[str, str, Columns]] = [
     ("Freshness: 50 rows/s", "fresh-steady", FRESHNESS),
     ("Freshness: during a backfill of {backfill_rows} rows", "fresh-backfill", FRESHNESS),
     ("Freshness: behind an INSERT of {backfill_rows} rows", "fresh-backlog", FRESHNESS),
+    ("Freshness: a tenant beside a hostile one", "neighbours", NEIGHBOURS),
     ("Cost to the application", "cost", COST),
     ("Nothing to do", "idle", IDLE),
 ]
@@ -134,6 +147,8 @@ a fresh server; each figure is the median of {runs} of them.
 - The limit: the same vectors, ready, written by UPDATEs of 100 rows with binary parameters.
 - Freshness is from COMMIT to the vector visible, less the API's time for one input; ∞: no vector {grace} s after the
   last INSERT. During a backfill, {backfill_rows} older rows wait.
+- Beside a hostile tenant, another inserts two rows a second, first alone, then while the attack goes on. Both have the
+  same lane and model, unless the attack is a model of its own.
 - Cost is over the same table without triggers, in turns: {cost_rows} rows in one statement, 2,000 singly.
 - Chunks are found by the local model. A chunk is right if the shorter of it and the answer lies half within the other.
   The questions are taken out of the texts; an answer longer than 2,000 characters counts as 2,000.

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
-from bench import chunking, documents, limit, measure
+from bench import chunking, documents, limit, measure, neighbours
 from bench.measure import Usage
 from bench.server import Connection, Server, wait_until
 from bench.systems import System, Workers
@@ -23,8 +23,9 @@ CURVE_POINTS = 100
 MEMORY_POLL_SECONDS = 1.0
 # A backfill's lane is looked at when it has embedded so many rows, and at the end.
 EARLY_ROWS = 10_000
-# How often a row is inserted while a backfill runs.
+# How often a row is inserted while a backfill runs, and beside a hostile neighbour.
 BACKFILL_ROWS_PER_SECOND = 5
+NEIGHBOURS_ROWS_PER_SECOND = 2
 
 Figures = dict[str, float]
 
@@ -215,6 +216,26 @@ def search(server: Server, db: Connection, system: Autoembed, sizes: Sizes) -> M
 def chunks(server: Server, db: Connection, splitter: str) -> Measured:
     """How well the chunks of a splitter are found, and how many an edit makes new."""
     return Measured(chunking.measure(server, splitter))
+
+
+def fresh_beside_a_neighbour(server: Server, db: Connection, attack: str, sizes: Sizes) -> Measured:
+    """Single INSERTs of one tenant, first alone, then while another tenant attacks; both have the same lane and model.
+
+    No figure is taken off for what the machine's cores do for the attack.
+    """
+    system = Autoembed("defaults", lanes=1)
+    system.create(server, db)
+    with neighbours.honest_tenant(server, db) as honest, system.running(server, db) as lanes:
+        system.enable(honest, enqueue_existing=False)
+        alone = _insert_steadily(honest, NEIGHBOURS_ROWS_PER_SECOND, sizes.freshness_seconds)
+        _wait_for_the_last(db, sizes)
+        pids = lanes.pids()
+        with neighbours.attacking(server, db, attack):
+            beside = _insert_steadily(honest, NEIGHBOURS_ROWS_PER_SECOND, sizes.freshness_seconds)
+            _wait_for_the_last(db, sizes)
+            lost = set(pids) - set(lanes.pids())
+    figures = {f"alone_{name}": value for name, value in _freshness(db, alone, sizes).items()}
+    return Measured({**_freshness(db, beside, sizes), **figures, "lanes_lost": len(lost)})
 
 
 def fresh_when_idle(server: Server, db: Connection, system: System, sizes: Sizes) -> Measured:
@@ -416,4 +437,5 @@ def _freshness(db: Connection, inserted: list[_Inserted], sizes: Sizes) -> Figur
         "inserted": len(lags),
         "p50_seconds": measure.percentile(lags, 50),
         "p99_seconds": measure.percentile(lags, 99),
+        "worst_seconds": max(lags),
     }

@@ -38,8 +38,13 @@ class Server:
     def url(self) -> str:
         return f"postgresql://postgres:{PASSWORD}@{HOST}:{self.port}/postgres"
 
-    def connect(self) -> Connection:
-        return psycopg.connect(self.url, autocommit=True)
+    def connect(self, user: str = "postgres") -> Connection:
+        return psycopg.connect(self.url, autocommit=True, user=user)
+
+    @property
+    def hung_api(self) -> FakeApi:
+        """Where a hostile neighbour's provider may be."""
+        return FakeApi(self.api.control_url, f"{self.api.control_url}/hung/v1", "hung")
 
     def bare_model_seconds(self, texts: list[str]) -> float:
         """How long a plain loop takes to embed the texts with the image's model."""

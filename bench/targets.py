@@ -6,6 +6,7 @@ import operator
 from dataclasses import dataclass
 
 from bench.results import Results
+from extension.hostile.attacks import ATTACKS
 
 COMPARE = {"≥": operator.ge, "≤": operator.le}
 
@@ -53,6 +54,10 @@ TARGETS = [
     Target("… p99, ms", "≤", 400, "fresh-idle", "autoembed", "p99_seconds", factor=1000),
     Target("Freshness at 50 rows/s: p99, ms", "≤", 1000, "fresh-steady", "autoembed", "p99_seconds", factor=1000),
     Target("Freshness in a backfill: p99, ms", "≤", 1000, "fresh-backfill", "autoembed", "p99_seconds", factor=1000),
+    *(
+        Target(f"Freshness beside {attack.label}: p99, ms", "≤", 2000, "neighbours", name, "p99_seconds", factor=1000)
+        for name, attack in ATTACKS.items()
+    ),
     Target("INSERT of many rows: × a plain table", "≤", 1.6, "cost", "autoembed", "insert_ratio"),
     Target("Single-row INSERTs: × a plain table", "≤", 1.5, "cost", "autoembed", "insert_single_ratio"),
     Target("UPDATE of other columns, all rows: × a plain table", "≤", 1.15, "cost", "autoembed", "update_other_ratio"),

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from extension.hostile.attacks import SLOW, SLOW_PLACES, fill_tables, tables
 from extension.hostile.tenants import (
     ENABLE_COLUMNS,
     ENABLE_FUNCTION,
     NOTES,
     Tenant,
-    content_function,
     failures_of,
     has_vector_of,
     make_due,
@@ -75,43 +75,6 @@ def test_many_providers_that_hang_hold_up_their_own_tables_alone(
         stays_fresh(bob)
 
     assert lane.error is None
-
-
-# Code that takes for ever; {id} is the row's.
-SLOW = {
-    "sleep": "PERFORM pg_sleep(40);",
-    "loop": "LOOP NULL; END LOOP;",
-    "statement": "PERFORM count(*) FROM generate_series(1, 1000000000);",
-    "regular expression": "PERFORM repeat('a', 28) ~ '^(a|aa|a?a)*\\1$';",
-    "lock": "LOCK TABLE {me}.entry;",
-    "caught": """
-        LOOP
-            BEGIN
-                PERFORM pg_sleep(40);
-            EXCEPTION WHEN query_canceled THEN
-                NULL;
-            END;
-        END LOOP;""",
-}
-SLOW_PLACES: dict[str, Callable[[str], str]] = {
-    "content function": lambda act: f"{NOTES}; {content_function(act)}; {ENABLE_FUNCTION}",
-    "condition": lambda act: (
-        f"""
-        {NOTES};
-        -- Not for the triggers of the tenant's own writes.
-        CREATE FUNCTION wanted(id int) RETURNS boolean LANGUAGE plpgsql AS
-            $$BEGIN IF pg_trigger_depth() = 0 THEN {act} END IF; RETURN true; END$$;
-        SELECT autoembed.enable('notes', 'embedding', content_columns => '{{content}}', condition => 'wanted(id)')"""
-    ),
-    "trigger": lambda act: f"{NOTES}; {ENABLE_COLUMNS}; {trigger(act)}",
-    "trigger after": lambda act: f"{NOTES}; {ENABLE_COLUMNS}; {trigger(act, 'AFTER UPDATE')}",
-    "check": lambda act: (
-        f"""
-        {NOTES}; {ENABLE_COLUMNS};
-        CREATE FUNCTION checked() RETURNS boolean LANGUAGE plpgsql AS $$BEGIN {act} RETURN true; END$$;
-        ALTER TABLE notes ADD CHECK (embedding IS NULL OR checked())"""
-    ),
-}
 
 
 @pytest.mark.parametrize(
@@ -222,18 +185,7 @@ def test_a_text_that_makes_the_provider_fail_holds_up_its_own_row_alone(
 
 
 def test_many_tables_of_a_tenant_hold_up_no_other_tenant(mallory: Tenant, bob: Tenant, start_lane: StartLane) -> None:
-    mallory.run(
-        """DO $do$
-           DECLARE name text;
-           BEGIN
-               FOR n IN 1 .. 150 LOOP
-                   name := 'notes_' || n;
-                   EXECUTE format('CREATE TABLE %I (id int PRIMARY KEY, content text)', name);
-                   PERFORM autoembed.enable(name::regclass, 'embedding', content_columns => '{content}');
-                   EXECUTE format('INSERT INTO %I SELECT i, ''note '' || i FROM generate_series(1, 200) AS i', name);
-               END LOOP;
-           END $do$"""
-    )
+    mallory.run(tables(150), fill_tables(150, rows=200))
 
     lane = start_lane()
     for _ in range(2):
