@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -140,23 +141,25 @@ def _tokens_of(model: Model, text: str) -> tuple[int, int | None]:
     return counter.count([text])[0], counter.most
 
 
-def estimate(texts: list[str], model_name: str | None) -> dict[str, Any]:
-    """The effort to embed these texts: the columns of autoembed._estimate_texts()."""
+def estimate(texts: list[str], model_name: str | None, chunking: str, size: int | None, overlap: int) -> dict[str, Any]:
+    """The effort to embed these texts, cut like that: the columns of autoembed._estimate_texts()."""
     here = database.Database(commits=False)
     model = here.model(model_name)
     sizes = sizes_of(model, Limiter(model).learnt)
     limit, prefix = sizes.tokens_per_input, model.prefix("document")
-    distinct = list(dict.fromkeys(text if limit is None else truncate(text, limit, prefix) for text in texts))
     most = min(worker.DEFAULT_BATCH_SIZE, sizes.inputs_per_request)
-    requests = pack(distinct, most, sizes.tokens_per_request, prefix)
+    chunk_tokens = None if chunking == NONE else chunk_size(chunking, size, overlap, model.name)["tokens"]
+    if chunk_tokens is None:
+        distinct = list(dict.fromkeys(text if limit is None else truncate(text, limit, prefix) for text in texts))
+        read = most_tokens_of(model) or sizes.tokens_per_request
+        tokens = [min(estimate_tokens(prefix + text), read) for text in distinct]
+        requests = len(pack(distinct, most, sizes.tokens_per_request, prefix))
+    else:
+        tokens = [estimate_tokens(prefix + text) for text in dict.fromkeys(texts)]
+        inputs = sum(math.ceil(count / chunk_tokens) for count in tokens)
+        requests = math.ceil(max(inputs / most, sum(tokens) / sizes.tokens_per_request))
     price, rows_per_second = here.price_and_rate(model)
-    most_tokens = most_tokens_of(model) or sizes.tokens_per_request
-    return {
-        "tokens": sum(min(estimate_tokens(prefix + text), most_tokens) for text in distinct),
-        "requests": len(requests),
-        "price": price,
-        "rows_per_second": rows_per_second,
-    }
+    return {"tokens": sum(tokens), "requests": requests, "price": price, "rows_per_second": rows_per_second}
 
 
 def chunk_size(chunking: str | None, size: int | None, overlap: int | None, model_name: str) -> dict[str, Any]:

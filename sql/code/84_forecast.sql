@@ -134,6 +134,7 @@ BEGIN
         _pipeline.content_function := estimate.content_function;
         _pipeline.content_template := estimate.content_template;
         _pipeline.condition_columns := '{}';
+        _pipeline.chunking := CASE WHEN estimate.embedding_column IS NULL THEN 'structure' ELSE 'none' END;
     END IF;
     _pipeline.model := coalesce(estimate.model, _pipeline.model);
     -- An unknown model is an error here, in PostgreSQL's form.
@@ -153,7 +154,10 @@ BEGIN
     SELECT count(*), array_agg(s.content) FILTER (WHERE s.content ~ '[^[:space:]]')
     INTO _sample, _texts
     FROM jsonb_to_recordset(_answer) AS s(content text);
-    SELECT e.* INTO _found FROM autoembed._estimate_texts(coalesce(_texts, '{}'), _pipeline.model) AS e;
+    SELECT e.* INTO _found
+    FROM autoembed._estimate_texts(
+        coalesce(_texts, '{}'), _pipeline.model, _pipeline.chunking, _pipeline.chunk_size, _pipeline.chunk_overlap
+    ) AS e;
     IF _percent = 100 THEN
         rows := cardinality(coalesce(_texts, '{}'));
         tokens := _found.tokens;
@@ -172,7 +176,13 @@ COMMENT ON FUNCTION autoembed.estimate IS
     'cost at the model''s price, and the time at the rate of the model''s busiest recent minute. Takes the arguments '
     'of enable(), or the table as it is attached. Sends nothing, and samples large tables.';
 
-CREATE OR REPLACE FUNCTION autoembed._estimate_texts(texts text[], model text)
+CREATE OR REPLACE FUNCTION autoembed._estimate_texts(
+    texts text[],
+    model text,
+    chunking text,
+    chunk_size integer,
+    chunk_overlap integer
+)
     RETURNS TABLE (tokens bigint, requests bigint, price numeric, rows_per_second numeric)
     LANGUAGE plpython3u
     STABLE
@@ -182,7 +192,8 @@ AS $python$
     if GD.get("autoembed") != "@BUILD@":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
-    return [doors.estimate(texts, model)]
+    return [doors.estimate(texts, model, chunking, chunk_size, chunk_overlap)]
 $python$;
 COMMENT ON FUNCTION autoembed._estimate_texts IS
-    'The tokens and requests that it takes to embed these texts, and the price and rate of the model.';
+    'The tokens and requests that it takes to embed these texts, cut into chunks like that, and the price and rate of '
+    'the model.';

@@ -31,6 +31,7 @@ DROP FUNCTION autoembed.enable;
 DROP FUNCTION autoembed.alter_pipeline;
 DROP FUNCTION autoembed.disable;
 DROP FUNCTION autoembed._content_function;
+DROP FUNCTION autoembed._estimate_texts;
 
 -- A parallel restore loads these tables in any order.
 ALTER TABLE autoembed.pipeline DROP CONSTRAINT pipeline_model_fkey;

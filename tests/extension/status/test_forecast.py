@@ -192,11 +192,26 @@ def articles(db: Connection, api: FakeApi) -> Connection:
     return db
 
 
+def test_an_estimate_of_texts_that_are_cut_has_the_tokens_of_all_chunks(articles: Connection, api: FakeApi) -> None:
+    articles.execute("INSERT INTO notes VALUES (1000, 'long', %s)", ["\n\n".join(f"{n} {PROSE}" for n in range(3000))])
+    before = one(articles, "SELECT * FROM autoembed.estimate('notes', content_columns => '{title,content}')")
+    articles.execute("SELECT autoembed.enable('notes', content_columns => '{title,content}')")
+    assert one(articles, "SELECT * FROM autoembed.estimate('notes')") == before
+
+    process(articles)
+
+    sent = one(articles, "SELECT * FROM autoembed.usage")
+    assert before.rows == 251
+    assert sent.inputs > 350
+    assert 0.8 * sent.tokens <= before.tokens <= 1.6 * sent.tokens
+    assert 0.6 * sent.requests <= before.requests <= 1.6 * sent.requests
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_an_estimate_is_what_is_then_sent_and_itself_sends_nothing(
     articles: Connection, api: FakeApi, way: str
 ) -> None:
-    before = one(articles, f"SELECT * FROM autoembed.estimate('notes', {WAYS[way]})")
+    before = one(articles, f"SELECT * FROM autoembed.estimate('notes', 'embedding', {WAYS[way]})")
     assert api.counters()["requests"] == 0
     assert articles.execute("TABLE autoembed.usage").fetchall() == []
     articles.execute(f"SELECT autoembed.enable('notes', 'embedding', {WAYS[way]})".encode())
@@ -252,14 +267,15 @@ def test_a_large_table_is_sampled_and_its_estimate_is_near(articles: Connection)
     articles.execute("ANALYZE notes")
     estimated = one(
         articles,
-        "SELECT * FROM autoembed.estimate('notes', content_columns => '{title,content}', condition => 'id > 1000')",
+        "SELECT * FROM autoembed.estimate("
+        "'notes', 'embedding', content_columns => '{title,content}', condition => 'id > 1000')",
     )
     # What is sent, had each text been looked at: in requests as packed of the next thousand rows.
     exact = one(
         articles,
         "SELECT sum(e.tokens)::bigint AS tokens, sum(e.requests)::bigint AS requests FROM ("
         " SELECT array_agg(concat_ws(E'\\n\\n', title, content) ORDER BY id) AS texts FROM notes WHERE id > 1000"
-        " GROUP BY id / 1000) AS t, LATERAL autoembed._estimate_texts(t.texts, NULL) AS e",
+        " GROUP BY id / 1000) AS t, LATERAL autoembed._estimate_texts(t.texts, NULL, 'none', NULL, 0) AS e",
     )
     some = one(
         articles, "SELECT * FROM autoembed.estimate('notes', content_columns => '{content}', condition => 'id > 1000')"
