@@ -22,6 +22,23 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._clears IS 'Whether a trigger clears the vector in a row whose text changes.';
 
+CREATE OR REPLACE FUNCTION autoembed._is_subscribed(table_id oid)
+    RETURNS boolean
+    LANGUAGE plpgsql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    RETURN EXISTS (
+        SELECT FROM pg_subscription_rel AS s
+        WHERE s.srrelid IN (SELECT t.relid FROM pg_partition_tree(table_id) AS t UNION ALL SELECT table_id)
+    );
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._is_subscribed IS
+    'Whether a subscription of logical replication writes a table or one of its partitions.';
+
 CREATE OR REPLACE FUNCTION autoembed._build_triggers(pipeline autoembed.pipeline)
     RETURNS void
     LANGUAGE plpgsql
@@ -99,18 +116,27 @@ AS $sql$
     SELECT m.problem, m.cure FROM autoembed._missing_guide_triggers(pipeline) AS m WHERE NOT pipeline.managed
     UNION ALL
     -- A trigger of a partitioned table may be disabled on one partition.
-    SELECT format('trigger %I is disabled', f.tgname),
+    SELECT format(
+               CASE
+                   WHEN bool_and(f.tgenabled IN ('A', 'O')) AND NOT pipeline.replicated THEN
+                       'trigger %I does not fire for rows that a subscription writes'
+                   ELSE 'trigger %I is disabled'
+               END, f.tgname),
            CASE
                WHEN NOT pipeline.managed THEN
-                   format('ALTER TABLE %s ENABLE TRIGGER %I;', pipeline.table_id, f.tgname)
+                   format('ALTER TABLE %s ENABLE %sTRIGGER %I;', pipeline.table_id,
+                          CASE WHEN autoembed._is_subscribed(pipeline.table_id) THEN 'ALWAYS ' END, f.tgname)
            END
     FROM found AS f
     GROUP BY f.tgname
-    HAVING NOT bool_and(f.tgenabled = 'A' OR f.tgenabled = 'O' AND NOT pipeline.replicated);
+    HAVING NOT bool_and(
+        f.tgenabled = 'A'
+        OR f.tgenabled = 'O' AND NOT pipeline.replicated AND NOT autoembed._is_subscribed(pipeline.table_id)
+    );
 $sql$;
 COMMENT ON FUNCTION autoembed._trigger_problems IS
-    'The triggers of a pipeline that are missing or disabled. cure: the SQL that mends a trigger made by hand. NULL: '
-    'resync() mends it.';
+    'The triggers of a pipeline that are missing, disabled or blind to a subscription. cure: the SQL that mends a '
+    'trigger made by hand. NULL: resync() mends it.';
 
 CREATE OR REPLACE FUNCTION autoembed._stray_triggers(table_id oid DEFAULT NULL)
     RETURNS TABLE (stray_on regclass, name name, pipeline_id integer)

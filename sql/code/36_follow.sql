@@ -209,6 +209,7 @@ BEGIN
             NEW, autoembed._content_function(NEW.table_id, NEW.content_function)
         );
     END IF;
+    NEW.replicated := NEW.replicated OR autoembed._is_subscribed(NEW.table_id);
     -- Nobody drops the model meanwhile.
     PERFORM FROM autoembed.model AS m WHERE m.name = NEW.model FOR KEY SHARE;
     SELECT c.* INTO _check FROM autoembed._check_pipeline(NEW) AS c;

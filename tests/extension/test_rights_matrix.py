@@ -119,6 +119,7 @@ _index_may_be_built - - - x
 _is_chosen - - - x
 _is_empty - x - x
 _is_key - - - x
+_is_subscribed - - - x
 _is_uncommitted - - - x
 _jobs_of_dropped_databases - - - x
 _keep_restored_model - - - x

@@ -1,0 +1,93 @@
+"""A table that a subscription of logical replication writes is embedded like any other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from harness import Connection, Server, run_server
+from waiting import wait_until
+
+TABLE = "CREATE TABLE notes (id int PRIMARY KEY, body text)"
+
+
+@pytest.fixture(scope="module")
+def logical() -> Iterator[Server]:
+    with ExitStack() as stack:
+        yield run_server(stack, "-c", "wal_level=logical", AUTOEMBED_LANES="0")
+
+
+@pytest.fixture
+def publisher(logical: Server) -> Iterator[Connection]:
+    with logical.janitor("publisher"), logical.connect("publisher") as db:
+        db.execute(
+            f"{TABLE}; INSERT INTO notes VALUES (1, 'before'); CREATE PUBLICATION notes FOR TABLE notes".encode()
+        )
+        # A subscription to its own server cannot make the slot by itself.
+        db.execute("SELECT pg_create_logical_replication_slot('notes', 'pgoutput')")
+        yield db
+
+
+@pytest.fixture
+def subscriber(logical: Server, publisher: Connection) -> Iterator[Connection]:
+    with logical.janitor("subscriber"), logical.connect("subscriber") as db:
+        db.execute(f"{TABLE}; CREATE EXTENSION autoembed CASCADE".encode())
+        db.execute("SELECT autoembed.create_model('fake', 'fake', 3), autoembed.set_default_model('fake')")
+        yield db
+        db.execute("DROP SUBSCRIPTION notes")
+
+
+def subscribe(db: Connection) -> None:
+    db.execute(
+        "CREATE SUBSCRIPTION notes CONNECTION 'dbname=publisher user=postgres' PUBLICATION notes"
+        " WITH (create_slot = false)"
+    )
+
+
+def wait_for(db: Connection, bodies: list[str]) -> None:
+    wait_until(lambda: [row.body for row in db.execute("SELECT body FROM notes ORDER BY id")] == bodies, 30)
+
+
+def embedded(db: Connection) -> list[int]:
+    while db.execute("SELECT read FROM autoembed.process()").fetchone() != (0,):
+        pass
+    return [row.id for row in db.execute("SELECT id FROM notes WHERE embedding IS NOT NULL ORDER BY id")]
+
+
+def triggers(db: Connection) -> tuple[bool, str, str | None]:
+    [row] = db.execute(
+        "SELECT ok, finding, advice FROM autoembed.doctor() WHERE subject LIKE 'triggers of%'"
+    ).fetchall()
+    return row.ok, row.finding, row.advice
+
+
+def test_a_subscribed_table_is_recognized_when_it_is_attached(publisher: Connection, subscriber: Connection) -> None:
+    subscribe(subscriber)
+    subscriber.execute("SELECT autoembed.enable('notes', 'embedding', content_columns => '{body}')")
+    publisher.execute("INSERT INTO notes SELECT n, 'new ' || n FROM generate_series(2, 4) AS n")
+    publisher.execute("UPDATE notes SET body = 'changed' WHERE id = 1")
+    wait_for(subscriber, ["changed", "new 2", "new 3", "new 4"])
+
+    assert embedded(subscriber) == [1, 2, 3, 4]
+    assert triggers(subscriber) == (True, "in place", None)
+    publisher.execute("DELETE FROM notes WHERE id = 1")
+    wait_for(subscriber, ["new 2", "new 3", "new 4"])
+    embedded(subscriber)
+    assert subscriber.execute("SELECT count(*) FROM autoembed.embedded").fetchone() == (3,)
+
+
+def test_a_subscription_that_comes_later_is_named_and_followed(publisher: Connection, subscriber: Connection) -> None:
+    subscriber.execute("SELECT autoembed.enable('notes', 'embedding', content_columns => '{body}')")
+    subscribe(subscriber)
+    wait_for(subscriber, ["before"])
+
+    ok, finding, advice = triggers(subscriber)
+
+    assert not ok and "does not fire for rows that a subscription writes" in finding and advice is not None
+    subscriber.execute(advice.encode())
+    publisher.execute("INSERT INTO notes VALUES (2, 'after')")
+    wait_for(subscriber, ["before", "after"])
+    assert embedded(subscriber) == [1, 2]
+    assert triggers(subscriber) == (True, "in place", None)
