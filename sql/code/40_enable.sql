@@ -529,8 +529,8 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.enable IS
     'Keeps the embeddings of each row''s text, which comes from columns, a template with columns in braces, or a '
-    'function of the row. They are in a table beside the rows, or with embedding_column in the rows. The caller owns the '
-    'table. Adds the table or column if it is missing, and embeds the rows that exist.';
+    'function of the row. They are in a table beside the rows, or with embedding_column in the rows. The caller owns '
+    'the table. Adds the table or column if it is missing, and embeds the rows that exist.';
 
 CREATE OR REPLACE FUNCTION autoembed.alter_pipeline(
     table_name regclass,
