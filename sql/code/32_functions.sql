@@ -149,46 +149,12 @@ $sql$;
 COMMENT ON FUNCTION autoembed._compute_virtual IS
     'The block that puts the virtual columns that a pipeline needs into the row r of a trigger, which has NULL there.';
 
-CREATE OR REPLACE FUNCTION autoembed._slots(pipeline autoembed.pipeline)
+CREATE OR REPLACE FUNCTION autoembed._key_slots(pipeline autoembed.pipeline)
     RETURNS jsonb
-    LANGUAGE plpgsql
+    LANGUAGE sql
     STABLE
     SET search_path = pg_catalog, pg_temp
-    SET quote_all_identifiers = off
-    SET standard_conforming_strings = on
-AS $plpgsql$
-DECLARE
-    _table jsonb;
-    _key jsonb;
-    _text_changed text;
-    -- Nothing but a lane is expected to write an embeddings table.
-    _vector_changed text := CASE WHEN pipeline.embeddings_table IS NULL THEN autoembed._changed_expression(
-        pipeline.table_id, ARRAY[pipeline.embedding_column]
-    ) ELSE 'false' END;
-    _runs_owners_code boolean := num_nonnulls(pipeline.content_function, pipeline.condition) > 0;
-BEGIN
-    SELECT jsonb_build_object(
-        'table_id', c.oid,
-        -- Rows of tables that inherit from it have keys of their own.
-        'table', CASE c.relkind WHEN 'r' THEN 'ONLY ' ELSE '' END || c.oid::regclass::text,
-        'owner', pg_get_userbyid(c.relowner),
-        'search_path', format('%I, public, pg_temp', n.nspname),
-        'embedding_column', quote_ident(pipeline.embedding_column),
-        'embeddings_table', pipeline.embeddings_table,
-        'vector_type', (
-            SELECT v.full_name
-            FROM pg_attribute AS e
-            JOIN autoembed._vector_types() AS v ON v.id = e.atttypid
-            WHERE e.attrelid = coalesce(pipeline.embeddings_table, c.oid)
-              AND e.attname = pipeline.embedding_column
-              AND NOT e.attisdropped
-        )
-    )
-    INTO STRICT _table
-    FROM pg_class AS c
-    JOIN pg_namespace AS n ON n.oid = c.relnamespace
-    WHERE c.oid = pipeline.table_id;
-
+AS $sql$
     SELECT jsonb_build_object(
         'keys', string_agg(format('t.%I', k.name), ', ' ORDER BY k.number),
         'sent_keys', string_agg(
@@ -221,7 +187,6 @@ BEGIN
         -- The text of such a key depends on settings of the session.
         'key_settings', CASE WHEN bool_and(k.is_plain) THEN '' ELSE autoembed._output_settings() END
     )
-    INTO STRICT _key
     FROM (
         SELECT p.*,
                string_agg(format('t.%I %s %s AND ', p.name, p.equal, p.last), '')
@@ -243,7 +208,49 @@ BEGIN
             JOIN pg_attribute AS a ON a.attrelid = pipeline.table_id AND a.attname = n.name
             JOIN pg_type AS y ON y.oid = a.atttypid
         ) AS p
-    ) AS k;
+    ) AS k
+$sql$;
+COMMENT ON FUNCTION autoembed._key_slots IS
+    'The slots of the templates that follow from the key of the table. Called by _slots(), with its settings.';
+
+CREATE OR REPLACE FUNCTION autoembed._slots(pipeline autoembed.pipeline)
+    RETURNS jsonb
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+    SET quote_all_identifiers = off
+    SET standard_conforming_strings = on
+AS $plpgsql$
+DECLARE
+    _table jsonb;
+    _text_changed text;
+    -- Nothing but a lane is expected to write an embeddings table.
+    _vector_changed text := CASE WHEN pipeline.embeddings_table IS NULL THEN autoembed._changed_expression(
+        pipeline.table_id, ARRAY[pipeline.embedding_column]
+    ) ELSE 'false' END;
+    _runs_owners_code boolean := num_nonnulls(pipeline.content_function, pipeline.condition) > 0;
+BEGIN
+    SELECT jsonb_build_object(
+        'table_id', c.oid,
+        -- Rows of tables that inherit from it have keys of their own.
+        'table', CASE c.relkind WHEN 'r' THEN 'ONLY ' ELSE '' END || c.oid::regclass::text,
+        'owner', pg_get_userbyid(c.relowner),
+        'search_path', format('%I, public, pg_temp', n.nspname),
+        'embedding_column', quote_ident(pipeline.embedding_column),
+        'embeddings_table', pipeline.embeddings_table,
+        'vector_type', (
+            SELECT v.full_name
+            FROM pg_attribute AS e
+            JOIN autoembed._vector_types() AS v ON v.id = e.atttypid
+            WHERE e.attrelid = coalesce(pipeline.embeddings_table, c.oid)
+              AND e.attname = pipeline.embedding_column
+              AND NOT e.attisdropped
+        )
+    )
+    INTO STRICT _table
+    FROM pg_class AS c
+    JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE c.oid = pipeline.table_id;
 
     IF _runs_owners_code THEN
         _text_changed := format('autoembed._text_%1$s(OLD) COLLATE "C" IS DISTINCT FROM autoembed._text_%1$s(NEW)',
@@ -252,7 +259,7 @@ BEGIN
         _text_changed := autoembed._changed_expression(pipeline.table_id, autoembed._columns_of(pipeline));
     END IF;
 
-    RETURN _table || _key || jsonb_build_object(
+    RETURN _table || autoembed._key_slots(pipeline) || jsonb_build_object(
         'id', pipeline.id,
         'output_settings', autoembed._output_settings(),
         -- The context of an error is read in PostgreSQL's own language.

@@ -87,7 +87,7 @@ COMMENT ON FUNCTION autoembed._without_replica_identity IS
     'The table, or its partition, that a publication of updates has and that has no replica identity. PostgreSQL '
     'refuses each UPDATE of such a table. NULL if there is none.';
 
-CREATE OR REPLACE FUNCTION autoembed._check_pipeline(
+CREATE OR REPLACE FUNCTION autoembed._check_table(
     pipeline autoembed.pipeline,
     OUT problem text,
     OUT hint text,
@@ -95,22 +95,12 @@ CREATE OR REPLACE FUNCTION autoembed._check_pipeline(
 )
     LANGUAGE plpgsql
     STABLE
-    SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE
     _table pg_class;
-    _function pg_proc;
-    _missing text;
-    _vectors_table regclass := coalesce(pipeline.embeddings_table, pipeline.table_id);
     _root regclass;
-    _type text;
-    _is_vector boolean;
-    _type_dimensions integer;
-    _generated boolean;
-    _unpublished regclass;
-    _model_name text := coalesce(pipeline.model, autoembed._default_model());
-    _model autoembed.model;
+    _missing name;
 BEGIN
     SELECT c.* INTO _table FROM pg_class AS c WHERE c.oid = pipeline.table_id;
     IF NOT FOUND THEN
@@ -202,12 +192,34 @@ BEGIN
                        'restrictive policies; or ALTER TABLE %s NO FORCE ROW LEVEL SECURITY.',
                        pipeline.table_id, pg_get_userbyid(_table.relowner), pipeline.table_id);
         errcode := 'waits';
-        RETURN;
     END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._check_table IS
+    'The reason why a pipeline cannot read the rows of its table, and the cure, as _check_pipeline() returns them.';
 
+CREATE OR REPLACE FUNCTION autoembed._check_embedding_column(
+    pipeline autoembed.pipeline,
+    OUT problem text,
+    OUT hint text,
+    OUT errcode text
+)
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _owner oid := (SELECT c.relowner FROM pg_class AS c WHERE c.oid = pipeline.table_id);
+    _vectors_table regclass := coalesce(pipeline.embeddings_table, pipeline.table_id);
+    _model_name text := coalesce(pipeline.model, autoembed._default_model());
+    _model autoembed.model;
+    _type text;
+    _is_vector boolean;
+    _generated boolean;
+BEGIN
     IF pipeline.embeddings_table IS NOT NULL AND NOT EXISTS (
         SELECT FROM pg_class AS c
-        WHERE c.oid = pipeline.embeddings_table AND c.relkind = 'r' AND c.relowner = _table.relowner
+        WHERE c.oid = pipeline.embeddings_table AND c.relkind = 'r' AND c.relowner = _owner
     ) THEN
         problem := CASE
             WHEN EXISTS (SELECT FROM pg_class AS c WHERE c.oid = pipeline.embeddings_table) THEN
@@ -229,8 +241,8 @@ BEGIN
         RETURN;
     END IF;
 
-    SELECT coalesce(v.name, format_type(a.atttypid, a.atttypmod)), v.name IS NOT NULL, a.atttypmod, a.attgenerated <> ''
-    INTO _type, _is_vector, _type_dimensions, _generated
+    SELECT coalesce(v.name, format_type(a.atttypid, a.atttypmod)), v.name IS NOT NULL, a.attgenerated <> ''
+    INTO _type, _is_vector, _generated
     FROM pg_attribute AS a
     LEFT JOIN autoembed._vector_types() AS v ON v.id = a.atttypid
     WHERE a.attrelid = _vectors_table AND a.attname = pipeline.embedding_column AND a.attnum > 0 AND NOT a.attisdropped;
@@ -257,7 +269,8 @@ BEGIN
 
     IF autoembed._clears(pipeline) AND EXISTS (
         SELECT FROM pg_attribute AS a
-        WHERE a.attrelid = _table.oid AND a.attname = pipeline.embedding_column AND a.attnotnull AND NOT a.attisdropped
+        WHERE a.attrelid = pipeline.table_id AND a.attname = pipeline.embedding_column
+          AND a.attnotnull AND NOT a.attisdropped
     ) THEN
         problem := format('column "%s" of table %s is NOT NULL and cannot be cleared',
                           pipeline.embedding_column, pipeline.table_id);
@@ -268,44 +281,97 @@ BEGIN
     -- A BEFORE trigger sees no generated column. A content function may read any column.
     IF autoembed._clears(pipeline) AND EXISTS (
         SELECT FROM pg_attribute AS a
-        WHERE a.attrelid = _table.oid AND a.attgenerated <> '' AND NOT a.attisdropped
+        WHERE a.attrelid = pipeline.table_id AND a.attgenerated <> '' AND NOT a.attisdropped
           AND (a.attname = ANY (autoembed._needed_columns(pipeline)) OR pipeline.content_function IS NOT NULL)
     ) THEN
         problem := format('on_change => ''clear'' does not work with the generated columns of table %s',
                           pipeline.table_id);
         hint := 'Use on_change => ''keep'', or columns that are not generated.';
         errcode := 'feature_not_supported';
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._check_embedding_column IS
+    'The reason why a pipeline cannot write its vectors, and the cure, as _check_pipeline() returns them.';
+
+CREATE OR REPLACE FUNCTION autoembed._check_content_function(
+    pipeline autoembed.pipeline,
+    OUT problem text,
+    OUT hint text,
+    OUT errcode text
+)
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _owner oid := (SELECT c.relowner FROM pg_class AS c WHERE c.oid = pipeline.table_id);
+    _function pg_proc;
+BEGIN
+    IF pipeline.content_function IS NULL THEN
         RETURN;
     END IF;
+    SELECT p.* INTO _function FROM pg_proc AS p WHERE p.oid = autoembed._content_function_of(pipeline);
+    IF NOT FOUND THEN
+        problem := format('there is no function "%s" of one row of %s',
+                          pipeline.content_function, pipeline.table_id);
+        hint := format('Create it: CREATE FUNCTION %s(%s) RETURNS text.',
+                       pipeline.content_function, pipeline.table_id);
+        errcode := 'undefined_function';
+        RETURN;
+    END IF;
+    IF (SELECT t.typcategory FROM pg_type AS t WHERE t.oid = _function.prorettype) <> 'S' THEN
+        problem := format('function %s returns %s',
+                          _function.oid::regprocedure, format_type(_function.prorettype, NULL));
+        hint := 'A content function returns text.';
+        errcode := 'datatype_mismatch';
+        RETURN;
+    END IF;
+    -- The function runs as the table's owner, so its own owner must have that role's rights already.
+    -- A role that may SET ROLE to the table's owner has them. A membership alone may give none.
+    IF NOT pg_has_role(_function.proowner, _owner, 'SET') THEN
+        problem := format('function %s belongs to %I, which lacks the rights of %I, the owner of table %s',
+                          _function.oid::regprocedure, pg_get_userbyid(_function.proowner),
+                          pg_get_userbyid(_owner), pipeline.table_id);
+        hint := format('Make it the table owner''s: ALTER FUNCTION %s OWNER TO %I.',
+                       _function.oid::regprocedure, pg_get_userbyid(_owner));
+        errcode := 'insufficient_privilege';
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._check_content_function IS
+    'The reason why a pipeline cannot call its content function, and the cure, as _check_pipeline() returns them.';
 
-    IF pipeline.content_function IS NOT NULL THEN
-        SELECT p.* INTO _function FROM pg_proc AS p WHERE p.oid = autoembed._content_function_of(pipeline);
-        IF NOT FOUND THEN
-            problem := format('there is no function "%s" of one row of %s',
-                              pipeline.content_function, pipeline.table_id);
-            hint := format('Create it: CREATE FUNCTION %s(%s) RETURNS text.',
-                           pipeline.content_function, pipeline.table_id);
-            errcode := 'undefined_function';
-            RETURN;
-        END IF;
-        IF (SELECT t.typcategory FROM pg_type AS t WHERE t.oid = _function.prorettype) <> 'S' THEN
-            problem := format('function %s returns %s',
-                              _function.oid::regprocedure, format_type(_function.prorettype, NULL));
-            hint := 'A content function returns text.';
-            errcode := 'datatype_mismatch';
-            RETURN;
-        END IF;
-        -- The function runs as the table's owner, so its own owner must have that role's rights already.
-        -- A role that may SET ROLE to the table's owner has them. A membership alone may give none.
-        IF NOT pg_has_role(_function.proowner, _table.relowner, 'SET') THEN
-            problem := format('function %s belongs to %I, which lacks the rights of %I, the owner of table %s',
-                              _function.oid::regprocedure, pg_get_userbyid(_function.proowner),
-                              pg_get_userbyid(_table.relowner), pipeline.table_id);
-            hint := format('Make it the table owner''s: ALTER FUNCTION %s OWNER TO %I.',
-                           _function.oid::regprocedure, pg_get_userbyid(_table.relowner));
-            errcode := 'insufficient_privilege';
-            RETURN;
-        END IF;
+CREATE OR REPLACE FUNCTION autoembed._check_pipeline(
+    pipeline autoembed.pipeline,
+    OUT problem text,
+    OUT hint text,
+    OUT errcode text
+)
+    LANGUAGE plpgsql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _vectors_table regclass := coalesce(pipeline.embeddings_table, pipeline.table_id);
+    _unpublished regclass;
+    _missing text;
+    _model autoembed.model;
+    _type text;
+    _type_dimensions integer;
+BEGIN
+    SELECT c.* INTO problem, hint, errcode FROM autoembed._check_table(pipeline) AS c;
+    IF problem IS NOT NULL THEN
+        RETURN;
+    END IF;
+    SELECT c.* INTO problem, hint, errcode FROM autoembed._check_embedding_column(pipeline) AS c;
+    IF problem IS NOT NULL THEN
+        RETURN;
+    END IF;
+    SELECT c.* INTO problem, hint, errcode FROM autoembed._check_content_function(pipeline) AS c;
+    IF problem IS NOT NULL THEN
+        RETURN;
     END IF;
 
     _unpublished := autoembed._without_replica_identity(_vectors_table);
@@ -329,6 +395,13 @@ BEGIN
         RETURN;
     END IF;
 
+    SELECT m.* INTO _model
+    FROM autoembed.model AS m
+    WHERE m.name = coalesce(pipeline.model, autoembed._default_model());
+    SELECT v.name, a.atttypmod INTO _type, _type_dimensions
+    FROM pg_attribute AS a
+    JOIN autoembed._vector_types() AS v ON v.id = a.atttypid
+    WHERE a.attrelid = _vectors_table AND a.attname = pipeline.embedding_column;
     IF _type_dimensions NOT IN (-1, _model.dimensions) THEN
         problem := format('column "%s" of table %s has %s dimensions, model "%s" has %s',
                           pipeline.embedding_column, _vectors_table, _type_dimensions,

@@ -358,6 +358,57 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._fit_embeddings_table IS
     'Empties a table of embeddings whose vectors have other dimensions, and gives it these.';
 
+CREATE OR REPLACE FUNCTION autoembed._check_attachable(table_id regclass, builds_index boolean)
+    RETURNS void
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _table pg_class;
+BEGIN
+    SELECT c.* INTO _table FROM pg_class AS c WHERE c.oid = table_id;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'undefined_table',
+            MESSAGE = format('table with OID %s does not exist', table_id::oid);
+    ELSIF _table.relpersistence = 't' THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'wrong_object_type',
+            MESSAGE = format('%s is temporary, so lanes cannot see it', table_id),
+            HINT = 'Attach a permanent table.';
+    ELSIF _table.relkind NOT IN ('r', 'p') THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'wrong_object_type',
+            MESSAGE = format('%s is %s, which cannot be attached', table_id, CASE _table.relkind
+                WHEN 'v' THEN 'a view'
+                WHEN 'm' THEN 'a materialized view'
+                WHEN 'f' THEN 'a foreign table'
+                WHEN 'S' THEN 'a sequence'
+                WHEN 'i' THEN 'an index'
+                WHEN 'I' THEN 'a partitioned index'
+                WHEN 'c' THEN 'a composite type'
+                WHEN 't' THEN 'a TOAST table'
+                ELSE format('a relation of kind "%s"', _table.relkind)
+            END),
+            HINT = 'Attach the table that holds the rows.';
+    ELSIF _table.relkind = 'p' AND builds_index THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'feature_not_supported',
+            MESSAGE = format('cannot build an index concurrently on partitioned table %s', table_id),
+            HINT = 'Leave create_index out. Later, create an index concurrently on each partition, and then one on the '
+                'table, which takes over those of the partitions.';
+    ELSIF _table.relispartition THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'wrong_object_type',
+            MESSAGE = format('table %s is a partition', table_id),
+            HINT = format('Attach the whole table: SELECT autoembed.enable(%L, …).', pg_partition_root(table_id));
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._check_attachable IS
+    'Refuses what is no permanent, whole table, and an index on the rows of a partitioned table.';
+
 CREATE OR REPLACE FUNCTION autoembed.enable(
     table_name regclass,
     embedding_column name DEFAULT NULL,
@@ -383,7 +434,6 @@ CREATE OR REPLACE FUNCTION autoembed.enable(
     SET row_security = on
 AS $plpgsql$
 DECLARE
-    _table pg_class;
     _dimensions integer;
     _pipeline autoembed.pipeline;
     _index record;
@@ -400,45 +450,7 @@ BEGIN
             HINT = 'embedding_column keeps the embeddings in the rows, embeddings_table beside them.';
     END IF;
     PERFORM autoembed._check_chunking(embedding_column IS NULL, chunking, chunk_size, chunk_overlap, model);
-    SELECT c.* INTO _table FROM pg_class AS c WHERE c.oid = enable.table_name;
-    IF NOT FOUND THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'undefined_table',
-            MESSAGE = format('table with OID %s does not exist', enable.table_name::oid);
-    ELSIF _table.relpersistence = 't' THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'wrong_object_type',
-            MESSAGE = format('%s is temporary, so lanes cannot see it', enable.table_name),
-            HINT = 'Attach a permanent table.';
-    ELSIF _table.relkind NOT IN ('r', 'p') THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'wrong_object_type',
-            MESSAGE = format('%s is %s, which cannot be attached', enable.table_name, CASE _table.relkind
-                WHEN 'v' THEN 'a view'
-                WHEN 'm' THEN 'a materialized view'
-                WHEN 'f' THEN 'a foreign table'
-                WHEN 'S' THEN 'a sequence'
-                WHEN 'i' THEN 'an index'
-                WHEN 'I' THEN 'a partitioned index'
-                WHEN 'c' THEN 'a composite type'
-                WHEN 't' THEN 'a TOAST table'
-                ELSE format('a relation of kind "%s"', _table.relkind)
-            END),
-            HINT = 'Attach the table that holds the rows.';
-    ELSIF _table.relkind = 'p' AND create_index AND embedding_column IS NOT NULL THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'feature_not_supported',
-            MESSAGE = format('cannot build an index concurrently on partitioned table %s', enable.table_name),
-            HINT = 'Leave create_index out. Later, create an index concurrently on each partition, and then one on the '
-                'table, which takes over those of the partitions.';
-    ELSIF _table.relispartition THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'wrong_object_type',
-            MESSAGE = format('table %s is a partition', enable.table_name),
-            HINT = format(
-                'Attach the whole table: SELECT autoembed.enable(%L, …).', pg_partition_root(enable.table_name)
-            );
-    END IF;
+    PERFORM autoembed._check_attachable(enable.table_name, create_index AND embedding_column IS NOT NULL);
     PERFORM autoembed._check_owner(enable.table_name);
     PERFORM autoembed._check_content(content_columns, content_function, content_template, true);
     PERFORM autoembed._check_on_change(on_change);

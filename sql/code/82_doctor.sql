@@ -1,5 +1,103 @@
 -- Checks of the whole installation, each with advice.
 
+CREATE OR REPLACE FUNCTION autoembed._pipeline_checks(pipeline autoembed.pipeline)
+    RETURNS TABLE (subject text, ok boolean, finding text, advice text)
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _state record;
+    _index record;
+BEGIN
+    SELECT s.*,
+           format('%s.%I', s.table_id, s.embedding_column) AS name,
+           c.relkind = 'p' AND s.embeddings_table IS NULL AS partitioned,
+           coalesce(s.embeddings_table, s.table_id) AS vectors_table,
+           b.index_problem
+    INTO _state
+    FROM autoembed._pipeline_state AS s
+    JOIN pg_class AS c ON c.oid = s.table_id
+    LEFT JOIN autoembed.backfill AS b ON b.pipeline_id = s.id
+    WHERE s.id = pipeline.id;
+    -- The next lane ends a pipeline whose table was dropped.
+    IF NOT FOUND THEN
+        RETURN;
+    END IF;
+
+    subject := format('table %s', _state.name);
+    ok := _state.sound AND NOT _state.paused;
+    finding := coalesce(_state.blocked, 'usable');
+    advice := CASE WHEN NOT ok THEN _state.hint END;
+    RETURN NEXT;
+
+    subject := format('triggers of %s', _state.name);
+    SELECT string_agg(t.problem, ', '), string_agg(t.cure, ' ')
+    INTO finding, advice
+    FROM autoembed._trigger_problems(pipeline) AS t;
+    ok := finding IS NULL;
+    advice := CASE
+        WHEN NOT ok THEN concat_ws(' ', advice, format('SELECT autoembed.resync(%L);', _state.table_id))
+    END;
+    finding := coalesce(finding, 'in place');
+    RETURN NEXT;
+
+    IF _state.sound THEN
+        subject := format('index of %s', _state.name);
+        SELECT k.* INTO _index FROM autoembed._index_key(pipeline) AS k;
+        -- An index on each partition is enough. An index on the whole table takes over those of the partitions.
+        SELECT CASE
+                   WHEN count(i.*) = count(*) THEN string_agg(i.indexrelid::regclass::text, ', ' ORDER BY r.relid)
+               END,
+               concat_ws(
+                   ' ',
+                   CASE WHEN _index.key IS NOT NULL THEN _index.hint END,
+                   string_agg(
+                       format('CREATE INDEX CONCURRENTLY ON %s USING hnsw (%s);', r.relid::regclass, _index.key),
+                       ' ' ORDER BY r.relid
+                   ) FILTER (WHERE i.indexrelid IS NULL),
+                   CASE
+                       WHEN _state.partitioned THEN
+                           format('CREATE INDEX ON %s USING hnsw (%s);', _state.vectors_table, _index.key)
+                   END,
+                   CASE
+                       WHEN _index.expression LIKE '%::%' THEN
+                           format('-- Used by ORDER BY %s <=> …', _index.expression)
+                   END
+               )
+        INTO finding, advice
+        FROM (
+            SELECT t.relid FROM pg_partition_tree(_state.vectors_table) AS t WHERE t.isleaf
+            UNION
+            SELECT _state.vectors_table WHERE NOT _state.partitioned
+        ) AS r
+        JOIN pg_class AS c ON c.oid = r.relid AND c.relkind = 'r'
+        LEFT JOIN LATERAL (
+            SELECT v.* FROM autoembed._vector_index(r.relid, _state.embedding_column) AS v WHERE v.indisvalid
+        ) AS i ON true;
+        -- A search of fewer than about 10,000 rows needs no index.
+        ok := finding IS NOT NULL
+            OR _state.index_problem IS NULL AND coalesce(autoembed._estimated_rows(_state.vectors_table), 0) < 10000;
+        finding := coalesce(finding, 'none' || coalesce(', it could not be built: ' || _state.index_problem, ''));
+        advice := CASE WHEN NOT ok THEN CASE WHEN _index.key IS NULL THEN _index.hint ELSE advice END END;
+        RETURN NEXT;
+    END IF;
+
+    subject := format('failed rows of %s', _state.name);
+    SELECT count(*) = 0,
+           count(*) || coalesce(', the last: ' || (array_agg(f.reason ORDER BY f.last_failed_at DESC))[1], '')
+    INTO ok, finding
+    FROM autoembed.failure AS f
+    WHERE f.pipeline_id = _state.id;
+    advice := CASE
+        WHEN NOT ok THEN
+            format('See autoembed.failed. To try them again: SELECT autoembed.retry_failed(%L);', _state.table_id)
+    END;
+    RETURN NEXT;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._pipeline_checks IS
+    'The checks of doctor() of one pipeline: its table, triggers, index and failed rows.';
+
 CREATE OR REPLACE FUNCTION autoembed.doctor()
     RETURNS TABLE (subject text, ok boolean, finding text, advice text)
     LANGUAGE plpgsql
@@ -12,7 +110,7 @@ DECLARE
     _scheduled bigint;
     _start text := autoembed._start_advice();
     _problem text;
-    _index record;
+    _pipeline autoembed.pipeline;
 BEGIN
     SELECT count(*) INTO _lanes
     FROM autoembed.lane AS l
@@ -102,89 +200,8 @@ BEGIN
         RETURN NEXT;
     END LOOP;
 
-    FOR _row IN
-        SELECT s.*,
-               p AS pipeline,
-               format('%s.%I', s.table_id, s.embedding_column) AS name,
-               c.relkind = 'p' AND s.embeddings_table IS NULL AS partitioned,
-               coalesce(s.embeddings_table, s.table_id) AS vectors_table,
-               b.index_problem
-        FROM autoembed._pipeline_state AS s
-        JOIN autoembed.pipeline AS p ON p.id = s.id
-        -- The next lane ends a pipeline whose table was dropped.
-        JOIN pg_class AS c ON c.oid = s.table_id
-        LEFT JOIN autoembed.backfill AS b ON b.pipeline_id = s.id
-        ORDER BY s.id
-    LOOP
-        subject := format('table %s', _row.name);
-        ok := _row.sound AND NOT _row.paused;
-        finding := coalesce(_row.blocked, 'usable');
-        advice := CASE WHEN NOT ok THEN _row.hint END;
-        RETURN NEXT;
-
-        subject := format('triggers of %s', _row.name);
-        SELECT string_agg(t.problem, ', '), string_agg(t.cure, ' ')
-        INTO finding, advice
-        FROM autoembed._trigger_problems(_row.pipeline) AS t;
-        ok := finding IS NULL;
-        advice := CASE
-            WHEN NOT ok THEN concat_ws(' ', advice, format('SELECT autoembed.resync(%L);', _row.table_id))
-        END;
-        finding := coalesce(finding, 'in place');
-        RETURN NEXT;
-
-        IF _row.sound THEN
-            subject := format('index of %s', _row.name);
-            SELECT k.* INTO _index FROM autoembed._index_key(_row.pipeline) AS k;
-            -- An index on each partition is enough. An index on the whole table takes over those of the partitions.
-            SELECT CASE
-                       WHEN count(i.*) = count(*) THEN string_agg(i.indexrelid::regclass::text, ', ' ORDER BY r.relid)
-                   END,
-                   concat_ws(
-                       ' ',
-                       CASE WHEN _index.key IS NOT NULL THEN _index.hint END,
-                       string_agg(
-                           format('CREATE INDEX CONCURRENTLY ON %s USING hnsw (%s);', r.relid::regclass, _index.key),
-                           ' ' ORDER BY r.relid
-                       ) FILTER (WHERE i.indexrelid IS NULL),
-                       CASE
-                           WHEN _row.partitioned THEN
-                               format('CREATE INDEX ON %s USING hnsw (%s);', _row.vectors_table, _index.key)
-                       END,
-                       CASE
-                           WHEN _index.expression LIKE '%::%' THEN
-                               format('-- Used by ORDER BY %s <=> …', _index.expression)
-                       END
-                   )
-            INTO finding, advice
-            FROM (
-                SELECT t.relid FROM pg_partition_tree(_row.vectors_table) AS t WHERE t.isleaf
-                UNION
-                SELECT _row.vectors_table WHERE NOT _row.partitioned
-            ) AS r
-            JOIN pg_class AS c ON c.oid = r.relid AND c.relkind = 'r'
-            LEFT JOIN LATERAL (
-                SELECT v.* FROM autoembed._vector_index(r.relid, _row.embedding_column) AS v WHERE v.indisvalid
-            ) AS i ON true;
-            -- A search of fewer than about 10,000 rows needs no index.
-            ok := finding IS NOT NULL
-                OR _row.index_problem IS NULL AND coalesce(autoembed._estimated_rows(_row.vectors_table), 0) < 10000;
-            finding := coalesce(finding, 'none' || coalesce(', it could not be built: ' || _row.index_problem, ''));
-            advice := CASE WHEN NOT ok THEN CASE WHEN _index.key IS NULL THEN _index.hint ELSE advice END END;
-            RETURN NEXT;
-        END IF;
-
-        subject := format('failed rows of %s', _row.name);
-        SELECT count(*) = 0,
-               count(*) || coalesce(', the last: ' || (array_agg(f.reason ORDER BY f.last_failed_at DESC))[1], '')
-        INTO ok, finding
-        FROM autoembed.failure AS f
-        WHERE f.pipeline_id = _row.id;
-        advice := CASE
-            WHEN NOT ok THEN
-                format('See autoembed.failed. To try them again: SELECT autoembed.retry_failed(%L);', _row.table_id)
-        END;
-        RETURN NEXT;
+    FOR _pipeline IN SELECT p.* FROM autoembed.pipeline AS p ORDER BY p.id LOOP
+        RETURN QUERY SELECT c.* FROM autoembed._pipeline_checks(_pipeline) AS c;
     END LOOP;
 
     FOR _row IN

@@ -42,14 +42,18 @@ _build_without_workers - - - x
 _call_embedder - - - x
 _changed_expression - - - x
 _check_api_key - - - x
+_check_attachable - x - x
 _check_budget - - - x
 _check_chunking - x - x
 _check_content - x - x
+_check_content_function - - - x
+_check_embedding_column - - - x
 _check_model - - - x
 _check_on_change - x - x
 _check_options - - - x
 _check_owner - x - x
 _check_pipeline - x x x
+_check_table - - - x
 _check_trigger - - - x
 _chunk_size - - - x
 _chunks - - - x
@@ -126,6 +130,7 @@ _keep_restored_model - - - x
 _keep_restored_queue - - - x
 _key_columns - x - x
 _key_expression - x - x
+_key_slots - - - x
 _keys_per_message - - - x
 _labels - - - x
 _lane_is_wanted - - - x
@@ -155,6 +160,7 @@ _output_settings - - - x
 _owned_pipeline - x - x
 _owned_pipelines - x - x
 _owns - x x x
+_pipeline_checks - - - x
 _pipelines - - - x
 _plan - - - x
 _price_and_rate - - - x
