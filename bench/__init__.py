@@ -9,5 +9,5 @@ ROOT = Path(__file__).resolve().parent.parent
 # What is installed for the bench: outside git, kept from one bench to the next.
 CACHE = ROOT / ".bench"
 
-# The fake API's client, and what runs inside the server.
+# The server with its fake API, and what runs inside it.
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "plpy_src")]

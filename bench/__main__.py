@@ -13,13 +13,14 @@ from pathlib import Path
 from bench import CACHE, ROOT, documents, machine, report, scenarios
 from bench.results import Result, Results
 from bench.scenarios import Measured, Sizes
-from bench.server import Connection, Server, running_server
+from bench.server import running_server
 from bench.splitters import SPLITTERS
 from bench.systems import System
 from bench.systems.autoembed import Autoembed
 from bench.systems.guide import Guide
 from bench.systems.pgai import Pgai
 from extension.hostile.attacks import ATTACKS
+from harness import Connection, Server
 
 # The rivals at their best: found by trying batch sizes, concurrencies and processes from half to several times these.
 SYSTEMS: dict[str, System] = {

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from autoembed.onnx_model import OnnxModel
 from bench import CACHE, manuals
 from bench.manuals import Question
-from bench.server import Server, docker
+from bench.server import docker, name_of
 from bench.splitters import MODEL, SPLITTERS, Ranges, Split
+from harness import Server
 
 VECTORS = CACHE / "chunk-vectors"
 IMAGE_MODEL = "/usr/local/share/autoembed/models/all-MiniLM-L6-v2"
@@ -41,7 +42,7 @@ def measure(server: Server, name: str) -> dict[str, float]:
     """The figures of one splitter."""
     manuals.fetch(server)
     if not MODEL.exists():
-        docker("cp", f"{server.name}:{IMAGE_MODEL}", str(MODEL))
+        docker("cp", f"{name_of(server)}:{IMAGE_MODEL}", str(MODEL))
     split = SPLITTERS[name]
     figures = {**_search(split), **_edits(split)}
     if name == "chunks-autoembed":

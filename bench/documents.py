@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.server import Connection
 from fake_api import FakeApi
+from harness import Connection
 
 MODEL = "text-embedding-3-small"
 DIMENSIONS = 1536

@@ -13,8 +13,8 @@ from psycopg import pq
 from psycopg.types import TypeInfo
 
 from bench import documents
-from bench.server import Connection
 from fake_api import FakeApi
+from harness import Connection
 
 BATCH_SIZE = 100
 UPDATE = b"""

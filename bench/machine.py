@@ -10,7 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from bench import ROOT
-from bench.server import POSTGRES_SETTINGS, Connection
+from bench.server import POSTGRES_SETTINGS
+from harness import Connection
 
 
 def describe(db: Connection, rivals: list[str]) -> dict[str, str]:

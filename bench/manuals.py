@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import CACHE
-from bench.server import Server, docker
+from bench.server import docker, name_of
+from harness import Server
 
 FOLDER = CACHE / "manuals"
 # One release of Debian, so that the texts stay the same.
@@ -45,8 +46,8 @@ class Question:
 def fetch(server: Server) -> None:
     """Have the packages' texts in the cache."""
     if not FOLDER.exists():
-        docker("exec", server.name, "sh", "-c", FETCH, stderr=subprocess.DEVNULL)
-        docker("cp", f"{server.name}:/tmp/manuals", str(FOLDER))
+        docker("exec", name_of(server), "sh", "-c", FETCH, stderr=subprocess.DEVNULL)
+        docker("cp", f"{name_of(server)}:/tmp/manuals", str(FOLDER))
 
 
 def faq() -> tuple[list[str], list[Question]]:

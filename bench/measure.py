@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.server import Connection
+from harness import Connection
 
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 PART_SECONDS = 10

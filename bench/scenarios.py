@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 
 from bench import chunking, documents, limit, measure, neighbours
 from bench.measure import Usage
-from bench.server import Connection, Server, wait_until
+from bench.server import api, bare_model_seconds, log_bytes
 from bench.systems import System, Workers
 from bench.systems.autoembed import Autoembed
+from harness import Connection, Server
+from waiting import wait_until
 
 SINGLE_ROWS = 2000
 SEARCHES = 300  # more than a session keeps
@@ -57,14 +59,14 @@ def drain(server: Server, db: Connection, system: System, sizes: Sizes) -> Measu
     with ExitStack() as stack:
         if system.sees_rows_by_itself:
             workers = stack.enter_context(_warm(server, db, system))
-        before, earlier = Usage.of(db), server.api.counters()
+        before, earlier = Usage.of(db), api(server).counters()
         began = time.monotonic()
         documents.insert(db, sizes.rows, first=2)
         committed = time.time()
         insert_seconds = time.monotonic() - began
         if not system.sees_rows_by_itself:
             workers = stack.enter_context(system.running(server, db))
-            server.api.wait_for(seconds=60, requests=1)
+            api(server).wait_for(seconds=60, requests=1)
         worker_cpu_seconds, machine_cpu_seconds = workers.cpu_seconds(), measure.machine_cpu_seconds()
         private_bytes, look_at = 0, began
 
@@ -77,12 +79,12 @@ def drain(server: Server, db: Connection, system: System, sizes: Sizes) -> Measu
             return documents.missing(db) == 0
 
         wait_until(is_done, 60 + sizes.rows, pause_seconds=0.25)
-        used, calls = Usage.of(db) - before, server.api.counters()
+        used, calls = Usage.of(db) - before, api(server).counters()
         worker_cpu_seconds = workers.cpu_seconds() - worker_cpu_seconds
         machine_cpu_seconds = measure.machine_cpu_seconds() - machine_cpu_seconds
         private_bytes = max(private_bytes, workers.private_bytes())
-    documents.check(db, server.api)
-    requests = server.api.log()[earlier["requests"] :]
+    documents.check(db, api(server))
+    requests = api(server).log()[earlier["requests"] :]
     # A worker's start, and a rival's wait for its next tick, are not counted.
     if system.name != "autoembed":
         committed = requests[0]["started_at"] + time.time() - time.monotonic()
@@ -109,13 +111,13 @@ def write_limit(server: Server, db: Connection, connections: int, sizes: Sizes) 
     """The same rows and vectors without any system."""
     documents.load(db, sizes.rows)
     documents.insert(db, sizes.rows)
-    batches = limit.batches(db, server.api)
+    batches = limit.batches(db, api(server))
     with ExitStack() as stack:
         writers = [stack.enter_context(server.connect()) for _ in range(connections)]
         before, machine_cpu_seconds = Usage.of(db), measure.machine_cpu_seconds()
         began = limit.write(batches, writers)
         used, machine_cpu_seconds = Usage.of(db) - before, measure.machine_cpu_seconds() - machine_cpu_seconds
-    documents.check(db, server.api)
+    documents.check(db, api(server))
     seconds = [at - began for at in measure.stored_at(db)]
     figures = {
         "rows_per_second": sizes.rows / seconds[-1],
@@ -143,7 +145,7 @@ def backfill(server: Server, db: Connection, system: Autoembed, sizes: Sizes) ->
             [(queue,)] = db.execute("SELECT pg_total_relation_size('pgmq.q_embedding_jobs')")
             queue_bytes = max(queue_bytes, queue)
             private_bytes = max(private_bytes, workers.private_bytes())
-            embedded = server.api.counters()["inputs"]
+            embedded = api(server).counters()["inputs"]
             if embedded <= EARLY_ROWS:
                 early_bytes = private_bytes
             return bool(embedded >= sizes.backfill_rows and documents.missing(db) == 0)
@@ -151,13 +153,13 @@ def backfill(server: Server, db: Connection, system: Autoembed, sizes: Sizes) ->
         wait_until(is_done, 60 + sizes.backfill_rows, pause_seconds=0.25)
         # With the dead rows that it leaves, and with what the lane has grown to.
         lane_cpu_percent = measure.lane_cpu_percent(db, sizes.idle_seconds)
-    documents.check(db, server.api)
+    documents.check(db, api(server))
     seconds = [at - began_at for at in measure.stored_at(db)]
     figures = {
         "enable_seconds": enable_seconds,
         "rows_per_second": sizes.backfill_rows / seconds[-1],
         "end_over_start": _end_over_start(seconds),
-        "inputs_per_row": server.api.counters()["inputs"] / sizes.backfill_rows,
+        "inputs_per_row": api(server).counters()["inputs"] / sizes.backfill_rows,
         "early_private_bytes": early_bytes,
         "private_bytes": private_bytes,
         "queue_bytes": queue_bytes,
@@ -172,7 +174,7 @@ def local_model(server: Server, db: Connection, system: Autoembed, sizes: Sizes)
     system.attach(server, db)
     documents.load(db, sizes.rows + 1)
     texts = db.execute("SELECT format(E'# %s\\n\\n%s', title, content) FROM source WHERE id > 1 ORDER BY id").fetchall()
-    bare_seconds = server.bare_model_seconds([text for (text,) in texts])
+    bare_seconds = bare_model_seconds(server, [text for (text,) in texts])
     private_bytes = 0
     with _warm(server, db, system) as workers:
         documents.insert(db, sizes.rows, first=2)
@@ -353,7 +355,7 @@ def idle(server: Server, db: Connection, system: System, sizes: Sizes) -> Measur
 def _written(server: Server, db: Connection) -> Figures:
     [(rows,)] = db.execute("SELECT sum(n_tup_ins + n_tup_upd + n_tup_del) FROM pg_stat_user_tables")
     [(table_bytes,)] = db.execute("SELECT sum(pg_total_relation_size(oid)) FROM pg_class WHERE relkind = 'r'")
-    return {"rows_written": int(rows), "growth_bytes": int(table_bytes) + server.log_bytes()}
+    return {"rows_written": int(rows), "growth_bytes": int(table_bytes) + log_bytes(server)}
 
 
 def _end_over_start(seconds: list[float]) -> float:

@@ -1,4 +1,4 @@
-"""What the tests of the extension stand on: a container of the built image, with the fake API in it."""
+"""What the tests of the extension and the bench stand on: a container of the image, with the fake API in it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import psycopg
 from psycopg.rows import namedtuple_row
-from pytest_postgresql.janitor import DatabaseJanitor
 from testcontainers.core.config import testcontainers_config
 from testcontainers.core.container import DockerContainer
 
@@ -79,19 +78,25 @@ class Server:
 
     container: DockerContainer
     port: int
+    # In the host's network, where nothing is published, the fake API has a port of its own.
+    host_api_port: int | None = None
 
     @classmethod
     def of(cls, container: DockerContainer) -> Server:
         """A container that has been started, once its server answers and the fake API runs in it."""
         # Docker publishes other ports after each start.
-        server = cls(container, int(container.get_exposed_port(5432)))
-        wait_until(server._is_up, 60)
-        put_file(container, TESTS / "fake_api", "/tmp")
-        container.get_wrapped_container().exec_run(
-            ["python3", "/tmp/fake_api", "--host", "0.0.0.0", "--port", str(FAKE_API_PORT)], detach=True
+        return cls(container, int(container.get_exposed_port(5432))).with_fake_api()
+
+    def with_fake_api(self) -> Server:
+        """The same, once its server answers and the fake API runs in it."""
+        wait_until(self._is_up, 60)
+        put_file(self.container, TESTS / "fake_api", "/tmp")
+        host, port = (HOST, self.host_api_port) if self.host_api_port else ("0.0.0.0", FAKE_API_PORT)
+        self.container.get_wrapped_container().exec_run(
+            ["python3", "/tmp/fake_api", "--host", host, "--port", str(port)], detach=True
         )
-        wait_until(server._api_is_up, 20)
-        return server
+        wait_until(self._api_is_up, 20)
+        return self
 
     def restarted(self) -> Server:
         """The same container after it was stopped and started."""
@@ -111,6 +116,10 @@ class Server:
             return False
         return True
 
+    @property
+    def url(self) -> str:
+        return f"postgresql://postgres:{PASSWORD}@{HOST}:{self.port}/postgres"
+
     def connect(self, dbname: str = "postgres", **options: Any) -> Connection:
         return psycopg.connect(
             host=HOST,
@@ -123,20 +132,26 @@ class Server:
             **options,
         )
 
-    def janitor(self, dbname: str, template: str | None = None) -> DatabaseJanitor:
-        return DatabaseJanitor(
-            user="postgres",
-            host=HOST,
-            port=self.port,
-            dbname=dbname,
-            template_dbname=template,
-            password=PASSWORD,
-        )
+    @contextmanager
+    def database(self, name: str, template: str = "template1") -> Iterator[None]:
+        """A database, dropped at the end with all its sessions."""
+        with self.connect() as db:
+            # A copy of the files takes less time than one through the log.
+            db.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY".encode())
+        try:
+            yield
+        finally:
+            self.drop_database(name)
+
+    def drop_database(self, name: str) -> None:
+        with self.connect() as db:
+            db.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)".encode())
 
     def fake_api(self, tenant: str) -> FakeApi:
         """A tenant of the fake API that runs in this container; the database reaches it on its own loopback."""
-        port = self.container.get_exposed_port(FAKE_API_PORT)
-        return FakeApi(f"http://{HOST}:{port}", f"http://127.0.0.1:{FAKE_API_PORT}/{tenant}/v1", tenant)
+        port = self.host_api_port or self.container.get_exposed_port(FAKE_API_PORT)
+        inner_port = self.host_api_port or FAKE_API_PORT
+        return FakeApi(f"http://{HOST}:{port}", f"http://127.0.0.1:{inner_port}/{tenant}/v1", tenant)
 
 
 def put_file(container: DockerContainer, source: Path, folder: str) -> None:

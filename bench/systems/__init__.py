@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from bench.measure import process_cpu_seconds, process_private_bytes
-from bench.server import Connection, Server
+from harness import Connection, Server
 
 
 class Workers(Protocol):

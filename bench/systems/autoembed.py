@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from bench.documents import MODEL
 from bench.measure import backend_private_bytes
-from bench.server import Connection, Server, wait_until
+from bench.server import api
+from harness import Connection, Server
+from waiting import wait_until
 
 ENABLE = r"""
 SELECT autoembed.enable('documents', 'embedding', content_template => E'# {title}\n\n{content}', enqueue_existing => %s)
@@ -47,7 +49,7 @@ class Autoembed:
 
     def create(self, server: Server, db: Connection) -> None:
         db.execute("CREATE EXTENSION autoembed CASCADE")
-        db.execute("SELECT autoembed.alter_model(%s, base_url => %s)", [MODEL, server.api.base_url])
+        db.execute("SELECT autoembed.alter_model(%s, base_url => %s)", [MODEL, api(server).base_url])
         db.execute("SELECT autoembed.set_default_model(%s)", [self.model])
 
     def enable(self, db: Connection, enqueue_existing: bool) -> None:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import CACHE
-from bench.server import HOST, Connection, Server, free_port
+from bench.server import api, free_port
 from bench.systems import Processes, running_processes
+from harness import HOST, Connection, Server
 
 SOURCES = Path(__file__).resolve().parent.parent / "guide"
 INSTALLED = CACHE / "guide"
@@ -63,7 +64,7 @@ class Guide:
         environment = {
             "DATABASE_URL": server.url,
             "OPENAI_API_KEY": "sk-bench",
-            "OPENAI_BASE_URL": server.api.base_url,
+            "OPENAI_BASE_URL": api(server).base_url,
             "PORT": str(port),
         }
         db.execute("INSERT INTO util.setting VALUES (%s)", [f"http://{HOST}:{port}"])

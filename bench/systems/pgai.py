@@ -12,8 +12,9 @@ from pathlib import Path
 
 from bench import CACHE
 from bench.documents import DIMENSIONS, MODEL
-from bench.server import Connection, Server
+from bench.server import api
 from bench.systems import Processes, running_processes
+from harness import Connection, Server
 
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "pgai" / "requirements.txt"
 INSTALLED = CACHE / "pgai"
@@ -60,7 +61,7 @@ class Pgai:
 
     def attach(self, server: Server, db: Connection) -> None:
         subprocess.run([INSTALLED / "bin" / "pgai", "install", "--db-url", server.url], check=True, capture_output=True)
-        settings = {"batch_size": self.batch_size, "concurrency": self.concurrency, "base_url": server.api.base_url}
+        settings = {"batch_size": self.batch_size, "concurrency": self.concurrency, "base_url": api(server).base_url}
         db.execute(CREATE_VECTORIZER, settings)
 
     def older_rows(self, db: Connection) -> AbstractContextManager[None]:

@@ -22,7 +22,7 @@ def server() -> Iterator[Server]:
 def template(server: Server) -> Iterator[str]:
     """A database with the extension, to be cloned."""
     name = "autoembed_template"
-    with server.janitor(name):
+    with server.database(name):
         with server.connect(name) as connection:
             connection.execute("CREATE EXTENSION autoembed CASCADE")
         yield name
@@ -31,7 +31,7 @@ def template(server: Server) -> Iterator[str]:
 @pytest.fixture
 def dbname(server: Server, template: str) -> Iterator[str]:
     name = f"test_{uuid.uuid4().hex[:12]}"
-    with server.janitor(name, template):
+    with server.database(name, template):
         yield name
 
 

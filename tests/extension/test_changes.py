@@ -535,7 +535,7 @@ CHANGES = {
 def changes(server: Server, template: str) -> Iterator[Connection]:
     """A database for all kinds; the owner of the tables and the application have no more rights than they need."""
     name = "changes"
-    with server.janitor(name, template), server.connect(name) as db:
+    with server.database(name, template), server.connect(name) as db:
         for role in (OWNER, APPLICATION):
             db.execute(f"CREATE ROLE {role}")
         db.execute(f"GRANT CREATE ON DATABASE {name} TO {OWNER}; SELECT autoembed.grant_usage('{OWNER}')")

@@ -79,7 +79,7 @@ class Chaos(RuleBasedStateMachine):
         super().__init__()
         self.stack = ExitStack()
         name = f"chaos_{uuid.uuid4().hex[:12]}"
-        self.stack.enter_context(self.server.janitor(name, self.template))
+        self.stack.enter_context(self.server.database(name, self.template))
         self.name = name
         self.db = self._connect()
         self.api = self.server.fake_api(name)

@@ -27,7 +27,7 @@ def restored(server: Server, dbname: str) -> Iterator[Restore]:
     """Dumps the test's database in the server's container and restores it beside it; a session there."""
     name = f"restored_{uuid.uuid4().hex[:12]}"
     with ExitStack() as stack:
-        stack.enter_context(server.janitor(name))
+        stack.enter_context(server.database(name))
 
         def restore(options: str = "", restore_options: str = "", before: str = "SELECT") -> Connection:
             with server.connect(name) as session:
@@ -207,7 +207,7 @@ def test_a_restored_cluster_knows_what_it_knew(lived_in: Connection, server: Ser
         f" | sed -E '/DATABASE|^.connect/s/\\b{dbname}\\b/{beside}/' | psql -U postgres -qf - 2>&1"
     )
     with ExitStack() as stack:
-        stack.callback(server.janitor(beside).drop)
+        stack.callback(server.drop_database, beside)
         output = server.container.get_wrapped_container().exec_run(["bash", "-c", command]).output.decode()
 
         errors = [line for line in output.splitlines() if "ERROR:" in line]

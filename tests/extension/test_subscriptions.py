@@ -21,7 +21,7 @@ def logical() -> Iterator[Server]:
 
 @pytest.fixture
 def publisher(logical: Server) -> Iterator[Connection]:
-    with logical.janitor("publisher"), logical.connect("publisher") as db:
+    with logical.database("publisher"), logical.connect("publisher") as db:
         db.execute(
             f"{TABLE}; INSERT INTO notes VALUES (1, 'before'); CREATE PUBLICATION notes FOR TABLE notes".encode()
         )
@@ -32,7 +32,7 @@ def publisher(logical: Server) -> Iterator[Connection]:
 
 @pytest.fixture
 def subscriber(logical: Server, publisher: Connection) -> Iterator[Connection]:
-    with logical.janitor("subscriber"), logical.connect("subscriber") as db:
+    with logical.database("subscriber"), logical.connect("subscriber") as db:
         db.execute(f"{TABLE}; CREATE EXTENSION autoembed CASCADE".encode())
         db.execute("SELECT autoembed.create_model('fake', 'fake', 3), autoembed.set_default_model('fake')")
         yield db

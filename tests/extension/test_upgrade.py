@@ -279,7 +279,7 @@ def lived_in(server: Server, releases: None, api: FakeApi) -> Iterator[Callable[
         def template(version: str, as_in: str) -> str:
             if (version, as_in) not in made:
                 name = f"upgrade_{uuid.uuid4().hex[:12]}"
-                stack.enter_context(server.janitor(name))
+                stack.enter_context(server.database(name))
                 with server.connect(name) as connection:
                     connection.execute(f"CREATE EXTENSION autoembed VERSION '{version}' CASCADE")
                     live_in(connection, lambda **o: server.connect(name, **o), api, with_lane_role=as_in == CURRENT)
@@ -299,7 +299,7 @@ def update(request: pytest.FixtureRequest) -> Update:
 @pytest.fixture
 def dbname(server: Server, lived_in: Callable[..., str], update: Update) -> Iterator[str]:
     name = f"test_{uuid.uuid4().hex[:12]}"
-    with server.janitor(name, lived_in(update[0], as_in=update[0])):
+    with server.database(name, lived_in(update[0], as_in=update[0])):
         yield name
 
 
@@ -430,7 +430,7 @@ def assert_same(updated: list[str], new: list[str]) -> None:
 @contextmanager
 def clone(server: Server, template: str) -> Iterator[Connection]:
     name = f"clone_{uuid.uuid4().hex[:12]}"
-    with server.janitor(name, template), server.connect(name) as connection:
+    with server.database(name, template), server.connect(name) as connection:
         yield connection
 
 
@@ -775,7 +775,7 @@ def test_a_dump_of_an_older_version_is_restored_into_this_one(
     name = f"restored_{uuid.uuid4().hex[:12]}"
     load = {"plain": "psql --quiet --echo-errors", "custom": "pg_restore"}[form]
     command = f"pg_dump -U postgres -F {form} {dbname} | {load} -U postgres -d {name} 2>&1"
-    with server.janitor(name):
+    with server.database(name):
         _, output = server.container.get_wrapped_container().exec_run(["bash", "-c", command])
         with server.connect(name) as db:
             # A dump names functions in its grants, and this version has not all of them. No other statement fails.
@@ -868,7 +868,7 @@ DEPENDENT_ON_PUBLIC = """
 def hostile(server: Server, lived_in: Callable[..., str]) -> Iterator[Connection]:
     """A database with what autoembed needs, its owner no superuser."""
     name = f"hostile_{uuid.uuid4().hex[:12]}"
-    with server.janitor(name), server.connect(name, options="-c search_path=public,pg_catalog") as db:
+    with server.database(name), server.connect(name, options="-c search_path=public,pg_catalog") as db:
         db.execute(f"ALTER DATABASE {name} OWNER TO upgrade_owner")
         db.execute("CREATE EXTENSION plpython3u; CREATE EXTENSION vector; CREATE EXTENSION pgmq")
         yield db

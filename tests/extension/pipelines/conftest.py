@@ -16,7 +16,7 @@ DATABASE = "enable"
 @pytest.fixture(scope="session")
 def enabled(server: Server, template: str) -> Iterator[Connection]:
     """A database for all tests that need no second session."""
-    with server.janitor(DATABASE, template), server.connect(DATABASE) as db:
+    with server.database(DATABASE, template), server.connect(DATABASE) as db:
         url = server.fake_api(DATABASE).base_url
         db.execute("SELECT autoembed.alter_model('text-embedding-3-small', base_url => %s)", [url])
         for name, dimensions in (("small", 256), ("large", 1536), ("huge", 3072), ("giant", 4096)):

@@ -228,7 +228,7 @@ REFUSALS = {
 def unfit(server: Server, template: str) -> Iterator[Connection]:
     """Tables of all kinds that cannot be attach, or not in every way."""
     name = "refusals"
-    with server.janitor(name, template), server.connect(name) as db, db.transaction(force_rollback=True):
+    with server.database(name, template), server.connect(name) as db, db.transaction(force_rollback=True):
         db.execute(TABLE)
         db.execute("""
             CREATE VIEW a_view AS SELECT * FROM documents;
