@@ -11,6 +11,7 @@ import pytest
 
 from autoembed.model import Model, Request, prefixed
 from autoembed.network import Network
+from autoembed.onnx_model import Computed
 from autoembed.providers import local
 from unit.fakes import identified
 
@@ -37,9 +38,9 @@ def test_the_local_model_embeds_prefixed_texts(monkeypatch: pytest.MonkeyPatch, 
     embedded = []
 
     class Recording:
-        def embed(self, texts: list[str], between_batches: Any) -> Any:
+        def embed(self, texts: list[str], between_batches: Any) -> Computed:
             embedded.extend(texts)
-            return np.ones((len(texts), 256), np.float32)
+            return Computed(np.ones((len(texts), 256), np.float32), tokens=3, cut=frozenset())
 
     for name in ("model.onnx", "tokenizer.json"):
         (tmp_path / name).touch()
