@@ -42,6 +42,7 @@ SCENARIOS: dict[str, Callable[..., Measured]] = {
     "local-model": scenarios.local_model,
     "search": scenarios.search,
     "chunking": scenarios.chunks,
+    "quality": scenarios.quality,
     "fresh-idle": scenarios.fresh_when_idle,
     "fresh-steady": scenarios.fresh_when_steady,
     "fresh-backfill": scenarios.fresh_during_backfill,
@@ -51,7 +52,7 @@ SCENARIOS: dict[str, Callable[..., Measured]] = {
     "idle": scenarios.idle,
 }
 # The index would be the wall, or is of other dimensions.
-WITHOUT_INDEX = ("drain-no-index", "backfill", "local-model", "search", "chunking")
+WITHOUT_INDEX = ("drain-no-index", "backfill", "local-model", "search", "chunking", "quality")
 
 Measurement = Callable[[Server, Connection], Measured]
 
@@ -119,8 +120,8 @@ def _plan(names_of_scenarios: list[str], names: list[str], sizes: Sizes) -> Iter
 def _is_of_use(scenario: str, system: System) -> bool:
     if scenario in ("chunking", "neighbours"):
         return False
-    if scenario == "local-model" or system.settings == "local":
-        return scenario in ("local-model", "search") and system.settings == "local"
+    if scenario in ("local-model", "quality") or system.settings == "local":
+        return scenario in ("local-model", "search", "quality") and system.settings == "local"
     if scenario in ("backfill", "search"):
         return system.name == "autoembed" and system.settings == "defaults"
     if scenario == "drain-no-index" and system.name != "autoembed":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ rm -r packages *.deb
 # Edits are tried on texts of about this size, of each language so many.
 MANUAL_BYTES = 44_000
 MANUALS = 12
+# The local model takes minutes for a thousand sections.
+OTHER_SECTIONS = 12
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,28 @@ def faq() -> tuple[list[str], list[Question]]:
                 document += f"{mark} {title}{body}"
         documents.append(document)
     return documents, questions
+
+
+def sections() -> tuple[list[str], list[tuple[str, int]]]:
+    """The sections of all documents, and the questions of the FAQs, each with the number of the answer.
+
+    A question is left out of its answer. Of the sections that answer none, one in OTHER_SECTIONS is there.
+    """
+    perl = [path for path in sorted(FOLDER.glob("perl/*.pod")) if not re.match(r"perl(.*delta|5)", path.name)]
+    python = [path for path in sorted(FOLDER.glob("python/**/*.rst.txt")) if path.parent.name != "whatsnew"]
+    found: list[str] = []
+    questions: list[tuple[str, int]] = []
+    for path in [*perl, *python]:
+        is_faq = path.name.startswith("perlfaq") or path.parent.name == "faq"
+        _, *parts = HEADING.split((_perl if path in perl else _python)(path))
+        for title, body in zip(parts[1::3], parts[2::3], strict=True):
+            answer = body.strip()
+            if answer and is_faq and title.endswith("?"):
+                questions.append((title, len(found)))
+                found.append(answer)
+            elif answer and zlib.crc32(body.encode()) % OTHER_SECTIONS == 0:
+                found.append(f"{title}\n\n{answer}")
+    return found, questions
 
 
 def manuals() -> list[str]:

@@ -109,6 +109,15 @@ EDITS: Columns = {
     "a paragraph added, %": ("new_after_paragraph_percent", 1),
     "a paragraph deleted, %": ("new_after_deletion_percent", 1),
 }
+QUALITY: Columns = {
+    "nDCG@10 by vector": ("vector_ndcg", 1),
+    "by text": ("text_ndcg", 1),
+    "hybrid": ("hybrid_ndcg", 1),
+    "vector, ms": ("vector_seconds", 1000),
+    "text, ms": ("text_seconds", 1000),
+    "hybrid, ms": ("hybrid_seconds", 1000),
+    "hybrid × vector": ("hybrid_ratio", 1),
+}
 IDLE: Columns = {
     "CPU of the server, %": ("postgres_cpu_percent", 1),
     "of a lane, %": ("lane_cpu_percent", 1),
@@ -127,6 +136,7 @@ TABLES: list[tuple[str, str, Columns]] = [
     ("A session that calls embed()", "search", SEARCH),
     ("Chunks, found by the questions of the FAQs of Perl and Python", "chunking", CHUNKS),
     ("Chunks that are new after an edit of a text of 44 kB", "chunking", EDITS),
+    ("search(): the questions of the FAQs of Perl and Python, among all sections of their manuals", "quality", QUALITY),
     ("Freshness: single INSERTs, nothing else to do", "fresh-idle", FRESHNESS),
     ("Freshness: 50 rows/s", "fresh-steady", FRESHNESS),
     ("Freshness: during a backfill of {backfill_rows} rows", "fresh-backfill", FRESHNESS),

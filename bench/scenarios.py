@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, field
 
 from bench import chunking, documents, limit, measure, neighbours
+from bench import quality as search_quality
 from bench.measure import Usage
 from bench.server import api, bare_model_seconds, log_bytes
 from bench.systems import System, Workers
@@ -238,6 +239,11 @@ def fresh_beside_a_neighbour(server: Server, db: Connection, attack: str, sizes:
             lost = set(pids) - set(lanes.pids())
     figures = {f"alone_{name}": value for name, value in _freshness(db, alone, sizes).items()}
     return Measured({**_freshness(db, beside, sizes), **figures, "lanes_lost": len(lost)})
+
+
+def quality(server: Server, db: Connection, system: Autoembed, sizes: Sizes) -> Measured:
+    """How well search() answers questions, by mode."""
+    return Measured(search_quality.measure(server, db, system))
 
 
 def fresh_when_idle(server: Server, db: Connection, system: System, sizes: Sizes) -> Measured:

@@ -74,6 +74,8 @@ TARGETS = [
     Target("… with the local model", "≤", 200, "search", "autoembed-local", "private_bytes", factor=1e-6),
     Target("Backfill: rows/s at the end × at the start", "≥", 0.9, "backfill", "autoembed", "end_over_start"),
     Target("Local model: × a bare onnxruntime loop", "≥", 0.9, "local-model", "autoembed-local", "ratio"),
+    Target("search(): nDCG@10, hybrid", "≥", 0.65, "quality", "autoembed-local", "hybrid_ndcg"),
+    Target("… p50, hybrid × vector", "≤", 3, "quality", "autoembed-local", "hybrid_ratio"),
     Target("Chunks: MRR@10", "≥", 0.75, "chunking", "chunks-autoembed", "reciprocal_rank"),
     Target("… × semantic-text-splitter", "≥", 1, "chunking", "chunks-autoembed", "reciprocal_rank", "chunks-semantic"),
     Target("… answer in 2,000 characters", "≥", 0.75, "chunking", "chunks-autoembed", "answer_share"),

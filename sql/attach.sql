@@ -52,6 +52,17 @@ CREATE OR REPLACE TRIGGER defined_again
     WHEN (OLD.table_shape = NEW.table_shape)
     EXECUTE FUNCTION autoembed._defined();
 
+CREATE OR REPLACE TRIGGER forget_texts
+    AFTER UPDATE OF text_config ON autoembed.pipeline
+    FOR EACH ROW
+    WHEN (OLD.text_config IS DISTINCT FROM NEW.text_config)
+    EXECUTE FUNCTION autoembed._forget_texts();
+
+CREATE OR REPLACE TRIGGER forget_postings
+    AFTER DELETE ON autoembed.text_segment
+    FOR EACH ROW
+    EXECUTE FUNCTION autoembed._forget_postings();
+
 CREATE OR REPLACE TRIGGER end_pipeline
     AFTER UPDATE OF ended ON autoembed.pipeline
     FOR EACH ROW

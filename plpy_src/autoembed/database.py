@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import plpy  # type: ignore[import-not-found]
 
 from autoembed.binary import copy_rows
+from autoembed.bm25 import Posting, Scores, Segment, merged, most_dead
 from autoembed.errors import (
     INSUFFICIENT_PRIVILEGE,
     QUERY_CANCELED,
@@ -27,7 +28,7 @@ from autoembed.errors import (
 from autoembed.limits import Charge, Limits, Permit
 from autoembed.model import Model, Share
 from autoembed.records import MAX_TEXT_BYTES, Backfill, Chunk, Known, Message, Pipeline, Row, Written, digest_of_chunks
-from autoembed.restricted import Run, available, restricted
+from autoembed.restricted import Run, as_role, available, restricted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -249,6 +250,7 @@ class Database:
                 chunking=row["chunking"],
                 chunk_size=row["chunk_size"],
                 chunk_overlap=row["chunk_overlap"],
+                text_config=row["text_config"],
             )
             for row in rows
         }
@@ -649,6 +651,202 @@ class Database:
                 "SELECT autoembed._forget($1, $2)", ["pg_catalog.int4", "pg_catalog.text[]"], [pipeline.id, list(keys)]
             )
 
+    # The text index ------------------------------------------------------------------------------
+
+    def unindexed(self, pipeline: Pipeline, keys: Sequence[str]) -> set[str]:
+        """The keys of the rows that have no text in the text index."""
+        [row] = self._run(
+            "SELECT autoembed._unindexed($1, $2) AS keys",
+            ["pg_catalog.int4", "pg_catalog.text[]"],
+            [pipeline.id, list(keys)],
+        )
+        return set(row["keys"])
+
+    def index_texts(
+        self, pipeline: Pipeline, keys: Sequence[str], digests: Sequence[bytes], texts: Sequence[tuple[int, int, str]]
+    ) -> None:
+        """Puts texts into the text index, where the record of a row has this digest.
+
+        texts: the place of the row's key, counted from 1; the number of the chunk; and its text or a part of it.
+        """
+        rows, numbers, parts = zip(*texts, strict=True)
+        with row_errors():
+            self._run(
+                "SELECT autoembed._index_texts($1, $2, $3, $4, $5, $6)",
+                [
+                    "pg_catalog.int4",
+                    "pg_catalog.text[]",
+                    "pg_catalog.bytea[]",
+                    *["pg_catalog.int4[]"] * 2,
+                    "pg_catalog.text[]",
+                ],
+                [pipeline.id, list(keys), list(digests), list(rows), list(numbers), list(parts)],
+            )
+
+    def merge_segments(self) -> None:
+        """Merges some segments of the text index, if it has too many, or many dead documents."""
+        try:
+            with row_errors(), plpy.subtransaction():
+                self._merge_segments()
+        except RowError as error:
+            # The pipeline may be ended meanwhile. The next round tries again.
+            if not (error.locked or error.may_pass):
+                raise
+
+    def _merge_segments(self) -> None:
+        [task] = self._run("SELECT s.* FROM autoembed._segments_to_merge() AS s")
+        ids, pipeline_id = task["segments"], task["pipeline_id"]
+        if len(ids) < (1 if task["many_are_dead"] else 2):
+            return
+        import numpy as np
+
+        which = ("s.id OPERATOR(pg_catalog.=) ANY ($1)", ["pg_catalog.int8[]"])
+        with as_role(self._own_role()):
+            dead = self._dead_documents(pipeline_id)
+            if task["many_are_dead"]:
+                ids = most_dead(self._segments(*which, [ids]), dead)
+            segments = self._segments(*which, [ids])
+            self._fill(segments, "true", [], [])
+        if not segments:
+            return
+        new = merged(list(segments.values()), dead)
+        gone = np.intersect1d(np.concatenate([segment.documents for segment in segments.values()]), dead)
+        self._run(
+            "SELECT autoembed._replace_segments($1, $2, $3, $4, $5, $6, $7, $8, $9)",
+            [
+                "pg_catalog.int4",
+                "pg_catalog.int8[]",
+                "pg_catalog.int4",
+                *["pg_catalog.bytea"] * 2,
+                "pg_catalog.text[]",
+                *["pg_catalog.bytea[]"] * 2,
+                "pg_catalog.int8[]",
+            ],
+            [
+                pipeline_id,
+                list(ids),
+                len(new.documents),
+                new.documents.astype(">i8").tobytes(),
+                new.lengths.astype(">i4").tobytes(),
+                new.terms,
+                [ordinals.astype(">i4").tobytes() for ordinals in new.ordinals],
+                [frequencies.astype(">i4").tobytes() for frequencies in new.frequencies],
+                gone.tolist(),
+            ],
+        )
+
+    def text_scores(self, pipeline_id: int, words: str) -> Scores:
+        """How well the texts of a pipeline match words. The caller's rights are not asked for."""
+        with as_role(self._own_role()):
+            rows = self._run(
+                "SELECT w.lexeme, coalesce(pg_catalog.cardinality(w.positions), 1) AS occurrences"
+                " FROM ROWS FROM (pg_catalog.unnest(pg_catalog.to_tsvector(autoembed._text_config($1), $2))) AS w",
+                ["pg_catalog.int4", "pg_catalog.text"],
+                [pipeline_id, words],
+            )
+            terms = {row["lexeme"]: row["occurrences"] for row in rows}
+            segments = self._segments("s.pipeline_id OPERATOR(pg_catalog.=) $1", ["pg_catalog.int4"], [pipeline_id])
+            self._fill(segments, "p.term OPERATOR(pg_catalog.=) ANY ($2)", ["pg_catalog.text[]"], [list(terms)])
+            return Scores(list(segments.values()), terms, self._dead_documents(pipeline_id))
+
+    def documents(self, ids: Sequence[int]) -> dict[int, tuple[str, int]]:
+        """The key and the number of the chunk of documents. The caller's rights are not asked for."""
+        with as_role(self._own_role()):
+            rows = self._run(
+                "SELECT d.id, d.key, d.chunk_number FROM autoembed.text_document AS d"
+                " WHERE d.id OPERATOR(pg_catalog.=) ANY ($1)",
+                ["pg_catalog.int8[]"],
+                [list(ids)],
+            )
+        return {row["id"]: (row["key"], row["chunk_number"]) for row in rows}
+
+    def documents_of(self, pipeline_id: int, keys: Sequence[str]) -> list[int]:
+        """The documents of rows. The caller's rights are not asked for."""
+        with as_role(self._own_role()):
+            rows = self._run(
+                "SELECT d.id FROM autoembed.text_document AS d"
+                " WHERE d.pipeline_id OPERATOR(pg_catalog.=) $1 AND d.is_live"
+                " AND d.key OPERATOR(pg_catalog.=) ANY ($2)"
+                " AND pg_catalog.hashtextextended(d.key, 0) OPERATOR(pg_catalog.=) ANY (ARRAY("
+                'SELECT pg_catalog.hashtextextended(k.key COLLATE pg_catalog."C", 0)'
+                " FROM pg_catalog.unnest($2) AS k(key)))",
+                ["pg_catalog.int4", "pg_catalog.text[]"],
+                [pipeline_id, list(keys)],
+            )
+        return [row["id"] for row in rows]
+
+    def search_target(self, table_id: str, embedding_column: str | None) -> dict[str, Any]:
+        """The facts that a search needs: the columns of autoembed._search_target()."""
+        [row] = self._run(
+            "SELECT s.* FROM autoembed._search_target($1::pg_catalog.regclass, $2) AS s",
+            ["pg_catalog.text", "pg_catalog.name"],
+            [table_id, embedding_column],
+        )
+        return dict(row)
+
+    def visible(self, query: str, keys: Sequence[str], numbers: Sequence[int]) -> dict[int, str]:
+        """Which of these chunks the caller may read: by their places from 0, the keys as search() writes them."""
+        plan = plpy.prepare(query, ["pg_catalog.text[]", "pg_catalog.int4[]"])
+        rows = plpy.execute(plan, [list(keys), list(numbers)])
+        return {row["place"] - 1: row["key"] for row in rows}
+
+    def matching(self, query: str, keys: Sequence[str]) -> set[str]:
+        """Which of these rows fulfil the condition of a search. It runs with the rights of the caller."""
+        return {row["key"] for row in plpy.execute(plpy.prepare(query, ["pg_catalog.text[]"]), [list(keys)])}
+
+    def keys(self, query: str) -> list[str]:
+        """The keys of the rows that fulfil the condition of a search. It runs with the rights of the caller."""
+        return [row["key"] for row in plpy.execute(query)]
+
+    def estimated_matches(self, table_id: str, condition: str | None) -> float | None:
+        """About how many rows fulfil a condition and may be read by the caller; None: nobody knows."""
+        [row] = self._run(
+            "SELECT autoembed._estimated_matches($1::pg_catalog.regclass, $2) AS rows",
+            ["pg_catalog.text", "pg_catalog.text"],
+            [table_id, condition],
+        )
+        return row["rows"]  # type: ignore[no-any-return]
+
+    def _own_role(self) -> int:
+        """The role that owns the tables of the text index."""
+        [row] = self._run(
+            "SELECT c.relowner::pg_catalog.int8 AS owner FROM pg_catalog.pg_class AS c"
+            " WHERE c.oid OPERATOR(pg_catalog.=) 'autoembed.text_segment'::pg_catalog.regclass"
+        )
+        return int(row["owner"])
+
+    def _segments(self, which: str, types: Sequence[str], arguments: Sequence[Any]) -> dict[int, Segment]:
+        rows = self._run(
+            f"SELECT s.id, s.documents, s.lengths FROM autoembed.text_segment AS s WHERE {which} ORDER BY s.id",
+            types,
+            arguments,
+        )
+        return {
+            row["id"]: Segment(_numbers(row["documents"], ">i8"), _numbers(row["lengths"], ">i4"), {}) for row in rows
+        }
+
+    def _fill(self, segments: dict[int, Segment], which: str, types: Sequence[str], arguments: Sequence[Any]) -> None:
+        """Reads the postings of segments."""
+        rows = self._run(
+            "SELECT p.segment_id, p.term, p.ordinals, p.frequencies FROM autoembed.text_posting AS p"
+            f" WHERE p.segment_id OPERATOR(pg_catalog.=) ANY ($1) AND {which}",
+            ["pg_catalog.int8[]", *types],
+            [list(segments), *arguments],
+        )
+        for row in rows:
+            postings: Any = segments[row["segment_id"]].postings
+            postings[row["term"]] = Posting(_numbers(row["ordinals"], ">i4"), _numbers(row["frequencies"], ">i4"))
+
+    def _dead_documents(self, pipeline_id: int) -> np.ndarray:
+        [row] = self._run(
+            "SELECT pg_catalog.string_agg(pg_catalog.int8send(d.id), '' ORDER BY d.id) AS ids"
+            " FROM autoembed.text_document AS d"
+            " WHERE d.pipeline_id OPERATOR(pg_catalog.=) $1 AND NOT d.is_live",
+            ["pg_catalog.int4"],
+            [pipeline_id],
+        )
+        return _numbers(row["ids"] or b"", ">i8")
+
     def note_usage(self, model: str, shares: Sequence[Share], slot: int | None) -> None:
         """Notes a request that was answered and the shares of pipelines in it. Frees its slot."""
         self._run(
@@ -719,6 +917,13 @@ def _sqlstate(error: Exception) -> str:
 def _storable(text: str) -> str:
     """A text that PostgreSQL takes: words of a provider may have half a surrogate pair, or a zero byte."""
     return text.encode("utf-8", "replace").decode().replace("\0", "?")
+
+
+def _numbers(data: bytes, form: str) -> np.ndarray:
+    """Numbers that SQL has put together."""
+    import numpy as np
+
+    return np.frombuffer(data, form).astype(form[1:])
 
 
 def literals(vectors: np.ndarray) -> list[str]:

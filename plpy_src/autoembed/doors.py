@@ -28,6 +28,12 @@ QUERY_CACHE_SIZE = 100
 QUERY_TIMEOUT_SECONDS = 60.0
 # doctor() waits for the answer of a model for at most this long, in seconds.
 PROBE_TIMEOUT_SECONDS = 10.0
+# More of a search text is not looked up in the text index, in characters.
+MAX_QUERY_CHARACTERS = 10_000
+# So many rows are asked for one by one sooner than candidates are tried until some are among them.
+FEW_ROWS = 5000
+# So many documents more than wanted rows are tried first: several may be of one row, or hidden.
+SPARE_CANDIDATES = 20
 # Connections that a session keeps open.
 MAX_CONNECTIONS = 32
 # Freed blocks up to this size, in bytes, stay with a lane: an index takes such blocks for each of its rows. The answers
@@ -46,6 +52,7 @@ def process(batch_size: int, max_requests: int, timeout_milliseconds: int) -> di
     here = database.Database(commits=False)
     here.begin_pass()
     here.clean_up()
+    here.merge_segments()
     report = worker.run_pass(here, _network, options)
     here.warn_of_blocked_pipelines()
     return {**vars(report), "failed_jobs": json.dumps(report.failed_jobs)}
@@ -185,6 +192,73 @@ def chunks(
     text = content or ""
     for start, end, tokens in chunks_of(text, count, size, chunking or STRUCTURE, overlap or 0, here.check_interrupts):
         yield start, end, tokens, text[start:end]
+
+
+def text_matches(
+    table_id: str, embedding_column: str | None, words: str, wanted: int, condition: str | None, keys: list[str]
+) -> list[tuple[str, int, float, int | None]]:
+    """The rows that match words best: the rows of autoembed._text_matches().
+
+    Candidates come from the text index, which the caller has no right to read. Only those that the caller may read
+    leave this function, or meet the condition.
+    """
+    here = database.Database(commits=False)
+    target = here.search_target(table_id, embedding_column)
+    scores = here.text_scores(target["pipeline_id"], words[:MAX_QUERY_CHARACTERS])
+    found: dict[str, tuple[int, float]] = {}
+    tried, limit = 0, wanted + SPARE_CANDIDATES
+    while len(found) < wanted and tried < len(scores.scores):
+        if tried and (few := _few_rows(here, target, condition)) is not None:
+            # Most candidates are not among the rows that match. These are fewer.
+            candidates = scores.of(here.documents_of(target["pipeline_id"], few))
+            batch, condition = sorted(candidates.items(), key=lambda one: (-one[1], one[0])), None
+            tried = len(scores.scores)
+        else:
+            best = scores.best(limit)
+            batch, tried, limit = best[tried:], len(best), 8 * limit
+        passages = [one for one in _visible(here, target, batch) if one[0] not in found]
+        if condition is not None and passages:
+            query = f"{target['matching_query']}{condition}\n)"
+            matching = here.matching(query, list(dict.fromkeys(key for key, _, _ in passages)))
+            passages = [one for one in passages if one[0] in matching]
+        for key, number, score in passages:
+            found.setdefault(key, (number, score))
+    ranked = list(found.items())[:wanted]
+    rows: list[tuple[str, int, float, int | None]] = [
+        (key, number, score, place) for place, (key, (number, score)) in enumerate(ranked, 1)
+    ]
+    others = [key for key in keys if key not in dict(ranked)]
+    if others and len(scores.scores):
+        known = scores.of(here.documents_of(target["pipeline_id"], others))
+        of_others: dict[str, tuple[int, float]] = {}
+        for key, number, score in _visible(here, target, sorted(known.items(), key=lambda one: -one[1])):
+            of_others.setdefault(key, (number, score))
+        rows += [(key, number, score, None) for key, (number, score) in of_others.items()]
+    return rows
+
+
+def _few_rows(here: database.Database, target: dict[str, Any], condition: str | None) -> list[str] | None:
+    """The keys of the rows that match a condition and that the caller may read; None: they are many, or not known."""
+    if not target["has_plain_keys"]:
+        return None
+    estimated = here.estimated_matches(target["table_id"], condition)
+    if estimated is None or estimated > FEW_ROWS:
+        return None
+    keys = here.keys(f"{target['keys_query']}{condition or 'true'}\n) LIMIT {4 * FEW_ROWS}")
+    return keys if len(keys) < 4 * FEW_ROWS else None
+
+
+def _visible(
+    here: database.Database, target: dict[str, Any], candidates: Sequence[tuple[int, float]]
+) -> list[tuple[str, int, float]]:
+    """Those of these documents that the caller may read: the key, the number of the chunk, and the score of each."""
+    documents = here.documents([document for document, _ in candidates])
+    known = [(*documents[document], score) for document, score in candidates if document in documents]
+    if not known:
+        return []
+    keys, numbers, _ = zip(*known, strict=True)
+    visible = here.visible(target["visible_query"], keys, numbers)
+    return [(visible[place], number, score) for place, (_, number, score) in enumerate(known) if place in visible]
 
 
 def check_model(name: str) -> dict[str, Any] | None:

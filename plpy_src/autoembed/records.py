@@ -38,6 +38,7 @@ class Pipeline:
     vector_type: the column's type with its schema. truncate: texts that are too long are cut instead of failed.
     owner: the OID of the table's owner. blocked: why the jobs must wait; None: they need not.
     failures: how often the provider of the model has failed in a row.
+    text_config: the text search configuration of its text index; None: it has no text index.
     """
 
     id: int
@@ -55,6 +56,7 @@ class Pipeline:
     chunking: str = "none"
     chunk_size: int | None = None
     chunk_overlap: int = 0
+    text_config: str | None = None
 
     def digest(self, content: str) -> bytes:
         """16 bytes that tell whether the embeddings of a row were made of this text, in this way."""

@@ -115,6 +115,18 @@ def restricted(seconds: float, user: int | None = None) -> Iterator[Run]:
     server.SetUserIdAndSecContext(before.user, before.flags)
 
 
+@contextmanager
+def as_role(user: int) -> Iterator[None]:
+    """Runs the block's statements as this role. They must be autoembed's own."""
+    server = _server()
+    before = _Context.now()
+    server.SetUserIdAndSecContext(user, before.flags | SECURITY_LOCAL_USERID_CHANGE)
+    try:
+        yield
+    finally:
+        server.SetUserIdAndSecContext(before.user, before.flags)
+
+
 @dataclass(frozen=True)
 class _Context:
     user: int

@@ -11,6 +11,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from autoembed import batching
+from autoembed.bm25 import parts
 from autoembed.chunks import NONE, chunks_of, size_of, trimmed
 from autoembed.errors import Fault, PassEnded, RowError, Trouble
 from autoembed.jobs import MAX_ATTEMPTS, Job, Ledger
@@ -533,11 +534,39 @@ class Rows:
                 [job.truncated for job in jobs],
                 written=written,
             )
+            if pipeline.text_config is not None:
+                self._index_texts(pipeline, jobs, written=written)
         except RowError as error:
             self._settle_one_by_one(partial(self._record, written=written), pipeline, jobs, error)
             return
         for job in jobs:
             self._ledger.done(job)
+
+    def _index_texts(self, pipeline: Pipeline, jobs: list[Job], *, written: bool) -> None:
+        """Puts the texts of rows whose digests are recorded into the text index, where they are not yet."""
+        if not written:
+            unindexed = self._database.unindexed(pipeline, [job.key for job in jobs])
+            jobs = [job for job in jobs if job.key in unindexed]
+        texts = [
+            (place, number, part)
+            for place, job in enumerate(jobs, 1)
+            for number, text in enumerate(self._texts_of(pipeline, job), 1)
+            for part in parts(text)
+        ]
+        if texts:
+            self._database.index_texts(pipeline, [job.key for job in jobs], [job.digest for job in jobs], texts)
+
+    def _texts_of(self, pipeline: Pipeline, job: Job) -> list[str]:
+        """The texts of a row that have a vector each."""
+        content = job.content or ""
+        if not pipeline.is_beside:
+            return [content]
+        ranges = [(chunk.start, chunk.end) for chunk in job.chunks]
+        if not ranges:
+            if pipeline.chunking == NONE:
+                return [content]
+            ranges = self._ranges_of(pipeline, content)
+        return [content[start:end] for start, end in ranges]
 
     def _forget(self, pipeline: Pipeline, jobs: list[Job]) -> None:
         """Settles rows that need no vector: deleted ones, and those without a text."""

@@ -120,6 +120,8 @@ class _Lane:
             self._is_wanted = self._database.lane_is_wanted()
             if self._is_wanted:
                 self._database.clean_up()
+                self._database.commit()
+                self._database.merge_segments()
             self._database.commit()
             if self._has_worked:
                 heap.trim()

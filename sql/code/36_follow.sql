@@ -284,6 +284,8 @@ BEGIN
     DELETE FROM autoembed.backfill AS b WHERE b.pipeline_id = OLD.id;
     DELETE FROM autoembed.embedded AS e WHERE e.pipeline_id = OLD.id;
     DELETE FROM autoembed.failure AS f WHERE f.pipeline_id = OLD.id;
+    DELETE FROM autoembed.text_document AS d WHERE d.pipeline_id = OLD.id;
+    DELETE FROM autoembed.text_segment AS s WHERE s.pipeline_id = OLD.id;
     PERFORM autoembed._drop_functions(OLD.id, true);
     PERFORM autoembed._unschedule('index-' || OLD.id);
     FOR _trigger IN
@@ -550,13 +552,13 @@ BEGIN
     INSERT INTO autoembed.pipeline AS p (
         table_id, embedding_column, key_columns, content_columns, content_template, content_function,
         content_function_id, content_function_oid, condition, condition_columns, condition_objects, model,
-        on_change, truncate, replicated, managed, paused, table_shape, built_from
+        on_change, truncate, replicated, managed, paused, table_shape, built_from, text_config
     )
     SELECT (_new).table_id, (_new).embedding_column, (_new).key_columns, (_new).content_columns,
            (_new).content_template, (_new).content_function, (_new).content_function_id,
            (_new).content_function_oid, (_new).condition, (_new).condition_columns, (_new).condition_objects,
            (_new).model, (_new).on_change, (_new).truncate, (_new).replicated, (_new).managed, (_new).paused,
-           (_new).table_shape, 'stopped'
+           (_new).table_shape, 'stopped', (_new).text_config
     RETURNING p.id INTO _new.id;
     -- The digests of the rows go along while the table has both keys.
     IF NOT EXISTS (
@@ -614,10 +616,17 @@ BEGIN
         $sql$,
         autoembed._key_expression(pipeline, 't'), autoembed._rows_of(pipeline.table_id)
     ) USING pipeline.id;
+    UPDATE autoembed.text_document AS d
+    SET is_live = false
+    WHERE d.pipeline_id = pipeline.id AND d.is_live AND NOT EXISTS (
+        SELECT FROM autoembed.embedded AS e
+        WHERE e.pipeline_id = pipeline.id AND e.key = autoembed._short_key(d.key)
+    );
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._forget_old_keys IS
-    'Deletes the digests of rows whose key is written in another way since the type of a key column has changed.';
+    'Deletes the digests and the indexed texts of rows whose key is written in another way since the type of a key '
+    'column has changed.';
 
 CREATE OR REPLACE FUNCTION autoembed._follow(ids integer[], text_changed boolean DEFAULT false)
     RETURNS void

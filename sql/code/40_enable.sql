@@ -426,7 +426,8 @@ CREATE OR REPLACE FUNCTION autoembed.enable(
     embeddings_table text DEFAULT NULL,
     chunking text DEFAULT NULL,
     chunk_size integer DEFAULT NULL,
-    chunk_overlap integer DEFAULT NULL
+    chunk_overlap integer DEFAULT NULL,
+    text_config text DEFAULT NULL
 )
     RETURNS void
     LANGUAGE plpgsql
@@ -509,14 +510,14 @@ BEGIN
     INSERT INTO autoembed.pipeline AS p (
         table_id, embedding_column, content_columns, content_function, content_template,
         condition, condition_columns, condition_objects, model, on_change, truncate, replicated, embeddings_table,
-        chunking, chunk_size, chunk_overlap
+        chunking, chunk_size, chunk_overlap, text_config
     )
     SELECT enable.table_name, coalesce(enable.embedding_column, 'embedding'),
            enable.content_columns, enable.content_function, enable.content_template,
            c.condition, c.columns, c.objects, enable.model, enable.on_change,
            coalesce(enable.truncate, true), coalesce(enable.replicated, false), _embeddings_table,
            coalesce(enable.chunking, CASE WHEN enable.embedding_column IS NULL THEN 'structure' ELSE 'none' END),
-           enable.chunk_size, coalesce(enable.chunk_overlap, 0)
+           enable.chunk_size, coalesce(enable.chunk_overlap, 0), autoembed._full_text_config(enable.text_config)
     FROM autoembed._read_condition(enable.table_name, enable.condition) AS c
     RETURNING p.* INTO _pipeline;
     SELECT k.* INTO _index FROM autoembed._index_key(_pipeline) AS k;
@@ -556,7 +557,8 @@ CREATE OR REPLACE FUNCTION autoembed.alter_pipeline(
     truncate boolean DEFAULT NULL,
     chunking text DEFAULT NULL,
     chunk_size integer DEFAULT NULL,
-    chunk_overlap integer DEFAULT NULL
+    chunk_overlap integer DEFAULT NULL,
+    text_config text DEFAULT NULL
 )
     RETURNS void
     LANGUAGE plpgsql
@@ -607,7 +609,11 @@ BEGIN
         truncate = coalesce(alter_pipeline.truncate, p.truncate),
         chunking = coalesce(alter_pipeline.chunking, p.chunking),
         chunk_size = coalesce(alter_pipeline.chunk_size, p.chunk_size),
-        chunk_overlap = coalesce(alter_pipeline.chunk_overlap, p.chunk_overlap)
+        chunk_overlap = coalesce(alter_pipeline.chunk_overlap, p.chunk_overlap),
+        text_config = CASE
+            WHEN alter_pipeline.text_config IS NULL THEN p.text_config
+            ELSE autoembed._full_text_config(alter_pipeline.text_config)
+        END
     WHERE p.id = _pipeline.id;
     IF alter_pipeline.model IS NOT NULL AND _pipeline.embeddings_table IS NOT NULL THEN
         PERFORM autoembed._fit_embeddings_table(
@@ -616,7 +622,7 @@ BEGIN
     END IF;
     IF _new_content OR num_nonnulls(
         alter_pipeline.model, alter_pipeline.condition, alter_pipeline.chunking, alter_pipeline.chunk_size,
-        alter_pipeline.chunk_overlap
+        alter_pipeline.chunk_overlap, nullif(alter_pipeline.text_config, '')
     ) > 0 THEN
         PERFORM autoembed.resync(_pipeline.table_id, _pipeline.embedding_column);
     END IF;
@@ -624,7 +630,7 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.alter_pipeline IS
     'Changes how a table is embedded, by the arguments that are not NULL, and embeds the rows to which that makes a '
-    'difference. An empty model is the default model. An empty condition is none.';
+    'difference. An empty model is the default model. An empty condition is none, and so is an empty text_config.';
 
 CREATE OR REPLACE FUNCTION autoembed.disable(
     table_name regclass,

@@ -16,7 +16,8 @@ CREATE OR REPLACE FUNCTION autoembed._pipelines(ids integer[])
         model jsonb,
         chunking text,
         chunk_size integer,
-        chunk_overlap integer
+        chunk_overlap integer,
+        text_config text
     )
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -41,7 +42,7 @@ BEGIN
     SELECT s.id, n.nspname::text, c.relname::text, c.relowner::bigint, s.content_function, s.embedding_column::text,
            s.embeddings_table IS NOT NULL, v.full_name, s.truncate, coalesce(s.blocked, _unbuilt ->> s.id::text),
            s.failures, autoembed._model_facts(autoembed._model(s.model)), p.chunking, p.chunk_size,
-           p.chunk_overlap
+           p.chunk_overlap, p.text_config
     FROM autoembed._pipeline_state AS s
     JOIN autoembed.pipeline AS p ON p.id = s.id
     LEFT JOIN pg_class AS c ON c.oid = s.table_id
@@ -185,6 +186,15 @@ AS $sql$
     WHERE e.pipeline_id = _forget.pipeline_id AND e.key = ANY (autoembed._short_keys(keys));
     DELETE FROM autoembed.failure AS f
     WHERE f.pipeline_id = _forget.pipeline_id AND autoembed._short_key(f.key) = ANY (autoembed._short_keys(keys));
+    -- A text that was indexed after this transaction had begun may be of a new row with an old key.
+    INSERT INTO autoembed._job (due_at, message)
+    SELECT clock_timestamp(), jsonb_build_object('pipeline', _forget.pipeline_id, 'keys', jsonb_agg(k.key::jsonb))
+    FROM (
+        SELECT d.key, (row_number() OVER () - 1) / autoembed._keys_per_message() AS number
+        FROM autoembed._drop_texts(_forget.pipeline_id, keys) AS d
+        WHERE d.chunk_number = 1 AND d.indexed_at > now()
+    ) AS k
+    GROUP BY k.number;
 $sql$;
 COMMENT ON FUNCTION autoembed._forget IS 'Deletes all records of rows that were deleted.';
 
@@ -202,6 +212,25 @@ AS $sql$
     INSERT INTO autoembed._job (due_at, message)
     SELECT clock_timestamp(), jsonb_build_object('pipeline', _forget_all.pipeline_id, 'keys', jsonb_agg(k.key::jsonb))
     FROM (SELECT f.key, (row_number() OVER () - 1) / autoembed._keys_per_message() AS number FROM failed AS f) AS k
+    GROUP BY k.number;
+    -- The same holds for the texts that were indexed since.
+    WITH dropped AS (
+        UPDATE autoembed.text_document AS d
+        SET is_live = false
+        WHERE d.pipeline_id = _forget_all.pipeline_id AND d.is_live
+        RETURNING d.key, d.chunk_number, d.indexed_at
+    )
+    INSERT INTO autoembed._job (due_at, message)
+    SELECT clock_timestamp(), jsonb_build_object('pipeline', _forget_all.pipeline_id, 'keys', jsonb_agg(k.key::jsonb))
+    FROM (
+        SELECT d.key, (row_number() OVER () - 1) / autoembed._keys_per_message() AS number
+        FROM dropped AS d
+        WHERE d.chunk_number = 1 AND d.indexed_at > (
+            SELECT min(j.enqueued_at)
+            FROM autoembed._job AS j
+            WHERE j.pipeline = _forget_all.pipeline_id::text AND j.message ? 'truncated'
+        )
+    ) AS k
     GROUP BY k.number;
 $sql$;
 COMMENT ON FUNCTION autoembed._forget_all IS

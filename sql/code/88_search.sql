@@ -1,5 +1,5 @@
--- Search by meaning. Conditions, policies and functions in them run with the rights of the caller and in the caller's
--- search_path. So all else in these functions is qualified.
+-- Search by meaning and by words. Conditions, policies and functions in them run with the rights of the caller and in
+-- the caller's search_path. So all else in these functions is qualified.
 
 CREATE OR REPLACE FUNCTION autoembed._search_target(
     table_name regclass,
@@ -11,7 +11,13 @@ CREATE OR REPLACE FUNCTION autoembed._search_target(
     OUT has_index boolean,
     OUT query_start text,
     OUT query_end text,
-    OUT query_tail text
+    OUT query_tail text,
+    OUT pipeline_id integer,
+    OUT of_keys text,
+    OUT visible_query text,
+    OUT matching_query text,
+    OUT keys_query text,
+    OUT has_plain_keys boolean
 )
     LANGUAGE plpgsql
     STABLE
@@ -35,6 +41,7 @@ DECLARE
     _key text;
     _same_key text;
     _passage text;
+    _sent_key text;
 BEGIN
     IF cardinality(_pipelines) = 0 THEN
         RAISE EXCEPTION USING
@@ -79,6 +86,40 @@ BEGIN
         SELECT FROM autoembed._vector_index(_vectors_table, _pipeline.embedding_column) AS i WHERE i.indisvalid
     );
     _key := autoembed._key_expression(_pipeline, 't');
+    pipeline_id := _pipeline.id;
+    SELECT string_agg(format(
+               '%%1$s.%I %s (s.key::pg_catalog.jsonb OPERATOR(pg_catalog.->>) %s::pg_catalog.int4)::%I.%I',
+               k.name, autoembed._operator(_pipeline.table_id, k.name, 3), k.number - 1, n.nspname, y.typname
+           ), ' AND ' ORDER BY k.number),
+           bool_and(a.atttypid IN (
+               'bigint'::regtype, 'integer'::regtype, 'smallint'::regtype, 'numeric'::regtype, 'boolean'::regtype,
+               'text'::regtype, 'varchar'::regtype, 'bpchar'::regtype, 'name'::regtype, 'uuid'::regtype
+           ))
+    INTO _sent_key, has_plain_keys
+    FROM unnest(_pipeline.key_columns) WITH ORDINALITY AS k(name, number)
+    JOIN pg_attribute AS a ON a.attrelid = _pipeline.table_id AND a.attname = k.name
+    JOIN pg_type AS y ON y.oid = a.atttypid
+    JOIN pg_namespace AS n ON n.oid = y.typnamespace;
+    of_keys := format('EXISTS (SELECT FROM pg_catalog.unnest($2) AS s(key) WHERE %s)', format(_sent_key, 't'));
+    matching_query := format(
+        'SELECT %s AS key FROM %s AS t WHERE EXISTS (SELECT FROM pg_catalog.unnest($1) AS s(key) WHERE %s) AND (',
+        _key, _pipeline.table_id, format(_sent_key, 't')
+    );
+    keys_query := format('SELECT %s AS key FROM %s AS t WHERE (', _key, _pipeline.table_id);
+    visible_query := format(
+        -- The caller needs the rights to all columns, as for the rows of a search.
+        'SELECT s.place, %s AS key, ROW(t.*) IS NULL AS is_null '
+        'FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2)) WITH ORDINALITY AS s(key, number, place) '
+        'JOIN %s AS t ON %s WHERE %s',
+        _key, _pipeline.table_id, format(_sent_key, 't'),
+        CASE
+            WHEN is_beside THEN format(
+                'EXISTS (SELECT FROM %s AS e WHERE %s AND e.chunk_number OPERATOR(pg_catalog.=) s.number)',
+                _vectors_table, format(_sent_key, 'e')
+            )
+            ELSE format('t.%I IS NOT NULL', _pipeline.embedding_column)
+        END
+    );
 
     IF NOT is_beside THEN
         query_start := format(
@@ -124,7 +165,25 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._search_target IS
     'The facts that a search of a table needs. query_start, query_end, query_tail: the query of rows and distances, '
-    'nearest first, around a condition and a limit. $1 is the vector. has_index: whether an index may answer it.';
+    'nearest first, around a condition and a limit. $1 is the vector. has_index: whether an index may answer it. '
+    'of_keys: that the row has one of the keys $2. visible_query: which of the chunks with keys $1 and numbers $2 the '
+    'caller may read. matching_query, keys_query: which rows with keys $1, and which rows, fulfil the condition behind '
+    'it. has_plain_keys: no setting of the session changes how keys are written.';
+
+CREATE OR REPLACE FUNCTION autoembed._has_text_index(table_name regclass, embedding_column name)
+    RETURNS boolean
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT bool_or(autoembed._text_config(p.id) IS NOT NULL)
+    FROM autoembed.pipeline AS p
+    WHERE _has_text_index.table_name IN (p.table_id, p.embeddings_table)
+      AND p.embedding_column = coalesce(_has_text_index.embedding_column, p.embedding_column);
+$sql$;
+COMMENT ON FUNCTION autoembed._has_text_index IS
+    'Whether a search of a table may go by words. NULL: the table is not attached.';
 
 CREATE OR REPLACE FUNCTION autoembed._estimated_matches(table_id regclass, condition text)
     RETURNS double precision
@@ -199,7 +258,10 @@ BEGIN
     _by_index := _target.has_index
         AND (autoembed._estimated_matches(_target.table_id, condition) OPERATOR(pg_catalog.<=) _few) IS NOT TRUE;
     -- Several chunks of one row may be near.
-    _limit := CASE WHEN _target.is_beside THEN 4 ELSE 1 END OPERATOR(pg_catalog.*) wanted;
+    _limit := wanted OPERATOR(pg_catalog.+) CASE
+        WHEN _target.is_beside THEN least(3 OPERATOR(pg_catalog.*) wanted, 50)
+        ELSE 0
+    END;
     LOOP
         _fetched := 0;
         _keys := '{}';
@@ -235,6 +297,75 @@ COMMENT ON FUNCTION autoembed._search IS
     'The nearest rows of a table, at least as many as wanted if there are so many, and their nearest chunks, in no '
     'order.';
 
+CREATE OR REPLACE FUNCTION autoembed._found_rows(
+    like_row anyelement,
+    table_name regclass,
+    query text,
+    keys text[],
+    chunk_numbers integer[],
+    embedding_column name
+)
+    RETURNS TABLE (
+        hit anyelement,
+        key text,
+        distance double precision,
+        chunk_number integer,
+        chunk_start integer,
+        chunk_end integer,
+        chunk text
+    )
+    LANGUAGE plpgsql
+    STABLE
+AS $plpgsql$
+#variable_conflict use_column
+DECLARE
+    _target record;
+    _vector @extschema:vector@.vector;
+BEGIN
+    IF pg_catalog.cardinality(keys) OPERATOR(pg_catalog.=) 0 THEN
+        RETURN;
+    END IF;
+    SELECT s.* INTO _target FROM autoembed._search_target(table_name, embedding_column) AS s;
+    IF query IS NOT NULL THEN
+        _vector := autoembed.embed(query, _target.model);
+    END IF;
+    RETURN QUERY EXECUTE pg_catalog.concat(
+        'SELECT DISTINCT ON (n.place) f.hit, f.key, f.distance, f.number, f.start, f.stop, f.chunk '
+        'FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) WITH ORDINALITY AS n(key, number, place) JOIN (',
+        _target.query_start, _target.of_keys, _target.query_end, ' OPERATOR(pg_catalog.+) 0::pg_catalog.float8',
+        _target.query_tail,
+        ') AS f ON f.key OPERATOR(pg_catalog.=) n.key AND ($1 IS NOT NULL OR coalesce(f.number, n.number) '
+        'OPERATOR(pg_catalog.=) n.number) ORDER BY n.place, f.distance'
+    ) USING _vector, keys, chunk_numbers;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._found_rows IS
+    'The rows of these keys that the caller may read, each with the chunk that is nearest to a text; without a text, '
+    'with the chunk of that number.';
+
+CREATE OR REPLACE FUNCTION autoembed._text_matches(
+    table_name regclass,
+    embedding_column name,
+    query text,
+    wanted integer,
+    condition text,
+    keys text[]
+)
+    RETURNS TABLE (key text, chunk_number integer, score double precision, place integer)
+    LANGUAGE plpython3u
+    STABLE
+    -- A plan would show the candidates to a caller who may not read them.
+    SET debug_print_plan = off
+AS $python$
+    if GD.get("autoembed") != "@BUILD@":
+        plpy.execute("SELECT autoembed._load_python()")
+    from autoembed import doors
+    return doors.text_matches(table_name, embedding_column, query, wanted, condition, keys)
+$python$;
+COMMENT ON FUNCTION autoembed._text_matches IS
+    'The rows that match words best and that the caller may read, by BM25, with the score of their best chunk, in the '
+    'order of place; and without a place those of keys that match, too.';
+
 CREATE OR REPLACE FUNCTION autoembed._ranked(
     like_row anyelement,
     table_name regclass,
@@ -242,7 +373,9 @@ CREATE OR REPLACE FUNCTION autoembed._ranked(
     max_rows integer,
     skip_rows integer,
     condition text,
-    embedding_column name
+    embedding_column name,
+    mode text,
+    vector_weight double precision
 )
     RETURNS TABLE (
         rank integer,
@@ -252,12 +385,20 @@ CREATE OR REPLACE FUNCTION autoembed._ranked(
         chunk text,
         chunk_number integer,
         chunk_start integer,
-        chunk_end integer
+        chunk_end integer,
+        similarity double precision,
+        text_score double precision
     )
     LANGUAGE plpgsql
     STABLE
 AS $plpgsql$
 #variable_conflict use_column
+DECLARE
+    -- So many of the nearest rows, and of the rows with the best words, are compared by both.
+    _candidates CONSTANT integer := 100;
+    _wanted integer := max_rows OPERATOR(pg_catalog.+) skip_rows;
+    _has_texts boolean;
+    _mode text;
 BEGIN
     IF max_rows IS NULL OR skip_rows IS NULL OR max_rows OPERATOR(pg_catalog.<) 0
        OR skip_rows OPERATOR(pg_catalog.<) 0 THEN
@@ -267,18 +408,144 @@ BEGIN
                                         coalesce(max_rows::pg_catalog.text, 'NULL'),
                                         coalesce(skip_rows::pg_catalog.text, 'NULL')),
             HINT = 'Leave them out for the ten nearest rows.';
+    ELSIF mode OPERATOR(pg_catalog.<>) ALL ('{vector,text,hybrid}'::pg_catalog.text[]) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = pg_catalog.format('mode must be hybrid, vector or text, not %s', mode),
+            HINT = 'Leave it out for hybrid where the table has a text index, and for vector where it has none.';
+    ELSIF (vector_weight OPERATOR(pg_catalog.>=) 0::double precision
+           AND vector_weight OPERATOR(pg_catalog.<=) 1::double precision) IS NOT TRUE THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = pg_catalog.format('vector_weight must be from 0 to 1, not %s',
+                                        coalesce(vector_weight::pg_catalog.text, 'NULL')),
+            HINT = 'Leave it out for 0.7.';
     END IF;
+    _has_texts := autoembed._has_text_index(table_name, embedding_column);
+    _mode := coalesce(mode, CASE WHEN _has_texts THEN 'hybrid' ELSE 'vector' END);
+    IF _mode OPERATOR(pg_catalog.<>) 'vector'::pg_catalog.text AND NOT _has_texts THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = pg_catalog.format('table %s has no text index', table_name),
+            HINT = pg_catalog.format('Add one: SELECT autoembed.alter_pipeline(%L, text_config => ''english'').',
+                                     table_name);
+    ELSIF query IS NULL OR pg_catalog.btrim(query, E' \t\r\n') OPERATOR(pg_catalog.=) ''::pg_catalog.text
+          OR _wanted OPERATOR(pg_catalog.=) 0 THEN
+        RETURN;
+    END IF;
+
+    IF _mode OPERATOR(pg_catalog.=) 'text'::pg_catalog.text THEN
+        RETURN QUERY
+        WITH matched AS MATERIALIZED (
+            SELECT m.*
+            FROM autoembed._text_matches(table_name, embedding_column, query, _wanted, condition, '{}') AS m
+            WHERE m.place OPERATOR(pg_catalog.>) skip_rows
+        )
+        SELECT m.place, r.hit, m.key, m.score, r.chunk, r.chunk_number, r.chunk_start, r.chunk_end,
+               NULL::double precision, m.score
+        FROM autoembed._found_rows(
+            like_row, table_name, NULL, ARRAY(SELECT m.key FROM matched AS m ORDER BY m.place),
+            ARRAY(SELECT m.chunk_number FROM matched AS m ORDER BY m.place), embedding_column
+        ) AS r
+        JOIN matched AS m ON m.key OPERATOR(pg_catalog.=) r.key
+        ORDER BY m.place;
+        RETURN;
+    ELSIF _mode OPERATOR(pg_catalog.=) 'vector'::pg_catalog.text THEN
+        RETURN QUERY
+        SELECT s.rank::integer, s.hit, s.key, 1::double precision OPERATOR(pg_catalog.-) s.distance,
+               s.chunk, s.chunk_number, s.chunk_start, s.chunk_end,
+               1::double precision OPERATOR(pg_catalog.-) s.distance, NULL::double precision
+        FROM (
+            SELECT f.*, pg_catalog.row_number() OVER (ORDER BY f.distance, f.key) AS rank
+            FROM autoembed._search(like_row, table_name, query, _wanted, condition, embedding_column) AS f
+        ) AS s
+        WHERE s.rank OPERATOR(pg_catalog.>) skip_rows
+        ORDER BY s.rank
+        LIMIT max_rows;
+        RETURN;
+    END IF;
+
     RETURN QUERY
-    SELECT s.rank::integer, s.hit, s.key, 1::double precision OPERATOR(pg_catalog.-) s.distance,
-           s.chunk, s.chunk_number, s.chunk_start, s.chunk_end
-    FROM (
-        SELECT f.*, pg_catalog.row_number() OVER (ORDER BY f.distance, f.key) AS rank
+    WITH near AS MATERIALIZED (
+        SELECT f.*, pg_catalog.row_number() OVER (ORDER BY f.distance, f.key) AS place
         FROM autoembed._search(
-            like_row, table_name, query, max_rows OPERATOR(pg_catalog.+) skip_rows, condition, embedding_column
+            like_row, table_name, query, greatest(_wanted, _candidates), condition, embedding_column
         ) AS f
-    ) AS s
-    WHERE s.rank OPERATOR(pg_catalog.>) skip_rows
-    ORDER BY s.rank
+    ),
+    matched AS MATERIALIZED (
+        SELECT m.*
+        FROM autoembed._text_matches(
+            table_name, embedding_column, query, _candidates, condition,
+            ARRAY(SELECT n.key FROM near AS n WHERE n.place OPERATOR(pg_catalog.<=) _candidates)
+        ) AS m
+    ),
+    -- Rows with good words that are not among the nearest.
+    other AS MATERIALIZED (
+        SELECT m.key, m.chunk_number, m.place
+        FROM matched AS m
+        WHERE NOT EXISTS (
+            SELECT FROM near AS n
+            WHERE n.key OPERATOR(pg_catalog.=) m.key AND n.place OPERATOR(pg_catalog.<=) _candidates
+        )
+    ),
+    candidate AS MATERIALIZED (
+        SELECT c.*, 1::double precision OPERATOR(pg_catalog.-) c.distance AS similarity,
+               coalesce(m.score, 0::double precision) AS text_score
+        FROM (
+            SELECT n.hit, n.key, n.distance, n.chunk_number, n.chunk_start, n.chunk_end, n.chunk
+            FROM near AS n
+            WHERE n.place OPERATOR(pg_catalog.<=) _candidates
+            UNION ALL
+            SELECT r.hit, r.key, r.distance, r.chunk_number, r.chunk_start, r.chunk_end, r.chunk
+            FROM autoembed._found_rows(
+                like_row, table_name, query, ARRAY(SELECT o.key FROM other AS o ORDER BY o.place),
+                ARRAY(SELECT o.chunk_number FROM other AS o ORDER BY o.place), embedding_column
+            ) AS r
+        ) AS c
+        LEFT JOIN matched AS m ON m.key OPERATOR(pg_catalog.=) c.key
+    ),
+    scored AS (
+        SELECT c.*,
+               -- Operators that are written in full all bind alike.
+               (vector_weight OPERATOR(pg_catalog.*) coalesce(
+                   (c.similarity OPERATOR(pg_catalog.-) b.least_similarity) OPERATOR(pg_catalog./) b.similarities,
+                   0::double precision
+               )) OPERATOR(pg_catalog.+) ((1::double precision OPERATOR(pg_catalog.-) vector_weight)
+               OPERATOR(pg_catalog.*) coalesce(
+                   (c.text_score OPERATOR(pg_catalog.-) b.least_text_score) OPERATOR(pg_catalog./) b.text_scores,
+                   0::double precision
+               )) AS score
+        FROM candidate AS c
+        CROSS JOIN (
+            SELECT pg_catalog.min(c.similarity) AS least_similarity, pg_catalog.min(c.text_score) AS least_text_score,
+                   nullif(pg_catalog.max(c.similarity) OPERATOR(pg_catalog.-) pg_catalog.min(c.similarity),
+                          0::double precision) AS similarities,
+                   nullif(pg_catalog.max(c.text_score) OPERATOR(pg_catalog.-) pg_catalog.min(c.text_score),
+                          0::double precision) AS text_scores
+            FROM candidate AS c
+        ) AS b
+    ),
+    -- The nearest of all other rows come after the candidates.
+    listed AS (
+        SELECT s.hit, s.key, s.score, s.chunk, s.chunk_number, s.chunk_start, s.chunk_end, s.similarity, s.text_score,
+               1 AS part
+        FROM scored AS s
+        UNION ALL
+        SELECT n.hit, n.key, 0::double precision, n.chunk, n.chunk_number, n.chunk_start, n.chunk_end,
+               1::double precision OPERATOR(pg_catalog.-) n.distance, NULL::double precision, 2
+        FROM near AS n
+        WHERE NOT EXISTS (SELECT FROM candidate AS c WHERE c.key OPERATOR(pg_catalog.=) n.key)
+    )
+    SELECT l.rank::integer, l.hit, l.key, l.score, l.chunk, l.chunk_number, l.chunk_start, l.chunk_end, l.similarity,
+           l.text_score
+    FROM (
+        SELECT i.*, pg_catalog.row_number() OVER (
+            ORDER BY i.part, i.score DESC, i.similarity DESC, i.key
+        ) AS rank
+        FROM listed AS i
+    ) AS l
+    WHERE l.rank OPERATOR(pg_catalog.>) skip_rows
+    ORDER BY l.rank
     LIMIT max_rows;
 END;
 $plpgsql$;
@@ -291,7 +558,9 @@ CREATE OR REPLACE FUNCTION autoembed.search(
     max_rows integer DEFAULT 10,
     skip_rows integer DEFAULT 0,
     condition text DEFAULT NULL,
-    embedding_column name DEFAULT NULL
+    embedding_column name DEFAULT NULL,
+    mode text DEFAULT NULL,
+    vector_weight double precision DEFAULT 0.7
 )
     RETURNS TABLE (
         rank integer,
@@ -301,7 +570,9 @@ CREATE OR REPLACE FUNCTION autoembed.search(
         chunk text,
         chunk_number integer,
         chunk_start integer,
-        chunk_end integer
+        chunk_end integer,
+        similarity double precision,
+        text_score double precision
     )
     LANGUAGE plpgsql
     STABLE
@@ -321,7 +592,10 @@ BEGIN
             HINT = 'For example: SELECT * FROM autoembed.search(NULL::documents, ''words'').';
     END IF;
     RETURN QUERY
-    SELECT r.* FROM autoembed._ranked(like_row, _table, query, max_rows, skip_rows, condition, embedding_column) AS r;
+    SELECT r.*
+    FROM autoembed._ranked(
+        like_row, _table, query, max_rows, skip_rows, condition, embedding_column, mode, vector_weight
+    ) AS r;
 END;
 $plpgsql$;
 
@@ -331,7 +605,9 @@ CREATE OR REPLACE FUNCTION autoembed.search(
     max_rows integer DEFAULT 10,
     skip_rows integer DEFAULT 0,
     condition text DEFAULT NULL,
-    embedding_column name DEFAULT NULL
+    embedding_column name DEFAULT NULL,
+    mode text DEFAULT NULL,
+    vector_weight double precision DEFAULT 0.7
 )
     RETURNS TABLE (
         rank integer,
@@ -340,7 +616,9 @@ CREATE OR REPLACE FUNCTION autoembed.search(
         chunk text,
         chunk_number integer,
         chunk_start integer,
-        chunk_end integer
+        chunk_end integer,
+        similarity double precision,
+        text_score double precision
     )
     LANGUAGE plpgsql
     STABLE
@@ -350,9 +628,9 @@ DECLARE
     _table pg_catalog.regclass := (SELECT s.table_id FROM autoembed._search_target(table_name, embedding_column) AS s);
 BEGIN
     RETURN QUERY EXECUTE pg_catalog.format(
-        'SELECT s.rank, s.key, s.score, s.chunk, s.chunk_number, s.chunk_start, s.chunk_end '
-        'FROM autoembed._ranked(NULL::%s, $1, $2, $3, $4, $5, $6) AS s', _table
-    ) USING table_name, query, max_rows, skip_rows, condition, embedding_column;
+        'SELECT s.rank, s.key, s.score, s.chunk, s.chunk_number, s.chunk_start, s.chunk_end, s.similarity, '
+        's.text_score FROM autoembed._ranked(NULL::%s, $1, $2, $3, $4, $5, $6, $7, $8) AS s', _table
+    ) USING table_name, query, max_rows, skip_rows, condition, embedding_column, mode, vector_weight;
 END;
 $plpgsql$;
 
@@ -363,7 +641,9 @@ CREATE OR REPLACE FUNCTION autoembed.search(
     max_rows integer DEFAULT 10,
     skip_rows integer DEFAULT 0,
     condition text DEFAULT NULL,
-    embedding_column name DEFAULT NULL
+    embedding_column name DEFAULT NULL,
+    mode text DEFAULT NULL,
+    vector_weight double precision DEFAULT 0.7
 )
     RETURNS TABLE (
         rank integer,
@@ -372,24 +652,28 @@ CREATE OR REPLACE FUNCTION autoembed.search(
         chunk text,
         chunk_number integer,
         chunk_start integer,
-        chunk_end integer
+        chunk_end integer,
+        similarity double precision,
+        text_score double precision
     )
     LANGUAGE sql
     STABLE
 AS $sql$
     SELECT s.*
     FROM autoembed.search(
-        table_name::pg_catalog.regclass, query, max_rows, skip_rows, condition, embedding_column
+        table_name::pg_catalog.regclass, query, max_rows, skip_rows, condition, embedding_column, mode, vector_weight
     ) AS s;
 $sql$;
-COMMENT ON FUNCTION autoembed.search(anyelement, text, integer, integer, text, name) IS
-    'The rows of a table whose embeddings are nearest to a text, nearest first, with the rights of the caller: '
-    'max_rows of them, after skip_rows. like_row: NULL::the_table. condition: of the rows that are wanted, as in '
-    'WHERE. score: the cosine similarity, from -1 to 1. chunk: the passage that is nearest, if the embeddings are '
-    'beside the rows and the text has not changed since.';
-COMMENT ON FUNCTION autoembed.search(regclass, text, integer, integer, text, name) IS
+COMMENT ON FUNCTION autoembed.search(anyelement, text, integer, integer, text, name, text, double precision) IS
+    'The rows of a table that answer a text best, best first, with the rights of the caller: max_rows of them, after '
+    'skip_rows. like_row: NULL::the_table. condition: of the rows that are wanted, as in WHERE. mode: vector, by '
+    'meaning; text, by words (BM25); hybrid, by both, which is the default where the table has a text index. '
+    'vector_weight: the share of the meaning in hybrid. score: what orders the rows. similarity: of the embeddings, '
+    'from -1 to 1. chunk: the passage that is nearest, if the embeddings are beside the rows and the text has not '
+    'changed since.';
+COMMENT ON FUNCTION autoembed.search(regclass, text, integer, integer, text, name, text, double precision) IS
     'The same for a table that is not known beforehand: its rows by their keys, as JSON arrays.';
-COMMENT ON FUNCTION autoembed.search(text, text, integer, integer, text, name) IS
+COMMENT ON FUNCTION autoembed.search(text, text, integer, integer, text, name, text, double precision) IS
     'The same for the name of a table.';
 
 CREATE OR REPLACE FUNCTION autoembed.search_rows(
@@ -398,7 +682,9 @@ CREATE OR REPLACE FUNCTION autoembed.search_rows(
     max_rows integer DEFAULT 10,
     skip_rows integer DEFAULT 0,
     condition text DEFAULT NULL,
-    embedding_column name DEFAULT NULL
+    embedding_column name DEFAULT NULL,
+    mode text DEFAULT NULL,
+    vector_weight double precision DEFAULT 0.7
 )
     RETURNS SETOF anyelement
     LANGUAGE plpgsql
@@ -408,7 +694,9 @@ AS $plpgsql$
 BEGIN
     RETURN QUERY
     SELECT (s.hit).*
-    FROM autoembed.search(like_row, query, max_rows, skip_rows, condition, embedding_column) AS s
+    FROM autoembed.search(
+        like_row, query, max_rows, skip_rows, condition, embedding_column, mode, vector_weight
+    ) AS s
     ORDER BY s.rank;
 END;
 $plpgsql$;

@@ -31,12 +31,13 @@ BEGIN
     PERFORM autoembed._grant(role, '{
         alter_pipeline, chunk_text, clear_column, disable, embed, embed_query, enable, estimate, pause, preview,
         queue_embeddings, reembed, resume, resync, search, search_rows, wait_until_fresh,
-        _advisory_locks, _as_owner, _check_attachable, _check_chunking, _check_content, _check_on_change, _check_owner,
-        _columns_of, _content_expression, _content_function, _content_function_of, _dimensions, _drop_stray_triggers,
-        _estimate_texts, _estimated_matches, _fit_embeddings_table, _index_key, _is_empty, _key_columns,
-        _key_expression, _load_python, _look_through, _make_embeddings_table, _needed_columns, _operator,
-        _owned_pipeline, _owned_pipelines, _ranked, _read_condition, _restore_advisory_locks, _run_as_owner, _search,
-        _search_target, _set_paused, _state_of, _stray_triggers, _template, _vector_digest_expression, _waits_for_commit
+        _advisory_locks, _as_owner, _check_attachable, _check_chunking, _check_content, _check_on_change,
+        _check_owner, _columns_of, _content_expression, _content_function, _content_function_of, _dimensions,
+        _drop_stray_triggers, _estimate_texts, _estimated_matches, _fit_embeddings_table, _found_rows,
+        _full_text_config, _has_text_index, _index_key, _is_empty, _key_columns, _key_expression, _load_python,
+        _look_through, _make_embeddings_table, _needed_columns, _operator, _owned_pipeline, _owned_pipelines, _ranked,
+        _read_condition, _restore_advisory_locks, _run_as_owner, _search, _search_target, _set_paused, _state_of,
+        _stray_triggers, _template, _text_matches, _vector_digest_expression, _waits_for_commit
     }');
     -- The role gets rights to columns only. A right to the whole table, which 0.1.0 granted, includes LOCK TABLE, and
     -- that stops all lanes.
@@ -44,10 +45,10 @@ BEGIN
     EXECUTE format('GRANT SELECT,
                     INSERT (table_id, embedding_column, content_columns, content_function, content_template, condition,
                             condition_columns, condition_objects, model, on_change, truncate, replicated,
-                            embeddings_table, chunking, chunk_size, chunk_overlap),
+                            embeddings_table, chunking, chunk_size, chunk_overlap, text_config),
                     UPDATE (content_columns, content_function, content_template, condition, condition_columns,
                             condition_objects, model, on_change, truncate, paused, ended, chunking, chunk_size,
-                            chunk_overlap)
+                            chunk_overlap, text_config)
                     ON autoembed.pipeline TO %s', role);
     EXECUTE format('GRANT SELECT,
                     INSERT (pipeline_id, condition, force, create_index),
@@ -90,10 +91,11 @@ BEGIN
         WHERE p.pronamespace = 'autoembed'::regnamespace
           AND (p.proname = ANY ('{
                    _call_embedder, _check_options, _claim, _clean_up, _digests, _enter_lane, _extend, _fail,
-                   _fail_backfill, _fail_message, _forget, _forget_all, _free_slots, _gate, _lane_is_wanted,
-                   _learn_limits, _leave_lane, _load_python, _next_backfill, _note_replaced, _note_usage, _pipelines,
-                   _queue_backfill, _record_embedded, _release, _requeue, _resolve, _rest_model, _rest_pipelines,
-                   _settle, _stage, _take_permit, _warn_of_blocked_pipelines, resume_model
+                   _fail_backfill, _fail_message, _forget, _forget_all, _free_slots, _gate, _index_texts,
+                   _lane_is_wanted, _learn_limits, _leave_lane, _load_python, _next_backfill, _note_replaced,
+                   _note_usage, _pipelines, _queue_backfill, _record_embedded, _release, _replace_segments, _requeue,
+                   _resolve, _rest_model, _rest_pipelines, _segments_to_merge, _settle, _stage, _take_permit,
+                   _unindexed, _warn_of_blocked_pipelines, resume_model
                }'::text[])
                OR p.proname ~ '^_(content|write|scan)_[0-9]+$')
     LOOP

@@ -29,6 +29,7 @@ CREATE TABLE autoembed.pipeline (
     chunk_overlap integer NOT NULL DEFAULT 0,
     warned_of text,
     stale_since timestamptz,
+    text_config text,
     CONSTRAINT pipeline_embedding_column_key UNIQUE NULLS NOT DISTINCT (table_id, embeddings_table, embedding_column),
     CHECK (num_nonnulls(content_columns, content_template, content_function) = 1)
 );
@@ -84,6 +85,8 @@ COMMENT ON COLUMN autoembed.pipeline.warned_of IS
     'The problem that the server''s log was last told of. NULL: none since the last one was over.';
 COMMENT ON COLUMN autoembed.pipeline.stale_since IS
     'When its model or content changed. Vectors from before are stale until a scan has read all rows. NULL: none is.';
+COMMENT ON COLUMN autoembed.pipeline.text_config IS
+    'The text search configuration of its text index, by its full name. NULL: it has no text index.';
 
 SELECT pg_catalog.pg_extension_config_dump('autoembed.pipeline', '');
 SELECT pg_catalog.pg_extension_config_dump('autoembed.pipeline_id_seq', '');

@@ -116,13 +116,15 @@ def test_every_function_pins_its_search_path(documents: Connection) -> None:
 
     assert sorted(row.name for row in rows) == [
         "autoembed._estimated_matches(regclass,text)",
-        "autoembed._ranked(anyelement,regclass,text,integer,integer,text,name)",
+        "autoembed._found_rows(anyelement,regclass,text,text[],integer[],name)",
+        "autoembed._ranked(anyelement,regclass,text,integer,integer,text,name,text,double precision)",
         "autoembed._search(anyelement,regclass,text,integer,text,name)",
+        "autoembed._text_matches(regclass,name,text,integer,text,text[])",
         "autoembed._work(double precision,integer,integer,integer,boolean)",
-        "autoembed.search(anyelement,text,integer,integer,text,name)",
-        "autoembed.search(regclass,text,integer,integer,text,name)",
-        "autoembed.search(text,text,integer,integer,text,name)",
-        "autoembed.search_rows(anyelement,text,integer,integer,text,name)",
+        "autoembed.search(anyelement,text,integer,integer,text,name,text,double precision)",
+        "autoembed.search(regclass,text,integer,integer,text,name,text,double precision)",
+        "autoembed.search(text,text,integer,integer,text,name,text,double precision)",
+        "autoembed.search_rows(anyelement,text,integer,integer,text,name,text,double precision)",
         "autoembed.work(double precision,integer,integer,integer,boolean)",
     ]
 

@@ -488,7 +488,7 @@ def test_a_dump_of_an_updated_database_has_the_grants_of_a_new_one(
 KEPT = {
     "pipeline": "SELECT p.id, p.table_id::text,"
     " to_jsonb(p) - '{built_from,content_function_id,content_function_oid,ended,warned_of,stale_since}'::text[]"
-    " - '{embeddings_table,chunking,chunk_size,chunk_overlap}'::text[]"
+    " - '{embeddings_table,chunking,chunk_size,chunk_overlap,text_config}'::text[]"
     ", autoembed._content_function_of(p)::regprocedure FROM autoembed.pipeline AS p ORDER BY p.id",
     # A model that had no price may have one.
     "model": "SELECT to_jsonb(m) - '{timeout_seconds,price_per_million_tokens}'::text[]"

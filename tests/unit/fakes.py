@@ -211,6 +211,9 @@ class FakeDatabase(Database):
     def clean_up(self) -> None:
         self._note("clean_up")
 
+    def merge_segments(self) -> None:
+        self._note("merge_segments")
+
     def lock_lanes(self) -> None:
         self._note("lock_lanes")
 

@@ -1,0 +1,161 @@
+"""The text index: how well texts match words (BM25), and how segments are merged.
+
+A segment is a list of documents with their lengths, and for each term the places of its documents in that list.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# How soon a term that comes again counts no more, and how much long texts are marked down.
+K1 = 1.2
+B = 0.75
+# Longer texts are indexed up to here, in characters.
+MAX_CHARACTERS = 1_000_000
+# PostgreSQL counts the words of a text only up to the 16,384th, so long texts are counted in parts.
+PART_CHARACTERS = 30_000
+
+# The documents of a merged segment, unless one alone has more.
+MAX_MERGED = 50_000
+
+
+class Posting(NamedTuple):
+    """The documents of a segment that have a term: their places in the segment, and how often each has it."""
+
+    ordinals: np.ndarray
+    frequencies: np.ndarray
+
+
+@dataclass(frozen=True)
+class Segment:
+    """documents: ids, ascending. lengths: the number of words in each."""
+
+    documents: np.ndarray
+    lengths: np.ndarray
+    postings: Mapping[str, Posting] = field(default_factory=dict)
+
+
+def parts(text: str) -> Iterator[str]:
+    """The parts in which a text is counted. They end between words, where there is a space."""
+    end = min(len(text), MAX_CHARACTERS)
+    start = 0
+    while end - start > PART_CHARACTERS:
+        cut = text.rfind(" ", start + PART_CHARACTERS // 2, start + PART_CHARACTERS) + 1 or start + PART_CHARACTERS
+        yield text[start:cut]
+        start = cut
+    yield text[start:end]
+
+
+def live(segment: Segment, dead: np.ndarray) -> np.ndarray:
+    """Which documents of a segment are not among the dead ones, whose ids are ascending."""
+    import numpy as np
+
+    alive = np.ones(len(segment.documents), bool)
+    if len(dead) and len(alive):
+        places = np.minimum(np.searchsorted(segment.documents, dead), len(alive) - 1)
+        alive[places[segment.documents[places] == dead]] = False
+    return alive
+
+
+class Scores:
+    """The documents that match a query, and their scores.
+
+    terms: each term of the query with the number of its occurrences.
+    """
+
+    def __init__(self, segments: Sequence[Segment], terms: Mapping[str, int], dead: np.ndarray) -> None:
+        import numpy as np
+
+        alive = [live(segment, dead) for segment in segments]
+        count = sum(int(mask.sum()) for mask in alive)
+        words = sum(int(segment.lengths[mask].sum()) for segment, mask in zip(segments, alive, strict=True))
+        mean = words / count if words else 1.0
+        totals = [np.zeros(len(segment.documents)) for segment in segments]
+        for term, occurrences in terms.items():
+            found = [(n, segment.postings[term]) for n, segment in enumerate(segments) if term in segment.postings]
+            matching = sum(int(alive[n][posting.ordinals].sum()) for n, posting in found)
+            weight = occurrences * math.log(1 + (count - matching + 0.5) / (matching + 0.5))
+            for n, (ordinals, frequencies) in found:
+                norms = K1 * (1 - B + B * segments[n].lengths[ordinals] / mean)
+                totals[n][ordinals] += weight * frequencies * (K1 + 1) / (frequencies + norms)
+        matches = [np.flatnonzero((total > 0) & mask) for total, mask in zip(totals, alive, strict=True)]
+        none = np.empty(0)
+        self.documents = np.concatenate(
+            [none.astype(np.int64), *(segment.documents[at] for segment, at in zip(segments, matches, strict=True))]
+        )
+        self.scores = np.concatenate([none, *(total[at] for total, at in zip(totals, matches, strict=True))])
+
+    def best(self, count: int) -> list[tuple[int, float]]:
+        """So many documents with the best scores, or a few more, best first; of equal ones, the older first."""
+        import numpy as np
+
+        chosen = np.arange(len(self.scores))
+        if count < len(chosen):
+            least = np.partition(self.scores, len(self.scores) - count)[len(self.scores) - count]
+            chosen = np.flatnonzero(self.scores >= least)
+        chosen = chosen[np.lexsort((self.documents[chosen], -self.scores[chosen]))]
+        return list(zip(self.documents[chosen].tolist(), self.scores[chosen].tolist(), strict=True))
+
+    def of(self, documents: Collection[int]) -> dict[int, float]:
+        """The scores of those of these documents that match."""
+        import numpy as np
+
+        at = np.flatnonzero(np.isin(self.documents, np.fromiter(documents, np.int64, len(documents))))
+        return dict(zip(self.documents[at].tolist(), self.scores[at].tolist(), strict=True))
+
+
+def most_dead(segments: Mapping[int, Segment], dead: np.ndarray) -> list[int]:
+    """The segments with the greatest share of dead documents, as many as one merge takes, at least one."""
+    alive = {number: live(segment, dead) for number, segment in segments.items() if len(segment.documents)}
+    chosen: list[int] = []
+    documents = 0
+    for number in sorted(alive, key=lambda one: alive[one].mean()):
+        documents += len(alive[number])
+        if alive[number].all() or chosen and documents > MAX_MERGED:
+            break
+        chosen.append(number)
+    return chosen
+
+
+class Merged(NamedTuple):
+    """A merged segment, and its postings as columns."""
+
+    documents: np.ndarray
+    lengths: np.ndarray
+    terms: list[str]
+    ordinals: list[np.ndarray]
+    frequencies: list[np.ndarray]
+
+
+def merged(segments: Sequence[Segment], dead: np.ndarray) -> Merged:
+    """One segment in place of several, without their dead documents."""
+    import numpy as np
+
+    documents = np.concatenate([segment.documents for segment in segments])
+    lengths = np.concatenate([segment.lengths for segment in segments])
+    alive = np.concatenate([live(segment, dead) for segment in segments])
+    order = np.argsort(documents, kind="stable")
+    order = order[alive[order]]
+    place = np.full(len(documents), -1, np.int64)
+    place[order] = np.arange(len(order))
+    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    offset = 0
+    for segment in segments:
+        for term, (ordinals, frequencies) in segment.postings.items():
+            found.setdefault(term, []).append((place[ordinals + offset], frequencies))
+        offset += len(segment.documents)
+    result = Merged(documents[order], lengths[order], [], [], [])
+    for term, parts_of_term in found.items():
+        ordinals = np.concatenate([part for part, _ in parts_of_term])
+        kept = ordinals >= 0
+        if kept.any():
+            result.terms.append(term)
+            result.ordinals.append(ordinals[kept])
+            result.frequencies.append(np.concatenate([part for _, part in parts_of_term])[kept])
+    return result

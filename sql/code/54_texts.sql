@@ -1,0 +1,269 @@
+-- The text index: texts are added with their vectors, and segments are merged.
+
+CREATE OR REPLACE FUNCTION autoembed._text_config(pipeline_id integer)
+    RETURNS regconfig
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT c.oid::regconfig
+    FROM autoembed.pipeline AS p
+    JOIN pg_ts_config AS c ON true
+    JOIN pg_namespace AS n ON n.oid = c.cfgnamespace
+    WHERE p.id = _text_config.pipeline_id AND format('%I.%I', n.nspname, c.cfgname) = p.text_config;
+$sql$;
+COMMENT ON FUNCTION autoembed._text_config IS
+    'The text search configuration of a pipeline. NULL: it has none, or that one was dropped.';
+
+CREATE OR REPLACE FUNCTION autoembed._full_text_config(text_config text)
+    RETURNS text
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT format('%I.%I', n.nspname, c.cfgname)
+    FROM pg_ts_config AS c
+    JOIN pg_namespace AS n ON n.oid = c.cfgnamespace
+    WHERE c.oid = nullif(text_config, '')::regconfig;
+$sql$;
+COMMENT ON FUNCTION autoembed._full_text_config IS
+    'The full name of a text search configuration; fails if there is none of that name. An empty name gives NULL.';
+
+CREATE OR REPLACE FUNCTION autoembed._unindexed(pipeline_id integer, keys text[])
+    RETURNS text[]
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT coalesce(array_agg(k.key), '{}')
+    FROM unnest(keys) AS k(key)
+    WHERE NOT EXISTS (
+        SELECT FROM autoembed.text_document AS d
+        WHERE d.pipeline_id = _unindexed.pipeline_id
+          AND hashtextextended(d.key, 0) = hashtextextended(k.key COLLATE "C", 0)
+          AND d.key = k.key
+          AND d.is_live
+    );
+$sql$;
+COMMENT ON FUNCTION autoembed._unindexed IS 'Those of the keys whose rows have no text in the text index.';
+
+CREATE OR REPLACE FUNCTION autoembed._drop_texts(pipeline_id integer, keys text[])
+    RETURNS SETOF autoembed.text_document
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    UPDATE autoembed.text_document AS d
+    SET is_live = false
+    WHERE d.pipeline_id = _drop_texts.pipeline_id
+      AND hashtextextended(d.key, 0) = ANY (ARRAY(
+          SELECT hashtextextended(k.key COLLATE "C", 0) FROM unnest(keys) AS k(key)
+      ))
+      AND d.key = ANY (keys)
+      AND d.is_live
+    RETURNING d.*;
+$sql$;
+COMMENT ON FUNCTION autoembed._drop_texts IS 'Takes the texts of rows out of the text index. Returns them.';
+
+CREATE OR REPLACE FUNCTION autoembed._index_texts(
+    pipeline_id integer,
+    keys text[],
+    digests bytea[],
+    rows integer[],
+    chunk_numbers integer[],
+    texts text[]
+)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+#variable_conflict use_column
+DECLARE
+    _config regconfig;
+    _rows integer[];
+    _segment_id bigint := nextval('autoembed.text_segment_id_seq');
+BEGIN
+    -- Another configuration waits until these texts are there, and then drops them. No lane waits for it.
+    PERFORM FROM autoembed.pipeline AS p WHERE p.id = _index_texts.pipeline_id FOR SHARE NOWAIT;
+    _config := autoembed._text_config(_index_texts.pipeline_id);
+    IF _config IS NULL THEN
+        RETURN;
+    END IF;
+    -- The record of a row is locked. If it is of another text, that text has been indexed since.
+    _rows := ARRAY(
+        SELECT k.number::integer
+        FROM unnest(autoembed._short_keys(keys), digests) WITH ORDINALITY AS k(key, digest, number)
+        JOIN autoembed.embedded AS e
+            ON e.pipeline_id = _index_texts.pipeline_id AND e.key = k.key AND e.digest = k.digest
+    );
+    PERFORM FROM autoembed._drop_texts(
+        _index_texts.pipeline_id, ARRAY(SELECT keys[r.number] FROM unnest(_rows) AS r(number))
+    );
+    WITH word AS MATERIALIZED (
+        SELECT t.row, t.chunk_number, w.lexeme, sum(coalesce(cardinality(w.positions), 1))::integer AS frequency
+        FROM unnest(_index_texts.rows, chunk_numbers, texts) AS t(row, chunk_number, text)
+        CROSS JOIN LATERAL unnest(to_tsvector(_config, t.text)) AS w
+        WHERE t.row = ANY (_rows)
+        GROUP BY t.row, t.chunk_number, w.lexeme
+    ),
+    document AS MATERIALIZED (
+        SELECT n.*, row_number() OVER (ORDER BY n.id)::integer - 1 AS ordinal
+        FROM (
+            SELECT nextval('autoembed.text_document_id_seq') AS id, d.row, d.chunk_number,
+                   coalesce(w.length, 0)::integer AS length
+            FROM (
+                SELECT DISTINCT t.row, t.chunk_number
+                FROM unnest(_index_texts.rows, chunk_numbers) AS t(row, chunk_number)
+                WHERE t.row = ANY (_rows)
+            ) AS d
+            LEFT JOIN (
+                SELECT w.row, w.chunk_number, sum(w.frequency) AS length FROM word AS w GROUP BY w.row, w.chunk_number
+            ) AS w USING (row, chunk_number)
+        ) AS n
+    ),
+    new_document AS (
+        INSERT INTO autoembed.text_document (id, pipeline_id, key, chunk_number)
+        SELECT d.id, _index_texts.pipeline_id, keys[d.row], d.chunk_number FROM document AS d ORDER BY d.id
+    ),
+    new_segment AS (
+        INSERT INTO autoembed.text_segment (id, pipeline_id, document_count, documents, lengths)
+        SELECT _segment_id, _index_texts.pipeline_id, count(*),
+               string_agg(int8send(d.id), '' ORDER BY d.ordinal), string_agg(int4send(d.length), '' ORDER BY d.ordinal)
+        FROM document AS d
+        HAVING count(*) > 0
+    )
+    INSERT INTO autoembed.text_posting (segment_id, term, ordinals, frequencies)
+    SELECT _segment_id, w.lexeme, string_agg(int4send(d.ordinal), ''), string_agg(int4send(w.frequency), '')
+    FROM word AS w
+    JOIN document AS d USING (row, chunk_number)
+    GROUP BY w.lexeme COLLATE "C", w.lexeme;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._index_texts IS
+    'Puts the texts of rows whose embeddings are recorded into the text index, in place of older ones, as one segment. '
+    'digests: those recorded for keys. rows: the number of the row in keys, of each text. A long text comes in parts.';
+
+CREATE OR REPLACE FUNCTION autoembed._forget_postings()
+    RETURNS trigger
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    DELETE FROM autoembed.text_posting AS p WHERE p.segment_id = OLD.id;
+    RETURN NULL;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._forget_postings IS 'Deletes the postings of a segment that is deleted.';
+
+CREATE OR REPLACE FUNCTION autoembed._forget_texts()
+    RETURNS trigger
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    DELETE FROM autoembed.text_document AS d WHERE d.pipeline_id = NEW.id;
+    DELETE FROM autoembed.text_segment AS s WHERE s.pipeline_id = NEW.id;
+    RETURN NULL;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._forget_texts IS
+    'Empties the text index of a pipeline that gets another text search configuration.';
+
+CREATE OR REPLACE FUNCTION autoembed._segments_to_merge(
+    OUT pipeline_id integer,
+    OUT segments bigint[],
+    OUT many_are_dead boolean
+)
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _most CONSTANT integer := 50000;
+    _tier integer;
+BEGIN
+    SELECT s.pipeline_id, length(s.document_count::text), false
+    INTO _segments_to_merge.pipeline_id, _tier, many_are_dead
+    FROM autoembed.text_segment AS s
+    WHERE s.document_count < _most / 2
+    GROUP BY 1, 2
+    HAVING count(*) >= 10
+    ORDER BY 2
+    LIMIT 1;
+    IF NOT FOUND THEN
+        -- A text that changes leaves one behind.
+        SELECT d.pipeline_id, true
+        INTO _segments_to_merge.pipeline_id, many_are_dead
+        FROM (
+            SELECT d.pipeline_id, count(*) AS dead
+            FROM autoembed.text_document AS d
+            WHERE NOT d.is_live
+            GROUP BY d.pipeline_id
+        ) AS d
+        JOIN (
+            SELECT s.pipeline_id, sum(s.document_count) AS documents FROM autoembed.text_segment AS s GROUP BY 1
+        ) AS s USING (pipeline_id)
+        WHERE d.dead > 100 + 0.2 * s.documents
+        LIMIT 1;
+    END IF;
+    -- Another lane may merge some of them.
+    segments := ARRAY(
+        SELECT c.id
+        FROM (
+            SELECT l.id, sum(l.document_count) OVER (ORDER BY l.id) AS documents
+            FROM (
+                SELECT s.id, s.document_count
+                FROM autoembed.text_segment AS s
+                WHERE s.pipeline_id = _segments_to_merge.pipeline_id
+                  AND (many_are_dead OR s.document_count < _most / 2 AND length(s.document_count::text) = _tier)
+                ORDER BY s.id
+                FOR UPDATE SKIP LOCKED
+            ) AS l
+        ) AS c
+        WHERE c.documents <= _most OR many_are_dead
+        ORDER BY c.id
+    );
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._segments_to_merge IS
+    'The segments of one pipeline that are to be merged into one, locked. many_are_dead: only those with the most dead '
+    'documents are worth it.';
+
+CREATE OR REPLACE FUNCTION autoembed._replace_segments(
+    pipeline_id integer,
+    old_segments bigint[],
+    document_count integer,
+    documents bytea,
+    lengths bytea,
+    terms text[],
+    ordinals bytea[],
+    frequencies bytea[],
+    dead_documents bigint[]
+)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _segment_id bigint := nextval('autoembed.text_segment_id_seq');
+BEGIN
+    DELETE FROM autoembed.text_segment AS s WHERE s.id = ANY (old_segments);
+    DELETE FROM autoembed.text_document AS d WHERE d.id = ANY (dead_documents);
+    INSERT INTO autoembed.text_segment (id, pipeline_id, document_count, documents, lengths)
+    SELECT _segment_id, _replace_segments.pipeline_id, _replace_segments.document_count, _replace_segments.documents,
+           _replace_segments.lengths
+    WHERE _replace_segments.document_count > 0;
+    INSERT INTO autoembed.text_posting (segment_id, term, ordinals, frequencies)
+    SELECT _segment_id, p.term, p.ordinals, p.frequencies
+    FROM unnest(terms, _replace_segments.ordinals, _replace_segments.frequencies) AS p(term, ordinals, frequencies)
+    ORDER BY p.term COLLATE "C";
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._replace_segments IS
+    'Puts one segment in the place of several, and forgets the dead documents that it leaves out.';
