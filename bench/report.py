@@ -136,7 +136,7 @@ TABLES: list[tuple[str, str, Columns]] = [
     ("A session that calls embed()", "search", SEARCH),
     ("Chunks, found by the questions of the FAQs of Perl and Python", "chunking", CHUNKS),
     ("Chunks that are new after an edit of a text of 44 kB", "chunking", EDITS),
-    ("search(): the questions of the FAQs of Perl and Python, among 1,020 sections of their manuals", "quality", QUALITY),
+    ("search(): questions of FAQs, among 1,020 sections of the manuals of Perl and Python", "quality", QUALITY),
     ("Freshness: single INSERTs, nothing else to do", "fresh-idle", FRESHNESS),
     ("Freshness: 50 rows/s", "fresh-steady", FRESHNESS),
     ("Freshness: during a backfill of {backfill_rows} rows", "fresh-backfill", FRESHNESS),
