@@ -125,16 +125,21 @@ class Database:
     # The queue -----------------------------------------------------------------------------------
 
     def claim(
-        self, max_rows: int, lease_seconds: float, held: Sequence[int], busy_models: Sequence[str]
+        self,
+        max_rows: int,
+        lease_seconds: float,
+        held: Sequence[int],
+        busy_models: Sequence[str],
+        busy_owners: Sequence[int],
     ) -> list[Message]:
-        """Claims messages for about so many rows, of other models than the busy ones.
+        """Claims messages for about so many rows, of other models and owners than the busy ones.
 
         held: the messages that this lane has already.
         """
         rows = self._run(
-            "SELECT c.message_id, c.read_count, c.message FROM autoembed._claim($1, $2, $3, $4) AS c",
-            ["pg_catalog.int4", "pg_catalog.float8", "pg_catalog.int8[]", "pg_catalog.text[]"],
-            [max_rows, lease_seconds, list(held), list(busy_models)],
+            "SELECT c.message_id, c.read_count, c.message FROM autoembed._claim($1, $2, $3, $4, $5) AS c",
+            ["pg_catalog.int4", "pg_catalog.float8", "pg_catalog.int8[]", "pg_catalog.text[]", "pg_catalog.int8[]"],
+            [max_rows, lease_seconds, list(held), list(busy_models), list(busy_owners)],
         )
         return [Message(row["message_id"], row["read_count"], _body(row["message"])) for row in rows]
 

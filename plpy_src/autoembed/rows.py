@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -114,9 +115,34 @@ class Owners:
 
     def __init__(self, *, lasts: bool = True) -> None:
         self.lasts = lasts
+        self._spent: dict[int, float] = defaultdict(float)
         self._rows: dict[int, int] = {}
-        self._seconds: dict[int, float] = {}
+        self._seconds: dict[int, float] = defaultdict(float)
+        self._table_seconds: dict[int, float] = defaultdict(float)
         self._take_vectors: set[int] = set()
+
+    def begin_claim(self) -> None:
+        """Gives each owner its time anew."""
+        self._spent.clear()
+
+    @contextmanager
+    def clock(self, pipeline: Pipeline) -> Iterator[None]:
+        """Counts the time of the block as that of the owner's code."""
+        began_at = time.monotonic()
+        try:
+            yield
+        finally:
+            self.spent(pipeline, time.monotonic() - began_at)
+
+    def spent(self, pipeline: Pipeline, seconds: float) -> None:
+        """Takes note of the time of a statement."""
+        self._spent[pipeline.owner] += seconds
+        self._seconds[pipeline.owner] = 0.5 * self._seconds[pipeline.owner] + seconds
+        self._table_seconds[pipeline.id] = 0.5 * self._table_seconds[pipeline.id] + seconds
+
+    def has_time(self, pipeline: Pipeline) -> bool:
+        """Whether the owner's code may run on in this claim, whichever table it belongs to."""
+        return self._spent[pipeline.owner] <= OWNER_SHARE_SECONDS
 
     def statement_rows(self, pipeline: Pipeline) -> int:
         """The number of rows to read or write in one statement."""
@@ -130,7 +156,6 @@ class Owners:
         """Takes note of a statement of so many rows."""
         if rows >= self.statement_rows(pipeline) and seconds < OWNER_SHARE_SECONDS / 4:
             self._rows[pipeline.id] = min(2 * rows, MAX_STATEMENT_ROWS)
-        self._seconds[pipeline.owner] = 0.5 * self._seconds.get(pipeline.owner, 0.0) + seconds
 
     def take_vectors(self, pipeline: Pipeline) -> bool:
         """Whether rows took their vectors, and none refused one since."""
@@ -143,8 +168,8 @@ class Owners:
         self._take_vectors.discard(pipeline.id)
 
     def quickest_first(self, work: list[tuple[Pipeline, list[Job]]]) -> list[tuple[Pipeline, list[Job]]]:
-        """The work, that of owners whose code was quick before that of others."""
-        return sorted(work, key=lambda one: self._seconds.get(one[0].owner, 0.0))
+        """The work, that of owners whose code was quick before that of others. So are the tables of each owner."""
+        return sorted(work, key=lambda one: (self._seconds[one[0].owner], one[0].owner, self._table_seconds[one[0].id]))
 
 
 @dataclass
@@ -189,18 +214,29 @@ class Rows:
         """Whether vectors wait for their rows."""
         return bool(self._writes)
 
+    def owners_behind(self) -> set[int]:
+        """The owners with vectors that wait because the time of their code was up, and not for a lock."""
+        return {write.pipeline.owner for write in self._writes if write.until is None}
+
+    def without_unwritten(self, pipeline: Pipeline, jobs: list[Job]) -> list[Job]:
+        """The jobs whose rows have no vector that waits to be written. Theirs must not be asked for again."""
+        waiting = {job.key for write in self._writes if write.pipeline.id == pipeline.id for job in write.jobs}
+        for job in jobs:
+            if job.key in waiting:
+                self._ledger.retry(job, LOCKED_DELAY_SECONDS, LOCKED)
+        return [job for job in jobs if job.key not in waiting]
+
     def read(self, pipeline: Pipeline, jobs: list[Job], max_bytes: int = READ_BYTES) -> list[Job]:
         """Reads the texts; returns the jobs whose row exists.
 
         If the content function fails, statements have fewer rows until the row that it fails for stands alone. Jobs
         beyond max_bytes, or beyond the time that an owner's code has, go back to the queue.
         """
-        began_at = time.monotonic()
         found: list[Job] = []
         self._suspects = {}
         waiting = sorted(jobs, key=lambda job: job.attempts)
         while waiting:
-            if max_bytes < 0 or time.monotonic() - began_at > OWNER_SHARE_SECONDS:
+            if max_bytes < 0 or not self._owners.has_time(pipeline):
                 for job in waiting:
                     error = self._suspects.get(job)
                     if error is None or self._owners.lasts:
@@ -225,7 +261,8 @@ class Rows:
         """Reads texts in one statement: the jobs whose row exists, and those that are still to be read."""
         began_at = time.monotonic()
         try:
-            rows, complete = self._database.rows(pipeline, [job.key for job in jobs], max_bytes)
+            with self._owners.clock(pipeline):
+                rows, complete = self._database.rows(pipeline, [job.key for job in jobs], max_bytes)
         except RowError as error:
             if self._blame_others(pipeline, jobs, error):
                 return [], []
@@ -385,16 +422,18 @@ class Rows:
 
     def _try(self, pipeline: Pipeline, jobs: list[Job]) -> None:
         """Decides on rows that would not take their vectors now. Those that the owner's time leaves no try go back."""
-        end = time.monotonic() + OWNER_SHARE_SECONDS
         parts = [jobs] if jobs else []
         while parts:
             part = parts.pop()
-            if time.monotonic() > end:
+            if not self._owners.has_time(pipeline):
                 for job in part:
                     self._ledger.release(job)
                 continue
             try:
-                outcomes = self._database.try_write(pipeline, [job.key for job in part], [job.content for job in part])
+                with self._owners.clock(pipeline):
+                    outcomes = self._database.try_write(
+                        pipeline, [job.key for job in part], [job.content for job in part]
+                    )
             except RowError as error:
                 if self._blame_others(pipeline, part, error):
                     continue
@@ -440,8 +479,7 @@ class Rows:
         What the time of an owner's code does not suffice for is left to write_some().
         """
         self._writes.append(Write(pipeline, jobs, vectors))
-        end = time.monotonic() + OWNER_SHARE_SECONDS
-        while self._writes and self._writes[-1].due_at == 0.0 and time.monotonic() < end:
+        while self._writes and self._writes[-1].due_at == 0.0 and self._owners.has_time(pipeline):
             self._write_part(self._writes.pop())
 
     def write_some(self) -> None:
@@ -469,11 +507,12 @@ class Rows:
         began_at = time.monotonic()
         try:
             keys, contents = [job.key for job in jobs], [job.content for job in jobs]
-            if pipeline.is_beside:
-                chunks = [job.chunks if vectors is not None else [] for job in jobs]
-                outcomes = self._database.write_chunks(pipeline, keys, contents, chunks, vectors)
-            else:
-                outcomes = self._database.write(pipeline, keys, contents, vectors)
+            with self._owners.clock(pipeline):
+                if pipeline.is_beside:
+                    chunks = [job.chunks if vectors is not None else [] for job in jobs]
+                    outcomes = self._database.write_chunks(pipeline, keys, contents, chunks, vectors)
+                else:
+                    outcomes = self._database.write(pipeline, keys, contents, vectors)
         except RowError as error:
             if self._blame_others(pipeline, jobs, error):
                 return

@@ -43,6 +43,8 @@ BUSY_SECONDS = 1.0
 THREADS_PER_REQUEST = 4
 # Requests to a model that embeds in this process: one is worked on, the next one waits.
 REQUESTS_HERE = 2
+# A call of an SQL function holds up its lane, so it may take so long, in seconds, unless its model says otherwise.
+FUNCTION_SECONDS = 5.0
 # A lane whose time is up waits so long for its answers, in seconds.
 ENDING_SECONDS = 2.0
 # A text that no model refuses. It shows whether a text or the whole request is to blame.
@@ -130,7 +132,7 @@ class _Lane:
 
     def works(self) -> bool:
         """Makes a pass, if something is due. Returns whether it was."""
-        messages = self.claim(self.pace.max_rows(), [], [])
+        messages = self.claim(self.pace.max_rows(), [], [], [])
         if not messages:
             self._database.commit()
             return False
@@ -138,12 +140,14 @@ class _Lane:
         _run(self._database, self._network, self._options, messages, self)
         return True
 
-    def claim(self, max_rows: int, held: list[int], busy_models: list[str]) -> list[Message]:
+    def claim(
+        self, max_rows: int, held: list[int], busy_models: list[str], busy_owners: list[int]
+    ) -> list[Message]:
         """Claims due messages or, if there are none, the next rows of a backfill."""
         messages: list[Message] = []
         if not self._backfill:
-            messages = self._database.claim(max_rows, self._options.lease_seconds, held, busy_models)
-        if not messages and time.monotonic() >= self._scan_at:
+            messages = self._database.claim(max_rows, self._options.lease_seconds, held, busy_models, busy_owners)
+        if not messages and not busy_owners and time.monotonic() >= self._scan_at:
             messages = _claim_backfill(
                 self._database, self._options, self.speeds, self._backfill, max_rows, held, busy_models
             )
@@ -156,7 +160,7 @@ def run_pass(database: Database, network: Network, options: Options) -> Report:
 
     A bad row, a bad answer or a dead provider raises nothing: the report says so.
     """
-    messages = database.claim(options.max_rows, options.lease_seconds, [], [])
+    messages = database.claim(options.max_rows, options.lease_seconds, [], [], [])
     if not messages:
         messages = _claim_backfill(database, options, Speeds(), False, options.max_rows, [], [])
     if not messages:
@@ -320,6 +324,7 @@ class _Pass:
     def _load(self, flight: Flight[Request, Embedded], messages: list[Message]) -> None:
         """Reads the rows of claimed messages, and sends their texts."""
         began_at = time.monotonic()
+        self._owners.begin_claim()
         work = open_jobs(self._database, self._ledger, messages, self._options.max_rows, self._texts_ahead)
         for pipeline, jobs in self._owners.quickest_first(work):
             try:
@@ -335,6 +340,7 @@ class _Pass:
     def _read(self, pipeline: Pipeline, jobs: list[Job]) -> None:
         """Reads the rows of one pipeline, and puts their texts into the outbox of its model."""
         held = sum(len(text) for outbox in self._outboxes.values() for text in outbox.jobs)
+        jobs = self._rows.without_unwritten(pipeline, jobs)
         chosen = self._rows.to_embed(pipeline, self._rows.read(pipeline, jobs, READ_BYTES - held))
         for job, text in self._rows.writable(pipeline, chosen):
             outbox = self._outbox(pipeline)
@@ -370,14 +376,17 @@ class _Pass:
         now = time.monotonic()
         if free < 1 or 2 * free < most and now < self._claim_at:
             return
-        # Another message must not ask again for a vector that waits for a locked row.
-        if self._rows.some_are_unwritten:
-            return
         self._claim_at = now + POLL_SECONDS
         # A provider that has failed is tried with one request.
         shaky = {model.name for model, outbox in self._outboxes.items() if outbox.needs_care}
         self._database.lock_lanes()
-        messages = lane.claim(free * batch_size, self._ledger.open_message_ids(), sorted(busy | shaky))
+        messages = lane.claim(
+            free * batch_size,
+            self._ledger.open_message_ids(),
+            sorted(busy | shaky),
+            # The code of an owner is slow, or the rows are many. What is claimed now would only wait behind it.
+            sorted(self._rows.owners_behind()),
+        )
         self._ledger.take(messages)
         self._database.commit()
         suspects = [message for message in messages if message.read_count > 1]
@@ -407,7 +416,8 @@ class _Pass:
         outbox.waiting.extend(self._request(model, part) for part in packed)
 
     def _request(self, model: Model, texts: Sequence[str], *, probe: bool = False) -> Request:
-        return Request(model, texts, model.timeout_seconds or self._options.timeout_seconds, probe=probe)
+        usual = FUNCTION_SECONDS if provider_of(model).RUNS_IN_BACKEND else self._options.timeout_seconds
+        return Request(model, texts, model.timeout_seconds or usual, probe=probe)
 
     def _waiting(self) -> int:
         return sum(len(outbox.waiting) for outbox in self._outboxes.values())

@@ -45,7 +45,8 @@ CREATE OR REPLACE FUNCTION autoembed._claim(
     max_rows integer,
     lease_seconds double precision,
     held bigint[],
-    busy_models text[]
+    busy_models text[],
+    busy_owners bigint[]
 )
     RETURNS TABLE (message_id bigint, read_count integer, message jsonb)
     LANGUAGE plpgsql
@@ -90,7 +91,8 @@ BEGIN
             -- OFFSET 0 keeps the planner from reading all pipelines.
             LEFT JOIN LATERAL (
                 SELECT p.id,
-                       p.paused OR r.until > _now OR e.until > _now OR m.model = ANY (busy_models) AS waits,
+                       p.paused OR r.until > _now OR e.until > _now OR m.model = ANY (busy_models)
+                           OR c.relowner = ANY (busy_owners::oid[]) AS waits,
                        r.failures,
                        c.relowner AS owner
                 FROM autoembed.pipeline AS p
@@ -168,7 +170,8 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._claim IS
     'Claims due messages of the pipelines that can be embedded now: hides them for the lease and counts the read. '
     'The last message of each pipeline may exceed its share of max_rows. held: the messages that the lane has already. '
-    'busy_models: the models that have not answered the lane for a while.';
+    'busy_models: the models that have not answered the lane for a while. busy_owners: those with vectors that the lane '
+    'has yet to write.';
 
 CREATE OR REPLACE FUNCTION autoembed._is_uncommitted(inserted_by xid)
     RETURNS boolean

@@ -98,7 +98,13 @@ BEGIN
     PERFORM autoembed._fold_usage();
     WITH dead AS (
         DELETE FROM autoembed.lane AS l
-        WHERE NOT autoembed._lane_lives(l.pid, l.backend_start)
+        WHERE (l.pid, l.backend_start) IN (
+            SELECT d.pid, d.backend_start
+            FROM autoembed.lane AS d
+            WHERE NOT autoembed._lane_lives(d.pid, d.backend_start)
+            -- Another session cleans up, and may take its time with the rest of its transaction.
+            FOR UPDATE SKIP LOCKED
+        )
         RETURNING l.claimed_at, l.message_ids
     )
     UPDATE autoembed._job AS q

@@ -472,7 +472,7 @@ def test_a_role_with_process_alone_embeds_tables_that_it_cannot_read(
     for statement in (
         "TABLE documents",
         "SELECT autoembed._content_1('{[1]}', 0, 0)",
-        "SELECT autoembed._claim(1, 1, '{}', '{}')",
+        "SELECT autoembed._claim(1, 1, '{}', '{}', '{}')",
         "TABLE autoembed.failed",
         "TABLE autoembed.model",
         "TABLE pgmq.q_embedding_jobs",

@@ -108,7 +108,7 @@ def test_dropping_the_extension_ends_running_lanes_without_an_error(documents: C
 
 
 @pytest.mark.parametrize(
-    "beginning", ["_claim(100, 60, '{}', '{}')", "_next_backfill(false, '{}')", "_lane_is_wanted()", "_gate()"]
+    "beginning", ["_claim(100, 60, '{}', '{}', '{}')", "_next_backfill(false, '{}')", "_lane_is_wanted()", "_gate()"]
 )
 def test_a_lanes_transaction_locks_the_table_of_lanes_first(
     documents: Connection, connect: Connect, beginning: str
@@ -496,7 +496,7 @@ def test_an_idle_lane_reads_no_table_that_a_backfill_made_large(documents: Conne
     documents.execute("SELECT pg_stat_force_next_flush()")
 
     with documents.transaction():
-        documents.execute("SELECT FROM autoembed._claim(100, 60, '{}', '{}')")
+        documents.execute("SELECT FROM autoembed._claim(100, 60, '{}', '{}', '{}')")
         documents.execute("SELECT autoembed._lane_is_wanted(), autoembed._clean_up()")
         documents.execute("SELECT FROM autoembed._next_backfill(false, '{}')")
         read = documents.execute("SELECT relname FROM pg_stat_xact_user_tables WHERE seq_scan > 0").fetchall()
@@ -518,7 +518,7 @@ def test_a_table_that_waits_is_not_checked_at_each_look(documents: Connection, w
     documents.execute("SET track_functions = 'all'")
 
     with documents.transaction():
-        claimed = documents.execute("SELECT count(*) FROM autoembed._claim(100, 60, '{}', '{}')").fetchone()
+        claimed = documents.execute("SELECT count(*) FROM autoembed._claim(100, 60, '{}', '{}', '{}')").fetchone()
         called = documents.execute("SELECT funcname FROM pg_stat_xact_user_functions").fetchall()
 
     assert claimed == (0,)
@@ -540,7 +540,7 @@ def test_a_claim_looks_at_no_pipeline_that_has_no_messages(documents: Connection
     documents.execute("SET track_functions = 'all'")
 
     with documents.transaction():
-        claimed = documents.execute("SELECT count(*) FROM autoembed._claim(100, 60, '{}', '{}')").fetchone()
+        claimed = documents.execute("SELECT count(*) FROM autoembed._claim(100, 60, '{}', '{}', '{}')").fetchone()
         calls = dict(documents.execute("SELECT funcname, calls FROM pg_stat_xact_user_functions").fetchall())
 
     assert claimed == (1,)
@@ -573,7 +573,7 @@ def test_a_lane_that_kills_its_backend_again_and_again_gives_the_row_up(
 def test_a_claim_leaves_to_other_lanes_what_it_does_not_take(documents: Connection, connect: Connect) -> None:
     """Read many at a time, messages would be locked that nobody takes: a lane beside finds nothing, and sleeps."""
     insert(documents, *(f"text {number}" for number in range(20)))
-    claimed = "SELECT count(*) FROM autoembed._claim(%s, 60, '{}', '{}')"
+    claimed = "SELECT count(*) FROM autoembed._claim(%s, 60, '{}', '{}', '{}')"
     with connect() as first, first.transaction():
         assert first.execute(claimed, [4]).fetchone() == (4,)
         # The newest that no longer fits its half may be locked, too.

@@ -227,19 +227,29 @@ class FakeDatabase(Database):
         return self.statement_timeout
 
     def claim(
-        self, max_rows: int, lease_seconds: float, held: Sequence[int], busy_models: Sequence[str]
+        self,
+        max_rows: int,
+        lease_seconds: float,
+        held: Sequence[int],
+        busy_models: Sequence[str],
+        busy_owners: Sequence[int],
     ) -> list[Message]:
         self._note("claim")
         self.busy.append(list(busy_models))
-        free = [message for message in self.waiting() if self._model_of(message) not in busy_models]
+        free = [
+            message
+            for message in self.waiting()
+            if (pipeline := self._pipeline_of(message)) is None
+            or (pipeline.model.name not in busy_models and pipeline.owner not in busy_owners)
+        ]
         claimed = [replace(message, read_count=message.read_count + 1) for message in free[:max_rows]]
         self.queue.update({message.id: message for message in claimed})
         self.claimed.update(message.id for message in claimed)
         return claimed
 
-    def _model_of(self, message: Message) -> str | None:
+    def _pipeline_of(self, message: Message) -> Pipeline | None:
         number = message.body.get("pipeline") if isinstance(message.body, dict) else None
-        return self.defined[number].model.name if number in self.defined else None
+        return self.defined.get(number)
 
     def extend(self, message_ids: Sequence[int], lease_seconds: float) -> None:
         self._note("extend")

@@ -133,7 +133,7 @@ class Book:
 
     def claim(self, *keys: int, attempts: int = 0) -> tuple[int, list[Job]]:
         message_id = self.database.send({"pipeline": 1, "keys": [[key] for key in keys]})
-        self.database.claim(1, 60, [], [])
+        self.database.claim(1, 60, [], [], [])
         jobs = [Job(PIPELINE, f"[{key}]", attempts, [message_id]) for key in keys]
         for job in jobs:
             self.ledger.open(job)
@@ -223,7 +223,7 @@ def test_what_is_dealt_with_is_not_released(book: Book) -> None:
 
 def test_a_row_of_two_messages_settles_both(book: Book) -> None:
     ids = [book.database.send({}) for _ in range(2)]
-    book.database.claim(2, 60, [], [])
+    book.database.claim(2, 60, [], [], [])
     job = Job(PIPELINE, "[1]", 0, ids)
     book.ledger.open(job)
 
@@ -322,7 +322,7 @@ def test_a_message_half_done_settles_and_the_other_half_is_queued_again(lane: La
 def test_a_message_that_lanes_died_of_is_failed_without_being_tried(lane: Lane, database: FakeDatabase) -> None:
     database.put(1, "deadly")
     for _ in range(MAX_ATTEMPTS):
-        database.claim(1, 60, [], [])
+        database.claim(1, 60, [], [], [])
         database.claimed.clear()
 
     report = lane.run()
@@ -339,7 +339,7 @@ def test_a_message_whose_lane_died_once_is_tried_and_others_wait(
 ) -> None:
     monkeypatch.setattr("random.random", lambda: 0.6)
     database.put(1, "perhaps deadly")
-    database.claim(1, 60, [], [])
+    database.claim(1, 60, [], [], [])
     database.claimed.clear()
     database.put(2, "other")
 
@@ -508,7 +508,7 @@ def test_what_is_known_of_keys_that_rows_have_left_or_taken_is_forgotten_whoever
     database.vector_digests.clear()
     message_id = database.send({"pipeline": 1, "keys": [[2], [1]], "moved": True})
     if died:
-        database.claim(1, 60, [], [])
+        database.claim(1, 60, [], [], [])
         database.claimed.discard(message_id)
 
     while database.waiting():

@@ -529,30 +529,28 @@ def test_a_lane_claims_no_more_once_a_provider_is_in_trouble(
     assert len(database.rests) == 1
 
 
-def test_nothing_more_is_claimed_while_a_vector_waits_for_its_row(
+def test_a_row_whose_vector_waits_is_not_sent_again_and_others_are(
     lane: Lane, database: FakeDatabase, provider: FakeProvider
 ) -> None:
-    """Another message for that row would ask for the vector again."""
     database.put(1, "text")
-    database.put(2, "slow")
     database.locked["[1]"] = 8
-    lane.limit_inputs(1)
-    claims: list[int] = []
-    database.interrupts["write"] = lambda: claims.append(database.statements.count("claim"))
+    tries = 0
 
-    def answer(texts: list[str]) -> Vector:
-        if texts == ["slow"]:
-            wait_until(lambda: database.is_fresh(1))
-        return vectors_of(texts)
+    def queue_more() -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            database.put(1, "text")
+            database.put(2, "other")
 
-    provider.answer = answer
+    database.interrupts["write"] = queue_more
     lane.stop_when(lambda: database.queue == {})
 
     lane.work(run_seconds=20, max_requests=4)
 
-    # The first try, eight that find the row locked or free, and the other row.
-    assert len(claims) == 10
-    assert len(set(claims[:9])) == 1
+    assert sorted(text for texts in provider.requests for text in texts) == ["other", "text"]
+    assert database.is_fresh(1)
+    assert database.is_fresh(2)
 
 
 def test_a_message_that_a_lane_died_of_ends_the_pass_that_meets_it(

@@ -516,7 +516,7 @@ def test_quick_owners_come_first(took: dict[int, list[float]], order: list[int])
     for number, times in took.items():
         for seconds in times:
             # Of another pipeline of the same owner.
-            owners.took(replace(pipelines[number], id=10 * number), 1, seconds)
+            owners.spent(replace(pipelines[number], id=10 * number), seconds)
 
     work: list[tuple[Pipeline, list[Job]]] = [(pipeline, []) for pipeline in pipelines.values()]
 
@@ -555,7 +555,7 @@ class Desk:
             job = Job(pipeline, key_of(row_id), attempts, [message_id])
             self.ledger.open(job)
             jobs.append(job)
-        self.database.claim(len(jobs), 60, [], [])
+        self.database.claim(len(jobs), 60, [], [], [])
         return jobs
 
     def read(self, jobs: list[Job], max_bytes: int = rows.READ_BYTES) -> list[Job]:
@@ -650,6 +650,44 @@ def test_the_code_of_one_owner_reads_for_its_time_and_the_rest_goes_back(
     assert outcomes_of(jobs) == ["open"] * len(found) + ["released"] * (450 - len(found))
 
 
+def test_all_tables_of_an_owner_share_its_time(desk: Desk) -> None:
+    second, other = replace(PIPELINE, id=2), replace(PIPELINE, id=3, owner=30)
+    work = {pipeline.id: (pipeline, desk.put("text", pipeline=pipeline)) for pipeline in (PIPELINE, second, other)}
+    desk.takes(1.1, "rows")
+
+    for pipeline, jobs in work.values():
+        desk.rows.read(pipeline, jobs)
+        assert not desk.owners.has_time(pipeline)
+    assert [outcomes_of(jobs) for _, jobs in work.values()] == [["open"], ["released"], ["open"]]
+
+    desk.write(work[3][1], other)
+    assert outcomes_of(work[3][1]) == ["open"]
+    assert desk.rows.owners_behind() == {30}
+    desk.owners.begin_claim()
+    assert all(desk.owners.has_time(pipeline) for pipeline, _ in work.values())
+
+
+def test_of_an_owners_tables_those_that_take_long_come_last(desk: Desk) -> None:
+    slow, quick = replace(PIPELINE, id=1), replace(PIPELINE, id=2)
+    desk.owners.spent(slow, 0.8)
+    desk.owners.spent(quick, 0.1)
+
+    assert desk.owners.quickest_first([(slow, []), (quick, [])]) == [(quick, []), (slow, [])]
+
+
+def test_a_row_whose_vector_waits_to_be_written_is_not_asked_for_again(desk: Desk) -> None:
+    waiting, other = desk.put("one", "two")
+    desk.database.locked[waiting.key] = 100
+    desk.write([waiting])
+    [again] = desk.put("one")
+    again.key = waiting.key
+
+    assert desk.rows.without_unwritten(PIPELINE, [again, other]) == [other]
+    assert desk.rows.without_unwritten(replace(PIPELINE, id=2), [again]) == [again]
+    assert outcomes_of([again, other]) == ["again", "open"]
+    assert desk.rows.owners_behind() == set()
+
+
 def test_rows_that_an_owners_code_fails_for_end_alone(desk: Desk) -> None:
     jobs = desk.put(*["text"] * 60)
     desk.database.content_errors[jobs[33].key] = RowError("division by zero")
@@ -674,6 +712,7 @@ def test_a_row_that_takes_too_long_is_found_over_several_claims_and_counted(desk
         assert jobs[0].outcome is None or jobs[0].outcome.released
         for job in jobs:
             job.outcome = None
+        desk.owners.begin_claim()
         desk.read(jobs)
 
     assert desk.sizes == [100, 25, 6, 1]

@@ -591,10 +591,20 @@ def test_a_short_pass_extends_no_lease(lane: Lane, database: FakeDatabase) -> No
     assert database.extended == []
 
 
-@pytest.mark.parametrize(("own", "seconds"), [(None, 60), (5, 5), (600, 600)])
-@pytest.mark.parametrize("provider_name", ["fake", "function"])
+@pytest.mark.parametrize(
+    ("provider_name", "own", "seconds"),
+    [
+        ("fake", None, 60),
+        ("fake", 5, 5),
+        ("fake", 600, 600),
+        # A function holds up its lane.
+        ("function", None, 5),
+        ("function", 8, 8),
+        ("function", 600, 600),
+    ],
+)
 def test_a_request_may_take_as_long_as_its_model_says(
-    lane: Lane, database: FakeDatabase, provider: FakeProvider, own: float | None, seconds: float, provider_name: str
+    lane: Lane, database: FakeDatabase, provider: FakeProvider, provider_name: str, own: float | None, seconds: float
 ) -> None:
     model = replace(MODEL, provider=provider_name, timeout_seconds=own)
     database.defined[1] = replace(PIPELINE, model=model)
