@@ -170,8 +170,8 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._claim IS
     'Claims due messages of the pipelines that can be embedded now: hides them for the lease and counts the read. '
     'The last message of each pipeline may exceed its share of max_rows. held: the messages that the lane has already. '
-    'busy_models: the models that have not answered the lane for a while. busy_owners: those with vectors that the lane '
-    'has yet to write.';
+    'busy_models: the models that have not answered the lane for a while. busy_owners: those with vectors that the '
+    'lane has yet to write.';
 
 CREATE OR REPLACE FUNCTION autoembed._is_uncommitted(inserted_by xid)
     RETURNS boolean
