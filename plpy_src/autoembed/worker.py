@@ -140,9 +140,7 @@ class _Lane:
         _run(self._database, self._network, self._options, messages, self)
         return True
 
-    def claim(
-        self, max_rows: int, held: list[int], busy_models: list[str], busy_owners: list[int]
-    ) -> list[Message]:
+    def claim(self, max_rows: int, held: list[int], busy_models: list[str], busy_owners: list[int]) -> list[Message]:
         """Claims due messages or, if there are none, the next rows of a backfill."""
         messages: list[Message] = []
         if not self._backfill:
