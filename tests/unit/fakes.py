@@ -249,7 +249,7 @@ class FakeDatabase(Database):
 
     def _pipeline_of(self, message: Message) -> Pipeline | None:
         number = message.body.get("pipeline") if isinstance(message.body, dict) else None
-        return self.defined[number] if number in self.defined else None
+        return None if number is None else self.defined.get(number)
 
     def extend(self, message_ids: Sequence[int], lease_seconds: float) -> None:
         self._note("extend")
