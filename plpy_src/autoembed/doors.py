@@ -111,6 +111,15 @@ def run_as_owner(table_id: str, query: str) -> dict[str, Any]:
     return {"found": found, "problem": None, "errcode": None}
 
 
+def run_statement_as_owner(table_id: str, statement: str) -> dict[str, Any]:
+    """Runs a statement with the rights of a table's owner: the columns of autoembed._run_statement_as_owner()."""
+    try:
+        database.Database(commits=False).run_statement_as_owner(table_id, statement)
+    except RowError as error:
+        return {"problem": str(error), "errcode": error.sqlstate}
+    return {"problem": None, "errcode": None}
+
+
 def state_of(
     pipeline_id: int,
     content: str | None,

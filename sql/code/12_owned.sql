@@ -62,6 +62,39 @@ AS $python$
 $python$;
 COMMENT ON FUNCTION autoembed._run_as_owner IS 'The work of _as_owner(), and why it fails.';
 
+CREATE OR REPLACE FUNCTION autoembed._alter_as_owner(table_id regclass, statement text)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _answer record;
+BEGIN
+    SELECT a.* INTO _answer FROM autoembed._run_statement_as_owner(table_id, statement) AS a;
+    IF _answer.problem IS NOT NULL THEN
+        RAISE EXCEPTION USING MESSAGE = _answer.problem, ERRCODE = _answer.errcode;
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._alter_as_owner IS
+    'Runs a statement that may call code of a table''s owner, with the rights of that owner.';
+
+CREATE OR REPLACE FUNCTION autoembed._run_statement_as_owner(
+    table_id regclass,
+    statement text,
+    OUT problem text,
+    OUT errcode text
+)
+    LANGUAGE plpython3u
+    SET search_path = pg_catalog, pg_temp
+AS $python$
+    if GD.get("autoembed") != "@BUILD@":
+        plpy.execute("SELECT autoembed._load_python()")
+    from autoembed import doors
+    return doors.run_statement_as_owner(table_id, statement)
+$python$;
+COMMENT ON FUNCTION autoembed._run_statement_as_owner IS 'The work of _alter_as_owner(), and why it fails.';
+
 CREATE OR REPLACE FUNCTION autoembed._advisory_locks()
     RETURNS text[]
     LANGUAGE sql

@@ -264,6 +264,8 @@ BEGIN
     END IF;
     IF TG_OP = 'INSERT' THEN
         PERFORM autoembed._follow_partitions(NEW.table_id);
+    ELSIF NEW.model IS DISTINCT FROM OLD.model THEN
+        PERFORM autoembed._fit_embeddings_table(NEW);
     END IF;
     RETURN NULL;
 END;
@@ -371,16 +373,27 @@ CREATE OR REPLACE FUNCTION autoembed._drop_orphaned_pipelines()
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
+    -- A tenant may have locked what depends on a function that goes. No lane waits for that.
+    SET lock_timeout = '10ms'
 AS $plpgsql$
+DECLARE
+    _id integer;
 BEGIN
-    -- The subquery looks each table up by its OID. NOT EXISTS would read the whole catalog, every second.
-    DELETE FROM autoembed.pipeline AS p
-    WHERE p.id IN (
+    FOR _id IN
+        -- The subquery looks each table up by its OID. NOT EXISTS would read the whole catalog, every second.
         SELECT o.id
         FROM autoembed.pipeline AS o
         WHERE (SELECT c.oid FROM pg_class AS c WHERE c.oid = o.table_id) IS NULL
+        -- One that cannot go does not keep the others for ever.
+        ORDER BY random()
         FOR UPDATE SKIP LOCKED
-    );
+    LOOP
+        BEGIN
+            DELETE FROM autoembed.pipeline AS p WHERE p.id = _id;
+        EXCEPTION WHEN OTHERS THEN
+            EXIT;
+        END;
+    END LOOP;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._drop_orphaned_pipelines IS
@@ -402,7 +415,7 @@ BEGIN
     IF _embeddings.relowner::bigint IS DISTINCT FROM (pipeline.table_shape ->> 'owner')::bigint THEN
         RETURN;
     END IF;
-    -- Each of these statements runs no code of the owner.
+    -- These statements run no code of the owner.
     IF _embeddings.relowner <> _table.relowner THEN
         EXECUTE format('ALTER TABLE %s OWNER TO %I', pipeline.embeddings_table, pg_get_userbyid(_table.relowner));
     END IF;
@@ -433,7 +446,8 @@ BEGIN
     LOOP
         -- The functions of the pipeline are made again after this, and the policy with them.
         EXECUTE format('DROP POLICY IF EXISTS autoembed_readers ON %s', pipeline.embeddings_table);
-        EXECUTE _change;
+        -- PostgreSQL checks constraints again, and these call functions of the owner.
+        PERFORM autoembed._alter_as_owner(pipeline.embeddings_table, _change);
     END LOOP;
 END;
 $plpgsql$;
@@ -782,8 +796,15 @@ BEGIN
         SELECT r.relid::oid FROM altered AS a CROSS JOIN LATERAL pg_partition_ancestors(a.id) AS r(relid)
     )
     OR p.embeddings_table IN (SELECT t.id FROM touched AS t)
-    -- A partition that is detached is not named.
-    OR p.built_from = 'stopped'
+    -- A partition that is detached is not named. The pipeline of the whole table still knows it.
+    OR p.built_from = 'stopped' AND p.table_shape -> 'partitions' <> '[]' AND EXISTS (
+        SELECT FROM altered AS a
+        CROSS JOIN LATERAL (
+            SELECT a.id AS relid UNION ALL SELECT r.relid FROM pg_partition_ancestors(a.id) AS r(relid)
+        ) AS w
+        JOIN autoembed.pipeline AS q ON q.table_id = w.relid
+        WHERE q.table_shape -> 'partitions' @> (p.table_shape -> 'partitions')
+    )
     -- The text of a value may depend on its type.
     OR TG_TAG = 'ALTER TYPE' AND p.table_shape -> 'labels' <> autoembed._labels(p.table_id);
     PERFORM autoembed._follow(_ids);

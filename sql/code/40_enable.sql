@@ -335,28 +335,36 @@ COMMENT ON FUNCTION autoembed._make_embeddings_table IS
     'Makes the embeddings table of a table, in its schema and for its owner, or takes one that exists. name: NULL is '
     'that of the table with _embeddings. NULL if the table has no key.';
 
-CREATE OR REPLACE FUNCTION autoembed._fit_embeddings_table(embeddings_table regclass, dimensions integer)
+CREATE OR REPLACE FUNCTION autoembed._fit_embeddings_table(pipeline autoembed.pipeline)
     RETURNS void
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    _dimensions integer := autoembed._dimensions(pipeline.model);
 BEGIN
     IF EXISTS (
         SELECT FROM pg_attribute AS a
-        WHERE a.attrelid = _fit_embeddings_table.embeddings_table
-          AND a.attname = 'embedding'
-          AND a.atttypmod NOT IN (-1, dimensions)
+        JOIN pg_class AS e ON e.oid = a.attrelid
+        -- A table that was given to another role is left alone.
+        JOIN pg_class AS t ON t.oid = pipeline.table_id AND t.relowner = e.relowner
+        WHERE a.attrelid = pipeline.embeddings_table
+          AND a.attname = pipeline.embedding_column
+          AND a.atttypmod NOT IN (-1, _dimensions)
     ) THEN
-        -- Vectors of other dimensions are of no use to the model.
-        EXECUTE format('TRUNCATE %s', embeddings_table);
-        EXECUTE format(
-            'ALTER TABLE %s ALTER COLUMN embedding TYPE @extschema:vector@.halfvec(%s)', embeddings_table, dimensions
+        -- Vectors of other dimensions are of no use to the model. Triggers of the owner may fire.
+        PERFORM autoembed._alter_as_owner(
+            pipeline.embeddings_table, format('TRUNCATE %s', pipeline.embeddings_table)
         );
+        PERFORM autoembed._alter_as_owner(pipeline.embeddings_table, format(
+            'ALTER TABLE %s ALTER COLUMN %I TYPE @extschema:vector@.halfvec(%s)',
+            pipeline.embeddings_table, pipeline.embedding_column, _dimensions
+        ));
     END IF;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._fit_embeddings_table IS
-    'Empties a table of embeddings whose vectors have other dimensions, and gives it these.';
+    'Empties a table of embeddings whose vectors have other dimensions than its model gives, and gives it these.';
 
 CREATE OR REPLACE FUNCTION autoembed._check_attachable(table_id regclass, builds_index boolean)
     RETURNS void
@@ -615,11 +623,6 @@ BEGIN
             ELSE autoembed._full_text_config(alter_pipeline.text_config)
         END
     WHERE p.id = _pipeline.id;
-    IF alter_pipeline.model IS NOT NULL AND _pipeline.embeddings_table IS NOT NULL THEN
-        PERFORM autoembed._fit_embeddings_table(
-            _pipeline.embeddings_table, autoembed._dimensions(nullif(alter_pipeline.model, ''))
-        );
-    END IF;
     IF _new_content OR num_nonnulls(
         alter_pipeline.model, alter_pipeline.condition, alter_pipeline.chunking, alter_pipeline.chunk_size,
         alter_pipeline.chunk_overlap, nullif(alter_pipeline.text_config, '')

@@ -33,7 +33,7 @@ BEGIN
         queue_embeddings, reembed, resume, resync, search, search_rows, wait_until_fresh,
         _advisory_locks, _as_owner, _check_attachable, _check_chunking, _check_content, _check_on_change,
         _check_owner, _columns_of, _content_expression, _content_function, _content_function_of, _dimensions,
-        _drop_stray_triggers, _estimate_texts, _estimated_matches, _fit_embeddings_table, _found_rows,
+        _drop_stray_triggers, _estimate_texts, _estimated_matches, _found_rows,
         _full_text_config, _has_text_index, _index_key, _is_empty, _key_columns, _key_expression, _load_python,
         _look_through, _make_embeddings_table, _needed_columns, _operator, _owned_pipeline, _owned_pipelines, _ranked,
         _read_condition, _restore_advisory_locks, _run_as_owner, _search, _search_target, _set_paused, _state_of,

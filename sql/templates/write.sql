@@ -14,7 +14,7 @@ BEGIN
     {{content_guard}}
     -- The request was sent for another model. An answer of the present model may have come first.
     IF model IS DISTINCT FROM {{model}} THEN
-        RETURN QUERY SELECT s.key, 'changed', NULL::pg_catalog.bytea FROM unnest(keys) AS s(key);
+        RETURN QUERY SELECT s.key, 'changed', NULL::pg_catalog.bytea FROM pg_catalog.unnest(keys) AS s(key);
         RETURN;
     END IF;
     LOCK TABLE {{table}} IN ROW EXCLUSIVE MODE NOWAIT;

@@ -34,15 +34,15 @@ BEGIN
     {{content_guard}}
     -- The request was sent for another model. An answer of the present model may have come first.
     IF model IS DISTINCT FROM {{model}} THEN
-        RETURN QUERY SELECT s.key, 'changed' FROM unnest(keys) AS s(key);
+        RETURN QUERY SELECT s.key, 'changed' FROM pg_catalog.unnest(keys) AS s(key);
         RETURN;
     END IF;
     LOCK TABLE {{table}} IN ACCESS SHARE MODE NOWAIT;
     LOCK TABLE {{embeddings_table}} IN ROW EXCLUSIVE MODE NOWAIT;
     -- Another session that writes the same row has locked its first chunk.
-    SELECT array_agg(CASE WHEN p.is_there AND l.is_free IS NULL THEN 'locked' END ORDER BY s.number)
+    SELECT pg_catalog.array_agg(CASE WHEN p.is_there AND l.is_free IS NULL THEN 'locked' END ORDER BY s.number)
     INTO _outcomes
-    FROM (SELECT s.number, {{sent_keys}} FROM unnest(keys) WITH ORDINALITY AS s(key, number)) AS s
+    FROM (SELECT s.number, {{sent_keys}} FROM pg_catalog.unnest(keys) WITH ORDINALITY AS s(key, number)) AS s
     LEFT JOIN LATERAL (
         SELECT true AS is_there FROM {{embeddings_table}} AS e WHERE {{same_embeddings}} AND e.chunk_number = 1 LIMIT 1
     ) AS p ON true
@@ -51,12 +51,12 @@ BEGIN
         FOR UPDATE OF e SKIP LOCKED
     ) AS l ON p.is_there;
 
-    SELECT array_agg(coalesce(s.outcome, CASE
+    SELECT pg_catalog.array_agg(coalesce(s.outcome, CASE
                WHEN t.ctid IS NULL THEN 'gone'
                WHEN {{content}} COLLATE "C" IS NOT DISTINCT FROM s.content THEN 'written'
                ELSE 'changed'
            END) ORDER BY s.number),
-           array_agg(concat(t.tableoid, t.ctid, t.xmin) ORDER BY s.number)
+           pg_catalog.array_agg(pg_catalog.concat(t.tableoid, t.ctid, t.xmin) ORDER BY s.number)
     INTO _outcomes, _versions
     FROM (
         SELECT s.number, s.content, s.outcome, {{sent_keys}}
@@ -76,7 +76,7 @@ BEGIN
                 SELECT s.number, s.start, s.end_, s.digest, s.embedding, {{sent_keys}}
                 FROM unnest(chunk_keys, numbers, starts, ends, digests, embeddings)
                     AS s(key, number, start, end_, digest, embedding)
-                WHERE cardinality(_written) = cardinality(keys) OR s.key = ANY (_written)
+                WHERE pg_catalog.cardinality(_written) = pg_catalog.cardinality(keys) OR s.key = ANY (_written)
             ) AS s
             LEFT JOIN LATERAL (
                 SELECT e.{{embedding_column}} AS embedding
@@ -117,11 +117,11 @@ BEGIN
                 LEFT JOIN {{table}} AS t ON {{same_key}}
                 WHERE CASE
                     WHEN t.ctid IS NULL THEN true
-                    WHEN concat(t.tableoid, t.ctid, t.xmin) = s.version THEN false
+                    WHEN pg_catalog.concat(t.tableoid, t.ctid, t.xmin) = s.version THEN false
                     ELSE {{content}} COLLATE "C" IS DISTINCT FROM s.content
                 END
             );
-            EXIT WHEN _overtaken = '{}';
+            EXIT WHEN pg_catalog.cardinality(_overtaken) = 0;
             RAISE EXCEPTION SQLSTATE 'AE001' USING MESSAGE = 'texts have changed while their embeddings were written';
         EXCEPTION WHEN SQLSTATE 'AE001' THEN
             _outcomes := ARRAY(

@@ -29,6 +29,7 @@ _adopt - - - x
 _advisory_locks - x - x
 _after_drop - - - x
 _after_renames - - - x
+_alter_as_owner - - - x
 _arguments - - - x
 _as_owner - x - x
 _backfill - - - x
@@ -97,7 +98,7 @@ _fail_message - - - x
 _filled - - - x
 _find_content_functions - - - x
 _finish_backfills - - - x
-_fit_embeddings_table - x - x
+_fit_embeddings_table - - - x
 _fold_usage - - - x
 _follow - - - x
 _follow_drops - - - x
@@ -188,6 +189,7 @@ _rest_pipelines - - - x
 _restore_advisory_locks - x - x
 _rows_of - - - x
 _run_as_owner - x - x
+_run_statement_as_owner - - - x
 _schedule_index - - - x
 _schedule_statement - - - x
 _search - x - x

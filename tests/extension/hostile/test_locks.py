@@ -218,3 +218,46 @@ def test_no_more_requests_are_in_flight_than_a_model_may_have(
         other.join(60)
 
     assert api.counters()["max_in_flight"] == 1
+
+
+def test_what_depends_on_a_dropped_table_and_is_locked_ends_no_lane(
+    db: Connection, mallory: Tenant, bob: Tenant, start_lane: StartLane
+) -> None:
+    tables = ["first", "second", "third"]
+    session = mallory.enter()
+    for table in tables:
+        mallory.run(
+            f"CREATE TABLE {table} (id int PRIMARY KEY, content text)",
+            f"SELECT autoembed.enable('{table}', content_columns => '{{content}}')",
+        )
+        [pipeline] = db.execute("SELECT max(id) AS id FROM autoembed.pipeline").fetchall()
+        mallory.run(
+            f"CREATE TABLE guarded_{table} (id int)",
+            f"CREATE POLICY readers ON guarded_{table} USING (autoembed._may_read_{pipeline.id}(id))",
+            f"DROP TABLE {table}",
+        )
+    session.execute("BEGIN; LOCK TABLE " + ", ".join(f"guarded_{table}" for table in tables))
+
+    lane = start_lane()
+    for _ in range(3):
+        stays_fresh(bob)
+
+    assert lane.error is None
+    session.close()
+    wait_until(lambda: db.execute("SELECT count(*) FROM autoembed.pipeline").fetchone() == (1,))
+
+
+def test_pipelines_that_are_stopped_are_not_looked_at_when_another_table_is_altered(
+    db: Connection, mallory: Tenant, bob: Tenant
+) -> None:
+    mallory.run(NOTES, ENABLE_COLUMNS, "ALTER TABLE notes DROP content")
+    assert db.execute("SELECT built_from FROM autoembed.pipeline WHERE built_from = 'stopped'").fetchall() != []
+
+    with db.transaction():
+        db.execute("SET LOCAL track_functions = 'pl'")
+        db.execute(f"ALTER TABLE {bob.name}.letters ADD remark text")
+        followed = db.execute(
+            "SELECT calls FROM pg_stat_xact_user_functions WHERE funcname = '_after_renames'"
+        ).fetchall()
+
+    assert [row.calls for row in followed] == [1]

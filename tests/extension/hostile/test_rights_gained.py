@@ -314,3 +314,95 @@ def test_what_a_superuser_asks_about_anothers_table_runs_its_code_as_its_owner(
 
     assert len(found) == 1
     assert_nothing_gained(db, mallory)
+
+
+ENABLE_BESIDE = "SELECT autoembed.enable('notes', content_columns => '{content}')"
+
+
+def check_attacks(column: str) -> str:
+    """A constraint that attacks when PostgreSQL checks it, of an embeddings table."""
+    return f"""CREATE FUNCTION is_good(value anyelement) RETURNS boolean IMMUTABLE LANGUAGE plpgsql AS
+                   'BEGIN PERFORM {{me}}.attack(); RETURN true; END';
+               ALTER TABLE notes_embeddings ADD CHECK ({{me}}.is_good({column}))"""
+
+
+@pytest.mark.parametrize("by", ["the owner", "a superuser"])
+def test_a_constraint_of_an_embeddings_table_runs_as_its_owner_when_the_key_gets_another_type(
+    db: Connection, mallory: Tenant, lane: Lane, by: str
+) -> None:
+    mallory.run(ATTACK, NOTES, ENABLE_BESIDE, "INSERT INTO notes VALUES (1, 'a note')", check_attacks("id"))
+    wait_until(lambda: db.execute(f"SELECT FROM {mallory.name}.notes_embeddings").fetchall() != [])
+
+    session = mallory.session if by == "the owner" else db
+    session.execute(f"ALTER TABLE {mallory.name}.notes ALTER id TYPE bigint")
+
+    assert_nothing_gained(db, mallory)
+    [column] = db.execute(
+        "SELECT format_type(atttypid, NULL) AS type FROM pg_attribute"
+        f" WHERE attrelid = '{mallory.name}.notes_embeddings'::regclass AND attname = 'id'"
+    ).fetchall()
+    assert column.type == "bigint"
+
+
+@pytest.mark.parametrize("by", ["the owner", "a superuser"])
+def test_a_trigger_of_an_embeddings_table_runs_as_its_owner_when_the_model_changes(
+    db: Connection, mallory: Tenant, by: str
+) -> None:
+    db.execute("SELECT autoembed.create_model('wide', 'fake', 16)")
+    mallory.run(
+        ATTACK,
+        NOTES,
+        ENABLE_BESIDE,
+        "CREATE TRIGGER attack BEFORE TRUNCATE ON notes_embeddings EXECUTE FUNCTION attack_of_trigger()",
+    )
+
+    session = mallory.session if by == "the owner" else db
+    session.execute(f"SELECT autoembed.alter_pipeline('{mallory.name}.notes', model => 'wide')")
+
+    assert ran_as(db, mallory) == {mallory.name}
+    assert_nothing_gained(db, mallory)
+
+
+# PostgreSQL prefers functions of exactly these types to its own, which take any type.
+PREFERRED = """
+GRANT INSERT ON ran TO PUBLIC;
+GRANT USAGE ON SCHEMA {me} TO PUBLIC;
+CREATE FUNCTION {theirs}.unnest(text[]) RETURNS SETOF text LANGUAGE plpgsql AS
+    'BEGIN PERFORM {me}.attack(); RETURN QUERY SELECT pg_catalog.unnest($1); END';
+CREATE FUNCTION {theirs}.cardinality(text[]) RETURNS int LANGUAGE plpgsql AS
+    'BEGIN PERFORM {me}.attack(); RETURN pg_catalog.cardinality($1); END';
+CREATE FUNCTION {theirs}.concat(oid, tid, xid) RETURNS text LANGUAGE plpgsql AS
+    'BEGIN PERFORM {me}.attack(); RETURN pg_catalog.concat($1, $2, $3); END';
+CREATE FUNCTION {theirs}.concat(text) RETURNS text LANGUAGE plpgsql AS
+    'BEGIN PERFORM {me}.attack(); RETURN $1; END';
+CREATE FUNCTION {theirs}.appended(text[], text) RETURNS text[] LANGUAGE plpgsql AS
+    'BEGIN PERFORM {me}.attack(); RETURN pg_catalog.array_append($1, $2); END';
+CREATE AGGREGATE {theirs}.array_agg(text) (SFUNC = {theirs}.appended, STYPE = text[]);
+CREATE FUNCTION {theirs}.equal(text[], text[]) RETURNS boolean LANGUAGE plpgsql AS
+    'BEGIN PERFORM {me}.attack(); RETURN $1 OPERATOR(pg_catalog.=) $2; END';
+CREATE OPERATOR {theirs}.= (LEFTARG = text[], RIGHTARG = text[], FUNCTION = {theirs}.equal)
+"""
+
+
+@pytest.mark.parametrize("place", ["in the row", "beside it"])
+def test_nobody_who_may_create_in_a_schema_runs_code_as_the_owners_of_its_tables(
+    db: Connection, mallory: Tenant, bob: Tenant, lane: Lane, place: str
+) -> None:
+    bob.run(f"GRANT ALL ON SCHEMA {{me}} TO {mallory.name}")
+    mallory.run(ATTACK, PREFERRED.replace("{theirs}", bob.name))
+    column = ", embedding_column => 'embedding'" if place == "in the row" else ""
+    bob.run(
+        "CREATE TABLE diary (id int PRIMARY KEY, content text)",
+        f"SELECT autoembed.enable('diary', content_columns => '{{content}}'{column})",
+        "INSERT INTO diary VALUES (1, 'a page'), (2, 'another')",
+        "SELECT autoembed.wait_until_fresh('diary'::regclass)",
+        # The answer for another model than the present one.
+        "DELETE FROM diary WHERE id = 1",
+        "UPDATE diary SET content = 'changed'",
+        "SELECT autoembed.wait_until_fresh('diary'::regclass)",
+    )
+    [pipeline] = db.execute("SELECT max(id) AS id FROM autoembed.pipeline").fetchall()
+    columns = "" if place == "in the row" else "'{}', '{}', '{}', '{}', '{}', '{}', "
+    db.execute(f"SELECT FROM autoembed._write_{pipeline.id}('{{[2]}}', '{{x}}', 'another model', {columns}'{{}}')")
+
+    assert ran_as(db, mallory) == set()
