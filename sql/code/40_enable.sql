@@ -638,7 +638,7 @@ COMMENT ON FUNCTION autoembed.alter_pipeline IS
 CREATE OR REPLACE FUNCTION autoembed.disable(
     table_name regclass,
     embedding_column name DEFAULT NULL,
-    drop_column boolean DEFAULT false,
+    drop boolean DEFAULT false,
     if_exists boolean DEFAULT false
 )
     RETURNS void
@@ -664,9 +664,9 @@ BEGIN
     END IF;
     FOR _pipeline IN SELECT p.* FROM autoembed._owned_pipelines(table_name, embedding_column) AS p LOOP
         UPDATE autoembed.pipeline AS p SET ended = true WHERE p.id = _pipeline.id;
-        IF drop_column AND _pipeline.embeddings_table IS NOT NULL THEN
+        IF disable.drop AND _pipeline.embeddings_table IS NOT NULL THEN
             EXECUTE format('DROP TABLE %s', _pipeline.embeddings_table);
-        ELSIF drop_column THEN
+        ELSIF disable.drop THEN
             EXECUTE format('ALTER TABLE %s DROP COLUMN IF EXISTS %I', _pipeline.table_id, _pipeline.embedding_column);
         END IF;
     END LOOP;
@@ -674,7 +674,7 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.disable IS
     'Ends the embedding of a table that the caller owns, or of one column of it. Triggers, jobs and failures go. The '
-    'vectors stay unless drop_column is true. With if_exists, a table that is not attached is no error. Triggers that '
+    'vectors stay unless drop is true. With if_exists, a table that is not attached is no error. Triggers that '
     'a dump has brought without their pipeline go, too.';
 
 CREATE OR REPLACE FUNCTION autoembed._set_paused(table_name regclass, embedding_column name, paused boolean)

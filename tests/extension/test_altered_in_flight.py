@@ -12,7 +12,7 @@ from waiting import wait_until
 
 MEANWHILE = {
     "disabled": "SELECT autoembed.disable('documents')",
-    "disabled, its column dropped": "SELECT autoembed.disable('documents', drop_column => true)",
+    "disabled, its column dropped": "SELECT autoembed.disable('documents', drop => true)",
     "dropped": "DROP TABLE documents",
     "its column dropped": "ALTER TABLE documents DROP embedding",
     "its content dropped": "ALTER TABLE documents DROP content",

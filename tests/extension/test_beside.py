@@ -232,7 +232,7 @@ def test_disable_leaves_the_embeddings_and_enable_takes_them_again(pages: Connec
 
 
 def test_disable_can_drop_the_embeddings(pages: Connection) -> None:
-    pages.execute("SELECT autoembed.disable('pages', drop_column => true)")
+    pages.execute("SELECT autoembed.disable('pages', drop => true)")
 
     assert pages.execute("SELECT to_regclass('pages_embeddings')").fetchone() == (None,)
 
@@ -249,7 +249,7 @@ def test_a_table_may_have_several_embeddings_tables_and_a_column(pages: Connecti
     assert pages.execute("SELECT count(*) FROM others").fetchone() == (1,)
     assert pages.execute("SELECT count(embedding) FROM pages").fetchone() == (1,)
 
-    pages.execute("SELECT autoembed.disable('others', drop_column => true)")
+    pages.execute("SELECT autoembed.disable('others', drop => true)")
 
     assert pages.execute("SELECT to_regclass('others')").fetchone() == (None,)
     assert pages.execute("SELECT count(*) FROM autoembed.pipeline").fetchone() == (2,)

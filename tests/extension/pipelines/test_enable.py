@@ -30,7 +30,7 @@ def test_disable_leaves_nothing_but_the_vectors(db: Connection, arguments: str, 
     db.execute("UPDATE documents SET content = 'new' WHERE id = 1; SELECT autoembed.resync('documents')")
     assert {trace.kind for trace in traces(db)} >= {"function", "trigger", "job", "pipeline", "backfill", "embedded"}
 
-    db.execute("SELECT autoembed.disable('documents', drop_column => %s)", [drop_column])
+    db.execute("SELECT autoembed.disable('documents', drop => %s)", [drop_column])
 
     assert traces(db) == []
     db.execute("UPDATE documents SET content = 'newer'; DELETE FROM documents WHERE id = 2")

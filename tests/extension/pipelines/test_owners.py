@@ -28,7 +28,7 @@ def test_a_plain_owner_and_the_members_of_an_owning_role_may_do_all_of_it(db: Co
             "resume('documents')",
             "resync('documents')",
             "reembed('documents', 'embedding', 'id = 1')",
-            "disable('documents', 'other', drop_column => true)",
+            "disable('documents', 'other', drop => true)",
         ):
             db.execute(f"SELECT autoembed.{call}".encode())
         assert db.execute("SELECT content_template FROM autoembed.pipeline").fetchall() == [("{title}",)]
@@ -36,7 +36,7 @@ def test_a_plain_owner_and_the_members_of_an_owning_role_may_do_all_of_it(db: Co
         embed(db)
         assert_fresh(db, "title")
         db.execute(f"SET LOCAL ROLE {role}")
-        db.execute("SELECT autoembed.disable('documents', drop_column => true)")
+        db.execute("SELECT autoembed.disable('documents', drop => true)")
         db.execute("RESET ROLE")
         assert traces(db) == []
 
@@ -44,7 +44,7 @@ def test_a_plain_owner_and_the_members_of_an_owning_role_may_do_all_of_it(db: Co
 CALLS = [
     f"enable('app.documents', 'mine', {COLUMNS})",
     "alter_pipeline('app.documents', on_change => 'clear')",
-    "disable('app.documents', drop_column => true)",
+    "disable('app.documents', drop => true)",
     "pause('app.documents')",
     "resume('app.documents')",
     "resync('app.documents')",
