@@ -35,6 +35,11 @@ class Lane:
         signed_on = "SELECT count(*) FROM autoembed.lane WHERE pid = %s"
         wait_until(lambda: self.error or db.execute(signed_on, [self.pid]).fetchone() == (1,))
 
+    def has_ended(self, seconds: float) -> bool:
+        """Whether it ends within so many seconds."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
     def join(self, seconds: float = 20) -> None:
         self._thread.join(seconds)
         assert not self._thread.is_alive(), f"the lane still runs after {seconds} s"

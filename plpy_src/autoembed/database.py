@@ -104,8 +104,16 @@ class Database:
         self._run("SELECT autoembed._leave_lane()")
 
     def clean_up(self) -> None:
-        """Removes the remains of dropped tables, dead lanes and finished backfills."""
-        self._run("SELECT autoembed._clean_up()")
+        """Removes the remains of dropped tables, dead lanes and finished backfills.
+
+        What another transaction has removed, or holds, is left for the next time.
+        """
+        try:
+            with row_errors():
+                self._run("SELECT autoembed._clean_up()")
+        except RowError as error:
+            if not error.locked:
+                raise
 
     def lock_lanes(self) -> None:
         """Locks the table of lanes. A transaction that writes begins so, to avoid a deadlock with DROP EXTENSION."""

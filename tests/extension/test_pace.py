@@ -210,7 +210,8 @@ def test_embed_waits_for_its_turn_and_says_when_that_is_far_away(db: Connection,
     alter(db, requests_per_minute=240)
     for number in range(3):
         db.execute("SELECT autoembed.embed(%s)", [f"question {number}"])
-    assert seconds_of(api.log()) > 0.4
+    # Half a second apart when they leave. The first may come late.
+    assert seconds_of(api.log()) > 0.25
 
     alter(db, requests_per_minute=1)
     with pytest.raises(psycopg.errors.ExternalRoutineException, match=r"its limits allow no request for \d\d s"):

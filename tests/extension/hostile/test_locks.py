@@ -100,6 +100,26 @@ def test_a_tenants_open_transaction_keeps_nobody_waiting(
     assert failures_of(db, mallory) == {}
 
 
+def test_a_pass_in_a_transaction_that_stays_open_ends_no_lane(
+    db: Connection, bob: Tenant, connect: Callable[..., Connection], start_lane: StartLane
+) -> None:
+    """It removes the entry of a lane that is dead, as lanes do."""
+    db.execute("SELECT autoembed.process()")
+    dead = Lane(connect())
+    dead.wait_until_up(db)
+    db.execute("SELECT pg_terminate_backend(%s)", [dead.pid])
+    dead.join()
+    session = connect()
+    session.execute("BEGIN; SELECT autoembed.process()")
+
+    lane = start_lane()
+    for _ in range(2):
+        stays_fresh(bob)
+    session.execute("ROLLBACK")
+
+    assert lane.error is None
+
+
 def test_a_locked_pipeline_whose_rows_fail_ends_no_lane(mallory: Tenant, bob: Tenant, start_lane: StartLane) -> None:
     mallory.run(NOTES, ENABLE_COLUMNS, trigger("RAISE EXCEPTION 'no';"), "INSERT INTO notes VALUES (1, 'a note')")
     session = mallory.enter()
