@@ -34,6 +34,8 @@ FIRST_STATEMENT_ROWS = 100
 MAX_STATEMENT_ROWS = 2000
 # The code of one owner has this time in a claim, in seconds. Its other rows wait for the next one.
 OWNER_SHARE_SECONDS = 1.0
+# A statement whose cancel comes so late, in seconds, held up everybody.
+OVERRUN_SECONDS = 4.0
 
 # A lane claims no more rows than it can write in this time, in seconds.
 AHEAD_SECONDS = 1.0
@@ -125,15 +127,6 @@ class Owners:
         """Gives each owner its time anew."""
         self._spent.clear()
 
-    @contextmanager
-    def clock(self, pipeline: Pipeline) -> Iterator[None]:
-        """Counts the time of the block as that of the owner's code."""
-        began_at = time.monotonic()
-        try:
-            yield
-        finally:
-            self.spent(pipeline, time.monotonic() - began_at)
-
     def spent(self, pipeline: Pipeline, seconds: float) -> None:
         """Takes note of the time of a statement."""
         self._spent[pipeline.owner] += seconds
@@ -214,6 +207,23 @@ class Rows:
         """Whether vectors wait for their rows."""
         return bool(self._writes)
 
+    @contextmanager
+    def _clock(self, pipeline: Pipeline) -> Iterator[None]:
+        """Counts the time of the block as that of the owner's code. Code that no cancel has ended rests its owner."""
+        began_at = time.monotonic()
+        try:
+            yield
+        except RowError:
+            self._spent(pipeline, time.monotonic() - began_at)
+            raise
+        self._spent(pipeline, time.monotonic() - began_at)
+
+    def _spent(self, pipeline: Pipeline, seconds: float) -> None:
+        self._owners.spent(pipeline, seconds)
+        if seconds > OVERRUN_SECONDS:
+            reason = f"the code of the table's owner ran for {seconds:.0f} s, as PostgreSQL could not cancel it"
+            self._database.rest_pipelines(pipeline.owner, [], reason)
+
     def owners_behind(self) -> set[int]:
         """The owners with vectors that wait because the time of their code was up, and not for a lock."""
         return {write.pipeline.owner for write in self._writes if write.until is None}
@@ -261,7 +271,7 @@ class Rows:
         """Reads texts in one statement: the jobs whose row exists, and those that are still to be read."""
         began_at = time.monotonic()
         try:
-            with self._owners.clock(pipeline):
+            with self._clock(pipeline):
                 rows, complete = self._database.rows(pipeline, [job.key for job in jobs], max_bytes)
         except RowError as error:
             if self._blame_others(pipeline, jobs, error):
@@ -430,7 +440,7 @@ class Rows:
                     self._ledger.release(job)
                 continue
             try:
-                with self._owners.clock(pipeline):
+                with self._clock(pipeline):
                     outcomes = self._database.try_write(
                         pipeline, [job.key for job in part], [job.content for job in part]
                     )
@@ -507,7 +517,7 @@ class Rows:
         began_at = time.monotonic()
         try:
             keys, contents = [job.key for job in jobs], [job.content for job in jobs]
-            with self._owners.clock(pipeline):
+            with self._clock(pipeline):
                 if pipeline.is_beside:
                     chunks = [job.chunks if vectors is not None else [] for job in jobs]
                     outcomes = self._database.write_chunks(pipeline, keys, contents, chunks, vectors)

@@ -667,6 +667,22 @@ def test_all_tables_of_an_owner_share_its_time(desk: Desk) -> None:
     assert all(desk.owners.has_time(pipeline) for pipeline, _ in work.values())
 
 
+@pytest.mark.parametrize("error", [None, RowError("ran too long", slow=True)])
+@pytest.mark.parametrize(("seconds", "rests"), [(3.9, False), (12.0, True)])
+def test_an_owner_rests_whose_code_could_not_be_cancelled(
+    desk: Desk, error: RowError | None, seconds: float, rests: bool
+) -> None:
+    [job] = desk.put("text")
+    if error is not None:
+        desk.database.content_errors[job.key] = error
+    desk.takes(seconds, "rows")
+
+    desk.read([job])
+
+    reason = "the code of the table's owner ran for 12 s, as PostgreSQL could not cancel it"
+    assert desk.database.rested_pipelines == ([(10, [], reason)] if rests else [])
+
+
 def test_of_an_owners_tables_those_that_take_long_come_last(desk: Desk) -> None:
     slow, quick = replace(PIPELINE, id=1), replace(PIPELINE, id=2)
     desk.owners.spent(slow, 0.8)
