@@ -12,6 +12,7 @@ CREATE OR REPLACE FUNCTION autoembed._search_target(
     OUT query_start text,
     OUT query_end text,
     OUT query_tail text,
+    OUT rows_start text,
     OUT pipeline_id integer,
     OUT of_keys text,
     OUT visible_query text,
@@ -130,6 +131,7 @@ BEGIN
         );
         query_end := format(') ORDER BY (%s %s $1::%s)', 't.' || _expression, _operator, vector_type);
         query_tail := '';
+        rows_start := query_start;
         RETURN;
     END IF;
 
@@ -147,28 +149,30 @@ BEGIN
         'pg_catalog.convert_to(p.part, ''UTF8'')), 1, 16) OPERATOR(pg_catalog.=) h.digest)',
         autoembed._content_expression(_pipeline, '(h.hit)'), sha256(convert_to(_identity, 'UTF8'))
     ) ELSE 'NULL::pg_catalog.text' END;
-    query_start := format(
-        'SELECT h.hit, h.key, h.distance, h.number, h.start, h.stop, %s AS chunk FROM ('
+    query_start := format('SELECT h.hit, h.key, h.distance, h.number, h.start, h.stop, %s AS chunk FROM (', _passage);
+    rows_start := format(
         'SELECT ROW(t.*)::%s AS hit, %s AS key, e."autoembed vector" %s $1::%s AS distance, '
         'e."autoembed number" AS number, e."autoembed start" AS start, e."autoembed stop" AS stop, '
         'e."autoembed digest" AS digest FROM (SELECT %s, v.chunk_number AS "autoembed number", '
         'v.chunk_start AS "autoembed start", v.chunk_end AS "autoembed stop", v.digest AS "autoembed digest", '
         'v.%s AS "autoembed vector" FROM %s AS v) AS e JOIN %s AS t ON %s WHERE (',
-        _passage, _pipeline.table_id, _key, _operator, vector_type,
+        _pipeline.table_id, _key, _operator, vector_type,
         (SELECT string_agg(format('v.%I AS "autoembed %s"', k.name, k.number), ', ' ORDER BY k.number)
          FROM unnest(_pipeline.key_columns) WITH ORDINALITY AS k(name, number)),
         _expression, _vectors_table, _pipeline.table_id, _same_key
     );
+    query_start := query_start || rows_start;
     query_end := format(') ORDER BY (e."autoembed vector" %s $1::%s)', _operator, vector_type);
     query_tail := ') AS h';
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._search_target IS
     'The facts that a search of a table needs. query_start, query_end, query_tail: the query of rows and distances, '
-    'nearest first, around a condition and a limit. $1 is the vector. has_index: whether an index may answer it. '
-    'of_keys: that the row has one of the keys $2. visible_query: which of the chunks with keys $1 and numbers $2 the '
-    'caller may read. matching_query, keys_query: which rows with keys $1, and which rows, fulfil the condition behind '
-    'it. has_plain_keys: no setting of the session changes how keys are written.';
+    'nearest first, around a condition and a limit. $1 is the vector. rows_start, query_end: the same without '
+    'passages. has_index: whether an index may answer it. of_keys: that the row has one of the keys $2. '
+    'visible_query: which of the chunks with keys $1 and numbers $2 the caller may read. matching_query, keys_query: '
+    'which rows with keys $1, and which rows, fulfil the condition behind it. has_plain_keys: no setting of the '
+    'session changes how keys are written.';
 
 CREATE OR REPLACE FUNCTION autoembed._has_text_index(table_name regclass, embedding_column name)
     RETURNS boolean
@@ -720,3 +724,127 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed.embed_query IS
     'The embedding of a search text by the model of a table. ORDER BY embedding <=> (SELECT autoembed.embed_query(…))'
     ' calls it once, and uses the index.';
+
+CREATE OR REPLACE FUNCTION autoembed._match_function(
+    table_name regclass,
+    name text,
+    embedding_column name,
+    OUT signature text,
+    OUT statement text
+)
+    LANGUAGE plpgsql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+    SET quote_all_identifiers = off
+AS $plpgsql$
+DECLARE
+    _target record;
+    _schema name;
+    _table name;
+    _vector text := (SELECT v.full_name FROM autoembed._vector_types() AS v WHERE v.name = 'vector');
+    _columns text;
+    _values text;
+    _row text;
+    _metadata boolean;
+    _taken name;
+    _template text[] := string_to_array(autoembed._function_template('match'), '$body$');
+    _slots jsonb;
+BEGIN
+    SELECT s.* INTO _target FROM autoembed._search_target(table_name, embedding_column) AS s;
+    SELECT n.nspname, c.relname INTO _schema, _table
+    FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE c.oid = _target.table_id;
+    name := coalesce(name, 'match_' || _table);
+    -- A name that is cut off may be that of another table's function.
+    IF octet_length(name) NOT BETWEEN 1 AND 63 THEN
+        RAISE EXCEPTION USING
+            ERRCODE = CASE WHEN name = '' THEN 'invalid_name' ELSE 'name_too_long' END,
+            MESSAGE = format('the function''s name "%s" must have from 1 to 63 bytes', name),
+            HINT = format('Give it a name: SELECT autoembed.create_match_function(%L, name => …).', table_name);
+    END IF;
+    SELECT string_agg(format('%I %s', a.attname, format_type(a.atttypid, NULL)), ', ' ORDER BY a.attnum),
+           string_agg(format('(_hits[i.n]).%I', a.attname), ', ' ORDER BY a.attnum),
+           -- A vector as JSON takes long, and nobody filters by it.
+           string_agg(format('t.%I', a.attname), ', ' ORDER BY a.attnum)
+               FILTER (WHERE a.atttypid NOT IN (SELECT v.id FROM autoembed._vector_types() AS v)),
+           bool_or(a.attname = 'metadata' AND a.atttypid = 'jsonb'::regtype),
+           min(a.attname::text) FILTER (
+               WHERE a.attname IN ('query_embedding', 'match_count', 'filter', 'similarity')
+           )
+    INTO _columns, _values, _row, _metadata, _taken
+    FROM pg_attribute AS a
+    WHERE a.attrelid = _target.table_id AND a.attnum > 0 AND NOT a.attisdropped;
+    IF _taken IS NOT NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'duplicate_column',
+            MESSAGE = format('table %s has a column "%s", which is a name of the function''s own', table_name, _taken),
+            HINT = 'Rename the column, or use search().';
+    END IF;
+    _row := format('(SELECT pg_catalog.to_jsonb(r.*) FROM (SELECT %s) AS r)', _row);
+    IF _metadata THEN
+        _row := format(
+            '((CASE WHEN pg_catalog.jsonb_typeof(t.metadata) OPERATOR(pg_catalog.=) ''object''::pg_catalog.text '
+            'THEN t.metadata ELSE ''{}''::pg_catalog.jsonb END) OPERATOR(pg_catalog.||) %s)', _row
+        );
+    END IF;
+    signature := format('%I.%I(%s, pg_catalog.int4, pg_catalog.jsonb)', _schema, name, _vector);
+    _slots := jsonb_build_object(
+        'function', format('%I.%I', _schema, name),
+        'schema', quote_ident(_schema),
+        'table', _target.table_id::text,
+        'table_literal', quote_literal(_target.table_id),
+        'vector', _vector,
+        'columns', _columns,
+        'values', _values,
+        'limit', CASE
+            -- Several chunks of one row may be near.
+            WHEN _target.is_beside THEN
+                '_wanted OPERATOR(pg_catalog.+) least(3::pg_catalog.int8 OPERATOR(pg_catalog.*) _wanted, 50)'
+            ELSE '_wanted'
+        END,
+        'start', quote_literal(_target.rows_start),
+        'end', quote_literal(_target.query_end),
+        'condition', quote_literal(_row || ' OPERATOR(pg_catalog.@>) $2')
+    );
+    statement := concat(
+        autoembed._filled(_template[1], _slots), quote_literal(autoembed._filled(_template[2], _slots))
+    );
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._match_function IS
+    'The statement that makes the match function of a table, and the signature that it gets.';
+
+CREATE OR REPLACE FUNCTION autoembed.create_match_function(
+    table_name regclass,
+    name text DEFAULT NULL,
+    embedding_column name DEFAULT NULL
+)
+    RETURNS regprocedure
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _made record;
+BEGIN
+    PERFORM autoembed._check_owner(table_name);
+    SELECT m.* INTO _made
+    FROM autoembed._match_function(
+        table_name, create_match_function.name, create_match_function.embedding_column
+    ) AS m;
+    -- Before pgvector is loaded, only a superuser may give a function its settings.
+    PERFORM '[1]'::@extschema:vector@.vector;
+    EXECUTE _made.statement;
+    EXECUTE format(
+        'COMMENT ON FUNCTION %s IS %L', _made.signature,
+        format('The rows of %s that are nearest to a vector, with the rights of the caller. '
+               'Made by autoembed.create_match_function().', table_name)
+    );
+    RETURN _made.signature::regprocedure;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed.create_match_function IS
+    'Makes, for the caller, the function match_TABLE(query_embedding, match_count, filter) that clients of Supabase '
+    'and LangChain call: the nearest rows of a table and their similarity, with the rights of the one that calls it. '
+    'It replaces a function of the same name, arguments and columns. Call it again when the columns, the name or the '
+    'embedding of the table have changed.';

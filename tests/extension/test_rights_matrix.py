@@ -151,6 +151,7 @@ _list_queue - - - x
 _load_python - x - x
 _look_through - x - x
 _make_embeddings_table - x - x
+_match_function - x - x
 _may_see - x x x
 _missing_guide_triggers - - - x
 _missing_object - - - x
@@ -234,6 +235,7 @@ alter_model - - - x
 alter_pipeline - x - x
 chunk_text - x - x
 clear_column - x - x
+create_match_function - x - x
 create_model - - - x
 disable - x - x
 doctor - - - x

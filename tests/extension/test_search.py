@@ -189,6 +189,7 @@ def test_an_index_leaves_out_no_row_that_matches(short: Connection, role: Callab
     short.execute("SET max_parallel_maintenance_workers = 0")
     short.execute(f"CREATE INDEX ON {table} USING hnsw (embedding halfvec_cosine_ops)")
     short.execute("ANALYZE")
+    short.execute("SELECT autoembed.create_match_function('pages')")
     similarities = vectors @ question
 
     for condition, policy in FILTERS:
@@ -204,8 +205,23 @@ def test_an_index_leaves_out_no_row_that_matches(short: Connection, role: Callab
             "SELECT (s.hit).id, s.score FROM autoembed.search(NULL::pages, 'question', condition => %s) AS s",
             [condition],
         ).fetchall()
+        allowed = [row.id for row in short.execute("SELECT id FROM pages")]
+        of_tenant = [key for key in allowed if tenants[key - 1] == 7]
+        matches = {
+            fields: short.execute(
+                "SELECT id, similarity FROM match_pages(%s::vector, filter => %s)", [str(question.tolist()), fields]
+            ).fetchall()
+            for fields in ("{}", '{"tenant": 7}')
+        }
         short.execute("RESET ROLE")
 
+        for fields, keys in (("{}", allowed), ('{"tenant": 7}', of_tenant)):
+            wanted = sorted(keys, key=lambda key: -similarities[key - 1])[:10]
+            assert len(matches[fields]) == len(wanted), (fields, policy)
+            assert [row.similarity for row in matches[fields]] == sorted(
+                (row.similarity for row in matches[fields]), reverse=True
+            )
+            assert len({row.id for row in matches[fields]} & set(wanted)) >= 0.9 * len(wanted), (fields, policy)
         assert len(found) == len(expected), (condition, policy)
         assert [row.score for row in found] == sorted((row.score for row in found), reverse=True)
         assert len({row.id for row in found} & set(expected)) >= 0.9 * len(expected), (condition, policy)
