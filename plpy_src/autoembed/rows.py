@@ -124,7 +124,7 @@ class Owners:
         self._take_vectors: set[int] = set()
 
     def begin_claim(self) -> None:
-        """Gives each owner its time anew."""
+        """Starts a claim: the code of each owner has its full time again."""
         self._spent.clear()
 
     def spent(self, pipeline: Pipeline, seconds: float) -> None:

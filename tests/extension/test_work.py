@@ -526,6 +526,16 @@ def test_a_table_that_waits_is_not_checked_at_each_look(documents: Connection, w
     assert ("_check_pipeline",) not in called
 
 
+def test_a_claim_leaves_out_the_owners_whose_vectors_wait(documents: Connection) -> None:
+    insert(documents, "first")
+    claimed = "SELECT count(*) FROM autoembed._claim(100, 60, '{}', '{}', %s)"
+    owner = documents.execute("SELECT relowner::bigint AS id FROM pg_class WHERE relname = 'documents'").fetchone()
+    assert owner is not None
+
+    assert documents.execute(claimed, [[owner.id]]).fetchone() == (0,)
+    assert documents.execute(claimed, [[owner.id + 1]]).fetchone() == (1,)
+
+
 def test_a_claim_looks_at_no_pipeline_that_has_no_messages(documents: Connection) -> None:
     """Joined as a whole, hundreds of pipelines would be gone through at each look."""
     insert(documents, "first")

@@ -415,6 +415,7 @@ class _Saying(socketserver.StreamRequestHandler):
         with contextlib.suppress(OSError):
             for piece in self.server.pieces:
                 self.wfile.write(piece)
+                # The pause is that of the server in the test, between the pieces of its answer.
                 time.sleep(self.server.pause_seconds)
 
 

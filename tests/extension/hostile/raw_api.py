@@ -147,6 +147,7 @@ def without_end(start: bytes, piece: bytes) -> Case:
     def answer(request: Request) -> Iterator[bytes]:
         yield start
         while True:
+            # The answer of a slow provider is the case itself: faster, it would end by its size and not by its time.
             time.sleep(0.1)
             yield piece
 
