@@ -832,8 +832,6 @@ BEGIN
     FROM autoembed._match_function(
         table_name, create_match_function.name, create_match_function.embedding_column
     ) AS m;
-    -- Before pgvector is loaded, only a superuser may give a function its settings.
-    PERFORM '[1]'::@extschema:vector@.vector;
     EXECUTE _made.statement;
     EXECUTE format(
         'COMMENT ON FUNCTION %s IS %L', _made.signature,

@@ -1,5 +1,6 @@
 -- Finds the nearest rows of a table for a vector. Belongs to who made it, and runs with the rights of the caller. A
--- caller needs no right in the schema autoembed, so nothing of it is used here.
+-- caller needs no right in the schema autoembed, so nothing of it is used here. The settings of pgvector are no clause
+-- of the function: where pgvector is not loaded, as in a restore, only a superuser may write such a clause.
 CREATE OR REPLACE FUNCTION {{function}}(
     query_embedding {{vector}},
     match_count pg_catalog.int4 DEFAULT 10,
@@ -9,8 +10,6 @@ CREATE OR REPLACE FUNCTION {{function}}(
     LANGUAGE plpgsql
     STABLE
     SET search_path = pg_catalog, {{schema}}, pg_temp
-    SET hnsw.iterative_scan = 'strict_order'
-    SET hnsw.ef_search = 100
 AS $body$
 DECLARE
     _wanted CONSTANT pg_catalog.int8 := coalesce(match_count, 10);
@@ -26,6 +25,8 @@ DECLARE
     _distances pg_catalog.float8[];
     _fetched pg_catalog.int8;
     _found pg_catalog.int4;
+    _scan_before pg_catalog.text;
+    _ef_before pg_catalog.text;
 BEGIN
     IF _wanted OPERATOR(pg_catalog.<) 0::pg_catalog.int8 THEN
         RAISE EXCEPTION USING
@@ -35,6 +36,12 @@ BEGIN
     ELSIF _wanted OPERATOR(pg_catalog.=) 0::pg_catalog.int8 OR query_embedding IS NULL THEN
         RETURN;
     END IF;
+    -- This loads pgvector. An error undoes its settings, too.
+    PERFORM '[1]'::{{vector}};
+    _scan_before := pg_catalog.current_setting('hnsw.iterative_scan');
+    _ef_before := pg_catalog.current_setting('hnsw.ef_search');
+    PERFORM pg_catalog.set_config('hnsw.iterative_scan', 'strict_order', true),
+            pg_catalog.set_config('hnsw.ef_search', '100', true);
     LOOP
         EXECUTE pg_catalog.concat(
             -- The nearest chunk of a row counts.
@@ -61,6 +68,8 @@ BEGIN
             _limit := 4::pg_catalog.int8 OPERATOR(pg_catalog.*) _limit;
         END IF;
     END LOOP;
+    PERFORM pg_catalog.set_config('hnsw.iterative_scan', _scan_before, true),
+            pg_catalog.set_config('hnsw.ef_search', _ef_before, true);
     _found := least(_wanted, coalesce(pg_catalog.cardinality(_hits), 0));
     RETURN QUERY
     SELECT {{values}}, 1::pg_catalog.float8 OPERATOR(pg_catalog.-) _distances[i.n]

@@ -12,7 +12,7 @@ import pytest
 from psycopg import sql
 
 from fake_api import FakeApi, embedding_of
-from harness import Connection
+from harness import PASSWORD, Connection, Server
 
 DIMENSIONS = 1536
 STORAGES = pytest.mark.parametrize("column", ["NULL", "'embedding'"], ids=["beside", "in the row"])
@@ -159,6 +159,49 @@ def test_it_is_the_owners_and_has_the_rights_of_its_caller(
     attached.execute(f"SET ROLE {stranger}")
     assert attached.execute(find, [vector("question")]).fetchall() == [(3,), (5,)]
     attached.execute("RESET ROLE")
+
+
+def test_a_role_that_is_no_superuser_restores_it(
+    api_db: Connection, server: Server, dbname: str, role: Callable[[str], str]
+) -> None:
+    """In the session of a restore pgvector is not loaded, and its settings are not known."""
+    owner = role("owner")
+    api_db.execute("CREATE TABLE documents (id int PRIMARY KEY, content text)")
+    api_db.execute("SELECT autoembed.enable('documents', content_columns => '{content}')")
+    api_db.execute(f"ALTER TABLE documents OWNER TO {owner}; GRANT CREATE ON SCHEMA public TO {owner}")
+    api_db.execute("SELECT autoembed.create_match_function('documents')")
+    signature = "match_documents(vector, integer, jsonb)"
+
+    code, output = server.container.get_wrapped_container().exec_run(
+        [
+            "bash",
+            "-c",
+            f"cd /tmp && pg_dump -U postgres -Fc -f {dbname} {dbname} &&"
+            f" pg_restore -l {dbname} | grep match_documents > {dbname}.list &&"
+            f" psql -U postgres -c 'DROP FUNCTION {signature}' {dbname} &&"
+            f" PGPASSWORD={PASSWORD} pg_restore --exit-on-error --no-owner -L {dbname}.list -U {owner} -d {dbname}"
+            f" {dbname} 2>&1; code=$?; rm {dbname}*; exit $code",
+        ]
+    )
+
+    assert code == 0, output.decode()
+    assert api_db.execute(
+        "SELECT proowner::regrole::text FROM pg_proc WHERE oid = %s::regprocedure", [signature]
+    ).fetchone() == (owner,)
+
+
+def test_the_callers_settings_are_as_before(api_db: Connection) -> None:
+    api_db.execute("CREATE TABLE documents (id int PRIMARY KEY, content text)")
+    api_db.execute("SELECT autoembed.enable('documents', content_columns => '{content}')")
+    api_db.execute("SELECT autoembed.create_match_function('documents')")
+    api_db.execute("SET hnsw.ef_search = 7")
+    settings = "SELECT current_setting('hnsw.ef_search') AS ef, current_setting('hnsw.iterative_scan') AS scan"
+
+    with api_db.transaction():
+        api_db.execute("SET LOCAL hnsw.ef_search = 8; SET LOCAL hnsw.iterative_scan = relaxed_order")
+        api_db.execute("SELECT * FROM match_documents(%s::vector)", [vector("question")])
+        assert api_db.execute(settings).fetchone() == ("8", "relaxed_order")
+    assert api_db.execute(settings).fetchone() == ("7", "off")
 
 
 @STORAGES
