@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -15,15 +14,16 @@ from autoembed.batching import estimate_tokens, pack, truncate
 from autoembed.chunks import NONE, STRUCTURE, chunks_of, size_of
 from autoembed.errors import Fault, OverBudget, ProviderTrouble, RowError, Trouble
 from autoembed.flight import SLICE_SECONDS, Flight
+from autoembed.kept import KeptTexts
 from autoembed.limits import NOTHING_KNOWN, PATIENCE_SECONDS, Charge, Limiter
 from autoembed.model import Embedded, Model, Request, Share
 from autoembed.network import Network
 from autoembed.providers import counter_of, most_tokens_of, provider_of, sizes_of
 from autoembed.records import Known, Row
 
-# Vectors of search texts that a session keeps: a plan without an index calls embed() once for each row, and paging
-# calls it once for each page.
-QUERY_CACHE_SIZE = 100
+# Vectors of search texts that a session keeps, in characters: a plan without an index calls embed() once for each
+# row, a join of several searches does so in turns, and paging calls it once for each page.
+QUERY_CACHE_CHARACTERS = 8_000_000
 # A search waits for its vector for at most this long, in seconds.
 QUERY_TIMEOUT_SECONDS = 60.0
 # doctor() waits for the answer of a model for at most this long, in seconds.
@@ -44,7 +44,7 @@ KEPT_FREE_BYTES = 8 << 20
 
 heap.share_one_arena()
 _network = Network(MAX_CONNECTIONS)
-_queries: OrderedDict[tuple[str, str], str] = OrderedDict()
+_queries = KeptTexts(QUERY_CACHE_CHARACTERS)
 
 
 def process(batch_size: int, max_requests: int, timeout_milliseconds: int) -> dict[str, Any]:
@@ -77,20 +77,19 @@ def embed(content: str, model_name: str, definition: str) -> dict[str, Any]:
     definition: the row of the model as text. A vector that is kept is of the same text and the same definition.
     """
     query = (content, definition)
-    if query not in _queries:
+    vector = _queries.get(query)
+    if vector is None:
         try:
             if not content.strip():
                 raise Fault("a blank text has no embedding", hint="Give embed() some words.")
             here = database.Database(commits=False)
-            _queries[query] = _embed_in_turn(here, here.model(model_name), content)
+            vector = _embed_in_turn(here, here.model(model_name), content)
         except Fault as fault:
             return {"embedding": None, **_fields(fault)}
         except Trouble as trouble:
             return {"embedding": None, **_fields(_without_vector(model_name, trouble))}
-        if len(_queries) > QUERY_CACHE_SIZE:
-            _queries.popitem(last=False)
-    _queries.move_to_end(query)
-    return {"embedding": _queries[query], **NO_FAULT}
+        _queries.keep(query, vector)
+    return {"embedding": vector, **NO_FAULT}
 
 
 def plan(pipeline_id: int) -> dict[str, Any]:

@@ -706,6 +706,30 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.search_rows IS 'The rows that search() finds, in its order.';
 
+CREATE OR REPLACE FUNCTION autoembed._search_model(table_name regclass, embedding_column name)
+    RETURNS text
+    LANGUAGE plpgsql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _models text[] := ARRAY(
+        SELECT coalesce(p.model, autoembed._default_model())
+        FROM autoembed.pipeline AS p
+        WHERE table_name IN (p.table_id, p.embeddings_table)
+          AND p.embedding_column = coalesce(_search_model.embedding_column, p.embedding_column)
+    );
+BEGIN
+    IF cardinality(_models) = 1 THEN
+        RETURN _models[1];
+    END IF;
+    -- The one search to which this belongs cannot be told. This raises its error.
+    RETURN (SELECT s.model FROM autoembed._search_target(table_name, embedding_column) AS s);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._search_model IS 'The model of the embeddings of a table that a search compares.';
+
 CREATE OR REPLACE FUNCTION autoembed.embed_query(
     table_name regclass,
     query text,
@@ -714,11 +738,11 @@ CREATE OR REPLACE FUNCTION autoembed.embed_query(
     RETURNS @extschema:vector@.vector
     LANGUAGE plpgsql
     STABLE
-    PARALLEL RESTRICTED
+    COST 1000
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    RETURN autoembed.embed(query, (SELECT s.model FROM autoembed._search_target(table_name, embedding_column) AS s));
+    RETURN autoembed.embed(query, autoembed._search_model(table_name, embedding_column));
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.embed_query IS

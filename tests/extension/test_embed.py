@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -47,6 +48,57 @@ def test_a_plan_without_an_index_asks_the_api_once(documents: Connection, api: F
     documents.execute("SELECT id FROM documents ORDER BY embedding <=> autoembed.embed('question')")
 
     assert api.counters()["requests"] - before == 1
+
+
+PLANS = {
+    "sequential scan": ("SELECT id FROM documents ORDER BY embedding <=> {call} LIMIT 5", 1),
+    "filter": ("SELECT count(*) FROM documents WHERE embedding <=> {call} < 0.9 OR title = 'none'", 1),
+    "several times": ("SELECT embedding <=> {call}, {call} FROM documents ORDER BY embedding <=> {call}", 1),
+    "subquery": ("SELECT id FROM documents AS d WHERE id IN (SELECT id FROM documents"
+                 " WHERE id >= d.id ORDER BY embedding <=> {call} LIMIT 2)", 1),
+    "lateral": ("SELECT * FROM (VALUES ('a'), ('b'), ('c')) AS q(words), LATERAL ("
+                "SELECT id FROM documents ORDER BY embedding <=> {of_words} LIMIT 2) AS f", 3),
+    "searches in turns": ("SELECT (SELECT count(*) FROM generate_series(1, 150) AS q(words)"
+                          " WHERE d.embedding <=> {of_words} < 0.9) FROM documents AS d", 150),
+    "prepared": ("EXECUTE nearest ('a question')", 1),
+    "parallel": ("SELECT count(*) FROM documents WHERE embedding <=> {call} < 2 AND length(content) > 0", 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["embed({})", "embed_query('documents', {})"], ids=["embed", "embed_query"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_statement_asks_for_each_text_once_whatever_the_plan(
+    documents: Connection, api: FakeApi, plan: str, form: str
+) -> None:
+    fill(documents, 30)
+    call, of_words = ("autoembed." + form.format(text) for text in ("'a question'", "q.words::text"))
+    documents.execute("SET enable_indexscan = off; SET plan_cache_mode = force_generic_plan")
+    documents.execute(f"SET debug_parallel_query = {'on' if plan == 'parallel' else 'off'}")
+    documents.execute(
+        f"PREPARE nearest (text) AS SELECT id FROM documents ORDER BY embedding <=> autoembed.{form.format('$1')}"
+    )
+    before = api.counters()["requests"]
+    statement, texts = PLANS[plan]
+
+    documents.execute(statement.format(call=call, of_words=of_words).encode())
+
+    assert api.counters()["requests"] - before == texts
+
+
+def test_a_kept_vector_of_a_table_takes_about_as_long_as_one_of_a_model(db: Connection) -> None:
+    db.execute("SELECT autoembed.create_model('fake', 'fake', 16)")
+    db.execute("CREATE TABLE pages (id int PRIMARY KEY, body text)")
+    db.execute("SELECT autoembed.enable('pages', content_columns => '{body}', model => 'fake')")
+    calls = "SELECT count(autoembed.{}) FROM generate_series(1, 1000)"
+
+    def seconds(call: str) -> float:
+        began = time.perf_counter()
+        db.execute(calls.format(call).encode())
+        return time.perf_counter() - began
+
+    both = [(seconds("embed_query('pages', 'x')"), seconds("embed('x', 'fake')")) for _ in range(7)]
+
+    assert min(query for query, _ in both) < 4 * min(embed for _, embed in both)
 
 
 def test_embed_returns_the_models_vector(db: Connection, api: FakeApi) -> None:

@@ -195,6 +195,7 @@ _run_statement_as_owner - - - x
 _schedule_index - - - x
 _schedule_statement - - - x
 _search - x - x
+_search_model - x - x
 _search_target - x - x
 _segments_to_merge - - - x
 _set_paused - x - x
