@@ -41,6 +41,26 @@ class Segment:
     postings: Mapping[str, Posting] = field(default_factory=dict)
 
 
+def counted(texts: Sequence[tuple[int, Mapping[str, int]]]) -> Segment:
+    """A segment of texts that are in no segment yet: the number of words in each, and how often it has which term.
+
+    Its documents are -1 for the last text, -2 for the one before, and so on.
+    """
+    import numpy as np
+
+    found: dict[str, tuple[list[int], list[int]]] = {}
+    for place, (_, frequencies) in enumerate(texts):
+        for term, frequency in frequencies.items():
+            places, counts = found.setdefault(term, ([], []))
+            places.append(place)
+            counts.append(frequency)
+    return Segment(
+        np.arange(-len(texts), 0),
+        np.array([length for length, _ in texts], np.int64),
+        {term: Posting(np.array(places), np.array(counts)) for term, (places, counts) in found.items()},
+    )
+
+
 def parts(text: str) -> Iterator[str]:
     """The parts in which a text is counted. They end between words, where there is a space."""
     end = min(len(text), MAX_CHARACTERS)
@@ -50,6 +70,13 @@ def parts(text: str) -> Iterator[str]:
         yield text[start:cut]
         start = cut
     yield text[start:end]
+
+
+def merged_ids(ascending: np.ndarray, others: Collection[int]) -> np.ndarray:
+    """Ids of both, ascending."""
+    import numpy as np
+
+    return np.union1d(ascending, np.fromiter(others, np.int64, len(others)))
 
 
 def live(segment: Segment, dead: np.ndarray) -> np.ndarray:

@@ -6,14 +6,14 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import plpy  # type: ignore[import-not-found]
 
 from autoembed.binary import copy_rows
-from autoembed.bm25 import Posting, Scores, Segment, merged, most_dead
+from autoembed.bm25 import Posting, Segment, merged, most_dead, parts
 from autoembed.errors import (
     INSUFFICIENT_PRIVILEGE,
     QUERY_CANCELED,
@@ -695,7 +695,7 @@ class Database:
 
         texts: the place of the row's key, counted from 1; the number of the chunk; and its text or a part of it.
         """
-        rows, numbers, parts = zip(*texts, strict=True)
+        rows, numbers, cut = zip(*texts, strict=True)
         with row_errors():
             self._run(
                 "SELECT autoembed._index_texts($1, $2, $3, $4, $5, $6)",
@@ -706,7 +706,7 @@ class Database:
                     *["pg_catalog.int4[]"] * 2,
                     "pg_catalog.text[]",
                 ],
-                [pipeline.id, list(keys), list(digests), list(rows), list(numbers), list(parts)],
+                [pipeline.id, list(keys), list(digests), list(rows), list(numbers), list(cut)],
             )
 
     def merge_segments(self) -> None:
@@ -761,8 +761,8 @@ class Database:
             ],
         )
 
-    def text_scores(self, pipeline_id: int, words: str) -> Scores:
-        """How well the texts of a pipeline match words. The caller's rights are not asked for."""
+    def query_terms(self, pipeline_id: int, words: str) -> dict[str, int]:
+        """The terms in a query and the number of their occurrences."""
         with as_role(self._own_role()):
             rows = self._run(
                 "SELECT w.lexeme, coalesce(pg_catalog.cardinality(w.positions), 1) AS occurrences"
@@ -770,10 +770,60 @@ class Database:
                 ["pg_catalog.int4", "pg_catalog.text"],
                 [pipeline_id, words],
             )
-            terms = {row["lexeme"]: row["occurrences"] for row in rows}
+        return {row["lexeme"]: row["occurrences"] for row in rows}
+
+    def text_index(self, pipeline_id: int, terms: Collection[str]) -> tuple[list[Segment], np.ndarray]:
+        """The segments with postings of these terms, and the dead documents. The caller's rights are not asked for."""
+        with as_role(self._own_role()):
             segments = self._segments("s.pipeline_id OPERATOR(pg_catalog.=) $1", ["pg_catalog.int4"], [pipeline_id])
             self._fill(segments, "p.term OPERATOR(pg_catalog.=) ANY ($2)", ["pg_catalog.text[]"], [list(terms)])
-            return Scores(list(segments.values()), terms, self._dead_documents(pipeline_id))
+            return list(segments.values()), self._dead_documents(pipeline_id)
+
+    def outstanding(self, pipeline_id: int, max_messages: int) -> list[Any]:
+        """The messages of a pipeline in the queue, the newest first, and its failed rows as messages.
+
+        One more than max_messages of either: there are more. The caller's rights are not asked for.
+        """
+        with as_role(self._own_role()):
+            rows = self._run(
+                "(SELECT q.message FROM autoembed._job AS q WHERE q.pipeline OPERATOR(pg_catalog.=) $1::pg_catalog.text"
+                " ORDER BY q.due_at DESC LIMIT $2)"
+                " UNION ALL (SELECT pg_catalog.jsonb_build_object('keys', ARRAY[f.key::pg_catalog.jsonb])"
+                " FROM autoembed.failure AS f WHERE f.pipeline_id OPERATOR(pg_catalog.=) $1 LIMIT $2)",
+                ["pg_catalog.int4", "pg_catalog.int4"],
+                [pipeline_id, max_messages + 1],
+            )
+        return [_body(row["message"]) for row in rows]
+
+    def present_texts(self, query: str, keys: Sequence[str], max_bytes: int) -> list[tuple[str, str]]:
+        """The keys and present texts of these rows, read with the rights of the caller, up to max_bytes in all."""
+        rows = plpy.execute(plpy.prepare(query, ["pg_catalog.text[]", "pg_catalog.int8"]), [list(keys), max_bytes])
+        return [(row["key"], row["content"]) for row in rows if row["content"] and row["content"].strip()]
+
+    def words_of(
+        self, pipeline_id: int, texts: Sequence[str], terms: Collection[str]
+    ) -> list[tuple[int, dict[str, int]]]:
+        """The number of words in each text, and how often it has which of these terms."""
+        cut = [(place, part) for place, text in enumerate(texts) for part in parts(text)]
+        counted: list[tuple[int, dict[str, int]]] = [(0, {}) for _ in texts]
+        with as_role(self._own_role()):
+            rows = self._run(
+                "SELECT t.place, w.lexeme, pg_catalog.sum(coalesce(pg_catalog.cardinality(w.positions), 1))"
+                "::pg_catalog.int4 AS frequency"
+                " FROM (SELECT t.place, pg_catalog.to_tsvector(c.config, t.part) AS words"
+                " FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) AS t(place, part),"
+                " autoembed._text_config($1) AS c(config)) AS t,"
+                " LATERAL (SELECT w.positions, CASE WHEN w.lexeme OPERATOR(pg_catalog.=) ANY ($4) THEN w.lexeme END"
+                " AS lexeme FROM ROWS FROM (pg_catalog.unnest(t.words)) AS w) AS w GROUP BY 1, 2",
+                ["pg_catalog.int4", "pg_catalog.int4[]", "pg_catalog.text[]", "pg_catalog.text[]"],
+                [pipeline_id, [place for place, _ in cut], [part for _, part in cut], list(terms)],
+            )
+        for row in rows:
+            length, frequencies = counted[row["place"]]
+            if row["lexeme"] is not None:
+                frequencies[row["lexeme"]] = row["frequency"]
+            counted[row["place"]] = (length + row["frequency"], frequencies)
+        return counted
 
     def documents(self, ids: Sequence[int]) -> dict[int, tuple[str, int]]:
         """The key and the number of the chunk of documents. The caller's rights are not asked for."""

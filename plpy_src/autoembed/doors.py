@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -11,9 +12,11 @@ from typing import Any
 
 from autoembed import database, heap, providers, worker
 from autoembed.batching import estimate_tokens, pack, truncate
+from autoembed.bm25 import Scores, counted, merged_ids
 from autoembed.chunks import NONE, STRUCTURE, chunks_of, size_of
 from autoembed.errors import Fault, OverBudget, ProviderTrouble, RowError, Trouble
 from autoembed.flight import SLICE_SECONDS, Flight
+from autoembed.jobs import address_of
 from autoembed.kept import KeptTexts
 from autoembed.limits import NOTHING_KNOWN, PATIENCE_SECONDS, Charge, Limiter
 from autoembed.model import Embedded, Model, Request, Share
@@ -34,6 +37,12 @@ MAX_QUERY_CHARACTERS = 10_000
 FEW_ROWS = 5000
 # So many documents more than wanted rows are tried first: several may be of one row, or hidden.
 SPARE_CANDIDATES = 20
+# A search by words knows so many messages of rows that have changed, so many of these rows, and reads so many of their
+# texts, the newest first, and bytes of them: with these, it takes some 0.1 s longer.
+MAX_OUTSTANDING_MESSAGES = 1000
+MAX_OUTSTANDING_ROWS = 5000
+MAX_CHANGED_ROWS = 1000
+MAX_CHANGED_BYTES = 1_000_000
 # Connections that a session keeps open.
 MAX_CONNECTIONS = 32
 # Freed blocks up to this size, in bytes, stay with a lane: an index takes such blocks for each of its rows. The answers
@@ -211,38 +220,118 @@ def text_matches(
     leave this function, or meet the condition.
     """
     here = database.Database(commits=False)
-    target = here.search_target(table_id, embedding_column)
-    scores = here.text_scores(target["pipeline_id"], words[:MAX_QUERY_CHARACTERS])
-    found: dict[str, tuple[int, float]] = {}
-    tried, limit = 0, wanted + SPARE_CANDIDATES
-    while len(found) < wanted and tried < len(scores.scores):
-        if tried and (few := _few_rows(here, target, condition)) is not None:
-            # Most candidates are not among the rows that match. These are fewer.
-            candidates = scores.of(here.documents_of(target["pipeline_id"], few))
-            batch, condition = sorted(candidates.items(), key=lambda one: (-one[1], one[0])), None
-            tried = len(scores.scores)
-        else:
-            best = scores.best(limit)
-            batch, tried, limit = best[tried:], len(best), 8 * limit
-        passages = [one for one in _visible(here, target, batch) if one[0] not in found]
-        if condition is not None and passages:
-            query = f"{target['matching_query']}{condition}\n)"
-            matching = here.matching(query, list(dict.fromkeys(key for key, _, _ in passages)))
-            passages = [one for one in passages if one[0] in matching]
-        for key, number, score in passages:
-            found.setdefault(key, (number, score))
-    ranked = list(found.items())[:wanted]
+    matches = TextMatches(here, here.search_target(table_id, embedding_column), words[:MAX_QUERY_CHARACTERS])
+    ranked = matches.best(wanted, condition)
     rows: list[tuple[str, int, float, int | None]] = [
-        (key, number, score, place) for place, (key, (number, score)) in enumerate(ranked, 1)
+        (key, number, score, place) for place, (key, (number, score)) in enumerate(ranked.items(), 1)
     ]
-    others = [key for key in keys if key not in dict(ranked)]
-    if others and len(scores.scores):
-        known = scores.of(here.documents_of(target["pipeline_id"], others))
-        of_others: dict[str, tuple[int, float]] = {}
-        for key, number, score in _visible(here, target, sorted(known.items(), key=lambda one: -one[1])):
-            of_others.setdefault(key, (number, score))
-        rows += [(key, number, score, None) for key, (number, score) in of_others.items()]
-    return rows
+    others = matches.of([key for key in keys if key not in ranked])
+    return rows + [(key, number, score, None) for key, (number, score) in others.items()]
+
+
+class TextMatches:
+    """The documents that match words: those of the text index, and the present texts of rows that have changed since.
+
+    Documents with ids below 0 are such texts, read with the caller's rights.
+    """
+
+    def __init__(self, here: database.Database, target: dict[str, Any], words: str) -> None:
+        self._here = here
+        self._target = target
+        self._pipeline_id: int = target["pipeline_id"]
+        self._terms = here.query_terms(self._pipeline_id, words)
+        segments, dead = here.text_index(self._pipeline_id, self._terms)
+        changed, self._all_known = _changed(here.outstanding(self._pipeline_id, MAX_OUTSTANDING_MESSAGES))
+        texts = self._texts(changed)
+        self._changed = {number: key for number, (key, _) in enumerate(texts, -len(texts))}
+        if changed:
+            counts = here.words_of(self._pipeline_id, [text for _, text in texts], self._terms)
+            segments.append(counted(counts))
+            dead = merged_ids(dead, here.documents_of(self._pipeline_id, changed))
+        self._scores = Scores(segments, self._terms, dead)
+
+    def best(self, wanted: int, condition: str | None) -> dict[str, tuple[int, float]]:
+        """So many rows that match best and fulfil the condition: the number of their best chunk, and its score."""
+        scores = self._scores
+        found: dict[str, tuple[int, float]] = {}
+        tried, limit = 0, wanted + SPARE_CANDIDATES
+        while len(found) < wanted and tried < len(scores.scores):
+            if tried and (few := _few_rows(self._here, self._target, condition)) is not None:
+                # Most candidates are not among the rows that match. These are fewer.
+                candidates, condition, tried = self._documents_of(few), None, len(scores.scores)
+            else:
+                best = scores.best(limit)
+                candidates, tried, limit = best[tried:], len(best), 8 * limit
+            passages = [one for one in self._visible(candidates) if one[0] not in found]
+            if condition is not None and passages:
+                query = f"{self._target['matching_query']}{condition}\n)"
+                matching = self._here.matching(query, list(dict.fromkeys(key for key, _, _ in passages)))
+                passages = [one for one in passages if one[0] in matching]
+            for key, number, score in passages:
+                found.setdefault(key, (number, score))
+        return dict(list(found.items())[:wanted])
+
+    def of(self, keys: Sequence[str]) -> dict[str, tuple[int, float]]:
+        """Those of these rows that match: the number of their best chunk, and its score."""
+        found: dict[str, tuple[int, float]] = {}
+        if keys and len(self._scores.scores):
+            for key, number, score in self._visible(self._documents_of(keys)):
+                found.setdefault(key, (number, score))
+        return found
+
+    def _texts(self, keys: Sequence[str]) -> list[tuple[str, str]]:
+        query = self._target["texts_query"]
+        return self._here.present_texts(query, keys[:MAX_CHANGED_ROWS], MAX_CHANGED_BYTES) if query and keys else []
+
+    def _documents_of(self, keys: Sequence[str]) -> list[tuple[int, float]]:
+        """The documents of rows that match, with their scores, best first."""
+        of_rows = set(keys)
+        known = self._here.documents_of(self._pipeline_id, keys)
+        changed = [document for document, key in self._changed.items() if key in of_rows]
+        return sorted(self._scores.of([*changed, *known]).items(), key=lambda one: (-one[1], one[0]))
+
+    def _visible(self, candidates: Sequence[tuple[int, float]]) -> list[tuple[str, int, float]]:
+        """Those of these documents that the caller may read: the key, the number of the chunk, and the score of each.
+
+        A text that has changed has no chunk: its number is 0.
+        """
+        documents = self._here.documents([document for document, _ in candidates if document >= 0])
+        known = [document for document, _ in candidates if document in documents]
+        visible: dict[int, str] = {}
+        if known:
+            keys, numbers = zip(*(documents[document] for document in known), strict=True)
+            places = self._here.visible(self._target["visible_query"], keys, numbers)
+            visible = {known[place]: key for place, key in places.items()}
+        if not self._all_known and visible:
+            matching = self._still_match(list(dict.fromkeys(visible.values())))
+            visible = {document: key for document, key in visible.items() if key in matching}
+        passages = [
+            (visible[document], documents[document][1], score)
+            if document in visible
+            else (self._changed.get(document), 0, score)
+            for document, score in candidates
+        ]
+        return [(key, number, score) for key, number, score in passages if key is not None]
+
+    def _still_match(self, keys: Sequence[str]) -> set[str]:
+        """Those of these rows whose present texts have a word of the query. Too many have changed to know them all."""
+        if self._target["texts_query"] is None:
+            return set(keys)
+        texts = self._here.present_texts(self._target["texts_query"], keys, MAX_CHANGED_BYTES)
+        counts = self._here.words_of(self._pipeline_id, [text for _, text in texts], self._terms)
+        return {key for (key, _), (_, terms) in zip(texts, counts, strict=True) if terms}
+
+
+def _changed(messages: Sequence[Any]) -> tuple[list[str], bool]:
+    """The keys in messages, and whether these are all that have changed."""
+    keys: dict[str, None] = {}
+    for number, message in enumerate(messages):
+        if number == MAX_OUTSTANDING_MESSAGES or len(keys) > MAX_OUTSTANDING_ROWS:
+            return list(keys), False
+        # What is no message of a row is for a lane to refuse.
+        with contextlib.suppress(ValueError):
+            keys.update(dict.fromkeys(address_of(message).keys))
+    return list(keys), True
 
 
 def _few_rows(here: database.Database, target: dict[str, Any], condition: str | None) -> list[str] | None:
@@ -254,19 +343,6 @@ def _few_rows(here: database.Database, target: dict[str, Any], condition: str | 
         return None
     keys = here.keys(f"{target['keys_query']}{condition or 'true'}\n) LIMIT {4 * FEW_ROWS}")
     return keys if len(keys) < 4 * FEW_ROWS else None
-
-
-def _visible(
-    here: database.Database, target: dict[str, Any], candidates: Sequence[tuple[int, float]]
-) -> list[tuple[str, int, float]]:
-    """Those of these documents that the caller may read: the key, the number of the chunk, and the score of each."""
-    documents = here.documents([document for document, _ in candidates])
-    known = [(*documents[document], score) for document, score in candidates if document in documents]
-    if not known:
-        return []
-    keys, numbers, _ = zip(*known, strict=True)
-    visible = here.visible(target["visible_query"], keys, numbers)
-    return [(visible[place], number, score) for place, (_, number, score) in enumerate(known) if place in visible]
 
 
 def check_model(name: str) -> dict[str, Any] | None:

@@ -18,7 +18,9 @@ CREATE OR REPLACE FUNCTION autoembed._search_target(
     OUT visible_query text,
     OUT matching_query text,
     OUT keys_query text,
-    OUT has_plain_keys boolean
+    OUT has_plain_keys boolean,
+    OUT texts_query text,
+    OUT row_query text
 )
     LANGUAGE plpgsql
     STABLE
@@ -122,6 +124,22 @@ BEGIN
         END
     );
 
+    row_query := format(
+        'SELECT ROW(t.*)::%1$s AS hit, %2$s AS key, NULL::pg_catalog.float8 AS distance, '
+        'NULL::pg_catalog.int4 AS number, NULL::pg_catalog.int4 AS start, NULL::pg_catalog.int4 AS stop, '
+        'NULL::pg_catalog.text AS chunk FROM %1$s AS t WHERE %3$s',
+        _pipeline.table_id, _key, of_keys
+    );
+    -- A function of the owner gets no rights of the caller.
+    texts_query := CASE WHEN _pipeline.content_function IS NULL AND _pipeline.condition_objects = '{}' THEN format(
+        'SELECT h.key, h.place, %s AS content FROM (SELECT ROW(t.*)::%s AS hit, %s AS key, s.place, '
+        'pg_catalog.sum(%s) OVER (ORDER BY s.place) AS bytes '
+        'FROM pg_catalog.unnest($1) WITH ORDINALITY AS s(key, place) JOIN %2$s AS t ON %5$s) AS h '
+        'WHERE h.bytes OPERATOR(pg_catalog.<=) $2::pg_catalog.numeric',
+        autoembed._content_expression(_pipeline, '(h.hit)'), _pipeline.table_id, _key,
+        autoembed._content_bytes_expression(_pipeline, 't'), format(_sent_key, 't')
+    ) END;
+
     IF NOT is_beside THEN
         query_start := format(
             'SELECT ROW(t.*)::%1$s AS hit, %2$s AS key, %3$s %4$s $1::%5$s AS distance, '
@@ -172,7 +190,9 @@ COMMENT ON FUNCTION autoembed._search_target IS
     'passages. has_index: whether an index may answer it. of_keys: that the row has one of the keys $2. '
     'visible_query: which of the chunks with keys $1 and numbers $2 the caller may read. matching_query, keys_query: '
     'which rows with keys $1, and which rows, fulfil the condition behind it. has_plain_keys: no setting of the '
-    'session changes how keys are written.';
+    'session changes how keys are written. row_query: the rows with keys $2, with or without an embedding. '
+    'texts_query: the present texts of the rows with keys $1, as many of the first as have $2 bytes; NULL: they are '
+    'the owner''s code.';
 
 CREATE OR REPLACE FUNCTION autoembed._has_text_index(table_name regclass, embedding_column name)
     RETURNS boolean
@@ -335,9 +355,13 @@ BEGIN
     END IF;
     RETURN QUERY EXECUTE pg_catalog.concat(
         'SELECT DISTINCT ON (n.place) f.hit, f.key, f.distance, f.number, f.start, f.stop, f.chunk '
-        'FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) WITH ORDINALITY AS n(key, number, place) JOIN (',
+        'FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) WITH ORDINALITY AS n(key, number, place) '
+        'JOIN ((',
         _target.query_start, _target.of_keys, _target.query_end, ' OPERATOR(pg_catalog.+) 0::pg_catalog.float8',
-        _target.query_tail,
+        _target.query_tail, ')',
+        -- Rows that have no embedding yet.
+        CASE WHEN 0 OPERATOR(pg_catalog.=) ANY (chunk_numbers) THEN ' UNION ALL ' END,
+        CASE WHEN 0 OPERATOR(pg_catalog.=) ANY (chunk_numbers) THEN _target.row_query END,
         ') AS f ON f.key OPERATOR(pg_catalog.=) n.key AND ($1 IS NOT NULL OR coalesce(f.number, n.number) '
         'OPERATOR(pg_catalog.=) n.number) ORDER BY n.place, f.distance'
     ) USING _vector, keys, chunk_numbers;
@@ -345,7 +369,7 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._found_rows IS
     'The rows of these keys that the caller may read, each with the chunk that is nearest to a text; without a text, '
-    'with the chunk of that number.';
+    'with the chunk of that number. 0: the row may have none.';
 
 CREATE OR REPLACE FUNCTION autoembed._text_matches(
     table_name regclass,
@@ -368,7 +392,8 @@ AS $python$
 $python$;
 COMMENT ON FUNCTION autoembed._text_matches IS
     'The rows that match words best and that the caller may read, by BM25, with the score of their best chunk, in the '
-    'order of place; and without a place those of keys that match, too.';
+    'order of place; and without a place those of keys that match, too. chunk_number 0: of the text as a whole, which '
+    'has changed since it was embedded.';
 
 CREATE OR REPLACE FUNCTION autoembed._ranked(
     like_row anyelement,
@@ -544,7 +569,7 @@ BEGIN
            l.text_score
     FROM (
         SELECT i.*, pg_catalog.row_number() OVER (
-            ORDER BY i.part, i.score DESC, i.similarity DESC, i.key
+            ORDER BY i.part, i.score DESC, i.similarity DESC NULLS LAST, i.key
         ) AS rank
         FROM listed AS i
     ) AS l

@@ -154,6 +154,111 @@ def test_the_scores_are_those_of_bm25_whatever_came_before(
 
 
 @STORAGES
+@pytest.mark.parametrize("seed", range(2))
+def test_a_text_counts_at_once_whatever_came_before(
+    short: Connection, role: Callable[[str], str], column: str, seed: int
+) -> None:
+    """Nothing that has changed is embedded before the search, and some rows cannot be embedded at all."""
+    rng = random.Random(seed)
+    reader = role("reader")
+    short.execute(f"SELECT autoembed.grant_usage('{reader}')")
+    more = ", condition => 'tenant <> 4'" + (", chunking => 'none'" if column == "NULL" else "")
+    attach(short, column, [random_text(rng) for _ in range(20)], more=more)
+    short.execute(f"GRANT SELECT ON pages TO {reader}")
+
+    for step in range(10):
+        write(short, {rng.randint(1, 40): random_text(rng) for _ in range(rng.randint(1, 15))})
+        for key in rng.sample(range(1, 41), rng.randint(0, 4)):
+            short.execute("DELETE FROM pages WHERE id = %s", [key])
+        short.execute("UPDATE pages SET tenant = %s WHERE id = %s", [rng.randint(0, 4), rng.randint(1, 40)])
+        if step == 4:
+            short.execute("UPDATE pages SET id = 41 - id WHERE id IN (3, 38)")
+        if step == 7:
+            # Until a lane has seen it, the words of emptied tables count for how rare a word is.
+            short.execute("TRUNCATE pages")
+            embed(short)
+            write(short, {key: random_text(rng) for key in range(20, 30)})
+        query = " ".join(rng.choices(WORDS, k=rng.randint(1, 6)))
+        texts = [(row.id, row.body) for row in short.execute("SELECT id, body FROM pages WHERE tenant <> 4")]
+        expected = bm25(short, texts, query)
+        assert found(short, query, max_rows=1000) == pytest.approx(expected), (step, query)
+        hybrid = "SELECT (s.hit).id, s.text_score FROM autoembed.search(NULL::pages, %s, 1000, mode => 'hybrid') AS s"
+        both = {row.id: row.text_score for row in short.execute(hybrid, [query])}
+        assert {key: score for key, score in both.items() if score} == pytest.approx(expected), (step, query)
+
+        short.execute(
+            f"ALTER TABLE pages ENABLE ROW LEVEL SECURITY; DROP POLICY IF EXISTS own ON pages;"
+            f" CREATE POLICY own ON pages USING (tenant < 2); SET ROLE {reader}"
+        )
+        seen = found(short, query, max_rows=1000, condition="id % 2 = 0")
+        short.execute("RESET ROLE")
+        assert set(seen) == {
+            row.id
+            for row in short.execute("SELECT id FROM pages WHERE tenant < 2 AND id % 2 = 0")
+            if row.id in expected
+        }
+        if rng.random() < 0.5:
+            embed(short)
+
+
+@STORAGES
+def test_a_row_without_an_embedding_comes_with_its_score_by_words(short: Connection, column: str) -> None:
+    attach(short, column, ["an apple", "a pear"])
+    write(short, {3: "an apple more", 2: "a plum"})
+
+    row = short.execute(
+        "SELECT (s.hit).body, s.key, s.chunk, s.chunk_number, s.similarity, s.text_score > 0 AS matches"
+        " FROM autoembed.search(NULL::pages, 'apple', mode => 'hybrid') AS s WHERE (s.hit).id = 3"
+    ).fetchone()
+
+    assert row == ("an apple more", "[3]", None, None, None, True)
+    assert list(found(short, "plum")) == [2]
+    assert found(short, "pear") == {}
+
+
+def test_a_row_that_the_model_refuses_is_found_by_its_words(short: Connection, api: FakeApi) -> None:
+    attach(short, "NULL", ["an apple"])
+    api.behave(faults=[{"status": 400, "match": "plum", "times": 1000}])
+    write(short, {1: "a plum", 2: "a plum pie"})
+    short.execute("SELECT autoembed.process()")
+    assert short.execute("SELECT count(*) FROM autoembed.failed").fetchone() == (2,)
+
+    assert sorted(found(short, "plum")) == [1, 2]
+    assert found(short, "apple") == {}
+
+
+@STORAGES
+def test_no_row_is_found_by_old_words_however_many_have_changed(short: Connection, column: str) -> None:
+    """So many messages wait that a search does not read them all."""
+    attach(short, column, ["an apple" for _ in range(1300)])
+    embed(short)
+    short.execute("SELECT autoembed.pause('pages')")
+    short.execute("""
+        DO $$ BEGIN FOR n IN 1..1250 LOOP
+            UPDATE pages SET body = CASE WHEN n <= 5 THEN 'an apple again' ELSE 'a pear' END WHERE id = n;
+        END LOOP; END $$
+    """)
+
+    assert set(found(short, "apple", max_rows=1300)) == {*range(1, 6), *range(1251, 1301)}
+    assert set(found(short, "apple", max_rows=60)) == {*range(1, 6), *range(1251, 1301)}
+    assert len(found(short, "pear", max_rows=50)) == 50
+
+
+def test_the_text_of_a_function_is_found_once_a_lane_has_read_it(short: Connection) -> None:
+    """The function is the owner's code, and would run with the rights of the caller."""
+    short.execute("CREATE TABLE pages (id int PRIMARY KEY, body text)")
+    short.execute("CREATE FUNCTION text_of(p pages) RETURNS text LANGUAGE sql RETURN p.body || ' fruit'")
+    short.execute("SELECT autoembed.enable('pages', content_function => 'text_of', text_config => 'english')")
+    short.execute("INSERT INTO pages VALUES (1, 'an apple')")
+    assert found(short, "apple") == {}
+    short.execute("SELECT autoembed.process()")
+    assert list(found(short, "fruit")) == [1]
+
+    short.execute("UPDATE pages SET body = 'a pear'")
+    assert found(short, "apple") == {}
+
+
+@STORAGES
 def test_hybrid_weighs_both_scores_of_every_candidate(short: Connection, column: str) -> None:
     attach(short, column, [f"{'red ' * (n % 4)}apple number{n}" for n in range(60)])
     query = "red apple number7"

@@ -7,7 +7,18 @@ import random
 import numpy as np
 import pytest
 
-from autoembed.bm25 import MAX_CHARACTERS, PART_CHARACTERS, Posting, Scores, Segment, merged, most_dead, parts
+from autoembed.bm25 import (
+    MAX_CHARACTERS,
+    PART_CHARACTERS,
+    Posting,
+    Scores,
+    Segment,
+    counted,
+    merged,
+    merged_ids,
+    most_dead,
+    parts,
+)
 
 Documents = dict[int, dict[str, int]]
 
@@ -54,6 +65,19 @@ def test_rare_words_and_short_texts_count_more_and_dead_texts_not_at_all() -> No
     without = [segment_of({1: {"a": 1, "b": 1}}), segments[1]]
     terms = {"a": 1, "c": 2}
     assert Scores(segments, terms, numbers(2)).best(9) == Scores(without, terms, numbers()).best(9)
+
+
+def test_counted_texts_score_as_a_segment_does() -> None:
+    texts = {1: {"a": 1, "b": 2}, 2: {"b": 1}, 3: {"a": 3}}
+    terms = {"a": 1, "b": 2}
+    segment = counted([(sum(words.values()), words) for words in texts.values()])
+
+    found = Scores([segment, counted([])], terms, numbers()).best(9)
+
+    expected = Scores([segment_of(texts)], terms, numbers()).best(9)
+    assert [(number + 4, score) for number, score in found] == expected
+    assert merged_ids(numbers(2, 7), [9, 1, 2]).tolist() == [1, 2, 7, 9]
+    assert merged_ids(numbers(), []).tolist() == []
 
 
 def test_the_best_come_with_all_their_equals() -> None:
