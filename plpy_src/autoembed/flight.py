@@ -22,6 +22,8 @@ Result = TypeVar("Result")
 
 # A cancel or a shutdown is noticed after at most this long, in seconds.
 SLICE_SECONDS = 0.05
+# An outcome that has waited for this long, in seconds, comes before newer ones.
+PATIENCE_SECONDS = 0.3
 
 
 @contextmanager
@@ -128,15 +130,23 @@ class Flight(Generic[Tag, Result]):
     def landed(self) -> Iterator[tuple[Tag, Result | BaseException]]:
         """The outcome of each call as it comes, including calls that are submitted meanwhile.
 
-        Where several outcomes are there, that of the newest call comes first. between_waits() runs before each.
+        Where several outcomes are there, that of the newest call comes first, unless another has waited for a while.
+        between_waits() runs before each.
         """
+        seen_at: dict[Future[Result], float] = {}
         while self._tags or self._here:
             if self._here:
                 yield self._make_here()
             done = wait(self._tags, timeout=0 if self._here else SLICE_SECONDS, return_when=FIRST_COMPLETED).done
             self._between_waits()
+            now = time.monotonic()
+            for future in done:
+                seen_at.setdefault(future, now)
             # One at a time: the others may wait while something newer is sent.
-            if future := next((future for future in reversed(self._tags) if future in done), None):
+            if landed := [future for future in reversed(self._tags) if future in seen_at]:
+                oldest = min(landed, key=lambda future: seen_at[future])
+                future = oldest if now - seen_at[oldest] > PATIENCE_SECONDS else landed[0]
+                del seen_at[future]
                 tag = self._tags.pop(future)
                 error = future.exception()
                 yield tag, future.result() if error is None else error

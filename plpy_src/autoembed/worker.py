@@ -6,7 +6,8 @@ import math
 import random
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -278,7 +279,7 @@ class _Pass:
         self._pace = lane.pace if lane else Pace(options.batch_size, options.max_rows, indexed=True)
         self._owners = lane.owners if lane else Owners(lasts=False)
         self._speeds = lane.speeds if lane else None
-        self._rows = Rows(database, ledger, self._pace, self._owners)
+        self._rows = Rows(database, ledger, self._owners)
         self._outboxes: dict[Model, Outbox] = {}
         # Requests that are handed to threads and may not be sent yet.
         self._leaving: list[Request] = []
@@ -368,7 +369,7 @@ class _Pass:
         others = [outbox for model, outbox in self._outboxes.items() if model.name not in busy]
         # In requests: those the lane may hold, those it holds, and those that may be added.
         most = self._pace.max_rows() // batch_size
-        held = -(-sum(len(outbox.jobs) for outbox in others) // batch_size)
+        held = -(-sum(len(jobs) for outbox in others for jobs in outbox.jobs.values()) // batch_size)
         under_way = sum(outbox.in_flight + len(outbox.waiting) for outbox in others)
         free = min(self._options.max_requests - under_way, most - held)
         now = time.monotonic()
@@ -642,16 +643,25 @@ class _Pass:
                 if not job.wanted and job.outcome is None:
                     turns[job.pipeline.id, job.key] += 1
                     by_statement[job.pipeline.id, turns[job.pipeline.id, job.key]].append((job, index))
-        for matched in by_statement.values():
-            jobs = [job for job, _ in matched]
-            if jobs[0].pipeline.is_beside:
-                self._rows.write_complete(jobs[0].pipeline, jobs)
-            else:
-                self._rows.write(jobs[0].pipeline, jobs, vectors[[index for _, index in matched]])
-            if len(by_statement) > 1:
-                # The row locks of one owner do not wait for the code of another.
-                self._commit()
-                self._database.lock_lanes()
+        with self._paced():
+            for matched in sorted(by_statement.values(), key=lambda one: self._owners.slowness(one[0][0].pipeline)):
+                jobs = [job for job, _ in matched]
+                if jobs[0].pipeline.is_beside:
+                    self._rows.write_complete(jobs[0].pipeline, jobs)
+                else:
+                    self._rows.write(jobs[0].pipeline, jobs, vectors[[index for _, index in matched]])
+                if len(by_statement) > 1:
+                    # The row locks of one owner do not wait for the code of another.
+                    self._commit()
+                    self._database.lock_lanes()
+
+    @contextmanager
+    def _paced(self) -> Iterator[None]:
+        """Takes note of how long the rows take that are written in the block, with all that belongs to it."""
+        before, began_at = self._rows.written, time.monotonic()
+        yield
+        if self._rows.written > before:
+            self._pace.wrote(self._rows.written - before, time.monotonic() - began_at)
 
     # In between ----------------------------------------------------------------------------------
 
@@ -666,8 +676,9 @@ class _Pass:
         self._network.expire()
         if self._rows.some_are_unwritten:
             self._database.lock_lanes()
-            self._rows.write_some()
-            self._commit()
+            with self._paced():
+                self._rows.write_some()
+                self._commit()
         if self._lane is not None and not self._lane.goes_on():
             self._lane = None
             self._ends_at = time.monotonic() + ENDING_SECONDS

@@ -55,6 +55,8 @@ CREATE OR REPLACE FUNCTION autoembed._claim(
 AS $plpgsql$
 #variable_conflict use_column
 DECLARE
+    -- Each pipeline of a claim takes some milliseconds, in which nothing else is claimed.
+    _most_pipelines CONSTANT integer := 30;
     -- A parameter, unlike clock_timestamp() itself, can be looked up in an index.
     _now timestamptz := clock_timestamp();
     _ready record;
@@ -85,8 +87,8 @@ BEGIN
             FROM queued AS n
             WHERE n.pipeline IS NOT NULL
         ),
-        ready AS (
-            SELECT n.pipeline, s.failures, s.owner
+        due AS (
+            SELECT n.pipeline, s.id, s.failures, s.owner
             FROM queued AS n
             -- OFFSET 0 keeps the planner from reading all pipelines.
             LEFT JOIN LATERAL (
@@ -104,21 +106,35 @@ BEGIN
                 OFFSET 0
             ) AS s ON true
             WHERE EXISTS (SELECT FROM autoembed._job AS q WHERE q.pipeline = n.pipeline AND q.due_at <= _now)
-              -- The quick test comes first. Many tables may wait for one model, and each lane looks ten times a second.
-              AND CASE WHEN s.waits THEN false
-                       -- A restore in parallel brings the pipeline later, and a restore of the schema alone never.
-                       WHEN s.id IS NULL AND EXISTS (
-                           SELECT FROM pg_proc AS f
-                           WHERE f.proname = '_content_' || n.pipeline AND f.pronamespace = 'autoembed'::regnamespace
-                       ) THEN false
-                       ELSE (SELECT b.blocked FROM autoembed._pipeline_state AS b WHERE b.id = s.id) IS NULL END
+              AND s.waits IS NOT TRUE
+        ),
+        owner AS (
+            SELECT d.owner, count(*) OVER () AS owners FROM due AS d GROUP BY d.owner
+        ),
+        ready AS (
+            SELECT t.*
+            FROM owner AS o
+            CROSS JOIN LATERAL (
+                SELECT d.*
+                -- The random order serves others of an owner's pipelines each time. OFFSET 0 keeps the slow test below
+                -- from those that are not needed.
+                FROM (SELECT * FROM due WHERE due.owner IS NOT DISTINCT FROM o.owner ORDER BY random() OFFSET 0) AS d
+                WHERE CASE
+                    -- A restore in parallel brings the pipeline later, and a restore of the schema alone never.
+                    WHEN d.id IS NULL THEN NOT EXISTS (
+                        SELECT FROM pg_proc AS f
+                        WHERE f.proname = '_content_' || d.pipeline AND f.pronamespace = 'autoembed'::regnamespace
+                    )
+                    ELSE (SELECT b.blocked FROM autoembed._pipeline_state AS b WHERE b.id = d.id) IS NULL
+                END
+                LIMIT greatest(1, _most_pipelines / o.owners)
+            ) AS t
         )
         SELECT r.pipeline, r.failures, r.owner,
                count(*) OVER (PARTITION BY r.owner) AS pipelines,
                (SELECT count(DISTINCT coalesce(o.owner, 0)) FROM ready AS o) AS owners
         FROM ready AS r
-        -- An owner may have more pipelines than rows in its share. The random order serves others of them each time.
-        ORDER BY r.owner, random()
+        ORDER BY r.owner
     LOOP
         IF _owner IS DISTINCT FROM _ready.owner OR _owner_room IS NULL THEN
             _owner := _ready.owner;

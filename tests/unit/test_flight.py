@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from autoembed import flight as flight_module
 from autoembed.errors import Trouble
 from autoembed.flight import Flight, signals_blocked
 from waiting import wait_until
@@ -101,6 +102,23 @@ def test_of_outcomes_that_are_there_the_newest_comes_first_and_each_after_a_brea
         assert [tag for tag, _ in flight.landed()] == [2, 1, 0]
 
     assert len(looks) == 3
+
+
+def test_an_outcome_that_has_waited_for_a_while_comes_before_newer_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the newest always came first, an answer would never come to its rows while new ones arrive fast enough."""
+    monkeypatch.setattr(flight_module, "PATIENCE_SECONDS", 0.0)
+    landed: list[int] = []
+    with Flight[int, None](3, nothing, nothing) as flight:
+        flight.submit(0, nothing)
+        for tag, _ in flight.landed():
+            landed.append(tag)
+            for number in range(2 * tag + 1, 2 * tag + 3) if tag < 20 else ():
+                flight.submit(number, nothing)
+            wait_until(lambda: all(future.done() for future in flight._tags))
+
+    # A breath after they were seen, outcomes land in the order in which they came.
+    assert landed.index(1) < 5
+    assert len(landed) == 41
 
 
 def test_calls_submitted_while_landing_are_landed_too() -> None:

@@ -545,7 +545,7 @@ class Desk:
         self.database = FakeDatabase()
         self.ledger = Ledger(self.database, [])
         self.owners = Owners()
-        self.rows = Rows(self.database, self.ledger, Pace(100, 1000, indexed=True), self.owners)
+        self.rows = Rows(self.database, self.ledger, self.owners)
 
     def put(self, *texts: str | None, attempts: int = 0, pipeline: Pipeline = PIPELINE) -> list[Job]:
         """Rows with these texts, whose messages are claimed."""

@@ -478,8 +478,12 @@ def test_the_claim_is_committed_before_anything_is_read(lane: Lane, database: Fa
     assert "rows" in database.statements[2:]
 
 
-def test_an_answer_for_several_pipelines_is_committed_after_each(lane: Lane, database: FakeDatabase) -> None:
-    """The row locks of one owner do not wait for the code of another."""
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_answer_for_several_pipelines_is_committed_after_each(
+    lane: Lane, database: FakeDatabase, monkeypatch: pytest.MonkeyPatch, order: int
+) -> None:
+    """The row locks of one owner do not wait for the code of another, and quick owners come first."""
+    monkeypatch.setattr(rows.Owners, "slowness", lambda _, pipeline: order * pipeline.id)
     database.defined[2] = replace(PIPELINE, id=2, owner=20)
     for row_id in range(4):
         database.put(row_id, f"text {row_id}", pipeline_id=1 + row_id % 2)
@@ -489,7 +493,7 @@ def test_an_answer_for_several_pipelines_is_committed_after_each(lane: Lane, dat
     start = database.statements.index("write")
     work_of = [statement for statement in database.statements[start:] if statement != "settle"]
     assert work_of[:6] == ["write", "record_embedded", "commit", "lock_lanes", "write", "record_embedded"]
-    assert database.written_keys == [["[0]", "[2]"], ["[1]", "[3]"]]
+    assert database.written_keys == [["[0]", "[2]"], ["[1]", "[3]"]][::order]
     assert all(database.is_fresh(row_id) for row_id in range(4))
 
 
@@ -648,7 +652,10 @@ def test_a_cancel_in_an_owners_code_ends_the_pass_with_a_report(lane: Lane, data
     assert database.statements[-1] == "commit"
 
 
-def test_a_cancel_while_vectors_are_written_keeps_what_was_written(lane: Lane, database: FakeDatabase) -> None:
+def test_a_cancel_while_vectors_are_written_keeps_what_was_written(
+    lane: Lane, database: FakeDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows.Owners, "slowness", lambda _, pipeline: pipeline.id)
     database.defined[2] = replace(PIPELINE, id=2, owner=20)
     database.put(1, "text")
     database.put(2, "odd", pipeline_id=2)
