@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -168,6 +169,10 @@ def test_two_lanes_share_the_work_and_send_each_text_once(
     assert api.counters()["max_in_flight"] > 2
 
 
+def is_true(db: Connection, sql: str, *values: int) -> bool:
+    return db.execute(sql.encode(), values).fetchone() == (True,)
+
+
 def test_no_transaction_is_held_while_a_request_is_in_flight(
     documents: Connection, api: FakeApi, connect: Connect
 ) -> None:
@@ -183,7 +188,7 @@ def test_no_transaction_is_held_while_a_request_is_in_flight(
         api.wait_for(held=1)
         for _ in range(5):
             [[xid]] = documents.execute("SELECT pg_current_xact_id()::xid::text::bigint").fetchall()
-            wait_until(lambda xid=xid: documents.execute(lane_after, [xid, lane.pid]).fetchone() == (True,))
+            wait_until(partial(is_true, documents, lane_after, xid, lane.pid))
         # A statement of the lane's own, between two slices of waiting, holds locks for its moment.
         wait_until(lambda: documents.execute(locks_of, [lane.pid]).fetchall() == [])
         assert api.counters()["held"] == 1
