@@ -566,13 +566,15 @@ BEGIN
     INSERT INTO autoembed.pipeline AS p (
         table_id, embedding_column, key_columns, content_columns, content_template, content_function,
         content_function_id, content_function_oid, condition, condition_columns, condition_objects, model,
-        on_change, truncate, replicated, managed, paused, table_shape, built_from, text_config
+        on_change, truncate, replicated, managed, paused, table_shape, built_from, text_config,
+        ef_search, recall_target, recall, recall_measured_at
     )
     SELECT (_new).table_id, (_new).embedding_column, (_new).key_columns, (_new).content_columns,
            (_new).content_template, (_new).content_function, (_new).content_function_id,
            (_new).content_function_oid, (_new).condition, (_new).condition_columns, (_new).condition_objects,
            (_new).model, (_new).on_change, (_new).truncate, (_new).replicated, (_new).managed, (_new).paused,
-           (_new).table_shape, 'stopped', (_new).text_config
+           (_new).table_shape, 'stopped', (_new).text_config, (_new).ef_search, (_new).recall_target,
+           (_new).recall, (_new).recall_measured_at
     RETURNING p.id INTO _new.id;
     -- The digests of the rows go along while the table has both keys.
     IF NOT EXISTS (

@@ -82,6 +82,19 @@ BEGIN
         RETURN NEXT;
     END IF;
 
+    IF pipeline.recall_target IS NOT NULL THEN
+        subject := format('recall of %s', _state.name);
+        ok := pipeline.recall >= pipeline.recall_target;
+        finding := format('%s of %s, measured at %s', round(pipeline.recall::numeric, 3), pipeline.recall_target,
+                          to_char(pipeline.recall_measured_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI "UTC"'));
+        advice := CASE
+            WHEN NOT ok THEN
+                format('The index loses rows. Build it again with (m = 32, ef_construction = 200), then SELECT * FROM '
+                       'autoembed.tune(%L);', _state.vectors_table)
+        END;
+        RETURN NEXT;
+    END IF;
+
     subject := format('failed rows of %s', _state.name);
     SELECT count(*) = 0,
            count(*) || coalesce(', the last: ' || (array_agg(f.reason ORDER BY f.last_failed_at DESC))[1], '')
@@ -96,7 +109,7 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._pipeline_checks IS
-    'The checks of doctor() of one pipeline: its table, triggers, index and failed rows.';
+    'The checks of doctor() of one pipeline: its table, triggers, index, recall and failed rows.';
 
 CREATE OR REPLACE FUNCTION autoembed.doctor()
     RETURNS TABLE (subject text, ok boolean, finding text, advice text)

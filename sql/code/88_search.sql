@@ -20,7 +20,9 @@ CREATE OR REPLACE FUNCTION autoembed._search_target(
     OUT keys_query text,
     OUT has_plain_keys boolean,
     OUT texts_query text,
-    OUT row_query text
+    OUT row_query text,
+    OUT sample_query text,
+    OUT ef_search integer
 )
     LANGUAGE plpgsql
     STABLE
@@ -124,6 +126,13 @@ BEGIN
         END
     );
 
+    ef_search := coalesce(_pipeline.ef_search, 100);
+    sample_query := format(
+        'SELECT v.%1$I::%2$s AS vector, %3$s AS key FROM %4$s AS v WHERE v.ctid OPERATOR(pg_catalog.=) ANY (ARRAY('
+        'SELECT r.ctid FROM %4$s AS r WHERE r.%1$I IS NOT NULL ORDER BY pg_catalog.random() LIMIT $1))',
+        _pipeline.embedding_column, '@extschema:vector@.vector', autoembed._key_expression(_pipeline, 'v'),
+        _vectors_table
+    );
     row_query := format(
         'SELECT ROW(t.*)::%1$s AS hit, %2$s AS key, NULL::pg_catalog.float8 AS distance, '
         'NULL::pg_catalog.int4 AS number, NULL::pg_catalog.int4 AS start, NULL::pg_catalog.int4 AS stop, '
@@ -192,7 +201,8 @@ COMMENT ON FUNCTION autoembed._search_target IS
     'which rows with keys $1, and which rows, fulfil the condition behind it. has_plain_keys: no setting of the '
     'session changes how keys are written. row_query: the rows with keys $2, with or without an embedding. '
     'texts_query: the present texts of the rows with keys $1, as many of the first as have $2 bytes; NULL: they are '
-    'the owner''s code.';
+    'the owner''s code. sample_query: $1 vectors at random, with the keys of their rows. ef_search: how many '
+    'candidates an index keeps.';
 
 CREATE OR REPLACE FUNCTION autoembed._has_text_index(table_name regclass, embedding_column name)
     RETURNS boolean
@@ -239,10 +249,12 @@ COMMENT ON FUNCTION autoembed._estimated_matches IS
 CREATE OR REPLACE FUNCTION autoembed._search(
     like_row anyelement,
     table_name regclass,
-    query text,
+    vector @extschema:vector@.vector,
     wanted integer,
     condition text,
-    embedding_column name
+    embedding_column name,
+    by_index boolean DEFAULT NULL,
+    ef_search integer DEFAULT NULL
 )
     RETURNS TABLE (
         hit anyelement,
@@ -264,7 +276,6 @@ DECLARE
     -- So many rows are compared one by one sooner than an index finds the nearest of them among others.
     _few CONSTANT double precision := 5000::double precision;
     _target record;
-    _vector @extschema:vector@.vector;
     _by_index boolean;
     _limit integer;
     _fetched integer;
@@ -273,14 +284,14 @@ DECLARE
     _keys pg_catalog.text[];
     _returned pg_catalog.text[] := '{}';
 BEGIN
-    IF query IS NULL OR pg_catalog.btrim(query, E' \t\r\n') OPERATOR(pg_catalog.=) ''::pg_catalog.text
-       OR wanted OPERATOR(pg_catalog.=) 0 THEN
-        RETURN;
-    END IF;
     SELECT s.* INTO _target FROM autoembed._search_target(table_name, embedding_column) AS s;
-    _vector := autoembed.embed(query, _target.model);
-    _by_index := _target.has_index
-        AND (autoembed._estimated_matches(_target.table_id, condition) OPERATOR(pg_catalog.<=) _few) IS NOT TRUE;
+    PERFORM pg_catalog.set_config(
+        'hnsw.ef_search', coalesce(ef_search, _target.ef_search)::pg_catalog.text, true
+    );
+    _by_index := _target.has_index AND coalesce(
+        by_index,
+        (autoembed._estimated_matches(_target.table_id, condition) OPERATOR(pg_catalog.<=) _few) IS NOT TRUE
+    );
     -- Several chunks of one row may be near.
     _limit := wanted OPERATOR(pg_catalog.+) CASE
         WHEN _target.is_beside THEN least(3 OPERATOR(pg_catalog.*) wanted, 50)
@@ -294,7 +305,7 @@ BEGIN
             -- No index has this order.
             CASE WHEN NOT _by_index THEN ' OPERATOR(pg_catalog.+) 0::pg_catalog.float8' END,
             ' LIMIT ', _limit, _target.query_tail
-        ) USING _vector LOOP
+        ) USING vector LOOP
             _fetched := _fetched OPERATOR(pg_catalog.+) 1;
             CONTINUE WHEN _row.key OPERATOR(pg_catalog.=) ANY (_keys);
             _keys := pg_catalog.array_append(_keys, _row.key);
@@ -318,13 +329,13 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._search IS
-    'The nearest rows of a table, at least as many as wanted if there are so many, and their nearest chunks, in no '
-    'order.';
+    'The rows of a table that are nearest to a vector, at least as many as wanted if there are so many, and their '
+    'nearest chunks, in no order. by_index, ef_search: NULL as suits the table.';
 
 CREATE OR REPLACE FUNCTION autoembed._found_rows(
     like_row anyelement,
     table_name regclass,
-    query text,
+    vector @extschema:vector@.vector,
     keys text[],
     chunk_numbers integer[],
     embedding_column name
@@ -344,15 +355,11 @@ AS $plpgsql$
 #variable_conflict use_column
 DECLARE
     _target record;
-    _vector @extschema:vector@.vector;
 BEGIN
     IF pg_catalog.cardinality(keys) OPERATOR(pg_catalog.=) 0 THEN
         RETURN;
     END IF;
     SELECT s.* INTO _target FROM autoembed._search_target(table_name, embedding_column) AS s;
-    IF query IS NOT NULL THEN
-        _vector := autoembed.embed(query, _target.model);
-    END IF;
     RETURN QUERY EXECUTE pg_catalog.concat(
         'SELECT DISTINCT ON (n.place) f.hit, f.key, f.distance, f.number, f.start, f.stop, f.chunk '
         'FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) WITH ORDINALITY AS n(key, number, place) '
@@ -364,11 +371,11 @@ BEGIN
         CASE WHEN 0 OPERATOR(pg_catalog.=) ANY (chunk_numbers) THEN _target.row_query END,
         ') AS f ON f.key OPERATOR(pg_catalog.=) n.key AND ($1 IS NOT NULL OR coalesce(f.number, n.number) '
         'OPERATOR(pg_catalog.=) n.number) ORDER BY n.place, f.distance'
-    ) USING _vector, keys, chunk_numbers;
+    ) USING vector, keys, chunk_numbers;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._found_rows IS
-    'The rows of these keys that the caller may read, each with the chunk that is nearest to a text; without a text, '
+    'The rows of these keys that the caller may read, each with the chunk that is nearest to a vector; without one, '
     'with the chunk of that number. 0: the row may have none.';
 
 CREATE OR REPLACE FUNCTION autoembed._text_matches(
@@ -428,6 +435,7 @@ DECLARE
     _wanted integer := max_rows OPERATOR(pg_catalog.+) skip_rows;
     _has_texts boolean;
     _mode text;
+    _vector @extschema:vector@.vector;
 BEGIN
     IF max_rows IS NULL OR skip_rows IS NULL OR max_rows OPERATOR(pg_catalog.<) 0
        OR skip_rows OPERATOR(pg_catalog.<) 0 THEN
@@ -479,14 +487,16 @@ BEGIN
         JOIN matched AS m ON m.key OPERATOR(pg_catalog.=) r.key
         ORDER BY m.place;
         RETURN;
-    ELSIF _mode OPERATOR(pg_catalog.=) 'vector'::pg_catalog.text THEN
+    END IF;
+    _vector := autoembed.embed_query(table_name, query, embedding_column);
+    IF _mode OPERATOR(pg_catalog.=) 'vector'::pg_catalog.text THEN
         RETURN QUERY
         SELECT s.rank::integer, s.hit, s.key, 1::double precision OPERATOR(pg_catalog.-) s.distance,
                s.chunk, s.chunk_number, s.chunk_start, s.chunk_end,
                1::double precision OPERATOR(pg_catalog.-) s.distance, NULL::double precision
         FROM (
             SELECT f.*, pg_catalog.row_number() OVER (ORDER BY f.distance, f.key) AS rank
-            FROM autoembed._search(like_row, table_name, query, _wanted, condition, embedding_column) AS f
+            FROM autoembed._search(like_row, table_name, _vector, _wanted, condition, embedding_column) AS f
         ) AS s
         WHERE s.rank OPERATOR(pg_catalog.>) skip_rows
         ORDER BY s.rank
@@ -498,7 +508,7 @@ BEGIN
     WITH near AS MATERIALIZED (
         SELECT f.*, pg_catalog.row_number() OVER (ORDER BY f.distance, f.key) AS place
         FROM autoembed._search(
-            like_row, table_name, query, greatest(_wanted, _candidates), condition, embedding_column
+            like_row, table_name, _vector, greatest(_wanted, _candidates), condition, embedding_column
         ) AS f
     ),
     matched AS MATERIALIZED (
@@ -527,7 +537,7 @@ BEGIN
             UNION ALL
             SELECT r.hit, r.key, r.distance, r.chunk_number, r.chunk_start, r.chunk_end, r.chunk
             FROM autoembed._found_rows(
-                like_row, table_name, query, ARRAY(SELECT o.key FROM other AS o ORDER BY o.place),
+                like_row, table_name, _vector, ARRAY(SELECT o.key FROM other AS o ORDER BY o.place),
                 ARRAY(SELECT o.chunk_number FROM other AS o ORDER BY o.place), embedding_column
             ) AS r
         ) AS c
@@ -854,7 +864,8 @@ BEGIN
         END,
         'start', quote_literal(_target.rows_start),
         'end', quote_literal(_target.query_end),
-        'condition', quote_literal(_row || ' OPERATOR(pg_catalog.@>) $2')
+        'condition', quote_literal(_row || ' OPERATOR(pg_catalog.@>) $2'),
+        'ef_search', quote_literal(_target.ef_search)
     );
     statement := concat(
         autoembed._filled(_template[1], _slots), quote_literal(autoembed._filled(_template[2], _slots))

@@ -30,6 +30,10 @@ CREATE TABLE autoembed.pipeline (
     warned_of text,
     stale_since timestamptz,
     text_config text,
+    ef_search integer CHECK (ef_search BETWEEN 1 AND 1000),
+    recall_target double precision,
+    recall double precision,
+    recall_measured_at timestamptz,
     CONSTRAINT pipeline_embedding_column_key UNIQUE NULLS NOT DISTINCT (table_id, embeddings_table, embedding_column),
     CHECK (num_nonnulls(content_columns, content_template, content_function) = 1)
 );
@@ -87,6 +91,12 @@ COMMENT ON COLUMN autoembed.pipeline.stale_since IS
     'When its model or content changed. Vectors from before are stale until a scan has read all rows. NULL: none is.';
 COMMENT ON COLUMN autoembed.pipeline.text_config IS
     'The text search configuration of its text index, by its full name. NULL: it has no text index.';
+COMMENT ON COLUMN autoembed.pipeline.ef_search IS
+    'How many candidates an HNSW index keeps in searches, as tune() has set it. NULL: 100.';
+COMMENT ON COLUMN autoembed.pipeline.recall_target IS
+    'The recall that tune() was asked for. NULL: it was never called.';
+COMMENT ON COLUMN autoembed.pipeline.recall IS 'The recall that tune() has measured.';
+COMMENT ON COLUMN autoembed.pipeline.recall_measured_at IS 'When tune() has measured it.';
 
 SELECT pg_catalog.pg_extension_config_dump('autoembed.pipeline', '');
 SELECT pg_catalog.pg_extension_config_dump('autoembed.pipeline_id_seq', '');

@@ -41,7 +41,7 @@ BEGIN
     _scan_before := pg_catalog.current_setting('hnsw.iterative_scan');
     _ef_before := pg_catalog.current_setting('hnsw.ef_search');
     PERFORM pg_catalog.set_config('hnsw.iterative_scan', 'strict_order', true),
-            pg_catalog.set_config('hnsw.ef_search', '100', true);
+            pg_catalog.set_config('hnsw.ef_search', {{ef_search}}, true);
     LOOP
         EXECUTE pg_catalog.concat(
             -- The nearest chunk of a row counts.

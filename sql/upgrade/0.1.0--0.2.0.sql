@@ -61,12 +61,22 @@ COMMENT ON COLUMN autoembed.pipeline.embedding_column IS
 ALTER TABLE autoembed.pipeline ADD COLUMN warned_of text;
 ALTER TABLE autoembed.pipeline ADD COLUMN stale_since timestamptz;
 ALTER TABLE autoembed.pipeline ADD COLUMN text_config text;
+ALTER TABLE autoembed.pipeline ADD COLUMN ef_search integer CHECK (ef_search BETWEEN 1 AND 1000);
+ALTER TABLE autoembed.pipeline ADD COLUMN recall_target double precision;
+ALTER TABLE autoembed.pipeline ADD COLUMN recall double precision;
+ALTER TABLE autoembed.pipeline ADD COLUMN recall_measured_at timestamptz;
 COMMENT ON COLUMN autoembed.pipeline.warned_of IS
     'The problem that the server''s log was last told of. NULL: none since the last one was over.';
 COMMENT ON COLUMN autoembed.pipeline.stale_since IS
     'When its model or content changed. Vectors from before are stale until a scan has read all rows. NULL: none is.';
 COMMENT ON COLUMN autoembed.pipeline.text_config IS
     'The text search configuration of its text index, by its full name. NULL: it has no text index.';
+COMMENT ON COLUMN autoembed.pipeline.ef_search IS
+    'How many candidates an HNSW index keeps in searches, as tune() has set it. NULL: 100.';
+COMMENT ON COLUMN autoembed.pipeline.recall_target IS
+    'The recall that tune() was asked for. NULL: it was never called.';
+COMMENT ON COLUMN autoembed.pipeline.recall IS 'The recall that tune() has measured.';
+COMMENT ON COLUMN autoembed.pipeline.recall_measured_at IS 'When tune() has measured it.';
 COMMENT ON COLUMN autoembed.pipeline.content_function_oid IS
     'Its OID, which a rename does not change. A dump and pg_upgrade give it another one; then the name counts.';
 UPDATE autoembed.pipeline AS p SET content_function_oid = p.content_function_id;

@@ -115,16 +115,21 @@ def test_every_function_pins_its_search_path(documents: Connection) -> None:
     """).fetchall()
 
     assert sorted(row.name for row in rows) == [
+        "autoembed._distances(regclass,vector,text,integer,name,boolean,integer)",
         "autoembed._estimated_matches(regclass,text)",
-        "autoembed._found_rows(anyelement,regclass,text,text[],integer[],name)",
+        "autoembed._exact_answers(regclass,name,text[],integer,integer)",
+        "autoembed._found_rows(anyelement,regclass,vector,text[],integer[],name)",
+        "autoembed._measured_recall(regclass,name,integer,integer,vector[],text[],double precision[],integer[])",
         "autoembed._ranked(anyelement,regclass,text,integer,integer,text,name,text,double precision)",
-        "autoembed._search(anyelement,regclass,text,integer,text,name)",
+        "autoembed._search(anyelement,regclass,vector,integer,text,name,boolean,integer)",
         "autoembed._text_matches(regclass,name,text,integer,text,text[])",
         "autoembed._work(double precision,integer,integer,integer,boolean)",
+        "autoembed.measure_recall(regclass,text[],integer,integer,name)",
         "autoembed.search(anyelement,text,integer,integer,text,name,text,double precision)",
         "autoembed.search(regclass,text,integer,integer,text,name,text,double precision)",
         "autoembed.search(text,text,integer,integer,text,name,text,double precision)",
         "autoembed.search_rows(anyelement,text,integer,integer,text,name,text,double precision)",
+        "autoembed.tune(regclass,double precision,text[],name)",
         "autoembed.work(double precision,integer,integer,integer,boolean)",
     ]
 

@@ -78,6 +78,7 @@ _define - - - x
 _defined - - - x
 _digests - - - x
 _dimensions - x - x
+_distances - x - x
 _drop_functions - - - x
 _drop_orphaned_pipelines - - - x
 _drop_stray_triggers - x - x
@@ -91,6 +92,7 @@ _erasures - - - x
 _estimate_texts - x - x
 _estimated_matches - x - x
 _estimated_rows - x x x
+_exact_answers - x - x
 _extend - - - x
 _fail - - - x
 _fail_backfill - - - x
@@ -154,6 +156,7 @@ _make_embeddings_table - x - x
 _make_slots - - - x
 _match_function - x - x
 _may_see - x x x
+_measured_recall - x - x
 _missing_guide_triggers - - - x
 _missing_object - - - x
 _model - - - x
@@ -180,6 +183,7 @@ _protect_functions - - - x
 _queue_backfill - - - x
 _ranked - x - x
 _read_condition - x - x
+_recall - x - x
 _record_embedded - - - x
 _release - - - x
 _renamed - - - x
@@ -249,6 +253,7 @@ estimate - x - x
 grant_lane - - - x
 grant_monitor - - - x
 grant_usage - - - x
+measure_recall - x - x
 pause - x - x
 preview - x - x
 process - - - x
@@ -264,6 +269,7 @@ search - x - x
 search - x - x
 search_rows - x - x
 set_default_model - - - x
+tune - x - x
 unschedule - - - x
 wait_until_fresh - x - x
 work - - - x
@@ -303,12 +309,16 @@ pipeline.condition_objects - raw - raw
 pipeline.content_columns - raw - raw
 pipeline.content_function - raw - raw
 pipeline.content_template - raw - raw
+pipeline.ef_search - rw - raw
 pipeline.embedding_column - ra - raw
 pipeline.embeddings_table - ra - raw
 pipeline.ended - rw - raw
 pipeline.model - raw - raw
 pipeline.on_change - raw - raw
 pipeline.paused - rw - raw
+pipeline.recall - rw - raw
+pipeline.recall_measured_at - rw - raw
+pipeline.recall_target - rw - raw
 pipeline.replicated - ra - raw
 pipeline.table_id - ra - raw
 pipeline.text_config - raw - raw
