@@ -22,6 +22,7 @@ from autoembed.limits import NOTHING_KNOWN, PATIENCE_SECONDS, Charge, Limiter
 from autoembed.model import Embedded, Model, Request, Share
 from autoembed.network import Network
 from autoembed.providers import counter_of, most_tokens_of, provider_of, sizes_of
+from autoembed.quality import quality_of, summary
 from autoembed.records import Known, Row
 
 # Vectors of search texts that a session keeps, in characters: a plan without an index calls embed() once for each
@@ -343,6 +344,22 @@ def _few_rows(here: database.Database, target: dict[str, Any], condition: str | 
         return None
     keys = here.keys(f"{target['keys_query']}{condition or 'true'}\n) LIMIT {4 * FEW_ROWS}")
     return keys if len(keys) < 4 * FEW_ROWS else None
+
+
+def search_quality(found: str, grades: str, most: int) -> dict[str, float]:
+    """The quality of answers: the columns of autoembed._search_quality().
+
+    found: for each query the grades of the rows that were found. grades: for each query those of all its answers.
+    """
+    answers = [
+        quality_of(one, all_of_one, most) for one, all_of_one in zip(*map(json.loads, (found, grades)), strict=True)
+    ]
+    mean, low, high = summary(answers)
+    return {
+        **mean._asdict(),
+        **{f"{name}_low": value for name, value in low._asdict().items()},
+        **{f"{name}_high": value for name, value in high._asdict().items()},
+    }
 
 
 def check_model(name: str) -> dict[str, Any] | None:

@@ -136,6 +136,7 @@ _is_key - - - x
 _is_subscribed - - - x
 _is_uncommitted - - - x
 _jobs_of_dropped_databases - - - x
+_judgments - x - x
 _keep_restored_model - - - x
 _keep_restored_queue - - - x
 _key_columns - x - x
@@ -200,6 +201,7 @@ _schedule_index - - - x
 _schedule_statement - - - x
 _search - x - x
 _search_model - x - x
+_search_quality - x - x
 _search_target - x - x
 _segments_to_merge - - - x
 _set_paused - x - x
@@ -250,6 +252,7 @@ embed - x - x
 embed_query - x - x
 enable - x - x
 estimate - x - x
+evaluate_search - x - x
 grant_lane - - - x
 grant_monitor - - - x
 grant_usage - - - x

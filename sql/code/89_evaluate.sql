@@ -1,0 +1,159 @@
+-- How good the answers of a search are, by judgments of the user's own.
+
+CREATE OR REPLACE FUNCTION autoembed._search_quality(
+    found jsonb,
+    grades jsonb,
+    max_rows integer,
+    OUT ndcg double precision,
+    OUT ndcg_low double precision,
+    OUT ndcg_high double precision,
+    OUT mrr double precision,
+    OUT mrr_low double precision,
+    OUT mrr_high double precision,
+    OUT recall double precision,
+    OUT recall_low double precision,
+    OUT recall_high double precision
+)
+    LANGUAGE plpython3u
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $python$
+    if GD.get("autoembed") != "@BUILD@":
+        plpy.execute("SELECT autoembed._load_python()")
+    from autoembed import doors
+    return doors.search_quality(found, grades, max_rows)
+$python$;
+COMMENT ON FUNCTION autoembed._search_quality IS
+    'The mean quality of answers, and its interval. found: for each query the grades of the rows that were found, best '
+    'first. grades: for each query those of all rows that answer it.';
+
+CREATE OR REPLACE FUNCTION autoembed._judgments(judgments regclass)
+    RETURNS TABLE (query text, keys jsonb, grades jsonb)
+    LANGUAGE plpgsql
+AS $plpgsql$
+DECLARE
+    _missing pg_catalog.text := (
+        SELECT pg_catalog.string_agg(pg_catalog.quote_ident(n.name), ', ')
+        FROM pg_catalog.unnest('{query,key}'::pg_catalog.text[]) AS n(name)
+        WHERE NOT EXISTS (
+            SELECT FROM pg_catalog.pg_attribute AS a
+            WHERE a.attrelid OPERATOR(pg_catalog.=) judgments::pg_catalog.oid AND NOT a.attisdropped
+              AND a.attname OPERATOR(pg_catalog.=) n.name
+        )
+    );
+BEGIN
+    IF _missing IS NOT NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'undefined_column',
+            MESSAGE = pg_catalog.format('the judgments %s have no column %s', judgments, _missing),
+            HINT = 'They need query, a text; key, of a row that answers it; and may have grade, how well, above 0.';
+    END IF;
+    RETURN QUERY EXECUTE pg_catalog.format(
+        'SELECT g.query, pg_catalog.jsonb_agg(g.key), pg_catalog.jsonb_agg(g.grade) FROM ('
+        'SELECT j.one OPERATOR(pg_catalog.->>) ''query'' AS query, j.one OPERATOR(pg_catalog.->) ''key'' AS key, '
+        'pg_catalog.max(CASE WHEN j.one OPERATOR(pg_catalog.?) ''grade'' '
+        'THEN (j.one OPERATOR(pg_catalog.->>) ''grade'')::pg_catalog.float8 ELSE 1 END) AS grade '
+        'FROM (SELECT pg_catalog.to_jsonb(t.*) AS one FROM %s AS t) AS j GROUP BY 1, 2) AS g '
+        'WHERE g.grade OPERATOR(pg_catalog.>) 0::pg_catalog.float8 AND g.query IS NOT NULL '
+        'AND g.key OPERATOR(pg_catalog.<>) ''null''::pg_catalog.jsonb GROUP BY g.query',
+        judgments
+    );
+    IF NOT FOUND THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'no_data_found',
+            MESSAGE = pg_catalog.format('the judgments %s have no query with a grade above 0', judgments),
+            HINT = 'Give it a row for each row that answers a query: query, key, grade.';
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._judgments IS
+    'The queries of a table of judgments, each with the keys of the rows that answer it and their grades.';
+
+CREATE OR REPLACE FUNCTION autoembed.evaluate_search(
+    table_name regclass,
+    judgments regclass,
+    max_rows integer DEFAULT 10,
+    embedding_column name DEFAULT NULL
+)
+    RETURNS TABLE (
+        mode text,
+        vector_weight double precision,
+        ndcg double precision,
+        ndcg_low double precision,
+        ndcg_high double precision,
+        mrr double precision,
+        mrr_low double precision,
+        mrr_high double precision,
+        recall double precision,
+        recall_low double precision,
+        recall_high double precision,
+        queries integer
+    )
+    LANGUAGE plpgsql
+AS $plpgsql$
+#variable_conflict use_column
+BEGIN
+    IF (max_rows OPERATOR(pg_catalog.>=) 1) IS NOT TRUE THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = pg_catalog.format('max_rows must be 1 or more, not %s',
+                                        coalesce(max_rows::pg_catalog.text, 'NULL')),
+            HINT = 'Leave it out for the ten best rows.';
+    END IF;
+    RETURN QUERY
+    WITH judged AS MATERIALIZED (
+        SELECT j.* FROM autoembed._judgments(judgments) AS j
+    ),
+    way AS (
+        SELECT w.*
+        FROM (VALUES
+            ('vector', NULL::double precision), ('text', NULL), ('hybrid', 0.3), ('hybrid', 0.5), ('hybrid', 0.7),
+            ('hybrid', 0.9)
+        ) AS w(mode, vector_weight)
+        WHERE w.mode OPERATOR(pg_catalog.=) 'vector'::pg_catalog.text
+           OR autoembed._has_text_index(table_name, embedding_column)
+    ),
+    answered AS (
+        SELECT w.mode, w.vector_weight, pg_catalog.count(*)::integer AS queries,
+               pg_catalog.jsonb_agg(f.found ORDER BY j.query) AS found,
+               pg_catalog.jsonb_agg(j.grades ORDER BY j.query) AS grades
+        FROM way AS w
+        CROSS JOIN judged AS j
+        CROSS JOIN LATERAL (
+            SELECT coalesce(pg_catalog.jsonb_agg(coalesce(a.grade, '0') ORDER BY s.rank), '[]') AS found
+            FROM autoembed.search(
+                table_name, j.query, max_rows, 0, NULL, embedding_column, w.mode, coalesce(w.vector_weight, 0.7)
+            ) AS s
+            LEFT JOIN LATERAL (
+                SELECT g.grade
+                FROM ROWS FROM (
+                    pg_catalog.jsonb_array_elements(j.keys), pg_catalog.jsonb_array_elements(j.grades)
+                ) AS g(key, grade)
+                WHERE CASE
+                    WHEN pg_catalog.jsonb_typeof(g.key) OPERATOR(pg_catalog.=) 'array'::pg_catalog.text
+                        THEN g.key OPERATOR(pg_catalog.=) s.key::pg_catalog.jsonb
+                    WHEN pg_catalog.jsonb_array_length(s.key::pg_catalog.jsonb) OPERATOR(pg_catalog.>) 1
+                        THEN (g.key OPERATOR(pg_catalog.#>>) '{}'::pg_catalog.text[])::pg_catalog.jsonb
+                            OPERATOR(pg_catalog.=) s.key::pg_catalog.jsonb
+                    -- A key of one column may be written as it is, or as search() writes it.
+                    ELSE (g.key OPERATOR(pg_catalog.#>>) '{}'::pg_catalog.text[]) OPERATOR(pg_catalog.=) ANY (
+                        ARRAY[s.key, s.key::pg_catalog.jsonb OPERATOR(pg_catalog.->>) 0]
+                    )
+                END
+                LIMIT 1
+            ) AS a ON true
+        ) AS f
+        GROUP BY w.mode, w.vector_weight
+    )
+    SELECT a.mode, a.vector_weight, q.*, a.queries
+    FROM answered AS a
+    CROSS JOIN LATERAL autoembed._search_quality(a.found, a.grades, max_rows) AS q
+    ORDER BY q.ndcg DESC;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed.evaluate_search IS
+    'How good search() answers queries, by mode and weight, best first, with the rights of the caller. judgments: a '
+    'table or view with the columns query, key (of a row that answers it; of several columns: a JSON array) and grade '
+    '(how well, above 0; without the column: 1). ndcg: the grades found, the sooner the better, as a share of the best '
+    'order. mrr: one divided by the place of the first answer. recall: the share of the answers found. All of the first '
+    'max_rows rows, as the mean of the queries, with an interval of 95 %.';
