@@ -353,6 +353,42 @@ COMMENT ON FUNCTION autoembed._content_bytes_expression IS
     'The SQL expression that gives the bytes of the columns that a text is made of, without reading them. 0 where a '
     'function gives the text.';
 
+CREATE OR REPLACE FUNCTION autoembed._passage_expression(
+    pipeline autoembed.pipeline,
+    alias text,
+    chunk_start text,
+    chunk_end text,
+    digest text
+)
+    RETURNS text
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _identity text;
+BEGIN
+    -- A function of the owner gets no rights of the caller.
+    IF pipeline.content_function IS NOT NULL THEN
+        RETURN 'NULL::pg_catalog.text';
+    END IF;
+    -- A row that has a chunk fulfilled the condition.
+    pipeline.condition := NULL;
+    SELECT autoembed._model_identity(m) INTO _identity FROM autoembed._model(pipeline.model) AS m;
+    RETURN format(
+        '(SELECT p.part FROM (SELECT pg_catalog.substr(%1$s, %2$s OPERATOR(pg_catalog.+) 1, '
+        '%3$s OPERATOR(pg_catalog.-) %2$s) AS part OFFSET 0) AS p '
+        'WHERE pg_catalog.substring(pg_catalog.sha256(%4$L::pg_catalog.bytea OPERATOR(pg_catalog.||) '
+        'pg_catalog.convert_to(p.part, ''UTF8'')), 1, 16) OPERATOR(pg_catalog.=) %5$s)',
+        autoembed._content_expression(pipeline, alias), chunk_start, chunk_end,
+        sha256(convert_to(_identity, 'UTF8')), digest
+    );
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._passage_expression IS
+    'The SQL expression that cuts a chunk out of the text of the row of that alias; NULL if that part of the text has '
+    'another digest by now, or if a function gives the text.';
+
 CREATE OR REPLACE FUNCTION autoembed._vector_digest_expression(pipeline autoembed.pipeline, alias text)
     RETURNS text
     LANGUAGE sql

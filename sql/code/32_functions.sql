@@ -57,7 +57,7 @@ BEGIN
     IF owner IS NOT NULL THEN
         EXECUTE format('ALTER FUNCTION %s OWNER TO %I', _function, owner);
     END IF;
-    IF template_name = 'may_read' THEN
+    IF template_name IN ('may_read', 'chunk') THEN
         -- It runs with the rights of the reader, who may be any role.
         IF NOT has_function_privilege('public', _function, 'EXECUTE') THEN
             EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO PUBLIC', _function);
@@ -81,8 +81,8 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._create_function IS
-    'Makes a function from a template. Only its owner and the lanes may call it, but for may_read. owner: the role '
-    'that it runs as. NULL: the current role.';
+    'Makes a function from a template. Only its owner and the lanes may call it, but for may_read and chunk. owner: '
+    'the role that it runs as. NULL: the current role.';
 
 CREATE OR REPLACE FUNCTION autoembed._lane_roles()
     RETURNS SETOF regrole
@@ -306,6 +306,10 @@ BEGIN
             ELSE (SELECT string_agg(DISTINCT format('t.%I', c.name), ', ')
                   FROM unnest(autoembed._needed_columns(pipeline)) AS c(name))
         END,
+        'passage', autoembed._passage_expression(
+            pipeline, 't', '_chunk_' || pipeline.id || '.chunk_start', '_chunk_' || pipeline.id || '.chunk_end',
+            '_chunk_' || pipeline.id || '.digest'
+        ),
         'managed', pipeline.managed,
         'on_change', pipeline.on_change
     );
@@ -359,17 +363,19 @@ CREATE OR REPLACE FUNCTION autoembed._admit_readers(slots jsonb)
 AS $plpgsql$
 DECLARE
     _outdated regprocedure;
+    _view text;
 BEGIN
     FOR _outdated IN
         SELECT p.oid
         FROM pg_proc AS p
         WHERE p.pronamespace = 'autoembed'::regnamespace
-          AND p.proname = '_may_read_' || (slots ->> 'id')
-          AND pg_get_function_identity_arguments(p.oid) <> slots ->> 'key_types'
+          AND p.proname IN ('_may_read_' || (slots ->> 'id'), '_chunk_' || (slots ->> 'id'))
+          AND split_part(pg_get_function_identity_arguments(p.oid), ', chunk_start', 1) <> slots ->> 'key_types'
     LOOP
         EXECUTE format('DROP FUNCTION %s CASCADE', _outdated);
     END LOOP;
     PERFORM autoembed._create_function('may_read', slots);
+    PERFORM autoembed._create_function('chunk', slots);
     IF NOT EXISTS (
         SELECT FROM pg_policy AS p
         WHERE p.polrelid = (slots ->> 'embeddings_table')::regclass AND p.polname = 'autoembed_readers'
@@ -377,10 +383,52 @@ BEGIN
         EXECUTE format('CREATE POLICY autoembed_readers ON %s FOR SELECT USING (autoembed._may_read_%s(%s))',
                        slots ->> 'embeddings_table', slots ->> 'id', slots ->> 'key_names');
     END IF;
+    IF autoembed._chunks_view((slots ->> 'id')::integer, (slots ->> 'embeddings_table')::regclass) IS NULL THEN
+        SELECT CASE WHEN to_regclass(v.name) IS NULL THEN v.name
+                    ELSE format('%I.%I', n.nspname, concat('autoembed_', slots ->> 'id', '_chunks')) END
+        INTO STRICT _view
+        FROM pg_class AS c
+        JOIN pg_namespace AS n ON n.oid = c.relnamespace
+        CROSS JOIN LATERAL (
+            SELECT format('%I.%I', n.nspname, left(regexp_replace(c.relname, '_embeddings$', ''), 56) || '_chunks')
+        ) AS v(name)
+        WHERE c.oid = (slots ->> 'embeddings_table')::regclass;
+        EXECUTE format(
+            'CREATE VIEW %1$s WITH (security_invoker = true) AS SELECT %2$s, chunk_number, chunk_start, chunk_end, '
+            'autoembed._chunk_%3$s(%2$s, chunk_start, chunk_end, digest) AS chunk FROM %4$s',
+            _view, slots ->> 'key_names', slots ->> 'id', slots ->> 'embeddings_table'
+        );
+        EXECUTE format('ALTER VIEW %s OWNER TO %I', _view, slots ->> 'owner');
+        EXECUTE format('GRANT SELECT ON %s TO PUBLIC', _view);
+        EXECUTE format('COMMENT ON VIEW %s IS %L', _view, format(
+            'The chunks of %s with their texts. A text that has changed since is NULL.', slots ->> 'table'
+        ));
+    END IF;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._admit_readers IS
-    'Lets those read the embeddings of a row who may read the row.';
+    'Lets those read the embeddings and the chunks of a row who may read the row.';
+
+CREATE OR REPLACE FUNCTION autoembed._chunks_view(pipeline_id integer, embeddings_table regclass)
+    RETURNS regclass
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT v.oid::regclass
+    FROM pg_class AS e
+    JOIN pg_class AS v ON v.relkind = 'v' AND v.relowner = e.relowner
+    JOIN pg_rewrite AS r ON r.ev_class = v.oid
+    JOIN pg_depend AS d
+        ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid AND d.refclassid = 'pg_proc'::regclass
+    JOIN pg_proc AS p
+        ON p.oid = d.refobjid AND p.pronamespace = 'autoembed'::regnamespace AND p.proname = '_chunk_' || pipeline_id
+    WHERE e.oid = embeddings_table
+    ORDER BY v.oid
+    LIMIT 1;
+$sql$;
+COMMENT ON FUNCTION autoembed._chunks_view IS
+    'The view that shows the chunks of a pipeline with their texts; NULL if there is none.';
 
 CREATE OR REPLACE FUNCTION autoembed._erasures(slots jsonb)
     RETURNS jsonb
@@ -486,7 +534,7 @@ BEGIN
           AND (p.proname IN ('_content_' || pipeline_id, '_write_' || pipeline_id,
                              '_scan_' || pipeline_id, '_text_' || pipeline_id, '_erase_' || pipeline_id)
                OR with_triggers AND p.proname IN ('_capture_' || pipeline_id, '_clear_' || pipeline_id,
-                                                  '_may_read_' || pipeline_id))
+                                                  '_may_read_' || pipeline_id, '_chunk_' || pipeline_id))
     LOOP
         EXECUTE format('DROP FUNCTION %s %s', _function, CASE WHEN with_triggers THEN 'CASCADE' END);
     END LOOP;

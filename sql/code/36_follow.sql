@@ -407,6 +407,7 @@ AS $plpgsql$
 DECLARE
     _table pg_class;
     _embeddings pg_class;
+    _view regclass;
     _change text;
 BEGIN
     SELECT c.* INTO _table FROM pg_class AS c WHERE c.oid = pipeline.table_id;
@@ -415,20 +416,27 @@ BEGIN
     IF _embeddings.relowner::bigint IS DISTINCT FROM (pipeline.table_shape ->> 'owner')::bigint THEN
         RETURN;
     END IF;
-    -- These statements run no code of the owner.
-    IF _embeddings.relowner <> _table.relowner THEN
-        EXECUTE format('ALTER TABLE %s OWNER TO %I', pipeline.embeddings_table, pg_get_userbyid(_table.relowner));
-    END IF;
-    IF _embeddings.relnamespace <> _table.relnamespace THEN
-        EXECUTE format('ALTER TABLE %s SET SCHEMA %s', pipeline.embeddings_table, _table.relnamespace::regnamespace);
-    END IF;
-    FOR _change IN
-        SELECT format('ALTER TABLE %s RENAME COLUMN %I TO %I', pipeline.embeddings_table, r.key, r.value)
-        FROM jsonb_each_text(renames) AS r
-        JOIN pg_attribute AS a
-            ON a.attrelid = pipeline.embeddings_table AND a.attname = r.key AND a.attnum > 0 AND NOT a.attisdropped
-        WHERE r.value = ANY (pipeline.key_columns)
+    _view := autoembed._chunks_view(pipeline.id, pipeline.embeddings_table);
+    -- These statements run no code of the owner. Each of them may have others done by the event triggers.
     LOOP
+        SELECT format('ALTER TABLE %s %s', c.oid::regclass, s.change) INTO _change
+        FROM pg_class AS c
+        CROSS JOIN LATERAL (
+            SELECT format('OWNER TO %I', pg_get_userbyid(_table.relowner)) AS change
+            WHERE c.relowner <> _table.relowner
+            UNION ALL
+            SELECT format('SET SCHEMA %s', _table.relnamespace::regnamespace)
+            WHERE c.relnamespace <> _table.relnamespace
+            UNION ALL
+            SELECT format('RENAME COLUMN %I TO %I', r.key, r.value)
+            FROM jsonb_each_text(renames) AS r
+            JOIN pg_attribute AS a
+                ON a.attrelid = c.oid AND a.attname = r.key AND a.attnum > 0 AND NOT a.attisdropped
+            WHERE r.value = ANY (pipeline.key_columns)
+        ) AS s
+        WHERE c.oid IN (pipeline.embeddings_table, _view)
+        LIMIT 1;
+        EXIT WHEN NOT FOUND;
         EXECUTE _change;
     END LOOP;
     -- Between these types PostgreSQL converts by itself.
@@ -444,8 +452,11 @@ BEGIN
           AND t.atttypid IN ('smallint'::regtype, 'integer'::regtype, 'bigint'::regtype, 'text'::regtype,
                              'varchar'::regtype)
     LOOP
-        -- The functions of the pipeline are made again after this, and the policy with them.
+        -- The functions of the pipeline are made again after this, the policy and the view with them.
         EXECUTE format('DROP POLICY IF EXISTS autoembed_readers ON %s', pipeline.embeddings_table);
+        IF EXISTS (SELECT FROM pg_class AS c WHERE c.oid = _view) THEN
+            EXECUTE format('DROP VIEW %s', _view);
+        END IF;
         -- PostgreSQL checks constraints again, and these call functions of the owner.
         PERFORM autoembed._alter_as_owner(pipeline.embeddings_table, _change);
     END LOOP;

@@ -40,7 +40,6 @@ DECLARE
     );
     _pipeline autoembed.pipeline;
     _vectors_table regclass;
-    _identity text;
     _expression text;
     _operator text;
     _key text;
@@ -72,7 +71,7 @@ BEGIN
     table_id := _pipeline.table_id;
     is_beside := _pipeline.embeddings_table IS NOT NULL;
     _vectors_table := coalesce(_pipeline.embeddings_table, _pipeline.table_id);
-    SELECT m.name, autoembed._model_identity(m) INTO model, _identity FROM autoembed._model(_pipeline.model) AS m;
+    model := (autoembed._model(_pipeline.model)).name;
     SELECT v.full_name, format('OPERATOR(%I.<=>)', n.nspname) INTO vector_type, _operator
     FROM pg_attribute AS a
     JOIN autoembed._vector_types() AS v ON v.id = a.atttypid
@@ -167,15 +166,7 @@ BEGIN
                _pipeline.table_id, k.name, 3), k.name), ' AND ' ORDER BY k.number)
     INTO _same_key
     FROM unnest(_pipeline.key_columns) WITH ORDINALITY AS k(name, number);
-    -- The text is not shown if it has changed since. A function of the owner gets no rights of the caller.
-    _pipeline.condition := NULL;
-    _passage := CASE WHEN _pipeline.content_function IS NULL THEN format(
-        '(SELECT p.part FROM (SELECT pg_catalog.substr(%s, h.start OPERATOR(pg_catalog.+) 1, '
-        'h.stop OPERATOR(pg_catalog.-) h.start) AS part OFFSET 0) AS p '
-        'WHERE pg_catalog.substring(pg_catalog.sha256(%L::pg_catalog.bytea OPERATOR(pg_catalog.||) '
-        'pg_catalog.convert_to(p.part, ''UTF8'')), 1, 16) OPERATOR(pg_catalog.=) h.digest)',
-        autoembed._content_expression(_pipeline, '(h.hit)'), sha256(convert_to(_identity, 'UTF8'))
-    ) ELSE 'NULL::pg_catalog.text' END;
+    _passage := autoembed._passage_expression(_pipeline, '(h.hit)', 'h.start', 'h.stop', 'h.digest');
     query_start := format('SELECT h.hit, h.key, h.distance, h.number, h.start, h.stop, %s AS chunk FROM (', _passage);
     rows_start := format(
         'SELECT ROW(t.*)::%s AS hit, %s AS key, e."autoembed vector" %s $1::%s AS distance, '

@@ -487,3 +487,140 @@ def test_another_default_model_says_what_makes_room_for_its_embeddings(pages: Co
 
     assert process(pages).completed == 2
     assert pages.execute("SELECT array_agg(vector_dims(embedding)) FROM pages_embeddings").fetchone() == ([8, 8],)
+
+
+# The view of chunks ---------------------------------------------------------------------------------
+
+
+def texts_of_chunks(db: Connection, view: str = "pages_chunks") -> list[tuple[int, str | None]]:
+    return [(row[0], row.chunk) for row in db.execute(f"SELECT * FROM {view} ORDER BY 1, chunk_number").fetchall()]
+
+
+def test_a_view_shows_the_text_of_each_chunk_at_its_offsets(pages: Connection) -> None:
+    text = "Grüße 👩‍👩‍👧.\n\n" + long_text(60)
+    pages.execute("INSERT INTO pages VALUES (1, %s), (2, 'two')", [text])
+    process(pages)
+
+    found = pages.execute("SELECT * FROM pages_chunks ORDER BY id, chunk_number").fetchall()
+
+    assert len(found) > 5
+    for row in found[:-1]:
+        assert row.chunk == text[row.chunk_start : row.chunk_end]
+    assert tuple(found[-1]) == (2, 1, 0, 3, "two")
+    assert pages.execute("SELECT count(*) FROM pages_embeddings").fetchone() == (len(found),)
+
+
+def test_a_chunk_of_an_older_text_has_no_text(pages: Connection) -> None:
+    pages.execute("INSERT INTO pages VALUES (1, 'one'), (2, 'two')")
+    process(pages)
+
+    pages.execute("UPDATE pages SET body = 'oak' WHERE id = 1")
+    assert texts_of_chunks(pages) == [(1, None), (2, "two")]
+    process(pages)
+
+    assert texts_of_chunks(pages) == [(1, "oak"), (2, "two")]
+
+
+def test_who_may_not_read_a_text_sees_none_of_its_chunks(
+    pages: Connection, role: Callable[[str], str], connect: Callable[..., Connection]
+) -> None:
+    reader, half, stranger = role("chunk_reader"), role("chunk_half"), role("chunk_stranger")
+    pages.execute(f"GRANT SELECT ON pages TO {reader}; GRANT SELECT (id, views) ON pages TO {half}")
+    pages.execute("ALTER TABLE pages ENABLE ROW LEVEL SECURITY; CREATE POLICY odd ON pages USING (id % 2 = 1)")
+    pages.execute("INSERT INTO pages VALUES (1, 'one'), (2, 'two'), (3, 'three')")
+    process(pages)
+    function = pages.execute("SELECT oid::regprocedure::text FROM pg_proc WHERE proname ~ '^_chunk_[0-9]+$'").fetchone()
+    assert function is not None
+
+    assert texts_of_chunks(connect(user=reader)) == [(1, "one"), (3, "three")]
+    for name in (half, stranger):
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            texts_of_chunks(connect(user=name))
+        pages.execute(f"GRANT USAGE ON SCHEMA autoembed TO {name}")
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            connect(user=name).execute(f"SELECT {str(function[0]).split('(')[0]}(1, 0, 3, '')")
+
+
+def test_no_code_of_the_owner_runs_for_a_reader_of_chunks(pages: Connection) -> None:
+    pages.execute("CREATE FUNCTION said(p pages) RETURNS text LANGUAGE sql STABLE AS 'SELECT p.body'")
+    pages.execute("SELECT autoembed.enable('pages', content_function => 'said', embeddings_table => 'others')")
+    pages.execute("INSERT INTO pages VALUES (1, 'one')")
+    process(pages)
+
+    assert texts_of_chunks(pages, "others_chunks") == [(1, None)]
+    assert texts_of_chunks(pages) == [(1, "one")]
+
+
+@pytest.mark.parametrize(
+    ("change", "view"),
+    [
+        ("ALTER TABLE pages RENAME TO sheets", "pages_chunks"),
+        ("ALTER TABLE pages RENAME COLUMN id TO number; ALTER TABLE pages RENAME body TO words", "pages_chunks"),
+        ("ALTER TABLE pages ALTER COLUMN id TYPE bigint", "pages_chunks"),
+        ("ALTER TABLE pages ALTER COLUMN body TYPE varchar(90)", "pages_chunks"),
+        ("CREATE SCHEMA other; ALTER TABLE pages SET SCHEMA other", "other.pages_chunks"),
+        ("ALTER TABLE pages_embeddings RENAME TO vectors", "pages_chunks"),
+        ("SELECT autoembed.disable('pages'); SELECT autoembed.enable('pages', content_columns => '{body}')",
+         "pages_chunks"),
+    ],
+)  # fmt: skip
+def test_the_view_of_chunks_follows_every_change_of_the_table(pages: Connection, change: str, view: str) -> None:
+    pages.execute("INSERT INTO pages VALUES (1, 'one'), (2, 'two')")
+    process(pages)
+
+    pages.execute(change)
+    process(pages)
+
+    assert texts_of_chunks(pages, view) == [(1, "one"), (2, "two")]
+    (key,) = pages.execute(
+        "SELECT attname FROM pg_attribute WHERE attrelid = %s::regclass AND attnum = 1", [view]
+    ).fetchone() or ("",)
+    assert key == ("number" if "number" in change else "id")
+
+
+def test_the_view_of_chunks_follows_the_owner(pages: Connection, role: Callable[[str], str]) -> None:
+    owner = role("chunk_owner")
+    pages.execute(f"GRANT CREATE ON SCHEMA public TO {owner}")
+    pages.execute("INSERT INTO pages VALUES (1, 'one')")
+    process(pages)
+
+    pages.execute(f"ALTER TABLE pages OWNER TO {owner}")
+
+    assert pages.execute(
+        "SELECT pg_get_userbyid(relowner), reloptions FROM pg_class WHERE relname = 'pages_chunks'"
+    ).fetchone() == (owner, ["security_invoker=true"])
+    pages.execute(f"SET ROLE {owner}")
+    assert texts_of_chunks(pages) == [(1, "one")]
+    pages.execute("RESET ROLE")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "SELECT autoembed.disable('pages')",
+        "SELECT autoembed.disable('pages', drop => true)",
+        "DROP TABLE pages",
+    ],
+)
+def test_the_view_of_chunks_goes_with_the_pipeline_and_stops_no_change(pages: Connection, change: str) -> None:
+    pages.execute("INSERT INTO pages VALUES (1, 'one')")
+    process(pages)
+
+    pages.execute("ALTER TABLE pages DROP COLUMN views")
+    pages.execute(change)
+    process(pages)
+
+    assert pages.execute("SELECT to_regclass('pages_chunks')").fetchone() == (None,)
+
+
+def test_a_name_that_is_taken_is_left_to_its_table(db: Connection, api: FakeApi) -> None:
+    db.execute("CREATE TABLE books (id int PRIMARY KEY, body text)")
+    db.execute("CREATE TABLE books_chunks (mine text)")
+    db.execute("INSERT INTO books VALUES (1, 'one')")
+
+    db.execute("SELECT autoembed.enable('books', content_columns => '{body}')")
+    process(db)
+
+    [(view,)] = db.execute("SELECT relname FROM pg_class WHERE relname ~ '^autoembed_[0-9]+_chunks$'").fetchall()
+    assert texts_of_chunks(db, view) == [(1, "one")]
+    assert db.execute("SELECT * FROM books_chunks").fetchall() == []

@@ -146,6 +146,7 @@ CONTENTS = {
     "pipeline": "SELECT * FROM autoembed.status ORDER BY 1",
     "model": "SELECT * FROM autoembed.model ORDER BY name",
     "setting": "SELECT * FROM autoembed.setting ORDER BY name",
+    "chunks": "SELECT * FROM manuals_chunks ORDER BY number, chunk_number",
     "failure": "SELECT * FROM autoembed.failure ORDER BY id",
     "embedded": "SELECT * FROM autoembed.embedded ORDER BY pipeline_id, key",
     "usage": "SELECT * FROM autoembed.usage ORDER BY day, model, table_name::text",

@@ -58,6 +58,7 @@ _check_table - - - x
 _check_trigger - - - x
 _chunk_size - - - x
 _chunks - - - x
+_chunks_view - - - x
 _claim - - - x
 _clean_up - - - x
 _clears - - - x
@@ -174,6 +175,7 @@ _output_settings - - - x
 _owned_pipeline - x - x
 _owned_pipelines - x - x
 _owns - x x x
+_passage_expression - - - x
 _pipeline_checks - - - x
 _pipelines - - - x
 _plan - - - x

@@ -1,0 +1,16 @@
+-- The text of a chunk; NULL if the row has another text there by now. PostgreSQL itself decides who may read it: the
+-- function runs with the rights of the reader.
+CREATE OR REPLACE FUNCTION autoembed._chunk_{{id}}(
+    {{key_types}},
+    chunk_start integer,
+    chunk_end integer,
+    digest bytea
+)
+    RETURNS text
+    LANGUAGE plpgsql
+    STABLE
+AS $body$
+BEGIN
+    RETURN (SELECT {{passage}} FROM {{table}} AS t WHERE {{is_key}});
+END;
+$body$
