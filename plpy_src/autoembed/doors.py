@@ -14,6 +14,7 @@ from autoembed import database, heap, providers, worker
 from autoembed.batching import estimate_tokens, pack, truncate
 from autoembed.bm25 import Scores, counted, merged_ids
 from autoembed.chunks import NONE, STRUCTURE, chunks_of, size_of
+from autoembed.cutting import Cutter
 from autoembed.errors import Fault, OverBudget, ProviderTrouble, RowError, Trouble
 from autoembed.flight import SLICE_SECONDS, Flight
 from autoembed.jobs import address_of
@@ -129,32 +130,47 @@ def run_statement_as_owner(table_id: str, statement: str) -> dict[str, Any]:
     return {"problem": None, "errcode": None}
 
 
-def state_of(
+def preview(
     pipeline_id: int,
     content: str | None,
     vector_digest: str | None,
     known_digest: str | None,
     known_vector_digest: str | None,
     outstanding: str | None,
-) -> dict[str, Any]:
-    """The state of a row with this text and this vector: the columns of autoembed._state_of()."""
-    pipeline = database.Database(commits=False).pipelines([pipeline_id])[pipeline_id]
-    tokens, limit = _tokens_of(pipeline.model, content or "")
-    wanted = content is not None and content.strip() != ""
-    row = Row(content, None if vector_digest is None else bytes.fromhex(vector_digest))
-    has_embedding = vector_digest is not None
-    fresh = False
-    if wanted and content is not None and known_digest is not None:
+) -> Iterator[dict[str, Any]]:
+    """The chunks of a row with this text, and its state: the rows of autoembed._preview()."""
+    here = database.Database(commits=False)
+    pipeline = here.pipelines([pipeline_id])[pipeline_id]
+    if content is None or not content.strip():
+        state = "not wanted" if vector_digest is None else outstanding or "stale"
+        place = dict.fromkeys(("chunk_number", "chunk_start", "chunk_end"))
+        yield {"content": content, "tokens": 0, "truncated": False, "state": state, **place}
+        return
+    state = outstanding or ("missing" if vector_digest is None else "stale")
+    if known_digest is not None:
+        row = Row(content, None if vector_digest is None else bytes.fromhex(vector_digest))
         known = Known(
             bytes.fromhex(known_digest), None if known_vector_digest is None else bytes.fromhex(known_vector_digest)
         )
-        fresh = known.describes(row, pipeline.digest(content))
-    if fresh or not wanted and not has_embedding:
-        state = "fresh" if wanted else "not wanted"
-    else:
-        state = outstanding or ("stale" if has_embedding else "missing")
-    is_cut = pipeline.chunking == NONE and limit is not None and tokens > limit
-    return {"tokens": tokens if wanted else 0, "truncated": is_cut, "state": state}
+        if known.describes(row, pipeline.digest(content)):
+            state = "fresh"
+    try:
+        ranges = Cutter(here.check_interrupts).ranges(pipeline, content)
+    except Fault:
+        ranges = [(0, len(content))]
+    for number, (start, end) in enumerate(ranges, 1):
+        # A text that is not cut into chunks is shown as a whole, though the model takes its beginning alone.
+        text = content if pipeline.chunking == NONE else content[start:end]
+        tokens, limit = _tokens_of(pipeline.model, text)
+        yield {
+            "content": text,
+            "tokens": tokens,
+            "truncated": limit is not None and tokens > limit,
+            "state": state,
+            "chunk_number": number,
+            "chunk_start": start,
+            "chunk_end": end,
+        }
 
 
 def _tokens_of(model: Model, text: str) -> tuple[int, int | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,18 +13,17 @@ from typing import TYPE_CHECKING
 
 from autoembed import batching
 from autoembed.bm25 import parts
-from autoembed.chunks import NONE, chunks_of, size_of, trimmed
-from autoembed.errors import Fault, PassEnded, RowError, Trouble
+from autoembed.chunks import NONE
+from autoembed.cutting import Cutter
+from autoembed.errors import Fault, PassEnded, RowError
 from autoembed.jobs import MAX_ATTEMPTS, Job, Ledger
-from autoembed.providers import COMPUTED_HERE, counter_of, most_tokens_of, sizes_of
+from autoembed.providers import COMPUTED_HERE, most_tokens_of, sizes_of
 from autoembed.records import MAX_TEXT_BYTES, Chunk
 
 if TYPE_CHECKING:
     import numpy as np
 
     from autoembed.database import Database
-    from autoembed.model import Model
-    from autoembed.providers import Counter
     from autoembed.records import Pipeline
 
 # A lane holds about so many bytes of texts.
@@ -204,8 +203,7 @@ class Rows:
         self._writes: deque[Write] = deque()
         # The rows of the last statement of several that failed, of which one is to blame.
         self._suspects: dict[Job, RowError] = {}
-        # How the tokens of chunks are counted, and the most of them, by the way in which texts are cut.
-        self._cutters: dict[tuple[Model, str, int | None, int], tuple[Counter, int]] = {}
+        self._cutter = Cutter(database.check_interrupts)
 
     @property
     def some_are_unwritten(self) -> bool:
@@ -342,7 +340,7 @@ class Rows:
                 # A row that is embedded again by request has an empty digest.
                 kept = job.row.digests if job.row and (known is None or known.digest) else ()
                 try:
-                    texts = self._cut(pipeline, job, kept, limit, prefix)
+                    texts = self._cut(pipeline, job, kept)
                 except Fault as fault:
                     self._ledger.fail(job, str(fault))
                     continue
@@ -373,18 +371,14 @@ class Rows:
             limit = most_tokens_of(job.pipeline.model)
             self._ledger.fail(job, f"the text has more than the {limit} tokens that the model takes")
 
-    def _cut(self, pipeline: Pipeline, job: Job, kept: Collection[bytes], limit: int | None, prefix: str) -> list[str]:
+    def _cut(self, pipeline: Pipeline, job: Job, kept: Collection[bytes]) -> list[str]:
         """Cuts the text of a row into chunks. Returns the texts of those that have no vector yet.
 
         kept: the digests of the chunks whose vectors are good.
         """
         content = job.content or ""
-        if pipeline.chunking == NONE:
-            whole = content if limit is None else batching.truncate(content, limit, prefix)
-            job.truncated = whole is not content
-            ranges: Iterable[tuple[int, int]] = [(0, len(whole))]
-        else:
-            ranges = self._ranges_of(pipeline, content)
+        ranges = self._cutter.ranges(pipeline, content)
+        job.truncated = pipeline.chunking == NONE and ranges[-1][1] < len(content)
         kept = frozenset(kept)
         job.chunks, job.wanted = [], defaultdict(list)
         for start, end in ranges:
@@ -395,26 +389,6 @@ class Rows:
             if not chunk.is_kept:
                 job.wanted[part].append(chunk)
         return list(job.wanted)
-
-    def _ranges_of(self, pipeline: Pipeline, content: str) -> list[tuple[int, int]]:
-        """The start and the end of each chunk of a text. Raises Fault if no text can be cut like that."""
-        way = (pipeline.model, pipeline.chunking, pipeline.chunk_size, pipeline.chunk_overlap)
-        try:
-            if way not in self._cutters:
-                counter = counter_of(pipeline.model)
-                (around,) = counter.count([""])
-                size = size_of(*way[1:], pipeline.model.name, around, counter.most, counter.is_exact)
-                self._cutters[way] = counter, size
-            counter, size = self._cutters[way]
-            if batching.most_tokens(content) <= size:
-                return [trimmed(content, 0, len(content))]
-            found = chunks_of(
-                content, counter.count, size, pipeline.chunking, pipeline.chunk_overlap, self._database.check_interrupts
-            )
-            return [(chunk.start, chunk.end) for chunk in found]
-        except Trouble:
-            # The model cannot be had. The request for the whole text says why.
-            return [trimmed(content, 0, len(content))]
 
     def writable(self, pipeline: Pipeline, chosen: list[tuple[Job, str]]) -> list[tuple[Job, str]]:
         """Those of the rows to send that would take their vectors, as far as that is in doubt.
@@ -619,7 +593,7 @@ class Rows:
         if not ranges:
             if pipeline.chunking == NONE:
                 return [content]
-            ranges = self._ranges_of(pipeline, content)
+            ranges = self._cutter.ranges(pipeline, content)
         return [content[start:end] for start, end in ranges]
 
     def _forget(self, pipeline: Pipeline, jobs: list[Job]) -> None:

@@ -1,7 +1,15 @@
 -- Texts, tokens and costs of rows. Nothing is sent to a provider.
 
 CREATE OR REPLACE FUNCTION autoembed.preview(table_name regclass, key text, embedding_column name DEFAULT NULL)
-    RETURNS TABLE (content text, tokens integer, truncated boolean, state text)
+    RETURNS TABLE (
+        content text,
+        tokens integer,
+        truncated boolean,
+        state text,
+        chunk_number integer,
+        chunk_start integer,
+        chunk_end integer
+    )
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
     -- The settings with which lanes make texts and keys, as in _output_settings().
@@ -56,26 +64,26 @@ BEGIN
     ELSIF _row IS NULL THEN
         RETURN;
     END IF;
-    content := _row ->> 'content';
-    SELECT s.tokens, s.truncated, s.state INTO tokens, truncated, state
-    FROM (
-        SELECT max(encode(r.digest, 'hex')) AS digest, max(encode(r.vector_digest, 'hex')) AS vector_digest,
-               max(r.state) AS state
-        FROM autoembed._row_state AS r
-        WHERE r.pipeline_id = _pipeline.id AND r.key IN (_row ->> 'key', autoembed._short_key(_row ->> 'key'))
-    ) AS r
-    CROSS JOIN LATERAL autoembed._state_of(
-        _pipeline.id, content, _row ->> 'vector_digest', r.digest, r.vector_digest, r.state
-    ) AS s;
-    RETURN NEXT;
+    RETURN QUERY
+        SELECT p.*
+        FROM (
+            SELECT max(encode(r.digest, 'hex')) AS digest, max(encode(r.vector_digest, 'hex')) AS vector_digest,
+                   max(r.state) AS state
+            FROM autoembed._row_state AS r
+            WHERE r.pipeline_id = _pipeline.id AND r.key IN (_row ->> 'key', autoembed._short_key(_row ->> 'key'))
+        ) AS r
+        CROSS JOIN LATERAL autoembed._preview(
+            _pipeline.id, _row ->> 'content', _row ->> 'vector_digest', r.digest, r.vector_digest, r.state
+        ) AS p;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.preview IS
-    'The text as which a row of a table that the caller owns is embedded, the estimated number of its tokens, whether '
-    'the text is cut, and the state of its embedding: fresh, waiting, failed, missing, stale, or not wanted. Returns '
+    'The text as which a row of a table that the caller owns is embedded, chunk by chunk: the number of tokens, '
+    'estimated if the model does not count them here, whether the model cuts the text, the state of the row''s '
+    'embedding (fresh, waiting, failed, missing, stale, or not wanted), and where the chunk begins and ends. Returns '
     'nothing if the table has no row with that key.';
 
-CREATE OR REPLACE FUNCTION autoembed._state_of(
+CREATE OR REPLACE FUNCTION autoembed._preview(
     pipeline_id integer,
     content text,
     vector_digest text,
@@ -83,7 +91,15 @@ CREATE OR REPLACE FUNCTION autoembed._state_of(
     known_vector_digest text,
     outstanding text
 )
-    RETURNS TABLE (tokens integer, truncated boolean, state text)
+    RETURNS TABLE (
+        content text,
+        tokens integer,
+        truncated boolean,
+        state text,
+        chunk_number integer,
+        chunk_start integer,
+        chunk_end integer
+    )
     LANGUAGE plpython3u
     STABLE
     SECURITY DEFINER
@@ -92,11 +108,11 @@ AS $python$
     if GD.get("autoembed") != "@BUILD@":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
-    return [doors.state_of(pipeline_id, content, vector_digest, known_digest, known_vector_digest, outstanding)]
+    return doors.preview(pipeline_id, content, vector_digest, known_digest, known_vector_digest, outstanding)
 $python$;
-COMMENT ON FUNCTION autoembed._state_of IS
-    'State of a row, from its text and the digest of its vector, and the digests that are recorded. outstanding: '
-    'waiting or failed, if the row is.';
+COMMENT ON FUNCTION autoembed._preview IS
+    'The rows of preview(), from a row''s text and the digest of its vector, and the digests that are recorded. '
+    'outstanding: waiting or failed, if the row is.';
 
 CREATE OR REPLACE FUNCTION autoembed.estimate(
     table_name regclass,

@@ -26,6 +26,7 @@ DROP VIEW autoembed.usage;
 DROP FUNCTION autoembed._digests;
 DROP FUNCTION autoembed._record_embedded;
 DROP FUNCTION autoembed._state_of;
+DROP FUNCTION autoembed.preview;
 -- They have new parameters.
 DROP FUNCTION autoembed.enable;
 DROP FUNCTION autoembed.alter_pipeline;

@@ -489,6 +489,38 @@ def test_another_default_model_says_what_makes_room_for_its_embeddings(pages: Co
     assert pages.execute("SELECT array_agg(vector_dims(embedding)) FROM pages_embeddings").fetchone() == ([8, 8],)
 
 
+def test_preview_shows_each_chunk_that_is_sent(pages: Connection, api: FakeApi) -> None:
+    text = long_text(60)
+    pages.execute("INSERT INTO pages VALUES (1, %s), (2, ' two '), (3, '')", [text])
+    shown = pages.execute("SELECT * FROM autoembed.preview('pages', '1')").fetchall()
+    assert {row.state for row in shown} == {"waiting"}
+    before = len(api.log())
+
+    process(pages)
+
+    assert [row.content for row in shown] == [t for r in api.log()[before:] for t in r["texts"] if t != "two"]
+    assert [row.chunk_number for row in shown] == list(range(1, len(shown) + 1))
+    for row in shown:
+        assert row.content == text[row.chunk_start : row.chunk_end]
+        assert 0 < row.tokens <= 512 and not row.truncated
+    place = "SELECT content, state, chunk_number, chunk_start, chunk_end FROM autoembed.preview('pages', %s)"
+    assert pages.execute(place, ["2"]).fetchall() == [("two", "fresh", 1, 1, 4)]
+    assert pages.execute(place, ["3"]).fetchall() == [("", "not wanted", None, None, None)]
+
+
+def test_preview_says_where_the_model_cuts_what_is_no_chunk(pages: Connection) -> None:
+    pages.execute("SELECT autoembed.alter_pipeline('pages', chunking => 'none')")
+    pages.execute("INSERT INTO pages VALUES (1, %s)", ["Some words of prose. " * 9000])
+
+    [row] = pages.execute("SELECT * FROM autoembed.preview('pages', '1')").fetchall()
+    process(pages)
+
+    assert row.truncated and row.tokens > 8191
+    assert pages.execute("SELECT chunk_start, chunk_end FROM pages_embeddings").fetchall() == [
+        (row.chunk_start, row.chunk_end)
+    ]
+
+
 # The view of chunks ---------------------------------------------------------------------------------
 
 

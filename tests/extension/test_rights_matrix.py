@@ -179,6 +179,7 @@ _passage_expression - - - x
 _pipeline_checks - - - x
 _pipelines - - - x
 _plan - - - x
+_preview - x - x
 _price_and_rate - - - x
 _probe - - - x
 _process - - - x
@@ -214,7 +215,6 @@ _slots - - - x
 _spent_budget - - - x
 _stage - - - x
 _start_advice - - - x
-_state_of - x - x
 _stray_triggers - x - x
 _table_shape - - - x
 _take_key - - - x
