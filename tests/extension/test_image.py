@@ -246,7 +246,7 @@ def major() -> int:
 
 
 def test_data_in_the_documented_volume_outlive_the_container(volume: str) -> None:
-    # Both are in README.md and compose.yaml.
+    # Both are in docs/install.md and compose.yaml.
     place = "/var/lib/postgresql" if major() >= 18 else "/var/lib/postgresql/data"
     assert place_of_the_volume() == place
     for statement in ("CREATE TABLE kept (a int)", "INSERT INTO kept VALUES (1)"):

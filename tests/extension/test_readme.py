@@ -1,10 +1,10 @@
-"""The README: its SQL runs as written, and what it and the other documents name is there."""
+"""README and docs: their SQL runs as written, and what they name is there."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,54 +13,87 @@ import pytest
 
 from fake_api import FakeApi, embedding_of
 from harness import PASSWORD, Connection, Server, is_settled, put_file, run_server
+from lanes import running_lanes
 from waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md"]
+README = "README.md"
+REFERENCE = (ROOT / "docs/reference.md").read_text(encoding="utf-8")
+DOCUMENTS = [README, "CONTRIBUTING.md", "CHANGELOG.md"]
+DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
+PAGES = [README, *(document for document in DOCUMENTS if document.startswith("docs/"))]
 
-# Each ```sql block, and the ```text block right after it: what psql prints.
-SQL_BLOCKS = re.findall(r"^```sql\n(.*?)^```\n(?:```text\n(.*?)^```$)?", README, re.MULTILINE | re.DOTALL)
+
+def sql_blocks(page: str) -> list[tuple[str, str]]:
+    """Each ```sql block of a page, and the ```text block right after it: what psql prints."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(r"^```sql\n(.*?)^```\n(?:```text\n(.*?)^```$)?", text, re.MULTILINE | re.DOTALL)
+
+
+# Pages that go on with the table that this page attaches first.
+ATTACHED = "docs/tables.md"
+GO_ON = ["docs/search.md", "docs/models.md", "docs/troubleshooting.md"]
+# Pages that need the database of pg_cron.
+WITH_CRON = [README, "docs/install.md", "docs/security.md"]
 
 
 @pytest.fixture(scope="module")
 def reader() -> Iterator[Server]:
-    """The container of somebody who follows the README: pg_cron and a lane run."""
+    """The container of somebody who follows the documents: pg_cron and a lane run in its first database."""
     with ExitStack() as stack:
         yield run_server(stack)
 
 
-@pytest.fixture
-def openai(reader: Server) -> FakeApi:
-    """The fake API in OpenAI's place."""
-    api = reader.fake_api("readme")
-    with reader.connect() as connection:
-        connection.execute("SELECT autoembed.alter_model('text-embedding-3-small', base_url => %s)", [api.base_url])
-    return api
+@contextmanager
+def prepared(reader: Server, page: str) -> Iterator[tuple[str, Connection, FakeApi]]:
+    """The database in which a page runs, with a lane, and the fake API in OpenAI's place."""
+    with ExitStack() as stack:
+        name = "postgres"
+        if page not in WITH_CRON:
+            name = re.sub(r"\W", "_", Path(page).stem)
+            stack.enter_context(reader.database(name))
+        db = stack.enter_context(reader.connect(name))
+        if page not in WITH_CRON:
+            db.execute("CREATE EXTENSION autoembed CASCADE")
+            stack.enter_context(running_lanes(db, lambda: stack.enter_context(reader.connect(name))))
+        api = reader.fake_api(name)
+        db.execute("SELECT autoembed.alter_model('text-embedding-3-small', base_url => %s)", [api.base_url])
+        if page in GO_ON:
+            db.execute(sql_blocks(ATTACHED)[0][0])
+            wait_until(lambda: is_settled(db))
+        yield name, db, api
 
 
-def psql(server: Server, sql: str, folder: Path) -> str:
+def psql(server: Server, dbname: str, sql: str, folder: Path) -> str:
     """What psql prints for the statements, each in a transaction of its own; fails where one of them does."""
-    script = folder / "readme.sql"
+    script = folder / "page.sql"
     script.write_text(sql, encoding="utf-8")
     put_file(server.container, script, "/tmp")
-    exit_code, (printed, errors) = server.container.get_wrapped_container().exec_run(
-        ["psql", "--username=postgres", "--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1", "--file=/tmp/readme.sql"],
-        demux=True,
-    )
+    command = ["psql", "--username=postgres", "--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1", "--file=/tmp/page.sql"]
+    exit_code, (printed, errors) = server.container.get_wrapped_container().exec_run([*command, dbname], demux=True)
     assert exit_code == 0, f"{sql}\n{(errors or b'').decode()}"
     return (printed or b"").decode()
 
 
-def test_the_sql_of_the_readme_runs_as_written_and_keeps_its_table_embedded(
-    reader: Server, openai: FakeApi, tmp_path: Path
-) -> None:
-    with reader.connect() as db:
-        for sql, expected in SQL_BLOCKS:
-            printed = psql(reader, sql, tmp_path)
-            if expected:
-                assert printed == expected
-            wait_until(lambda: is_settled(db))
+def run_page(reader: Server, page: str, dbname: str, db: Connection, folder: Path) -> None:
+    """Runs the blocks of a page as written, and compares what psql prints with what the page shows."""
+    for sql, expected in sql_blocks(page):
+        printed = psql(reader, dbname, sql, folder)
+        if expected:
+            assert printed == expected
+        wait_until(lambda: is_settled(db))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if sql_blocks(page) and page != "docs/models.md"])
+def test_the_sql_of_a_page_runs_as_written(reader: Server, page: str, tmp_path: Path) -> None:
+    with prepared(reader, page) as (dbname, db, _):
+        run_page(reader, page, dbname, db, tmp_path)
+
+
+def test_the_sql_of_the_page_on_models_embeds_the_table_again(reader: Server, tmp_path: Path) -> None:
+    page = "docs/models.md"
+    with prepared(reader, page) as (dbname, db, openai):
+        run_page(reader, page, dbname, db, tmp_path)
 
         rows = db.execute(
             "SELECT concat_ws(E'\\n\\n', d.title, d.content) AS text, e.embedding::vector::real[] AS v"
@@ -76,15 +109,15 @@ def test_the_sql_of_the_readme_runs_as_written_and_keeps_its_table_embedded(
 
 @pytest.fixture
 def app(db: Connection, connect: Callable[..., Connection]) -> Iterator[Connection]:
-    """A session of the README's role, with the rights that the README gives it."""
-    [grants] = [sql for sql, _ in SQL_BLOCKS if "CREATE ROLE app" in sql]
+    """A session of the role of docs/security.md, with the rights that it gives."""
+    [grants] = [sql for sql, _ in sql_blocks("docs/security.md") if "CREATE ROLE app" in sql]
     db.execute(grants)
     db.execute(f"ALTER ROLE app PASSWORD '{PASSWORD}'; GRANT CREATE ON SCHEMA public TO app")
     yield connect(user="app")
     db.execute("DROP OWNED BY app CASCADE; DROP ROLE app")
 
 
-def test_the_role_of_the_readme_may_search_and_attach_its_own_table(db: Connection, app: Connection) -> None:
+def test_the_role_of_the_documents_may_search_and_attach_its_own_table(db: Connection, app: Connection) -> None:
     app.execute("CREATE TABLE notes (id integer PRIMARY KEY, body text, embedding vector(384))")
     app.execute("CREATE FUNCTION note_text(note notes) RETURNS text LANGUAGE sql RETURN note.body")
     app.execute(
@@ -118,7 +151,7 @@ def public_functions(db: Connection) -> list[Any]:
 
 
 def test_the_reference_has_every_public_function_as_it_is(db: Connection) -> None:
-    reference = flat(README.partition("## Reference")[2])
+    reference = flat(REFERENCE)
 
     missing = []
     for function in public_functions(db):
@@ -133,7 +166,7 @@ def test_the_reference_has_every_public_function_as_it_is(db: Connection) -> Non
 def test_the_reference_names_no_function_that_does_not_exist(db: Connection) -> None:
     existing = {function.name for function in public_functions(db)}
 
-    assert set(re.findall(r"autoembed\.([a-z]\w*)\(", README)) == existing
+    assert set(re.findall(r"autoembed\.([a-z]\w*)\(", REFERENCE)) == existing
 
 
 def test_the_reference_has_every_public_table_and_view(db: Connection) -> None:
@@ -143,11 +176,11 @@ def test_the_reference_has_every_public_table_and_view(db: Connection) -> None:
         WHERE c.relnamespace = 'autoembed'::regnamespace AND c.relkind IN ('r', 'v') AND c.relname !~ '^_'
     """)
 
-    assert [row.name for row in relations if f"`{row.name}`" not in README] == []
+    assert [row.name for row in relations if f"`{row.name}`" not in REFERENCE] == []
 
 
 def test_the_reference_has_every_column_of_the_failed_view(db: Connection) -> None:
-    reference = README.partition("### What failed")[2].partition("\n### ")[0]
+    reference = REFERENCE.partition("## What failed")[2].partition("\n## ")[0]
     columns = db.execute("SELECT * FROM autoembed.failed").description or []
 
     assert columns
@@ -208,7 +241,7 @@ def test_every_file_that_is_named_exists(document: str) -> None:
     assert {name for name in named - elsewhere if not (ROOT / name).exists()} == set()
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("document", [README, "CONTRIBUTING.md", "docs/install.md"])
 def test_every_make_target_that_is_named_exists(document: str) -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     named = set(re.findall(r"(?:^|`)make ([a-z]+)", (ROOT / document).read_text(encoding="utf-8"), re.MULTILINE))

@@ -14,8 +14,8 @@ from harness import Connection
 from lanes import running_lanes
 from waiting import wait_until
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
-[GUARD] = re.findall(r"^```sql\n(ALTER TABLE pages ADD COLUMN updated_at.*?)^```$", README, re.MULTILINE | re.DOTALL)
+TABLES = (Path(__file__).resolve().parents[2] / "docs/tables.md").read_text(encoding="utf-8")
+[GUARD] = re.findall(r"^```sql\n(ALTER TABLE pages ADD COLUMN updated_at.*?)^```$", TABLES, re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("embedded_by", ["lane", "process"])

@@ -19,8 +19,8 @@ def majors() -> list[str]:
     [
         ("Dockerfile.postgres", r"^ARG BASE_IMAGE=postgres:(\d+)-trixie$"),
         ("compose.yaml", r"\{BASE_IMAGE:-postgres:(\d+)-trixie\}"),
-        ("README.md", r"base image `postgres:(\d+)-trixie`"),
-        ("README.md", r"^The image has PostgreSQL (\d+)\."),
+        ("docs/install.md", r"base image `postgres:(\d+)-trixie`"),
+        ("docs/install.md", r"^The image has PostgreSQL (\d+)\."),
     ],
 )
 def test_the_default_is_the_first_of_the_majors(file: str, named: str) -> None:
@@ -30,4 +30,4 @@ def test_the_default_is_the_first_of_the_majors(file: str, named: str) -> None:
 def test_compose_and_the_readme_mount_the_same_volume() -> None:
     (place,) = re.findall(r"data:\$\{POSTGRES_VOLUME:-(.+)\}", (ROOT / "compose.yaml").read_text())
 
-    assert f"--volume autoembed:{place} " in (ROOT / "README.md").read_text()
+    assert f"--volume autoembed:{place} " in (ROOT / "docs/install.md").read_text()
