@@ -1,13 +1,13 @@
 # The project's commands: `make` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help image demo test interop chaos bench lint build install lock clean
+.PHONY: help image demo test interop chaos bench reference lint build install lock clean
 PYTHON ?= python3
 MAJORS := $(shell awk '/^[0-9]/ { print $$1 }' docker/majors)
 PG ?= $(firstword $(MAJORS))
 IMAGE = autoembed:$(PG)
 VERSION = $(shell sed -n "s/^default_version = '\(.*\)'/\1/p" extension/autoembed.control)
-PYTHON_SOURCES = $(wildcard plpy_src build.py docker/make_model.py tests bench)
-SHELL_SCRIPTS = $(wildcard .ci/run docker/*.sh docker/*/*.sh demo/*.sh)
+PYTHON_SOURCES = $(wildcard plpy_src build.py docker/make_model.py docs/images/draw.py tests bench)
+SHELL_SCRIPTS = $(wildcard .ci/run docker/*.sh docker/*/*.sh demo/*.sh docs/*.sh)
 
 help: ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -31,6 +31,9 @@ chaos: image .venv/stamp ## random work, kills and faults for MINUTES=10, then w
 
 bench: image .bench/stamp ## measure us and our rivals side by side, into docs/bench (ROWS=2000 RUNS=3)
 	.bench/venv/bin/python -m bench --rows $(or $(ROWS),2000) --runs $(or $(RUNS),3)
+
+reference: image ## write docs/reference.md out of the COMMENTs in sql/
+	docs/reference.sh $(IMAGE)
 
 lint: .venv/stamp build ## check style, types, and the safety of the SQL
 	.venv/bin/ruff check && .venv/bin/ruff format --check

@@ -111,9 +111,12 @@ def architecture() -> str:
 
 def median(scenario: str, system: str, figure: str) -> float:
     results = json.loads(RESULTS.read_text())["results"]
-    return statistics.median(
-        result["figures"][figure] for result in results if (result["scenario"], result["system"]) == (scenario, system)
-    )
+    values = [
+        float(result["figures"][figure])
+        for result in results
+        if (result["scenario"], result["system"]) == (scenario, system)
+    ]
+    return statistics.median(values)
 
 
 def bars(x: float, head: str, rows: list[tuple[str, float, str]]) -> str:

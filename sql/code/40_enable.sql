@@ -549,9 +549,15 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.enable IS
-    'Keeps the embeddings of each row''s text, which comes from columns, a template with columns in braces, or a '
-    'function of the row. They are in a table beside the rows, or with embedding_column in the rows. The caller owns '
-    'the table. Adds the table or column if it is missing, and embeds the rows that exist.';
+    'Attaches a table that the caller owns: from now on each row has the embedding of its text, in a table beside the '
+    'rows, or in embedding_column. Adds the table or column if it is missing, and embeds the rows that exist. The text: '
+    'content_columns, joined by blank lines; content_template, with columns in braces; or content_function, of a row. '
+    'model: by default the default model. condition: which rows have an embedding. on_change: keep the old vector '
+    'until the new one is there, or clear it. truncate: cut a text that the model does not take, or fail. '
+    'enqueue_existing: embed the rows that exist. create_index: build an HNSW index afterwards. replicated: embed rows '
+    'that logical replication applies. if_not_exists: a table that is attached is no error. embeddings_table: the name '
+    'of the table beside the rows. chunking, chunk_size, chunk_overlap: as in chunk_text(). text_config: the text '
+    'search configuration of a text index, such as english.';
 
 CREATE OR REPLACE FUNCTION autoembed.alter_pipeline(
     table_name regclass,
@@ -716,7 +722,7 @@ BEGIN
     PERFORM autoembed._set_paused(table_name, embedding_column, false);
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed.resume IS 'Ends a pause.';
+COMMENT ON FUNCTION autoembed.resume IS 'Ends a pause of a table that the caller owns, or of one column of it.';
 
 CREATE OR REPLACE FUNCTION autoembed.resync(table_name regclass, embedding_column name DEFAULT NULL)
     RETURNS void

@@ -702,7 +702,7 @@ COMMENT ON FUNCTION autoembed.search(anyelement, text, integer, integer, text, n
     'from -1 to 1. chunk: the passage that is nearest, if the embeddings are beside the rows and the text has not '
     'changed since.';
 COMMENT ON FUNCTION autoembed.search(regclass, text, integer, integer, text, name, text, double precision) IS
-    'The same for a table that is not known beforehand: its rows by their keys, as JSON arrays.';
+    'The same for a table that is named, not given by its row type. Tells the rows by their keys, as JSON arrays.';
 COMMENT ON FUNCTION autoembed.search(text, text, integer, integer, text, name, text, double precision) IS
     'The same for the name of a table.';
 

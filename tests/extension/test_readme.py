@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -133,58 +132,27 @@ def test_the_role_of_the_documents_may_search_and_attach_its_own_table(db: Conne
     assert row.distance == pytest.approx(0, abs=1e-5)
 
 
-def flat(text: str) -> str:
-    """Without the layout of a long signature."""
-    return re.sub(r"\s+", " ", text).replace("( ", "(").replace(" )", ")")
+def test_the_reference_is_what_the_comments_of_the_extension_say(server: Server, dbname: str, tmp_path: Path) -> None:
+    script = (ROOT / "docs/reference.sql").read_text(encoding="utf-8")
+
+    assert psql(server, dbname, script, tmp_path) == REFERENCE, "run `make reference`"
 
 
-def public_functions(db: Connection) -> list[Any]:
-    return db.execute("""
-        SELECT p.proname AS name, p.prokind,
-               regexp_replace(pg_get_function_arguments(p.oid), '::[a-z ]+(\\[\\])?|\\mIN |, OUT .*', '', 'g')
-                   AS arguments,
-               pg_get_function_result(p.oid) AS result,
-               p.proargnames[p.pronargs + 1:] AS columns
-        FROM pg_proc AS p
-        WHERE p.pronamespace = 'autoembed'::regnamespace AND p.proname !~ '^_'
-    """).fetchall()
+def test_every_function_has_its_section_in_the_reference() -> None:
+    assert "\n## Others\n" not in REFERENCE
 
 
-def test_the_reference_has_every_public_function_as_it_is(db: Connection) -> None:
-    reference = flat(REFERENCE)
+def test_every_function_that_a_page_calls_exists(db: Connection) -> None:
+    functions = db.execute("SELECT proname FROM pg_proc WHERE pronamespace = 'autoembed'::regnamespace")
+    existing = {row.proname for row in functions}
 
-    missing = []
-    for function in public_functions(db):
-        signature = f"autoembed.{function.name}({function.arguments})"
-        if function.result not in (None, "record") and not function.result.startswith("TABLE("):
-            signature += f" RETURNS {function.result}"
-        columns = [] if function.name == "queue_embeddings" else function.columns or []
-        missing += [name for name in [signature, *(f"`{c}`" for c in columns)] if name not in reference]
-    assert missing == []
-
-
-def test_the_reference_names_no_function_that_does_not_exist(db: Connection) -> None:
-    existing = {function.name for function in public_functions(db)}
-
-    assert set(re.findall(r"autoembed\.([a-z]\w*)\(", REFERENCE)) == existing
-
-
-def test_the_reference_has_every_public_table_and_view(db: Connection) -> None:
-    relations = db.execute("""
-        SELECT c.oid::regclass::text AS name
-        FROM pg_class AS c
-        WHERE c.relnamespace = 'autoembed'::regnamespace AND c.relkind IN ('r', 'v') AND c.relname !~ '^_'
-    """)
-
-    assert [row.name for row in relations if f"`{row.name}`" not in REFERENCE] == []
-
-
-def test_the_reference_has_every_column_of_the_failed_view(db: Connection) -> None:
-    reference = REFERENCE.partition("## What failed")[2].partition("\n## ")[0]
-    columns = db.execute("SELECT * FROM autoembed.failed").description or []
-
-    assert columns
-    assert [column.name for column in columns if f"`{column.name}`" not in reference] == []
+    named = {
+        name
+        for page in PAGES
+        for name in re.findall(r"autoembed\.(\w+)\(", (ROOT / page).read_text(encoding="utf-8"))
+        if not re.fullmatch(r"_\w+_N", name)
+    }
+    assert named - existing == set()
 
 
 def anchor(heading: str) -> str:
