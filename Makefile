@@ -6,7 +6,7 @@ MAJORS := $(shell awk '/^[0-9]/ { print $$1 }' docker/majors)
 PG ?= $(firstword $(MAJORS))
 IMAGE = autoembed:$(PG)
 VERSION = $(shell sed -n "s/^default_version = '\(.*\)'/\1/p" extension/autoembed.control)
-PYTHON_SOURCES = $(wildcard plpy_src build.py docker/make_model.py docs/images/draw.py tests bench)
+PYTHON_SOURCES = $(wildcard plpy_src build.py docker/*.py docs/images/draw.py tests bench)
 SHELL_SCRIPTS = $(wildcard .ci/run docker/*.sh docker/*/*.sh demo/*.sh docs/*.sh)
 
 help: ## list the commands

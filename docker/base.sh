@@ -22,11 +22,14 @@ if ((major < 18)); then
     data=$volume
 fi
 
-# The machine's own certificate authorities go into the stand-in, so that pip works during the build.
+# The machine's own certificate authorities go into the stand-in, so that pip works during the build. The image has them
+# no more: Dockerfile.postgres removes their folder.
 shopt -s nullglob
+trusted=/usr/local/share/ca-certificates/build
 authorities=(/usr/local/share/ca-certificates/*.crt)
 hooks=()
-if ((${#authorities[@]})); then hooks=(--customize-hook='copy-in /usr/local/share/ca-certificates /usr/local/share'); fi
+if ((${#authorities[@]})); then hooks=(--customize-hook="mkdir \"\$1/$trusted\""); fi
+for authority in "${authorities[@]}"; do hooks+=(--customize-hook="copy-in $authority $trusted"); done
 recipe=$(cat base.sh standin/* "${authorities[@]}" | sha256sum | cut -d ' ' -f 1)
 
 is_here() { docker image inspect "$1" > /dev/null 2>&1; }
@@ -34,7 +37,8 @@ is_here() { docker image inspect "$1" > /dev/null 2>&1; }
 build_standin() {
     # setsid, because mmdebstrap ends its whole process group when it fails.
     # shellcheck disable=SC2016 # mmdebstrap's own shell expands $1, the root filesystem.
-    setsid --wait mmdebstrap --quiet --variant=minbase --include="ca-certificates,gosu,less,locales,postgresql-$major" \
+    setsid --wait mmdebstrap --quiet --variant=minbase \
+        --include="ca-certificates,gosu,less,libnss-wrapper,locales,postgresql-$major" \
         --aptopt='Acquire::Check-Valid-Until "false"' \
         --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/doc/*' \
         --dpkgopt='path-include=/usr/share/doc/*/copyright' \

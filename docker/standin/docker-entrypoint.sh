@@ -27,7 +27,7 @@ check_volume() {
 }
 
 make_directories() {
-    mkdir -p "$PGDATA" /var/run/postgresql
+    mkdir -p "$PGDATA" /var/run/postgresql || true
     # A user who does not own the directory may still be able to use it.
     chmod 700 "$PGDATA" || true
     if [[ $(id -u) == 0 ]]; then
@@ -38,16 +38,22 @@ make_directories() {
 init_cluster() {
     [[ -n $POSTGRES_PASSWORD || $POSTGRES_HOST_AUTH_METHOD == trust ]] ||
         fail "a new database needs a password: set POSTGRES_PASSWORD (or POSTGRES_HOST_AUTH_METHOD=trust)."
-    local initdb_arguments
+    local initdb_arguments names named=()
     eval "initdb_arguments=($POSTGRES_INITDB_ARGS)"
-    initdb --username="$POSTGRES_USER" --pwfile=<(printf '%s\n' "$POSTGRES_PASSWORD") "${initdb_arguments[@]}"
+    # initdb refuses a user without a name.
+    if ! getent passwd "$(id -u)" > /dev/null; then
+        names=$(mktemp)
+        echo "postgres:x:$(id -u):$(id -g)::$PGDATA:/bin/false" > "$names"
+        named=(env LD_PRELOAD=libnss_wrapper.so NSS_WRAPPER_PASSWD="$names" NSS_WRAPPER_GROUP=/etc/group)
+    fi
+    "${named[@]}" initdb --username="$POSTGRES_USER" --pwfile=<(printf '%s\n' "$POSTGRES_PASSWORD") "${initdb_arguments[@]}"
     echo "host all all all ${POSTGRES_HOST_AUTH_METHOD:-scram-sha-256}" >> "$PGDATA/pg_hba.conf"
 }
 
 # Runs the user's scripts on a server that nobody can reach by TCP.
 init_database() {
     export PGPASSWORD=$POSTGRES_PASSWORD
-    pg_ctl --silent --wait -o "$(printf '%q ' "$@" -c listen_addresses='')" start
+    pg_ctl --silent --wait -o "$(printf '%q ' "$@" -c listen_addresses='' -p "${PGPORT:-5432}")" start
     psql=(env PGHOST= PGUSER="$POSTGRES_USER" PGDATABASE="$POSTGRES_DB" psql -v ON_ERROR_STOP=1 --no-password --no-psqlrc)
     if [[ $POSTGRES_DB != postgres ]]; then
         PGDATABASE=postgres PGHOST='' PGUSER=$POSTGRES_USER \

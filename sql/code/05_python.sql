@@ -8,12 +8,17 @@ AS $autoembed_python$
     # One importer holds all sources, so that a session never mixes the Python of two versions.
     import importlib.abc
     import importlib.util
+    import os
+    import site
     import sys
 
     # onnxruntime and tokenizers of the image: for this extension, not for the distribution's Python.
     packages = "/usr/local/lib/autoembed/python"
     if packages not in sys.path:
         sys.path.append(packages)
+    # What the environment or a home directory adds comes last: it never stands before the server's own packages.
+    added = [*os.environ.get("PYTHONPATH", "").split(os.pathsep), site.getusersitepackages()]
+    sys.path.sort(key=[os.path.abspath(folder) for folder in added].__contains__)
 
     # PL/Python puts a tab before every line of a body, those inside a string included.
     sources = {name: source.replace("\n\t", "\n") for name, source in {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -140,6 +140,35 @@ def test_no_tool_for_building_is_left(odd: Server) -> None:
     assert len(found.strip().splitlines()) == 1
 
 
+def test_nothing_of_the_machine_that_built_it_is_trusted(odd: Server) -> None:
+    _, added = run(odd, "find /usr/local/share/ca-certificates -type f")
+    _, counts = run(odd, "grep -c '^[^#!]' /etc/ca-certificates.conf; grep -c BEGIN /etc/ssl/certs/ca-certificates.crt")
+
+    assert added == ""
+    configured, trusted = counts.split()
+    assert configured == trusted
+
+
+def test_the_image_lists_what_it_is_made_of(odd: Server) -> None:
+    _, listed = run(odd, "cat /usr/local/share/autoembed/sbom.json")
+    bom = json.loads(listed)
+    components = {(component["name"], component["version"]) for component in bom["components"]}
+    _, packages = run(odd, "dpkg-query --show --showformat='${Package} ${Version}\\n'")
+    _, folders = run(odd, "ls -d /usr/local/lib/autoembed/python/*.dist-info | xargs -n 1 basename -s .dist-info")
+    with connect(odd) as db:
+        extensions = db.execute(
+            "SELECT extname, extversion FROM pg_extension WHERE extname IN ('autoembed', 'pgmq')"
+        ).fetchall()
+
+    assert bom["bomFormat"] == "CycloneDX"
+    assert {tuple(line.split()) for line in packages.splitlines()} <= components
+    assert {tuple(folder.split("-")) for folder in folders.split()} <= components
+    assert {tuple(row) for row in extensions} <= components
+    assert ("all-MiniLM-L6-v2", "machine-learning-model") in {
+        (component["name"], component["type"]) for component in bom["components"]
+    }
+
+
 def test_a_quiet_start_says_nothing_of_an_error(odd: Server) -> None:
     said = [
         line for line in log(odd).splitlines() if any(word in line for word in ("ERROR", "FATAL", "WARNING", "PANIC"))
@@ -219,6 +248,110 @@ def test_a_number_of_lanes_that_is_none_stops_the_first_start() -> None:
 
         assert wrapped.wait(timeout=60)["StatusCode"] != 0
         assert "AUTOEMBED_LANES is 'two' but must be a whole number" in wrapped.logs().decode()
+
+
+@contextmanager
+def locked(
+    user: str, writable: list[str], prepare: str, *arguments: str, **environment: str
+) -> Iterator[DockerContainer]:
+    """A container that can write in some folders only, in memory. It first runs a line of shell, then its server."""
+    container = DockerContainer(IMAGE)
+    for name, value in environment.items():
+        container.with_env(name, value)
+    for folder in writable:
+        container.with_tmpfs_mount(folder)
+    container.with_kwargs(entrypoint=["bash", "-c"], user=user, read_only=True)
+    container.with_command([f'set -e\n{prepare}\nexec "$@"', "bash", *arguments])
+    with container:
+        yield container
+
+
+def psql(container: DockerContainer, statement: str, **environment: str) -> str:
+    """The answer through the socket of the server, by the image's own psql."""
+    result = container.get_wrapped_container().exec_run(
+        ["psql", "--username=postgres", "--no-align", "--tuples-only", "--no-psqlrc", f"--command={statement}"],
+        environment=environment,
+    )
+    return str(result.output.decode().strip())
+
+
+def health(container: DockerContainer) -> str:
+    wrapped = container.get_wrapped_container()
+    wrapped.reload()
+    return str(wrapped.attrs["State"]["Health"]["Status"])
+
+
+def embeds(container: DockerContainer, **environment: str) -> None:
+    """Waits until a lane has embedded a row by the local model."""
+    psql(container, "CREATE TABLE notes (id int PRIMARY KEY, body text)", **environment)
+    psql(container, "SELECT autoembed.enable('notes', content_columns => '{body}')", **environment)
+    psql(container, "INSERT INTO notes VALUES (1, 'a note')", **environment)
+    wait_until(lambda: psql(container, "SELECT embedded = 1 FROM autoembed.status", **environment) == "t", 30)
+
+
+# Each name stands for a package that a lane imports.
+DECOYS = (
+    "mkdir /tmp/decoys && for name in requests numpy orjson onnxruntime tokenizers; do : > /tmp/decoys/$name.py; done"
+)
+
+
+def test_any_user_on_a_root_that_cannot_be_written_whatever_python_its_environment_names() -> None:
+    environment = {"PGDATA": f"{place_of_the_volume()}/own", "PGPORT": "5433", "PYTHONPATH": "/tmp/decoys"}
+    server = ("docker-entrypoint.sh", "postgres")
+    with locked(
+        "12345:0", ["/tmp", "/var/run/postgresql"], DECOYS, *server, POSTGRES_PASSWORD=PASSWORD, **environment
+    ) as container:
+        wait_until(lambda: health(container) == "healthy", 60)
+
+        embeds(container)
+        assert psql(container, "SELECT count(DISTINCT pid) FROM autoembed.lane") == "2"
+
+
+def test_the_home_directory_adds_nothing_to_what_python_imports(odd: Server) -> None:
+    _, enabled = run(odd, "python3 -c 'import site; print(site.ENABLE_USER_SITE)'")
+
+    assert enabled == "False\n"
+
+
+def test_a_port_among_the_arguments_is_the_one_that_is_probed() -> None:
+    container = DockerContainer(IMAGE).with_env("POSTGRES_PASSWORD", PASSWORD)
+    container.with_command(["postgres", "-c", "port=5433"])
+    with container:
+        wait_until(lambda: health(container) == "healthy", 60)
+
+        assert psql(container, "SHOW port", PGPORT="5433") == "5433"
+        assert psql(container, "SELECT count(*) FROM cron.job", PGPORT="5433") == "2"
+
+
+# CloudNativePG: a user and a database of its own, and no script of the image but the programs of PostgreSQL.
+OPERATOR = """
+export PGDATA=/var/lib/postgresql/pgdata PGHOST=/tmp
+initdb --username=postgres --auth=trust > /tmp/initdb.log
+printf '%s\\n' "shared_preload_libraries = 'pg_cron'" "cron.database_name = 'app'" \\
+    "cron.use_background_workers = on" "unix_socket_directories = '/tmp'" >> $PGDATA/postgresql.conf
+"""
+
+
+def test_an_operator_can_start_the_server_by_itself() -> None:
+    environment = {"PGHOST": "/tmp", "PGDATA": "/var/lib/postgresql/pgdata"}
+    with locked(uid_of_postgres(), ["/tmp", "/var/lib/postgresql"], OPERATOR, "postgres", **environment) as container:
+        wait_until(lambda: psql(container, "SELECT 1", PGDATABASE="postgres") == "1", 60)
+        psql(container, "CREATE ROLE app LOGIN", PGDATABASE="postgres")
+        psql(container, "CREATE DATABASE app OWNER app", PGDATABASE="postgres")
+        for statement in (
+            "CREATE EXTENSION pg_cron",
+            "CREATE EXTENSION autoembed CASCADE",
+            "SELECT autoembed.grant_usage('app')",
+            "SELECT autoembed.schedule()",
+        ):
+            psql(container, statement, PGDATABASE="app")
+
+        embeds(container, PGDATABASE="app")
+
+
+def uid_of_postgres() -> str:
+    output = DockerClient().client.containers.run(IMAGE, ["-c", "id -u postgres"], entrypoint="bash", remove=True)
+    return str(output.decode().strip())
 
 
 @pytest.fixture
