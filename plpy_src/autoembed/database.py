@@ -176,15 +176,17 @@ class Database:
 
     # Backfills -----------------------------------------------------------------------------------
 
-    def next_backfill(self, *, dedicated: bool, busy_models: Sequence[str]) -> Backfill | None:
-        """The next table to scan, locked against other lanes until the commit; of other models than the busy ones.
+    def next_backfill(
+        self, *, dedicated: bool, busy_models: Sequence[str], busy_owners: Sequence[int]
+    ) -> Backfill | None:
+        """The next table to scan, locked against other lanes until the commit; of no busy model or owner.
 
         dedicated: this lane only backfills.
         """
         rows = self._run(
-            "SELECT b.* FROM autoembed._next_backfill($1, $2) AS b",
-            ["pg_catalog.bool", "pg_catalog.text[]"],
-            [dedicated, list(busy_models)],
+            "SELECT b.* FROM autoembed._next_backfill($1, $2, $3) AS b",
+            ["pg_catalog.bool", "pg_catalog.text[]", "pg_catalog.int8[]"],
+            [dedicated, list(busy_models), list(busy_owners)],
         )
         if not rows:
             return None

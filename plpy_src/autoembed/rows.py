@@ -27,12 +27,18 @@ if TYPE_CHECKING:
     from autoembed.records import Pipeline
 
 # A lane holds about so many bytes of texts.
-READ_BYTES = 32 << 20
+READ_BYTES = 8 << 20
 # The rows of one statement are this many at first, and at most.
 FIRST_STATEMENT_ROWS = 100
 MAX_STATEMENT_ROWS = 2000
-# The code of one owner has this time in a claim, in seconds. Its other rows wait for the next one.
+# The code of one owner has this time in a claim, in seconds: alone, and beside other owners. Its other rows wait for
+# the next claim.
 OWNER_SHARE_SECONDS = 1.0
+SHARE_BESIDE_OTHERS_SECONDS = 0.25
+# A statement that takes this long, in seconds, holds up the other owners.
+SLOW_SECONDS = 0.5
+# A lane then leaves its owner out for so many times as long.
+REST_FACTOR = 3
 # A statement whose cancel comes so late, in seconds, held up everybody.
 OVERRUN_SECONDS = 4.0
 
@@ -121,6 +127,12 @@ class Owners:
         self._seconds: dict[int, float] = defaultdict(float)
         self._table_seconds: dict[int, float] = defaultdict(float)
         self._take_vectors: set[int] = set()
+        self._rest_until: dict[int, float] = {}
+
+    @property
+    def share_seconds(self) -> float:
+        """The time of each owner's code in a claim."""
+        return OWNER_SHARE_SECONDS if len(self._seconds) < 2 else SHARE_BESIDE_OTHERS_SECONDS
 
     def begin_claim(self) -> None:
         """Starts a claim: the code of each owner has its full time again."""
@@ -131,10 +143,21 @@ class Owners:
         self._spent[pipeline.owner] += seconds
         self._seconds[pipeline.owner] = 0.5 * self._seconds[pipeline.owner] + seconds
         self._table_seconds[pipeline.id] = 0.5 * self._table_seconds[pipeline.id] + seconds
+        if seconds > SLOW_SECONDS:
+            self._rest_until[pipeline.owner] = time.monotonic() + REST_FACTOR * seconds
+
+    def resting(self) -> set[int]:
+        """The owners whose code held up others. None, if there are no others."""
+        now = time.monotonic()
+        return {owner for owner, until in self._rest_until.items() if until > now and len(self._seconds) > 1}
+
+    def is_slow(self, pipeline: Pipeline) -> bool:
+        """Whether the next statement with the owner's code may take long."""
+        return self._seconds.get(pipeline.owner, 0.0) > self.share_seconds
 
     def has_time(self, pipeline: Pipeline) -> bool:
         """Whether the owner's code may run on in this claim, whichever table it belongs to."""
-        return self._spent[pipeline.owner] <= OWNER_SHARE_SECONDS
+        return self._spent[pipeline.owner] <= self.share_seconds
 
     def statement_rows(self, pipeline: Pipeline) -> int:
         """The number of rows to read or write in one statement."""
@@ -146,7 +169,10 @@ class Owners:
 
     def took(self, pipeline: Pipeline, rows: int, seconds: float) -> None:
         """Takes note of a statement of so many rows."""
-        if rows >= self.statement_rows(pipeline) and seconds < OWNER_SHARE_SECONDS / 4:
+        share = self.share_seconds
+        if seconds > share:
+            self._rows[pipeline.id] = max(1, int(rows * share / seconds))
+        elif rows >= self.statement_rows(pipeline) and seconds < share / 4:
             self._rows[pipeline.id] = min(2 * rows, MAX_STATEMENT_ROWS)
 
     def take_vectors(self, pipeline: Pipeline) -> bool:
@@ -165,7 +191,7 @@ class Owners:
 
     def slowness(self, pipeline: Pipeline) -> tuple[float, int, float]:
         """The place of a pipeline where all wait: lower for owners whose code was quick, and for their quick tables."""
-        return self._seconds[pipeline.owner], pipeline.owner, self._table_seconds[pipeline.id]
+        return self._seconds.get(pipeline.owner, 0.0), pipeline.owner, self._table_seconds.get(pipeline.id, 0.0)
 
 
 @dataclass
@@ -212,16 +238,13 @@ class Rows:
 
     @contextmanager
     def _clock(self, pipeline: Pipeline) -> Iterator[None]:
-        """Counts the time of the block as that of the owner's code. Code that no cancel has ended rests its owner."""
-        began_at = time.monotonic()
-        try:
-            yield
-        except RowError:
-            self._spent(pipeline, time.monotonic() - began_at)
-            raise
-        self._spent(pipeline, time.monotonic() - began_at)
+        """Counts the time of a statement with the owner's code, and of what follows from its outcome.
 
-    def _spent(self, pipeline: Pipeline, seconds: float) -> None:
+        Code that no cancel has ended rests its owner.
+        """
+        began_at = time.monotonic()
+        yield
+        seconds = time.monotonic() - began_at
         self._owners.spent(pipeline, seconds)
         if seconds > OVERRUN_SECONDS:
             reason = f"the code of the table's owner ran for {seconds:.0f} s, as PostgreSQL could not cancel it"
@@ -259,7 +282,8 @@ class Rows:
                         self.retry_or_fail(job, error)
                 break
             count = self._statement_rows(pipeline, waiting)
-            read, left = self._read_some(pipeline, waiting[:count], max_bytes)
+            with self._clock(pipeline):
+                read, left = self._read_some(pipeline, waiting[:count], max_bytes)
             max_bytes -= sum(job.row.size for job in read if job.row)
             found += read
             waiting = left + waiting[count:]
@@ -274,8 +298,7 @@ class Rows:
         """Reads texts in one statement: the jobs whose row exists, and those that are still to be read."""
         began_at = time.monotonic()
         try:
-            with self._clock(pipeline):
-                rows, complete = self._database.rows(pipeline, [job.key for job in jobs], max_bytes)
+            rows, complete = self._database.rows(pipeline, [job.key for job in jobs], max_bytes)
         except RowError as error:
             if self._blame_others(pipeline, jobs, error):
                 return [], []
@@ -418,26 +441,28 @@ class Rows:
                 for job in part:
                     self._ledger.release(job)
                 continue
-            try:
-                with self._clock(pipeline):
-                    outcomes = self._database.try_write(
-                        pipeline, [job.key for job in part], [job.content for job in part]
-                    )
-            except RowError as error:
-                if self._blame_others(pipeline, part, error):
-                    continue
-                if len(part) > 1:
-                    parts += batching.halves(part)
-                    continue
-                # The read had the lock of the table a moment ago, so an error of a lock is a trigger's, and counts.
-                counted = RowError(str(error), sqlstate=error.sqlstate)
-                self.retry_or_fail(part[0], counted, at_once=not (error.may_pass or error.locked))
-                continue
-            for job in part:
-                if outcomes.get(job.key) == "skipped":
-                    self.retry_or_fail(job, RowError(SKIPPED))
-                elif outcomes.get(job.key) == "locked":
-                    self._ledger.retry(job, LOCKED_DELAY_SECONDS, LOCKED)
+            with self._clock(pipeline):
+                parts += self._try_part(pipeline, part)
+
+    def _try_part(self, pipeline: Pipeline, jobs: list[Job]) -> list[list[Job]]:
+        """Decides on rows in one statement. Returns the parts to try of those that it does not suffice for."""
+        try:
+            outcomes = self._database.try_write(pipeline, [job.key for job in jobs], [job.content for job in jobs])
+        except RowError as error:
+            if self._blame_others(pipeline, jobs, error):
+                return []
+            if len(jobs) > 1:
+                return list(batching.halves(jobs))
+            # The read had the lock of the table a moment ago, so an error of a lock is a trigger's, and counts.
+            counted = RowError(str(error), sqlstate=error.sqlstate)
+            self.retry_or_fail(jobs[0], counted, at_once=not (error.may_pass or error.locked))
+            return []
+        for job in jobs:
+            if outcomes.get(job.key) == "skipped":
+                self.retry_or_fail(job, RowError(SKIPPED))
+            elif outcomes.get(job.key) == "locked":
+                self._ledger.retry(job, LOCKED_DELAY_SECONDS, LOCKED)
+        return []
 
     def refuse(self, job: Job, reason: str, *, at_once: bool) -> None:
         """Fails a row whose text the model does not take. A row that has another text by now is read again.
@@ -483,7 +508,7 @@ class Rows:
                     self._ledger.retry(job, LOCKED_DELAY_SECONDS, LOCKED)
             else:
                 self._write_part(write)
-            if time.monotonic() - now > OWNER_SHARE_SECONDS:
+            if time.monotonic() - now > self._owners.share_seconds:
                 return
 
     def _write_part(self, write: Write) -> None:
@@ -492,16 +517,20 @@ class Rows:
         if len(write.jobs) > count:
             self._writes.append(write.part(range(count, len(write.jobs))))
             write = write.part(range(count))
+        with self._clock(write.pipeline):
+            self._write_whole(write)
+
+    def _write_whole(self, write: Write) -> None:
+        """Writes rows in one statement, and settles each by its outcome."""
         pipeline, jobs, vectors = write.pipeline, write.jobs, write.vectors
         began_at = time.monotonic()
         try:
             keys, contents = [job.key for job in jobs], [job.content for job in jobs]
-            with self._clock(pipeline):
-                if pipeline.is_beside:
-                    chunks = [job.chunks if vectors is not None else [] for job in jobs]
-                    outcomes = self._database.write_chunks(pipeline, keys, contents, chunks, vectors)
-                else:
-                    outcomes = self._database.write(pipeline, keys, contents, vectors)
+            if pipeline.is_beside:
+                chunks = [job.chunks if vectors is not None else [] for job in jobs]
+                outcomes = self._database.write_chunks(pipeline, keys, contents, chunks, vectors)
+            else:
+                outcomes = self._database.write(pipeline, keys, contents, vectors)
         except RowError as error:
             if self._blame_others(pipeline, jobs, error):
                 return

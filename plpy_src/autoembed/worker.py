@@ -133,7 +133,7 @@ class _Lane:
 
     def works(self) -> bool:
         """Makes a pass, if something is due. Returns whether it was."""
-        messages = self.claim(self.pace.max_rows(), [], [], [])
+        messages = self.claim(self.pace.max_rows(), [], [], sorted(self.owners.resting()))
         if not messages:
             self._database.commit()
             return False
@@ -146,9 +146,9 @@ class _Lane:
         messages: list[Message] = []
         if not self._backfill:
             messages = self._database.claim(max_rows, self._options.lease_seconds, held, busy_models, busy_owners)
-        if not messages and not busy_owners and time.monotonic() >= self._scan_at:
+        if not messages and time.monotonic() >= self._scan_at:
             messages = _claim_backfill(
-                self._database, self._options, self.speeds, self._backfill, max_rows, held, busy_models
+                self._database, self._options, self.speeds, self._backfill, max_rows, held, busy_models, busy_owners
             )
             self._scan_at = 0.0 if messages else time.monotonic() + LOOK_AROUND_SECONDS
         return messages
@@ -161,7 +161,7 @@ def run_pass(database: Database, network: Network, options: Options) -> Report:
     """
     messages = database.claim(options.max_rows, options.lease_seconds, [], [], [])
     if not messages:
-        messages = _claim_backfill(database, options, Speeds(), False, options.max_rows, [], [])
+        messages = _claim_backfill(database, options, Speeds(), False, options.max_rows, [], [], [])
     if not messages:
         return Report()
     return _run(database, network, options, messages, None)
@@ -196,9 +196,10 @@ def _claim_backfill(
     max_rows: int,
     held: list[int],
     busy_models: list[str],
+    busy_owners: list[int],
 ) -> list[Message]:
     """The next rows of a table that is being scanned, as one message that is claimed already."""
-    backfill = database.next_backfill(dedicated=dedicated, busy_models=busy_models)
+    backfill = database.next_backfill(dedicated=dedicated, busy_models=busy_models, busy_owners=busy_owners)
     if backfill is None:
         return []
     max_rows = min(max_rows, speeds.texts_ahead(backfill.model, backfill.provider) or max_rows)
@@ -326,14 +327,15 @@ class _Pass:
         self._owners.begin_claim()
         work = open_jobs(self._database, self._ledger, messages, self._options.max_rows, self._texts_ahead)
         for pipeline, jobs in self._owners.quickest_first(work):
+            if time.monotonic() - began_at > POLL_SECONDS or self._owners.is_slow(pipeline):
+                # The texts of quick owners do not wait for those of slow ones.
+                self._send(flight)
+                self._wait_until_sent()
             try:
                 self._read(pipeline, jobs)
             except self._database.Error as error:
                 self._rows.blame(pipeline, jobs, error)
             self._commit()
-            if time.monotonic() - began_at > POLL_SECONDS:
-                # The texts of quick owners do not wait for those of slow ones.
-                self._send(flight)
         self._send(flight)
 
     def _read(self, pipeline: Pipeline, jobs: list[Job]) -> None:
@@ -384,7 +386,7 @@ class _Pass:
             self._ledger.open_message_ids(),
             sorted(busy | shaky),
             # The code of an owner is slow, or the rows are many. What is claimed now would only wait behind it.
-            sorted(self._rows.owners_behind()),
+            sorted(self._rows.owners_behind() | self._owners.resting()),
         )
         self._ledger.take(messages)
         self._database.commit()

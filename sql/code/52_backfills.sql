@@ -1,6 +1,6 @@
 -- Backfills: scans of whole tables for missing and stale embeddings.
 
-CREATE OR REPLACE FUNCTION autoembed._next_backfill(dedicated boolean, busy_models text[])
+CREATE OR REPLACE FUNCTION autoembed._next_backfill(dedicated boolean, busy_models text[], busy_owners bigint[])
     RETURNS TABLE (
         pipeline_id integer, owner bigint, after text, condition text, failures integer, model text, provider text
     )
@@ -25,9 +25,10 @@ BEGIN
     -- Backfills take turns, so that none holds up another, whether its scan works or fails.
     RETURN QUERY
     WITH next AS (
-        SELECT b.pipeline_id, s.failures, m.name, m.provider
+        SELECT b.pipeline_id, c.relowner::bigint AS owner, s.failures, m.name, m.provider
         FROM autoembed.backfill AS b
         JOIN autoembed._pipeline_state AS s ON s.id = b.pipeline_id AND s.blocked IS NULL
+        JOIN pg_class AS c ON c.oid = s.table_id AND c.relowner <> ALL (busy_owners::oid[])
         JOIN autoembed.model AS m ON m.name = s.model AND m.name <> ALL (busy_models)
         WHERE b.scanned_at IS NULL AND coalesce(b.served_at, b.started_at) < _left_since
         -- In a dump of 0.1.0, a backfill that no lane has worked on yet has a NULL.
@@ -39,17 +40,12 @@ BEGIN
     SET served_at = clock_timestamp()
     FROM next AS n
     WHERE b.pipeline_id = n.pipeline_id
-    RETURNING b.pipeline_id, (
-        SELECT c.relowner::bigint
-        FROM autoembed.pipeline AS p
-        JOIN pg_class AS c ON c.oid = p.table_id
-        WHERE p.id = b.pipeline_id
-    ), b.position, b.condition, n.failures, n.name, n.provider;
+    RETURNING b.pipeline_id, n.owner, b.position, b.condition, n.failures, n.name, n.provider;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._next_backfill IS
     'The next backfill to scan for, locked until the commit. dedicated: the caller is a lane for backfills alone. '
-    'busy_models: the models for which the lane holds enough.';
+    'busy_models, busy_owners: those for which the lane holds enough.';
 
 CREATE OR REPLACE FUNCTION autoembed._queue_backfill(
     pipeline_id integer,

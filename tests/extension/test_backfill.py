@@ -204,9 +204,9 @@ def test_a_backfill_is_left_to_the_lane_that_is_scheduled_for_it_for_a_while(
     served = f"UPDATE autoembed.backfill SET served_at = now() - interval '{ago}'"
 
     db.execute(served.encode())
-    assert db.execute("SELECT FROM autoembed._next_backfill(true, '{}')").rowcount == 1
+    assert db.execute("SELECT FROM autoembed._next_backfill(true, '{}', '{}')").rowcount == 1
     db.execute(served.encode())
-    assert db.execute("SELECT FROM autoembed._next_backfill(false, '{}')").rowcount == int(not (left and active))
+    assert db.execute("SELECT FROM autoembed._next_backfill(false, '{}', '{}')").rowcount == int(not (left and active))
 
 
 def test_no_more_of_a_table_is_scanned_while_its_model_does_not_answer(

@@ -109,7 +109,8 @@ def test_dropping_the_extension_ends_running_lanes_without_an_error(documents: C
 
 
 @pytest.mark.parametrize(
-    "beginning", ["_claim(100, 60, '{}', '{}', '{}')", "_next_backfill(false, '{}')", "_lane_is_wanted()", "_gate()"]
+    "beginning",
+    ["_claim(100, 60, '{}', '{}', '{}')", "_next_backfill(false, '{}', '{}')", "_lane_is_wanted()", "_gate()"],
 )
 def test_a_lanes_transaction_locks_the_table_of_lanes_first(
     documents: Connection, connect: Connect, beginning: str
@@ -500,7 +501,7 @@ def test_an_idle_lane_reads_no_table_that_a_backfill_made_large(documents: Conne
     with documents.transaction():
         documents.execute("SELECT FROM autoembed._claim(100, 60, '{}', '{}', '{}')")
         documents.execute("SELECT autoembed._lane_is_wanted(), autoembed._clean_up()")
-        documents.execute("SELECT FROM autoembed._next_backfill(false, '{}')")
+        documents.execute("SELECT FROM autoembed._next_backfill(false, '{}', '{}')")
         read = documents.execute("SELECT relname FROM pg_stat_xact_user_tables WHERE seq_scan > 0").fetchall()
 
     assert not {"q_embedding_jobs", "usage_entry", "permit", "embedded"} & {name for (name,) in read}

@@ -276,7 +276,9 @@ class FakeDatabase(Database):
         self.queue[message_id] = replace(self.queue[message_id], read_count=read_count)
         self.delays[message_id] = delay_seconds
 
-    def next_backfill(self, *, dedicated: bool, busy_models: Sequence[str]) -> Backfill | None:
+    def next_backfill(
+        self, *, dedicated: bool, busy_models: Sequence[str], busy_owners: Sequence[int]
+    ) -> Backfill | None:
         self._note("next_backfill")
         return None if MODEL.name in busy_models else self.backfill
 

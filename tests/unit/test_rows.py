@@ -477,6 +477,9 @@ def test_a_row_that_changes_while_it_is_locked_never_gets_the_old_vector(lane: L
         ([(100, 0.1)], 200),
         ([(100, 0.249)], 200),
         ([(100, 0.25)], 100),
+        # A slow one is followed by one that has as many rows as it would have had in time.
+        ([(100, 2.0)], 50),
+        ([(1, 2.0)], 1),
         ([(99, 0.001)], 100),
         ([(100, 0.1), (200, 0.1), (400, 0.1), (800, 0.1)], 1600),
         ([(100, 0.1), (200, 0.1), (400, 0.1), (800, 0.1), (1600, 0.1)], 2000),
@@ -521,6 +524,44 @@ def test_quick_owners_come_first(took: dict[int, list[float]], order: list[int])
     work: list[tuple[Pipeline, list[Job]]] = [(pipeline, []) for pipeline in pipelines.values()]
 
     assert [pipeline.id for pipeline, _ in owners.quickest_first(work)] == order
+
+
+@pytest.mark.parametrize(
+    ("seconds", "others", "later", "rests"),
+    [
+        (0.5, True, 0.0, False),
+        (0.6, True, 0.0, True),
+        (0.6, True, 1.7, True),
+        (0.6, True, 1.9, False),
+        (4.0, True, 11.0, True),
+        # There is nobody who would have to wait.
+        (4.0, False, 0.0, False),
+    ],
+)
+def test_an_owner_whose_statement_held_up_others_rests(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, others: bool, later: float, rests: bool
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(rows, "time", clock)
+    owners = Owners()
+    owners.spent(PIPELINE, seconds)
+    if others:
+        owners.spent(replace(PIPELINE, id=2, owner=20), 0.01)
+
+    clock.now += later
+
+    assert owners.resting() == ({PIPELINE.owner} if rests else set())
+
+
+def test_an_owner_has_less_time_beside_others() -> None:
+    owners = Owners()
+    owners.begin_claim()
+    owners.spent(PIPELINE, 0.3)
+    assert owners.has_time(PIPELINE)
+
+    owners.spent(replace(PIPELINE, id=2, owner=20), 0.01)
+
+    assert not owners.has_time(PIPELINE)
 
 
 # --- reading and writing in parts -------------------------------------------------------------------
@@ -815,7 +856,8 @@ def test_writing_on_lets_each_call_have_the_time_of_one_owner(desk: Desk) -> Non
     desk.takes(1.1, "write")
 
     desk.write(jobs)
-    for left in (400, 300, 200, 100, 0):
+    # Each statement has as many rows as the one before would have had in time.
+    for left in (400, 310, 229, 156, 90, 31, 0):
         assert outcomes_of(jobs).count("open") == left
         assert desk.rows.some_are_unwritten == bool(left)
         desk.rows.write_some()

@@ -740,7 +740,8 @@ def test_vectors_that_an_owners_time_does_not_suffice_for_are_written_before_the
     report = lane.run()
 
     assert (report.completed, report.retried) == (35, 0)
-    assert list(map(len, database.written_keys)) == [10, 10, 10, 5]
+    assert len(database.written_keys[0]) == 10
+    assert sum(map(len, database.written_keys)) == 35
     assert database.queue == {}
 
 
