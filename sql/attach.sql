@@ -33,7 +33,8 @@ CREATE OR REPLACE TRIGGER define
 
 -- An update that follows an ALTER TABLE changes table_shape, and does the work of this trigger itself.
 CREATE OR REPLACE TRIGGER define_again
-    BEFORE UPDATE OF content_columns, content_template, content_function, condition, model, on_change
+    BEFORE UPDATE OF content_columns, content_template, content_function, condition, model, on_change, embeddings_table,
+        embedding_column
     ON autoembed.pipeline
     FOR EACH ROW
     WHEN (OLD.table_shape = NEW.table_shape)
@@ -46,10 +47,11 @@ CREATE OR REPLACE TRIGGER defined
 
 -- An update that follows an ALTER TABLE changes table_shape, and does the work of this trigger itself.
 CREATE OR REPLACE TRIGGER defined_again
-    AFTER UPDATE OF content_columns, content_template, content_function, condition, model, on_change
+    AFTER UPDATE OF content_columns, content_template, content_function, condition, model, on_change, embeddings_table,
+        embedding_column
     ON autoembed.pipeline
     FOR EACH ROW
-    WHEN (OLD.table_shape = NEW.table_shape)
+    WHEN (OLD.table_shape = NEW.table_shape OR OLD.embeddings_table IS DISTINCT FROM NEW.embeddings_table)
     EXECUTE FUNCTION autoembed._defined();
 
 CREATE OR REPLACE TRIGGER forget_texts

@@ -482,6 +482,11 @@ class Database:
         # A row without a key is the mark that rows are left.
         return found, found.pop(None, None) is None
 
+    @staticmethod
+    def literal(texts: Sequence[str]) -> str:
+        """Texts as an array in a query."""
+        return f"ARRAY[{', '.join(map(plpy.quote_literal, texts))}]::pg_catalog.text[]"
+
     def run_as_owner(self, table_id: str, query: str) -> str:
         """The rows of a query as a JSON array. As a table's owner; RowError if it fails or the caller has no right."""
         [table] = self._run(

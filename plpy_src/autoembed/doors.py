@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import time
@@ -24,7 +25,8 @@ from autoembed.model import Embedded, Model, Request, Share
 from autoembed.network import Network
 from autoembed.providers import counter_of, most_tokens_of, provider_of, sizes_of
 from autoembed.quality import quality_of, summary
-from autoembed.records import Known, Row
+from autoembed.records import Backfill, Chunk, Known, Pipeline, Row
+from autoembed.rows import READ_BYTES
 
 # Vectors of search texts that a session keeps, in characters: a plan without an index calls embed() once for each
 # row, a join of several searches does so in turns, and paging calls it once for each page.
@@ -45,6 +47,8 @@ MAX_OUTSTANDING_MESSAGES = 1000
 MAX_OUTSTANDING_ROWS = 5000
 MAX_CHANGED_ROWS = 1000
 MAX_CHANGED_BYTES = 1_000_000
+# Embeddings that change their place are copied so many at a time.
+COPIED_ROWS = 500
 # Connections that a session keeps open.
 MAX_CONNECTIONS = 32
 # Freed blocks up to this size, in bytes, stay with a lane: an index takes such blocks for each of its rows. The answers
@@ -128,6 +132,74 @@ def run_statement_as_owner(table_id: str, statement: str) -> dict[str, Any]:
     except RowError as error:
         return {"problem": str(error), "errcode": error.sqlstate}
     return {"problem": None, "errcode": None}
+
+
+def copy_embeddings(
+    pipeline_id: int, table_id: str, query_start: str, query_end: str, former: dict[str, Any]
+) -> dict[str, Any]:
+    """Copies embeddings to where their pipeline has them now: the columns of autoembed._copy_embeddings().
+
+    The query gives the old embeddings of the rows whose keys come between its parts. former: how texts were cut.
+    """
+    here = database.Database(commits=False)
+    pipeline = here.pipelines([pipeline_id])[pipeline_id]
+    old = dataclasses.replace(pipeline, **former)
+    cutter = Cutter(here.check_interrupts)
+    after: str | None = None
+    try:
+        while keys := here.scan(Backfill(pipeline_id, pipeline.owner, after, None, 0), COPIED_ROWS):
+            after = keys[-1]
+            while keys:
+                rows, are_all = here.rows(pipeline, keys, READ_BYTES)
+                _copy(here, table_id, f"{query_start}{{}}{query_end}", pipeline, old, rows, cutter)
+                keys = [] if are_all else [key for key in keys if key not in rows]
+    except RowError as error:
+        return {"problem": str(error), "errcode": error.sqlstate}
+    return {"problem": None, "errcode": None}
+
+
+def _copy(
+    here: database.Database,
+    table_id: str,
+    query: str,
+    pipeline: Pipeline,
+    old: Pipeline,
+    rows: dict[str, Row],
+    cutter: Cutter,
+) -> None:
+    """Copies the embeddings of these rows that are of their present texts, each of one text as a whole."""
+    import numpy as np
+
+    found = {one["key"]: one for one in json.loads(here.run_as_owner(table_id, query.format(here.literal(list(rows)))))}
+    known = here.digests(pipeline, list(found))
+    keys, contents, chunks = [], [], []
+    for key, embedding in found.items():
+        content = rows[key].content
+        was = Row(content, bytes.fromhex(embedding["digest"]))
+        if content is None or key not in known or not known[key].describes(was, old.digest(content)):
+            continue
+        ranges = cutter.ranges(pipeline, content)
+        if len(ranges) == 1:
+            (start, end) = ranges[0]
+            keys.append(key)
+            contents.append(content)
+            chunks.append([Chunk(start, end, pipeline.model.chunk_digest(content[start:end]))])
+    if not keys:
+        return
+    vectors = np.array([json.loads(found[key]["vector"]) for key in keys], np.float32)
+    if pipeline.is_beside:
+        outcomes = here.write_chunks(pipeline, keys, contents, chunks, vectors)
+    else:
+        outcomes = here.write(pipeline, keys, contents, vectors)
+    written = [place for place, key in enumerate(keys) if outcomes[key].outcome == "written"]
+    here.record_embedded(
+        pipeline,
+        [keys[place] for place in written],
+        [pipeline.digest(contents[place]) for place in written],
+        [outcomes[keys[place]].vector_digest for place in written],
+        [chunks[place][0].end < len(contents[place].rstrip()) for place in written],
+        written=True,
+    )
 
 
 def preview(

@@ -533,12 +533,37 @@ BEGIN
         WHERE p.pronamespace = 'autoembed'::regnamespace
           AND (p.proname IN ('_content_' || pipeline_id, '_write_' || pipeline_id,
                              '_scan_' || pipeline_id, '_text_' || pipeline_id, '_erase_' || pipeline_id)
-               OR with_triggers AND p.proname IN ('_capture_' || pipeline_id, '_clear_' || pipeline_id,
-                                                  '_may_read_' || pipeline_id, '_chunk_' || pipeline_id))
+               OR with_triggers AND p.proname IN ('_capture_' || pipeline_id, '_clear_' || pipeline_id))
     LOOP
         EXECUTE format('DROP FUNCTION %s %s', _function, CASE WHEN with_triggers THEN 'CASCADE' END);
     END LOOP;
+    IF with_triggers THEN
+        PERFORM autoembed._drop_readers(pipeline_id);
+    END IF;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._drop_functions IS
     'Drops the functions of a pipeline. with_triggers: drops its triggers and their functions too.';
+
+CREATE OR REPLACE FUNCTION autoembed._drop_readers(pipeline_id integer)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+    SET client_min_messages = warning
+AS $plpgsql$
+DECLARE
+    _function regprocedure;
+BEGIN
+    FOR _function IN
+        SELECT p.oid
+        FROM pg_proc AS p
+        WHERE p.pronamespace = 'autoembed'::regnamespace
+          AND p.proname IN ('_may_read_' || pipeline_id, '_chunk_' || pipeline_id)
+    LOOP
+        EXECUTE format('DROP FUNCTION %s CASCADE', _function);
+    END LOOP;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._drop_readers IS
+    'Drops what lets roles read the embeddings table of a pipeline: functions, the policy, and the view of chunks.';

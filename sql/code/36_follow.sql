@@ -191,7 +191,8 @@ BEGIN
     ) LOOP
         NEW.id := nextval('autoembed.pipeline_id_seq');
     END LOOP;
-    IF TG_OP = 'INSERT' AND NEW.embeddings_table IS NOT NULL AND NOT EXISTS (
+    IF (TG_OP = 'INSERT' OR NEW.embeddings_table IS DISTINCT FROM OLD.embeddings_table)
+       AND NEW.embeddings_table IS NOT NULL AND NOT EXISTS (
         SELECT FROM pg_class AS t
         JOIN pg_class AS e ON e.relowner = t.relowner AND e.oid = NEW.embeddings_table
         WHERE t.oid = NEW.table_id
@@ -257,6 +258,7 @@ BEGIN
     END IF;
     IF NEW.managed AND (
         TG_OP = 'INSERT'
+        OR autoembed._clears(NEW) <> autoembed._clears(OLD)
         OR NEW.on_change <> OLD.on_change
         OR EXISTS (SELECT FROM autoembed._trigger_problems(NEW))
     ) THEN
@@ -267,11 +269,95 @@ BEGIN
     ELSIF NEW.model IS DISTINCT FROM OLD.model THEN
         PERFORM autoembed._fit_embeddings_table(NEW);
     END IF;
+    IF TG_OP = 'UPDATE' AND NEW.embeddings_table IS DISTINCT FROM OLD.embeddings_table THEN
+        PERFORM autoembed._move_embeddings(OLD);
+    END IF;
     RETURN NULL;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._defined IS
     'Makes the functions and triggers of a pipeline that is defined or changed.';
+
+CREATE OR REPLACE FUNCTION autoembed._move_embeddings(pipeline autoembed.pipeline)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _keys jsonb := autoembed._key_slots(pipeline);
+    _place text;
+    _moved record;
+BEGIN
+    -- The keys come between the two parts of the query.
+    IF pipeline.embeddings_table IS NULL THEN
+        _place := format(
+            ') AS s(key)) AS s JOIN %s AS t ON %s CROSS JOIN LATERAL (SELECT t.%I AS embedding, %s AS digest) AS d '
+            'WHERE d.embedding IS NOT NULL',
+            autoembed._rows_of(pipeline.table_id), _keys ->> 'same_key', pipeline.embedding_column,
+            autoembed._vector_digest_expression(pipeline, 't')
+        );
+    ELSE
+        -- Several chunks have no embedding of the whole text.
+        _place := format(
+            ') AS s(key)) AS s CROSS JOIN LATERAL (SELECT (array_agg(e.%I))[1] AS embedding, '
+            'substring(sha256((array_agg(e.digest))[1]), 1, 8) AS digest FROM %s AS e WHERE %s '
+            'HAVING count(*) = 1) AS d',
+            pipeline.embedding_column, pipeline.embeddings_table, _keys ->> 'same_embeddings'
+        );
+    END IF;
+    SELECT m.* INTO _moved
+    FROM autoembed._copy_embeddings(
+        pipeline.id, pipeline.table_id,
+        format('SELECT s.key, d.embedding::text AS vector, encode(d.digest, ''hex'') AS digest '
+               'FROM (SELECT s.key, %s FROM unnest(', _keys ->> 'sent_keys'),
+        _place, pipeline.chunking, pipeline.chunk_size, pipeline.chunk_overlap
+    ) AS m;
+    IF _moved.problem IS NOT NULL THEN
+        RAISE EXCEPTION USING MESSAGE = _moved.problem, ERRCODE = _moved.errcode;
+    END IF;
+    -- An index goes along.
+    INSERT INTO autoembed.backfill AS b (pipeline_id, create_index)
+    SELECT pipeline.id, true
+    FROM autoembed._vector_index(
+        coalesce(pipeline.embeddings_table, pipeline.table_id), pipeline.embedding_column
+    ) AS i
+    WHERE i.indisvalid
+    ON CONFLICT ON CONSTRAINT backfill_pkey DO UPDATE SET create_index = true;
+    IF pipeline.embeddings_table IS NOT NULL THEN
+        -- Its policy and its view go with these functions.
+        PERFORM autoembed._drop_readers(pipeline.id);
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._move_embeddings IS
+    'Copies the embeddings of a pipeline, given as it was, to where it has them now. An embedding whose text has '
+    'changed stays behind, and so do those of chunks.';
+
+CREATE OR REPLACE FUNCTION autoembed._copy_embeddings(
+    pipeline_id integer,
+    table_id regclass,
+    query_start text,
+    query_end text,
+    chunking text,
+    chunk_size integer,
+    chunk_overlap integer,
+    OUT problem text,
+    OUT errcode text
+)
+    LANGUAGE plpython3u
+    SET search_path = pg_catalog, pg_temp
+AS $python$
+    if GD.get("autoembed") != "@BUILD@":
+        plpy.execute("SELECT autoembed._load_python()")
+    from autoembed import doors
+    return doors.copy_embeddings(
+        pipeline_id, table_id, query_start, query_end,
+        {"chunking": chunking, "chunk_size": chunk_size, "chunk_overlap": chunk_overlap},
+    )
+$python$;
+COMMENT ON FUNCTION autoembed._copy_embeddings IS
+    'The work of _move_embeddings(), and why it fails. The query gives the old embeddings of the keys between its '
+    'parts; the other arguments tell how texts were cut.';
 
 CREATE OR REPLACE FUNCTION autoembed._ended()
     RETURNS trigger

@@ -572,7 +572,8 @@ CREATE OR REPLACE FUNCTION autoembed.alter_pipeline(
     chunking text DEFAULT NULL,
     chunk_size integer DEFAULT NULL,
     chunk_overlap integer DEFAULT NULL,
-    text_config text DEFAULT NULL
+    text_config text DEFAULT NULL,
+    storage text DEFAULT NULL
 )
     RETURNS void
     LANGUAGE plpgsql
@@ -583,9 +584,12 @@ DECLARE
     _pipeline autoembed.pipeline := autoembed._owned_pipeline(table_name, embedding_column);
     _condition record;
     _new_content boolean := num_nonnulls(content_columns, content_function, content_template) > 0;
+    _is_beside CONSTANT boolean := coalesce(storage = 'beside', _pipeline.embeddings_table IS NOT NULL);
+    _moves CONSTANT boolean := _is_beside <> (_pipeline.embeddings_table IS NOT NULL);
+    _new_place record;
 BEGIN
     PERFORM autoembed._check_content(content_columns, content_function, content_template, false);
-    IF NOT _pipeline.managed AND (_new_content OR condition IS NOT NULL OR on_change IS NOT NULL) THEN
+    IF NOT _pipeline.managed AND (_new_content OR _moves OR num_nonnulls(condition, on_change) > 0) THEN
         RAISE EXCEPTION USING
             ERRCODE = 'object_not_in_prerequisite_state',
             MESSAGE = format('cannot alter %s.%I, whose triggers were made by hand',
@@ -597,12 +601,21 @@ BEGIN
     END IF;
     IF num_nonnulls(chunking, chunk_size, chunk_overlap) > 0 THEN
         PERFORM autoembed._check_chunking(
-            _pipeline.embeddings_table IS NOT NULL, coalesce(alter_pipeline.chunking, _pipeline.chunking),
+            _is_beside, coalesce(alter_pipeline.chunking, _pipeline.chunking),
             coalesce(alter_pipeline.chunk_size, _pipeline.chunk_size),
             coalesce(alter_pipeline.chunk_overlap, _pipeline.chunk_overlap),
             coalesce(nullif(alter_pipeline.model, ''), _pipeline.model)
         );
     END IF;
+    IF storage NOT IN ('beside', 'row') THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = format('storage must be beside or row, not %s', storage),
+            HINT = 'beside keeps embeddings in a table beside the rows, row in a column of the rows.';
+    END IF;
+    SELECT n.* INTO _new_place
+    FROM autoembed._new_place(_pipeline, coalesce(nullif(alter_pipeline.model, ''), _pipeline.model)) AS n
+    WHERE _moves;
     SELECT c.* INTO _condition
     FROM autoembed._read_condition(_pipeline.table_id, nullif(alter_pipeline.condition, '')) AS c;
     UPDATE autoembed.pipeline AS p
@@ -621,15 +634,20 @@ BEGIN
         END,
         on_change = coalesce(alter_pipeline.on_change, p.on_change),
         truncate = coalesce(alter_pipeline.truncate, p.truncate),
-        chunking = coalesce(alter_pipeline.chunking, p.chunking),
-        chunk_size = coalesce(alter_pipeline.chunk_size, p.chunk_size),
-        chunk_overlap = coalesce(alter_pipeline.chunk_overlap, p.chunk_overlap),
+        embeddings_table = CASE WHEN _moves THEN _new_place.embeddings_table ELSE p.embeddings_table END,
+        embedding_column = CASE WHEN _moves THEN _new_place.embedding_column ELSE p.embedding_column END,
+        chunking = CASE WHEN _is_beside THEN coalesce(alter_pipeline.chunking, p.chunking) ELSE 'none' END,
+        chunk_size = CASE WHEN _is_beside THEN coalesce(alter_pipeline.chunk_size, p.chunk_size) END,
+        chunk_overlap = CASE WHEN _is_beside THEN coalesce(alter_pipeline.chunk_overlap, p.chunk_overlap) ELSE 0 END,
         text_config = CASE
             WHEN alter_pipeline.text_config IS NULL THEN p.text_config
             ELSE autoembed._full_text_config(alter_pipeline.text_config)
         END
     WHERE p.id = _pipeline.id;
-    IF _new_content OR num_nonnulls(
+    IF _moves AND NOT _is_beside THEN
+        EXECUTE format('DROP TABLE %s', _pipeline.embeddings_table);
+    END IF;
+    IF _new_content OR _moves OR num_nonnulls(
         alter_pipeline.model, alter_pipeline.condition, alter_pipeline.chunking, alter_pipeline.chunk_size,
         alter_pipeline.chunk_overlap, nullif(alter_pipeline.text_config, '')
     ) > 0 THEN
@@ -639,7 +657,35 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.alter_pipeline IS
     'Changes how a table is embedded, by the arguments that are not NULL, and embeds the rows to which that makes a '
-    'difference. An empty model is the default model. An empty condition is none, and so is an empty text_config.';
+    'difference. An empty model is the default model. An empty condition is none, and so is an empty text_config. '
+    'storage: beside or row, where the embeddings are to be. They go there without a request to the model.';
+
+CREATE OR REPLACE FUNCTION autoembed._new_place(
+    pipeline autoembed.pipeline,
+    model text,
+    OUT embeddings_table regclass,
+    OUT embedding_column name
+)
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF pipeline.embeddings_table IS NULL THEN
+        embeddings_table := autoembed._make_embeddings_table(
+            pipeline.table_id, NULL, autoembed._dimensions(_new_place.model)
+        );
+        embedding_column := 'embedding';
+    ELSE
+        embedding_column := pipeline.embedding_column;
+        EXECUTE format(
+            'ALTER TABLE %s ADD COLUMN IF NOT EXISTS %I @extschema:vector@.halfvec(%s)',
+            pipeline.table_id, embedding_column, autoembed._dimensions(_new_place.model)
+        );
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._new_place IS
+    'Makes the place to which the embeddings of a pipeline move: a table beside the rows, or a column in them.';
 
 CREATE OR REPLACE FUNCTION autoembed.disable(
     table_name regclass,

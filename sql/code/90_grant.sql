@@ -36,10 +36,10 @@ BEGIN
         _content_function_of, _dimensions, _distances, _drop_stray_triggers, _estimate_texts, _estimated_matches,
         _exact_answers, _found_rows, _full_text_config, _has_text_index, _index_key, _is_empty, _judgments,
         _key_columns, _key_expression, _load_python, _look_through, _make_embeddings_table, _match_function,
-        _measured_recall, _needed_columns, _operator, _owned_pipeline, _owned_pipelines, _preview, _ranked,
-        _read_condition, _recall, _restore_advisory_locks, _run_as_owner, _search, _search_model, _search_quality,
-        _search_target, _set_paused, _stray_triggers, _template, _text_matches, _vector_digest_expression,
-        _waits_for_commit
+        _measured_recall, _needed_columns, _new_place, _operator, _owned_pipeline, _owned_pipelines, _preview,
+        _ranked, _read_condition, _recall, _restore_advisory_locks, _run_as_owner, _search, _search_model,
+        _search_quality, _search_target, _set_paused, _stray_triggers, _template, _text_matches, 
+        _vector_digest_expression, _waits_for_commit
     }');
     -- The role gets rights to columns only. A right to the whole table, which 0.1.0 granted, includes LOCK TABLE, and
     -- that stops all lanes.
@@ -50,7 +50,8 @@ BEGIN
                             embeddings_table, chunking, chunk_size, chunk_overlap, text_config),
                     UPDATE (content_columns, content_function, content_template, condition, condition_columns,
                             condition_objects, model, on_change, truncate, paused, ended, chunking, chunk_size,
-                            chunk_overlap, text_config, ef_search, recall_target, recall, recall_measured_at)
+                            chunk_overlap, embeddings_table, embedding_column, text_config, ef_search, recall_target,
+                            recall, recall_measured_at)
                     ON autoembed.pipeline TO %s', role);
     EXECUTE format('GRANT SELECT,
                     INSERT (pipeline_id, condition, force, create_index),

@@ -656,3 +656,135 @@ def test_a_name_that_is_taken_is_left_to_its_table(db: Connection, api: FakeApi)
     [(view,)] = db.execute("SELECT relname FROM pg_class WHERE relname ~ '^autoembed_[0-9]+_chunks$'").fetchall()
     assert texts_of_chunks(db, view) == [(1, "one")]
     assert db.execute("SELECT * FROM books_chunks").fetchall() == []
+
+
+# From the rows to beside them, and back -------------------------------------------------------------
+
+
+@pytest.fixture
+def in_rows(db: Connection, api: FakeApi) -> Connection:
+    """An attached table whose embeddings are in its rows: one is fresh, one has another text by now."""
+    db.execute("CREATE TABLE pages (id int PRIMARY KEY, body text, views int NOT NULL DEFAULT 0)")
+    db.execute("SELECT autoembed.enable('pages', 'embedding', content_columns => '{body}')")
+    db.execute("INSERT INTO pages VALUES (1, 'one'), (2, 'two'), (3, ''), (4, 'four')")
+    process(db)
+    return db
+
+
+def sent_since(api: FakeApi, before: int) -> list[str]:
+    return [text for request in api.log()[before:] for text in request["texts"]]
+
+
+@pytest.mark.parametrize("on_change", ["keep", "clear"])
+def test_embeddings_move_beside_the_rows_without_a_request(in_rows: Connection, api: FakeApi, on_change: str) -> None:
+    in_rows.execute("SELECT autoembed.alter_pipeline('pages', on_change => %s)", [on_change])
+    before = len(api.log())
+
+    in_rows.execute("SELECT autoembed.alter_pipeline('pages', storage => 'beside')")
+
+    assert in_rows.execute("SELECT id FROM pages_embeddings ORDER BY 1").fetchall() == [(1,), (2,), (4,)]
+    assert texts_of_chunks(in_rows) == [(1, "one"), (2, "two"), (4, "four")]
+    process(in_rows)
+    process(in_rows)
+    assert sent_since(api, before) == []
+    assert_beside(in_rows)
+    in_rows.execute("DELETE FROM pages WHERE id = 1; UPDATE pages SET body = 'other' WHERE id = 2")
+    assert in_rows.execute("SELECT count(*) FROM pages_embeddings WHERE id = 1").fetchone() == (0,)
+    process(in_rows)
+    assert sent_since(api, before) == ["other"]
+    assert_beside(in_rows)
+    in_rows.execute("ALTER TABLE pages DROP COLUMN embedding")
+    process(in_rows)
+    assert_beside(in_rows)
+
+
+def test_a_text_that_has_changed_does_not_take_its_old_embedding_along(in_rows: Connection, api: FakeApi) -> None:
+    before = len(api.log())
+    # No trigger sees this change, so nothing is queued.
+    in_rows.execute("ALTER TABLE pages DISABLE TRIGGER USER; UPDATE pages SET body = 'unseen' WHERE id = 1")
+    in_rows.execute("ALTER TABLE pages ENABLE TRIGGER USER; UPDATE pages SET body = 'queued' WHERE id = 2")
+
+    in_rows.execute("SELECT autoembed.alter_pipeline('pages', storage => 'beside')")
+
+    assert in_rows.execute("SELECT id FROM pages_embeddings").fetchall() == [(4,)]
+    process(in_rows)
+    process(in_rows)
+    assert sorted(sent_since(api, before)) == ["queued", "unseen"]
+    assert_beside(in_rows)
+
+
+def test_short_texts_stay_embedded_when_long_ones_are_cut_into_chunks(in_rows: Connection, api: FakeApi) -> None:
+    in_rows.execute("INSERT INTO pages VALUES (5, %s)", [long_text(60)])
+    process(in_rows)
+    before = len(api.log())
+
+    in_rows.execute("SELECT autoembed.alter_pipeline('pages', storage => 'beside', chunking => 'structure')")
+    process(in_rows)
+    process(in_rows)
+
+    assert sent_since(api, before) == [chunk for key, chunk in texts_of_chunks(in_rows) if key == 5]
+    assert len(sent_since(api, before)) > 5
+
+
+def test_embeddings_move_into_the_rows_without_a_request(pages: Connection, api: FakeApi) -> None:
+    pages.execute("INSERT INTO pages VALUES (1, 'one'), (2, 'two'), (3, ''), (5, %s)", [long_text(20)])
+    process(pages)
+    before = len(api.log())
+
+    pages.execute("SELECT autoembed.alter_pipeline('pages', storage => 'row')")
+
+    assert pages.execute(
+        "SELECT coalesce(to_regclass('pages_embeddings'), to_regclass('pages_chunks'))"
+    ).fetchone() == (None,)
+    assert pages.execute("SELECT id FROM pages WHERE embedding IS NOT NULL ORDER BY 1").fetchall() == [(1,), (2,)]
+    process(pages)
+    process(pages)
+    # One embedding of the whole text is what a row has, and chunks have none.
+    assert sent_since(api, before) == [long_text(20)]
+    found = pages.execute("SELECT body, embedding::vector::real[] FROM pages WHERE body <> '' ORDER BY id").fetchall()
+    for text, vector in found:
+        assert np.allclose(vector, embedding_of(text), atol=2e-3), text
+
+
+def test_an_index_and_the_search_go_along(in_rows: Connection, api: FakeApi) -> None:
+    in_rows.execute("CREATE INDEX ON pages USING hnsw (embedding halfvec_cosine_ops)")
+    search = "SELECT s.key FROM autoembed.search('pages', 'four', max_rows => 1) AS s"
+
+    in_rows.execute("SELECT autoembed.alter_pipeline('pages', storage => 'beside')")
+
+    assert in_rows.execute(search).fetchall() == [("[4]",)]
+    assert in_rows.execute("SELECT create_index FROM autoembed.backfill").fetchone() == (True,)
+
+
+def test_an_owner_may_move_embeddings_and_gains_nothing(
+    db: Connection, api: FakeApi, role: Callable[[str], str]
+) -> None:
+    owner = role("mover")
+    db.execute(f"SELECT autoembed.grant_usage('{owner}'); GRANT CREATE ON SCHEMA public TO {owner}")
+    db.execute("CREATE TABLE foreign_vectors (id int, chunk_number int, chunk_start int, chunk_end int, digest bytea)")
+    db.execute(f"SET ROLE {owner}")
+    db.execute("CREATE TABLE pages (id int PRIMARY KEY, body text)")
+    db.execute(
+        "CREATE FUNCTION said(p pages) RETURNS text LANGUAGE plpgsql AS"
+        f" $$ BEGIN IF current_user <> '{owner}' THEN RAISE EXCEPTION 'runs as another'; END IF; RETURN p.body; END $$"
+    )
+    db.execute("SELECT autoembed.enable('pages', 'embedding', content_function => 'said')")
+    db.execute("INSERT INTO pages VALUES (1, 'one')")
+    db.execute("RESET ROLE")
+    process(db)
+    db.execute(f"SET ROLE {owner}")
+
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        db.execute("UPDATE autoembed.pipeline SET embeddings_table = 'foreign_vectors'")
+    db.execute("SELECT autoembed.alter_pipeline('pages', storage => 'beside')")
+    assert db.execute("SELECT id FROM pages_embeddings").fetchall() == [(1,)]
+    db.execute("SELECT autoembed.alter_pipeline('pages', storage => 'row')")
+
+    assert db.execute("SELECT count(embedding) FROM pages").fetchone() == (1,)
+    db.execute("RESET ROLE")
+
+
+def test_storage_is_beside_or_row(pages: Connection) -> None:
+    with pytest.raises(psycopg.errors.InvalidParameterValue) as refusal:
+        pages.execute("SELECT autoembed.alter_pipeline('pages', storage => 'column')")
+    assert refusal.value.diag.message_hint

@@ -70,6 +70,7 @@ _content_function - x - x
 _content_function_of - x - x
 _content_guard - - - x
 _continue_advice - - - x
+_copy_embeddings - - - x
 _create_function - - - x
 _create_functions - - - x
 _cron_is_here - - - x
@@ -82,6 +83,7 @@ _dimensions - x - x
 _distances - x - x
 _drop_functions - - - x
 _drop_orphaned_pipelines - - - x
+_drop_readers - - - x
 _drop_stray_triggers - x - x
 _drop_texts - - - x
 _embed - - - x
@@ -166,7 +168,9 @@ _model_changed - - - x
 _model_facts - - - x
 _model_fault - - - x
 _model_identity - - - x
+_move_embeddings - - - x
 _needed_columns - x - x
+_new_place - x - x
 _next_backfill - - - x
 _note_replaced - - - x
 _note_usage - - - x
@@ -315,8 +319,8 @@ pipeline.content_columns - raw - raw
 pipeline.content_function - raw - raw
 pipeline.content_template - raw - raw
 pipeline.ef_search - rw - raw
-pipeline.embedding_column - ra - raw
-pipeline.embeddings_table - ra - raw
+pipeline.embedding_column - raw - raw
+pipeline.embeddings_table - raw - raw
 pipeline.ended - rw - raw
 pipeline.model - raw - raw
 pipeline.on_change - raw - raw
