@@ -1,12 +1,12 @@
 # The project's commands: `make` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help image demo test interop chaos bench reference lint build install lock clean
+.PHONY: help image demo capture test interop chaos bench reference lint build install lock clean
 PYTHON ?= python3
 MAJORS := $(shell awk '/^[0-9]/ { print $$1 }' docker/majors)
 PG ?= $(firstword $(MAJORS))
 IMAGE = autoembed:$(PG)
 VERSION = $(shell sed -n "s/^default_version = '\(.*\)'/\1/p" extension/autoembed.control)
-PYTHON_SOURCES = $(wildcard plpy_src build.py docker/*.py docs/images/draw.py tests bench)
+PYTHON_SOURCES = $(wildcard plpy_src build.py docker/*.py demo/capture.py docs/images/draw.py tests bench)
 SHELL_SCRIPTS = $(wildcard .ci/run docker/*.sh docker/*/*.sh demo/*.sh docs/*.sh)
 
 help: ## list the commands
@@ -17,8 +17,12 @@ image: ## build the image autoembed:18, or of another major (PG=17), with what i
 	base=$${BASE_IMAGE:-$$(docker/base.sh $(PG))} && docker build -f Dockerfile.postgres --build-arg BASE_IMAGE=$$base --build-arg VERSION=$(VERSION) -t $(IMAGE) .
 	$(if $(filter $(firstword $(MAJORS)),$(PG)),docker tag $(IMAGE) autoembed)
 
-demo: image ## build the image, start it, and watch it embed and search real text
-	demo/run.sh
+demo: ## build the image, start it, and watch it embed and search real text
+	@demo/build.sh $(PG)
+	@demo/run.sh
+
+capture: image ## run the demo, and draw what it prints into docs/images
+	$(PYTHON) demo/capture.py
 
 test: lint image ## run every check and test, on a major (PG=17), or some of the tests (TESTS=)
 	AUTOEMBED_TEST_IMAGE=$(IMAGE) TESTCONTAINERS_RYUK_DISABLED=true TESTCONTAINERS_CONNECTION_MODE=docker_host TESTCONTAINERS_HOST_OVERRIDE=127.0.0.1 .venv/bin/pytest --numprocesses=2 --dist=loadfile $(TESTS)

@@ -5,4 +5,5 @@ CREATE TABLE documents (
     content text NOT NULL
 );
 
-SELECT autoembed.enable('documents', 'embedding', content_template => '# {title}\n\n{content}', on_change => 'clear');
+SELECT autoembed.enable('documents', 'embedding',
+    content_template => E'# {title}\n\n{content}', on_change => 'clear');

@@ -6,4 +6,5 @@ CREATE TABLE functions (
     description text NOT NULL
 );
 
-SELECT autoembed.enable('functions', 'embedding', content_template => '{description} ({name})');
+SELECT autoembed.enable('functions',
+    content_template => '{description} ({name})', text_config => 'english');

@@ -14,14 +14,16 @@ show() { printf '\n%s%s%s\n\n' "$cyan" "$*" "$reset"; }
 
 sql() {
     docker exec --interactive "$container" \
-        psql --username=postgres --no-psqlrc --quiet --set=ON_ERROR_STOP=1 --pset=null=NULL --pset=footer=off "$@"
+        psql --username=postgres --no-psqlrc --quiet --set=ON_ERROR_STOP=1 --pset=null=NULL --pset=footer=off \
+        --pset=format=wrapped --pset=columns=80 "$@"
 }
 
-# Shows the SQL of a file without its comments, or the statement itself, and runs it.
+# Shows the SQL of a file without its comments, and runs it; what it returns is of no interest.
 run_file() {
     show "$(grep -v '^--' "$1")"
-    sql < "$1"
+    sql --output=/dev/null < "$1"
 }
+# Shows a statement, and runs it.
 run() {
     show "$1"
     sql <<< "$1"
@@ -55,19 +57,20 @@ start() {
 
 # The state of a bulk load as a bar: embedded, rows, milliseconds.
 show_progress() {
-    local width=30 filled rate left='' full rest
+    local width=25 filled rate left='' full rest
     filled=$((width * $1 / $2))
     rate=$((1000 * $1 / ($3 + 1)))
     if ((rate)); then left="$((($2 - $1) / rate)) s left"; fi
     printf -v full '%*s' "$filled" ''
     printf -v rest '%*s' "$((width - filled))" ''
-    printf '%s%s%s%s %5d / %d rows  %4d rows/s  %s\n' \
+    printf '%s%s%s%s %5d / %d rows %4d rows/s %s\n' \
         "$green" "${full// /#}" "$reset" "${rest// /.}" "$1" "$2" "$rate" "$left"
 }
 
-# Runs the SQL of stdin, then polls the table until all its rows have embeddings; sets rows and milliseconds.
+# Runs the SQL of stdin, then polls the table until all its rows, counted by a subquery, have embeddings; sets rows and
+# milliseconds.
 embed() {
-    local table=$1 interval_seconds=$2 with_bar=${3:-} line embedded=0 tenth=-1
+    local table=$1 embedded_rows=$2 interval_seconds=$3 with_bar=${4:-} line embedded=0 tenth=-1
     rows=0 milliseconds=0
     while IFS= read -r line; do
         if [[ $line != @* ]]; then
@@ -83,61 +86,86 @@ embed() {
             tenth=$((10 * embedded / rows))
             show_progress "$embedded" "$rows" "$milliseconds"
         fi
-    done < <(cat - progress.sql | sql --set=table="$table" --set=interval="$interval_seconds")
+    done < <(cat - progress.sql |
+        sql --set=table="$table" --set=embedded="$embedded_rows" --set=interval="$interval_seconds")
     if [[ -z $with_bar || -t 1 ]]; then echo; fi
     if ((rows == 0 || embedded < rows)); then fail "$embedded of $rows rows of $table have embeddings after $milliseconds ms"; fi
+}
+
+search() {
+    local query=$1 mode=$2 condition=${3:-}
+    sql --set=query="$query" --set=mode="$mode" --set=condition="$condition" < search.sql
 }
 
 headline "autoembed: starting the image as the container $container"
 start
 address=$(docker port "$container" 5432/tcp | head -n 1)
-echo "Ready after $SECONDS s. Lanes run inside the server: pg_cron jobs that embed what waits in the queue."
+echo "Ready after $SECONDS s. A lane runs inside the server: a job of pg_cron that embeds"
+echo "what waits in the queue, with a local model. No key and no network are needed."
 
 headline "1. A table that keeps its own embeddings"
 run_file documents.sql
-echo "Six paragraphs go in. The INSERT returns at once, so their embeddings are still NULL:"
-show "INSERT INTO documents (title, content) VALUES (...) RETURNING id, title, embedding;"
-embed documents 0.01 < documents_rows.sql
-echo "$milliseconds ms later the lane has filled them (the first time it loads the model, all-MiniLM-L6-v2):"
-run "SELECT id, title, left(embedding::text, 40) || '...' AS embedding FROM documents ORDER BY id;"
-
-echo "A row that changes loses its embedding in the same statement, for it no longer fits:"
+echo "Six paragraphs go in. The INSERT returns at once, without waiting for the model:"
+show "INSERT INTO documents (title, content) VALUES (...)
+RETURNING id, title, embedding;"
+embed documents '(SELECT count(embedding) FROM documents)' 0.01 < documents_rows.sql
+echo "$milliseconds ms later all have embeddings. The first time, the lane loads the model."
+echo "A row that changes gets a new one:"
 update="UPDATE documents
 SET content = content || ' Without it, tables grow and transaction IDs run out.'
 WHERE title = 'VACUUM'
 RETURNING id, title, embedding;"
 show "$update"
-embed documents 0.01 <<< "$update"
-echo "$milliseconds ms later it has the embedding of the new text:"
-run "SELECT id, title, left(embedding::text, 40) || '...' AS embedding FROM documents WHERE title = 'VACUUM';"
-
-echo "Search by meaning: the words of the question need not stand in the text."
-run "SELECT title, round((1 - (embedding <=> autoembed.embed('undo a mistake')))::numeric, 2) AS similarity
-FROM documents
-ORDER BY embedding <=> autoembed.embed('undo a mistake')
-LIMIT 3;"
+embed documents '(SELECT count(embedding) FROM documents)' 0.01 <<< "$update"
+echo "$milliseconds ms later it has the embedding of the new text."
 
 headline "2. What Postgres says of its own functions"
 run_file functions.sql
-show "$(grep -v '^--' functions_rows.sql)"
-embed functions 0.5 with_bar < functions_rows.sql
+show "INSERT INTO functions ...  -- from pg_proc and pg_description"
+embed functions '(SELECT count(DISTINCT id) FROM functions_embeddings)' 0.5 with_bar < functions_rows.sql
 echo
-echo "$rows rows embedded in $((milliseconds / 1000)).$((milliseconds / 100 % 10)) s by one lane. After a bulk load comes the index:"
-run "CREATE INDEX ON functions USING hnsw (embedding halfvec_cosine_ops);"
-echo "A search embeds the question inside SQL, and uses that index:"
-run "EXPLAIN (COSTS OFF) SELECT name FROM functions ORDER BY embedding <=> autoembed.embed('take a nap') LIMIT 5;"
-echo "Three such searches, with the answers ranked by cosine similarity (hnsw.ef_search = 200, as many rows are alike):"
+echo "$rows rows embedded in $((milliseconds / 1000)).$((milliseconds / 100 % 10)) s by one lane."
 echo
-for query in 'cut a string into pieces' 'capital letters' 'take a nap'; do
-    echo "$bold\"$query\"$reset"
-    sql --set=query="$query" < search.sql
-done
+echo "${bold}By meaning:${reset} take a nap (these words are in none of the texts)"
+search 'take a nap' vector
+echo "${bold}By meaning and by words:${reset} jsonb keys"
+search 'jsonb keys' hybrid
+echo "${bold}With a filter:${reset} space on disk, condition => \$\$arguments = 'regclass'\$\$"
+search 'space on disk' vector "arguments = 'regclass'"
 
-headline "3. How it goes"
-run "SELECT table_name, state, embedded, waiting, failed, rows_per_second, percent_done FROM autoembed.status;"
-run "SELECT subject, ok, finding FROM autoembed.doctor();"
+headline "3. A passage of a long text"
+run_file manual.sql
+sql --output=/dev/null <<< "SELECT autoembed.wait_until_fresh('manuals');"
+echo "The text is cut at its headings, and each chunk has an embedding:"
+run "SELECT chunk_number, similarity::numeric(3, 2), chunk
+FROM autoembed.search('manuals', 'undo a mistake', max_rows => 1);"
 
-headline "The container stays up"
-echo "Connect:  docker exec -it $container psql -U postgres"
-echo "     or:  psql postgresql://postgres:$password@$address/postgres"
-echo "Remove:   docker rm --force --volumes $container"
+headline "4. A row that the provider refuses"
+run_file poison.sql
+sql > /dev/null 2>&1 <<< "SELECT autoembed.wait_until_fresh('tickets');"
+echo "The others went through. The failed list has the reason:"
+run "SELECT key, reason FROM autoembed.failed;"
+echo "When the cause is gone, one call brings the row back:"
+heal="SELECT autoembed.alter_model('strict', options => '{}');
+SELECT autoembed.retry_failed('tickets');"
+show "$heal"
+sql --output=/dev/null <<< "$heal"
+run "SELECT autoembed.wait_until_fresh('tickets');"
+
+headline "5. How it goes"
+run "SELECT table_name, state, embedded, waiting, failed, percent_done
+FROM autoembed.status;"
+echo "doctor() checks extensions, lanes, models, triggers, indexes and the queue:"
+run "SELECT count(*) AS checks, count(*) FILTER (WHERE ok) AS passed
+FROM autoembed.doctor();"
+
+headline "What to try next"
+echo "The container stays up. Connect:"
+echo "    docker exec -it $container psql -U postgres"
+echo "    psql postgresql://postgres:$password@$address/postgres"
+echo "Then, for example:"
+echo "    SELECT (hit).name FROM autoembed.search(NULL::functions, 'your words');"
+echo "    SELECT autoembed.enable('your_table', content_columns => '{your_column}');"
+echo "    SELECT * FROM autoembed.status \\watch 1"
+echo "Read on in README.md and docs/. Remove it all:"
+echo "    docker rm --force --volumes $container"
