@@ -1,12 +1,12 @@
 # The project's commands: `make` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help image demo capture test interop chaos bench reference lint build install lock clean
+.PHONY: help image demo capture test interop chaos bench docs reference lint build install lock clean
 PYTHON ?= python3
 MAJORS := $(shell awk '/^[0-9]/ { print $$1 }' docker/majors)
 PG ?= $(firstword $(MAJORS))
 IMAGE = autoembed:$(PG)
 VERSION = $(shell sed -n "s/^default_version = '\(.*\)'/\1/p" extension/autoembed.control)
-PYTHON_SOURCES = $(wildcard plpy_src build.py docker/*.py demo/capture.py docs/images/draw.py tests bench)
+PYTHON_SOURCES = $(wildcard plpy_src build.py docker/*.py demo/capture.py docs/*.py docs/images/draw.py tests bench)
 SHELL_SCRIPTS = $(wildcard .ci/run docker/*.sh docker/*/*.sh demo/*.sh docs/*.sh)
 
 help: ## list the commands
@@ -36,6 +36,9 @@ chaos: image .venv/stamp ## random work, kills and faults for MINUTES=10, then w
 bench: image .bench/stamp ## measure us and our rivals side by side, into docs/bench (ROWS=2000 RUNS=3)
 	.bench/venv/bin/python -m bench --rows $(or $(ROWS),2000) --runs $(or $(RUNS),3)
 
+docs: .docs/stamp ## build the site of docs/ into build/site, and check its links
+	NO_MKDOCS_2_WARNING=1 .docs/bin/mkdocs build --quiet --strict
+
 reference: image ## write docs/reference.md out of the COMMENTs in sql/
 	docs/reference.sh $(IMAGE)
 
@@ -57,6 +60,7 @@ lock: ## choose the tests' packages anew: requirements-dev.txt from requirements
 	$(PYTHON) -m venv .venv/lock && .venv/lock/bin/pip install --quiet uv
 	.venv/lock/bin/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --generate-hashes --upgrade --constraint docker/requirements.txt --custom-compile-command 'make lock' -o requirements-dev.txt requirements-dev.in
 	.venv/lock/bin/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --generate-hashes --upgrade --constraint requirements-dev.txt --custom-compile-command 'make lock' -o tests/interop/requirements.txt tests/interop/requirements.in
+	.venv/lock/bin/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --generate-hashes --upgrade --custom-compile-command 'make lock' -o docs/requirements.txt docs/requirements.in
 	.venv/lock/bin/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --generate-hashes --upgrade --custom-compile-command 'make lock' -o bench/requirements.txt bench/requirements.in
 	.venv/lock/bin/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --generate-hashes --upgrade --custom-compile-command 'make lock' --override bench/pgai/unused.txt -o bench/pgai/requirements.txt bench/pgai/requirements.in
 
@@ -64,7 +68,7 @@ clean: ## remove the demo's container, our images and .venv
 	docker rm --force --volumes autoembed-demo
 	-docker rmi $$(docker images --quiet --filter reference=autoembed --filter reference=autoembed-base | sort -u) --force
 	docker image prune --force --filter label=autoembed
-	rm -rf .venv .interop .bench
+	rm -rf .venv .interop .bench .docs
 
 # Debian's own Python keeps venv in a package apart.
 .venv/stamp: requirements-dev.txt
@@ -74,6 +78,10 @@ clean: ## remove the demo's container, our images and .venv
 
 .interop/stamp: tests/interop/requirements.txt
 	rm -rf .interop && $(PYTHON) -m venv .interop && .interop/bin/pip install --quiet --require-hashes -r tests/interop/requirements.txt
+	touch $@
+
+.docs/stamp: docs/requirements.txt
+	rm -rf .docs && $(PYTHON) -m venv .docs && .docs/bin/pip install --quiet --require-hashes -r docs/requirements.txt
 	touch $@
 
 .bench/stamp: bench/requirements.txt
