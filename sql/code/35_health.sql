@@ -20,8 +20,9 @@ DECLARE
     );
 BEGIN
     IF missing = ANY (pipeline.key_columns) AND pipeline.embeddings_table IS NOT NULL THEN
-        RETURN format('Attach the table by its new key: SELECT autoembed.disable(%s%s); '
-                      'SELECT autoembed.enable(%s, …);', _table, _column, _table);
+        RETURN format('Attach the table by its new key, which embeds all rows again: '
+                      'SELECT autoembed.disable(%s%s, drop => true); SELECT autoembed.enable(%s, …);',
+                      _table, _column, _table);
     ELSIF missing = ANY (pipeline.key_columns) THEN
         RETURN format('Give the table a key, and its pipeline goes on with it: '
                       'ALTER TABLE %s ADD COLUMN %I bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY;',

@@ -386,7 +386,8 @@ BEGIN
         SELECT FROM pg_class AS c
         WHERE c.oid = OLD.embeddings_table AND c.relowner::bigint = (OLD.table_shape ->> 'owner')::bigint
     )
-       AND NOT EXISTS (SELECT FROM pg_class AS c WHERE c.oid = OLD.table_id) THEN
+       -- 0: another pipeline has them now.
+       AND OLD.table_id <> 0 AND NOT EXISTS (SELECT FROM pg_class AS c WHERE c.oid = OLD.table_id) THEN
         BEGIN
             EXECUTE format('DROP TABLE %s', OLD.embeddings_table);
         EXCEPTION WHEN dependent_objects_still_exist OR lock_not_available THEN
@@ -643,6 +644,92 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._rows_of IS 'A table, as FROM names it, with its own rows and those of its partitions.';
 
+CREATE OR REPLACE FUNCTION autoembed._may_take_key(pipeline autoembed.pipeline, key_columns name[])
+    RETURNS boolean
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT pipeline.embeddings_table IS NULL
+        OR NOT key_columns && '{chunk_number,chunk_start,chunk_end,digest,embedding}'
+           -- The rows tell which old key each new one had.
+           AND pipeline.key_columns <@ ARRAY(
+               SELECT a.attname FROM pg_attribute AS a WHERE a.attrelid = pipeline.table_id AND NOT a.attisdropped
+           )
+           AND EXISTS (
+               SELECT FROM pg_class AS t
+               JOIN pg_class AS e ON e.relowner = t.relowner AND e.oid = pipeline.embeddings_table
+               WHERE t.oid = pipeline.table_id
+           );
+$sql$;
+COMMENT ON FUNCTION autoembed._may_take_key IS
+    'Whether a pipeline can go on with another key. Its embeddings table needs the old key to know the rows.';
+
+CREATE OR REPLACE FUNCTION autoembed._take_key_beside(pipeline autoembed.pipeline, key_columns name[])
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _old_keys text;
+    _same_key text;
+    _new_keys text := (SELECT string_agg(quote_ident(k.name), ', ') FROM unnest(key_columns) AS k(name));
+    _statement text;
+BEGIN
+    SELECT string_agg(quote_ident(k.name), ', '),
+           string_agg(format('e.%1$I %2$s t.%1$I', k.name, autoembed._operator(pipeline.embeddings_table, k.name, 3)),
+                      ' AND ')
+    INTO _old_keys, _same_key
+    FROM unnest(pipeline.key_columns) AS k(name);
+    PERFORM autoembed._drop_readers(pipeline.id);
+    FOR _statement IN
+        SELECT s.statement
+        FROM (
+            SELECT 1 AS step, format(
+                'ALTER TABLE %s ADD COLUMN %I %s%s', pipeline.embeddings_table, a.attname,
+                format_type(a.atttypid, a.atttypmod),
+                (SELECT format(' COLLATE %I.%I', n.nspname, l.collname)
+                 FROM pg_collation AS l
+                 JOIN pg_namespace AS n ON n.oid = l.collnamespace
+                 WHERE l.oid = a.attcollation AND l.collname <> 'default')
+            ) AS statement
+            FROM pg_attribute AS a
+            WHERE a.attrelid = pipeline.table_id AND a.attname = ANY (key_columns)
+              AND a.attname <> ALL (pipeline.key_columns)
+            UNION ALL
+            -- An old key of several rows tells nothing.
+            SELECT 2, format(
+                'UPDATE %s AS e SET %s '
+                'FROM (SELECT *, count(*) OVER (PARTITION BY %s) AS "autoembed rows" FROM %s) AS t '
+                'WHERE %s AND t."autoembed rows" = 1',
+                pipeline.embeddings_table,
+                string_agg(format('%1$I = t.%1$I', k.name), ', ') FILTER (WHERE k.name <> ALL (pipeline.key_columns)),
+                _old_keys, autoembed._rows_of(pipeline.table_id), _same_key
+            )
+            FROM unnest(key_columns) AS k(name)
+            HAVING NOT key_columns <@ pipeline.key_columns
+            UNION ALL
+            SELECT 3, format('DELETE FROM %s AS e WHERE num_nulls(%s) > 0', pipeline.embeddings_table, _new_keys)
+            UNION ALL
+            SELECT 4, format('ALTER TABLE %s DROP CONSTRAINT %I', pipeline.embeddings_table, c.conname)
+            FROM pg_constraint AS c
+            WHERE c.conrelid = pipeline.embeddings_table AND c.contype = 'p'
+            UNION ALL
+            SELECT 5, format('ALTER TABLE %s DROP COLUMN %I', pipeline.embeddings_table, k.name)
+            FROM unnest(pipeline.key_columns) AS k(name)
+            WHERE k.name <> ALL (key_columns)
+            UNION ALL
+            SELECT 6, format('ALTER TABLE %s ADD PRIMARY KEY (%s, chunk_number)', pipeline.embeddings_table, _new_keys)
+        ) AS s
+        ORDER BY s.step
+    LOOP
+        PERFORM autoembed._alter_as_owner(pipeline.embeddings_table, _statement);
+    END LOOP;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._take_key_beside IS
+    'Gives the embeddings table of a pipeline another key. Embeddings go whose row is not told by the old key.';
+
 CREATE OR REPLACE FUNCTION autoembed._take_key(pipeline autoembed.pipeline, key_columns name[])
     RETURNS integer
     LANGUAGE plpgsql
@@ -659,19 +746,23 @@ DECLARE
 BEGIN
     -- Lanes may hold jobs with the old keys. These end with the old number.
     UPDATE autoembed.pipeline AS p SET table_id = 0 WHERE p.id = pipeline.id;
+    IF pipeline.embeddings_table IS NOT NULL THEN
+        PERFORM autoembed._take_key_beside(pipeline, key_columns);
+    END IF;
     _new.key_columns := _take_key.key_columns;
     INSERT INTO autoembed.pipeline AS p (
         table_id, embedding_column, key_columns, content_columns, content_template, content_function,
         content_function_id, content_function_oid, condition, condition_columns, condition_objects, model,
         on_change, truncate, replicated, managed, paused, table_shape, built_from, text_config,
-        ef_search, recall_target, recall, recall_measured_at
+        ef_search, recall_target, recall, recall_measured_at, embeddings_table, chunking, chunk_size, chunk_overlap
     )
     SELECT (_new).table_id, (_new).embedding_column, (_new).key_columns, (_new).content_columns,
            (_new).content_template, (_new).content_function, (_new).content_function_id,
            (_new).content_function_oid, (_new).condition, (_new).condition_columns, (_new).condition_objects,
            (_new).model, (_new).on_change, (_new).truncate, (_new).replicated, (_new).managed, (_new).paused,
            (_new).table_shape, 'stopped', (_new).text_config, (_new).ef_search, (_new).recall_target,
-           (_new).recall, (_new).recall_measured_at
+           (_new).recall, (_new).recall_measured_at, (_new).embeddings_table, (_new).chunking, (_new).chunk_size,
+           (_new).chunk_overlap
     RETURNING p.id INTO _new.id;
     -- The digests of the rows go along while the table has both keys.
     IF NOT EXISTS (
@@ -793,11 +884,10 @@ BEGIN
                 condition_columns = _after.condition_columns, table_shape = _shape
             WHERE p.id = _before.id;
         END IF;
-        -- An embeddings table has the columns of the old key.
         _key := CASE
-            WHEN _after.managed AND NOT (_shape -> 'key')::boolean AND _after.embeddings_table IS NULL THEN
-                autoembed._key_columns(_after.table_id)
+            WHEN _after.managed AND NOT (_shape -> 'key')::boolean THEN autoembed._key_columns(_after.table_id)
         END;
+        _key := CASE WHEN autoembed._may_take_key(_after, _key) THEN _key END;
         IF _key IS NOT NULL THEN
             _after.id := autoembed._take_key(_after, _key);
             SELECT p.* INTO STRICT _after FROM autoembed.pipeline AS p WHERE p.id = _after.id;

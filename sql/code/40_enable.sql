@@ -281,7 +281,8 @@ BEGIN
         WHERE a.attrelid = to_regclass(_full_name) AND a.attnum > 0 AND NOT a.attisdropped
         ORDER BY a.attnum
     );
-    IF _columns = _key_columns || '{chunk_number,chunk_start,chunk_end,digest,embedding}'::name[]
+    IF _columns @> _key_columns AND _key_columns || '{chunk_number,chunk_start,chunk_end,digest,embedding}' @> _columns
+       AND cardinality(_columns) = cardinality(_key_columns) + 5
        AND NOT EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.embeddings_table = to_regclass(_full_name)) THEN
         -- A table that was attached before left it, or a dump brought it.
         RAISE NOTICE 'the embeddings in table % are used', to_regclass(_full_name);

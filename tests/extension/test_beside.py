@@ -788,3 +788,75 @@ def test_storage_is_beside_or_row(pages: Connection) -> None:
     with pytest.raises(psycopg.errors.InvalidParameterValue) as refusal:
         pages.execute("SELECT autoembed.alter_pipeline('pages', storage => 'column')")
     assert refusal.value.diag.message_hint
+
+
+# Another key ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ("ALTER TABLE pages DROP CONSTRAINT pages_pkey, ADD PRIMARY KEY (views)", "views"),
+        (
+            "ALTER TABLE pages ADD COLUMN uid uuid NOT NULL DEFAULT gen_random_uuid();"
+            " ALTER TABLE pages DROP CONSTRAINT pages_pkey; ALTER TABLE pages ADD PRIMARY KEY (uid);"
+            " ALTER TABLE pages DROP COLUMN id; ALTER TABLE pages RENAME uid TO id",
+            "id",
+        ),
+        ("ALTER TABLE pages DROP CONSTRAINT pages_pkey, ADD PRIMARY KEY (views, id)", "views, id"),
+        ("ALTER TABLE pages DROP CONSTRAINT pages_pkey; ALTER TABLE pages ADD PRIMARY KEY (id)", "id"),
+        (
+            "ALTER TABLE pages DROP CONSTRAINT pages_pkey, ADD PRIMARY KEY (views, id);"
+            " ALTER TABLE pages DROP CONSTRAINT pages_pkey, ADD PRIMARY KEY (id)",
+            "id",
+        ),
+    ],
+)
+def test_embeddings_follow_their_rows_to_another_key(pages: Connection, api: FakeApi, change: str, key: str) -> None:
+    pages.execute("INSERT INTO pages VALUES (1, 'one', 2), (2, 'two', 1), (3, %s, 5)", [long_text(60)])
+    process(pages)
+    before = len(api.log())
+
+    pages.execute(change)
+    process(pages)
+    process(pages)
+
+    assert sent_since(api, before) == []
+    joined = f"SELECT p.body, c.chunk FROM pages AS p JOIN pages_chunks AS c USING ({key}) WHERE c.chunk_number = 1"
+    found = pages.execute(joined).fetchall()
+    assert len(found) == 3 and all(text.startswith(chunk) for text, chunk in found)
+    pages.execute("UPDATE pages SET body = 'other' WHERE body = 'one'; DELETE FROM pages WHERE body = 'two'")
+    process(pages)
+    assert sent_since(api, before) == ["other"]
+    assert sorted(row.body for row in pages.execute(joined)) == sorted(["other", long_text(60)])
+    assert waiting(pages) == 0
+
+
+def test_a_row_whose_old_key_another_row_has_is_embedded_again(pages: Connection, api: FakeApi) -> None:
+    pages.execute("INSERT INTO pages VALUES (1, 'one', 1), (2, 'two', 2)")
+    process(pages)
+    before = len(api.log())
+
+    pages.execute("ALTER TABLE pages DROP CONSTRAINT pages_pkey; ALTER TABLE pages ALTER id DROP NOT NULL")
+    pages.execute("INSERT INTO pages VALUES (1, 'uno', 3)")
+    pages.execute("ALTER TABLE pages ADD PRIMARY KEY (views)")
+    process(pages)
+    process(pages)
+
+    assert sorted(sent_since(api, before)) == ["one", "uno"]
+    assert pages.execute("SELECT views, chunk FROM pages_chunks ORDER BY 1").fetchall() == [
+        (1, "one"), (2, "two"), (3, "uno")
+    ]  # fmt: skip
+
+
+def test_a_key_that_leaves_no_trace_of_the_old_one_says_what_works(pages: Connection) -> None:
+    pages.execute("INSERT INTO pages VALUES (1, 'one'), (2, 'two')")
+    process(pages)
+
+    with warnings_of(pages) as warnings:
+        pages.execute("ALTER TABLE pages DROP COLUMN id, ADD COLUMN uid int PRIMARY KEY GENERATED ALWAYS AS IDENTITY")
+    [cure] = re.findall(r"(SELECT autoembed.disable.*)", "\n".join(warnings))
+    pages.execute(cure.replace("…", "content_columns => '{body}'"))
+    process(pages)
+
+    assert texts_of_chunks(pages) == [(1, "one"), (2, "two")]

@@ -160,6 +160,7 @@ _make_embeddings_table - x - x
 _make_slots - - - x
 _match_function - x - x
 _may_see - x x x
+_may_take_key - - - x
 _measured_recall - x - x
 _missing_guide_triggers - - - x
 _missing_object - - - x
@@ -222,6 +223,7 @@ _start_advice - - - x
 _stray_triggers - x - x
 _table_shape - - - x
 _take_key - - - x
+_take_key_beside - - - x
 _take_permit - - - x
 _take_slot - - - x
 _template - x - x
