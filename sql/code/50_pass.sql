@@ -446,5 +446,5 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.embed IS
-    'The embedding of a search text by a model, by default the default model. NULL for a NULL text. Provider trouble is '
-    'an error. ORDER BY column <=> (SELECT autoembed.embed(…)) calls it once, and uses the column''s index.';
+    'The embedding of a search text by a model, by default the default model. NULL for a NULL text. Provider trouble '
+    'is an error. ORDER BY column <=> (SELECT autoembed.embed(…)) calls it once, and uses the column''s index.';
