@@ -310,12 +310,13 @@ def text_matches(
     """
     here = database.Database(commits=False)
     matches = TextMatches(here, here.search_target(table_id, embedding_column), words[:MAX_QUERY_CHARACTERS])
+    matches.read(wanted, keys)
     ranked = matches.best(wanted, condition)
     rows: list[tuple[str, int, float, int | None]] = [
         (key, number, score, place) for place, (key, (number, score)) in enumerate(ranked.items(), 1)
     ]
-    others = matches.of([key for key in keys if key not in ranked])
-    return rows + [(key, number, score, None) for key, (number, score) in others.items()]
+    others = matches.of_keys().items()
+    return rows + [(key, number, score, None) for key, (number, score) in others if key not in ranked]
 
 
 class TextMatches:
@@ -338,6 +339,15 @@ class TextMatches:
             segments.append(counted(counts))
             dead = merged_ids(dead, here.documents_of(self._pipeline_id, changed))
         self._scores = Scores(segments, self._terms, dead)
+        # What documents of the index are: the key and the number of the chunk; None: the caller may not read it.
+        self._read: dict[int, tuple[str, int] | None] = {}
+        self._of_keys: list[tuple[int, float]] = []
+
+    def read(self, wanted: int, keys: Sequence[str]) -> None:
+        """Reads in one go what best() and of_keys() need, in most searches."""
+        if len(self._scores.scores):
+            self._of_keys = self._documents_of(keys) if keys else []
+            self._visible([*self._scores.best(wanted + SPARE_CANDIDATES), *self._of_keys])
 
     def best(self, wanted: int, condition: str | None) -> dict[str, tuple[int, float]]:
         """So many rows that match best and fulfil the condition: the number of their best chunk, and its score."""
@@ -360,12 +370,11 @@ class TextMatches:
                 found.setdefault(key, (number, score))
         return dict(list(found.items())[:wanted])
 
-    def of(self, keys: Sequence[str]) -> dict[str, tuple[int, float]]:
-        """Those of these rows that match: the number of their best chunk, and its score."""
+    def of_keys(self) -> dict[str, tuple[int, float]]:
+        """Those of the rows given to read() that match: the number of their best chunk, and its score."""
         found: dict[str, tuple[int, float]] = {}
-        if keys and len(self._scores.scores):
-            for key, number, score in self._visible(self._documents_of(keys)):
-                found.setdefault(key, (number, score))
+        for key, number, score in self._visible(self._of_keys):
+            found.setdefault(key, (number, score))
         return found
 
     def _texts(self, keys: Sequence[str]) -> list[tuple[str, str]]:
@@ -384,23 +393,22 @@ class TextMatches:
 
         A text that has changed has no chunk: its number is 0.
         """
-        documents = self._here.documents([document for document, _ in candidates if document >= 0])
-        known = [document for document, _ in candidates if document in documents]
-        visible: dict[int, str] = {}
+        unread = list(dict.fromkeys(one for one, _ in candidates if one >= 0 and one not in self._read))
+        self._read.update(dict.fromkeys(unread))
+        documents = self._here.documents(unread)
+        known = [document for document in unread if document in documents]
         if known:
             keys, numbers = zip(*(documents[document] for document in known), strict=True)
-            places = self._here.visible(self._target["visible_query"], keys, numbers)
-            visible = {known[place]: key for place, key in places.items()}
-        if not self._all_known and visible:
-            matching = self._still_match(list(dict.fromkeys(visible.values())))
-            visible = {document: key for document, key in visible.items() if key in matching}
+            visible = self._here.visible(self._target["visible_query"], keys, numbers)
+            matching = set(visible.values()) if self._all_known else self._still_match(list(set(visible.values())))
+            for place, key in visible.items():
+                if key in matching:
+                    self._read[known[place]] = (key, numbers[place])
         passages = [
-            (visible[document], documents[document][1], score)
-            if document in visible
-            else (self._changed.get(document), 0, score)
+            ((self._changed[document], 0) if document < 0 else self._read[document], score)
             for document, score in candidates
         ]
-        return [(key, number, score) for key, number, score in passages if key is not None]
+        return [(*passage, score) for passage, score in passages if passage is not None]
 
     def _still_match(self, keys: Sequence[str]) -> set[str]:
         """Those of these rows whose present texts have a word of the query. Too many have changed to know them all."""

@@ -9,10 +9,11 @@ CREATE OR REPLACE FUNCTION autoembed._search_target(
     OUT vector_type text,
     OUT is_beside boolean,
     OUT has_index boolean,
-    OUT query_start text,
-    OUT query_end text,
-    OUT query_tail text,
-    OUT rows_start text,
+    OUT has_texts boolean,
+    OUT near_start text,
+    OUT near_end text,
+    OUT match_start text,
+    OUT rows_query text,
     OUT pipeline_id integer,
     OUT of_keys text,
     OUT visible_query text,
@@ -20,8 +21,8 @@ CREATE OR REPLACE FUNCTION autoembed._search_target(
     OUT keys_query text,
     OUT has_plain_keys boolean,
     OUT texts_query text,
-    OUT row_query text,
     OUT sample_query text,
+    OUT is_chunked boolean,
     OUT ef_search integer
 )
     LANGUAGE plpgsql
@@ -46,6 +47,7 @@ DECLARE
     _same_key text;
     _passage text;
     _sent_key text;
+    _from text;
 BEGIN
     IF cardinality(_pipelines) = 0 THEN
         RAISE EXCEPTION USING
@@ -70,6 +72,8 @@ BEGIN
     _pipeline := _pipelines[1];
     table_id := _pipeline.table_id;
     is_beside := _pipeline.embeddings_table IS NOT NULL;
+    is_chunked := is_beside AND _pipeline.chunking <> 'none';
+    has_texts := autoembed._text_config(_pipeline.id) IS NOT NULL;
     _vectors_table := coalesce(_pipeline.embeddings_table, _pipeline.table_id);
     model := (autoembed._model(_pipeline.model)).name;
     SELECT v.full_name, format('OPERATOR(%I.<=>)', n.nspname) INTO vector_type, _operator
@@ -132,12 +136,6 @@ BEGIN
         _pipeline.embedding_column, '@extschema:vector@.vector', autoembed._key_expression(_pipeline, 'v'),
         _vectors_table
     );
-    row_query := format(
-        'SELECT ROW(t.*)::%1$s AS hit, %2$s AS key, NULL::pg_catalog.float8 AS distance, '
-        'NULL::pg_catalog.int4 AS number, NULL::pg_catalog.int4 AS start, NULL::pg_catalog.int4 AS stop, '
-        'NULL::pg_catalog.text AS chunk FROM %1$s AS t WHERE %3$s',
-        _pipeline.table_id, _key, of_keys
-    );
     -- A function of the owner gets no rights of the caller.
     texts_query := CASE WHEN _pipeline.content_function IS NULL AND _pipeline.condition_objects = '{}' THEN format(
         'SELECT h.key, h.place, %s AS content FROM (SELECT ROW(t.*)::%s AS hit, %s AS key, s.place, '
@@ -149,15 +147,24 @@ BEGIN
     ) END;
 
     IF NOT is_beside THEN
-        query_start := format(
-            'SELECT ROW(t.*)::%1$s AS hit, %2$s AS key, %3$s %4$s $1::%5$s AS distance, '
-            'NULL::pg_catalog.int4 AS number, NULL::pg_catalog.int4 AS start, NULL::pg_catalog.int4 AS stop, '
-            'NULL::pg_catalog.text AS chunk FROM %1$s AS t WHERE t.%6$I IS NOT NULL AND (',
+        match_start := format(
+            'SELECT ROW(t.*)::%1$s AS hit, %2$s AS key, %3$s %4$s $1::%5$s AS distance FROM %1$s AS t '
+            'WHERE t.%6$I IS NOT NULL AND (',
             _pipeline.table_id, _key, 't.' || _expression, _operator, vector_type, _pipeline.embedding_column
         );
-        query_end := format(') ORDER BY (%s %s $1::%s)', 't.' || _expression, _operator, vector_type);
-        query_tail := '';
-        rows_start := query_start;
+        near_start := format(
+            'SELECT %2$s AS key, %3$s %4$s $1::%5$s AS distance, NULL::pg_catalog.int4 AS number FROM %1$s AS t '
+            'WHERE t.%6$I IS NOT NULL AND (',
+            _pipeline.table_id, _key, 't.' || _expression, _operator, vector_type, _pipeline.embedding_column
+        );
+        near_end := format(') ORDER BY (%s %s $1::%s)', 't.' || _expression, _operator, vector_type);
+        rows_query := format(
+            'SELECT s.place::pg_catalog.int4, ROW(t.*)::%1$s, NULL::pg_catalog.text, NULL::pg_catalog.int4, '
+            'NULL::pg_catalog.int4, NULL::pg_catalog.int4 '
+            'FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2)) WITH ORDINALITY AS s(key, number, place) '
+            'JOIN %1$s AS t ON %2$s',
+            _pipeline.table_id, format(_sent_key, 't')
+        );
         RETURN;
     END IF;
 
@@ -166,49 +173,76 @@ BEGIN
                _pipeline.table_id, k.name, 3), k.name), ' AND ' ORDER BY k.number)
     INTO _same_key
     FROM unnest(_pipeline.key_columns) WITH ORDINALITY AS k(name, number);
-    _passage := autoembed._passage_expression(_pipeline, '(h.hit)', 'h.start', 'h.stop', 'h.digest');
-    query_start := format('SELECT h.hit, h.key, h.distance, h.number, h.start, h.stop, %s AS chunk FROM (', _passage);
-    rows_start := format(
-        'SELECT ROW(t.*)::%s AS hit, %s AS key, e."autoembed vector" %s $1::%s AS distance, '
-        'e."autoembed number" AS number, e."autoembed start" AS start, e."autoembed stop" AS stop, '
-        'e."autoembed digest" AS digest FROM (SELECT %s, v.chunk_number AS "autoembed number", '
-        'v.chunk_start AS "autoembed start", v.chunk_end AS "autoembed stop", v.digest AS "autoembed digest", '
-        'v.%s AS "autoembed vector" FROM %s AS v) AS e JOIN %s AS t ON %s WHERE (',
-        _pipeline.table_id, _key, _operator, vector_type,
+    _from := format(
+        'FROM (SELECT %s, v.chunk_number AS "autoembed number", v.%s AS "autoembed vector" FROM %s AS v) AS e '
+        'JOIN %s AS t ON %s WHERE (',
         (SELECT string_agg(format('v.%I AS "autoembed %s"', k.name, k.number), ', ' ORDER BY k.number)
          FROM unnest(_pipeline.key_columns) WITH ORDINALITY AS k(name, number)),
         _expression, _vectors_table, _pipeline.table_id, _same_key
     );
-    query_start := query_start || rows_start;
-    query_end := format(') ORDER BY (e."autoembed vector" %s $1::%s)', _operator, vector_type);
-    query_tail := ') AS h';
+    match_start := format(
+        'SELECT ROW(t.*)::%s AS hit, %s AS key, e."autoembed vector" %s $1::%s AS distance %s',
+        _pipeline.table_id, _key, _operator, vector_type, _from
+    );
+    near_start := format(
+        'SELECT %s AS key, e."autoembed vector" %s $1::%s AS distance, e."autoembed number" AS number %s',
+        _key, _operator, vector_type, _from
+    );
+    near_end := format(') ORDER BY (e."autoembed vector" %s $1::%s)', _operator, vector_type);
+    _passage := autoembed._passage_expression(_pipeline, '(h.hit)', 'h.start', 'h.stop', 'h.digest');
+    rows_query := format(
+        'SELECT h.place::pg_catalog.int4, h.hit, %s, h.number, h.start, h.stop FROM ('
+        'SELECT s.place, ROW(t.*)::%s AS hit, e.chunk_number AS number, e.chunk_start AS start, e.chunk_end AS stop, '
+        'e.digest FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2)) '
+        'WITH ORDINALITY AS s(key, number, place) JOIN %2$s AS t ON %3$s '
+        'LEFT JOIN %4$s AS e ON e.chunk_number OPERATOR(pg_catalog.=) s.number AND %5$s) AS h',
+        _passage, _pipeline.table_id, format(_sent_key, 't'), _vectors_table, format(_sent_key, 'e')
+    );
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._search_target IS
-    'The facts that a search of a table needs. query_start, query_end, query_tail: the query of rows and distances, '
-    'nearest first, around a condition and a limit. $1 is the vector. rows_start, query_end: the same without '
-    'passages. has_index: whether an index may answer it. of_keys: that the row has one of the keys $2. '
-    'visible_query: which of the chunks with keys $1 and numbers $2 the caller may read. matching_query, keys_query: '
-    'which rows with keys $1, and which rows, fulfil the condition behind it. has_plain_keys: no setting of the '
-    'session changes how keys are written. row_query: the rows with keys $2, with or without an embedding. '
-    'texts_query: the present texts of the rows with keys $1, as many of the first as have $2 bytes; NULL: they are '
-    'the owner''s code. sample_query: $1 vectors at random, with the keys of their rows. ef_search: how many '
-    'candidates an index keeps.';
+    'The facts that a search of a table needs. near_start, near_end: the query of keys, distances and numbers of '
+    'chunks, nearest first, around a condition and before a limit. $1 is the vector. match_start, near_end: that of '
+    'rows and distances. has_index: whether an index may answer it. is_chunked: whether rows have several vectors. '
+    'has_texts: whether it may go by words. of_keys: that the row has one of the keys $2. rows_query: the rows with '
+    'keys $1 and their passages with numbers $2, by place. visible_query: which of the chunks with keys $1 and numbers '
+    '$2 the caller may read. matching_query, keys_query: which rows with keys $1, and which rows, fulfil the condition '
+    'behind it. has_plain_keys: no setting of the session changes how keys are written. texts_query: the present texts '
+    'of the rows with keys $1, as many of the first as have $2 bytes; NULL: they are the owner''s code. sample_query: '
+    '$1 vectors at random, with the keys of their rows. ef_search: how many candidates an index keeps.';
 
-CREATE OR REPLACE FUNCTION autoembed._has_text_index(table_name regclass, embedding_column name)
-    RETURNS boolean
-    LANGUAGE sql
+CREATE OR REPLACE FUNCTION autoembed._searched(
+    table_name regclass,
+    embedding_column name,
+    OUT table_id regclass,
+    OUT model text
+)
+    LANGUAGE plpgsql
     STABLE
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-AS $sql$
-    SELECT bool_or(autoembed._text_config(p.id) IS NOT NULL)
-    FROM autoembed.pipeline AS p
-    WHERE _has_text_index.table_name IN (p.table_id, p.embeddings_table)
-      AND p.embedding_column = coalesce(_has_text_index.embedding_column, p.embedding_column);
-$sql$;
-COMMENT ON FUNCTION autoembed._has_text_index IS
-    'Whether a search of a table may go by words. NULL: the table is not attached.';
+AS $plpgsql$
+DECLARE
+    _pipelines autoembed.pipeline[] := ARRAY(
+        SELECT p
+        FROM autoembed.pipeline AS p
+        WHERE _searched.table_name IN (p.table_id, p.embeddings_table)
+          AND p.embedding_column = coalesce(_searched.embedding_column, p.embedding_column)
+    );
+BEGIN
+    IF cardinality(_pipelines) = 1 THEN
+        table_id := _pipelines[1].table_id;
+        model := coalesce(_pipelines[1].model, autoembed._default_model());
+    ELSE
+        -- This raises the error.
+        SELECT s.table_id, s.model INTO table_id, model
+        FROM autoembed._search_target(table_name, embedding_column) AS s;
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._searched IS
+    'The table whose rows a search finds, and the model of their embeddings: two facts of _search_target() in less '
+    'time.';
 
 CREATE OR REPLACE FUNCTION autoembed._estimated_matches(table_id regclass, condition text)
     RETURNS double precision
@@ -237,25 +271,15 @@ COMMENT ON FUNCTION autoembed._estimated_matches IS
     'The number of rows of a table that the planner expects to fulfil a condition and the policies for the caller. '
     'NULL: not known.';
 
-CREATE OR REPLACE FUNCTION autoembed._search(
-    like_row anyelement,
-    table_name regclass,
+CREATE OR REPLACE FUNCTION autoembed._nearest(
+    target record,
     vector @extschema:vector@.vector,
     wanted integer,
     condition text,
-    embedding_column name,
     by_index boolean DEFAULT NULL,
     ef_search integer DEFAULT NULL
 )
-    RETURNS TABLE (
-        hit anyelement,
-        key text,
-        distance double precision,
-        chunk_number integer,
-        chunk_start integer,
-        chunk_end integer,
-        chunk text
-    )
+    RETURNS TABLE (key text, distance double precision, chunk_number integer)
     LANGUAGE plpgsql
     STABLE
     -- An index gives as many rows as are asked for, whatever the condition and the policies leave out.
@@ -266,48 +290,31 @@ AS $plpgsql$
 DECLARE
     -- So many rows are compared one by one sooner than an index finds the nearest of them among others.
     _few CONSTANT double precision := 5000::double precision;
-    _target record;
-    _by_index boolean;
-    _limit integer;
-    _fetched integer;
-    _row record;
-    -- The keys of this try, and those of all tries.
-    _keys pg_catalog.text[];
-    _returned pg_catalog.text[] := '{}';
-BEGIN
-    SELECT s.* INTO _target FROM autoembed._search_target(table_name, embedding_column) AS s;
-    PERFORM pg_catalog.set_config(
-        'hnsw.ef_search', coalesce(ef_search, _target.ef_search)::pg_catalog.text, true
-    );
-    _by_index := _target.has_index AND coalesce(
+    _by_index boolean := target.has_index AND coalesce(
         by_index,
-        (autoembed._estimated_matches(_target.table_id, condition) OPERATOR(pg_catalog.<=) _few) IS NOT TRUE
+        (autoembed._estimated_matches(target.table_id, condition) OPERATOR(pg_catalog.<=) _few) IS NOT TRUE
     );
     -- Several chunks of one row may be near.
-    _limit := wanted OPERATOR(pg_catalog.+) CASE
-        WHEN _target.is_beside THEN least(3 OPERATOR(pg_catalog.*) wanted, 50)
+    _limit integer := wanted OPERATOR(pg_catalog.+) CASE
+        WHEN target.is_chunked THEN least(3 OPERATOR(pg_catalog.*) wanted, 50)
         ELSE 0
     END;
+    _fetched integer;
+    _keys pg_catalog.text[];
+    _distances double precision[];
+    _numbers integer[];
+BEGIN
+    PERFORM pg_catalog.set_config('hnsw.ef_search', coalesce(ef_search, target.ef_search)::pg_catalog.text, true);
     LOOP
-        _fetched := 0;
-        _keys := '{}';
-        FOR _row IN EXECUTE pg_catalog.concat(
-            _target.query_start, coalesce(condition, 'true'), E'\n', _target.query_end,
+        EXECUTE pg_catalog.concat(
+            'SELECT pg_catalog.array_agg(n.key), pg_catalog.array_agg(n.distance), pg_catalog.array_agg(n.number), '
+            'coalesce(pg_catalog.max(n.fetched), 0::pg_catalog.int8) FROM (SELECT DISTINCT ON (h.key) h.key, '
+            'h.distance, h.number, pg_catalog.count(*) OVER () AS fetched FROM (',
+            target.near_start, coalesce(condition, 'true'), E'\n', target.near_end,
             -- No index has this order.
             CASE WHEN NOT _by_index THEN ' OPERATOR(pg_catalog.+) 0::pg_catalog.float8' END,
-            ' LIMIT ', _limit, _target.query_tail
-        ) USING vector LOOP
-            _fetched := _fetched OPERATOR(pg_catalog.+) 1;
-            CONTINUE WHEN _row.key OPERATOR(pg_catalog.=) ANY (_keys);
-            _keys := pg_catalog.array_append(_keys, _row.key);
-            IF _row.key OPERATOR(pg_catalog.<>) ALL (_returned) THEN
-                _returned := pg_catalog.array_append(_returned, _row.key);
-                hit := _row.hit; key := _row.key; distance := _row.distance;
-                chunk := _row.chunk; chunk_number := _row.number; chunk_start := _row.start; chunk_end := _row.stop;
-                RETURN NEXT;
-            END IF;
-            EXIT WHEN pg_catalog.cardinality(_keys) OPERATOR(pg_catalog.>=) wanted;
-        END LOOP;
+            ' LIMIT ', _limit, ') AS h ORDER BY h.key, h.distance) AS n'
+        ) INTO _keys, _distances, _numbers, _fetched USING vector;
         EXIT WHEN pg_catalog.cardinality(_keys) OPERATOR(pg_catalog.>=) wanted
             OR _fetched OPERATOR(pg_catalog.<) _limit AND NOT _by_index;
         IF _fetched OPERATOR(pg_catalog.<) _limit THEN
@@ -317,57 +324,63 @@ BEGIN
             _limit := 4 OPERATOR(pg_catalog.*) _limit;
         END IF;
     END LOOP;
+    RETURN QUERY
+    SELECT u.*
+    FROM ROWS FROM (
+        pg_catalog.unnest(_keys), pg_catalog.unnest(_distances), pg_catalog.unnest(_numbers)
+    ) AS u(key, distance, number);
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._search IS
-    'The rows of a table that are nearest to a vector, at least as many as wanted if there are so many, and their '
-    'nearest chunks, in no order. by_index, ef_search: NULL as suits the table.';
+COMMENT ON FUNCTION autoembed._nearest IS
+    'The rows of the target of a search that are nearest to a vector, at least as many as wanted if there are so many, '
+    'and their nearest chunks, in no order. by_index, ef_search: NULL as suits the table.';
+
+CREATE OR REPLACE FUNCTION autoembed._distances_of(
+    target record,
+    vector @extschema:vector@.vector,
+    keys text[]
+)
+    RETURNS TABLE (key text, distance double precision, chunk_number integer)
+    LANGUAGE plpgsql
+    STABLE
+AS $plpgsql$
+BEGIN
+    IF pg_catalog.cardinality(keys) OPERATOR(pg_catalog.>) 0 THEN
+        RETURN QUERY EXECUTE pg_catalog.concat(
+            'SELECT DISTINCT ON (h.key) h.key, h.distance, h.number FROM (', target.near_start, target.of_keys,
+            ')) AS h ORDER BY h.key, h.distance'
+        ) USING vector, keys;
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._distances_of IS
+    'Those of these rows that have an embedding, with their chunk that is nearest to a vector.';
 
 CREATE OR REPLACE FUNCTION autoembed._found_rows(
     like_row anyelement,
-    table_name regclass,
-    vector @extschema:vector@.vector,
+    target record,
     keys text[],
-    chunk_numbers integer[],
-    embedding_column name
+    chunk_numbers integer[]
 )
     RETURNS TABLE (
+        place integer,
         hit anyelement,
-        key text,
-        distance double precision,
+        chunk text,
         chunk_number integer,
         chunk_start integer,
-        chunk_end integer,
-        chunk text
+        chunk_end integer
     )
     LANGUAGE plpgsql
     STABLE
 AS $plpgsql$
-#variable_conflict use_column
-DECLARE
-    _target record;
 BEGIN
-    IF pg_catalog.cardinality(keys) OPERATOR(pg_catalog.=) 0 THEN
-        RETURN;
+    IF pg_catalog.cardinality(keys) OPERATOR(pg_catalog.>) 0 THEN
+        RETURN QUERY EXECUTE target.rows_query USING keys, chunk_numbers;
     END IF;
-    SELECT s.* INTO _target FROM autoembed._search_target(table_name, embedding_column) AS s;
-    RETURN QUERY EXECUTE pg_catalog.concat(
-        'SELECT DISTINCT ON (n.place) f.hit, f.key, f.distance, f.number, f.start, f.stop, f.chunk '
-        'FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) WITH ORDINALITY AS n(key, number, place) '
-        'JOIN ((',
-        _target.query_start, _target.of_keys, _target.query_end, ' OPERATOR(pg_catalog.+) 0::pg_catalog.float8',
-        _target.query_tail, ')',
-        -- Rows that have no embedding yet.
-        CASE WHEN 0 OPERATOR(pg_catalog.=) ANY (chunk_numbers) THEN ' UNION ALL ' END,
-        CASE WHEN 0 OPERATOR(pg_catalog.=) ANY (chunk_numbers) THEN _target.row_query END,
-        ') AS f ON f.key OPERATOR(pg_catalog.=) n.key AND ($1 IS NOT NULL OR coalesce(f.number, n.number) '
-        'OPERATOR(pg_catalog.=) n.number) ORDER BY n.place, f.distance'
-    ) USING vector, keys, chunk_numbers;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._found_rows IS
-    'The rows of these keys that the caller may read, each with the chunk that is nearest to a vector; without one, '
-    'with the chunk of that number. 0: the row may have none.';
+    'The rows of these keys that the caller may read, each with its chunk of that number, if it has one.';
 
 CREATE OR REPLACE FUNCTION autoembed._text_matches(
     table_name regclass,
@@ -424,9 +437,16 @@ DECLARE
     -- So many of the nearest rows, and of the rows with the best words, are compared by both.
     _candidates CONSTANT integer := 100;
     _wanted integer := max_rows OPERATOR(pg_catalog.+) skip_rows;
-    _has_texts boolean;
+    _target record;
     _mode text;
     _vector @extschema:vector@.vector;
+    -- The page: what is known of its rows before they are read.
+    _ranks integer[];
+    _keys pg_catalog.text[];
+    _numbers integer[];
+    _scores double precision[];
+    _similarities double precision[];
+    _text_scores double precision[];
 BEGIN
     IF max_rows IS NULL OR skip_rows IS NULL OR max_rows OPERATOR(pg_catalog.<) 0
        OR skip_rows OPERATOR(pg_catalog.<) 0 THEN
@@ -449,9 +469,9 @@ BEGIN
                                         coalesce(vector_weight::pg_catalog.text, 'NULL')),
             HINT = 'Leave it out for 0.7.';
     END IF;
-    _has_texts := autoembed._has_text_index(table_name, embedding_column);
-    _mode := coalesce(mode, CASE WHEN _has_texts THEN 'hybrid' ELSE 'vector' END);
-    IF _mode OPERATOR(pg_catalog.<>) 'vector'::pg_catalog.text AND NOT _has_texts THEN
+    SELECT s.* INTO _target FROM autoembed._search_target(table_name, embedding_column) AS s;
+    _mode := coalesce(mode, CASE WHEN _target.has_texts THEN 'hybrid' ELSE 'vector' END);
+    IF _mode OPERATOR(pg_catalog.<>) 'vector'::pg_catalog.text AND NOT _target.has_texts THEN
         RAISE EXCEPTION USING
             ERRCODE = 'object_not_in_prerequisite_state',
             MESSAGE = pg_catalog.format('table %s has no text index', table_name),
@@ -463,120 +483,111 @@ BEGIN
     END IF;
 
     IF _mode OPERATOR(pg_catalog.=) 'text'::pg_catalog.text THEN
-        RETURN QUERY
-        WITH matched AS MATERIALIZED (
+        SELECT pg_catalog.array_agg(m.place ORDER BY m.place), pg_catalog.array_agg(m.key ORDER BY m.place),
+               pg_catalog.array_agg(m.chunk_number ORDER BY m.place), pg_catalog.array_agg(m.score ORDER BY m.place)
+        INTO _ranks, _keys, _numbers, _scores
+        FROM autoembed._text_matches(table_name, embedding_column, query, _wanted, condition, '{}') AS m
+        WHERE m.place OPERATOR(pg_catalog.>) skip_rows;
+        _text_scores := _scores;
+    ELSE
+        _vector := autoembed.embed(query, _target.model);
+        WITH near AS MATERIALIZED (
+            SELECT f.*, pg_catalog.row_number() OVER (ORDER BY f.distance, f.key) AS place
+            FROM autoembed._nearest(_target, _vector, CASE
+                WHEN _mode OPERATOR(pg_catalog.=) 'hybrid'::pg_catalog.text THEN greatest(_wanted, _candidates)
+                ELSE _wanted
+            END, condition) AS f
+        ),
+        matched AS MATERIALIZED (
             SELECT m.*
-            FROM autoembed._text_matches(table_name, embedding_column, query, _wanted, condition, '{}') AS m
-            WHERE m.place OPERATOR(pg_catalog.>) skip_rows
+            FROM autoembed._text_matches(
+                table_name, embedding_column, query, _candidates, condition,
+                ARRAY(SELECT n.key FROM near AS n WHERE n.place OPERATOR(pg_catalog.<=) _candidates)
+            ) AS m
+            WHERE _mode OPERATOR(pg_catalog.=) 'hybrid'::pg_catalog.text
+        ),
+        -- Rows with good words that are not among the nearest. Some have no embedding yet.
+        other AS MATERIALIZED (
+            SELECT m.key
+            FROM matched AS m
+            WHERE NOT EXISTS (
+                SELECT FROM near AS n
+                WHERE n.key OPERATOR(pg_catalog.=) m.key AND n.place OPERATOR(pg_catalog.<=) _candidates
+            )
+        ),
+        candidate AS MATERIALIZED (
+            SELECT c.key, coalesce(c.chunk_number, 0) AS chunk_number,
+                   1::double precision OPERATOR(pg_catalog.-) c.distance AS similarity,
+                   coalesce(m.score, 0::double precision) AS text_score
+            FROM (
+                SELECT n.key, n.distance, n.chunk_number
+                FROM near AS n
+                WHERE n.place OPERATOR(pg_catalog.<=) _candidates
+                UNION ALL
+                SELECT o.key, d.distance, d.chunk_number
+                FROM other AS o
+                LEFT JOIN autoembed._distances_of(_target, _vector, ARRAY(SELECT o.key FROM other AS o)) AS d
+                    ON d.key OPERATOR(pg_catalog.=) o.key
+            ) AS c
+            LEFT JOIN matched AS m ON m.key OPERATOR(pg_catalog.=) c.key
+            WHERE _mode OPERATOR(pg_catalog.=) 'hybrid'::pg_catalog.text
+        ),
+        listed AS (
+            SELECT c.key, c.chunk_number, c.similarity, c.text_score, 1 AS part,
+                   -- Operators that are written in full all bind alike.
+                   (vector_weight OPERATOR(pg_catalog.*) coalesce(
+                       (c.similarity OPERATOR(pg_catalog.-) b.least_similarity) OPERATOR(pg_catalog./) b.similarities,
+                       0::double precision
+                   )) OPERATOR(pg_catalog.+) ((1::double precision OPERATOR(pg_catalog.-) vector_weight)
+                   OPERATOR(pg_catalog.*) coalesce(
+                       (c.text_score OPERATOR(pg_catalog.-) b.least_text_score) OPERATOR(pg_catalog./) b.text_scores,
+                       0::double precision
+                   )) AS score
+            FROM candidate AS c
+            CROSS JOIN (
+                SELECT pg_catalog.min(c.similarity) AS least_similarity,
+                       pg_catalog.min(c.text_score) AS least_text_score,
+                       nullif(pg_catalog.max(c.similarity) OPERATOR(pg_catalog.-) pg_catalog.min(c.similarity),
+                              0::double precision) AS similarities,
+                       nullif(pg_catalog.max(c.text_score) OPERATOR(pg_catalog.-) pg_catalog.min(c.text_score),
+                              0::double precision) AS text_scores
+                FROM candidate AS c
+            ) AS b
+            UNION ALL
+            -- The nearest of all other rows come after the candidates.
+            SELECT n.key, n.chunk_number, 1::double precision OPERATOR(pg_catalog.-) n.distance, NULL, 2, CASE
+                       WHEN _mode OPERATOR(pg_catalog.=) 'vector'::pg_catalog.text
+                           THEN 1::double precision OPERATOR(pg_catalog.-) n.distance
+                       ELSE 0::double precision
+                   END
+            FROM near AS n
+            WHERE NOT EXISTS (SELECT FROM candidate AS c WHERE c.key OPERATOR(pg_catalog.=) n.key)
+        ),
+        page AS (
+            SELECT l.*
+            FROM (
+                SELECT i.*, pg_catalog.row_number() OVER (
+                    ORDER BY i.part, i.score DESC, i.similarity DESC NULLS LAST, i.key
+                )::integer AS rank
+                FROM listed AS i
+            ) AS l
+            WHERE l.rank OPERATOR(pg_catalog.>) skip_rows AND l.rank OPERATOR(pg_catalog.<=) _wanted
         )
-        SELECT m.place, r.hit, m.key, m.score, r.chunk, r.chunk_number, r.chunk_start, r.chunk_end,
-               NULL::double precision, m.score
-        FROM autoembed._found_rows(
-            like_row, table_name, NULL, ARRAY(SELECT m.key FROM matched AS m ORDER BY m.place),
-            ARRAY(SELECT m.chunk_number FROM matched AS m ORDER BY m.place), embedding_column
-        ) AS r
-        JOIN matched AS m ON m.key OPERATOR(pg_catalog.=) r.key
-        ORDER BY m.place;
-        RETURN;
-    END IF;
-    _vector := autoembed.embed_query(table_name, query, embedding_column);
-    IF _mode OPERATOR(pg_catalog.=) 'vector'::pg_catalog.text THEN
-        RETURN QUERY
-        SELECT s.rank::integer, s.hit, s.key, 1::double precision OPERATOR(pg_catalog.-) s.distance,
-               s.chunk, s.chunk_number, s.chunk_start, s.chunk_end,
-               1::double precision OPERATOR(pg_catalog.-) s.distance, NULL::double precision
-        FROM (
-            SELECT f.*, pg_catalog.row_number() OVER (ORDER BY f.distance, f.key) AS rank
-            FROM autoembed._search(like_row, table_name, _vector, _wanted, condition, embedding_column) AS f
-        ) AS s
-        WHERE s.rank OPERATOR(pg_catalog.>) skip_rows
-        ORDER BY s.rank
-        LIMIT max_rows;
-        RETURN;
+        SELECT pg_catalog.array_agg(p.rank), pg_catalog.array_agg(p.key), pg_catalog.array_agg(p.chunk_number),
+               pg_catalog.array_agg(p.score), pg_catalog.array_agg(p.similarity), pg_catalog.array_agg(p.text_score)
+        INTO _ranks, _keys, _numbers, _scores, _similarities, _text_scores
+        FROM page AS p;
     END IF;
 
     RETURN QUERY
-    WITH near AS MATERIALIZED (
-        SELECT f.*, pg_catalog.row_number() OVER (ORDER BY f.distance, f.key) AS place
-        FROM autoembed._search(
-            like_row, table_name, _vector, greatest(_wanted, _candidates), condition, embedding_column
-        ) AS f
-    ),
-    matched AS MATERIALIZED (
-        SELECT m.*
-        FROM autoembed._text_matches(
-            table_name, embedding_column, query, _candidates, condition,
-            ARRAY(SELECT n.key FROM near AS n WHERE n.place OPERATOR(pg_catalog.<=) _candidates)
-        ) AS m
-    ),
-    -- Rows with good words that are not among the nearest.
-    other AS MATERIALIZED (
-        SELECT m.key, m.chunk_number, m.place
-        FROM matched AS m
-        WHERE NOT EXISTS (
-            SELECT FROM near AS n
-            WHERE n.key OPERATOR(pg_catalog.=) m.key AND n.place OPERATOR(pg_catalog.<=) _candidates
-        )
-    ),
-    candidate AS MATERIALIZED (
-        SELECT c.*, 1::double precision OPERATOR(pg_catalog.-) c.distance AS similarity,
-               coalesce(m.score, 0::double precision) AS text_score
-        FROM (
-            SELECT n.hit, n.key, n.distance, n.chunk_number, n.chunk_start, n.chunk_end, n.chunk
-            FROM near AS n
-            WHERE n.place OPERATOR(pg_catalog.<=) _candidates
-            UNION ALL
-            SELECT r.hit, r.key, r.distance, r.chunk_number, r.chunk_start, r.chunk_end, r.chunk
-            FROM autoembed._found_rows(
-                like_row, table_name, _vector, ARRAY(SELECT o.key FROM other AS o ORDER BY o.place),
-                ARRAY(SELECT o.chunk_number FROM other AS o ORDER BY o.place), embedding_column
-            ) AS r
-        ) AS c
-        LEFT JOIN matched AS m ON m.key OPERATOR(pg_catalog.=) c.key
-    ),
-    scored AS (
-        SELECT c.*,
-               -- Operators that are written in full all bind alike.
-               (vector_weight OPERATOR(pg_catalog.*) coalesce(
-                   (c.similarity OPERATOR(pg_catalog.-) b.least_similarity) OPERATOR(pg_catalog./) b.similarities,
-                   0::double precision
-               )) OPERATOR(pg_catalog.+) ((1::double precision OPERATOR(pg_catalog.-) vector_weight)
-               OPERATOR(pg_catalog.*) coalesce(
-                   (c.text_score OPERATOR(pg_catalog.-) b.least_text_score) OPERATOR(pg_catalog./) b.text_scores,
-                   0::double precision
-               )) AS score
-        FROM candidate AS c
-        CROSS JOIN (
-            SELECT pg_catalog.min(c.similarity) AS least_similarity, pg_catalog.min(c.text_score) AS least_text_score,
-                   nullif(pg_catalog.max(c.similarity) OPERATOR(pg_catalog.-) pg_catalog.min(c.similarity),
-                          0::double precision) AS similarities,
-                   nullif(pg_catalog.max(c.text_score) OPERATOR(pg_catalog.-) pg_catalog.min(c.text_score),
-                          0::double precision) AS text_scores
-            FROM candidate AS c
-        ) AS b
-    ),
-    -- The nearest of all other rows come after the candidates.
-    listed AS (
-        SELECT s.hit, s.key, s.score, s.chunk, s.chunk_number, s.chunk_start, s.chunk_end, s.similarity, s.text_score,
-               1 AS part
-        FROM scored AS s
-        UNION ALL
-        SELECT n.hit, n.key, 0::double precision, n.chunk, n.chunk_number, n.chunk_start, n.chunk_end,
-               1::double precision OPERATOR(pg_catalog.-) n.distance, NULL::double precision, 2
-        FROM near AS n
-        WHERE NOT EXISTS (SELECT FROM candidate AS c WHERE c.key OPERATOR(pg_catalog.=) n.key)
-    )
-    SELECT l.rank::integer, l.hit, l.key, l.score, l.chunk, l.chunk_number, l.chunk_start, l.chunk_end, l.similarity,
-           l.text_score
-    FROM (
-        SELECT i.*, pg_catalog.row_number() OVER (
-            ORDER BY i.part, i.score DESC, i.similarity DESC NULLS LAST, i.key
-        ) AS rank
-        FROM listed AS i
-    ) AS l
-    WHERE l.rank OPERATOR(pg_catalog.>) skip_rows
-    ORDER BY l.rank
-    LIMIT max_rows;
+    SELECT p.rank, r.hit, p.key, p.score, r.chunk, r.chunk_number, r.chunk_start, r.chunk_end, p.similarity,
+           p.text_score
+    FROM ROWS FROM (
+        pg_catalog.unnest(_ranks), pg_catalog.unnest(_keys), pg_catalog.unnest(_scores),
+        pg_catalog.unnest(_similarities), pg_catalog.unnest(_text_scores)
+    ) WITH ORDINALITY AS p(rank, key, score, similarity, text_score, place)
+    JOIN autoembed._found_rows(like_row, _target, _keys, _numbers) AS r ON r.place OPERATOR(pg_catalog.=) p.place
+    ORDER BY p.rank;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._ranked IS
@@ -655,7 +666,7 @@ CREATE OR REPLACE FUNCTION autoembed.search(
 AS $plpgsql$
 #variable_conflict use_column
 DECLARE
-    _table pg_catalog.regclass := (SELECT s.table_id FROM autoembed._search_target(table_name, embedding_column) AS s);
+    _table pg_catalog.regclass := (SELECT s.table_id FROM autoembed._searched(table_name, embedding_column) AS s);
 BEGIN
     RETURN QUERY EXECUTE pg_catalog.format(
         'SELECT s.rank, s.key, s.score, s.chunk, s.chunk_number, s.chunk_start, s.chunk_end, s.similarity, '
@@ -732,30 +743,6 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.search_rows IS 'The rows that search() finds, in its order.';
 
-CREATE OR REPLACE FUNCTION autoembed._search_model(table_name regclass, embedding_column name)
-    RETURNS text
-    LANGUAGE plpgsql
-    STABLE
-    SECURITY DEFINER
-    SET search_path = pg_catalog, pg_temp
-AS $plpgsql$
-DECLARE
-    _models text[] := ARRAY(
-        SELECT coalesce(p.model, autoembed._default_model())
-        FROM autoembed.pipeline AS p
-        WHERE table_name IN (p.table_id, p.embeddings_table)
-          AND p.embedding_column = coalesce(_search_model.embedding_column, p.embedding_column)
-    );
-BEGIN
-    IF cardinality(_models) = 1 THEN
-        RETURN _models[1];
-    END IF;
-    -- The one search to which this belongs cannot be told. This raises its error.
-    RETURN (SELECT s.model FROM autoembed._search_target(table_name, embedding_column) AS s);
-END;
-$plpgsql$;
-COMMENT ON FUNCTION autoembed._search_model IS 'The model of the embeddings of a table that a search compares.';
-
 CREATE OR REPLACE FUNCTION autoembed.embed_query(
     table_name regclass,
     query text,
@@ -768,7 +755,7 @@ CREATE OR REPLACE FUNCTION autoembed.embed_query(
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    RETURN autoembed.embed(query, autoembed._search_model(table_name, embedding_column));
+    RETURN autoembed.embed(query, (autoembed._searched(table_name, embedding_column)).model);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.embed_query IS
@@ -849,12 +836,12 @@ BEGIN
         'values', _values,
         'limit', CASE
             -- Several chunks of one row may be near.
-            WHEN _target.is_beside THEN
+            WHEN _target.is_chunked THEN
                 '_wanted OPERATOR(pg_catalog.+) least(3::pg_catalog.int8 OPERATOR(pg_catalog.*) _wanted, 50)'
             ELSE '_wanted'
         END,
-        'start', quote_literal(_target.rows_start),
-        'end', quote_literal(_target.query_end),
+        'start', quote_literal(_target.match_start),
+        'end', quote_literal(_target.near_end),
         'condition', quote_literal(_row || ' OPERATOR(pg_catalog.@>) $2'),
         'ef_search', quote_literal(_target.ef_search)
     );

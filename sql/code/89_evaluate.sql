@@ -111,7 +111,7 @@ BEGIN
             ('hybrid', 0.9)
         ) AS w(mode, vector_weight)
         WHERE w.mode OPERATOR(pg_catalog.=) 'vector'::pg_catalog.text
-           OR autoembed._has_text_index(table_name, embedding_column)
+           OR (SELECT t.has_texts FROM autoembed._search_target(table_name, embedding_column) AS t)
     ),
     answered AS (
         SELECT w.mode, w.vector_weight, pg_catalog.count(*)::integer AS queries,

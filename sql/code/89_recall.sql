@@ -2,28 +2,25 @@
 -- search_path, as in a search. So all else in the functions that search is qualified.
 
 CREATE OR REPLACE FUNCTION autoembed._distances(
-    table_name regclass,
+    target record,
     vector @extschema:vector@.vector,
     own_key text,
     wanted integer,
-    embedding_column name,
     by_index boolean,
     ef_search integer
 )
     RETURNS double precision[]
     LANGUAGE plpgsql
+    STABLE
 AS $plpgsql$
-DECLARE
-    _found double precision[];
 BEGIN
-    EXECUTE pg_catalog.format(
-        'SELECT ARRAY(SELECT s.distance FROM autoembed._search(NULL::%s, $1, $2, $3, NULL, $4, $5, $6) AS s '
-        'WHERE s.key IS DISTINCT FROM $7 ORDER BY s.distance LIMIT $8)',
-        (SELECT s.table_id FROM autoembed._search_target(table_name, embedding_column) AS s)
-    )
-    INTO _found
-    USING table_name, vector, wanted OPERATOR(pg_catalog.+) 1, embedding_column, by_index, ef_search, own_key, wanted;
-    RETURN _found;
+    RETURN ARRAY(
+        SELECT s.distance
+        FROM autoembed._nearest(target, vector, wanted OPERATOR(pg_catalog.+) 1, NULL, by_index, ef_search) AS s
+        WHERE s.key IS DISTINCT FROM own_key
+        ORDER BY s.distance
+        LIMIT wanted
+    );
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._distances IS
@@ -55,13 +52,13 @@ BEGIN
     SELECT s.* INTO _target FROM autoembed._search_target(table_name, embedding_column) AS s;
     IF queries IS NULL THEN
         FOR vector, key IN EXECUTE _target.sample_query USING sample_rows LOOP
-            distances := autoembed._distances(table_name, vector, key, wanted, embedding_column, false, NULL);
+            distances := autoembed._distances(_target, vector, key, wanted, false, NULL);
             RETURN NEXT;
         END LOOP;
     ELSE
         FOREACH _query IN ARRAY queries LOOP
-            vector := autoembed.embed_query(table_name, _query, embedding_column);
-            distances := autoembed._distances(table_name, vector, NULL, wanted, embedding_column, false, NULL);
+            vector := autoembed.embed(_query, _target.model);
+            distances := autoembed._distances(_target, vector, NULL, wanted, false, NULL);
             RETURN NEXT;
         END LOOP;
     END IF;
@@ -123,14 +120,14 @@ CREATE OR REPLACE FUNCTION autoembed._measured_recall(
     LANGUAGE plpgsql
 AS $plpgsql$
 DECLARE
+    _target record;
     _shares double precision[] := '{}'::double precision[];
     _found double precision[];
 BEGIN
+    SELECT s.* INTO _target FROM autoembed._search_target(table_name, embedding_column) AS s;
     FOR _number IN 1 .. pg_catalog.cardinality(vectors) LOOP
         CONTINUE WHEN counts[_number] OPERATOR(pg_catalog.=) 0;
-        _found := autoembed._distances(
-            table_name, vectors[_number], keys[_number], wanted, embedding_column, NULL, ef_search
-        );
+        _found := autoembed._distances(_target, vectors[_number], keys[_number], wanted, NULL, ef_search);
         _shares := pg_catalog.array_append(_shares, (
             -- Rows that are as far as the last one are as good.
             SELECT pg_catalog.count(*)::double precision OPERATOR(pg_catalog./) counts[_number]::double precision

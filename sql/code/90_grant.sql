@@ -33,13 +33,13 @@ BEGIN
         evaluate_search, measure_recall, pause, preview, queue_embeddings, reembed, resume, resync, search,
         search_rows, tune, wait_until_fresh, _advisory_locks, _as_owner, _check_attachable, _check_chunking,
         _check_content, _check_on_change, _check_owner, _columns_of, _content_expression, _content_function,
-        _content_function_of, _dimensions, _distances, _drop_stray_triggers, _estimate_texts, _estimated_matches,
-        _exact_answers, _found_rows, _full_text_config, _has_text_index, _index_key, _is_empty, _judgments,
+        _content_function_of, _dimensions, _distances, _distances_of, _drop_stray_triggers, _estimate_texts,
+        _estimated_matches, _exact_answers, _found_rows, _full_text_config, _index_key, _is_empty, _judgments,
         _key_columns, _key_expression, _load_python, _look_through, _make_embeddings_table, _match_function,
-        _measured_recall, _needed_columns, _new_place, _operator, _owned_pipeline, _owned_pipelines, _preview,
-        _ranked, _read_condition, _recall, _restore_advisory_locks, _run_as_owner, _search, _search_model,
-        _search_quality, _search_target, _set_paused, _stray_triggers, _template, _text_matches, 
-        _vector_digest_expression, _waits_for_commit
+        _measured_recall, _nearest, _needed_columns, _new_place, _operator, _owned_pipeline, _owned_pipelines,
+        _preview, _ranked, _read_condition, _recall, _restore_advisory_locks, _run_as_owner, _search_quality,
+        _search_target, _searched, _set_paused, _stray_triggers, _template, _text_matches, _vector_digest_expression,
+        _waits_for_commit
     }');
     -- The role gets rights to columns only. A right to the whole table, which 0.1.0 granted, includes LOCK TABLE, and
     -- that stops all lanes.

@@ -115,14 +115,15 @@ def test_every_function_pins_its_search_path(documents: Connection) -> None:
     """).fetchall()
 
     assert sorted(row.name for row in rows) == [
-        "autoembed._distances(regclass,vector,text,integer,name,boolean,integer)",
+        "autoembed._distances(record,vector,text,integer,boolean,integer)",
+        "autoembed._distances_of(record,vector,text[])",
         "autoembed._estimated_matches(regclass,text)",
         "autoembed._exact_answers(regclass,name,text[],integer,integer)",
-        "autoembed._found_rows(anyelement,regclass,vector,text[],integer[],name)",
+        "autoembed._found_rows(anyelement,record,text[],integer[])",
         "autoembed._judgments(regclass)",
         "autoembed._measured_recall(regclass,name,integer,integer,vector[],text[],double precision[],integer[])",
+        "autoembed._nearest(record,vector,integer,text,boolean,integer)",
         "autoembed._ranked(anyelement,regclass,text,integer,integer,text,name,text,double precision)",
-        "autoembed._search(anyelement,regclass,vector,integer,text,name,boolean,integer)",
         "autoembed._text_matches(regclass,name,text,integer,text,text[])",
         "autoembed._work(double precision,integer,integer,integer,boolean)",
         "autoembed.evaluate_search(regclass,regclass,integer,name)",

@@ -81,6 +81,7 @@ _defined - - - x
 _digests - - - x
 _dimensions - x - x
 _distances - x - x
+_distances_of - x - x
 _drop_functions - - - x
 _drop_orphaned_pipelines - - - x
 _drop_readers - - - x
@@ -126,7 +127,6 @@ _gate - - - x
 _grant - - - x
 _guide_triggers - - - x
 _has_key_expression - - - x
-_has_text_index - x - x
 _hold_index_job - - - x
 _http_hosts - - - x
 _index_job - - - x
@@ -170,6 +170,7 @@ _model_facts - - - x
 _model_fault - - - x
 _model_identity - - - x
 _move_embeddings - - - x
+_nearest - x - x
 _needed_columns - x - x
 _new_place - x - x
 _next_backfill - - - x
@@ -207,10 +208,9 @@ _run_as_owner - x - x
 _run_statement_as_owner - - - x
 _schedule_index - - - x
 _schedule_statement - - - x
-_search - x - x
-_search_model - x - x
 _search_quality - x - x
 _search_target - x - x
+_searched - x - x
 _segments_to_merge - - - x
 _set_paused - x - x
 _settle - - - x
