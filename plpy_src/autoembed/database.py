@@ -29,6 +29,7 @@ from autoembed.limits import Charge, Limits, Permit
 from autoembed.model import Model, Share
 from autoembed.records import MAX_TEXT_BYTES, Backfill, Chunk, Known, Message, Pipeline, Row, Written, digest_of_chunks
 from autoembed.restricted import Run, as_role, available, restricted
+from autoembed.statistics import Reporter
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,6 +65,7 @@ class Database:
         self._filled: set[str] = set()
         self._has_written = False
         self._in_pass = commits
+        self._reporter: Reporter | None = None
 
     def begin_pass(self) -> None:
         """To be called first in a caller's transaction, which may have deferred triggers of its own."""
@@ -78,6 +80,8 @@ class Database:
                 self._run("SELECT pg_catalog.set_config('synchronous_commit', 'off', true)")
             plpy.commit()
             self._filled.clear()
+            if self._reporter is not None:
+                self._reporter.report()
 
     def check_interrupts(self) -> None:
         """Lets a cancel, a timeout or a shutdown take effect, and keeps a lane's transactions short."""
@@ -96,6 +100,8 @@ class Database:
 
         Returns whether any of the tables has a vector index, which makes writing slow.
         """
+        setting = "SELECT pg_catalog.current_setting('track_functions') AS track_functions"
+        self._reporter = Reporter(self._run(setting)[0]["track_functions"])
         return bool(
             self._run("SELECT autoembed._enter_lane($1) AS indexed", ["pg_catalog.bool"], [backfill])[0]["indexed"]
         )
