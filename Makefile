@@ -1,13 +1,13 @@
 # The project's commands: `make` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help image demo capture test interop chaos bench docs reference lint build install lock clean
+.PHONY: help image demo capture test interop chaos bench docs reference lint build package install lock clean
 PYTHON ?= python3
 MAJORS := $(shell awk '/^[0-9]/ { print $$1 }' docker/majors)
 PG ?= $(firstword $(MAJORS))
 IMAGE = autoembed:$(PG)
 VERSION = $(shell sed -n "s/^default_version = '\(.*\)'/\1/p" extension/autoembed.control)
-PYTHON_SOURCES = $(wildcard plpy_src build.py docker/*.py demo/capture.py docs/*.py docs/images/draw.py tests bench)
-SHELL_SCRIPTS = $(wildcard .ci/run docker/*.sh docker/*/*.sh demo/*.sh docs/*.sh)
+PYTHON_SOURCES = $(wildcard plpy_src build.py docker/*.py packaging/*.py demo/capture.py docs/*.py docs/images/draw.py tests bench)
+SHELL_SCRIPTS = $(wildcard .ci/run docker/*.sh docker/*/*.sh packaging/*.sh demo/*.sh docs/*.sh)
 
 help: ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -52,6 +52,14 @@ lint: .venv/stamp build ## check style, types, and the safety of the SQL
 
 build: ## make the extension's SQL scripts out of sql/ and plpy_src/, into build/
 	$(PYTHON) build.py
+
+package: build ## make Debian packages for a major (PG=17), of the model too, and the archive for PGXN, into build/packages/
+	@docker/engine.sh
+	base=$${BASE_IMAGE:-$$(docker/base.sh $(PG))} && docker build --target scripts -f Dockerfile.postgres --build-arg BASE_IMAGE=$$base -t autoembed:packages-$(PG) .
+	mkdir -p build/packages
+	tar -c LICENSE packaging | docker run --rm --interactive --entrypoint bash autoembed:packages-$(PG) -c \
+		'mkdir /package && tar -x -C /package && /package/packaging/deb.sh /packages && tar -c -C /packages .' | tar -x -C build/packages
+	$(PYTHON) packaging/pgxn.py build build/packages
 
 install: build ## install the extension into the PostgreSQL that pg_config names
 	install -m 644 extension/autoembed.control build/autoembed--*.sql "$$(pg_config --sharedir)/extension/"
