@@ -68,7 +68,10 @@ ORDER BY d.section_number, d.place, d.proname, d.arguments;
 
 SELECT
     CASE WHEN row_number() OVER (PARTITION BY c.relkind ORDER BY c.relname) = 1
-        THEN CASE c.relkind WHEN 'v' THEN E'## Views\n\n' ELSE E'## Tables\n\nTo read. The functions above write them.\n\n' END
+        THEN CASE c.relkind
+            WHEN 'v' THEN E'## Views\n\n'
+            ELSE E'## Tables\n\nTo read. The functions above write them.\n\n'
+        END
         ELSE '' END
     || format(
         E'### `autoembed.%s`\n\n%s\n\n| column | type | |\n|---|---|---|\n%s',
