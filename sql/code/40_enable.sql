@@ -552,8 +552,8 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed.enable IS
     'Attaches a table that the caller owns: from now on each row has the embedding of its text, in a table beside the '
     'rows, or in embedding_column. Adds the table or column if it is missing, and embeds the rows that exist. The text'
-    ': content_columns, joined by blank lines; content_template, with columns in braces; or content_function, of a row. '
-    'model: by default the default model. condition: which rows have an embedding. on_change: keep the old vector '
+    ': content_columns, joined by blank lines; content_template, with columns in braces; or content_function, of a '
+    'row. model: by default the default model. condition: which rows have an embedding. on_change: keep the old vector '
     'until the new one is there, or clear it. truncate: cut a text that the model does not take, or fail. '
     'enqueue_existing: embed the rows that exist. create_index: build an HNSW index afterwards. replicated: embed rows '
     'that logical replication applies. if_not_exists: a table that is attached is no error. embeddings_table: the name '
