@@ -338,13 +338,36 @@ CREATE OR REPLACE FUNCTION autoembed._before_drop()
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE
+    -- DROP EXTENSION of this one, among others or not, without CASCADE.
+    restricted CONSTANT text := '^\s*DROP\s+EXTENSION\s+(IF\s+EXISTS\s+)?("?\w+"?\s*,\s*)*"?autoembed"?\s*'
+        || '(,\s*"?\w+"?\s*)*(\sRESTRICT\s*)?;?\s*$';
     _jobs jsonb;
+    _attached text;
 BEGIN
     -- Only a superuser can drop this extension. A direct DROP EXTENSION names the extension that it drops.
     IF NOT (SELECT r.rolsuper FROM pg_roles AS r WHERE r.rolname = current_user)
        OR current_query() ~* '^[[:space:]]*DROP[[:space:]]+EXTENSION'
           AND current_query() !~* '(autoembed|pgmq|vector|plpython3u|pg_cron)' THEN
         RETURN;
+    END IF;
+    IF current_query() ~* restricted THEN
+        SELECT string_agg(format('%I.%I', t.nspname, t.relname), ', ' ORDER BY t.nspname, t.relname)
+        INTO _attached
+        FROM (
+            SELECT DISTINCT n.nspname, c.relname
+            FROM autoembed.pipeline AS p
+            JOIN pg_class AS c ON c.oid = p.table_id
+            JOIN pg_namespace AS n ON n.oid = c.relnamespace
+        ) AS t;
+        -- PostgreSQL's own refusal would name each trigger and function made for these tables.
+        IF _attached IS NOT NULL THEN
+            RAISE EXCEPTION USING
+                ERRCODE = 'dependent_objects_still_exist',
+                MESSAGE = 'tables are attached to autoembed',
+                DETAIL = format('These tables are attached: %s.', _attached),
+                HINT = 'Call autoembed.disable() for each of them, or use DROP EXTENSION autoembed CASCADE. Both leave '
+                       'the tables and their vectors.';
+        END IF;
     END IF;
     -- Each transaction of a lane takes this lock first, so there is no deadlock.
     LOCK TABLE autoembed.lane IN ACCESS EXCLUSIVE MODE;

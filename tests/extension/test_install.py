@@ -40,6 +40,29 @@ def everything(db: Connection) -> list[tuple[object, ...]]:
     """).fetchall()
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DROP EXTENSION autoembed",
+        "drop extension if exists autoembed restrict;",
+        'DROP EXTENSION pgmq, "autoembed"',
+        "DROP EXTENSION autoembed, pgmq",
+    ],
+)
+def test_drop_extension_without_cascade_names_the_tables_that_are_attached(db: Connection, statement: str) -> None:
+    db.execute("CREATE TABLE notes (id int PRIMARY KEY, a text)")
+    db.execute('CREATE TABLE "Odd, one" (id int PRIMARY KEY, a text)')
+    db.execute("SELECT autoembed.enable('notes', content_columns => '{a}')")
+    db.execute("""SELECT autoembed.enable('"Odd, one"', content_columns => '{a}')""")
+
+    with pytest.raises(psycopg.errors.DependentObjectsStillExist, match="tables are attached to autoembed") as caught:
+        db.execute(statement.encode())
+
+    assert caught.value.diag.message_detail == 'These tables are attached: public."Odd, one", public.notes.'
+    assert "CASCADE" in str(caught.value.diag.message_hint)
+    db.execute("SELECT autoembed.disable('notes')")
+
+
 def test_drop_extension_leaves_nothing_behind_and_create_works_again(db: Connection) -> None:
     db.execute("DROP EXTENSION autoembed, pgmq CASCADE")
     db.execute("CREATE EXTENSION pgmq")
