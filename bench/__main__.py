@@ -43,6 +43,7 @@ SCENARIOS: dict[str, Callable[..., Measured]] = {
     "search": scenarios.search,
     "chunking": scenarios.chunks,
     "quality": scenarios.quality,
+    "recall": scenarios.recall,
     "fresh-idle": scenarios.fresh_when_idle,
     "fresh-steady": scenarios.fresh_when_steady,
     "fresh-backfill": scenarios.fresh_during_backfill,
@@ -52,7 +53,7 @@ SCENARIOS: dict[str, Callable[..., Measured]] = {
     "idle": scenarios.idle,
 }
 # The index would be the wall, or is of other dimensions.
-WITHOUT_INDEX = ("drain-no-index", "backfill", "local-model", "search", "chunking", "quality")
+WITHOUT_INDEX = ("drain-no-index", "backfill", "local-model", "search", "chunking", "quality", "recall")
 
 Measurement = Callable[[Server, Connection], Measured]
 
@@ -122,7 +123,7 @@ def _is_of_use(scenario: str, system: System) -> bool:
         return False
     if scenario in ("local-model", "quality") or system.settings == "local":
         return scenario in ("local-model", "search", "quality") and system.settings == "local"
-    if scenario in ("backfill", "search"):
+    if scenario in ("backfill", "search", "recall"):
         return system.name == "autoembed" and system.settings == "defaults"
     if scenario == "drain-no-index" and system.name != "autoembed":
         return system.settings == "best"  # a rival's defaults are its speed, with an index or without

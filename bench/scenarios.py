@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from bench import chunking, documents, limit, measure, neighbours
 from bench import quality as search_quality
+from bench import recall as search_recall
 from bench.measure import Usage
 from bench.server import api, bare_model_seconds, log_bytes
 from bench.systems import System, Workers
@@ -244,6 +245,11 @@ def fresh_beside_a_neighbour(server: Server, db: Connection, attack: str, sizes:
 def quality(server: Server, db: Connection, system: Autoembed, sizes: Sizes) -> Measured:
     """How well search() answers questions, by mode."""
     return Measured(search_quality.measure(server, db, system))
+
+
+def recall(server: Server, db: Connection, system: Autoembed, sizes: Sizes) -> Measured:
+    """How many of the nearest rows search() finds, whatever is left out."""
+    return Measured(search_recall.measure(server, db, system))
 
 
 def fresh_when_idle(server: Server, db: Connection, system: System, sizes: Sizes) -> Measured:
