@@ -827,3 +827,32 @@ def test_another_expression_of_a_generated_column_is_followed(db: Connection, ap
 
     [(vector,)] = db.execute("SELECT embedding::vector::real[] FROM notes").fetchall()
     assert np.allclose(vector, embedding_of("zwei"), atol=1e-3)
+
+
+def test_a_key_without_overlaps_and_a_named_not_null_are_like_others(db: Connection, api: FakeApi) -> None:
+    new = db.info.server_version >= 180000
+    db.execute(
+        "CREATE TABLE stays (room int4range, during daterange, content text,"
+        f" PRIMARY KEY (room, during {'WITHOUT OVERLAPS' if new else ''}),"
+        f" CONSTRAINT has_text {'NOT NULL content' if new else 'CHECK (content IS NOT NULL)'})"
+    )
+    db.execute("SELECT autoembed.enable('stays', 'embedding', content_columns => '{content}')")
+    db.execute("SELECT autoembed.enable('stays', content_columns => '{content}')")
+    db.execute(
+        "INSERT INTO stays VALUES ('[1,2)', '[2024-01-01,2024-02-01)', 'one'), ('[1,2)', '[2024-03-01,)', 'two')"
+    )
+    embed(db)
+    db.execute("UPDATE stays SET content = 'changed' WHERE content = 'one'")
+    db.execute("UPDATE stays SET during = '[2024-05-01,)' WHERE content = 'two'")
+    db.execute("ALTER TABLE stays DROP CONSTRAINT has_text")
+    embed(db)
+
+    rows = db.execute(
+        "SELECT content, s.embedding::vector::real[] AS inside, e.embedding::vector::real[] AS beside"
+        " FROM stays AS s LEFT JOIN stays_embeddings AS e USING (room, during) ORDER BY content"
+    ).fetchall()
+    assert [content for content, _, _ in rows] == ["changed", "two"]
+    for content, inside, beside in rows:
+        assert np.allclose(inside, embedding_of(content), atol=1e-3)
+        assert np.allclose(beside, embedding_of(content), atol=1e-3)
+    assert db.execute("SELECT count(*) FROM stays_embeddings").fetchone() == (2,)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -12,7 +14,8 @@ import psycopg
 import pytest
 
 from fake_api import FakeApi, embedding_of
-from harness import GUIDE_TABLE, GUIDE_TRIGGERS, Connection, Server, insert
+from harness import GUIDE_TABLE, GUIDE_TRIGGERS, Connection, Server, insert, is_settled
+from waiting import wait_until
 
 Connect = Callable[..., Connection]
 Role = Callable[[str], str]
@@ -566,3 +569,33 @@ def test_messages_wait_for_pipelines_that_a_restore_brings_later(db: Connection,
     )
     process(db)
     assert db.execute("SELECT count(embedding) FROM notes").fetchone() == (1,)
+
+
+def test_lanes_that_run_while_a_restore_loads_in_parallel_lose_no_row(
+    db: Connection, api: FakeApi, restored: Restore, server: Server
+) -> None:
+    db.execute("CREATE TABLE notes (id int PRIMARY KEY, body text)")
+    db.execute("SELECT autoembed.enable('notes', 'embedding', content_columns => '{body}')")
+    db.execute("INSERT INTO notes SELECT n, 'note ' || n || repeat(' word', 400) FROM generate_series(1, 3000) AS n")
+    [[target]] = db.execute("SELECT datname FROM pg_database WHERE datname LIKE 'restored%'").fetchall()
+    ended = threading.Event()
+    calls: list[bool] = []
+
+    def run_lanes() -> None:
+        while not ended.is_set():
+            # Until the extension is there, and while a lock of the restore ends a lane.
+            with contextlib.suppress(psycopg.Error), server.connect(target) as session:
+                session.execute("CALL autoembed.work(2)")
+                calls.append(ended.is_set())
+
+    lane = threading.Thread(target=run_lanes)
+    lane.start()
+    try:
+        copy = restored("-Fd -j4", "-j4")
+        wait_until(lambda: is_settled(copy), 60)
+    finally:
+        ended.set()
+        lane.join()
+
+    assert calls
+    assert copy.execute("SELECT count(*) AS rows, count(embedding) AS vectors FROM notes").fetchone() == (3000, 3000)
