@@ -663,8 +663,8 @@ class Rows:
     def _blame_others(self, pipeline: Pipeline, jobs: Sequence[Job], error: RowError) -> bool:
         """Decides on jobs whose rows are not to blame for an error. Returns whether that is so.
 
-        The table may have become unusable since the claim, or have been dropped. A cancel is counted, since the code
-        of the table's owner may have raised it, and ends the pass, since it may be a real one.
+        The table may have become unusable since the claim, or have been dropped, or its embeddings have moved. A cancel
+        is counted, since the code of the owner may have raised it, and ends the pass, since it may be a real one.
         """
         if error.cancels:
             for job in jobs:
@@ -674,10 +674,10 @@ class Rows:
         if error.locked or error.slow:
             return False
         now = self._database.pipelines([pipeline.id]).get(pipeline.id)
-        if now is not None and now.blocked is None:
+        if now is not None and now.blocked is None and now.is_beside == pipeline.is_beside:
             return False
         for job in jobs:
-            if now is None or now.blocked is None:
+            if now is None:
                 self._ledger.done(job)
             else:
                 self._ledger.release(job, now.blocked)

@@ -19,6 +19,7 @@ MEANWHILE = {
     "its table renamed": "ALTER TABLE documents RENAME TO papers",
     "its columns renamed": "ALTER TABLE documents RENAME content TO body; ALTER TABLE documents RENAME id TO number",
     "its content altered": "SELECT autoembed.alter_pipeline('documents', content_template => 'new {content}')",
+    "moved beside the rows": "SELECT autoembed.alter_pipeline('documents', storage => 'beside')",
     "paused": "SELECT autoembed.pause('documents')",
     "its column altered": "ALTER TABLE documents ALTER embedding TYPE vector(1536)",
     "its column altered and altered back": "ALTER TABLE documents ALTER embedding TYPE vector(1536);"
@@ -74,7 +75,9 @@ def test_a_lane_takes_it_calmly_when_its_table_changes_under_a_request_in_flight
                 wait_until(lambda: lane.error or db.execute(due).fetchone() == (False,))
             assert lane.error is None
         table = "papers" if meanwhile == "its table renamed" else "documents"
-        if meanwhile in list(MEANWHILE)[5:]:
+        if meanwhile == "moved beside the rows":
+            assert db.execute("SELECT id, chunk FROM documents_chunks").fetchall() == [(1, "one")]
+        elif meanwhile in list(MEANWHILE)[5:]:
             text = {"its columns renamed": "body", "its content altered": "'new ' || content"}.get(meanwhile, "content")
             assert_fresh(db, text, table)
 

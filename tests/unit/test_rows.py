@@ -1012,6 +1012,17 @@ def test_a_lock_or_a_slow_row_is_not_what_a_pipeline_is_blocked_for(desk: Desk, 
     assert outcomes_of([job]) == [outcome]
 
 
+def test_rows_whose_embeddings_have_moved_meanwhile_go_back_uncounted(desk: Desk) -> None:
+    jobs = desk.put("one", "two")
+    for job in jobs:
+        desk.database.write_errors[job.key] = RowError("function _write_1(…) does not exist")
+    desk.database.defined[1] = replace(PIPELINE, is_beside=True)
+
+    desk.write(jobs)
+
+    assert outcomes_of(jobs) == ["released", "released"]
+
+
 def test_an_error_that_nobody_expected_rests_its_pipeline_and_its_rows_are_counted(desk: Desk) -> None:
     other = replace(PIPELINE, id=2, owner=20)
     jobs, others = desk.put("one", "two"), desk.put("three", pipeline=other)
