@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from autoembed import database, heap, providers, worker
-from autoembed.batching import estimate_tokens, pack, truncate
+from autoembed.batching import estimate_tokens, halves, pack, truncate
 from autoembed.bm25 import Scores, counted, merged_ids
 from autoembed.chunks import NONE, STRUCTURE, chunks_of, size_of
 from autoembed.cutting import Cutter
@@ -37,6 +37,8 @@ QUERY_TIMEOUT_SECONDS = 60.0
 PROBE_TIMEOUT_SECONDS = 10.0
 # More of a search text is not looked up in the text index, in characters.
 MAX_QUERY_CHARACTERS = 10_000
+# Rows whose vectors are adopted are read in so many at a time.
+ADOPTED_ROWS = 1000
 # So many rows are asked for one by one sooner than candidates are tried until some are among them.
 FEW_ROWS = 5000
 # So many documents more than wanted rows are tried first: several may be of one row, or hidden.
@@ -114,6 +116,46 @@ def plan(pipeline_id: int) -> dict[str, Any]:
     except RowError as error:
         return {"problem": None if error.locked else str(error), "errcode": error.sqlstate}
     return {"problem": None, "errcode": None}
+
+
+def adopt_rows(pipeline_id: int) -> int:
+    """Records that rows with a text and a vector have that of their text. Returns how many: autoembed._adopt_rows().
+
+    A row that cannot be read is left to the lanes, which tell why.
+    """
+    here = database.Database(commits=False)
+    pipeline = here.pipelines([pipeline_id])[pipeline_id]
+    adopted, after = 0, None
+    while keys := here.scan(Backfill(pipeline_id, pipeline.owner, after, None, 0), ADOPTED_ROWS):
+        after = keys[-1]
+        for rows in _readable(here, pipeline, keys):
+            found = {
+                key: (pipeline.digest(row.content), row.vector_digest)
+                for key, row in rows.items()
+                if row.vector_digest is not None and row.content and row.content.strip()
+            }
+            if found:
+                digests, vector_digests = zip(*found.values(), strict=True)
+                uncut = [False] * len(found)
+                here.record_embedded(pipeline, list(found), digests, vector_digests, uncut, written=True)
+            adopted += len(found)
+    return adopted
+
+
+def _readable(here: database.Database, pipeline: Pipeline, keys: list[str]) -> Iterator[dict[str, Row]]:
+    """The rows of these keys, part by part. A part that cannot be read is halved, down to the row to blame."""
+    try:
+        rows, complete = here.rows(pipeline, keys, READ_BYTES)
+    except RowError as error:
+        if error.locked or error.cancels:
+            raise
+        if len(keys) > 1:
+            for half in halves(keys):
+                yield from _readable(here, pipeline, half)
+        return
+    yield rows
+    if not complete:
+        yield from _readable(here, pipeline, [key for key in keys if key not in rows])
 
 
 def run_as_owner(table_id: str, query: str) -> dict[str, Any]:

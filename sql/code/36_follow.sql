@@ -229,6 +229,61 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._define IS 'Completes the definition of a pipeline, and refuses one that cannot work.';
 
+CREATE OR REPLACE FUNCTION autoembed._adopt_vectors(pipeline autoembed.pipeline)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _model autoembed.model := autoembed._model(pipeline.model);
+BEGIN
+    IF pipeline.embeddings_table IS NOT NULL THEN
+        IF autoembed._is_empty(pipeline.embeddings_table) THEN
+            RAISE EXCEPTION USING
+                ERRCODE = 'feature_not_supported',
+                MESSAGE = format('table %s has no vectors to adopt', pipeline.embeddings_table),
+                HINT = format(
+                    'Adopt those of a column, then move them: SELECT autoembed.enable(%1$L, embedding_column => …, '
+                    'adopt => true, …); SELECT autoembed.alter_pipeline(%1$L, storage => ''beside'');',
+                    pipeline.table_id
+                );
+        END IF;
+        -- Each of these has the digest of its model and its text.
+        RETURN;
+    ELSIF NOT EXISTS (
+        SELECT FROM pg_attribute AS a
+        WHERE a.attrelid = pipeline.table_id AND a.attname = pipeline.embedding_column
+          AND a.atttypmod = _model.dimensions
+    ) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = format('column "%s" of table %s holds no vectors of model "%s", which have %s dimensions',
+                             pipeline.embedding_column, pipeline.table_id, _model.name, _model.dimensions),
+            HINT = format('Name the model that made them, or give the column its dimensions: '
+                          'ALTER TABLE %s ALTER COLUMN %I TYPE @extschema:vector@.halfvec(%s).',
+                          pipeline.table_id, pipeline.embedding_column, _model.dimensions);
+    END IF;
+    RAISE NOTICE '% rows of table % have vectors, which count as those of model "%"',
+        autoembed._adopt_rows(pipeline.id), pipeline.table_id, _model.name;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._adopt_vectors IS
+    'Takes the vectors in the column of a new pipeline for those of its rows'' texts by its model. Fails if they '
+    'cannot be.';
+
+CREATE OR REPLACE FUNCTION autoembed._adopt_rows(pipeline_id integer)
+    RETURNS bigint
+    LANGUAGE plpython3u
+    SET search_path = pg_catalog, pg_temp
+AS $python$
+    if GD.get("autoembed") != "@BUILD@":
+        plpy.execute("SELECT autoembed._load_python()")
+    from autoembed import doors
+    return doors.adopt_rows(pipeline_id)
+$python$;
+COMMENT ON FUNCTION autoembed._adopt_rows IS
+    'Records that the rows of a pipeline have the vectors of their texts, where they have any. Returns how many.';
+
 CREATE OR REPLACE FUNCTION autoembed._defined()
     RETURNS trigger
     LANGUAGE plpgsql
@@ -255,6 +310,11 @@ BEGIN
         IF _plan.problem IS NOT NULL THEN
             RAISE EXCEPTION USING MESSAGE = _plan.problem, ERRCODE = _plan.errcode;
         END IF;
+    END IF;
+    IF TG_OP = 'INSERT' AND NEW.adopts THEN
+        -- The rows are read before the triggers lock the table against writes. What changes meanwhile has another
+        -- digest, which the backfill sees.
+        PERFORM autoembed._adopt_vectors(NEW);
     END IF;
     IF NEW.managed AND (
         TG_OP = 'INSERT'

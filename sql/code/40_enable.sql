@@ -436,7 +436,8 @@ CREATE OR REPLACE FUNCTION autoembed.enable(
     chunking text DEFAULT NULL,
     chunk_size integer DEFAULT NULL,
     chunk_overlap integer DEFAULT NULL,
-    text_config text DEFAULT NULL
+    text_config text DEFAULT NULL,
+    adopt boolean DEFAULT false
 )
     RETURNS void
     LANGUAGE plpgsql
@@ -519,14 +520,15 @@ BEGIN
     INSERT INTO autoembed.pipeline AS p (
         table_id, embedding_column, content_columns, content_function, content_template,
         condition, condition_columns, condition_objects, model, on_change, truncate, replicated, embeddings_table,
-        chunking, chunk_size, chunk_overlap, text_config
+        chunking, chunk_size, chunk_overlap, text_config, adopts
     )
     SELECT enable.table_name, coalesce(enable.embedding_column, 'embedding'),
            enable.content_columns, enable.content_function, enable.content_template,
            c.condition, c.columns, c.objects, enable.model, enable.on_change,
            coalesce(enable.truncate, true), coalesce(enable.replicated, false), _embeddings_table,
            coalesce(enable.chunking, CASE WHEN enable.embedding_column IS NULL THEN 'structure' ELSE 'none' END),
-           enable.chunk_size, coalesce(enable.chunk_overlap, 0), autoembed._full_text_config(enable.text_config)
+           enable.chunk_size, coalesce(enable.chunk_overlap, 0), autoembed._full_text_config(enable.text_config),
+           coalesce(enable.adopt, false)
     FROM autoembed._read_condition(enable.table_name, enable.condition) AS c
     RETURNING p.* INTO _pipeline;
     SELECT k.* INTO _index FROM autoembed._index_key(_pipeline) AS k;
@@ -558,7 +560,8 @@ COMMENT ON FUNCTION autoembed.enable IS
     'enqueue_existing: embed the rows that exist. create_index: build an HNSW index afterwards. replicated: embed rows '
     'that logical replication applies. if_not_exists: a table that is attached is no error. embeddings_table: the name '
     'of the table beside the rows. chunking, chunk_size, chunk_overlap: as in chunk_text(). text_config: the text '
-    'search configuration of a text index, such as english.';
+    'search configuration of a text index, such as english. adopt: the vectors that exist count as those of the rows'' '
+    'texts, and are not asked for again.';
 
 CREATE OR REPLACE FUNCTION autoembed.alter_pipeline(
     table_name regclass,

@@ -47,7 +47,7 @@ BEGIN
     EXECUTE format('GRANT SELECT,
                     INSERT (table_id, embedding_column, content_columns, content_function, content_template, condition,
                             condition_columns, condition_objects, model, on_change, truncate, replicated,
-                            embeddings_table, chunking, chunk_size, chunk_overlap, text_config),
+                            embeddings_table, chunking, chunk_size, chunk_overlap, text_config, adopts),
                     UPDATE (content_columns, content_function, content_template, condition, condition_columns,
                             condition_objects, model, on_change, truncate, paused, ended, chunking, chunk_size,
                             chunk_overlap, embeddings_table, embedding_column, text_config, ef_search, recall_target,

@@ -34,6 +34,7 @@ CREATE TABLE autoembed.pipeline (
     recall_target double precision,
     recall double precision,
     recall_measured_at timestamptz,
+    adopts boolean NOT NULL DEFAULT false,
     CONSTRAINT pipeline_embedding_column_key UNIQUE NULLS NOT DISTINCT (table_id, embeddings_table, embedding_column),
     CHECK (num_nonnulls(content_columns, content_template, content_function) = 1)
 );
@@ -97,6 +98,8 @@ COMMENT ON COLUMN autoembed.pipeline.recall_target IS
     'The recall that tune() was asked for. NULL: it was never called.';
 COMMENT ON COLUMN autoembed.pipeline.recall IS 'The recall that tune() has measured.';
 COMMENT ON COLUMN autoembed.pipeline.recall_measured_at IS 'When tune() has measured it.';
+COMMENT ON COLUMN autoembed.pipeline.adopts IS
+    'Whether enable() took the vectors that were there for those of the rows'' texts.';
 
 SELECT pg_catalog.pg_extension_config_dump('autoembed.pipeline', '');
 SELECT pg_catalog.pg_extension_config_dump('autoembed.pipeline_id_seq', '');

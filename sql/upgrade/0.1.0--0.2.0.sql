@@ -66,6 +66,7 @@ ALTER TABLE autoembed.pipeline ADD COLUMN ef_search integer CHECK (ef_search BET
 ALTER TABLE autoembed.pipeline ADD COLUMN recall_target double precision;
 ALTER TABLE autoembed.pipeline ADD COLUMN recall double precision;
 ALTER TABLE autoembed.pipeline ADD COLUMN recall_measured_at timestamptz;
+ALTER TABLE autoembed.pipeline ADD COLUMN adopts boolean NOT NULL DEFAULT false;
 COMMENT ON COLUMN autoembed.pipeline.warned_of IS
     'The problem that the server''s log was last told of. NULL: none since the last one was over.';
 COMMENT ON COLUMN autoembed.pipeline.stale_since IS
@@ -78,6 +79,8 @@ COMMENT ON COLUMN autoembed.pipeline.recall_target IS
     'The recall that tune() was asked for. NULL: it was never called.';
 COMMENT ON COLUMN autoembed.pipeline.recall IS 'The recall that tune() has measured.';
 COMMENT ON COLUMN autoembed.pipeline.recall_measured_at IS 'When tune() has measured it.';
+COMMENT ON COLUMN autoembed.pipeline.adopts IS
+    'Whether enable() took the vectors that were there for those of the rows'' texts.';
 COMMENT ON COLUMN autoembed.pipeline.content_function_oid IS
     'Its OID, which a rename does not change. A dump and pg_upgrade give it another one; then the name counts.';
 UPDATE autoembed.pipeline AS p SET content_function_oid = p.content_function_id;

@@ -26,6 +26,8 @@ MODEL = "text-embedding-3-small"
 FUNCTIONS = """
 _admit_readers - - - x
 _adopt - - - x
+_adopt_rows - - - x
+_adopt_vectors - - - x
 _advisory_locks - x - x
 _after_drop - - - x
 _after_renames - - - x
@@ -311,6 +313,7 @@ model_limit - - - rawd
 model_rest - - r rawd
 permit - - - rawd
 pipeline - r - rawd
+pipeline.adopts - ra - raw
 pipeline.chunk_overlap - raw - raw
 pipeline.chunk_size - raw - raw
 pipeline.chunking - raw - raw
