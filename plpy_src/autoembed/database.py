@@ -967,6 +967,11 @@ class Database:
                 [pipeline.id, key, _storable(reason), attempts, excerpt and excerpt[:200]],
             )
 
+    @staticmethod
+    def log(line: str) -> None:
+        """Writes a line to the server's log alone."""
+        plpy.log(line)
+
     def fail_message(self, body: Any, reason: str, attempts: int) -> None:
         self._run(
             "SELECT autoembed._fail_message($1, $2, $3)",

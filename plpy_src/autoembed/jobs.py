@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from autoembed.model import Model
     from autoembed.records import Chunk, Message, Pipeline, Row
 
+# The kinds of reasons for which rows are given up, as the server's log has them.
+TEXT = "the text is too long"
+REFUSED = "the model refuses the text"
+CHANGES = "the text is different each time"
+KILLS = "lanes ended while they worked on it"
 # A row fails after this many attempts.
 MAX_ATTEMPTS = 5
 
@@ -267,7 +272,7 @@ def _can_begin(ledger: Ledger, job: Job, holders: list[Message]) -> bool:
             # The new message names its pipeline, which claims pass over as long as it is blocked.
             ledger.retry(job, 0, job.pipeline.blocked)
     elif read_count > MAX_ATTEMPTS:
-        ledger.fail(job, f"{read_count - 1} lanes ended while they worked on it", read_count - 1)
+        ledger.fail(job, f"{read_count - 1} lanes ended while they worked on it", read_count - 1, kind=KILLS)
     else:
         return True
     return False
@@ -300,6 +305,8 @@ class Ledger:
         self._released: list[int] = []
         self._settled: list[int] = []
         self._again: dict[tuple[int, int, float], dict[str, None]] = defaultdict(dict)
+        # Rows that were given up, for the server's log, by pipeline and kind of reason.
+        self._given_up: Counter[tuple[str, str]] = Counter()
         self.report = Report()
 
     def take(self, messages: Sequence[Message]) -> None:
@@ -341,8 +348,11 @@ class Ledger:
             if error is not None:
                 self._note(job, error)
 
-    def fail(self, job: Job, reason: str, attempts: int | None = None) -> None:
-        """Gives a row up. If it cannot be noted, its pipeline rests, and the job goes back."""
+    def fail(self, job: Job, reason: str, attempts: int | None = None, *, kind: str = TEXT) -> None:
+        """Gives a row up. If it cannot be noted, its pipeline rests, and the job goes back.
+
+        kind: that of the reason, without words of a row, a provider or an owner's code.
+        """
         try:
             self._database.fail(job.pipeline, job.key, reason, attempts or job.attempts + 1, job.content)
         except RowError as error:
@@ -351,6 +361,7 @@ class Ledger:
             return
         job.outcome = DONE
         self.report.failed += 1
+        self._given_up[job.pipeline.name, kind] += 1
         self._note(job, reason)
 
     def fail_message(self, message: Message, reason: str) -> None:
@@ -398,6 +409,9 @@ class Ledger:
         if self._settled:
             self._database.settle(self._settled)
             self._settled = []
+        for (name, kind), rows in self._given_up.items():
+            self._database.log(f"autoembed gave up {rows} {'row' if rows == 1 else 'rows'} of {name}: {kind}")
+        self._given_up.clear()
 
     def _note(self, job: Job, error: str) -> None:
         pipeline: Pipeline = job.pipeline

@@ -58,6 +58,10 @@ class Pipeline:
     chunk_overlap: int = 0
     text_config: str | None = None
 
+    @property
+    def name(self) -> str:
+        return f"{self.schema_name}.{self.table_name}.{self.embedding_column}"
+
     def digest(self, content: str) -> bytes:
         """16 bytes that tell whether the embeddings of a row were made of this text, in this way."""
         if self.chunking == "none":

@@ -16,7 +16,7 @@ from autoembed.bm25 import parts
 from autoembed.chunks import NONE
 from autoembed.cutting import Cutter
 from autoembed.errors import Fault, PassEnded, RowError
-from autoembed.jobs import MAX_ATTEMPTS, Job, Ledger
+from autoembed.jobs import CHANGES, MAX_ATTEMPTS, REFUSED, Job, Ledger
 from autoembed.providers import COMPUTED_HERE, most_tokens_of, sizes_of
 from autoembed.records import MAX_TEXT_BYTES, Chunk
 
@@ -475,7 +475,7 @@ class Rows:
         content = job.content
         for existing in self.read(job.pipeline, [job]):
             if existing.content == content:
-                self._ledger.fail(existing, reason)
+                self._ledger.fail(existing, reason, kind=REFUSED)
             else:
                 self._retry_changed(existing)
 
@@ -658,7 +658,7 @@ class Rows:
         # Another lane may have embedded the new text already.
         unembedded = self.to_embed(job.pipeline, self.read(job.pipeline, [job]))
         for without_vector in dict.fromkeys(one for one, _ in unembedded):
-            self._ledger.fail(without_vector, "its text was different each time it was read")
+            self._ledger.fail(without_vector, "its text was different each time it was read", kind=CHANGES)
 
     def _blame_others(self, pipeline: Pipeline, jobs: Sequence[Job], error: RowError) -> bool:
         """Decides on jobs whose rows are not to blame for an error. Returns whether that is so.
@@ -697,6 +697,6 @@ class Rows:
         if error.locked:
             self._ledger.retry(job, LOCKED_DELAY_SECONDS, str(error))
         elif at_once or job.attempts + 1 >= MAX_ATTEMPTS:
-            self._ledger.fail(job, str(error))
+            self._ledger.fail(job, str(error), kind=f"an error with SQLSTATE {error.sqlstate}")
         else:
             self._ledger.retry(job, 2.0**job.attempts, str(error), counts=True)

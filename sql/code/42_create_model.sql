@@ -285,6 +285,10 @@ AS $plpgsql$
 BEGIN
     PERFORM autoembed._model(resume_model.name);
     DELETE FROM autoembed.model_rest AS r WHERE r.model = resume_model.name;
+    IF FOUND THEN
+        -- It ends what the warning of the outage began. Of several lanes, one finds the rest.
+        RAISE LOG 'model "%" is in use again', name;
+    END IF;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.resume_model IS 'Ends a model''s rest. The next pass calls its provider again.';

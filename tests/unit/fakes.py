@@ -125,6 +125,7 @@ class FakeDatabase(Database):
         self.rests: list[Rest] = []
         self.rested_pipelines: list[tuple[int, list[int], str]] = []
         self.resumed: list[str] = []
+        self.logged: list[str] = []
         self.in_lane = False
         self.is_wanted: Callable[[], bool] = lambda: True
         self.backfill: Backfill | None = None
@@ -472,6 +473,9 @@ class FakeDatabase(Database):
         if self.fail_error is not None:
             raise self.fail_error
         self.failures[key] = Failure(reason, attempts, excerpt)
+
+    def log(self, line: str) -> None:  # type: ignore[override]
+        self.logged.append(line)
 
     def fail_message(self, body: Any, reason: str, attempts: int) -> None:
         self._note("fail_message")
