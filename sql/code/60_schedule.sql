@@ -339,8 +339,9 @@ CREATE OR REPLACE FUNCTION autoembed._before_drop()
 AS $plpgsql$
 DECLARE
     -- DROP EXTENSION of this one, among others or not, without CASCADE.
-    restricted CONSTANT text := '^\s*DROP\s+EXTENSION\s+(IF\s+EXISTS\s+)?("?\w+"?\s*,\s*)*"?autoembed"?\s*'
-        || '(,\s*"?\w+"?\s*)*(\sRESTRICT\s*)?;?\s*$';
+    restricted CONSTANT text := '^[[:space:]]*DROP[[:space:]]+EXTENSION[[:space:]]+(IF[[:space:]]+EXISTS[[:space:]]+)?'
+        || '("?[[:alnum:]_]+"?[[:space:]]*,[[:space:]]*)*"?autoembed"?[[:space:]]*'
+        || '(,[[:space:]]*"?[[:alnum:]_]+"?[[:space:]]*)*([[:space:]]RESTRICT[[:space:]]*)?;?[[:space:]]*$';
     _jobs jsonb;
     _attached text;
 BEGIN
