@@ -15,8 +15,10 @@ CREATE OR REPLACE TRIGGER model_changed
     AFTER UPDATE ON autoembed.model
     FOR EACH ROW
     WHEN (
-        (OLD.provider, OLD.model_id, OLD.dimensions, coalesce(OLD.options ->> 'document_prefix', ''))
-        IS DISTINCT FROM (NEW.provider, NEW.model_id, NEW.dimensions, coalesce(NEW.options ->> 'document_prefix', ''))
+        (OLD.provider, OLD.model_id, OLD.dimensions, coalesce(OLD.options ->> 'document_prefix', ''),
+         OLD.options -> 'document_body')
+        IS DISTINCT FROM (NEW.provider, NEW.model_id, NEW.dimensions, coalesce(NEW.options ->> 'document_prefix', ''),
+         NEW.options -> 'document_body')
     )
     EXECUTE FUNCTION autoembed._model_changed();
 

@@ -58,6 +58,10 @@ class Model:
         """The text that goes before each text; see prefixed()."""
         return str(self.options.get(f"{purpose}_prefix", ""))
 
+    def extra_body(self, purpose: Purpose) -> dict[str, Any]:
+        """The fields that the options add to a request: to each one, and to those of documents or of queries."""
+        return {**self.options.get("extra_body", {}), **self.options.get(f"{purpose}_body", {})}
+
     def digest(self, content: str) -> bytes:
         """16 bytes that tell whether this model has embedded this text before."""
         return hashlib.blake2b((self._salt + content).encode("utf-8", "surrogatepass"), digest_size=16).digest()

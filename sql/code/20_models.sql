@@ -56,13 +56,17 @@ CREATE OR REPLACE FUNCTION autoembed._model_identity(model autoembed.model)
     IMMUTABLE
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    SELECT jsonb_build_array(
+    SELECT (jsonb_build_array(
         model.provider, model.model_id, model.dimensions, coalesce(model.options ->> 'document_prefix', '')
-    )::text;
+    ) || CASE
+        -- Models without such fields keep the identity that is in their digests.
+        WHEN model.options ? 'document_body' THEN jsonb_build_array(model.options ->> 'document_body')
+        ELSE '[]'
+    END)::text;
 $sql$;
 COMMENT ON FUNCTION autoembed._model_identity IS
     'The properties that make the vectors of two models interchangeable, as a JSON array: provider, model_id, '
-    'dimensions, document_prefix.';
+    'dimensions, document_prefix, and document_body if it has any.';
 
 CREATE OR REPLACE FUNCTION autoembed._http_hosts()
     RETURNS text[]

@@ -142,6 +142,18 @@ def test_the_identity_of_a_model_lists_what_its_vectors_depend_on(db: Connection
     assert json.loads(facts["identity"]) == ["ollama", 'mo"del\\ é', 256, options["document_prefix"]]
 
 
+def test_other_fields_of_documents_make_other_vectors_and_those_of_queries_do_not(db: Connection, api: FakeApi) -> None:
+    db.execute("CREATE TABLE notes (id int PRIMARY KEY, body text)")
+    db.execute("INSERT INTO notes VALUES (1, 'one')")
+    db.execute("SELECT autoembed.enable('notes', 'embedding', content_columns => '{body}')")
+    db.execute("SELECT * FROM autoembed.process()")
+    states = []
+    for options in ({"query_body": {"task": "query"}}, {"document_body": {"task": "passage"}}):
+        db.execute("SELECT autoembed.alter_model('text-embedding-3-small', options => %s)", [json.dumps(options)])
+        states += db.execute("SELECT state FROM autoembed.preview('notes', '1')").fetchall()
+    assert states == [("fresh",), ("stale",)]
+
+
 def test_a_key_pasted_in_place_of_a_reference_is_refused_and_not_repeated(db: Connection) -> None:
     with pytest.raises(psycopg.errors.InvalidParameterValue) as caught:
         db.execute("SELECT autoembed.create_model('m', 'openai', 1536, api_key => 'sk-proj-secret')")

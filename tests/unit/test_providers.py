@@ -291,6 +291,7 @@ def test_a_definition_that_cannot_work_is_the_callers_mistake(
         ({"extra_body": {"api_key": "sk-secret"}}, "api_key"),
         ({"extra_body": {"user": "u", "auth": {"Token": "sk-secret"}}}, "Token"),
         ({"extra_body": {"inputs": [1, [{"password": "sk-secret"}]]}}, "password"),
+        ({"query_body": {"api_key": "sk-secret"}}, "api_key"),
         # It would be sent as it stands: only headers take references.
         ({"extra_body": {"api_key": "env:SOME_KEY"}}, "api_key"),
     ],
@@ -383,6 +384,20 @@ def test_extra_headers_and_extra_body_are_sent_over_ours(case: Case) -> None:
     assert (network.headers["x-team"], network.headers["Accept"]) == ("search", "text/json")
     assert network.headers["Content-Type"] == "application/json"
     assert (network.body["user"], network.body["model"]) == ("u", "mine")
+
+
+@pytest.mark.parametrize("purpose", ["document", "query"])
+def test_a_request_has_the_fields_of_its_purpose(case: Case, purpose: str) -> None:
+    network = Answering(json.dumps(case.answer([[1.0] * 256])).encode())
+    options = {
+        "extra_body": {"user": "u", "prompt": "any"},
+        "document_body": {"prompt": "document"},
+        "query_body": {"prompt": "query"},
+    }
+
+    embed(replace(case.model, base_url="https://h", options=options), ["a"], network, purpose=purpose)
+
+    assert (network.body["user"], network.body["prompt"]) == ("u", purpose)
 
 
 def test_a_header_is_sent_with_what_its_reference_names(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from autoembed.network import Network
 
 # Options whose fields go into each request, in place of the provider's own fields of the same name.
-EXTRAS = frozenset({"extra_headers", "extra_body"})
+BODIES = frozenset({"extra_body", "document_body", "query_body"})
+EXTRAS = BODIES | {"extra_headers"}
 # Names of headers and fields that hold secrets. Such a header is an option only by reference, since options stand in a
 # table.
 SECRET_NAME = re.compile(r"auth|cookie|key|token|secret|passw|credential|signature|session", re.IGNORECASE)
@@ -38,7 +39,7 @@ SECRET_NAME = re.compile(r"auth|cookie|key|token|secret|passw|credential|signatu
 def check(model: Model, *, default_url: str | None, example: str, options: frozenset[str] = frozenset()) -> None:
     """Raises Fault if the model cannot work as defined, ProviderTrouble if its key or ca_file is not there yet.
 
-    options: those that this provider takes besides extra_headers, extra_body and ca_file.
+    options: those that this provider takes besides EXTRAS and ca_file.
     """
     url = model.base_url or default_url
     if url is None:
@@ -56,12 +57,13 @@ def check(model: Model, *, default_url: str | None, example: str, options: froze
                 f'option extra_headers of model "{model.name}" has {name}, which would keep a secret in a table',
                 hint=f"Say where it is found: {name} => 'env:NAME', 'file:PATH' or 'vault:NAME'; or use api_key.",
             )
-    secret = _secret_field(model.options.get("extra_body", {}))
-    if secret is not None:
-        raise Fault(
-            f'option extra_body of model "{model.name}" has {secret}, which would keep a secret in a table',
-            hint="Send it as a header: extra_headers takes 'env:NAME', 'file:PATH' or 'vault:NAME' as a value.",
-        )
+    for option in sorted(BODIES):
+        secret = _secret_field(model.options.get(option, {}))
+        if secret is not None:
+            raise Fault(
+                f'option {option} of model "{model.name}" has {secret}, which would keep a secret in a table',
+                hint="Send it as a header: extra_headers takes 'env:NAME', 'file:PATH' or 'vault:NAME' as a value.",
+            )
     if default_url is not None and model.base_url is None and model.api_key is None:
         raise Fault(
             f'model "{model.name}" has no api_key, and {default_url} wants one',
@@ -134,7 +136,7 @@ def _post(
     answer = network.post(
         url,
         {"Content-Type": "application/json", "Accept": "application/json", **headers},
-        encode({**body, **request.model.options.get("extra_body", {})}),
+        encode({**body, **request.model.extra_body(request.purpose)}),
         timeout_seconds=request.timeout_seconds,
         # A JSON number takes up to 24 bytes. The rest is room for a server that ignores the dimensions asked for.
         max_answer_bytes=(64 << 20) + 32 * len(request.texts) * request.model.dimensions,

@@ -75,8 +75,8 @@ def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray)
 def embed_at(url: str, request: Request, network: Network, headers: Mapping[str, str]) -> Embedded:
     """Asks again without the fields that the server names when it refuses; remembers them where that has worked."""
     which = (url, request.model.model_id)
-    # A field that the model's extra_body sets is always sent.
-    optional = OPTIONAL_FIELDS - request.model.options.get("extra_body", {}).keys()
+    # A field that the model's options set is always sent.
+    optional = OPTIONAL_FIELDS - request.model.extra_body(request.purpose).keys()
     left_out = _refused.get(which, frozenset()) & optional
     refusal: Refused | None = None
     while True:
