@@ -177,7 +177,7 @@ class Limiter:
             charge_for(tokens - refund, token_allowance, self._told.tokens.at_once, age),
         )
 
-    def learn_from(self, outcome: Embedded | BaseException, now: float) -> bool:
+    def learn_from(self, outcome: object, now: float) -> bool:
         """Takes the limits from the headers of an answer. Returns whether they differ from those known before."""
         told = limits_in(outcome.headers) if isinstance(outcome, Embedded | Trouble) else NOTHING_KNOWN
         if told == NOTHING_KNOWN and not isinstance(outcome, Embedded):

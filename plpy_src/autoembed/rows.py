@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from autoembed import batching
 from autoembed.bm25 import parts
-from autoembed.chunks import NONE
+from autoembed.chunks import NONE, STRUCTURE, TOKENS
 from autoembed.cutting import Cutter
 from autoembed.errors import Fault, PassEnded, RowError
 from autoembed.jobs import CHANGES, MAX_ATTEMPTS, REFUSED, Job, Ledger
@@ -26,8 +26,11 @@ if TYPE_CHECKING:
     from autoembed.database import Database
     from autoembed.records import Pipeline
 
-# A lane holds about so many bytes of texts.
+# A lane holds about so many bytes of texts, and so many of each owner's where others fill the room.
 READ_BYTES = 8 << 20
+OWNER_READ_BYTES = 1 << 20
+# A text of more characters is cut into chunks in a thread: that takes a second for a million of them.
+LONG_CHARACTERS = 50_000
 # The rows of one statement are this many at first, and at most.
 FIRST_STATEMENT_ROWS = 100
 MAX_STATEMENT_ROWS = 2000
@@ -63,6 +66,11 @@ LOCK_POLL_SECONDS = 0.05
 LOCKED_DELAY_SECONDS = 1.0
 LOCKED = "the row or its table is locked by another transaction"
 SKIPPED = "a trigger or a policy of the table leaves the row out of the write"
+
+
+def is_long(pipeline: Pipeline, content: str) -> bool:
+    """Whether cutting the text into chunks takes so long that nothing else can wait for it."""
+    return pipeline.is_beside and pipeline.chunking in (STRUCTURE, TOKENS) and len(content) > LONG_CHARACTERS
 
 
 class Pace:
@@ -226,6 +234,8 @@ class Rows:
         self._owners = owners
         # The rows of all write statements that were made.
         self.written = 0
+        # Jobs whose texts are to be cut in a thread. With their ranges they are for to_embed() again.
+        self.uncut: list[Job] = []
         self._writes: deque[Write] = deque()
         # The rows of the last statement of several that failed, of which one is to blame.
         self._suspects: dict[Job, RowError] = {}
@@ -359,6 +369,9 @@ class Rows:
             if job.row is not None and job.row.is_locked:
                 self._ledger.retry(job, LOCKED_DELAY_SECONDS, LOCKED)
                 continue
+            if job.ranges is None and is_long(pipeline, job.content):
+                self.uncut.append(job)
+                continue
             if pipeline.is_beside:
                 # A row that is embedded again by request has an empty digest.
                 kept = job.row.digests if job.row and (known is None or known.digest) else ()
@@ -400,7 +413,7 @@ class Rows:
         kept: the digests of the chunks whose vectors are good.
         """
         content = job.content or ""
-        ranges = self._cutter.ranges(pipeline, content)
+        ranges = job.ranges or self._cutter.ranges(pipeline, content)
         job.truncated = pipeline.chunking == NONE and ranges[-1][1] < len(content)
         kept = frozenset(kept)
         job.chunks, job.wanted = [], defaultdict(list)
@@ -622,7 +635,7 @@ class Rows:
         if not ranges:
             if pipeline.chunking == NONE:
                 return [content]
-            ranges = self._cutter.ranges(pipeline, content)
+            ranges = job.ranges or self._cutter.ranges(pipeline, content)
         return [content[start:end] for start, end in ranges]
 
     def _forget(self, pipeline: Pipeline, jobs: list[Job]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import threading
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,13 +14,14 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from autoembed import batching, heap, providers
-from autoembed.errors import OverBudget, PassEnded, ProviderTrouble, Refused, RowError, Trouble, rest_seconds
+from autoembed.cutting import Cutter
+from autoembed.errors import Fault, OverBudget, PassEnded, ProviderTrouble, Refused, RowError, Trouble, rest_seconds
 from autoembed.flight import SLICE_SECONDS, Flight
 from autoembed.jobs import Job, Ledger, Report, are_keys, open_jobs
 from autoembed.limits import FIRST_ANSWER_SECONDS, NOTHING_KNOWN, PATIENCE_SECONDS, Limiter, Permit
 from autoembed.model import Embedded, Model, Request, Share
 from autoembed.providers import PROVIDERS, provider_of, sizes_of
-from autoembed.rows import READ_BYTES, Owners, Pace, Rows, Speeds
+from autoembed.rows import OWNER_READ_BYTES, READ_BYTES, Owners, Pace, Rows, Speeds
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +38,8 @@ LEASE_MARGIN_SECONDS = 60.0
 POLL_SECONDS = 0.1
 # The same for a lane that does backfills alone, in seconds: nobody waits for these.
 BACKFILL_POLL_SECONDS = 1.0
+# The pause of a lane that holds all it may between two looks for rows of other owners, in seconds.
+FULL_POLL_SECONDS = 0.3
 # A lane cleans up, and checks whether it is still wanted, this often, in seconds.
 LOOK_AROUND_SECONDS = 1.0
 # A model that has not answered for this long, in seconds, holds up no other: nothing more is claimed for it.
@@ -261,6 +265,22 @@ class Outbox:
         return not (self.jobs or self.in_flight or self.waiting or self.suspended or self.unsent)
 
 
+@dataclass(eq=False)
+class Cut:
+    """A job whose long text is cut into chunks in a thread."""
+
+    job: Job
+
+
+# What a thread does, and gives: the answer to a request, or where the chunks of a text start and end.
+_Flight = Flight[Request | Cut, Embedded | list[tuple[int, int]]]
+_Outcome = Embedded | list[tuple[int, int]] | BaseException
+
+
+class _Stopped(Exception):
+    """The pass ends, and with it what its threads do."""
+
+
 class _TimeIsUp(Exception):
     """The lane has waited long enough for its last answers."""
 
@@ -284,7 +304,11 @@ class _Pass:
         self._outboxes: dict[Model, Outbox] = {}
         # Requests that are handed to threads and may not be sent yet.
         self._leaving: list[Request] = []
-        self._flight: Flight[Request, Embedded] | None = None
+        # The job whose text is being cut in a thread, and whether that is to stop.
+        self._cut: Cut | None = None
+        self._stopped = threading.Event()
+        self._cutter = Cutter(self._check_stopped)
+        self._flight: _Flight | None = None
         self._lease_ends = time.monotonic() + options.lease_seconds
         self._claim_at = time.monotonic() + POLL_SECONDS
         self._ends_at: float | None = None
@@ -294,18 +318,22 @@ class _Pass:
             # Lanes died, perhaps because of these: nothing else is to be in flight beside them.
             self._lane = None
         threads = THREADS_PER_REQUEST * self._options.max_requests
-        with Flight[Request, Embedded](threads, self._between_waits, self._abort) as flight:
+        with _Flight(threads, self._between_waits, self._abort) as flight:
             try:
                 self._flight = flight
                 self._load(flight, messages)
-                while flight or self._waiting() or self._rows.some_are_unwritten:
-                    for request, outcome in flight.landed():
+                while flight or self._waiting() or self._rows.uncut or self._rows.some_are_unwritten:
+                    for landed, outcome in flight.landed():
                         self._wait_until_sent()
                         self._database.lock_lanes()
-                        self._land(flight, request, outcome)
+                        if isinstance(landed, Cut):
+                            self._land_cut(landed.job, outcome)
+                            self._send(flight)
+                        else:
+                            self._land(flight, landed, outcome)
                         self._commit()
                         self._launch(flight)
-                    if self._waiting() or self._rows.some_are_unwritten:
+                    if self._waiting() or self._rows.uncut or self._rows.some_are_unwritten:
                         time.sleep(SLICE_SECONDS)
                         self._between_waits()
             except _TimeIsUp:
@@ -321,39 +349,80 @@ class _Pass:
 
     # Claim ---------------------------------------------------------------------------------------
 
-    def _load(self, flight: Flight[Request, Embedded], messages: list[Message]) -> None:
-        """Reads the rows of claimed messages, and sends their texts."""
+    def _load(self, flight: _Flight, messages: list[Message], *, first: bool = False) -> None:
+        """Reads the rows of claimed messages, and sends their texts. first: before those that wait."""
         began_at = time.monotonic()
         self._owners.begin_claim()
         work = open_jobs(self._database, self._ledger, messages, self._options.max_rows, self._texts_ahead)
         for pipeline, jobs in self._owners.quickest_first(work):
             if time.monotonic() - began_at > POLL_SECONDS or self._owners.is_slow(pipeline):
                 # The texts of quick owners do not wait for those of slow ones.
-                self._send(flight)
+                self._send(flight, first=first)
                 self._wait_until_sent()
             try:
                 self._read(pipeline, jobs)
             except self._database.Error as error:
                 self._rows.blame(pipeline, jobs, error)
             self._commit()
-        self._send(flight)
+        self._send(flight, first=first)
 
     def _read(self, pipeline: Pipeline, jobs: list[Job]) -> None:
-        """Reads the rows of one pipeline, and puts their texts into the outbox of its model."""
-        held = sum(len(text) for outbox in self._outboxes.values() for text in outbox.jobs)
+        """Reads the rows of one pipeline, and embeds them."""
         jobs = self._rows.without_unwritten(pipeline, jobs)
-        chosen = self._rows.to_embed(pipeline, self._rows.read(pipeline, jobs, READ_BYTES - held))
-        for job, text in self._rows.writable(pipeline, chosen):
+        self._embed(pipeline, self._rows.read(pipeline, jobs, self._room(pipeline.owner)))
+
+    def _room(self, owner: int) -> int:
+        """The bytes of texts to read of an owner. What others hold leaves a part of the room."""
+        held: Counter[int] = Counter()
+        for outbox in self._outboxes.values():
+            for text, jobs in outbox.jobs.items():
+                held[jobs[0].pipeline.owner] += len(text)
+        for job in [*self._rows.uncut, *([self._cut.job] if self._cut else [])]:
+            held[job.pipeline.owner] += len(job.content or "")
+        return max(READ_BYTES - held.total(), OWNER_READ_BYTES - held[owner])
+
+    def _embed(self, pipeline: Pipeline, jobs: list[Job]) -> None:
+        """Puts the texts of rows that were read into the outbox of their model."""
+        for job, text in self._rows.writable(pipeline, self._rows.to_embed(pipeline, jobs)):
             outbox = self._outbox(pipeline)
             if text not in outbox.jobs:
                 outbox.unsent.append(text)
             outbox.jobs[text].append(job)
 
-    def _send(self, flight: Flight[Request, Embedded]) -> None:
+    def _cut_next(self, flight: _Flight) -> None:
+        """Has the shortest of the long texts cut into chunks. Several at a time would leave the lane little time."""
+        if self._cut is None and self._rows.uncut:
+            job = min(self._rows.uncut, key=lambda job: len(job.content or ""))
+            self._rows.uncut.remove(job)
+            self._cut = Cut(job)
+            flight.submit(self._cut, partial(self._cutter.ranges, job.pipeline, job.content or ""))
+
+    def _land_cut(self, job: Job, outcome: _Outcome) -> None:
+        self._cut = None
+        match outcome:
+            case list():
+                job.ranges = outcome
+                try:
+                    self._embed(job.pipeline, [job])
+                except self._database.Error as error:
+                    self._rows.blame(job.pipeline, [job], error)
+            case Fault():
+                self._ledger.fail(job, str(outcome))
+            case Exception():
+                self._ledger.fail(job, f"an unexpected {type(outcome).__name__} when the text was cut into chunks")
+            case BaseException():
+                raise outcome
+
+    def _check_stopped(self) -> None:
+        if self._stopped.is_set():
+            raise _Stopped
+
+    def _send(self, flight: _Flight, *, first: bool = False) -> None:
         for model, outbox in self._outboxes.items():
             unsent, outbox.unsent = outbox.unsent, []
-            self._submit(model, unsent)
+            self._submit(model, unsent, first=first)
         self._launch(flight)
+        self._cut_next(flight)
 
     def _outbox(self, pipeline: Pipeline) -> Outbox:
         outbox = self._outboxes.get(pipeline.model)
@@ -361,7 +430,7 @@ class _Pass:
             outbox = self._outboxes[pipeline.model] = Outbox(Limiter(pipeline.model), failures=pipeline.failures)
         return outbox
 
-    def _claim_more(self, flight: Flight[Request, Embedded], lane: _Lane) -> None:
+    def _claim_more(self, flight: _Flight, lane: _Lane) -> None:
         """Claims rows for the requests that could also be in flight, so that providers do not wait for writes.
 
         Models that do not answer are left out of the account.
@@ -375,18 +444,20 @@ class _Pass:
         under_way = sum(outbox.in_flight + len(outbox.waiting) for outbox in others)
         free = min(self._options.max_requests - under_way, most - held)
         now = time.monotonic()
-        if free < 1 or 2 * free < most and now < self._claim_at:
+        if now < self._claim_at and 2 * free < most:
             return
-        self._claim_at = now + POLL_SECONDS
+        self._claim_at = now + (POLL_SECONDS if free > 0 else FULL_POLL_SECONDS)
+        # A lane that is full has room for owners that it holds nothing of, and sends their texts first.
+        holders = {job.pipeline.owner for job in self._held_jobs()} if free < 1 else set()
         # A provider that has failed is tried with one request.
         shaky = {model.name for model, outbox in self._outboxes.items() if outbox.needs_care}
         self._database.lock_lanes()
         messages = lane.claim(
-            free * batch_size,
+            max(free, 1) * batch_size,
             self._ledger.open_message_ids(),
             sorted(busy | shaky),
             # The code of an owner is slow, or the rows are many. What is claimed now would only wait behind it.
-            sorted(self._rows.owners_behind() | self._owners.resting()),
+            sorted(self._rows.owners_behind() | self._owners.resting() | holders),
         )
         self._ledger.take(messages)
         self._database.commit()
@@ -394,7 +465,16 @@ class _Pass:
         if suspects:
             self._ledger.release_messages(suspects)
             self._lane = None
-        self._load(flight, [message for message in messages if message.read_count == 1])
+        self._load(flight, [message for message in messages if message.read_count == 1], first=free < 1)
+
+    def _held_jobs(self) -> Iterator[Job]:
+        """The jobs that wait for an answer, or for their turn to be sent or cut."""
+        for outbox in self._outboxes.values():
+            for jobs in outbox.jobs.values():
+                yield from jobs
+        yield from self._rows.uncut
+        if self._cut is not None:
+            yield self._cut.job
 
     # Embed ---------------------------------------------------------------------------------------
 
@@ -406,15 +486,22 @@ class _Pass:
     def _texts_ahead(self, model: Model) -> int | None:
         return self._speeds.texts_ahead(model.name, model.provider) if self._speeds else None
 
-    def _submit(self, model: Model, texts: Sequence[str]) -> None:
-        """Packs texts into requests, which are sent when the limits of their model allow."""
+    def _submit(self, model: Model, texts: Sequence[str], *, first: bool = False) -> None:
+        """Packs texts into requests, which are sent when the limits of their model allow. first: before others."""
         outbox = self._outboxes[model]
         sizes = sizes_of(model, outbox.limiter.learnt)
         most = min(self._options.batch_size, sizes.inputs_per_request)
         # A new change waits behind the request that is being worked on.
         most = min(most, self._texts_ahead(model) or most)
         packed = batching.pack(texts, most, sizes.tokens_per_request, model.prefix("document"))
-        outbox.waiting.extend(self._request(model, part) for part in packed)
+        requests = [self._request(model, part) for part in packed]
+        if not first:
+            outbox.waiting.extend(requests)
+            return
+        # A probe, and a request that has its permit, keep their place.
+        has_place = outbox.waiting and (outbox.waiting[0].probe or outbox.permit is not None)
+        ahead = [outbox.waiting.popleft()] if has_place else []
+        outbox.waiting.extendleft(reversed([*ahead, *requests]))
 
     def _request(self, model: Model, texts: Sequence[str], *, probe: bool = False) -> Request:
         usual = FUNCTION_SECONDS if provider_of(model).RUNS_IN_BACKEND else self._options.timeout_seconds
@@ -423,7 +510,7 @@ class _Pass:
     def _waiting(self) -> int:
         return sum(len(outbox.waiting) for outbox in self._outboxes.values())
 
-    def _launch(self, flight: Flight[Request, Embedded]) -> None:
+    def _launch(self, flight: _Flight) -> None:
         """Sends the requests that the limits of their models allow by now."""
         for model, outbox in self._outboxes.items():
             provider = provider_of(model)
@@ -447,7 +534,7 @@ class _Pass:
             request.sent.wait(end - time.monotonic())
         self._leaving.clear()
 
-    def _is_its_turn(self, flight: Flight[Request, Embedded], model: Model, outbox: Outbox) -> bool:
+    def _is_its_turn(self, flight: _Flight, model: Model, outbox: Outbox) -> bool:
         """Whether the first request that waits may be sent now. Asks for its permit if it has none."""
         elapsed = time.monotonic() - outbox.began_at
         if outbox.in_flight >= min(self._options.max_requests, model.max_requests_in_flight or math.inf):
@@ -468,7 +555,7 @@ class _Pass:
             self._ask_for_permit(flight, outbox)
         return outbox.permit is not None and outbox.permit.at is not None and time.monotonic() >= outbox.permit.at
 
-    def _ask_for_permit(self, flight: Flight[Request, Embedded], outbox: Outbox) -> None:
+    def _ask_for_permit(self, flight: _Flight, outbox: Outbox) -> None:
         """Asks for a permit for the first request that waits. Gives the model up if its budget is spent."""
         request = outbox.waiting[0]
         prefix = request.model.prefix("document")
@@ -484,7 +571,7 @@ class _Pass:
         # The commit comes at once: other lanes wait for their turn.
         self._database.commit()
 
-    def _land(self, flight: Flight[Request, Embedded], request: Request, outcome: Embedded | BaseException) -> None:
+    def _land(self, flight: _Flight, request: Request, outcome: _Outcome) -> None:
         outbox = self._outboxes[request.model]
         self._note_limits(outbox, request, outcome)
         if isinstance(outcome, Refused) and request.probe:
@@ -512,7 +599,7 @@ class _Pass:
                 self._database.note_usage(request.model.name, self._shares(request, tokens), request.slot)
                 self._accept(request, vectors, outcome.cut)
 
-    def _note_limits(self, outbox: Outbox, request: Request, outcome: Embedded | BaseException) -> None:
+    def _note_limits(self, outbox: Outbox, request: Request, outcome: _Outcome) -> None:
         """Takes the model's limits from an answer. A request that failed frees its slot."""
         outbox.in_flight -= 1
         outbox.heard_at = time.monotonic()
@@ -603,7 +690,7 @@ class _Pass:
             if job.outcome is None:
                 self._rows.refuse(job, str(trouble), at_once=isinstance(trouble, Refused))
 
-    def _give_up_model(self, flight: Flight[Request, Embedded], request: Request, trouble: ProviderTrouble) -> None:
+    def _give_up_model(self, flight: _Flight, request: Request, trouble: ProviderTrouble) -> None:
         """Lets the model rest, for all lanes, and releases the jobs that were to be sent."""
         outbox = self._outboxes[request.model]
         if outbox.trouble is not trouble:
@@ -616,7 +703,8 @@ class _Pass:
             if is_new and self._lane is not None:
                 # The server's log has one warning for each outage.
                 self._database.warn_of_blocked_pipelines([name])
-        unsent = flight.withdraw(lambda other: other.model == request.model)
+        withdrawn = flight.withdraw(lambda other: isinstance(other, Request) and other.model == request.model)
+        unsent = [other for other in withdrawn if isinstance(other, Request)]
         self._ledger.report.requests -= len(unsent)
         outbox.in_flight -= len(unsent)
         suspended = [refused for refused, _ in outbox.suspended]
@@ -696,6 +784,7 @@ class _Pass:
             self._lease_ends = time.monotonic() + self._options.lease_seconds
 
     def _abort(self) -> None:
+        self._stopped.set()
         self._network.abort()
         for provider in PROVIDERS.values():
             provider.abort()

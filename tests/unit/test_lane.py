@@ -585,6 +585,7 @@ def test_a_lane_holds_no_more_text_than_it_may(
     lane: Lane, database: FakeDatabase, provider: FakeProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "READ_BYTES", 50)
+    monkeypatch.setattr(worker, "OWNER_READ_BYTES", 50)
     database.put(1, "x" * 51)
     seen: list[list[list[str]]] = []
 
@@ -601,4 +602,50 @@ def test_a_lane_holds_no_more_text_than_it_may(
     lane.work(run_seconds=20, max_requests=4)
 
     assert seen == [[["x" * 51]]]
+    assert database.is_fresh(2)
+
+
+def test_a_full_lane_sends_the_texts_of_other_owners_first(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "FULL_POLL_SECONDS", 0.0)
+    database.defined[2] = replace(PIPELINE, id=2, owner=20)
+    lane.limit_inputs(1)
+    for row_id in range(200):
+        database.put(row_id, f"text {row_id}")
+
+    def answer(texts: list[str]) -> Vector:
+        if texts == ["text 0"]:
+            sent = database.put(1000, "another's", pipeline_id=2)
+            wait_until(lambda: sent in database.claimed)
+        return vectors_of(texts)
+
+    provider.answer = answer
+    lane.stop_when(lambda: database.queue == {})
+
+    lane.work(run_seconds=20, max_requests=1)
+
+    assert provider.requests[:3] == [["text 0"], ["another's"], ["text 1"]]
+    assert all(database.is_fresh(row_id) for row_id in [*range(200), 1000])
+
+
+def test_the_texts_that_an_owner_fills_a_lane_with_leave_room_for_others(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "READ_BYTES", 50)
+    monkeypatch.setattr(worker, "OWNER_READ_BYTES", 50)
+    database.defined[2] = replace(PIPELINE, id=2, owner=20)
+    database.put(1, "x" * 51)
+
+    def answer(texts: list[str]) -> Vector:
+        if texts == ["x" * 51]:
+            database.put(2, "y", pipeline_id=2)
+            wait_until(lambda: ["y"] in provider.requests)
+        return vectors_of(texts)
+
+    provider.answer = answer
+    lane.stop_when(lambda: database.queue == {})
+
+    lane.work(run_seconds=20, max_requests=4)
+
     assert database.is_fresh(2)

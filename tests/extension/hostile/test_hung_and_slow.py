@@ -196,6 +196,26 @@ def test_many_tables_of_a_tenant_hold_up_no_other_tenant(
     assert lane.error is None
 
 
+def test_a_long_text_is_cut_into_chunks_while_others_are_embedded(
+    mallory: Tenant, bob: Tenant, start_lane: StartLane
+) -> None:
+    """The tokenizer of the local model takes half a minute for 30 MB."""
+    mallory.run(
+        NOTES,
+        "SELECT autoembed.enable('notes', content_columns => '{content}', model => 'all-MiniLM-L6-v2')",
+        "INSERT INTO notes SELECT 1, string_agg(md5(n::text), ' ') FROM generate_series(1, 900000) AS n",
+    )
+
+    lane = start_lane()
+    claimed = "SELECT in_flight FROM autoembed.status"
+    wait_until(lambda: mallory.session.execute(claimed).fetchone() == (1,))
+    for _ in range(3):
+        stays_fresh(bob)
+
+    assert lane.error is None
+    assert mallory.session.execute("SELECT count(*) FROM notes_embeddings").fetchone() == (0,)
+
+
 # Without a scan, in which the rows that have failed would be tried again.
 ENABLE_NEW = ENABLE_COLUMNS.replace("'{content}'", "'{content}', enqueue_existing => false")
 # Tables that take no vector, and code that gives another text each time.

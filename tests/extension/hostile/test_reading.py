@@ -47,7 +47,7 @@ def test_texts_are_read_by_their_size(db: Connection, mallory: Tenant, lane: Lan
     mallory.run(LARGE_TABLES[table])
 
     embedded = f"SELECT count(*) FROM {mallory.name}.notes WHERE embedding IS NOT NULL"
-    wait_until(lambda: db.execute(embedded).fetchone() == (64,), 60)
+    wait_until(lambda: db.execute(embedded).fetchone() == (64,), 180)
 
     assert lane.error is None
     assert peak_megabytes(db, lane.pid) < MOST_MEGABYTES
@@ -79,7 +79,7 @@ def test_a_text_that_is_too_large_fails_with_the_reason(
 ) -> None:
     mallory.run(TOO_LARGE[table])
 
-    wait_until(lambda: failures_of(db, mallory).keys() == {"[1]"}, 30)
+    wait_until(lambda: failures_of(db, mallory).keys() == {"[1]"}, 120)
     wait_until(lambda: has_vector_of(db, f"{mallory.name}.notes", 2, "two"))
     stays_fresh(bob)
 
@@ -206,7 +206,7 @@ def test_a_row_whose_code_feigns_such_an_error_ends_on_the_failed_list(
         make_due(db)
         return failures_of(db, mallory) == {"[1]": "feigned"}
 
-    wait_until(failed, 30)
+    wait_until(failed, 120)
 
     assert lane.error is None
 
