@@ -717,15 +717,15 @@ def test_an_update_while_lanes_run_and_rows_are_written_loses_no_row(
     for thread in threads:
         thread.start()
     try:
-        wait_until(lambda: load.written > 30 and db.execute(lanes).fetchone() == (2,))
+        wait_until(lambda: load.written > 30 and db.execute(lanes).fetchone() == (2,), 90)
 
         update_to(db, update[1])
 
         [now] = db.execute("SELECT clock_timestamp() AS time").fetchall()
-        wait_until(lambda: db.execute(f"{lanes} WHERE backend_start > %s".encode(), [now.time]).fetchone() == (2,))
+        wait_until(lambda: db.execute(f"{lanes} WHERE backend_start > %s".encode(), [now.time]).fetchone() == (2,), 90)
         assert db.execute(lanes).fetchone() == (2,)
         written = load.written
-        wait_until(lambda: load.written > written + 30)
+        wait_until(lambda: load.written > written + 30, 90)
     finally:
         load.ended.set()
         db.execute("UPDATE autoembed.lane SET stop = true")

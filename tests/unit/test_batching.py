@@ -87,6 +87,7 @@ def test_an_estimate_takes_a_time_that_grows_as_the_text_does() -> None:
 @example("🦊" * 100, 10)
 @example("a世" * 100, 11)
 @example("1 " * 1000, 40)
+@example("00\u094d\u0904", 7)
 def test_truncating_gives_the_longest_beginning_within_the_limit(text: str, max_tokens: int) -> None:
     cut = truncate(text, max_tokens)
 
@@ -98,8 +99,12 @@ def test_truncating_gives_the_longest_beginning_within_the_limit(text: str, max_
 
 def joins(text: str, end: int) -> bool:
     """Whether a text that ended there would be cut between a character and what belongs to it."""
+    # A virama joins two consonants.
     return end < len(text) and (
-        unicodedata.category(text[end])[0] == "M" or "\u200d" in text[end - 1 : end + 1] or text[end] in "🏻🏼🏽🏾🏿"
+        unicodedata.category(text[end])[0] == "M"
+        or unicodedata.combining(text[end - 1]) == 9
+        or "\u200d" in text[end - 1 : end + 1]
+        or text[end] in "🏻🏼🏽🏾🏿"
     )
 
 
