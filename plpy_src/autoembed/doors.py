@@ -16,7 +16,7 @@ from autoembed.batching import estimate_tokens, halves, pack, truncate
 from autoembed.bm25 import Scores, counted, merged_ids
 from autoembed.chunks import NONE, STRUCTURE, chunks_of, size_of
 from autoembed.cutting import Cutter
-from autoembed.errors import Fault, OverBudget, ProviderTrouble, RowError, Trouble
+from autoembed.errors import Fault, OverBudget, ProviderTrouble, RowError, Trouble, advice_for
 from autoembed.flight import SLICE_SECONDS, Flight
 from autoembed.jobs import address_of
 from autoembed.kept import KeptTexts
@@ -517,16 +517,18 @@ def check_model(name: str) -> dict[str, Any] | None:
     return None
 
 
-def probe(name: str) -> str | None:
-    """The fault of a model, found by asking it for one vector; None if it works."""
+def probe(name: str) -> dict[str, Any]:
+    """The fault of a model, found by asking it for one vector: the columns of autoembed._probe()."""
     here = database.Database(commits=False)
     model = here.model(name)
     try:
         providers.check(model)
         _embed_query(here, model, worker.PROBE, PROBE_TIMEOUT_SECONDS)
-    except (Fault, Trouble) as found:
-        return str(found)
-    return None
+    except Fault as fault:
+        return {"problem": fault.problem, "advice": fault.hint}
+    except Trouble as trouble:
+        return {"problem": str(trouble), "advice": advice_for(trouble)}
+    return {"problem": None, "advice": None}
 
 
 NO_FAULT = {"problem": None, "hint": None, "errcode": None}

@@ -29,11 +29,13 @@ class Trouble(Exception):
     headers: those of the HTTP answer that says so, in lower case; empty without an answer.
     summary: the same without words of the provider, which may quote texts: for every tenant.
     may_be_a_texts: an answer came, and one of the texts may be the reason that it is no good.
+    status: that of the HTTP answer; None: there was none, or it was 200.
     """
 
     headers: Mapping[str, str] = MappingProxyType({})
     summary: str = "its provider is in trouble"
     may_be_a_texts: bool = False
+    status: int | None = None
 
 
 class Refused(Trouble):
@@ -168,7 +170,37 @@ def trouble_of_answer(status: int, headers: Mapping[str, str], body: bytes | byt
     trouble = _trouble_of_answer(status, headers, body)
     trouble.summary = summary_of(status)
     trouble.may_be_a_texts = may_be_a_texts(status)
+    trouble.status = status
     return trouble
+
+
+# What to do about an answer with this status.
+ADVICE = {
+    401: "Give the key that its provider takes: autoembed.alter_model(…, api_key => …). A new value of an env: "
+    "reference is there after a restart of the server, one of file: or vault: at once.",
+    403: "Its key may not use this model: give it the right at the provider, or another one by "
+    "autoembed.alter_model(…, api_key => …).",
+    404: "Compare the address with the provider's reference, and correct base_url, or model_id, with "
+    "autoembed.alter_model().",
+    429: "Nothing: lanes wait and go on by themselves. If it stays so, check the quota at the provider, or lower "
+    "requests_per_minute with autoembed.alter_model().",
+}
+
+
+def advice_for(trouble: Trouble) -> str:
+    """What somebody can do about trouble with a provider."""
+    if isinstance(trouble, OverBudget):
+        return "Nothing: lanes go on when the day is over. Or raise the budget with autoembed.alter_model()."
+    if trouble.status in ADVICE:
+        return ADVICE[trouble.status]
+    if trouble.status is not None and trouble.status >= 500:
+        return "Look at its server, or at the provider's page of outages. Lanes try it again by themselves."
+    if isinstance(trouble, ProviderTrouble) and trouble.status is None and not trouble.permanent:
+        return (
+            "Check that the database's server reaches its base_url: the name, the port, the firewall. Lanes try it "
+            "again by themselves; timeout_seconds in autoembed.alter_model() gives a slow server more time."
+        )
+    return "Correct its definition with autoembed.alter_model(), its key, or the network. Lanes then try it again."
 
 
 def may_be_a_texts(status: int) -> bool:

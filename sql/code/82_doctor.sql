@@ -123,6 +123,7 @@ DECLARE
     _scheduled bigint;
     _start text := autoembed._start_advice();
     _problem text;
+    _advice text;
     _pipeline autoembed.pipeline;
 BEGIN
     SELECT count(*) INTO _lanes
@@ -201,12 +202,11 @@ BEGIN
         ORDER BY m.name
     LOOP
         subject := format('model %s', _row.name);
-        _problem := autoembed._probe(_row.name);
+        SELECT p.problem, p.advice INTO _problem, _advice FROM autoembed._probe(_row.name) AS p;
         ok := _row.until IS NULL AND _problem IS NULL;
         finding := coalesce(_problem, 'rests until ' || _row.until || ': ' || _row.reason, 'answers');
         advice := CASE
-            WHEN _problem IS NOT NULL THEN
-                'Correct its definition with autoembed.alter_model(), its key, or the network. Lanes then try it again.'
+            WHEN _problem IS NOT NULL THEN _advice
             WHEN _row.until IS NOT NULL THEN
                 format('To try it at once: SELECT autoembed.resume_model(%L);', _row.name)
         END;
@@ -260,8 +260,7 @@ COMMENT ON FUNCTION autoembed.doctor IS
     'Checks the extensions, the lanes, each model, each table and the queue. Returns for each check whether it passed, '
     'the finding, and advice if it did not pass. Sends each model in use one word.';
 
-CREATE OR REPLACE FUNCTION autoembed._probe(model text)
-    RETURNS text
+CREATE OR REPLACE FUNCTION autoembed._probe(model text, OUT problem text, OUT advice text)
     LANGUAGE plpython3u
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
@@ -271,4 +270,5 @@ AS $python$
     from autoembed import doors
     return doors.probe(model)
 $python$;
-COMMENT ON FUNCTION autoembed._probe IS 'Sends a model one word. Returns the problem with the model, or NULL.';
+COMMENT ON FUNCTION autoembed._probe IS
+    'Sends a model one word. Returns the problem with the model, or NULL, and what to do.';

@@ -17,6 +17,7 @@ DROP FUNCTION autoembed._forget_prepared;
 -- _follow_drops() replaces this function and its event trigger.
 DROP FUNCTION autoembed._end_broken CASCADE;
 DROP FUNCTION autoembed._pipelines;
+DROP FUNCTION autoembed._probe;
 -- table_name is text in these views, and can be compared with a name.
 DROP VIEW autoembed.status;
 DROP VIEW autoembed.progress;

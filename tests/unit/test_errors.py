@@ -19,6 +19,7 @@ from autoembed.errors import (
     ProviderTrouble,
     Refused,
     Trouble,
+    advice_for,
     rest_seconds,
     retry_after_seconds,
     trouble_of_answer,
@@ -383,3 +384,21 @@ def test_an_embedding_function_that_runs_too_long_is_the_models_trouble() -> Non
 
     assert isinstance(trouble, ProviderTrouble)
     assert (trouble.permanent, str(trouble)) == (False, "the function ran too long, and was cancelled")
+
+
+@pytest.mark.parametrize(
+    ("trouble", "words"),
+    [
+        (trouble_of_answer(401, {}, b""), "Give the key"),
+        (trouble_of_answer(403, {}, b""), "give it the right"),
+        (trouble_of_answer(404, {}, b""), "Compare the address"),
+        (trouble_of_answer(429, {}, b""), "Nothing: lanes wait"),
+        (trouble_of_answer(503, {}, b""), "page of outages"),
+        (ProviderTrouble("no answer within 30 s"), "the port, the firewall"),
+        (OverBudget("spent"), "when the day is over"),
+        (trouble_of_answer(400, {}, b""), "Correct its definition"),
+        (ProviderTrouble("no key", permanent=True), "Correct its definition"),
+    ],
+)
+def test_the_advice_fits_the_trouble(trouble: Trouble, words: str) -> None:
+    assert words in advice_for(trouble)

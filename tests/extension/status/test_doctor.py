@@ -352,6 +352,17 @@ def test_a_model_that_answers_nonsense_is_found(notes: Connection, api: FakeApi,
     assert sick(notes) == {}
 
 
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [(401, "api_key"), (403, "give it the right"), (404, "base_url"), (429, "Nothing"), (503, "outages")],
+)
+def test_the_advice_for_a_model_fits_what_its_provider_answers(
+    notes: Connection, api: FakeApi, status: int, words: str
+) -> None:
+    api.behave(faults=[{"status": status, "times": "forever"}])
+    assert words in sick(notes)[f"model {MODEL}"].advice
+
+
 def test_a_model_that_rests_is_found_and_the_advice_wakes_it(notes: Connection, api: FakeApi) -> None:
     api.behave(faults=[{"status": 503, "retry_after": 60}])
     add(notes, 1, 1)
