@@ -100,8 +100,11 @@ class Database:
 
         Returns whether any of the tables has a vector index, which makes writing slow.
         """
-        setting = "SELECT pg_catalog.current_setting('track_functions') AS track_functions"
-        self._reporter = Reporter(self._run(setting)[0]["track_functions"])
+        [settings] = self._run(
+            "SELECT pg_catalog.current_setting('track_functions') AS track_functions,"
+            " pg_catalog.current_setting('debug_assertions') AS debug_assertions"
+        )
+        self._reporter = Reporter(**settings)
         return bool(
             self._run("SELECT autoembed._enter_lane($1) AS indexed", ["pg_catalog.bool"], [backfill])[0]["indexed"]
         )

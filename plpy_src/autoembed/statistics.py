@@ -16,14 +16,15 @@ REPORT_SECONDS = 1.0
 class Reporter:
     """Reports now and then. To be called right after a commit, when no statement of the new transaction has run.
 
-    track_functions: the server's setting. Where it counts calls, the count of the lane's own call is still open, and a
-    report would free it: then the report waits for the end of the lane.
+    track_functions, debug_assertions: the server's settings. Where calls are counted, the count of the lane's own call
+    is still open, and a report would free it. A server built with assertions allows no report within a command. The
+    report waits for the end of the lane then.
     """
 
-    def __init__(self, track_functions: str) -> None:
+    def __init__(self, track_functions: str, debug_assertions: str) -> None:
         # PyDLL keeps the interpreter's lock: no thread runs meanwhile.
         report = getattr(ctypes.PyDLL(None), "pgstat_report_stat", None)
-        self._report = report if track_functions == "none" else None
+        self._report = report if (track_functions, debug_assertions) == ("none", "off") else None
         if self._report is not None:
             self._report.argtypes, self._report.restype = (ctypes.c_bool,), ctypes.c_long
         self._report_at = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -216,6 +217,23 @@ def test_the_embeddings_of_a_table_that_is_dropped_go_with_it(pages: Connection)
     process(pages)
 
     assert pages.execute("SELECT to_regclass('pages_embeddings')").fetchone() == (None,)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_table_that_takes_the_place_of_a_dropped_one_is_attached(pages: Connection, at_once: bool) -> None:
+    """No lane has been there. The embeddings of the dropped table are not those of the new one."""
+    pages.execute("INSERT INTO pages VALUES (1, 'one')")
+    process(pages)
+
+    with pages.transaction() if at_once else nullcontext():
+        pages.execute("DROP TABLE pages")
+        pages.execute("CREATE TABLE pages (id int PRIMARY KEY, body text)")
+        pages.execute("SELECT autoembed.enable('pages', content_columns => '{body}')")
+    assert pages.execute("SELECT count(*) FROM pages_embeddings").fetchone() == (0,)
+
+    pages.execute("INSERT INTO pages VALUES (2, 'two')")
+    process(pages)
+    assert_beside(pages)
 
 
 def test_disable_leaves_the_embeddings_and_enable_takes_them_again(pages: Connection, api: FakeApi) -> None:

@@ -85,7 +85,7 @@ _dimensions - x - x
 _distances - x - x
 _distances_of - x - x
 _drop_functions - - - x
-_drop_orphaned_pipelines - - - x
+_drop_orphaned_pipelines - x - x
 _drop_readers - - - x
 _drop_stray_triggers - x - x
 _drop_texts - - - x
