@@ -325,7 +325,6 @@ def test_a_port_among_the_arguments_is_the_one_that_is_probed() -> None:
 
 # CloudNativePG: a user and a database of its own, and no script of the image but the programs of PostgreSQL.
 OPERATOR = """
-export PGDATA=/var/lib/postgresql/pgdata PGHOST=/tmp
 initdb --username=postgres --auth=trust > /tmp/initdb.log
 printf '%s\\n' "shared_preload_libraries = 'pg_cron'" "cron.database_name = 'app'" \\
     "cron.use_background_workers = on" "unix_socket_directories = '/tmp'" >> $PGDATA/postgresql.conf
@@ -333,8 +332,9 @@ printf '%s\\n' "shared_preload_libraries = 'pg_cron'" "cron.database_name = 'app
 
 
 def test_an_operator_can_start_the_server_by_itself() -> None:
-    environment = {"PGHOST": "/tmp", "PGDATA": "/var/lib/postgresql/pgdata"}
-    with locked(uid_of_postgres(), ["/tmp", "/var/lib/postgresql"], OPERATOR, "postgres", **environment) as container:
+    place = place_of_the_volume()
+    environment = {"PGHOST": "/tmp", "PGDATA": f"{place}/pgdata"}
+    with locked(uid_of_postgres(), ["/tmp", place], OPERATOR, "postgres", **environment) as container:
         wait_until(lambda: psql(container, "SELECT 1", PGDATABASE="postgres") == "1", 60)
         psql(container, "CREATE ROLE app LOGIN", PGDATABASE="postgres")
         psql(container, "CREATE DATABASE app OWNER app", PGDATABASE="postgres")
