@@ -39,7 +39,7 @@ described AS (
     SELECT
         p.*,
         regexp_replace(pg_get_function_arguments(p.oid), '::[a-z ]+(\[\])?|\mIN |,? ?\mOUT .*', '', 'g') AS signature,
-        -- What comes back, unless it is a row of columns.
+        -- The type of the result, unless it is a row of columns.
         (SELECT r.result FROM pg_get_function_result(p.oid) AS r (result)
          WHERE r.result <> 'record' AND r.result NOT LIKE 'TABLE(%') AS result,
         (SELECT string_agg(format('`%s` %s', a.name, format_type(a.type, NULL)), ', ' ORDER BY a.n)

@@ -381,7 +381,7 @@ class TextMatches:
             segments.append(counted(counts))
             dead = merged_ids(dead, here.documents_of(self._pipeline_id, changed))
         self._scores = Scores(segments, self._terms, dead)
-        # What documents of the index are: the key and the number of the chunk; None: the caller may not read it.
+        # The key and the chunk number of each document of the index; None: the caller may not read it.
         self._read: dict[int, tuple[str, int] | None] = {}
         self._of_keys: list[tuple[int, float]] = []
 
@@ -467,7 +467,7 @@ def _changed(messages: Sequence[Any]) -> tuple[list[str], bool]:
     for number, message in enumerate(messages):
         if number == MAX_OUTSTANDING_MESSAGES or len(keys) > MAX_OUTSTANDING_ROWS:
             return list(keys), False
-        # What is no message of a row is for a lane to refuse.
+        # A lane refuses messages that name no row.
         with contextlib.suppress(ValueError):
             keys.update(dict.fromkeys(address_of(message).keys))
     return list(keys), True

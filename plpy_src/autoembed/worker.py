@@ -272,7 +272,7 @@ class Cut:
     job: Job
 
 
-# What a thread does, and gives: the answer to a request, or where the chunks of a text start and end.
+# A thread gives the answer to a request, or where the chunks of a text start and end.
 _Flight = Flight[Request | Cut, Embedded | list[tuple[int, int]]]
 _Outcome = Embedded | list[tuple[int, int]] | BaseException
 

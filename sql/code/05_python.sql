@@ -16,7 +16,7 @@ AS $autoembed_python$
     packages = "/usr/local/lib/autoembed/python"
     if packages not in sys.path:
         sys.path.append(packages)
-    # What the environment or a home directory adds comes last: it never stands before the server's own packages.
+    # Packages of the environment or a home directory come last: they never stand before the server's own.
     added = [*os.environ.get("PYTHONPATH", "").split(os.pathsep), site.getusersitepackages()]
     sys.path.sort(key=[os.path.abspath(folder) for folder in added].__contains__)
 
