@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# What is installed for the bench: outside git, kept from one bench to the next.
+# Packages and data of the bench: outside git, kept from one bench to the next.
 CACHE = ROOT / ".bench"
 
 # The server with its fake API, and what runs inside it.

@@ -102,7 +102,7 @@ def main() -> None:
 
 def _plan(names_of_scenarios: list[str], names: list[str], sizes: Sizes) -> Iterator[tuple[str, str, Measurement]]:
     for scenario in names_of_scenarios:
-        # Of few rows a drain without an index is over before anybody is at full speed.
+        # A drain of few rows without an index is over before anybody is at full speed.
         own = replace(sizes, rows=sizes.rows_without_index) if scenario == "drain-no-index" else sizes
         for name in names:
             if name in LIMITS:

@@ -141,7 +141,7 @@ def _edited(text: str, chosen: random.Random) -> Iterator[tuple[str, str]]:
 
 
 def _effort() -> dict[str, float]:
-    """What a long text takes, in a process of its own: its memory beside the text."""
+    """The cost of a long text, in a process of its own: its memory beside the text."""
     command = [sys.executable, "-m", "bench.long_text", str(MODEL), str(LONG_TEXT_MEGABYTES)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     bytes_more, longest_step_seconds = map(float, done.stdout.split())

@@ -95,7 +95,7 @@ def missing(db: Connection) -> int:
 
 
 def vectors_of(api: FakeApi, inputs: list[str]) -> NDArray[np.float32]:
-    """What the fake API gives for these texts; asked without delay, beside the tenant that is measured."""
+    """The fake API's vectors of these texts; asked without delay, beside the tenant that is measured."""
     body = json.dumps({"model": MODEL, "input": inputs, "encoding_format": "base64"}).encode()
     url = f"{api.control_url}/beside/v1/embeddings"
     headers = {"Content-Type": "application/json", "Authorization": "Bearer sk-bench"}

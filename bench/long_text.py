@@ -31,7 +31,7 @@ def main() -> None:
 
     for _ in chunks_of(text, count, TOKENS, between_steps=note):
         pass
-    # What was freed in between counts, too: a look between the steps would miss it.
+    # Memory that was freed in between counts, too: a look between the steps would miss it.
     print(_bytes("VmHWM") - before, longest)
 
 

@@ -1,4 +1,4 @@
-"""What is read off a server and a system: CPU time, memory, WAL, rows over time."""
+"""Readings of a server and a system: CPU time, memory, WAL, rows over time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PART_SECONDS = 10
 
 @dataclass(frozen=True)
 class Usage:
-    """What the server has used so far."""
+    """The server's use of resources so far."""
 
     cpu_seconds: float
     wal_bytes: int
@@ -33,7 +33,7 @@ class Usage:
 
 
 def postgres_cpu_seconds(db: Connection) -> float:
-    """Of all processes of the server, gone ones too: the postmaster, process 1, has the times of those it reaped."""
+    """The sum over the server's processes, gone ones too: the postmaster, process 1, has their times."""
     stats = db.execute(
         "SELECT pg_read_file(format('/proc/%s/stat', pid), true)"
         " FROM (SELECT 1 AS pid UNION ALL SELECT pid FROM pg_stat_activity) AS process"
@@ -42,9 +42,9 @@ def postgres_cpu_seconds(db: Connection) -> float:
 
 
 def lane_cpu_percent(db: Connection, seconds: float) -> float:
-    """What the lanes of autoembed take over so many seconds, those for backfills not counted; 100: one core.
+    """The CPU time of the lanes of autoembed over so many seconds, those for backfills not counted; 100: one core.
 
-    Parts in which one was made anew, as each is every five minutes, are left out: nobody knows what the old one took.
+    Parts in which a lane began again, every five minutes, are left out: nobody knows what the old one took.
     """
     used, counted = 0.0, 0.0
     end = time.monotonic() + seconds
@@ -77,7 +77,7 @@ def _cpu_seconds(stat: str, with_children: bool) -> float:
 
 
 def machine_cpu_seconds() -> float:
-    """Of everything on the machine, so that neighbours of the bench are seen."""
+    """The sum over everything on the machine, so that neighbours of the bench are seen."""
     fields = Path("/proc/stat").read_text().split(maxsplit=9)[1:9]  # user to steal; proc(5)
     idle_and_iowait = fields[3:5]
     return (sum(map(int, fields)) - sum(map(int, idle_and_iowait))) / TICKS_PER_SECOND

@@ -18,7 +18,7 @@ SUBJECTS = 50
 DIMENSIONS = 64
 QUERIES = 30
 FOUND = 10
-# What leaves rows out, and the column of their figures.
+# The filters that leave rows out, and the column of their figures.
 FILTERS = {
     "none": "true",
     "half": "id % 2 = 0",

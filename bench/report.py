@@ -1,4 +1,4 @@
-"""What comes out: results.json with every figure, a README.md with the medians, and a chart of the drains."""
+"""The report: results.json with every figure, a README.md with the medians, and a chart of the drains."""
 
 from __future__ import annotations
 

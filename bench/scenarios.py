@@ -1,4 +1,4 @@
-"""What is measured: each function makes one measurement on a fresh server and returns its figures."""
+"""The scenarios: each function makes one measurement on a fresh server and returns its figures."""
 
 from __future__ import annotations
 
@@ -288,7 +288,7 @@ def fresh_behind_a_backlog(server: Server, db: Connection, system: System, sizes
 
 
 def cost(server: Server, db: Connection, system: System, sizes: Sizes) -> Measured:
-    """What an application's statements take with triggers and without; nothing embeds meanwhile.
+    """The time of an application's statements with triggers and without; nothing embeds meanwhile.
 
     Each single-row statement runs on both tables, one right after the other: the machine is as fast for the one as for
     the other. Those of many rows run twice on each, so that each table comes first as often.
@@ -338,7 +338,7 @@ def idle(server: Server, db: Connection, system: System, sizes: Sizes) -> Measur
     system.attach(server, db)
     documents.load(db, 1)
     with _warm(server, db, system) as workers:
-        # What autovacuum and the checkpointer would do meanwhile.
+        # The work that autovacuum and the checkpointer would do meanwhile.
         db.execute("ALTER SYSTEM SET autovacuum = off")
         db.execute("SELECT pg_reload_conf()")
         db.execute("VACUUM ANALYZE")

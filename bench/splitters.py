@@ -14,7 +14,7 @@ from bench import CACHE
 from bench.systems import pgai
 
 MODEL = CACHE / "model"
-# What the model takes, and the two tokens around it.
+# The model's limit, and the two tokens around a text.
 TOKENS = 256
 AROUND = 2
 # pgai's default: ai.chunking_recursive_character_text_splitter().
@@ -37,7 +37,7 @@ def autoembed(text: str) -> Ranges:
 
 
 def fixed(text: str) -> Ranges:
-    """As many tokens as fit, wherever that ends."""
+    """Chunks of as many tokens as fit, wherever that ends."""
     offsets = load_tokenizer(str(MODEL)).encode(text, add_special_tokens=False).offsets
     size = TOKENS - AROUND
     return [(offsets[at][0], offsets[min(at + size, len(offsets)) - 1][1]) for at in range(0, len(offsets), size)]

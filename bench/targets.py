@@ -1,4 +1,4 @@
-"""What autoembed aims at: ratios and counts within one bench."""
+"""The targets of autoembed: ratios and counts within one bench."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 PICTURE = FOLDER.parent / "docs" / "images" / "demo.svg"
-# What a reader wants to see is the search.
+# The picture is of the search.
 BEGIN, END = "INSERT INTO functions ...  -- from pg_proc and pg_description", "3. A passage of a long text"
 COLUMNS, LINE, CHARACTER = 84, 18, 8.0
 COLOURS = {"1": "bold", "36": "sql", "32": "bar"}

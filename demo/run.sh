@@ -43,7 +43,7 @@ start() {
     docker rm --force --volumes "$container" > /dev/null 2>&1 || true
     # Where something answers on 5432 already, Docker chooses a free port.
     if (: < /dev/tcp/127.0.0.1/5432) 2> /dev/null; then publish=127.0.0.1::5432; fi
-    # As in compose.yaml: Docker's 64 MB of shared memory are too few for a parallel index build.
+    # The same as in compose.yaml: Docker's 64 MB of shared memory are too few for a parallel index build.
     docker run --detach --pull=never --name "$container" --env POSTGRES_PASSWORD="$password" --publish "$publish" \
         --shm-size=256m autoembed > /dev/null
     for ((tenths = 0; tenths < 1200; tenths++)); do

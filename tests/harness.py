@@ -1,4 +1,4 @@
-"""What the tests of the extension and the bench stand on: a container of the image, with the fake API in it."""
+"""A container of the image with the fake API in it, for the tests of the extension and the bench."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ CREATE EXTENSION IF NOT EXISTS pgmq;
 SELECT pgmq.create('embedding_jobs');
 
 CREATE SCHEMA net;
--- As in pg_net; its worker is stood in for by pump.mjs.
+-- The table is pg_net's; pump.mjs stands in for its worker.
 CREATE UNLOGGED TABLE net.http_request_queue (
     id bigint GENERATED ALWAYS AS IDENTITY,
     url text NOT NULL,

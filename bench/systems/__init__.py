@@ -15,7 +15,7 @@ from harness import Connection, Server
 
 
 class Workers(Protocol):
-    """What embeds, while it runs."""
+    """A running system that embeds."""
 
     def cpu_seconds(self) -> float:
         """Spent outside the server."""

@@ -316,7 +316,7 @@ class Database:
     def call_embedder(
         self, model: str, purpose: str, texts: Sequence[str], timeout_seconds: float
     ) -> list[bytes | None]:
-        """What a model's SQL function makes of texts, in PostgreSQL's binary form. Raises Trouble."""
+        """The vectors that a model's SQL function returns for texts, in PostgreSQL's binary form. Raises Trouble."""
         row: Any = None
         try:
             with self._owners_code(undone=True, seconds=timeout_seconds):
@@ -533,7 +533,7 @@ class Database:
             self._run(f"SELECT FROM autoembed._content_{pipeline_id}('{{}}', 0, 0)")
 
     def digests(self, pipeline: Pipeline, keys: Sequence[str]) -> dict[str, Known]:
-        """What is recorded of these rows, by key."""
+        """The records of these rows, by key."""
         rows = self._run(
             "SELECT d.* FROM autoembed._digests($1, $2) AS d",
             ["pg_catalog.int4", "pg_catalog.text[]"],
@@ -640,7 +640,7 @@ class Database:
         may_have_rows = not self._commits or pipeline.vector_type in self._filled
         self._filled.add(pipeline.vector_type)
         rows = copy_rows(vectors, pipeline.vector_type.rpartition(".")[2].strip('"'))
-        # A file that is only ours and in memory alone.
+        # A private file, in memory alone.
         file = os.memfd_create("autoembed")
         try:
             with open(file, "wb", closefd=False) as stream:

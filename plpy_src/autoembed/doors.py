@@ -110,7 +110,7 @@ def embed(content: str, model_name: str, definition: str) -> dict[str, Any]:
 
 
 def plan(pipeline_id: int) -> dict[str, Any]:
-    """What is wrong with the SQL by which a pipeline's texts are read: the columns of autoembed._plan()."""
+    """The faults of the SQL by which a pipeline's texts are read: the columns of autoembed._plan()."""
     try:
         database.Database(commits=False).plan(pipeline_id)
     except RowError as error:

@@ -102,7 +102,7 @@ INSUFFICIENT_PRIVILEGE = "42501"
 CONFLICT = "40"
 # By their beginnings: the statement may work at another time.
 PASSING = ("08", "40", "53", "55", "57P03", "58000", "58030")
-# What a statement without an owner's code raises for nobody's fault: no memory or disk, a cancel, a shutdown.
+# Raised by a statement without an owner's code, by nobody's fault: no memory or disk, a cancel, a shutdown.
 NOBODYS = ("53", "57", "58030")
 
 
@@ -174,7 +174,7 @@ def trouble_of_answer(status: int, headers: Mapping[str, str], body: bytes | byt
     return trouble
 
 
-# What to do about an answer with this status.
+# Advice for an answer with this status.
 ADVICE = {
     401: "Give the key that its provider takes: autoembed.alter_model(…, api_key => …). A new value of an env: "
     "reference is there after a restart of the server, one of file: or vault: at once.",
@@ -188,7 +188,7 @@ ADVICE = {
 
 
 def advice_for(trouble: Trouble) -> str:
-    """What somebody can do about trouble with a provider."""
+    """Advice for trouble with a provider."""
     if isinstance(trouble, OverBudget):
         return "Nothing: lanes go on when the day is over. Or raise the budget with autoembed.alter_model()."
     if trouble.status in ADVICE:
@@ -209,7 +209,7 @@ def may_be_a_texts(status: int) -> bool:
 
 
 def summary_of(status: int) -> str:
-    """What every tenant may know of an answer."""
+    """The part of an answer's error that every tenant may know."""
     return f"its provider is in trouble (HTTP {status})"
 
 
@@ -257,7 +257,7 @@ def retry_after_seconds(headers: Mapping[str, str], now: float | None = None) ->
 MIN_SECRET_LENGTH = 4
 # How many layers of escapes are taken off in the search for secrets.
 ESCAPE_LAYERS = 4
-# What JSON, Python and C write for a character.
+# The ways to write a character in JSON, Python and C.
 BACKSLASHED = re.compile(r"\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|([^\w\s]))")
 # An escape that the end of a text has cut, or a character.
 CUT_ESCAPE = re.compile(r"(?:\\+(?:u[0-9a-fA-F]{0,3}|x[0-9a-fA-F]?)?|&#?\w{0,6}|%[0-9a-fA-F]?|\ufffd)\Z")

@@ -87,7 +87,7 @@ class Network:
             ) as response:
                 received = bytearray()
                 plain = _decoder(response.headers.get("Content-Encoding", ""))
-                # What has come so far: iter_content() would wait for a full chunk, past any deadline.
+                # iter_content() would wait for a full chunk, past any deadline.
                 while True:
                     chunk = response.raw.read1(1 << 16, decode_content=False)
                     # An answer that expire() has ended among its headers looks like one without a body.

@@ -12,7 +12,7 @@ SEED = 1
 
 
 class Quality(NamedTuple):
-    """Of one answer, or the mean of several."""
+    """The measures of one answer, or their means over several."""
 
     ndcg: float
     mrr: float

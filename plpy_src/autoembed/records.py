@@ -103,7 +103,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Known:
-    """What is recorded of a row: the digests of its text and of its vector.
+    """The record of a row: the digests of its text and of its vector.
 
     vector_digest: None: not known. replaced: how often in a row somebody else has replaced the vector.
     age_seconds: the time since the vector was written; None: not known.
@@ -130,7 +130,7 @@ class Known:
 
 @dataclass(frozen=True)
 class Written:
-    """What became of a row in a write: written, changed, skipped (by a trigger), locked or gone; and its vector."""
+    """The outcome of a row's write: written, changed, skipped (by a trigger), locked or gone; and its vector."""
 
     outcome: str
     vector_digest: bytes | None = None

@@ -123,7 +123,7 @@ class Speeds:
 
 
 class Owners:
-    """What a lane has learnt about the code of tables' owners: how many rows one statement takes, and how long.
+    """A lane's knowledge of the code of tables' owners: how many rows one statement takes, and how long.
 
     lasts: the next pass knows it, too.
     """

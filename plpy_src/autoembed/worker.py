@@ -98,7 +98,7 @@ def work(database: Database, network: Network, options: Options, run_seconds: fl
 
 
 class _Lane:
-    """What a lane keeps from one pass to the next."""
+    """The state that a lane keeps from one pass to the next."""
 
     def __init__(
         self, database: Database, network: Network, options: Options, run_seconds: float, *, backfill: bool

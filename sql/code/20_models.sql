@@ -1,4 +1,4 @@
--- What a model is.
+-- Models: their facts, and who may use them.
 
 CREATE OR REPLACE FUNCTION autoembed._default_model()
     RETURNS text

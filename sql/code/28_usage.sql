@@ -1,4 +1,4 @@
--- What was asked of which model, for which table, and what it cost.
+-- Usage: requests, texts, tokens and cost, by model and table.
 
 CREATE OR REPLACE FUNCTION autoembed._note_usage(
     model text,
@@ -109,4 +109,4 @@ AS $sql$
     WHERE m.name = _price_and_rate.model;
 $sql$;
 COMMENT ON FUNCTION autoembed._price_and_rate IS
-    'What a model costs, and the rows a second that it did in its busiest minute of late; NULL: nothing known.';
+    'What a model costs, and the rows a second in its busiest recent minute; NULL: nothing known.';

@@ -1,4 +1,4 @@
--- What a pipeline is: the keys of its rows, and their text.
+-- Pipelines: the keys of their rows, and their texts.
 
 CREATE OR REPLACE FUNCTION autoembed._owns(table_id regclass)
     RETURNS boolean

@@ -33,7 +33,7 @@ BEGIN
         RETURN NEW;
     END;
 
-    -- What pgmq.send() does inside, without its dynamic SQL, which costs more than all the rest.
+    -- The same INSERT as in pgmq.send(), whose dynamic SQL costs more than all the rest.
     INSERT INTO autoembed._job (due_at, message)
     VALUES (
         clock_timestamp(),
@@ -156,7 +156,7 @@ $sql$;
 COMMENT ON FUNCTION autoembed._adopt IS
     'The pipeline of that table and column, made with that content function if it is new; an error if it cannot be.';
 
--- What can be known at DDL time is said at DDL time -------------------------------------------------
+-- Errors that can be known at DDL time --------------------------------------------------------------
 
 CREATE OR REPLACE FUNCTION autoembed._check_trigger()
     RETURNS event_trigger

@@ -111,7 +111,7 @@ CODE = [
 
 
 def data(seeded: random.Random) -> list[str]:
-    """What programs write: numbers, identifiers, bytes as text."""
+    """Texts that programs write: numbers, identifiers, bytes as text."""
     stamps = [
         f"2026-{month:02}-17T08:{month * 4:02}:09.{month * 71:03}Z [{month * 917}] ERROR GET /api/v2/users/"
         f"{month * 9973} 500 {month * 13}ms 10.{month * 7}.0.{month}"

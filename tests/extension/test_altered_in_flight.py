@@ -28,9 +28,9 @@ MEANWHILE = {
     "its condition's function dropped": "DROP FUNCTION odd",
     "its condition's function made anew": "DROP FUNCTION odd; CREATE FUNCTION odd(n int) RETURNS boolean RETURN n > 0",
 }
-# What leaves nothing to embed. The jobs wait until somebody decides.
+# Changes that leave nothing to embed. The jobs wait until somebody decides.
 STOPPED = {"its column dropped", "its content dropped"}
-# What is put right afterwards.
+# The cures.
 MENDED = {
     "its column shortened": "ALTER TABLE documents ALTER embedding TYPE halfvec(1536) USING NULL",
     "its condition's function dropped": "CREATE FUNCTION odd(n int) RETURNS boolean RETURN n > 0",

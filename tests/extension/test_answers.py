@@ -24,7 +24,7 @@ SECRET = "sk-secret-0123456789abcdef"
 
 
 def run(server: Server, *command: str) -> str:
-    """What a command in the container prints."""
+    """The output of a command in the container."""
     result = server.container.get_wrapped_container().exec_run(list(command))
     assert result.exit_code == 0, result.output
     return str(result.output.decode())

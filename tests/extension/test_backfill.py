@@ -467,7 +467,7 @@ def test_a_pass_never_takes_more_rows_than_it_may(db: Connection, api: FakeApi, 
 def test_a_row_that_kills_its_lane_takes_none_of_its_message_with_it(
     db: Connection, api: FakeApi, connect: Connect
 ) -> None:
-    """As long as a hundred rows die together, their tries count for all of them."""
+    """While a hundred rows die together, their tries count for all of them."""
     fill(db, 0)
     enable(db, arguments=", enqueue_existing => false")
     db.execute(
@@ -609,7 +609,7 @@ def test_the_index_is_built_concurrently_once_the_rows_are_embedded(scheduled: S
             assert db.execute(f"SELECT count(*) FROM {name} WHERE embedding IS NULL").fetchone() == (0,)
         wait_until(lambda: db.execute("SELECT count(*) FROM autoembed.backfill").fetchone() == (0,))
         assert db.execute("SELECT jobname FROM cron.job WHERE jobname LIKE 'autoembed-index%'").fetchall() == []
-        # Of which pg_cron need not have noted the end.
+        # pg_cron need not have noted its end.
         builds = "SELECT count(*) FROM cron.job_run_details WHERE command LIKE 'CREATE INDEX CONCURRENTLY %'"
         assert db.execute(f"{builds} AND runid > {before.run}".encode()).fetchone() == (2,)
 

@@ -135,7 +135,7 @@ def test_a_dropped_table_takes_its_jobs_along(documents: Connection, api: FakeAp
 
 
 def test_a_renamed_table_is_followed(documents: Connection, api: FakeApi) -> None:
-    """If functions are not built anew when the name has changed, they look for the old table."""
+    """Functions that are not built again when the name has changed look for the old table."""
     documents.execute("INSERT INTO documents (title, content) VALUES ('t', 'c')")
     documents.execute("CREATE SCHEMA archive")
     documents.execute("ALTER TABLE documents RENAME TO papers")

@@ -403,7 +403,7 @@ def test_only_the_chunks_that_an_edit_changes_are_sent(pages: Connection, api: F
     process(pages)
     sent = [text for request in api.log()[before:] for text in request["texts"]]
     assert len(sent) == 1
-    # What comes before it moves the others, whose texts stay.
+    # A text before them moves the other chunks, whose texts stay.
     pages.execute("UPDATE pages SET body = 'A new beginning.' || E'\\n\\n' || body")
     process(pages)
     sent = [text for request in api.log()[before + 1 :] for text in request["texts"]]

@@ -25,7 +25,7 @@ Key = list[Any]
 
 OWNER, APPLICATION = "changes_owner", "changes_application"
 
-# What texts, keys and settings look like must matter to nobody.
+# Unusual texts, keys and settings change no outcome.
 SESSION = """
 SET TimeZone = 'Pacific/Chatham';
 SET DateStyle = 'German, DMY';
@@ -277,7 +277,7 @@ KINDS = {
     ),
     "timestamptz content": Kind(
         by_key("id int PRIMARY KEY").replace("content text", "content timestamptz"),
-        # As far apart as keeps the day the same in one time zone and not in another.
+        # They are so far apart that the day is the same in one time zone and not in another.
         value=words(
             red="2024-01-01 00:00Z", green="2024-01-01 13:00Z", blue="2024-01-02 00:30Z", grey="2024-01-01 23:30Z"
         ),
@@ -461,7 +461,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Change:
-    """What an application does, and the places of the keys that are queued for it."""
+    """An application's statements, and the places of the keys that are queued for them."""
 
     make: Callable[[Table], None]
     queued: list[int] = field(default_factory=list)
@@ -590,7 +590,7 @@ def table(request: pytest.FixtureRequest, attach: Callable[[str], Table]) -> Tab
 
 @pytest.fixture
 def undone(changes: Connection) -> Iterator[None]:
-    """What a test does is rolled back."""
+    """A test's statements are rolled back."""
     with changes.transaction(force_rollback=True):
         yield
 

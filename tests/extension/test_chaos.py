@@ -50,7 +50,7 @@ PAGES = f"""
     CREATE TABLE pages (id integer PRIMARY KEY, content text);
     SELECT autoembed.enable('pages', content_columns => '{{content}}', model => '{MODEL}', chunk_size => 32);
 """
-# What has a vector, in the order of the text.
+# The columns with a vector, in the order of the text.
 CHUNKS = {
     "notes": "SELECT id, 0 AS first, length(content) AS last, embedding::vector::real[] AS v FROM notes"
     " WHERE embedding IS NOT NULL",
@@ -58,7 +58,7 @@ CHUNKS = {
     " FROM pages_embeddings ORDER BY id, chunk_number",
 }
 COUNT_CHUNKS = f"SELECT count(*) AS chunks FROM autoembed.chunk_text(%s, chunk_size => 32, model => '{MODEL}')"
-# Of the longest text.
+# The length of the longest text.
 MOST_CHUNKS = 40
 
 POISON = {"status": 400, "match": "poison", "times": "forever"}
@@ -244,7 +244,7 @@ class Chaos(RuleBasedStateMachine):
         self.api.release()
 
     def _chunks(self, table: str) -> dict[int, list[Any]]:
-        """What has a vector, by row."""
+        """The texts that have a vector, by row."""
         found: dict[int, list[Any]] = defaultdict(list)
         for chunk in self.db.execute(CHUNKS[table].encode()):
             found[chunk.id].append(chunk)
@@ -276,7 +276,7 @@ class Chaos(RuleBasedStateMachine):
         self.api.behave(faults=[POISON])
         self.db.execute("SELECT autoembed.resume_model(%s)", [MODEL])
         self.start_lane()
-        # What the hostile tenant has queued is still there.
+        # The hostile tenant's messages are still there.
         self.attack.close()
         owner = Tenant("postgres", self.db, self._connect)
         wait_until(lambda: waiting_of(self.db, owner) == 0, 140)

@@ -58,7 +58,7 @@ def lived_in(db: Connection, api: FakeApi, role: Role, connect: Connect) -> Conn
     db.execute("CREATE TABLE drafts (gone int, id int PRIMARY KEY, heading text, dull int, body text)")
     db.execute("SELECT autoembed.enable('drafts', 'embedding', content_columns => '{heading,body}')")
     db.execute("INSERT INTO drafts (id, heading, body) SELECT n, 'h' || n, 'b' || n FROM generate_series(1, 20) AS n")
-    # What a dump leaves out: the numbers of the columns are others afterwards.
+    # A dump leaves out dropped columns: the numbers of the columns are others afterwards.
     db.execute("ALTER TABLE drafts DROP COLUMN gone, DROP COLUMN dull")
     db.execute("ALTER TABLE drafts RENAME COLUMN heading TO title")
     db.execute("ALTER TABLE drafts RENAME TO notes")
@@ -421,7 +421,7 @@ def test_a_schema_alone_is_restored_and_its_tables_can_be_written(lived_in: Conn
 def test_another_table_enabled_in_a_restored_schema_harms_no_older_one(
     lived_in: Connection, restored: Restore, api: FakeApi
 ) -> None:
-    """The triggers came with the schema and call functions by number; the numbers begin anew."""
+    """The triggers came with the schema and call functions by number; the numbers begin again."""
     copy = restored("--schema-only")
     copy.execute("SELECT autoembed.alter_model(%s, base_url => %s)", [MODEL, api.base_url])
     copy.execute("SELECT autoembed.set_default_model(%s)", [MODEL])

@@ -20,7 +20,7 @@ from waiting import wait_until
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 SECRETS = {"postgres_password": "a password", "openai_api_key": "sk-of-a-file"}
-# What Compose knows of a service, as far as it is used.
+# The keys of a Compose service that the examples use.
 SERVICE_KEYS = {
     "build",
     "environment",

@@ -174,7 +174,7 @@ def test_a_quiet_start_says_nothing_of_an_error(odd: Server) -> None:
         line for line in log(odd).splitlines() if any(word in line for word in ("ERROR", "FATAL", "WARNING", "PANIC"))
     ]
 
-    # Of the server itself, while nobody may connect yet or the entrypoint restarts it, and of initdb about trust.
+    # The server's own, while nobody may connect yet or the entrypoint restarts it, and initdb's about trust.
     known = (
         "the database system is",
         "terminating connection due to administrator command",

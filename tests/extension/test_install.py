@@ -1,4 +1,4 @@
-"""What CREATE EXTENSION makes and DROP EXTENSION leaves; the contracts that every object keeps."""
+"""CREATE EXTENSION, DROP EXTENSION, and the contracts that every object keeps."""
 
 from __future__ import annotations
 

@@ -246,7 +246,7 @@ def test_a_fast_shutdown_does_not_wait_for_a_request_and_loses_no_job(own_server
 
     container = own_server.container.get_wrapped_container()
     began_at = time.monotonic()
-    # As `docker stop` does: the image's stop signal asks for a fast shutdown.
+    # `docker stop` does the same: the image's stop signal asks for a fast shutdown.
     container.stop(timeout=30)
     assert time.monotonic() - began_at < 2 * SOON_SECONDS
     container.start()

@@ -1,4 +1,4 @@
-"""What migrations do to attached tables, keys, types and functions is followed, or refused, or said."""
+"""Migrations of attached tables, keys, types and functions are followed, or refused, or said."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def wrong(db: Connection, table: str = "t", text: str = TEXT, embedding: str = "
 # Followed ----------------------------------------------------------------------------------------
 
 FOLLOWED = {
-    # What is done: (the statements, texts that are sent again, the text of a row after it).
+    # The migration: (the statements, texts that are sent again, the text of a row after it).
     "a content column gets another type": ("ALTER TABLE t ALTER a TYPE varchar(100)", 0, TEXT),
     "a content column is renamed": ("ALTER TABLE t RENAME a TO aa", 0, TEXT.replace("a,", "aa,", 1)),
     "the table is renamed and back": ("ALTER TABLE t RENAME TO s; ALTER TABLE s RENAME TO t", 0, TEXT),
@@ -222,7 +222,7 @@ def test_a_change_is_followed(t: Connection, case: str) -> None:
 F = "CREATE FUNCTION f(t) RETURNS text LANGUAGE sql IMMUTABLE AS $$SELECT $1.a$$"
 
 STOPPED = {
-    # What is done: (the statements, the reason, the hint's statement, with what the user puts into it).
+    # The migration: (the statements, the reason, the hint's statement, with what the user puts into it).
     "a content column is dropped": (
         "ALTER TABLE t DROP COLUMN b",
         'table public.t has no column "b"',

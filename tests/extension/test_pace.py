@@ -18,7 +18,7 @@ from waiting import wait_until
 Connect = Callable[..., Connection]
 
 MODEL = "text-embedding-3-small"
-# What a lane may take besides: its first request, which goes alone, and its own work.
+# A lane may take this besides: its first request, which goes alone, and its own work.
 YOUNG_LANE_SECONDS = 0.5
 
 
@@ -54,7 +54,7 @@ def plain(documents: Connection) -> Connection:
 
 
 def assert_untouched(db: Connection) -> None:
-    """What waits was never counted as tried, and nothing was given up."""
+    """No waiting row was counted as tried, and none was given up."""
     assert db.execute("SELECT count(*) FROM autoembed.failed").fetchone() == (0,)
     counts = "SELECT DISTINCT read_ct, coalesce(message ->> 'attempts', '0') FROM pgmq.q_embedding_jobs"
     assert db.execute(counts).fetchall() in ([], [(0, "0")])
@@ -242,7 +242,7 @@ def test_embed_waits_for_its_turn_and_says_when_that_is_far_away(db: Connection,
 
 
 def test_embed_works_in_a_read_only_transaction(db: Connection, api: FakeApi) -> None:
-    """What counts requests writes; where nothing may be written, it must not refuse the search."""
+    """The count of requests is a write; where nothing may be written, it must not refuse the search."""
     alter(db, requests_per_minute=6000, max_requests_in_flight=1, daily_token_budget=1000)
     with db.transaction():
         db.execute("SET TRANSACTION READ ONLY")

@@ -8,7 +8,7 @@ import pytest
 
 from harness import Connection, Server
 
-# What follows needs no lane and no provider: process() embeds, with the model fake.
+# The rest needs no lane and no provider: process() embeds, with the model fake.
 LIVED_IN = """
 CREATE EXTENSION autoembed CASCADE;
 SELECT autoembed.create_model('fake', 'fake', 3), autoembed.set_default_model('fake');

@@ -72,7 +72,7 @@ def test_the_reply_is_matched_by_index_not_by_order(documents: Connection, api: 
 @pytest.mark.parametrize(
     ("fault", "error"),
     [
-        # What the probe is told.
+        # The probe's answer.
         ({"wrong_count": True}, "0 vectors for 1 texts"),
         ({"wrong_count": 1}, "2 vectors for 1 texts"),
         ({"wrong_dimensions": 8}, "the provider's vectors have 8 dimensions, the model is defined with 1536"),

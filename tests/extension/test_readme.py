@@ -64,7 +64,7 @@ def prepared(reader: Server, page: str) -> Iterator[tuple[str, Connection, FakeA
 
 
 def psql(server: Server, dbname: str, sql: str, folder: Path) -> str:
-    """What psql prints for the statements, each in a transaction of its own; fails where one of them does."""
+    """The output of psql for the statements, each in a transaction of its own; fails where one of them does."""
     script = folder / "page.sql"
     script.write_text(sql, encoding="utf-8")
     put_file(server.container, script, "/tmp")
@@ -181,7 +181,7 @@ def test_every_link_leads_somewhere(document: str) -> None:
 
 
 def files_named_in(text: str) -> set[str]:
-    """What stands in backticks or commands and looks like a file or folder of the project."""
+    """The words in backticks or commands that look like a file or folder of the project."""
     words = {
         word.rstrip(".,;:")
         for code in re.findall(r"```sh\n(.*?)```|`([^`\n]+)`", text, re.DOTALL)
@@ -205,7 +205,7 @@ def test_a_missing_file_would_be_noticed() -> None:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_file_that_is_named_exists(document: str) -> None:
     named = files_named_in((ROOT / document).read_text(encoding="utf-8"))
-    # What only a server or somebody else's repository has.
+    # Paths that only a server or somebody else's repository has.
     elsewhere = {"postgresql.conf", "build/packages/", "model.onnx", "tokenizer.json", "postgresql/17/"}
 
     assert {name for name in named - elsewhere if not (ROOT / name).exists()} == set()

@@ -1,4 +1,4 @@
-"""Nobody gains rights: what a table owner's own code does, it does as him, whoever runs the lane."""
+"""Nobody gains rights: a table owner's code runs with the owner's rights, whichever role runs the lane."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def embed(db: Connection, connect: Connect, door: str) -> None:
 def assert_nothing_gained(db: Connection, mallory: str) -> None:
     assert db.execute("SELECT rolsuper FROM pg_roles WHERE rolname = %s", [mallory]).fetchone() == (False,)
     assert db.execute("SELECT to_regclass(%s)", [f"{mallory}.loot"]).fetchone() == (None,)
-    # What ran while texts were read has left no trace.
+    # The code that ran while texts were read has left no trace.
     assert {row.who for row in db.execute(f"SELECT who FROM {mallory}.ran")} <= {mallory}
 
 
@@ -151,7 +151,7 @@ def test_an_owners_code_runs_as_the_owner(
     assert_fresh(documents)
 
 
-# What a content function can leave behind in the session of a lane, for the statements that come after it.
+# Traces that a content function can leave in the session of a lane, for the statements that come after it.
 TRAPS = {
     "search_path": """
         CREATE DOMAIN text AS pg_catalog.text CHECK ({mallory}.attack_of(VALUE::varchar) IS NOT NULL);
@@ -399,7 +399,7 @@ def test_a_content_function_cannot_reach_another_owners_table(
 
 
 def assert_fresh_rows(db: Connection) -> None:
-    """As assert_fresh(), while something else waits."""
+    """Does the work of assert_fresh(), while something else waits."""
     assert db.execute("SELECT count(*) FROM documents WHERE embedding IS NULL OR title <> 't'").fetchone() == (0,)
 
 

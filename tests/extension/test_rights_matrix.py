@@ -646,7 +646,7 @@ def places(db: Connection, server: Server) -> dict[str, str]:
         "SELECT c.oid::regclass::text AS name FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace"
         " WHERE c.relkind IN ('r', 'v', 'm', 'p')"
         "   AND n.nspname IN ('autoembed', 'pgmq', 'cron', 'public', 'pg_catalog')"
-        # What the test itself put there, what lists each file of the server, and what fails in a container.
+        # The test's own table, the lists of each file of the server, and the functions that fail in a container.
         "   AND c.relname NOT IN ('pg_hba_file_rules', 'pg_ident_file_mappings', 'pg_backend_memory_contexts',"
         "                         'pg_shmem_allocations_numa')"
     ).fetchall()
@@ -669,7 +669,7 @@ def test_a_key_is_in_no_table_dump_log_error_or_statistics(talkative: Server) ->
     with talkative.connect() as db, warnings_of(db) as heard:
         db.execute("CREATE EXTENSION IF NOT EXISTS pg_stat_statements")
         db.execute("CREATE SCHEMA vault")
-        # What reads a file, so that its own definition does not hold the key.
+        # The key is read from a file, so that the function's definition does not hold it.
         db.execute(
             "CREATE VIEW vault.decrypted_secrets AS"
             " SELECT 'marked' AS name, pg_read_file('/tmp/vault_key') AS decrypted_secret"
@@ -717,7 +717,7 @@ def test_a_key_is_in_no_table_dump_log_error_or_statistics(talkative: Server) ->
             said.append(str(db.execute("TABLE autoembed.model_rest").fetchall()))
         said.append(str(db.execute("TABLE autoembed.failed").fetchall()))
 
-        # What is seen of the lane while it has a request in flight.
+        # The lane's session, seen while it has a request in flight.
         for kind, api in apis.items():
             api.behave(hold=True)
             db.execute(f"INSERT INTO {kind}_notes VALUES (99, 'held')")

@@ -34,7 +34,7 @@ def scheduled() -> Iterator[Server]:
 
 @pytest.fixture
 def cron(scheduled: Server) -> Iterator[Connection]:
-    """A session in the database with pg_cron, the extension made anew, without lanes."""
+    """A session in the database with pg_cron, the extension made again, without lanes."""
     with scheduled.connect() as db:
         db.execute("DROP EXTENSION IF EXISTS autoembed CASCADE")
         db.execute("CREATE EXTENSION IF NOT EXISTS pg_cron")

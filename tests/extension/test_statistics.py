@@ -11,7 +11,7 @@ from harness import Connection, insert, is_settled
 from lanes import running_lanes
 from waiting import wait_until
 
-# What lanes alone do to these tables.
+# Only lanes write these tables.
 WRITTEN = """
 SELECT relname, CASE relname WHEN 'documents' THEN n_tup_upd WHEN 'embedded' THEN n_tup_ins ELSE n_tup_del END
 FROM pg_stat_user_tables

@@ -14,7 +14,7 @@ from waiting import wait_until
 
 Connect = Callable[..., Connection]
 
-# What a trigger does before an UPDATE of the rows for which a condition holds, and after how many tries a row fails.
+# A trigger's act before an UPDATE of the rows for which a condition holds, and the number of tries until a row fails.
 REFUSALS = {
     "raises": ("RAISE 'not now';", 1, "not now"),
     "returns NULL": ("RETURN NULL;", 5, "leaves the row out of the write"),

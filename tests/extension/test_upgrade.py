@@ -483,7 +483,7 @@ def test_a_dump_of_an_updated_database_has_the_grants_of_a_new_one(
         assert any("FUNCTION autoembed.enable(" in grant for grant in grants(updated))
 
 
-# What is in it ---------------------------------------------------------------------------------------
+# Its contents ----------------------------------------------------------------------------------------
 
 KEPT = {
     "pipeline": "SELECT p.id, p.table_id::text,"
@@ -569,7 +569,7 @@ def test_an_updated_database_keeps_its_promises(
     assert not_fresh(db) == {} and failed(db) == [] and is_settled(db)
     nearest = "SELECT title, body FROM pages ORDER BY embedding <=> autoembed.embed(%s) LIMIT 1"
     assert db.execute(nearest, ["c\n\nwaits"]).fetchall() == [("c", "waits")]
-    # Of lanes and extensions it advises what a test does without.
+    # Its advice on lanes and extensions is not for a test.
     faults = "SELECT subject FROM autoembed.doctor() WHERE NOT ok AND subject !~ '^(lanes|extension .*)$'"
     assert db.execute(faults).fetchall() == []
     db.execute("ALTER TABLE pages RENAME COLUMN body TO words; ALTER TABLE visits DROP COLUMN body")
@@ -854,7 +854,7 @@ def set_traps(owner: Connection) -> None:
         )
 
 
-# What of the extension depends on an object in the schema public that is of no extension.
+# The extension's objects that depend on an object in the schema public that is of no extension.
 DEPENDENT_ON_PUBLIC = """
     SELECT pg_describe_object(d.classid, d.objid, d.objsubid) AS object,
         pg_describe_object(d.refclassid, d.refobjid, 0) AS other

@@ -1,4 +1,4 @@
-"""What was asked of which model, for which column, and what it cost."""
+"""Usage: the requests, texts, tokens and cost of each model, by column."""
 
 from __future__ import annotations
 

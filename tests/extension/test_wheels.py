@@ -1,4 +1,4 @@
-"""What the image takes from PyPI: each pinned wheel exists for every Python and processor, and has the pinned hash."""
+"""The wheels of the image: each pinned wheel exists for every Python and processor, and has the pinned hash."""
 
 from __future__ import annotations
 

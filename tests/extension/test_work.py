@@ -63,7 +63,7 @@ def test_a_lane_reads_what_is_committed_whatever_the_sessions_default(
 
 
 def test_a_lanes_memory_does_not_grow_with_its_requests(documents: Connection, connect: Connect) -> None:
-    """What a statement leaves in the memory of the call stays until the lane ends: COPY leaves 2 kB each time."""
+    """Memory that a statement leaves behind stays until the lane ends: COPY leaves 2 kB each time."""
     documents.execute("""
         CREATE TABLE memory (id integer GENERATED ALWAYS AS IDENTITY, used_bytes bigint);
         CREATE FUNCTION note_memory() RETURNS trigger LANGUAGE plpgsql AS $plpgsql$
@@ -495,7 +495,7 @@ def test_an_idle_lane_reads_no_table_that_a_backfill_made_large(documents: Conne
     )
     if queue == "emptied":
         documents.execute("DELETE FROM pgmq.q_embedding_jobs")
-    # What this session has read so far is counted no more.
+    # The reads of this session so far no longer count.
     documents.execute("SELECT pg_stat_force_next_flush()")
 
     with documents.transaction():

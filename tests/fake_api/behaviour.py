@@ -151,7 +151,7 @@ class Fault(FromJson):
 
 
 class Limits(NamedTuple):
-    """What a provider takes in one request."""
+    """The most that a provider takes in one request."""
 
     inputs: int
     tokens_per_input: int

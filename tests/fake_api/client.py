@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class FakeApi:
-    """What a test holds in its hand: one tenant of a running server.
+    """One tenant of a running server, for a test to use.
 
     control_url is the server as the test sees it, base_url the tenant's API as the database sees it.
 

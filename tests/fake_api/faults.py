@@ -58,7 +58,7 @@ def _slow_body(exchange: Exchange, fault: Fault) -> Reply:
 
 
 def _blocks(size: int) -> Iterator[bytes]:
-    """What could be the start of an answer, and then digits without end."""
+    """The start of an answer, and then digits without end."""
     start, block = b'{"embeddings":[[0.', 1 << 16
     yield start[:size]
     for left in range(size - len(start), 0, -block):

@@ -70,7 +70,7 @@ class Protocol(NamedTuple):
     fields: frozenset[str]  # that its reference names
     texts: Callable[[Any], list[str]]  # as far as they can be made out, for log and faults
     settings: Callable[[Any], dict[str, Any]]  # the body without its texts, for the log
-    # Of a body and what its address says, that is its parts and parameters; raises Refusal.
+    # Takes the body, and the parts and parameters of the address; raises Refusal.
     check: Callable[[Any, Behaviour, Mapping[str, str]], Ask]
     answer: Callable[[Ask, list[Item]], bytes]
     usual_refusal: Callable[[int], Refusal]
@@ -78,9 +78,9 @@ class Protocol(NamedTuple):
     bad_key: Callable[[str | None], Refusal | None]  # of none, or of one that is not right; None: never mind
     embed: Callable[[str, int, str], Vector] = embedding_of
     requests_in: Callable[[list[str]], int] = lambda texts: 1  # that a request with these texts counts as
-    # Of the tenant's limits and the status of the answer that they go with.
+    # Takes the tenant's limits and the status of the answer that they go with.
     limit_headers: Callable[[Sequence[Allowance], int], dict[str, str]] = lambda allowances, status: {}
-    # Of the allowance that does not suffice and the usual refusal.
+    # Takes the allowance that does not suffice and the usual refusal.
     over_limit: Callable[[Allowance, Refusal], Refusal] = lambda allowance, usual: usual
     key_header: str = "Authorization"
 

@@ -1,4 +1,4 @@
-"""What unit tests stand on: a lane in memory, and for tests over HTTP the fake API, clients of it and a key."""
+"""Fixtures of the unit tests: a lane in memory, and for tests over HTTP the fake API, clients of it and a key."""
 
 from __future__ import annotations
 

@@ -52,11 +52,11 @@ PIPELINE = Pipeline(
 
 
 class Cancelled(BaseException):
-    """What the database raises when somebody cancels the query."""
+    """The database's error when somebody cancels the query."""
 
 
 class StatementError(Exception):
-    """What the database raises when a statement fails. nobodys: by no row's fault."""
+    """The database's error when a statement fails. nobodys: by no row's fault."""
 
     def __init__(self, message: str, *, nobodys: bool = False) -> None:
         super().__init__(message)
@@ -151,7 +151,7 @@ class FakeDatabase(Database):
         self.interrupts: dict[str, Callable[[], None]] = {}
         # Called with the name of each statement.
         self.watch: Callable[[str], None] = lambda statement: None
-        # What was done, in order.
+        # The calls, in order.
         self.statements: list[str] = []
         # The keys of each statement that reads, and of each that writes.
         self.read_keys: list[list[str]] = []
@@ -189,7 +189,7 @@ class FakeDatabase(Database):
         self.watch(statement)
         self.interrupts.get(statement, lambda: None)()
 
-    # As the real one has it ----------------------------------------------------------------------
+    # The real one's methods ----------------------------------------------------------------------
 
     def commit(self, *, synced: bool = True) -> None:
         if not synced:

@@ -1,4 +1,4 @@
-"""What is special to the provider azure: the URL names deployment and version."""
+"""The provider azure: the URL names deployment and version."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def sentences(number: int, start: int = 1) -> str:
     return " ".join(f"This is the sentence with number {n} of this text." for n in range(start, start + number))
 
 
-# --- What holds for every text ---
+# --- Properties of every text ---
 
 ALPHABETS = st.one_of(
     st.sampled_from("ab .\n#`-=|<>&\t*"),

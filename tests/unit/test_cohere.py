@@ -1,4 +1,4 @@
-"""What is special to the provider cohere: the fields it sends, by purpose and model."""
+"""The provider cohere: the fields it sends, by purpose and model."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ MODEL = Model("mine", "function", "app.embed_texts", 2)
 
 
 def binary(*numbers: float) -> bytes:
-    """As vector_send() has it."""
+    """The binary form of vector_send()."""
     return struct.pack(f">hh{len(numbers)}f", len(numbers), 0, *numbers)
 
 

@@ -1,4 +1,4 @@
-"""What is special to the provider gemini: one request a text, unit length, and a delay in the body."""
+"""The provider gemini: one request a text, unit length, and a delay in the body."""
 
 from __future__ import annotations
 

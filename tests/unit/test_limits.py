@@ -58,7 +58,7 @@ def headers(limit: str, left: str, reset: str, unit: str = "requests") -> dict[s
         (headers("3000", "0", "59.9s"), Limits(Allowance(3000, 0))),
         (headers("60", "0", "1m0s"), Limits(Allowance(60, 0))),
         (headers("60", "", ""), Limits(Allowance(60, None))),
-        # Of a day: 200, 7m12s for each.
+        # A limit of 200 a day: 7m12s for each.
         (headers("200", "199", "7m12s"), NOTHING_KNOWN),
         (headers("10000", "9999", "1h2m"), NOTHING_KNOWN),
         # Azure tells no limit, and this is no number.

@@ -299,7 +299,7 @@ def test_a_file_without_authorities_needs_somebody_to_act(network: Network, tls_
 
 
 class Proxy(socketserver.ThreadingTCPServer):
-    """Joins whoever says CONNECT to one port of this machine, and notes where they wanted to go."""
+    """Joins each client that says CONNECT to one port of this machine, and notes where it wanted to go."""
 
     daemon_threads = True
 
@@ -590,7 +590,7 @@ class Asking:
         return not self.thread.is_alive()
 
     def seconds_to_let_go(self) -> float:
-        """As Flight has it: abort() again and again until the thread has ended."""
+        """Calls abort() again and again until the thread has ended, like Flight."""
         started = time.monotonic()
         while self.thread.is_alive():
             self.network.abort()

@@ -1,4 +1,4 @@
-"""What is special to the provider ollama: its own endpoint and fields, and texts shortened by the model."""
+"""The provider ollama: its own endpoint and fields, and texts shortened by the model."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def folder(tmp_path: Path) -> Path:
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    # As published tokenizers often have it; both must not count.
+    # Published tokenizers often have both; neither may count.
     tokenizer.enable_padding(length=8)
     tokenizer.enable_truncation(5)
     tokenizer.save(str(tmp_path / "tokenizer.json"))

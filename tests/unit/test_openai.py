@@ -1,4 +1,4 @@
-"""What is special to the provider openai: the fields it sends, and the forms of embeddings it reads."""
+"""The provider openai: the fields it sends, and the forms of embeddings it reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What must hold of every provider over HTTP: what it sends, what it makes of every answer, what it refuses to do.
+"""Every provider over HTTP: its requests, its reading of every answer, its refusals.
 
 A provider's own file has only what is special to it.
 """
@@ -57,7 +57,7 @@ def ollama_answer(embeddings: Sequence[Any]) -> dict[str, Any]:
 
 
 class Case(NamedTuple):
-    """What a test of every provider must know of one."""
+    """The facts of one provider that the tests of all providers need."""
 
     model: Model
     base_path: str  # of its base_url, below the tenant of the fake API
@@ -586,7 +586,7 @@ def test_an_answer_that_is_not_whole_or_not_utf_8_is_the_providers_trouble(case:
         ([[1, 2], [1, None]], "refused", "not finite"),
         # Out of float32's range.
         ([[1, 2], [1, 1e300]], "refused", "not finite"),
-        # What Python's json writes, although JSON has no such numbers.
+        # Python's json writes these, although JSON has no such numbers.
         ([[1, 2], [1, float("nan")]], "refused", "not finite"),
         ([[1, 2], [1, float("inf")]], "refused", "not finite"),
         ([[1, 2], [float("-inf"), 1]], "refused", "not finite"),

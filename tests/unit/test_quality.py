@@ -20,7 +20,7 @@ from autoembed.quality import Quality, quality_of, summary
         ([1, 1, 0], [1, 1, 1, 1], Quality((1 + 1 / math.log2(3)) / (1.5 + 1 / math.log2(3)), 1, 0.5)),
         # The better row should be first.
         ([1, 3], [3, 1], Quality((1 + 3 / math.log2(3)) / (3 + 1 / math.log2(3)), 1, 1)),
-        # What comes later than the most does not count.
+        # An answer beyond the limit does not count.
         ([0, 0, 0, 1], [1], Quality(0, 0, 0)),
     ],
 )

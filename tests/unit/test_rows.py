@@ -518,7 +518,7 @@ def test_quick_owners_come_first(took: dict[int, list[float]], order: list[int])
     pipelines = {number: replace(PIPELINE, id=number, owner=10 * number) for number in (1, 2, 3)}
     for number, times in took.items():
         for seconds in times:
-            # Of another pipeline of the same owner.
+            # A row of another pipeline of the same owner.
             owners.spent(replace(pipelines[number], id=10 * number), seconds)
 
     work: list[tuple[Pipeline, list[Job]]] = [(pipeline, []) for pipeline in pipelines.values()]
@@ -627,7 +627,7 @@ def desk(monkeypatch: pytest.MonkeyPatch) -> Desk:
 
 
 def outcomes_of(jobs: list[Job]) -> list[str]:
-    """What became of each job."""
+    """The outcome of each job."""
 
     def name(job: Job) -> str:
         if job.outcome is None or job.outcome.released:

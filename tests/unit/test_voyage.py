@@ -1,4 +1,4 @@
-"""What is special to the provider voyage: the fields it sends, by purpose and model."""
+"""The provider voyage: the fields it sends, by purpose and model."""
 
 from __future__ import annotations
 

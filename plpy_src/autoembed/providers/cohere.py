@@ -71,7 +71,7 @@ def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedde
 
 
 def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray) -> Trouble:
-    """As everywhere, but 498 blocks a text, 499 is a request given up, and a trial key's month may be used up."""
+    """The usual judgment, but 498 blocks a text, 499 is a request given up, and a trial key's month may be used up."""
     trouble = trouble_of_answer(status, headers, body)
     if status == 498:
         return Refused(str(trouble))

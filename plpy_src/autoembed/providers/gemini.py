@@ -85,7 +85,7 @@ def unit_length(vectors: np.ndarray) -> np.ndarray:
 
 
 def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray) -> Trouble:
-    """As everywhere, but a bad key or a missing bill is answered with 400, and when to come back is in the body."""
+    """The usual judgment, but a bad key or a missing bill is answered with 400, and the delay is in the body."""
     trouble = trouble_of_answer(status, headers, body)
     if isinstance(trouble, Refused) and (b"API_KEY_INVALID" in body or b"FAILED_PRECONDITION" in body):
         return ProviderTrouble(str(trouble), permanent=True)

@@ -62,7 +62,7 @@ def embedded_in(body: bytes | bytearray, count: int, dimensions: int) -> Embedde
 
 
 def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray) -> Trouble:
-    """As everywhere, but a text may be to blame for a 500."""
+    """The usual judgment, but a text may be to blame for a 500."""
     trouble = trouble_of_answer(status, headers, body)
     if status == 500 and any(fault in body for fault in TEXTS_FAULTS):
         return Refused(str(trouble))

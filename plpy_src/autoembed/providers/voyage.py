@@ -66,7 +66,7 @@ def request_body(request: Request) -> dict[str, Any]:
 
 
 def trouble_of(status: int, headers: Mapping[str, str], body: bytes | bytearray) -> Trouble:
-    """As everywhere, but an unknown model is answered with 400."""
+    """The usual judgment, but an unknown model is answered with 400."""
     trouble = trouble_of_answer(status, headers, body)
     if status == 400 and b"Supported models are" in body:
         return ProviderTrouble(str(trouble), permanent=True)

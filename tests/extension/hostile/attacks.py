@@ -1,4 +1,4 @@
-"""What a hostile tenant does in a loop, beside others: for the tests, `make chaos` and the bench."""
+"""The attacks of a hostile tenant in a loop, beside others: for the tests, `make chaos` and the bench."""
 
 from __future__ import annotations
 

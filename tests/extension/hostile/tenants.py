@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SOON_SECONDS = 10.0
 # Longer than any write of a tenant's own row should take.
 WRITE_TIMEOUT = "5s"
-# Of the model "fast", which all tenants use unless a test says otherwise.
+# The dimensions of the model "fast", which all tenants use unless a test says otherwise.
 DIMENSIONS = 8
 
 # A function that tries to gain rights, and notes the role that it ran as.

@@ -116,7 +116,7 @@ def test_a_hostile_owner_gains_nothing_and_holds_up_nobody(
             session.execute(statements.encode())
         session.execute("ALTER SEQUENCE as_owner RESTART")
 
-        # As a superuser, who alters it, writes it, and runs the lane.
+        # A superuser alters it, writes it, and runs the lane.
         db.execute(f"ALTER TABLE {mallory}.notes ADD more text; ALTER TABLE {mallory}.notes RENAME more TO most")
         db.execute(f"INSERT INTO {mallory}.notes VALUES (2, 'another'); UPDATE {mallory}.notes SET content = 'new'")
         db.execute("INSERT INTO documents VALUES (1, 'of another')")

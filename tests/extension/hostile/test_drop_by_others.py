@@ -1,4 +1,4 @@
-"""What somebody drops who could not drop autoembed, or that is not autoembed, changes nothing of its lanes."""
+"""A DROP by a role that could not drop autoembed, or of something else, changes nothing of its lanes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harness import PASSWORD, Connection, Server
 from lanes import Lane
 from waiting import wait_until
 
-# What a role without rights may say; most of it fails, which changes nothing.
+# Statements of a role without rights; most of them fail, which changes nothing.
 SAID = {
     "a drop of nothing": "DROP EXTENSION IF EXISTS nosuch",
     "a drop of nothing with CASCADE": "DROP EXTENSION IF EXISTS nosuch CASCADE",

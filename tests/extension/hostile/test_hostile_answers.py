@@ -16,9 +16,9 @@ from lanes import Lane
 from waiting import wait_until
 
 MakeModel = Callable[..., None]
-# What a session may take that reads an answer, shared memory included; an answer may have 64 MB.
+# The most memory of a session that reads an answer, shared memory included; an answer may have 64 MB.
 MOST_MEGABYTES = 400
-# What any answer may take that has come, on a busy machine.
+# The longest time to read an answer that has come, on a busy machine.
 READ_SECONDS = 5.0
 
 

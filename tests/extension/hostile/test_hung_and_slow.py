@@ -1,4 +1,4 @@
-"""What one tenant's provider, code or number of tables takes, no other tenant waits for."""
+"""No tenant waits for another tenant's provider, code or number of tables."""
 
 from __future__ import annotations
 

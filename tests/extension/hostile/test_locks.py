@@ -39,14 +39,14 @@ def deferrable(kind: str, schema: str) -> str:
 
 
 def alter_a_table(session: Connection) -> None:
-    """What an application may do that has nothing to do with embeddings."""
+    """An application's statements that have nothing to do with embeddings."""
     session.execute(f"SET statement_timeout = '{WRITE_TIMEOUT}'")
     session.execute("CREATE TEMPORARY TABLE mine (id int)")
     session.execute("ALTER TABLE mine ADD word text")
     session.execute("DROP TABLE mine")
 
 
-# What a tenant does in a transaction that stays open.
+# A tenant's statements in a transaction that stays open.
 LEFT_OPEN = {
     "the pipelines locked": "LOCK TABLE autoembed.pipeline",
     "the pipelines locked in a weaker mode": "LOCK TABLE autoembed.pipeline IN SHARE MODE",
@@ -156,7 +156,7 @@ def test_no_audience_may_lock_a_table_of_the_extension(
     assert locked == []
 
 
-# What a role that was granted nothing does, and keeps for as long as its session lasts.
+# Locks that a role without a grant takes, and keeps for as long as its session lasts.
 KEPT_BY_NOBODY = {
     "a temporary table with a deferrable trigger": deferrable("TEMPORARY", "pg_temp"),
     "a temporary table with a deferrable exclusion constraint": """

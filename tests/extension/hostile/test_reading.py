@@ -24,7 +24,7 @@ from harness import Connection, Server
 from lanes import Lane
 from waiting import wait_until
 
-# What a lane may take at its peak, shared memory included; one that reads all texts of a claim at once takes 1.6 GB.
+# The most memory of a lane, shared memory included; one that reads all texts of a claim at once takes 1.6 GB.
 MOST_MEGABYTES = 800
 # 64 rows have 128 MB of it; on disk it is some megabytes.
 LARGE = "repeat('a large text ', 150000)"
@@ -53,7 +53,7 @@ def test_texts_are_read_by_their_size(db: Connection, mallory: Tenant, lane: Lan
     assert peak_megabytes(db, lane.pid) < MOST_MEGABYTES
 
 
-# Of one character more than 64 MB.
+# One character more than 64 MB.
 TOO_LARGE = {
     "a column": f"{NOTES}; {ENABLE_COLUMNS}; INSERT INTO notes VALUES (1, repeat('x', 67108865)), (2, 'two')",
     "a content function": f"""
@@ -227,7 +227,7 @@ def test_no_row_is_refused_in_another_language(german: None, mallory: Tenant, on
     session.execute("UPDATE notes SET content = 'changed'")
 
 
-# What an owner's code can use up.
+# Resources that an owner's code can use up.
 USED_UP: dict[str, str] = {
     "the table of locks": "PERFORM pg_advisory_xact_lock(i) FROM generate_series(1, 100000) AS i;",
     "temporary files": """

@@ -179,7 +179,7 @@ def test_an_honest_deferred_constraint_keeps_no_row_from_its_vector(
         assert mallory.session.execute("SELECT DISTINCT note FROM log").fetchall() == [(1,)]
 
 
-# What becomes of a table that a superuser has enabled, while its texts are with the provider.
+# Changes of a table that a superuser has enabled, while its texts are with the provider.
 GIFTS = {
     "given away": "ALTER TABLE gift OWNER TO {me}",
     "of a role that was a superuser": "ALTER ROLE {me} NOSUPERUSER",

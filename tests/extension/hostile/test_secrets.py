@@ -74,7 +74,7 @@ def test_a_key_is_shown_nowhere_whatever_the_answer_is(
     assert [key[n : n + 8] for n in range(3, len(key) - 8) if key[n : n + 8] in words] == []
 
 
-# What a provider says of a text of bob's, in its own words.
+# A provider's own words on a text of bob's.
 QUOTING: list[dict[str, Any]] = [
     {"status": 500, "body": {"error": {"message": "bad input: bob's diagnosis"}}, "retry_after": 30},
     {"status": 401, "body": {"error": {"message": "not for bob's diagnosis"}}},

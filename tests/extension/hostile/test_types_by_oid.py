@@ -102,7 +102,7 @@ def test_a_trigger_cannot_make_such_a_domain_in_the_lane(
     assert_nothing_gained(db, mallory)
 
 
-# What a trigger could leave in the session's temporary schema, named as what later statements mention without a schema.
+# Objects that a trigger could leave in the session's temporary schema, named like those of later statements.
 LEFT_BEHIND = {
     "domain": "CREATE DOMAIN pg_temp.text AS pg_catalog.text CHECK ({me}.attack() IS NOT NULL)",
     "enum": "CREATE TYPE pg_temp.jsonb AS ENUM ('a')",
@@ -146,7 +146,7 @@ def test_a_trigger_leaves_nothing_in_the_temporary_schema_of_a_caller_of_process
 
 
 def left_behind(db: Connection, tenant: Tenant) -> list[tuple[str, int]]:
-    """What a tenant owns in temporary schemas."""
+    """The objects of a tenant in temporary schemas."""
     return db.execute(
         "SELECT d.classid::regclass, d.objid FROM pg_depend AS d JOIN pg_namespace AS n ON n.oid = d.refobjid"
         " JOIN pg_shdepend AS o ON (o.classid, o.objid) = (d.classid, d.objid) AND o.deptype = 'o'"

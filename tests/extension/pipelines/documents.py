@@ -36,7 +36,7 @@ def attach(db: Connection, arguments: str = COLUMNS) -> None:
 
 
 def embed(db: Connection) -> None:
-    """All that waits, and every table that is being looked through."""
+    """All that waits, and every table that is being scanned."""
     for _ in range(20):
         [report] = db.execute("SELECT read, failed_jobs FROM autoembed.process()").fetchall()
         assert report.failed_jobs == []
@@ -82,7 +82,7 @@ def assert_fresh(
 
 
 def traces(db: Connection) -> list[Any]:
-    """What is there of pipelines: their functions, triggers, jobs and rows."""
+    """The objects of pipelines: their functions, triggers, jobs and rows."""
     return db.execute("""
         SELECT 'function' AS kind, proname::text AS name FROM pg_proc
         WHERE pronamespace = 'autoembed'::regnamespace AND proname ~ '_[0-9]+$'

@@ -1,4 +1,4 @@
-"""What is embedded: columns, a template or a function, and the rows that a condition chooses."""
+"""The text of a row: columns, a template or a function, for the rows that a condition chooses."""
 
 from __future__ import annotations
 

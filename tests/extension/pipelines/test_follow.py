@@ -13,7 +13,7 @@ PIPELINES = {
     "template": r"content_template => '# {title}\n\\ {{{content}}}', condition => 'note IS NULL', on_change => 'clear'",
     "function": "content_function => 'text_of', condition => 'odd(id) OR title IS NOT NULL', on_change => 'clear'",
 }
-# What is altered, and the words by which the same is said then.
+# The change, and the words that name the same thing after it.
 RENAMES: dict[str, tuple[str, dict[str, str]]] = {
     "table": ("ALTER TABLE documents RENAME TO papers", {"documents": "papers"}),
     "table to a name that needs quotes": (
@@ -169,7 +169,7 @@ DROPS = {
 
 @pytest.mark.parametrize("drop", DROPS)
 def test_a_pipeline_stops_or_ends_with_what_it_is_made_of_and_the_table_goes_on(db: Connection, drop: str) -> None:
-    """What is dropped, the application writes on as before; nothing is left that refuses its rows or waits for ever."""
+    """After a drop the application writes on as before; nothing is left that refuses its rows or waits for ever."""
     db.execute(
         "CREATE EXTENSION citext; CREATE TYPE colour AS ENUM ('red'); CREATE ROLE enable_owner; CREATE SCHEMA types"
     )

@@ -1,4 +1,4 @@
-"""What keeps a pipeline from being embedded is said, and its rows wait until that is mended."""
+"""A pipeline that cannot be embedded says why, and its rows wait until that is mended."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from extension.pipelines.documents import COLUMNS, assert_fresh, attach, embed, 
 from fake_api import FakeApi
 from harness import Connection, warnings_of
 
-# What a condition uses, besides columns: how it goes, and comes back.
+# The objects that a condition uses, besides columns: how each goes, and comes back.
 HELPERS = """
 CREATE SCHEMA helpers;
 CREATE FUNCTION helpers.odd(n int) RETURNS boolean LANGUAGE sql RETURN n % 2 = 1;
@@ -74,7 +74,7 @@ def state(db: Connection) -> tuple[str, str | None, str | None]:
 
 
 @pytest.mark.parametrize("going", GOING)
-@pytest.mark.parametrize("mended", ["it comes back", "the condition is given anew"])
+@pytest.mark.parametrize("mended", ["it comes back", "the condition is given again"])
 def test_what_a_condition_uses_may_go_and_its_rows_wait_until_that_is_mended(
     db: Connection, going: str, mended: str
 ) -> None:
@@ -121,7 +121,7 @@ def test_a_type_that_a_conditions_function_takes_may_be_renamed(db: Connection) 
     assert_fresh(db, "CASE WHEN id <> 2 THEN content END")
 
 
-# What keeps a pipeline from being embedded, whose tables may be altered all the same.
+# Faults that stop a pipeline, whose tables may be altered all the same.
 HELD_UP = {
     "dimensions that do not fit": (COLUMNS, "ALTER TABLE documents ALTER embedding TYPE halfvec(3) USING NULL"),
     "a type that is none of vectors": (COLUMNS, "ALTER TABLE documents ALTER embedding TYPE text USING NULL"),

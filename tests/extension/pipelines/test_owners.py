@@ -1,4 +1,4 @@
-"""What the owner of a table may do, and nobody else."""
+"""The owner of a table attaches, alters and detaches it, and nobody else."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ CALLS = [
     "resync('app.documents')",
     "reembed('app.documents')",
 ]
-# Of the pipeline P on the table T.
+# The acts on the pipeline P on the table T.
 STATEMENTS = [
     "INSERT INTO autoembed.pipeline (table_id, embedding_column, content_columns) VALUES (T, 'embedding', '{title}')",
     "INSERT INTO autoembed.backfill (pipeline_id) VALUES (P)",

@@ -1,4 +1,4 @@
-"""What cannot be is refused, with a reason and a way out."""
+"""A request that cannot be met is refused, with a reason and a way out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXPRESSION = "boolean expression"
 
 
 class Refusal(NamedTuple):
-    """What is asked of autoembed, and how it is refused: words of the message and of the hint."""
+    """A request, and its refusal: words of the message and of the hint."""
 
     call: str
     sqlstate: str

@@ -1,4 +1,4 @@
-"""What the triggers of a table do to a write: queue its rows, clear vectors, and refuse nothing."""
+"""The triggers of a table at a write: they queue its rows, clear vectors, and refuse nothing."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from testcontainers.core.image import DockerImage
 from harness import IMAGE, Connection, run_server
 
 VOLATILE = "routine is marked as STABLE, but expression is VOLATILE"
-# What it reports, by the name of the function, and why that is right. Its versions differ in what they report.
+# Its reports that are no faults, by the name of the function, and why. Its versions differ in their reports.
 ACCEPTED = {
     ("_digests", VOLATILE): "The age of a row may be that at any moment of the statement.",
     ("_is_uncommitted", VOLATILE): "The caller's own transaction is in progress throughout the statement.",
@@ -24,7 +24,7 @@ ACCEPTED = {
 }
 # Their queries are made of the names of a table, and the type of its rows is known when they run.
 DYNAMIC = {"_nearest", "_distances_of", "search", "_found_rows", "_judgments"}
-# What functions refer to, and is not there when they are checked: Supabase's Vault, and a table that one of them makes.
+# Functions name these, which are not there during the check: Supabase's Vault, and a table that one of them makes.
 ABSENT = """
 CREATE SCHEMA vault;
 CREATE TABLE vault.decrypted_secrets (name text, decrypted_secret text);

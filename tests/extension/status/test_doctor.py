@@ -1,4 +1,4 @@
-"""What doctor() finds and advises; a server that is well has a quiet log."""
+"""The findings and advice of doctor(); a server that is well has a quiet log."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def scheduled() -> Iterator[Server]:
 
 @pytest.fixture
 def cron(scheduled: Server) -> Iterator[Connection]:
-    """A session in the database with pg_cron, the extension made anew, with its lanes."""
+    """A session in the database with pg_cron, the extension made again, with its lanes."""
     with scheduled.connect() as db:
         db.execute("DROP TABLE IF EXISTS notes; DROP EXTENSION IF EXISTS autoembed CASCADE")
         db.execute("CREATE EXTENSION autoembed CASCADE")
@@ -40,7 +40,7 @@ def doctor(db: Connection) -> dict[str, Any]:
 
 
 def sick(db: Connection) -> dict[str, Any]:
-    """What is not right, and belongs to the database: pg_cron lives elsewhere in most tests."""
+    """The findings that belong to the database: pg_cron lives elsewhere in most tests."""
     return {name: row for name, row in doctor(db).items() if not row.ok and name not in ("extension pg_cron", "lanes")}
 
 
@@ -334,7 +334,7 @@ def test_a_model_that_does_not_answer_is_found(
     "definition", ["provider = 'nonsense'", "base_url = 'ftp://x'", "base_url = 'http://elsewhere.example/v1'"]
 )
 def test_a_model_that_cannot_work_is_found_and_hides_no_other_check(notes: Connection, definition: str) -> None:
-    """As from a dump of a version that knew it."""
+    """Puts it there like a dump of a version that knew it."""
     healthy = doctor(notes).keys()
     notes.execute(f"UPDATE autoembed.model SET {definition} WHERE name = '{MODEL}'")
 

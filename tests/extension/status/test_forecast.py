@@ -1,4 +1,4 @@
-"""What would be sent of a row, and what a table would cost: preview, estimate, and the usage that comes of it."""
+"""preview, estimate, and the usage that comes of it: the text of a row, and the cost of a table."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def test_an_estimate_is_what_is_then_sent_and_itself_sends_nothing(
 
 
 def test_texts_that_are_cut_are_estimated_as_cut(articles: Connection) -> None:
-    """What is beyond the model's limit is not sent and not paid for."""
+    """Text beyond the model's limit is not sent and not paid for."""
     articles.execute("TRUNCATE notes")
     articles.execute("INSERT INTO notes SELECT n, n, repeat(%s, 2000) FROM generate_series(1, 3) AS n", [PROSE])
     articles.execute("SELECT autoembed.enable('notes', 'embedding', content_columns => '{title,content}')")
@@ -270,7 +270,7 @@ def test_a_large_table_is_sampled_and_its_estimate_is_near(articles: Connection)
         "SELECT * FROM autoembed.estimate("
         "'notes', 'embedding', content_columns => '{title,content}', condition => 'id > 1000')",
     )
-    # What is sent, had each text been looked at: in requests as packed of the next thousand rows.
+    # The true figures, had each text been looked at: requests packed from the next thousand rows.
     exact = one(
         articles,
         "SELECT sum(e.tokens)::bigint AS tokens, sum(e.requests)::bigint AS requests FROM ("

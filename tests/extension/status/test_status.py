@@ -1,4 +1,4 @@
-"""What operators and owners see of embedding columns and of lanes: status, progress, and waiting for both."""
+"""Embedding columns and lanes, as operators and owners see them: status, progress, and waiting for both."""
 
 from __future__ import annotations
 
@@ -303,7 +303,7 @@ def test_wait_until_fresh_does_not_wait_for_its_own_transaction(notes: Connectio
             notes.execute(statement)
         with pytest.raises(psycopg.errors.InvalidTransactionState, match="its own transaction"), notes.transaction():
             notes.execute(fresh)
-        # What a pass in the same transaction has embedded is done.
+        # A row that a pass in the same transaction has embedded is done.
         notes.execute("SELECT autoembed.process()")
         assert one(notes, fresh).fresh
     with notes.transaction():

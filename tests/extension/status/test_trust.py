@@ -1,4 +1,4 @@
-"""What the view status says of rows is so: each counts once, and what is stale is no more told to be done."""
+"""The view status tells the truth about rows: each counts once, and no stale row counts as done."""
 
 from __future__ import annotations
 

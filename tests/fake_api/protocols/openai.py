@@ -139,7 +139,7 @@ def retry_after_ms(seconds: float) -> dict[str, str]:
 
 
 def duration(seconds: float) -> str:
-    """As its headers have it: 12ms, 1.5s, 6m0s."""
+    """A duration in the form of its headers: 12ms, 1.5s, 6m0s."""
     if seconds < 1:
         return f"{math.ceil(seconds * 1000)}ms"
     minutes, rest = divmod(round(seconds, 3), 60)
