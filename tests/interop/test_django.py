@@ -5,20 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import django
 import pytest
-from django.conf import settings
 from django.db import InternalError, connection, connections, models, transaction
 from pgvector.django import CosineDistance, HalfVectorField
 
-from harness import HOST, PASSWORD, Server
+from harness import Server
 from interop.conftest import Documents
-
-settings.configure(
-    DATABASES={"default": {"ENGINE": "django.db.backends.postgresql", "HOST": HOST, "PASSWORD": PASSWORD}},
-    USE_TZ=True,
-)
-django.setup()
+from interop.django_settings import APP_LABEL
 
 
 class Document(models.Model):
@@ -28,7 +21,7 @@ class Document(models.Model):
     embedding = HalfVectorField(dimensions=1536, null=True, editable=False)
 
     class Meta:
-        app_label = "interop"
+        app_label = APP_LABEL
         db_table = "documents"
         managed = False
 

@@ -1,0 +1,83 @@
+"""The Python of docs/clients.md runs with real models, on the table of that page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.db import connection, connections, models
+from sqlalchemy import URL, create_engine, select, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from harness import HOST, PASSWORD, Connection, Server
+from interop.django_settings import APP_LABEL
+
+PAGE = (Path(__file__).parents[2] / "docs" / "clients.md").read_text(encoding="utf-8")
+MIGRATION = re.findall(r"```sql\n(.*?)```", PAGE, re.DOTALL)[0]
+[PYTHON] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+QUESTION = "take a nap"
+
+
+class Article(models.Model):
+    title = models.TextField()
+    body = models.TextField()
+
+    class Meta:
+        app_label = APP_LABEL
+        managed = False
+        db_table = "articles"
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class MappedArticle(Base):
+    __tablename__ = "articles"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str]
+    body: Mapped[str]
+
+
+def snippet(name: str) -> str:
+    """The part of the page's Python under the comment with this name."""
+    part: str
+    [part] = re.findall(rf"# {name}\n(.*?)(?:\n\n|\Z)", PYTHON, re.DOTALL)
+    return part.strip()
+
+
+@pytest.fixture
+def articles(db: Connection) -> None:
+    db.execute(MIGRATION)
+    db.execute("INSERT INTO articles (title, body) VALUES ('one', %s), ('two', 'roll back a mistake')", [QUESTION])
+    db.execute("SELECT autoembed.process()")
+
+
+@pytest.fixture
+def session(server: Server, dbname: str, articles: None) -> Iterator[Session]:
+    engine = create_engine(URL.create("postgresql+psycopg", "postgres", PASSWORD, HOST, server.port, dbname))
+    with Session(engine) as session:
+        yield session
+    engine.dispose()
+
+
+def test_django_makes_objects_of_a_search(server: Server, dbname: str, articles: None) -> None:
+    connections["default"].settings_dict.update(NAME=dbname, PORT=server.port, USER="postgres")
+
+    found: Any = eval(snippet("Django"), {"Article": Article, "question": QUESTION})
+
+    assert [article.title for article in found] == ["one", "two"]
+    connection.close()
+
+
+def test_sqlalchemy_makes_objects_of_a_search(session: Session) -> None:
+    *statements, expression = snippet("SQLAlchemy").split("\n")
+    names = {"text": text, "select": select, "session": session, "Article": MappedArticle, "question": QUESTION}
+    exec("\n".join(statements), names)
+
+    found: Any = eval(expression, names)
+
+    assert [article.title for article in found] == ["one", "two"]
