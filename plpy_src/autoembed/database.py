@@ -44,6 +44,8 @@ CALLER_SECONDS = 3600.0
 CANCEL_REST_SECONDS = 60.0
 # A lane does not wait longer for a lock, in milliseconds.
 LOCK_TIMEOUT_MILLISECONDS = 500
+# The functions of a pipeline are looked at so often, in seconds. Event triggers keep them current.
+CHECK_SECONDS = 1.0
 # The types of the arguments that describe chunks: counts, keys, numbers, starts, ends, digests.
 CHUNK_COLUMNS = ["pg_catalog.int4[]", "pg_catalog.text[]", *["pg_catalog.int4[]"] * 3, "pg_catalog.bytea[]"]
 
@@ -63,6 +65,8 @@ class Database:
         self._commits = commits
         # The vector types whose temporary tables may have rows. Each commit empties them.
         self._filled: set[str] = set()
+        # When the functions of a pipeline are due to be looked at again.
+        self._check_at: dict[int, float] = {}
         self._has_written = False
         self._in_pass = commits
         self._reporter: Reporter | None = None
@@ -255,8 +259,18 @@ class Database:
                 self._run("SELECT autoembed._resolve($1) AS id", ["pg_catalog.jsonb"], [json.dumps(body)])[0]["id"]
             )
 
-    def pipelines(self, ids: Sequence[int]) -> dict[int, Pipeline]:
-        rows = self._run("SELECT p.* FROM autoembed._pipelines($1) AS p", ["pg_catalog.int4[]"], [list(ids)])
+    def pipelines(self, ids: Sequence[int], *, after_error: bool = False) -> dict[int, Pipeline]:
+        """The facts of pipelines. Their functions are looked at once a second, or after an error."""
+        now = time.monotonic()
+        unchecked = [number for number in ids if after_error or now > self._check_at.get(number, 0.0)]
+        rows = self._run(
+            "SELECT p.* FROM autoembed._pipelines($1, $2) AS p",
+            ["pg_catalog.int4[]", "pg_catalog.int4[]"],
+            [list(ids), unchecked],
+        )
+        for row in rows:
+            if row["id"] in unchecked and row["blocked"] is None:
+                self._check_at[row["id"]] = now + CHECK_SECONDS
         return {
             row["id"]: Pipeline(
                 id=row["id"],

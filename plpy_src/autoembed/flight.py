@@ -24,12 +24,14 @@ Result = TypeVar("Result")
 SLICE_SECONDS = 0.05
 # An outcome that has waited for this long, in seconds, comes before newer ones.
 PATIENCE_SECONDS = 0.3
+# Kept, since Python makes the set again at each call.
+SIGNALS = frozenset(signal.valid_signals())
 
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
     """Threads started inside never receive a signal: PostgreSQL's handlers must run in the backend's own thread."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:

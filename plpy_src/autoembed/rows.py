@@ -686,7 +686,7 @@ class Rows:
             raise PassEnded(str(error))
         if error.locked or error.slow:
             return False
-        now = self._database.pipelines([pipeline.id]).get(pipeline.id)
+        now = self._database.pipelines([pipeline.id], after_error=True).get(pipeline.id)
         if now is not None and now.blocked is None and now.is_beside == pipeline.is_beside:
             return False
         for job in jobs:

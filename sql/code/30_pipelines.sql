@@ -36,11 +36,14 @@ COMMENT ON FUNCTION autoembed._may_see IS 'Whether the current role owns a table
 
 CREATE OR REPLACE FUNCTION autoembed._vector_types()
     RETURNS TABLE (id oid, name name, full_name text)
-    LANGUAGE sql
+    LANGUAGE plpgsql
     STABLE
+    -- PL/pgSQL keeps the plan, where PostgreSQL 17 plans a function in SQL at each call.
     SET search_path = pg_catalog, pg_temp
-AS $sql$
+AS $plpgsql$
+BEGIN
     -- Members of the extension: a type of that name elsewhere may be anybody's.
+    RETURN QUERY
     SELECT t.oid, t.typname, format('%I.%I', n.nspname, t.typname)
     FROM pg_extension AS e
     JOIN pg_namespace AS n ON n.oid = e.extnamespace
@@ -48,7 +51,8 @@ AS $sql$
     JOIN pg_depend AS d ON d.classid = 'pg_type'::regclass AND d.objid = t.oid
                        AND d.refclassid = 'pg_extension'::regclass AND d.refobjid = e.oid AND d.deptype = 'e'
     WHERE e.extname = 'vector';
-$sql$;
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._vector_types IS
     'The types of pgvector that hold embeddings: OID, name, and name with the schema.';
 

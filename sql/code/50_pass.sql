@@ -1,6 +1,6 @@
 -- A pass reads and writes the database through these functions.
 
-CREATE OR REPLACE FUNCTION autoembed._pipelines(ids integer[])
+CREATE OR REPLACE FUNCTION autoembed._pipelines(ids integer[], unchecked integer[])
     RETURNS TABLE (
         id integer,
         schema_name text,
@@ -30,7 +30,7 @@ DECLARE
     _id integer;
     _unbuilt jsonb := '{}'::jsonb;
 BEGIN
-    FOR _id IN SELECT s.id FROM autoembed._pipeline_state AS s WHERE s.id = ANY (ids) AND s.sound LOOP
+    FOR _id IN SELECT s.id FROM autoembed._pipeline_state AS s WHERE s.id = ANY (unchecked) AND s.sound LOOP
         BEGIN
             PERFORM autoembed._build_pipeline(_id);
         EXCEPTION WHEN OTHERS THEN
@@ -54,7 +54,8 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._pipelines IS
-    'The facts about these pipelines that a pass needs. Makes their functions where they are missing or outdated.';
+    'The facts about these pipelines that a pass needs. Makes the functions of the unchecked ones where they are '
+    'missing or outdated.';
 
 CREATE OR REPLACE FUNCTION autoembed._digests(pipeline_id integer, keys text[])
     RETURNS TABLE (key text, digest bytea, vector_digest bytea, replaced integer, age_seconds double precision)

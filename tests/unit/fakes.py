@@ -321,7 +321,7 @@ class FakeDatabase(Database):
             raise RowError(f"there is no table {body.get('table')}")
         return 1
 
-    def pipelines(self, ids: Sequence[int]) -> dict[int, Pipeline]:
+    def pipelines(self, ids: Sequence[int], *, after_error: bool = False) -> dict[int, Pipeline]:
         self._note("pipelines")
         return {number: self.defined[number] for number in ids if number in self.defined}
 
