@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import NamedTuple
@@ -22,6 +22,8 @@ from autoembed.graphemes import MAX_JOINED, is_boundary
 Count = Callable[[Sequence[str]], list[int]]
 
 STRUCTURE, TOKENS, NONE = CHUNKING = ("structure", "tokens", "none")
+# A function of the user's gives the pieces of a text.
+FUNCTION = "function"
 # The fewest tokens of a chunk, beside those that the model puts around it. A single character may be up to five.
 FEWEST_TOKENS = 14
 # The size of chunks for models that take much more: search finds a passage better than a chapter.
@@ -90,8 +92,11 @@ def size_of(
     around: the tokens that the model puts around a text. most, is_exact: the model's limit, and whether tokens are
     counted or estimated.
     """
-    if chunking not in CHUNKING:
-        raise Fault(f'chunking "{chunking}" is not known', hint=f"It is one of: {', '.join(CHUNKING)}.")
+    if chunking == FUNCTION and chunk_overlap:
+        raise Fault(
+            "a function that cuts texts takes no chunk_overlap",
+            hint="Its pieces may overlap as they are. Give chunk_overlap => 0.",
+        )
     if chunking == NONE and (chunk_size is not None or chunk_overlap):
         raise Fault(
             f'chunking "{NONE}" takes no chunk_size and no chunk_overlap',
@@ -138,6 +143,67 @@ def chunks_of(
         start, end = trimmed(text, 0, len(text))
         return splitter.split(iter([Block(start, end, WORDS)] if start < end else []), greedy=True)
     return splitter.split(paragraphs(text, between_steps))
+
+
+def places(text: str, pieces: Sequence[str | None]) -> list[tuple[int, int]]:
+    """Where pieces of a text start and end, none before the start of the one before. Blank ones are left out.
+
+    A text of which there is no piece is one. Raises Fault if a piece is not in the text.
+    """
+    visible = [piece.strip() for piece in pieces if piece and not piece.isspace()]
+    found = _places(text, visible, adjoining=True)
+    if len(found) < len(visible):
+        # A piece may have been taken for a later one like it.
+        found = _places(text, visible, adjoining=False)
+    if len(found) < len(visible):
+        raise Fault(
+            f"piece {len(found) + 1} of {len(visible)} that the function gives is not in the text, or only before the"
+            " start of the piece before",
+            hint="A piece is a part of the text as it stands there, and pieces come in the order of the text.",
+        )
+    return found or [trimmed(text, 0, len(text))]
+
+
+def _places(text: str, pieces: Sequence[str], *, adjoining: bool) -> list[tuple[int, int]]:
+    """The same up to the first piece that is not found. adjoining: a piece is sooner the one behind the piece before.
+
+    Otherwise it is the first one from the start of the piece before, but not that piece once more.
+    """
+    found: list[tuple[int, int]] = []
+    start = end = 0
+    for piece in pieces:
+        next_visible = _VISIBLE.search(text, end) if adjoining else None
+        if next_visible and text.startswith(piece, next_visible.start()):
+            start = next_visible.start()
+        else:
+            is_repeated = found and text[start:end] == piece
+            start = text.find(piece, start + 1 if is_repeated else start)
+        if start < 0:
+            break
+        end = start + len(piece)
+        found.append((start, end))
+    return found
+
+
+def fitting(
+    text: str,
+    parts: Iterable[tuple[int, int]],
+    count: Count,
+    chunk_size: int,
+    between_steps: Callable[[], None] = lambda: None,
+) -> Iterator[Chunk]:
+    """The parts of a text as chunks. Those that are too long are cut at their structure."""
+    parts = iter(parts)
+    while batch := list(islice(parts, COUNTED_TEXTS)):
+        between_steps()
+        short = [(start, end) for start, end in batch if end - start <= CHARACTERS_PER_TOKEN * chunk_size]
+        tokens = dict(zip(short, count([text[start:end] for start, end in short]), strict=True))
+        for start, end in batch:
+            if tokens.get((start, end), math.inf) <= chunk_size:
+                yield Chunk(start, end, tokens[start, end])
+                continue
+            for chunk in chunks_of(text[start:end], count, chunk_size, between_steps=between_steps):
+                yield Chunk(start + chunk.start, start + chunk.end, chunk.tokens)
 
 
 class Splitter:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from autoembed import batching
-from autoembed.chunks import NONE, chunks_of, size_of, trimmed
+from autoembed.chunks import FUNCTION, NONE, chunks_of, fitting, places, size_of, trimmed
 from autoembed.errors import Trouble
 from autoembed.providers import counter_of, sizes_of
 
@@ -15,21 +15,45 @@ if TYPE_CHECKING:
     from autoembed.providers import Counter
     from autoembed.records import Pipeline
 
+Range = tuple[int, int]
+
 
 class Cutter:
-    """Cuts texts. check_interrupts: called between the steps of a long text."""
+    """Cuts texts. check_interrupts: called between the steps of a long text.
 
-    def __init__(self, check_interrupts: Callable[[], None]) -> None:
+    split: gives the pieces that a pipeline's function makes of a text. It is called in the backend's own thread alone.
+    """
+
+    def __init__(
+        self,
+        check_interrupts: Callable[[], None],
+        split: Callable[[Pipeline, str], Sequence[str | None]] | None = None,
+    ) -> None:
         self._check_interrupts = check_interrupts
+        self._split = split
         # How the tokens of chunks are counted, and the most of them, by the way in which texts are cut.
         self._known: dict[tuple[Model, str, int | None, int], tuple[Counter, int]] = {}
 
-    def ranges(self, pipeline: Pipeline, content: str) -> list[tuple[int, int]]:
-        """The start and the end of each chunk of a text. Raises Fault if no text can be cut like that."""
+    def parts(self, pipeline: Pipeline, content: str) -> list[Range] | None:
+        """The start and the end of each piece that the pipeline's function gives; None: it has none.
+
+        Raises RowError if the function fails, and Fault if a piece is not in the text.
+        """
+        if pipeline.chunking != FUNCTION or self._split is None:
+            return None
+        return places(content, self._split(pipeline, content))
+
+    def ranges(self, pipeline: Pipeline, content: str, parts: Sequence[Range] | None = None) -> list[Range]:
+        """The start and the end of each chunk of a text. Raises as parts(), and Fault if no text can be cut like that.
+
+        parts: those of the function, if they are known.
+        """
         if pipeline.chunking == NONE:
             limit = sizes_of(pipeline.model).tokens_per_input
             whole = content if limit is None else batching.truncate(content, limit, pipeline.model.prefix("document"))
             return [(0, len(whole))]
+        if parts is None:
+            parts = self.parts(pipeline, content)
         way = (pipeline.model, pipeline.chunking, pipeline.chunk_size, pipeline.chunk_overlap)
         try:
             if way not in self._known:
@@ -38,11 +62,14 @@ class Cutter:
                 size = size_of(*way[1:], pipeline.model.name, around, counter.most, counter.is_exact)
                 self._known[way] = counter, size
             counter, size = self._known[way]
-            if batching.most_tokens(content) <= size:
+            if parts is not None:
+                found = fitting(content, parts, counter.count, size, self._check_interrupts)
+            elif batching.most_tokens(content) <= size:
                 return [trimmed(content, 0, len(content))]
-            found = chunks_of(
-                content, counter.count, size, pipeline.chunking, pipeline.chunk_overlap, self._check_interrupts
-            )
+            else:
+                found = chunks_of(
+                    content, counter.count, size, pipeline.chunking, pipeline.chunk_overlap, self._check_interrupts
+                )
             return [(chunk.start, chunk.end) for chunk in found]
         except Trouble:
             # The model cannot be had. The request for the whole text says why.

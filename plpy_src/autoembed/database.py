@@ -27,7 +27,18 @@ from autoembed.errors import (
 )
 from autoembed.limits import Charge, Limits, Permit
 from autoembed.model import Model, Share
-from autoembed.records import MAX_TEXT_BYTES, Backfill, Chunk, Known, Message, Pipeline, Row, Written, digest_of_chunks
+from autoembed.records import (
+    MAX_PIECES,
+    MAX_TEXT_BYTES,
+    Backfill,
+    Chunk,
+    Known,
+    Message,
+    Pipeline,
+    Row,
+    Written,
+    digest_of_chunks,
+)
 from autoembed.restricted import Run, as_role, available, restricted
 from autoembed.statistics import Reporter
 
@@ -289,6 +300,7 @@ class Database:
                 chunk_size=row["chunk_size"],
                 chunk_overlap=row["chunk_overlap"],
                 text_config=row["text_config"],
+                splitter=row["splitter"],
             )
             for row in rows
         }
@@ -504,6 +516,17 @@ class Database:
         found = {row["key"]: _row(row) for row in rows}
         # A row without a key is the mark that rows are left.
         return found, found.pop(None, None) is None
+
+    def split(self, pipeline: Pipeline, content: str) -> list[str | None]:
+        """The pieces that a pipeline's function makes of a text. RowError if it fails."""
+        rows: Any = []
+        with self._owners_code(undone=True):
+            rows = self._run(
+                f"SELECT s.piece FROM autoembed._split_{pipeline.id}($1, $2, $3) AS s(piece)",
+                ["pg_catalog.text", "pg_catalog.int4", "pg_catalog.int8"],
+                [content, MAX_PIECES, MAX_TEXT_BYTES],
+            )
+        return [row["piece"] for row in rows]
 
     @staticmethod
     def literal(texts: Sequence[str]) -> str:

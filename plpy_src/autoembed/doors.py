@@ -14,7 +14,7 @@ from typing import Any
 from autoembed import database, heap, providers, worker
 from autoembed.batching import estimate_tokens, halves, pack, truncate
 from autoembed.bm25 import Scores, counted, merged_ids
-from autoembed.chunks import NONE, STRUCTURE, chunks_of, size_of
+from autoembed.chunks import FUNCTION, NONE, STRUCTURE, chunks_of, fitting, places, size_of
 from autoembed.cutting import Cutter
 from autoembed.errors import Fault, OverBudget, ProviderTrouble, RowError, Trouble, advice_for
 from autoembed.flight import SLICE_SECONDS, Flight
@@ -186,6 +186,9 @@ def copy_embeddings(
     here = database.Database(commits=False)
     pipeline = here.pipelines([pipeline_id])[pipeline_id]
     old = dataclasses.replace(pipeline, **former)
+    if FUNCTION in (old.chunking, pipeline.chunking):
+        # A piece is not the whole text.
+        return {"problem": None, "errcode": None}
     cutter = Cutter(here.check_interrupts)
     after: str | None = None
     try:
@@ -257,7 +260,7 @@ def preview(
     pipeline = here.pipelines([pipeline_id])[pipeline_id]
     if content is None or not content.strip():
         state = "not wanted" if vector_digest is None else outstanding or "stale"
-        place = dict.fromkeys(("chunk_number", "chunk_start", "chunk_end"))
+        place = dict.fromkeys(("chunk_number", "chunk_start", "chunk_end", "problem", "errcode"))
         yield {"content": content, "tokens": 0, "truncated": False, "state": state, **place}
         return
     state = outstanding or ("missing" if vector_digest is None else "stale")
@@ -268,10 +271,15 @@ def preview(
         )
         if known.describes(row, pipeline.digest(content)):
             state = "fresh"
+    problem = errcode = None
     try:
-        ranges = Cutter(here.check_interrupts).ranges(pipeline, content)
-    except Fault:
+        ranges = Cutter(here.check_interrupts, here.split).ranges(pipeline, content)
+    except Fault as fault:
         ranges = [(0, len(content))]
+        if pipeline.chunking == FUNCTION:
+            problem, errcode = fault.problem, fault.errcode
+    except RowError as error:
+        ranges, problem, errcode = [(0, len(content))], str(error), error.sqlstate
     for number, (start, end) in enumerate(ranges, 1):
         # A text that is not cut into chunks is shown as a whole, though the model takes its beginning alone.
         text = content if pipeline.chunking == NONE else content[start:end]
@@ -284,6 +292,8 @@ def preview(
             "chunk_number": number,
             "chunk_start": start,
             "chunk_end": end,
+            "problem": problem,
+            "errcode": errcode,
         }
 
 
@@ -332,14 +342,29 @@ def chunk_size(chunking: str | None, size: int | None, overlap: int | None, mode
 
 
 def chunks(
-    content: str | None, chunking: str | None, size: int, overlap: int | None, model_name: str
-) -> Iterator[tuple[int, int, int, str]]:
+    content: str | None,
+    chunking: str | None,
+    size: int,
+    overlap: int | None,
+    model_name: str,
+    pieces: list[str | None] | None,
+) -> Iterator[dict[str, Any]]:
     """The chunks of a text: the rows of autoembed._chunks()."""
     here = database.Database(commits=False)
     count = providers.counter_of(here.model(model_name)).count
     text = content or ""
-    for start, end, tokens in chunks_of(text, count, size, chunking or STRUCTURE, overlap or 0, here.check_interrupts):
-        yield start, end, tokens, text[start:end]
+    if chunking == FUNCTION:
+        try:
+            parts = places(text, pieces or ()) if text.strip() else []
+        except Fault as fault:
+            yield {**dict.fromkeys(("chunk_start", "chunk_end", "token_count", "chunk")), **_fields(fault)}
+            return
+        found = fitting(text, parts, count, size, here.check_interrupts)
+    else:
+        found = chunks_of(text, count, size, chunking or STRUCTURE, overlap or 0, here.check_interrupts)
+    for start, end, tokens in found:
+        place = {"chunk_start": start, "chunk_end": end, "token_count": tokens, "chunk": text[start:end]}
+        yield {**place, **NO_FAULT}
 
 
 def text_matches(

@@ -120,7 +120,7 @@ class Job:
     """One row to embed, as claimed by one or more messages.
 
     chunks: those of the text, where embeddings are beside the rows. wanted: those that have no vector yet, by text.
-    ranges: where chunks start and end, once that is known.
+    parts: where the pieces of an owner's function start and end, and ranges: chunks, once that is known.
     """
 
     pipeline: Any  # Pipeline; None if it was dropped after the row was queued
@@ -134,6 +134,7 @@ class Job:
     outcome: Outcome | None = None
     chunks: list[Chunk] = field(default_factory=list)
     wanted: dict[str, list[Chunk]] = field(default_factory=dict)
+    parts: list[tuple[int, int]] | None = None
     ranges: list[tuple[int, int]] | None = None
 
     @property

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # A lane reads no longer text, in bytes.
 MAX_TEXT_BYTES = 64 << 20
+# An owner's function cuts a text into no more pieces.
+MAX_PIECES = 100_000
 # So many times within an hour, a vector that somebody else has replaced is made again at once.
 FREE_REPLACEMENTS = 5
 # After that the waits double, up to this, in seconds.
@@ -34,7 +36,8 @@ class Pipeline:
     """One embedding column of one table.
 
     is_beside: the embeddings are in a table beside the rows, one for each chunk of a row's text.
-    chunking, chunk_size, chunk_overlap: how a text is cut into chunks; see enable().
+    chunking, chunk_size, chunk_overlap: how a text is cut into chunks; see enable(). splitter: tells one body of the
+    function that cuts from another; None: no function does.
     vector_type: the column's type with its schema. truncate: texts that are too long are cut instead of failed.
     owner: the OID of the table's owner. blocked: why the jobs must wait; None: they need not.
     failures: how often the provider of the model has failed in a row.
@@ -57,6 +60,7 @@ class Pipeline:
     chunk_size: int | None = None
     chunk_overlap: int = 0
     text_config: str | None = None
+    splitter: str | None = None
 
     @property
     def name(self) -> str:
@@ -66,7 +70,8 @@ class Pipeline:
         """16 bytes that tell whether the embeddings of a row were made of this text, in this way."""
         if self.chunking == "none":
             return self.model.digest(content)
-        return self.model.digest(f"{self.chunking}\0{self.chunk_size}\0{self.chunk_overlap}\0{content}")
+        way = self.chunking if self.splitter is None else f"{self.chunking} {self.splitter}"
+        return self.model.digest(f"{way}\0{self.chunk_size}\0{self.chunk_overlap}\0{content}")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from autoembed import batching
 from autoembed.bm25 import parts
-from autoembed.chunks import NONE, STRUCTURE, TOKENS
+from autoembed.chunks import FUNCTION, NONE
 from autoembed.cutting import Cutter
 from autoembed.errors import Fault, PassEnded, RowError
 from autoembed.jobs import CHANGES, MAX_ATTEMPTS, REFUSED, Job, Ledger
@@ -70,7 +70,7 @@ SKIPPED = "a trigger or a policy of the table leaves the row out of the write"
 
 def is_long(pipeline: Pipeline, content: str) -> bool:
     """Whether cutting the text into chunks takes so long that nothing else can wait for it."""
-    return pipeline.is_beside and pipeline.chunking in (STRUCTURE, TOKENS) and len(content) > LONG_CHARACTERS
+    return pipeline.is_beside and pipeline.chunking != NONE and len(content) > LONG_CHARACTERS
 
 
 class Pace:
@@ -239,7 +239,7 @@ class Rows:
         self._writes: deque[Write] = deque()
         # The rows of the last statement of several that failed, of which one is to blame.
         self._suspects: dict[Job, RowError] = {}
-        self._cutter = Cutter(database.check_interrupts)
+        self._cutter = Cutter(database.check_interrupts, self._split)
 
     @property
     def some_are_unwritten(self) -> bool:
@@ -259,6 +259,11 @@ class Rows:
         if seconds > OVERRUN_SECONDS:
             reason = f"the code of the table's owner ran for {seconds:.0f} s, as PostgreSQL could not cancel it"
             self._database.rest_pipelines(pipeline.owner, [], reason)
+
+    def _split(self, pipeline: Pipeline, content: str) -> list[str | None]:
+        """The pieces of a text by the owner's function."""
+        with self._clock(pipeline):
+            return self._database.split(pipeline, content)
 
     def owners_behind(self) -> set[int]:
         """The owners with vectors that wait because the time of their code was up, and not for a lock."""
@@ -349,6 +354,7 @@ class Rows:
         empty: list[Job] = []
         unchanged: list[Job] = []
         rearranged: list[Job] = []
+        has_split = False
         for job in jobs:
             if job.row is not None and job.row.content is None and job.row.size > MAX_TEXT_BYTES:
                 size = job.row.size >> 20
@@ -369,6 +375,15 @@ class Rows:
             if job.row is not None and job.row.is_locked:
                 self._ledger.retry(job, LOCKED_DELAY_SECONDS, LOCKED)
                 continue
+            if pipeline.chunking == FUNCTION and job.parts is None:
+                if has_split and not self._owners.has_time(pipeline):
+                    # The next claim has time for it.
+                    self._ledger.release(job)
+                    continue
+                has_split = True
+                self._find_parts(pipeline, job)
+                if job.outcome is not None:
+                    continue
             if job.ranges is None and is_long(pipeline, job.content):
                 self.uncut.append(job)
                 continue
@@ -400,6 +415,16 @@ class Rows:
         self._forget(pipeline, empty)
         return chosen
 
+    def _find_parts(self, pipeline: Pipeline, job: Job) -> None:
+        """Finds where the pieces of the owner's function are in a text. A row of which it makes none is settled."""
+        try:
+            job.parts = self._cutter.parts(pipeline, job.content or "")
+        except Fault as fault:
+            self._ledger.fail(job, str(fault))
+        except RowError as error:
+            if not self._blame_others(pipeline, [job], error):
+                self.retry_or_fail(job, error)
+
     def note_cut(self, job: Job) -> None:
         """The text of a row has been cut, by the model or before: that is recorded, or fails the row."""
         job.truncated = True
@@ -413,7 +438,7 @@ class Rows:
         kept: the digests of the chunks whose vectors are good.
         """
         content = job.content or ""
-        ranges = job.ranges or self._cutter.ranges(pipeline, content)
+        ranges = job.ranges or self._cutter.ranges(pipeline, content, job.parts)
         job.truncated = pipeline.chunking == NONE and ranges[-1][1] < len(content)
         kept = frozenset(kept)
         job.chunks, job.wanted = [], defaultdict(list)
@@ -635,7 +660,10 @@ class Rows:
         if not ranges:
             if pipeline.chunking == NONE:
                 return [content]
-            ranges = job.ranges or self._cutter.ranges(pipeline, content)
+            try:
+                ranges = job.ranges or self._cutter.ranges(pipeline, content, job.parts)
+            except Fault as fault:
+                raise RowError(str(fault)) from fault
         return [content[start:end] for start, end in ranges]
 
     def _forget(self, pipeline: Pipeline, jobs: list[Job]) -> None:

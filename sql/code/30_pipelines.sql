@@ -56,7 +56,13 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._vector_types IS
     'The types of pgvector that hold embeddings: OID, name, and name with the schema.';
 
-CREATE OR REPLACE FUNCTION autoembed._content_function(table_id oid, name text, schema_name name DEFAULT NULL)
+CREATE OR REPLACE FUNCTION autoembed._function_named(
+    table_id oid,
+    argument oid,
+    gives_set boolean,
+    name text,
+    schema_name name DEFAULT NULL
+)
     RETURNS oid
     LANGUAGE plpgsql
     STABLE
@@ -74,7 +80,7 @@ BEGIN
                 substring(name FROM '[.]([^.]*)$'),
                 substring(name FROM '[.]"(.*)"$')
             )
-           AND p.proargtypes[0] = c.reltype AND p.pronargs = 1 AND p.prokind = 'f' AND NOT p.proretset
+           AND p.proargtypes[0] = argument AND p.pronargs = 1 AND p.prokind = 'f' AND p.proretset = gives_set
         JOIN pg_namespace AS n ON n.oid = p.pronamespace
         WHERE c.oid = table_id
           AND name IN (
@@ -88,9 +94,24 @@ BEGIN
     );
 END;
 $plpgsql$;
+COMMENT ON FUNCTION autoembed._function_named IS
+    'The function of one argument with that name, which may have its schema before it. Without a schema, one in the '
+    'schema of the table is preferred. gives_set: whether it returns a set. NULL if there is none.';
+
+CREATE OR REPLACE FUNCTION autoembed._content_function(table_id oid, name text, schema_name name DEFAULT NULL)
+    RETURNS oid
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    RETURN autoembed._function_named(
+        table_id, (SELECT c.reltype FROM pg_class AS c WHERE c.oid = table_id), false, name, schema_name
+    );
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._content_function IS
-    'The function of one row of the table with that name, which may have its schema before it. Without a schema, one '
-    'in the schema of the table is preferred. NULL if there is none.';
+    'The function of one row of the table with that name, as _function_named() finds it. NULL if there is none.';
 
 CREATE OR REPLACE FUNCTION autoembed._content_function_of(pipeline autoembed.pipeline)
     RETURNS oid
@@ -116,6 +137,68 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._content_function_of IS 'The content function of a pipeline; NULL if there is none.';
+
+CREATE OR REPLACE FUNCTION autoembed._chunk_function_of(pipeline autoembed.pipeline)
+    RETURNS oid
+    LANGUAGE plpgsql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+    SET quote_all_identifiers = off
+AS $plpgsql$
+BEGIN
+    RETURN coalesce(
+        -- After pg_upgrade or a restore, another function may have that OID.
+        (SELECT p.oid
+         FROM pg_proc AS p
+         WHERE p.oid = pipeline.chunk_function_oid AND p.pronargs = 1 AND p.proargtypes[0] = 'text'::regtype
+           AND p.proretset
+           AND right(pipeline.chunk_function, length(quote_ident(p.proname)) + 1) = '.' || quote_ident(p.proname)),
+        autoembed._function_named(
+            pipeline.table_id, 'text'::regtype, true, regexp_replace(pipeline.chunk_function, '[(]text[)]$', '')
+        )
+    );
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._chunk_function_of IS
+    'The function that cuts the texts of a pipeline into chunks; NULL if there is none.';
+
+CREATE OR REPLACE FUNCTION autoembed._chunk_call(pipeline autoembed.pipeline)
+    RETURNS text
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF pipeline.chunk_function IS NULL THEN
+        RETURN NULL;
+    END IF;
+    RETURN coalesce(
+        (SELECT format('%I.%I', n.nspname, p.proname)
+         FROM pg_proc AS p
+         JOIN pg_namespace AS n ON n.oid = p.pronamespace
+         JOIN pg_class AS c ON c.oid = pipeline.table_id AND pg_has_role(p.proowner, c.relowner, 'SET')
+         WHERE p.oid = autoembed._chunk_function_of(pipeline)),
+        -- A function that is gone, or whose owner may not run code as the table's owner, is an error in what calls it.
+        -- Nobody can create one in this schema.
+        format('autoembed.%I', pipeline.chunk_function)
+    );
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._chunk_call IS
+    'The function that cuts the texts of a pipeline, as a call names it; NULL if none is to cut them.';
+
+CREATE OR REPLACE FUNCTION autoembed._chunking(chunking text, OUT way text, OUT chunk_function text)
+    LANGUAGE sql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT CASE WHEN k.is_known THEN chunking WHEN chunking IS NOT NULL THEN 'function' END,
+           CASE WHEN NOT k.is_known THEN chunking END
+    FROM (SELECT chunking IN ('structure', 'tokens', 'none') AS is_known) AS k;
+$sql$;
+COMMENT ON FUNCTION autoembed._chunking IS
+    'The argument chunking of enable() as columns of a pipeline: a way to cut, or the name of a function that cuts.';
 
 CREATE OR REPLACE FUNCTION autoembed._key_columns(table_id oid)
     RETURNS name[]
@@ -314,6 +397,19 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._content_expression IS
     'The SQL expression that gives the text of the row of that alias; NULL in rows that have no embedding.';
 
+CREATE OR REPLACE FUNCTION autoembed._function_guard(function oid, problem text)
+    RETURNS text
+    LANGUAGE sql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    -- NULL: there is no such function.
+    SELECT format($$IF pg_catalog.has_function_privilege(%s::pg_catalog.oid, 'EXECUTE') IS NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'undefined_function', MESSAGE = %L;
+    END IF;$$, coalesce(function, 0), problem);
+$sql$;
+COMMENT ON FUNCTION autoembed._function_guard IS 'A statement that fails with this problem once a function is gone.';
+
 CREATE OR REPLACE FUNCTION autoembed._content_guard(pipeline autoembed.pipeline)
     RETURNS text
     LANGUAGE plpgsql
@@ -324,12 +420,10 @@ BEGIN
     IF pipeline.content_function IS NULL THEN
         RETURN '';
     END IF;
-    -- NULL: there is no such function.
-    RETURN format($sql$IF pg_catalog.has_function_privilege(%s::pg_catalog.oid, 'EXECUTE') IS NULL THEN
-        RAISE EXCEPTION USING ERRCODE = 'undefined_function', MESSAGE = %L;
-    END IF;$sql$,
-        coalesce(autoembed._content_function_of(pipeline), 0),
-        format('the content function %s was dropped or replaced', pipeline.content_function));
+    RETURN autoembed._function_guard(
+        autoembed._content_function_of(pipeline),
+        format('the content function %s was dropped or replaced', pipeline.content_function)
+    );
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._content_guard IS

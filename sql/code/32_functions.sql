@@ -73,7 +73,7 @@ BEGIN
     LOOP
         EXECUTE format('REVOKE ALL ON FUNCTION %s FROM %s', _function, _role);
     END LOOP;
-    IF template_name IN ('content', 'content_beside', 'scan', 'write', 'write_beside') THEN
+    IF template_name IN ('content', 'content_beside', 'scan', 'split', 'write', 'write_beside') THEN
         FOR _role IN SELECT r.role::text FROM autoembed._lane_roles() AS r(role) LOOP
             EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %s', _function, _role);
         END LOOP;
@@ -269,6 +269,11 @@ BEGIN
         'content', autoembed._content_expression(pipeline, 't'),
         'content_guard', autoembed._content_guard(pipeline),
         'content_bytes', autoembed._content_bytes_expression(pipeline, 't'),
+        'chunk_call', autoembed._chunk_call(pipeline),
+        'chunk_guard', CASE WHEN pipeline.chunk_function IS NOT NULL THEN autoembed._function_guard(
+            autoembed._chunk_function_of(pipeline),
+            format('the function %s, which cuts texts, was dropped or replaced', pipeline.chunk_function)
+        ) END,
         'content_of_r', autoembed._content_expression(pipeline, 'r'),
         'compute_virtual', autoembed._compute_virtual(pipeline),
         'key', autoembed._key_expression(pipeline, 't'),
@@ -483,6 +488,9 @@ BEGIN
             PERFORM autoembed._create_function('content_beside', slots, _owner);
             PERFORM autoembed._create_function('write_beside', slots, _owner);
             PERFORM autoembed._create_function('erase', slots, _owner);
+            IF slots ->> 'chunk_call' IS NOT NULL THEN
+                PERFORM autoembed._create_function('split', slots, _owner);
+            END IF;
             PERFORM autoembed._admit_readers(slots);
         END IF;
     END IF;
@@ -531,8 +539,8 @@ BEGIN
         SELECT p.oid
         FROM pg_proc AS p
         WHERE p.pronamespace = 'autoembed'::regnamespace
-          AND (p.proname IN ('_content_' || pipeline_id, '_write_' || pipeline_id,
-                             '_scan_' || pipeline_id, '_text_' || pipeline_id, '_erase_' || pipeline_id)
+          AND (p.proname IN ('_content_' || pipeline_id, '_write_' || pipeline_id, '_scan_' || pipeline_id,
+                             '_text_' || pipeline_id, '_erase_' || pipeline_id, '_split_' || pipeline_id)
                OR with_triggers AND p.proname IN ('_capture_' || pipeline_id, '_clear_' || pipeline_id))
     LOOP
         EXECUTE format('DROP FUNCTION %s %s', _function, CASE WHEN with_triggers THEN 'CASCADE' END);

@@ -295,6 +295,34 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._check_embedding_column IS
     'The reason why a pipeline cannot write its vectors, and the cure, as _check_pipeline() returns them.';
 
+CREATE OR REPLACE FUNCTION autoembed._check_function_owner(
+    function oid,
+    table_id regclass,
+    OUT problem text,
+    OUT hint text,
+    OUT errcode text
+)
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    -- The function runs as the table's owner, so its own owner must have that role's rights already.
+    -- A role that may SET ROLE to the table's owner has them. A membership alone may give none.
+    SELECT format('function %s belongs to %I, which lacks the rights of %I, the owner of table %s',
+                  p.oid::regprocedure, pg_get_userbyid(p.proowner), pg_get_userbyid(c.relowner), table_id),
+           format('Make it the table owner''s: ALTER FUNCTION %s OWNER TO %I.',
+                  p.oid::regprocedure, pg_get_userbyid(c.relowner)),
+           'insufficient_privilege'
+    INTO problem, hint, errcode
+    FROM pg_proc AS p
+    JOIN pg_class AS c ON c.oid = table_id AND NOT pg_has_role(p.proowner, c.relowner, 'SET')
+    WHERE p.oid = function;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._check_function_owner IS
+    'The reason why a function may not run as the owner of a table, and the cure. NULLs if it may.';
+
 CREATE OR REPLACE FUNCTION autoembed._check_content_function(
     pipeline autoembed.pipeline,
     OUT problem text,
@@ -306,7 +334,6 @@ CREATE OR REPLACE FUNCTION autoembed._check_content_function(
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE
-    _owner oid := (SELECT c.relowner FROM pg_class AS c WHERE c.oid = pipeline.table_id);
     _function pg_proc;
 BEGIN
     IF pipeline.content_function IS NULL THEN
@@ -328,20 +355,43 @@ BEGIN
         errcode := 'datatype_mismatch';
         RETURN;
     END IF;
-    -- The function runs as the table's owner, so its own owner must have that role's rights already.
-    -- A role that may SET ROLE to the table's owner has them. A membership alone may give none.
-    IF NOT pg_has_role(_function.proowner, _owner, 'SET') THEN
-        problem := format('function %s belongs to %I, which lacks the rights of %I, the owner of table %s',
-                          _function.oid::regprocedure, pg_get_userbyid(_function.proowner),
-                          pg_get_userbyid(_owner), pipeline.table_id);
-        hint := format('Make it the table owner''s: ALTER FUNCTION %s OWNER TO %I.',
-                       _function.oid::regprocedure, pg_get_userbyid(_owner));
-        errcode := 'insufficient_privilege';
-    END IF;
+    SELECT c.* INTO problem, hint, errcode FROM autoembed._check_function_owner(_function.oid, pipeline.table_id) AS c;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._check_content_function IS
     'The reason why a pipeline cannot call its content function, and the cure, as _check_pipeline() returns them.';
+
+CREATE OR REPLACE FUNCTION autoembed._check_chunk_function(
+    pipeline autoembed.pipeline,
+    OUT problem text,
+    OUT hint text,
+    OUT errcode text
+)
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _function pg_proc;
+BEGIN
+    IF pipeline.chunk_function IS NULL THEN
+        RETURN;
+    END IF;
+    SELECT p.* INTO _function FROM pg_proc AS p WHERE p.oid = autoembed._chunk_function_of(pipeline);
+    IF NOT FOUND OR (SELECT t.typcategory FROM pg_type AS t WHERE t.oid = _function.prorettype) <> 'S' THEN
+        problem := format('chunking "%s" is not known, and there is no such function of a text that returns texts',
+                          pipeline.chunk_function);
+        hint := format('It is structure, tokens, none, or a function: CREATE FUNCTION %s(text) RETURNS SETOF text.',
+                       pipeline.chunk_function);
+        errcode := 'undefined_function';
+        RETURN;
+    END IF;
+    SELECT c.* INTO problem, hint, errcode FROM autoembed._check_function_owner(_function.oid, pipeline.table_id) AS c;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._check_chunk_function IS
+    'The reason why a pipeline cannot call the function that cuts its texts, and the cure, as _check_pipeline() '
+    'returns them.';
 
 CREATE OR REPLACE FUNCTION autoembed._check_pipeline(
     pipeline autoembed.pipeline,
@@ -371,6 +421,10 @@ BEGIN
         RETURN;
     END IF;
     SELECT c.* INTO problem, hint, errcode FROM autoembed._check_content_function(pipeline) AS c;
+    IF problem IS NOT NULL THEN
+        RETURN;
+    END IF;
+    SELECT c.* INTO problem, hint, errcode FROM autoembed._check_chunk_function(pipeline) AS c;
     IF problem IS NOT NULL THEN
         RETURN;
     END IF;

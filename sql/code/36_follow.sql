@@ -145,28 +145,57 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._with_content_function IS
     'A pipeline that knows the OID and the present name of its content function; NULLs for no function.';
 
-CREATE OR REPLACE FUNCTION autoembed._find_content_functions()
+CREATE OR REPLACE FUNCTION autoembed._with_chunk_function(pipeline autoembed.pipeline, function oid)
+    RETURNS autoembed.pipeline
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+    SET quote_all_identifiers = off
+AS $plpgsql$
+BEGIN
+    pipeline.chunk_function_oid := function;
+    -- The check of the pipeline names a function that there is not.
+    pipeline.chunk_function := coalesce(
+        (SELECT format('%I.%I', n.nspname, p.proname)
+         FROM pg_proc AS p
+         JOIN pg_namespace AS n ON n.oid = p.pronamespace
+         WHERE p.oid = function),
+        pipeline.chunk_function
+    );
+    RETURN pipeline;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._with_chunk_function IS
+    'A pipeline that knows the OID and the present name of the function that cuts its texts.';
+
+CREATE OR REPLACE FUNCTION autoembed._find_functions()
     RETURNS void
     LANGUAGE sql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
     UPDATE autoembed.pipeline AS p
-    SET content_function_id = (n.pipeline).content_function_id,
-        content_function_oid = (n.pipeline).content_function_oid
+    SET content_function_id = coalesce((n.pipeline).content_function_id, p.content_function_id),
+        content_function_oid = coalesce((n.pipeline).content_function_oid, p.content_function_oid),
+        chunk_function = (n.pipeline).chunk_function,
+        chunk_function_oid = coalesce((n.pipeline).chunk_function_oid, p.chunk_function_oid)
     FROM (
-        SELECT q.id, autoembed._with_content_function(q, autoembed._content_function_of(q)) AS pipeline
+        SELECT q.id, autoembed._with_content_function(
+            autoembed._with_chunk_function(q, autoembed._chunk_function_of(q)), autoembed._content_function_of(q)
+        ) AS pipeline
         FROM autoembed.pipeline AS q
-        WHERE q.content_function IS NOT NULL
+        WHERE num_nonnulls(q.content_function, q.chunk_function) > 0
         -- A tenant may have locked the row. Another look comes.
         FOR NO KEY UPDATE SKIP LOCKED
     ) AS n
     WHERE p.id = n.id
-      AND (p.content_function_id, p.content_function_oid)
-          <> ((n.pipeline).content_function_id, (n.pipeline).content_function_oid);
+      AND ((p.content_function_id, p.content_function_oid)
+           <> ((n.pipeline).content_function_id, (n.pipeline).content_function_oid)
+           OR (p.chunk_function, p.chunk_function_oid)
+           <> ((n.pipeline).chunk_function, (n.pipeline).chunk_function_oid));
 $sql$;
-COMMENT ON FUNCTION autoembed._find_content_functions IS
-    'Has pipelines know the OIDs of content functions that pg_upgrade has changed, and names that changed unseen.';
+COMMENT ON FUNCTION autoembed._find_functions IS
+    'Has pipelines know the OIDs of functions that pg_upgrade has changed, and names that changed unseen.';
 
 CREATE OR REPLACE FUNCTION autoembed._define()
     RETURNS trigger
@@ -183,6 +212,7 @@ BEGIN
         IF autoembed._content_function_of(NEW) IS NOT NULL THEN
             NEW := autoembed._with_content_function(NEW, autoembed._content_function_of(NEW));
         END IF;
+        NEW := autoembed._with_chunk_function(NEW, autoembed._chunk_function_of(NEW));
         RETURN NEW;
     END IF;
     -- A dump of the schema alone restores functions and triggers without their pipelines. Their numbers are taken.
@@ -209,6 +239,9 @@ BEGIN
         NEW := autoembed._with_content_function(
             NEW, autoembed._content_function(NEW.table_id, NEW.content_function)
         );
+    END IF;
+    IF TG_OP = 'INSERT' OR NEW.chunk_function IS DISTINCT FROM OLD.chunk_function THEN
+        NEW := autoembed._with_chunk_function(NEW, autoembed._chunk_function_of(NEW));
     END IF;
     NEW.replicated := NEW.replicated OR autoembed._is_subscribed(NEW.table_id);
     -- Nobody drops the model meanwhile.
@@ -814,7 +847,8 @@ BEGIN
         table_id, embedding_column, key_columns, content_columns, content_template, content_function,
         content_function_id, content_function_oid, condition, condition_columns, condition_objects, model,
         on_change, truncate, replicated, managed, paused, table_shape, built_from, text_config,
-        ef_search, recall_target, recall, recall_measured_at, embeddings_table, chunking, chunk_size, chunk_overlap
+        ef_search, recall_target, recall, recall_measured_at, embeddings_table, chunking, chunk_size, chunk_overlap,
+        chunk_function, chunk_function_oid
     )
     SELECT (_new).table_id, (_new).embedding_column, (_new).key_columns, (_new).content_columns,
            (_new).content_template, (_new).content_function, (_new).content_function_id,
@@ -822,7 +856,7 @@ BEGIN
            (_new).model, (_new).on_change, (_new).truncate, (_new).replicated, (_new).managed, (_new).paused,
            (_new).table_shape, 'stopped', (_new).text_config, (_new).ef_search, (_new).recall_target,
            (_new).recall, (_new).recall_measured_at, (_new).embeddings_table, (_new).chunking, (_new).chunk_size,
-           (_new).chunk_overlap
+           (_new).chunk_overlap, (_new).chunk_function, (_new).chunk_function_oid
     RETURNING p.id INTO _new.id;
     -- The digests of the rows go along while the table has both keys.
     IF NOT EXISTS (
@@ -1102,16 +1136,24 @@ BEGIN
     JOIN pg_proc AS f ON d.classid = 'pg_proc'::regclass AND f.oid = d.objid
     JOIN pg_class AS c ON c.reltype = f.proargtypes[0]
     WHERE p.content_function_oid = f.oid AND p.table_id = c.oid AND TG_TAG <> 'CREATE FUNCTION';
+    UPDATE autoembed.pipeline AS p
+    SET chunk_function = (autoembed._with_chunk_function(p, f.oid)).chunk_function
+    FROM pg_event_trigger_ddl_commands() AS d
+    JOIN pg_proc AS f ON d.classid = 'pg_proc'::regclass AND f.oid = d.objid
+    WHERE p.chunk_function_oid = f.oid AND TG_TAG <> 'CREATE FUNCTION'
+      AND p.chunk_function <> (autoembed._with_chunk_function(p, f.oid)).chunk_function;
+    PERFORM autoembed._find_functions();
     PERFORM autoembed._follow(array_agg(p.id), TG_TAG = 'CREATE FUNCTION')
     FROM autoembed.pipeline AS p
-    WHERE autoembed._content_function_of(p) IN (
+    CROSS JOIN LATERAL (
         SELECT d.objid FROM pg_event_trigger_ddl_commands() AS d WHERE d.classid = 'pg_proc'::regclass
-    )
+    ) AS f
+    WHERE f.objid IN (autoembed._content_function_of(p), autoembed._chunk_function_of(p))
     HAVING count(*) > 0;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._follow_functions IS
-    'Has pipelines follow changes of their content functions. A new body may give other texts.';
+    'Has pipelines follow changes of the functions that give and cut their texts. A new body may give other texts.';
 
 CREATE OR REPLACE FUNCTION autoembed._follow_drops()
     RETURNS event_trigger
@@ -1129,8 +1171,9 @@ BEGIN
        OR p.embeddings_table IN (
               SELECT d.objid FROM pg_event_trigger_dropped_objects() AS d WHERE d.classid = 'pg_class'::regclass
           )
-       OR p.content_function_oid IN (
-              SELECT d.objid FROM pg_event_trigger_dropped_objects() AS d WHERE d.classid = 'pg_proc'::regclass
+       OR EXISTS (
+              SELECT FROM pg_event_trigger_dropped_objects() AS d
+              WHERE d.classid = 'pg_proc'::regclass AND d.objid IN (p.content_function_oid, p.chunk_function_oid)
           )
        OR p.condition_objects ?| ARRAY(
               SELECT d.object_identity FROM pg_event_trigger_dropped_objects() AS d

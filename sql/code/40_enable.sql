@@ -452,6 +452,7 @@ DECLARE
     _index record;
     _embeddings_table regclass;
     _name text := concat_ws('.', table_name::text, quote_ident(embedding_column));
+    _chunking CONSTANT record := autoembed._chunking(chunking);
     _is_empty boolean;
 BEGIN
     IF table_name IS NULL THEN
@@ -462,7 +463,7 @@ BEGIN
             MESSAGE = 'embedding_column and embeddings_table cannot both be given',
             HINT = 'embedding_column keeps the embeddings in the rows, embeddings_table beside them.';
     END IF;
-    PERFORM autoembed._check_chunking(embedding_column IS NULL, chunking, chunk_size, chunk_overlap, model);
+    PERFORM autoembed._check_chunking(embedding_column IS NULL, _chunking.way, chunk_size, chunk_overlap, model);
     PERFORM autoembed._check_attachable(enable.table_name, create_index AND embedding_column IS NOT NULL);
     PERFORM autoembed._check_owner(enable.table_name);
     PERFORM autoembed._check_content(content_columns, content_function, content_template, true);
@@ -522,15 +523,15 @@ BEGIN
     INSERT INTO autoembed.pipeline AS p (
         table_id, embedding_column, content_columns, content_function, content_template,
         condition, condition_columns, condition_objects, model, on_change, truncate, replicated, embeddings_table,
-        chunking, chunk_size, chunk_overlap, text_config, adopts
+        chunking, chunk_function, chunk_size, chunk_overlap, text_config, adopts
     )
     SELECT enable.table_name, coalesce(enable.embedding_column, 'embedding'),
            enable.content_columns, enable.content_function, enable.content_template,
            c.condition, c.columns, c.objects, enable.model, enable.on_change,
            coalesce(enable.truncate, true), coalesce(enable.replicated, false), _embeddings_table,
-           coalesce(enable.chunking, CASE WHEN enable.embedding_column IS NULL THEN 'structure' ELSE 'none' END),
-           enable.chunk_size, coalesce(enable.chunk_overlap, 0), autoembed._full_text_config(enable.text_config),
-           coalesce(enable.adopt, false)
+           coalesce(_chunking.way, CASE WHEN enable.embedding_column IS NULL THEN 'structure' ELSE 'none' END),
+           _chunking.chunk_function, enable.chunk_size, coalesce(enable.chunk_overlap, 0),
+           autoembed._full_text_config(enable.text_config), coalesce(enable.adopt, false)
     FROM autoembed._read_condition(enable.table_name, enable.condition) AS c
     RETURNING p.* INTO _pipeline;
     SELECT k.* INTO _index FROM autoembed._index_key(_pipeline) AS k;
@@ -561,7 +562,8 @@ COMMENT ON FUNCTION autoembed.enable IS
     'until the new one is there, or clear it. truncate: cut a text that the model does not take, or fail. '
     'enqueue_existing: embed the rows that exist. create_index: build an HNSW index afterwards. replicated: embed rows '
     'that logical replication applies. if_not_exists: a table that is attached is no error. embeddings_table: the name '
-    'of the table beside the rows. chunking, chunk_size, chunk_overlap: as in chunk_text(). text_config: the text '
+    'of the table beside the rows. chunking, chunk_size, chunk_overlap: as in chunk_text(); a function that cuts runs '
+    'as the owner of the table. text_config: the text '
     'search configuration of a text index, such as english. adopt: the vectors that exist count as those of the rows'' '
     'texts, and are not asked for again.';
 
@@ -592,6 +594,7 @@ DECLARE
     _new_content boolean := num_nonnulls(content_columns, content_function, content_template) > 0;
     _is_beside CONSTANT boolean := coalesce(storage = 'beside', _pipeline.embeddings_table IS NOT NULL);
     _moves CONSTANT boolean := _is_beside <> (_pipeline.embeddings_table IS NOT NULL);
+    _chunking CONSTANT record := autoembed._chunking(chunking);
     _new_place record;
 BEGIN
     PERFORM autoembed._check_content(content_columns, content_function, content_template, false);
@@ -607,7 +610,7 @@ BEGIN
     END IF;
     IF num_nonnulls(chunking, chunk_size, chunk_overlap) > 0 THEN
         PERFORM autoembed._check_chunking(
-            _is_beside, coalesce(alter_pipeline.chunking, _pipeline.chunking),
+            _is_beside, coalesce(_chunking.way, _pipeline.chunking),
             coalesce(alter_pipeline.chunk_size, _pipeline.chunk_size),
             coalesce(alter_pipeline.chunk_overlap, _pipeline.chunk_overlap),
             coalesce(nullif(alter_pipeline.model, ''), _pipeline.model)
@@ -642,7 +645,12 @@ BEGIN
         truncate = coalesce(alter_pipeline.truncate, p.truncate),
         embeddings_table = CASE WHEN _moves THEN _new_place.embeddings_table ELSE p.embeddings_table END,
         embedding_column = CASE WHEN _moves THEN _new_place.embedding_column ELSE p.embedding_column END,
-        chunking = CASE WHEN _is_beside THEN coalesce(alter_pipeline.chunking, p.chunking) ELSE 'none' END,
+        chunking = CASE WHEN _is_beside THEN coalesce(_chunking.way, p.chunking) ELSE 'none' END,
+        chunk_function = CASE
+            WHEN NOT _is_beside THEN NULL
+            WHEN alter_pipeline.chunking IS NULL THEN p.chunk_function
+            ELSE _chunking.chunk_function
+        END,
         chunk_size = CASE WHEN _is_beside THEN coalesce(alter_pipeline.chunk_size, p.chunk_size) END,
         chunk_overlap = CASE WHEN _is_beside THEN coalesce(alter_pipeline.chunk_overlap, p.chunk_overlap) ELSE 0 END,
         text_config = CASE

@@ -17,7 +17,8 @@ CREATE OR REPLACE FUNCTION autoembed._pipelines(ids integer[], unchecked integer
         chunking text,
         chunk_size integer,
         chunk_overlap integer,
-        text_config text
+        text_config text,
+        splitter text
     )
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -42,7 +43,10 @@ BEGIN
     SELECT s.id, n.nspname::text, c.relname::text, c.relowner::bigint, s.content_function, s.embedding_column::text,
            s.embeddings_table IS NOT NULL, v.full_name, s.truncate, coalesce(s.blocked, _unbuilt ->> s.id::text),
            s.failures, autoembed._model_facts(autoembed._model(s.model)), p.chunking, p.chunk_size,
-           p.chunk_overlap, p.text_config
+           p.chunk_overlap, p.text_config,
+           -- Another body may cut in another way.
+           (SELECT md5(concat(f.prosrc, pg_get_function_sqlbody(f.oid))) FROM pg_proc AS f
+            WHERE f.oid = p.chunk_function_oid)
     FROM autoembed._pipeline_state AS s
     JOIN autoembed.pipeline AS p ON p.id = s.id
     LEFT JOIN pg_class AS c ON c.oid = s.table_id

@@ -18,7 +18,7 @@ BEGIN
     -- DROP EXTENSION takes this lock first, too.
     PERFORM autoembed._gate();
     PERFORM autoembed._forget_runs();
-    PERFORM autoembed._find_content_functions();
+    PERFORM autoembed._find_functions();
     INSERT INTO autoembed.lane (pid, backend_start, backfill)
     SELECT a.pid, a.backend_start, _enter_lane.backfill FROM pg_stat_get_activity(pg_backend_pid()) AS a
     ON CONFLICT DO NOTHING;

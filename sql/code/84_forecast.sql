@@ -25,6 +25,7 @@ DECLARE
     _condition text;
     _key jsonb;
     _row jsonb;
+    _chunk record;
 BEGIN
     -- A key of one column may be given as its value; a longer one is a JSON array.
     IF cardinality(_pipeline.key_columns) = 1 AND key !~ '^[[:space:]]*[[]' THEN
@@ -64,7 +65,7 @@ BEGIN
     ELSIF _row IS NULL THEN
         RETURN;
     END IF;
-    RETURN QUERY
+    FOR _chunk IN
         SELECT p.*
         FROM (
             SELECT max(encode(r.digest, 'hex')) AS digest, max(encode(r.vector_digest, 'hex')) AS vector_digest,
@@ -74,7 +75,20 @@ BEGIN
         ) AS r
         CROSS JOIN LATERAL autoembed._preview(
             _pipeline.id, _row ->> 'content', _row ->> 'vector_digest', r.digest, r.vector_digest, r.state
-        ) AS p;
+        ) AS p
+    LOOP
+        IF _chunk.problem IS NOT NULL THEN
+            RAISE EXCEPTION USING MESSAGE = _chunk.problem, ERRCODE = _chunk.errcode;
+        END IF;
+        content := _chunk.content;
+        tokens := _chunk.tokens;
+        truncated := _chunk.truncated;
+        state := _chunk.state;
+        chunk_number := _chunk.chunk_number;
+        chunk_start := _chunk.chunk_start;
+        chunk_end := _chunk.chunk_end;
+        RETURN NEXT;
+    END LOOP;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.preview IS
@@ -98,10 +112,11 @@ CREATE OR REPLACE FUNCTION autoembed._preview(
         state text,
         chunk_number integer,
         chunk_start integer,
-        chunk_end integer
+        chunk_end integer,
+        problem text,
+        errcode text
     )
     LANGUAGE plpython3u
-    STABLE
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $python$
@@ -112,7 +127,7 @@ AS $python$
 $python$;
 COMMENT ON FUNCTION autoembed._preview IS
     'The rows of preview(), from a row''s text and the digest of its vector, and the digests that are recorded. '
-    'outstanding: waiting or failed, if the row is.';
+    'outstanding: waiting or failed, if the row is. problem: why the text cannot be cut.';
 
 CREATE OR REPLACE FUNCTION autoembed.estimate(
     table_name regclass,
@@ -122,6 +137,9 @@ CREATE OR REPLACE FUNCTION autoembed.estimate(
     content_template text DEFAULT NULL,
     model text DEFAULT NULL,
     condition text DEFAULT NULL,
+    chunking text DEFAULT NULL,
+    chunk_size integer DEFAULT NULL,
+    chunk_overlap integer DEFAULT NULL,
     OUT rows bigint,
     OUT tokens bigint,
     OUT requests bigint,
@@ -137,8 +155,10 @@ DECLARE
     _sample bigint;
     _percent numeric;
     _texts text[];
+    _pieces text[];
     _answer jsonb;
     _found record;
+    _chunking CONSTANT record := autoembed._chunking(chunking);
 BEGIN
     IF num_nonnulls(content_columns, content_function, content_template) = 0 THEN
         _pipeline := autoembed._owned_pipeline(table_name, embedding_column);
@@ -153,6 +173,18 @@ BEGIN
         _pipeline.chunking := CASE WHEN estimate.embedding_column IS NULL THEN 'structure' ELSE 'none' END;
     END IF;
     _pipeline.model := coalesce(estimate.model, _pipeline.model);
+    IF chunking IS NOT NULL THEN
+        _pipeline.chunking := _chunking.way;
+        _pipeline.chunk_function := _chunking.chunk_function;
+        _pipeline.chunk_function_oid := NULL;
+    END IF;
+    _pipeline.chunk_size := coalesce(estimate.chunk_size, _pipeline.chunk_size);
+    _pipeline.chunk_overlap := coalesce(estimate.chunk_overlap, _pipeline.chunk_overlap, 0);
+    IF num_nonnulls(chunking, chunk_size, chunk_overlap) > 0 THEN
+        PERFORM autoembed._check_chunking(
+            true, _pipeline.chunking, _pipeline.chunk_size, _pipeline.chunk_overlap, _pipeline.model
+        );
+    END IF;
     -- An unknown model is an error here, in PostgreSQL's form.
     PERFORM autoembed._dimensions(_pipeline.model);
     IF estimate.condition IS NOT NULL THEN
@@ -163,16 +195,25 @@ BEGIN
     -- About 10,000 rows are a large enough sample of a large table.
     _percent := CASE WHEN rows > 20000 THEN 1000000.0 / rows ELSE 100 END;
     _answer := autoembed._as_owner(table_name, format(
-        'SELECT s.content FROM (SELECT %s AS content FROM %s AS t %s) AS s',
+        'SELECT s.content, %s AS pieces FROM (SELECT %s AS content FROM %s AS t %s) AS s',
+        CASE
+            WHEN _pipeline.chunking = 'function' THEN
+                format('ARRAY(SELECT p.piece::text FROM %s(s.content) AS p(piece))', autoembed._chunk_call(_pipeline))
+            ELSE 'NULL'
+        END,
         autoembed._content_expression(_pipeline, 't'), table_name,
         CASE WHEN _percent < 100 THEN format('TABLESAMPLE SYSTEM (%s)', _percent) END
     ));
     SELECT count(*), array_agg(s.content) FILTER (WHERE s.content ~ '[^[:space:]]')
     INTO _sample, _texts
     FROM jsonb_to_recordset(_answer) AS s(content text);
+    SELECT array_agg(p.piece) FILTER (WHERE p.piece ~ '[^[:space:]]') INTO _pieces
+    FROM jsonb_to_recordset(_answer) AS s(pieces text[])
+    CROSS JOIN LATERAL unnest(s.pieces) AS p(piece);
     SELECT e.* INTO _found
     FROM autoembed._estimate_texts(
-        coalesce(_texts, '{}'), _pipeline.model, _pipeline.chunking, _pipeline.chunk_size, _pipeline.chunk_overlap
+        coalesce(_pieces, _texts, '{}'), _pipeline.model, _pipeline.chunking, _pipeline.chunk_size,
+        _pipeline.chunk_overlap
     ) AS e;
     IF _percent = 100 THEN
         rows := cardinality(coalesce(_texts, '{}'));

@@ -28,9 +28,18 @@ CREATE OR REPLACE FUNCTION autoembed._chunks(
     chunking text,
     chunk_size integer,
     chunk_overlap integer,
-    model text
+    model text,
+    pieces text[]
 )
-    RETURNS TABLE (chunk_start integer, chunk_end integer, token_count integer, chunk text)
+    RETURNS TABLE (
+        chunk_start integer,
+        chunk_end integer,
+        token_count integer,
+        chunk text,
+        problem text,
+        hint text,
+        errcode text
+    )
     LANGUAGE plpython3u
     STABLE
     PARALLEL RESTRICTED
@@ -39,17 +48,19 @@ AS $python$
     if GD.get("autoembed") != "@BUILD@":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
-    return doors.chunks(content, chunking, chunk_size, chunk_overlap, model)
+    return doors.chunks(content, chunking, chunk_size, chunk_overlap, model, pieces)
 $python$;
 COMMENT ON FUNCTION autoembed._chunks IS
-    'The chunks of a text in their order. The arguments are those that _chunk_size() has checked.';
+    'The chunks of a text in their order, or why it cannot be cut. The arguments are those that _chunk_size() has '
+    'checked, and the pieces that a function gives.';
 
-CREATE OR REPLACE FUNCTION autoembed.chunk_text(
+CREATE OR REPLACE FUNCTION autoembed._chunk_text(
     content text,
-    chunking text DEFAULT 'structure',
-    chunk_size integer DEFAULT NULL,
-    chunk_overlap integer DEFAULT 0,
-    model text DEFAULT NULL
+    chunking text,
+    chunk_size integer,
+    chunk_overlap integer,
+    model text,
+    pieces text[]
 )
     RETURNS TABLE (chunk_number integer, chunk_start integer, chunk_end integer, token_count integer, chunk text)
     LANGUAGE plpgsql
@@ -61,20 +72,78 @@ AS $plpgsql$
 DECLARE
     _model text := (autoembed._model(model)).name;
     _size record;
+    _chunk record;
 BEGIN
     SELECT s.* INTO _size FROM autoembed._chunk_size(chunking, chunk_size, chunk_overlap, _model) AS s;
     IF _size.problem IS NOT NULL THEN
         RAISE EXCEPTION USING MESSAGE = _size.problem, HINT = _size.hint, ERRCODE = _size.errcode;
     END IF;
+    FOR _chunk IN
+        SELECT c.* FROM autoembed._chunks(content, chunking, _size.tokens, chunk_overlap, _model, pieces)
+            WITH ORDINALITY AS c(start, stop, tokens, chunk, problem, hint, errcode, number)
+    LOOP
+        IF _chunk.problem IS NOT NULL THEN
+            RAISE EXCEPTION USING MESSAGE = _chunk.problem, HINT = _chunk.hint, ERRCODE = _chunk.errcode;
+        END IF;
+        chunk_number := _chunk.number;
+        chunk_start := _chunk.start;
+        chunk_end := _chunk.stop;
+        token_count := _chunk.tokens;
+        chunk := _chunk.chunk;
+        RETURN NEXT;
+    END LOOP;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._chunk_text IS 'Does the work of chunk_text(). pieces: those that a function gives.';
+
+-- A function that cuts is the caller's choice. It runs with the rights of the caller and is found in the caller's
+-- search_path, so all else in this function is qualified.
+CREATE OR REPLACE FUNCTION autoembed.chunk_text(
+    content text,
+    chunking text DEFAULT 'structure',
+    chunk_size integer DEFAULT NULL,
+    chunk_overlap integer DEFAULT 0,
+    model text DEFAULT NULL
+)
+    RETURNS TABLE (chunk_number integer, chunk_start integer, chunk_end integer, token_count integer, chunk text)
+    LANGUAGE plpgsql
+    STABLE
+    PARALLEL RESTRICTED
+AS $plpgsql$
+DECLARE
+    _way CONSTANT pg_catalog.record := autoembed._chunking(chunking);
+    _function pg_catalog.regproc;
+    _pieces pg_catalog.text[];
+BEGIN
+    IF _way.chunk_function IS NOT NULL THEN
+        SELECT p.oid INTO _function
+        FROM pg_catalog.pg_proc AS p
+        WHERE p.oid OPERATOR(pg_catalog.=) pg_catalog.to_regprocedure(pg_catalog.concat(
+                  pg_catalog.regexp_replace(chunking, '[(]text[)]$', ''), '(pg_catalog.text)'
+              ))
+          AND p.proretset;
+        IF NOT FOUND THEN
+            RAISE EXCEPTION USING
+                ERRCODE = 'undefined_function',
+                MESSAGE = pg_catalog.format(
+                    'chunking "%s" is not known, and there is no such function of a text that returns texts', chunking
+                ),
+                HINT = pg_catalog.format(
+                    'It is structure, tokens, none, or a function: CREATE FUNCTION %s(text) RETURNS SETOF text.',
+                    chunking
+                );
+        END IF;
+        EXECUTE pg_catalog.format('SELECT pg_catalog.array_agg(p.piece) FROM %s($1) AS p(piece)', _function)
+        INTO _pieces USING content;
+    END IF;
     RETURN QUERY
-        SELECT c.chunk_number::integer, c.chunk_start, c.chunk_end, c.token_count, c.chunk
-        FROM autoembed._chunks(content, chunking, _size.tokens, chunk_overlap, _model) WITH ORDINALITY
-            AS c(chunk_start, chunk_end, token_count, chunk, chunk_number);
+    SELECT c.* FROM autoembed._chunk_text(content, _way.way, chunk_size, chunk_overlap, model, _pieces) AS c;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.chunk_text IS
     'Shows how a text is cut into chunks; nothing is stored or sent. chunking: structure (at headings, paragraphs and '
-    'sentences), tokens (as long as may be), or none. chunk_size: the most tokens of a chunk, by default those that '
-    'suit the model. chunk_overlap: tokens of the chunk before with which a chunk begins. chunk_start, chunk_end: the '
-    'numbers of characters before the chunk and up to its end. token_count: by the tokenizer of a local model, '
-    'otherwise estimated.';
+    'sentences), tokens (as long as may be), none, or the name of a function of a text that returns texts, which runs '
+    'with the rights of the caller. chunk_size: the most tokens of a chunk, by default those that suit the model. '
+    'chunk_overlap: tokens of the chunk before with which a chunk begins. chunk_start, chunk_end: the numbers of '
+    'characters before the chunk and up to its end. token_count: by the tokenizer of a local model, otherwise '
+    'estimated.';

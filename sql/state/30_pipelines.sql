@@ -24,7 +24,7 @@ CREATE TABLE autoembed.pipeline (
     ended boolean NOT NULL DEFAULT false,
     content_function_oid oid,
     embeddings_table regclass,
-    chunking text NOT NULL DEFAULT 'none' CHECK (chunking IN ('structure', 'tokens', 'none')),
+    chunking text NOT NULL DEFAULT 'none' CHECK (chunking IN ('structure', 'tokens', 'none', 'function')),
     chunk_size integer,
     chunk_overlap integer NOT NULL DEFAULT 0,
     warned_of text,
@@ -35,8 +35,11 @@ CREATE TABLE autoembed.pipeline (
     recall double precision,
     recall_measured_at timestamptz,
     adopts boolean NOT NULL DEFAULT false,
+    chunk_function text,
+    chunk_function_oid oid,
     CONSTRAINT pipeline_embedding_column_key UNIQUE NULLS NOT DISTINCT (table_id, embeddings_table, embedding_column),
-    CHECK (num_nonnulls(content_columns, content_template, content_function) = 1)
+    CHECK (num_nonnulls(content_columns, content_template, content_function) = 1),
+    CHECK ((chunking = 'function') = (chunk_function IS NOT NULL))
 );
 COMMENT ON TABLE autoembed.pipeline IS
     'One embedding column of one table, with its content and its model. See enable().';
@@ -81,7 +84,7 @@ COMMENT ON COLUMN autoembed.pipeline.embeddings_table IS
     'The table beside it that holds the embeddings; NULL: they are in the rows themselves.';
 COMMENT ON COLUMN autoembed.pipeline.chunking IS
     'How its texts are cut into chunks. structure: at headings, paragraphs and sentences. tokens: at equal lengths. '
-    'none: a text is one chunk.';
+    'none: a text is one chunk. function: by chunk_function.';
 COMMENT ON COLUMN autoembed.pipeline.chunk_size IS 'The most tokens of a chunk; NULL: what suits the model.';
 COMMENT ON COLUMN autoembed.pipeline.chunk_overlap IS 'The tokens that a chunk repeats of the chunk before.';
 COMMENT ON COLUMN autoembed.pipeline.ended IS
@@ -100,6 +103,10 @@ COMMENT ON COLUMN autoembed.pipeline.recall IS 'The recall that tune() has measu
 COMMENT ON COLUMN autoembed.pipeline.recall_measured_at IS 'When tune() has measured it.';
 COMMENT ON COLUMN autoembed.pipeline.adopts IS
     'Whether enable() took the vectors that were there for those of the rows'' texts.';
+COMMENT ON COLUMN autoembed.pipeline.chunk_function IS
+    'The present name, with its schema, of the function that cuts its texts into chunks; NULL: none does.';
+COMMENT ON COLUMN autoembed.pipeline.chunk_function_oid IS
+    'Its OID, which a rename does not change. A dump and pg_upgrade give it another one; then the name counts.';
 
 SELECT pg_catalog.pg_extension_config_dump('autoembed.pipeline', '');
 SELECT pg_catalog.pg_extension_config_dump('autoembed.pipeline_id_seq', '');

@@ -34,6 +34,7 @@ DROP FUNCTION autoembed.alter_pipeline;
 DROP FUNCTION autoembed.disable;
 DROP FUNCTION autoembed._content_function;
 DROP FUNCTION autoembed._estimate_texts;
+DROP FUNCTION autoembed.estimate;
 
 -- A parallel restore loads these tables in any order.
 ALTER TABLE autoembed.pipeline DROP CONSTRAINT pipeline_model_fkey;
@@ -45,12 +46,12 @@ ALTER TABLE autoembed.pipeline ADD COLUMN ended boolean NOT NULL DEFAULT false;
 ALTER TABLE autoembed.pipeline ADD COLUMN content_function_oid oid;
 ALTER TABLE autoembed.pipeline ADD COLUMN embeddings_table regclass;
 ALTER TABLE autoembed.pipeline ADD COLUMN chunking text NOT NULL DEFAULT 'none'
-    CHECK (chunking IN ('structure', 'tokens', 'none'));
+    CHECK (chunking IN ('structure', 'tokens', 'none', 'function'));
 ALTER TABLE autoembed.pipeline ADD COLUMN chunk_size integer;
 ALTER TABLE autoembed.pipeline ADD COLUMN chunk_overlap integer NOT NULL DEFAULT 0;
 COMMENT ON COLUMN autoembed.pipeline.chunking IS
     'How its texts are cut into chunks. structure: at headings, paragraphs and sentences. tokens: at equal lengths. '
-    'none: a text is one chunk.';
+    'none: a text is one chunk. function: by chunk_function.';
 COMMENT ON COLUMN autoembed.pipeline.chunk_size IS 'The most tokens of a chunk; NULL: what suits the model.';
 COMMENT ON COLUMN autoembed.pipeline.chunk_overlap IS 'The tokens that a chunk repeats of the chunk before.';
 ALTER TABLE autoembed.pipeline DROP CONSTRAINT pipeline_table_id_embedding_column_key;
@@ -68,6 +69,9 @@ ALTER TABLE autoembed.pipeline ADD COLUMN recall_target double precision;
 ALTER TABLE autoembed.pipeline ADD COLUMN recall double precision;
 ALTER TABLE autoembed.pipeline ADD COLUMN recall_measured_at timestamptz;
 ALTER TABLE autoembed.pipeline ADD COLUMN adopts boolean NOT NULL DEFAULT false;
+ALTER TABLE autoembed.pipeline ADD COLUMN chunk_function text;
+ALTER TABLE autoembed.pipeline ADD COLUMN chunk_function_oid oid;
+ALTER TABLE autoembed.pipeline ADD CHECK ((chunking = 'function') = (chunk_function IS NOT NULL));
 COMMENT ON COLUMN autoembed.pipeline.warned_of IS
     'The problem that the server''s log was last told of. NULL: none since the last one was over.';
 COMMENT ON COLUMN autoembed.pipeline.stale_since IS
@@ -82,6 +86,10 @@ COMMENT ON COLUMN autoembed.pipeline.recall IS 'The recall that tune() has measu
 COMMENT ON COLUMN autoembed.pipeline.recall_measured_at IS 'When tune() has measured it.';
 COMMENT ON COLUMN autoembed.pipeline.adopts IS
     'Whether enable() took the vectors that were there for those of the rows'' texts.';
+COMMENT ON COLUMN autoembed.pipeline.chunk_function IS
+    'The present name, with its schema, of the function that cuts its texts into chunks; NULL: none does.';
+COMMENT ON COLUMN autoembed.pipeline.chunk_function_oid IS
+    'Its OID, which a rename does not change. A dump and pg_upgrade give it another one; then the name counts.';
 COMMENT ON COLUMN autoembed.pipeline.content_function_oid IS
     'Its OID, which a rename does not change. A dump and pg_upgrade give it another one; then the name counts.';
 UPDATE autoembed.pipeline AS p SET content_function_oid = p.content_function_id;

@@ -461,7 +461,7 @@ def test_a_refused_chunk_fails_its_row_alone(pages: Connection, api: FakeApi) ->
 @pytest.mark.parametrize(
     ("arguments", "sqlstate"),
     [
-        ("chunking => 'lines'", "22023"),
+        ("chunking => 'lines'", "42883"),
         ("chunk_size => 1", "22023"),
         ("chunk_size => 100000", "22023"),
         ("chunk_overlap => 400", "22023"),

@@ -79,7 +79,6 @@ def test_the_prefix_of_documents_counts(db: Connection) -> None:
 
 
 MISTAKES = {
-    "an unknown way": ("'lines'", 'chunking "lines" is not known'),
     "too large": ("chunk_size => 257", 'chunk_size is 257, and model "all-MiniLM-L6-v2" takes at most 256 tokens'),
     "too small": ("chunk_size => 0", 'chunk_size is 0, and model "all-MiniLM-L6-v2" needs at least 16'),
     "too much overlap": (

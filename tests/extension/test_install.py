@@ -149,6 +149,7 @@ def test_every_function_pins_its_search_path(documents: Connection) -> None:
         "autoembed._ranked(anyelement,regclass,text,integer,integer,text,name,text,double precision)",
         "autoembed._text_matches(regclass,name,text,integer,text,text[])",
         "autoembed._work(double precision,integer,integer,integer,boolean)",
+        "autoembed.chunk_text(text,text,integer,integer,text)",
         "autoembed.evaluate_search(regclass,regclass,integer,name)",
         "autoembed.measure_recall(regclass,text[],integer,integer,name)",
         "autoembed.search(anyelement,text,integer,integer,text,name,text,double precision)",

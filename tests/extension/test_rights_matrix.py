@@ -47,10 +47,12 @@ _changed_expression - - - x
 _check_api_key - - - x
 _check_attachable - x - x
 _check_budget - - - x
+_check_chunk_function - - - x
 _check_chunking - x - x
 _check_content - x - x
 _check_content_function - - - x
 _check_embedding_column - - - x
+_check_function_owner - - - x
 _check_model - - - x
 _check_on_change - x - x
 _check_options - - - x
@@ -58,7 +60,11 @@ _check_owner - x - x
 _check_pipeline - x x x
 _check_table - - - x
 _check_trigger - - - x
+_chunk_call - x - x
+_chunk_function_of - x - x
 _chunk_size - - - x
+_chunk_text - x - x
+_chunking - x - x
 _chunks - - - x
 _chunks_view - - - x
 _claim - - - x
@@ -104,7 +110,7 @@ _fail - - - x
 _fail_backfill - - - x
 _fail_message - - - x
 _filled - - - x
-_find_content_functions - - - x
+_find_functions - - - x
 _finish_backfills - - - x
 _fit_embeddings_table - - - x
 _fold_usage - - - x
@@ -124,6 +130,8 @@ _forget_texts - - - x
 _found_rows - x - x
 _free_slots - - - x
 _full_text_config - x - x
+_function_guard - - - x
+_function_named - - - x
 _function_template - - - x
 _gate - - - x
 _grant - - - x
@@ -245,6 +253,7 @@ _vector_version - - - x
 _waits_for_commit - x - x
 _warn_of_blocked_pipelines - - - x
 _warn_once - - - x
+_with_chunk_function - - - x
 _with_content_function - - - x
 _without_replica_identity - - - x
 _work - - - x
@@ -314,6 +323,7 @@ model_rest - - r rawd
 permit - - - rawd
 pipeline - r - rawd
 pipeline.adopts - ra - raw
+pipeline.chunk_function - raw - raw
 pipeline.chunk_overlap - raw - raw
 pipeline.chunk_size - raw - raw
 pipeline.chunking - raw - raw

@@ -488,7 +488,7 @@ def test_a_dump_of_an_updated_database_has_the_grants_of_a_new_one(
 KEPT = {
     "pipeline": "SELECT p.id, p.table_id::text,"
     " to_jsonb(p) - '{built_from,content_function_id,content_function_oid,ended,warned_of,stale_since}'::text[]"
-    " - '{embeddings_table,chunking,chunk_size,chunk_overlap,text_config}'::text[]"
+    " - '{embeddings_table,chunking,chunk_size,chunk_overlap,text_config,chunk_function,chunk_function_oid}'::text[]"
     " - '{ef_search,recall_target,recall,recall_measured_at,adopts}'::text[]"
     ", autoembed._content_function_of(p)::regprocedure FROM autoembed.pipeline AS p ORDER BY p.id",
     # A model that had no price may have one.
@@ -764,7 +764,7 @@ def test_an_update_waits_for_no_writer_and_no_writer_for_an_update(connect: Conn
 
 
 DEFINITIONS = """
-    SELECT p.id, to_jsonb(p) - '{built_from,table_shape,content_function_oid}'::text[] AS definition
+    SELECT p.id, to_jsonb(p) - '{built_from,table_shape,content_function_oid,chunk_function_oid}'::text[] AS definition
     FROM autoembed.pipeline AS p
     ORDER BY p.id
 """

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from autoembed import chunks
 from autoembed.batching import estimate_tokens
-from autoembed.chunks import CHARACTERS_PER_TOKEN, Chunk, chunks_of, size_of
+from autoembed.chunks import CHARACTERS_PER_TOKEN, Chunk, chunks_of, fitting, places, size_of
 from autoembed.errors import Fault
 
 
@@ -218,7 +218,7 @@ def test_the_size_of_a_chunk_follows_from_the_model(given_: tuple[int | None, in
 
 
 MISTAKES = {
-    "an unknown way": (("lines", None, 0), 'chunking "lines" is not known'),
+    "an overlap of pieces": (("function", None, 1), "a function that cuts texts takes no chunk_overlap"),
     "too large": (("structure", 257, 0), 'chunk_size is 257, and model "m" takes at most 256 tokens'),
     "too small": (("tokens", 15, 0), 'chunk_size is 15, and model "m" needs at least 16'),
     "negative": (("tokens", -1, 0), 'chunk_size is -1, and model "m" needs at least 16'),
@@ -399,3 +399,60 @@ def test_a_cut_can_be_stopped() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         list(chunks_of(text, count_words, 256, between_steps=stop_at_the_tenth))
+
+
+# --- The pieces of a user's function ---
+
+PIECES = {
+    "in order": ("one, two", ["one", "two"], [(0, 3), (5, 8)]),
+    "white space at their ends": ("one\n two", ["one\n", "  two "], [(0, 3), (5, 8)]),
+    "blank and NULL ones": ("one two", [None, "one", "", " \n", "two"], [(0, 3), (4, 7)]),
+    "the same one twice": ("a a", ["a", "a"], [(0, 1), (2, 3)]),
+    "the same one twice, apart": ("a -- a", ["a", "a"], [(0, 1), (5, 6)]),
+    "of one letter": ("aaaa", ["aa", "aa"], [(0, 2), (2, 4)]),
+    "of one letter, overlapping": ("aaaab", ["aa", "aa", "aa", "ab"], [(0, 2), (1, 3), (2, 4), (3, 5)]),
+    "that overlap": ("abcd bcd", ["abc", "bcd"], [(0, 3), (1, 4)]),
+    "that overlap in words": ("x y x y", ["x y", "y x", "x y"], [(0, 3), (2, 5), (4, 7)]),
+    "none": (" one ", [], [(1, 4)]),
+    "emoji": ("👩‍👩‍👧 é", ["👩‍👩‍👧", "é"], [(0, 5), (6, 7)]),
+}
+
+
+@pytest.mark.parametrize(("text", "pieces", "wanted"), PIECES.values(), ids=PIECES.keys())
+def test_pieces_are_found_in_their_order(text: str, pieces: list[str | None], wanted: list[tuple[int, int]]) -> None:
+    assert places(text, pieces) == wanted
+
+
+@pytest.mark.parametrize("pieces", [["two", "one"], ["one", "three"], ["one", "one"], ["one two three"]])
+def test_a_piece_that_is_not_there_is_a_fault(pieces: list[str | None]) -> None:
+    with pytest.raises(Fault, match="is not in the text"):
+        places("one two", pieces)
+
+
+@given(text=TEXTS, cuts=st.lists(st.integers(0, 200), max_size=8), overlap=st.integers(0, 5))
+def test_every_way_to_cut_and_overlap_is_found_again(text: str, cuts: list[int], overlap: int) -> None:
+    bounds = [0, *sorted(cut for cut in set(cuts) if 0 < cut < len(text)), len(text)]
+    ranges = [chunks.trimmed(text, max(0, start - overlap), end) for start, end in pairwise(bounds)]
+    pieces = [text[start:end] for start, end in ranges]
+    assume(len(set(ranges)) == len(ranges) and text.strip())
+
+    found = places(text, pieces)
+
+    assert [text[start:end] for start, end in found] == [piece.strip() for piece in pieces if piece.strip()]
+
+
+@given(text=TEXTS, cuts=st.lists(st.integers(0, 200), max_size=5), chunk_size=st.integers(16, 60))
+@each_count
+def test_pieces_are_chunks_within_the_limit(text: str, cuts: list[int], count: chunks.Count, chunk_size: int) -> None:
+    bounds = [0, *sorted(cut for cut in set(cuts) if 0 < cut < len(text)), len(text)]
+    parts = places(text, [text[start:end] for start, end in pairwise(bounds)]) if text.strip() else []
+
+    found = list(fitting(text, parts, count, chunk_size))
+
+    assert "".join(visible(text[chunk.start : chunk.end]) for chunk in found) == visible(text)
+    for chunk in found:
+        assert chunk.tokens <= chunk_size or chunk.end - chunk.start == 1
+    fits = [(start, end) for start, end in parts if count([text[start:end]])[0] <= chunk_size]
+    assert {(start, end) for start, end in fits if end - start <= 16 * chunk_size} <= {
+        (chunk.start, chunk.end) for chunk in found
+    }
