@@ -353,7 +353,7 @@ class Database:
                 )
         except RowError as error:
             if not error.cancels:
-                raise trouble_of_function(error) from error
+                raise trouble_of_function(error, timeout_seconds) from error
             if not self._in_pass:
                 raise (error.__cause__ or error) from None
             # The function may have raised it, so its model rests; it may be a real one, so the pass ends.

@@ -61,6 +61,10 @@ class OverBudget(ProviderTrouble):
     summary = "its daily budget is used up"
 
 
+class RanTooLong(ProviderTrouble):
+    """A model's SQL function was cancelled when its time was up."""
+
+
 class PassEnded(Exception):
     """A cancel came while an owner's code ran: the pass ends in good order. str() is the error."""
 
@@ -124,10 +128,12 @@ def is_nobodys(sqlstate: str) -> bool:
     return sqlstate.startswith(NOBODYS)
 
 
-def trouble_of_function(error: RowError) -> Trouble:
+def trouble_of_function(error: RowError, timeout_seconds: float) -> Trouble:
     """The trouble that an error of a user's SQL function means for the texts it was given."""
     if error.slow:
-        return ProviderTrouble("the function ran too long, and was cancelled")
+        return RanTooLong(
+            f"the function was cancelled after {timeout_seconds:g} s; timeout_seconds of its model allows more"
+        )
     if error.sqlstate.startswith(PASSING):
         return ProviderTrouble(str(error))
     return Refused(str(error))

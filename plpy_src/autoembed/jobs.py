@@ -156,7 +156,7 @@ def open_jobs(
     ledger: Ledger,
     messages: list[Message],
     max_rows: int,
-    texts_ahead: Callable[[Model], int | None] = lambda model: None,
+    texts_ahead: Callable[[Model], int | None] | None = None,
 ) -> list[tuple[Pipeline, list[Job]]]:
     """The claimed messages as jobs, one for each row, by pipeline. Messages that cannot be jobs are settled here.
 
@@ -185,7 +185,10 @@ def open_jobs(
 
     pipelines = database.pipelines(sorted(addressed)) if addressed else {}
     share = max(1, max_rows // max(1, len(addressed)))
-    room = {number: min(share, texts_ahead(pipeline.model) or share) for number, pipeline in pipelines.items()}
+    room = {
+        number: min(share, texts_ahead and texts_ahead(pipeline.model) or share)
+        for number, pipeline in pipelines.items()
+    }
     rows = _rows_of(database, ledger, addressed, defaultdict(lambda: share, room))
     by_pipeline: dict[int, list[Job]] = defaultdict(list)
     for (pipeline_id, key), (attempts, holders) in rows.items():

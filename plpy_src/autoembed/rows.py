@@ -104,9 +104,10 @@ class Pace:
 
 
 class Speeds:
-    """How fast the models embed that run in the lane's own process, one request at a time."""
+    """How fast the models embed that run in this process, one request at a time. first_texts: those of the first."""
 
-    def __init__(self) -> None:
+    def __init__(self, first_texts: int = FIRST_TEXTS) -> None:
+        self._first_texts = first_texts
         self._texts_per_second: dict[str, float] = {}
 
     def embedded(self, model: str, texts: int, seconds: float) -> None:
@@ -114,12 +115,16 @@ class Speeds:
         speed = texts / max(seconds, 0.001)
         self._texts_per_second[model] = (self._texts_per_second.get(model, speed) + speed) / 2
 
+    def ran_too_long(self, model: str, texts: int, seconds: float) -> None:
+        """Takes note of a request that was cancelled. The next ones have at most half as many texts."""
+        self._texts_per_second[model] = texts / (2 * max(seconds, AHEAD_SECONDS))
+
     def texts_ahead(self, model: str, provider: str) -> int | None:
         """The texts that a model embeds in AHEAD_SECONDS, at least one. None: its provider is another process."""
         if provider not in COMPUTED_HERE:
             return None
         speed = self._texts_per_second.get(model)
-        return FIRST_TEXTS if speed is None else max(1, int(speed * AHEAD_SECONDS))
+        return self._first_texts if speed is None else max(1, int(speed * AHEAD_SECONDS))
 
 
 class Owners:

@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING
 
 from autoembed import batching, heap, providers
 from autoembed.cutting import Cutter
-from autoembed.errors import Fault, OverBudget, PassEnded, ProviderTrouble, Refused, RowError, Trouble, rest_seconds
+from autoembed.errors import (
+    Fault,
+    OverBudget,
+    PassEnded,
+    ProviderTrouble,
+    RanTooLong,
+    Refused,
+    RowError,
+    Trouble,
+    rest_seconds,
+)
 from autoembed.flight import SLICE_SECONDS, Flight
 from autoembed.jobs import Job, Ledger, Report, are_keys, open_jobs
 from autoembed.limits import FIRST_ANSWER_SECONDS, NOTHING_KNOWN, PATIENCE_SECONDS, Limiter, Permit
@@ -49,7 +59,7 @@ THREADS_PER_REQUEST = 4
 # Requests to a model that embeds in this process: one is worked on, the next one waits.
 REQUESTS_HERE = 2
 # A call of an SQL function holds up its lane, so it may take so long, in seconds, unless its model says otherwise.
-FUNCTION_SECONDS = 5.0
+FUNCTION_SECONDS = 1.5
 # A lane whose time is up waits so long for its answers, in seconds.
 ENDING_SECONDS = 2.0
 # A text that no model refuses. It shows whether a text or the whole request is to blame.
@@ -165,7 +175,7 @@ def run_pass(database: Database, network: Network, options: Options) -> Report:
     """
     messages = database.claim(options.max_rows, options.lease_seconds, [], [], [])
     if not messages:
-        messages = _claim_backfill(database, options, Speeds(), False, options.max_rows, [], [], [])
+        messages = _claim_backfill(database, options, Speeds(options.batch_size), False, options.max_rows, [], [], [])
     if not messages:
         return Report()
     return _run(database, network, options, messages, None)
@@ -297,9 +307,11 @@ class _Pass:
         self._ledger = ledger
         # None: nothing further is claimed in this pass.
         self._lane = lane
+        self._in_lane = lane is not None
         self._pace = lane.pace if lane else Pace(options.batch_size, options.max_rows, indexed=True)
         self._owners = lane.owners if lane else Owners(lasts=False)
-        self._speeds = lane.speeds if lane else None
+        # Where no lane is held up, requests are small only once one has run too long.
+        self._speeds = lane.speeds if lane else Speeds(options.batch_size)
         self._rows = Rows(database, ledger, self._owners)
         self._outboxes: dict[Model, Outbox] = {}
         # Requests that are handed to threads and may not be sent yet.
@@ -353,7 +365,8 @@ class _Pass:
         """Reads the rows of claimed messages, and sends their texts. first: before those that wait."""
         began_at = time.monotonic()
         self._owners.begin_claim()
-        work = open_jobs(self._database, self._ledger, messages, self._options.max_rows, self._texts_ahead)
+        most = self._texts_ahead if self._in_lane else None
+        work = open_jobs(self._database, self._ledger, messages, self._options.max_rows, most)
         for pipeline, jobs in self._owners.quickest_first(work):
             if time.monotonic() - began_at > POLL_SECONDS or self._owners.is_slow(pipeline):
                 # The texts of quick owners do not wait for those of slow ones.
@@ -484,7 +497,7 @@ class _Pass:
         return ahead is not None and len(self._outboxes[model].jobs) >= ahead
 
     def _texts_ahead(self, model: Model) -> int | None:
-        return self._speeds.texts_ahead(model.name, model.provider) if self._speeds else None
+        return self._speeds.texts_ahead(model.name, model.provider)
 
     def _submit(self, model: Model, texts: Sequence[str], *, first: bool = False) -> None:
         """Packs texts into requests, which are sent when the limits of their model allow. first: before others."""
@@ -504,7 +517,8 @@ class _Pass:
         outbox.waiting.extendleft(reversed([*ahead, *requests]))
 
     def _request(self, model: Model, texts: Sequence[str], *, probe: bool = False) -> Request:
-        usual = FUNCTION_SECONDS if provider_of(model).RUNS_IN_BACKEND else self._options.timeout_seconds
+        holds_up = self._in_lane and provider_of(model).RUNS_IN_BACKEND
+        usual = FUNCTION_SECONDS if holds_up else self._options.timeout_seconds
         return Request(model, texts, model.timeout_seconds or usual, probe=probe)
 
     def _waiting(self) -> int:
@@ -579,6 +593,8 @@ class _Pass:
         elif isinstance(outcome, Refused) and outbox.trouble is not None:
             outcome = outbox.trouble
         match outcome:
+            case RanTooLong() if len(request.texts) > 1:
+                self._send_fewer(flight, request, outbox)
             case ProviderTrouble() if self._may_be_a_texts(outbox, request, outcome):
                 self._suspend(request, outcome)
             case ProviderTrouble():
@@ -594,7 +610,7 @@ class _Pass:
             case BaseException():
                 raise outcome
             case Embedded(vectors, tokens):
-                if self._speeds is not None and outcome.seconds is not None:
+                if outcome.seconds is not None:
                     self._speeds.embedded(request.model.name, len(request.texts), outcome.seconds)
                 self._database.note_usage(request.model.name, self._shares(request, tokens), request.slot)
                 self._accept(request, vectors, outcome.cut)
@@ -610,10 +626,29 @@ class _Pass:
             self._free(request.model, {request.slot})
         if outbox.limiter.learn_from(outcome, time.monotonic()):
             self._database.learn_limits(request.model.name, outbox.limiter.learnt or NOTHING_KNOWN)
-            if outbox.permit is None and not any(other.probe for other in outbox.waiting):
-                # The requests that still wait may have too many tokens.
-                waiting, outbox.waiting = outbox.waiting, deque()
-                self._submit(request.model, [text for other in waiting for text in other.texts])
+            # The requests that still wait may have too many tokens.
+            self._pack_again(request.model, outbox, [])
+
+    def _pack_again(self, model: Model, outbox: Outbox, texts: Sequence[str]) -> None:
+        """Packs the texts of requests that wait, and these, by what is known now. A probe and a permit keep theirs."""
+        waiting: deque[Request] = deque()
+        if outbox.permit is None and not any(other.probe for other in outbox.waiting):
+            waiting, outbox.waiting = outbox.waiting, waiting
+        self._submit(model, [*texts, *(text for other in waiting for text in other.texts)])
+
+    def _send_fewer(self, flight: _Flight, request: Request, outbox: Outbox) -> None:
+        """Sends the texts of a request that took an SQL function too long again, fewer at a time."""
+        self._speeds.ran_too_long(request.model.name, len(request.texts), request.timeout_seconds)
+        unsent = self._withdraw(flight, request.model, outbox)
+        self._pack_again(request.model, outbox, [text for one in [request, *unsent] for text in one.texts])
+
+    def _withdraw(self, flight: _Flight, model: Model, outbox: Outbox) -> list[Request]:
+        """Takes back the requests of a model that were handed over, and have not begun."""
+        withdrawn = flight.withdraw(lambda other: isinstance(other, Request) and other.model == model)
+        unsent = [other for other in withdrawn if isinstance(other, Request)]
+        self._ledger.report.requests -= len(unsent)
+        outbox.in_flight -= len(unsent)
+        return unsent
 
     def _free(self, model: Model, slots: Iterable[int]) -> None:
         if slots:
@@ -703,10 +738,7 @@ class _Pass:
             if is_new and self._lane is not None:
                 # The server's log has one warning for each outage.
                 self._database.warn_of_blocked_pipelines([name])
-        withdrawn = flight.withdraw(lambda other: isinstance(other, Request) and other.model == request.model)
-        unsent = [other for other in withdrawn if isinstance(other, Request)]
-        self._ledger.report.requests -= len(unsent)
-        outbox.in_flight -= len(unsent)
+        unsent = self._withdraw(flight, request.model, outbox)
         suspended = [refused for refused, _ in outbox.suspended]
         self._release(outbox, [request, *unsent, *suspended, *outbox.waiting], str(trouble))
         outbox.suspended = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import struct
 import threading
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoembed.errors import Refused, RowError, Trouble
+from autoembed.errors import RanTooLong, Refused, RowError, Trouble
 from autoembed.limits import Charge, Limits, Permit
 from autoembed.model import Embedded, Model, Request, Share
 from autoembed.network import Network
@@ -139,6 +140,8 @@ class FakeDatabase(Database):
         self.busy: list[list[str]] = []
         self.slots_freed: list[int] = []
         self.embedder_timeouts: list[float] = []
+        # The most texts that a call of an SQL function takes before its time is up.
+        self.embedder_takes = math.inf
         self.limits_learnt: list[Limits] = []
         self.statement_timeout: float | None = None
         self.content_errors: dict[str, RowError | StatementError] = {}
@@ -441,6 +444,8 @@ class FakeDatabase(Database):
     ) -> list[bytes | None]:
         self._note("call_embedder")
         self.embedder_timeouts.append(timeout_seconds)
+        if len(texts) > self.embedder_takes:
+            raise RanTooLong("too long")
         if any(part in text for part in self.bad_texts for text in texts):
             raise Refused("not these words")
         return [struct.pack(">hh3f", 3, 0, *vector_of(text)) for text in texts]

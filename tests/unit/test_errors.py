@@ -362,7 +362,7 @@ def test_cancel_shutdown_and_want_of_resources_are_nobodys_fault_where_no_owners
     ["08006", "08001", "40001", "40P01", "55P03", "53200", "53300", "57P03", "58000", "58030"],
 )
 def test_what_passes_by_itself_in_an_embedding_function_is_the_models_trouble(sqlstate: str) -> None:
-    trouble = errors.trouble_of_function(errors.row_error(sqlstate, "in the way"))
+    trouble = errors.trouble_of_function(errors.row_error(sqlstate, "in the way"), 1.5)
 
     assert isinstance(trouble, ProviderTrouble)
     assert (trouble.permanent, str(trouble)) == (False, "in the way")
@@ -373,17 +373,18 @@ def test_what_passes_by_itself_in_an_embedding_function_is_the_models_trouble(sq
     "sqlstate", ["22023", "22P02", "38000", "42501", "42883", "57P01", "58P01", "P0001", "XX000", "ZZ999"]
 )
 def test_whatever_else_an_embedding_function_raises_is_a_refusal_of_its_texts(sqlstate: str, timed_out: bool) -> None:
-    trouble = errors.trouble_of_function(errors.row_error(sqlstate, "bad words", timed_out=timed_out))
+    trouble = errors.trouble_of_function(errors.row_error(sqlstate, "bad words", timed_out=timed_out), 1.5)
 
     assert isinstance(trouble, Refused)
     assert str(trouble) == "bad words"
 
 
 def test_an_embedding_function_that_runs_too_long_is_the_models_trouble() -> None:
-    trouble = errors.trouble_of_function(errors.row_error("57014", "canceling statement", timed_out=True))
+    trouble = errors.trouble_of_function(errors.row_error("57014", "canceling statement", timed_out=True), 1.5)
 
-    assert isinstance(trouble, ProviderTrouble)
-    assert (trouble.permanent, str(trouble)) == (False, "the function ran too long, and was cancelled")
+    assert isinstance(trouble, errors.RanTooLong)
+    words = "the function was cancelled after 1.5 s; timeout_seconds of its model allows more"
+    assert (trouble.permanent, str(trouble)) == (False, words)
 
 
 @pytest.mark.parametrize(

@@ -649,3 +649,15 @@ def test_the_texts_that_an_owner_fills_a_lane_with_leave_room_for_others(
     lane.work(run_seconds=20, max_requests=4)
 
     assert database.is_fresh(2)
+
+
+@pytest.mark.parametrize(("own", "seconds"), [(None, 1.5), (8, 8)])
+def test_an_sql_function_holds_up_its_lane_for_a_short_time(
+    lane: Lane, database: FakeDatabase, own: float | None, seconds: float
+) -> None:
+    database.defined[1] = replace(PIPELINE, model=replace(MODEL, provider="function", timeout_seconds=own))
+    database.put(1, "text")
+
+    lane.work(run_seconds=0.3)
+
+    assert database.embedder_timeouts == [seconds]

@@ -1162,7 +1162,7 @@ def test_a_row_that_waits_for_its_vector_spends_no_attempt_and_a_new_text_ends_t
         ("local", [(10, 0.0)], 10_000),
     ],
 )
-def test_a_model_in_the_lanes_own_process_has_work_for_a_second(
+def test_a_model_in_this_process_has_work_for_a_second(
     provider: str, requests: list[tuple[int, float]], texts: int | None
 ) -> None:
     speeds = Speeds()
@@ -1170,6 +1170,21 @@ def test_a_model_in_the_lanes_own_process_has_work_for_a_second(
         speeds.embedded("model", count_of_texts, seconds)
 
     assert speeds.texts_ahead("model", provider) == texts
+
+
+@pytest.mark.parametrize(
+    ("texts", "seconds", "fewer"), [(100, 1.5, 33), (10, 1.5, 3), (2, 1.5, 1), (100, 30.0, 1), (3, 0.1, 1)]
+)
+def test_a_request_that_ran_too_long_is_followed_by_smaller_ones(texts: int, seconds: float, fewer: int) -> None:
+    speeds = Speeds()
+    speeds.embedded("model", 1000, 0.1)
+    speeds.ran_too_long("model", texts, seconds)
+
+    assert speeds.texts_ahead("model", "function") == fewer
+
+
+def test_the_first_request_of_a_model_in_this_process_has_as_many_texts_as_it_may() -> None:
+    assert [Speeds(most).texts_ahead("model", "local") for most in (1, 100)] == [1, 100]
 
 
 # --- tries of a write -------------------------------------------------------------------------------

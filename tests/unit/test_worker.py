@@ -601,8 +601,7 @@ def test_a_short_pass_extends_no_lease(lane: Lane, database: FakeDatabase) -> No
         ("fake", None, 60),
         ("fake", 5, 5),
         ("fake", 600, 600),
-        # A function holds up its lane.
-        ("function", None, 5),
+        ("function", None, 60),
         ("function", 8, 8),
         ("function", 600, 600),
     ],
@@ -867,6 +866,34 @@ def test_a_text_that_an_sql_function_refuses_fails_alone(lane: Lane, database: F
     assert (report.completed, report.failed, report.requests) == (3, 1, 6)
     assert {key: failure.reason for key, failure in database.failures.items()} == {key_of(1): "not these words"}
     assert all(database.is_fresh(row_id) for row_id in (0, 2, 3))
+
+
+def test_a_request_that_takes_an_sql_function_too_long_is_followed_by_smaller_ones(
+    lane: Lane, database: FakeDatabase
+) -> None:
+    database.defined[1] = replace(PIPELINE, model=replace(MODEL, provider="function"))
+    database.embedder_takes = 2
+    for row_id in range(8):
+        database.put(row_id, f"text {row_id}")
+
+    report = lane.run(batch_size=4, max_requests=2)
+
+    assert (report.completed, report.retried, database.rests) == (8, 0, [])
+    # Two requests of four texts had been packed. The first is cancelled, and its texts travel one by one.
+    assert report.requests <= 9
+
+
+def test_an_sql_function_that_takes_too_long_for_one_text_has_its_model_rest(
+    lane: Lane, database: FakeDatabase
+) -> None:
+    database.defined[1] = replace(PIPELINE, model=replace(MODEL, provider="function"))
+    database.embedder_takes = 0
+    sent = [database.put(row_id, f"text {row_id}") for row_id in range(8)]
+
+    report = lane.run()
+
+    assert (report.completed, report.failed, report.requests, len(database.rests)) == (0, 0, 2, 1)
+    assert [(message.id, message.read_count) for message in database.waiting()] == [(number, 0) for number in sent]
 
 
 def test_a_cancel_in_an_sql_function_gives_all_jobs_back(lane: Lane, database: FakeDatabase) -> None:
