@@ -338,7 +338,7 @@ BEGIN
         WHERE i.indrelid = table_id AND i.indisunique
         ORDER BY i.indisprimary DESC, i.indisreplident DESC, i.indexrelid
         LIMIT 1
-    ), CASE strategy WHEN 3 THEN '=' ELSE '>' END);
+    ), CASE strategy WHEN 3 THEN 'OPERATOR(pg_catalog.=)' ELSE 'OPERATOR(pg_catalog.>)' END);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._operator IS

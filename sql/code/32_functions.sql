@@ -170,7 +170,7 @@ AS $sql$
         -- A row comparison uses the index. It cannot name operators of other schemas: with these, the columns are
         -- compared one by one.
         'later_key', CASE
-            WHEN bool_and(k.greater IN ('OPERATOR(pg_catalog.>)', '>')) THEN
+            WHEN bool_and(k.greater = 'OPERATOR(pg_catalog.>)') THEN
                 format('ROW(%s) OPERATOR(pg_catalog.>) ROW(%s)',
                        string_agg(format('t.%I', k.name), ', ' ORDER BY k.number),
                        string_agg(k.last, ', ' ORDER BY k.number))

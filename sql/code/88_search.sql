@@ -1,6 +1,82 @@
 -- Search by meaning and by words. Conditions, policies and functions in them run with the rights of the caller and in
 -- the caller's search_path. So all else in these functions is qualified.
 
+CREATE OR REPLACE FUNCTION autoembed._is_superusers(type_id oid)
+    RETURNS boolean
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    RETURN NOT EXISTS (
+        WITH RECURSIVE used AS (
+            SELECT type_id AS id
+            UNION
+            SELECT p.id
+            FROM used AS u
+            JOIN pg_type AS t ON t.oid = u.id
+            CROSS JOIN LATERAL (
+                SELECT t.typbasetype AS id
+                UNION ALL
+                SELECT t.typelem
+                UNION ALL
+                SELECT r.rngsubtype FROM pg_range AS r WHERE t.oid IN (r.rngtypid, r.rngmultitypid)
+                UNION ALL
+                SELECT a.atttypid FROM pg_attribute AS a
+                WHERE a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped
+            ) AS p
+            WHERE p.id <> 0
+        )
+        SELECT FROM used AS u
+        JOIN pg_type AS t ON t.oid = u.id
+        JOIN pg_roles AS o ON o.oid = t.typowner AND NOT o.rolsuper
+    );
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._is_superusers IS
+    'Whether a type, and those that it is made of, belong to superusers. The owner of another one may have made casts '
+    'and checks for it.';
+
+CREATE OR REPLACE FUNCTION autoembed._sent_key_expression(pipeline autoembed.pipeline, alias text)
+    RETURNS text
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    RETURN (
+        WITH RECURSIVE base AS (
+            SELECT k.name, k.number, a.atttypid AS id,
+                   format('(s.key::pg_catalog.jsonb OPERATOR(pg_catalog.->>) %s)', k.number - 1) AS value
+            FROM unnest(pipeline.key_columns) WITH ORDINALITY AS k(name, number)
+            JOIN pg_attribute AS a ON a.attrelid = pipeline.table_id AND a.attname = k.name
+            UNION ALL
+            -- A cast to a domain would run its checks.
+            SELECT b.name, b.number, t.typbasetype, b.value
+            FROM base AS b
+            JOIN pg_type AS t ON t.oid = b.id AND t.typtype = 'd'
+        )
+        SELECT string_agg(CASE
+                   WHEN autoembed._is_superusers(t.oid) THEN
+                       format('%s.%I %s %s::%I.%I', alias, b.name,
+                              autoembed._operator(pipeline.table_id, b.name, 3), b.value, n.nspname, t.typname)
+                   WHEN t.typtype = 'e' THEN
+                       format('%s.%I OPERATOR(pg_catalog.=) (SELECT l.label FROM pg_catalog.unnest('
+                              'pg_catalog.enum_range(NULL::%I.%I)) AS l(label) '
+                              'WHERE pg_catalog.concat(l.label) OPERATOR(pg_catalog.=) %s)',
+                              alias, b.name, n.nspname, t.typname, b.value)
+                   ELSE format('pg_catalog.concat(%s.%I) OPERATOR(pg_catalog.=) %s', alias, b.name, b.value)
+               END, ' AND ' ORDER BY b.number)
+        FROM base AS b
+        JOIN pg_type AS t ON t.oid = b.id AND t.typtype <> 'd'
+        JOIN pg_namespace AS n ON n.oid = t.typnamespace
+    );
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._sent_key_expression IS
+    'The SQL expression that tells whether the row of that alias has the key s.key. It runs no code of the owner of '
+    'the table or of a type: the caller of a search may have more rights.';
+
 CREATE OR REPLACE FUNCTION autoembed._search_target(
     table_name regclass,
     embedding_column name,
@@ -83,8 +159,9 @@ BEGIN
     JOIN pg_namespace AS n ON n.oid = t.typnamespace
     WHERE a.attrelid = _vectors_table AND a.attname = _pipeline.embedding_column;
     SELECT k.expression INTO _expression FROM autoembed._index_key(_pipeline) AS k;
-    IF _expression LIKE '%::%' THEN
-        vector_type := substring(_expression FROM '::(.*)$');
+    IF _expression <> quote_ident(_pipeline.embedding_column) THEN
+        -- An index on a cast.
+        vector_type := substr(_expression, length(quote_ident(_pipeline.embedding_column) || '::') + 1);
     END IF;
     has_index := EXISTS (
         SELECT FROM pg_partition_tree(_vectors_table) AS t
@@ -95,23 +172,19 @@ BEGIN
     );
     _key := autoembed._key_expression(_pipeline, 't');
     pipeline_id := _pipeline.id;
-    SELECT string_agg(format(
-               '%%1$s.%I %s (s.key::pg_catalog.jsonb OPERATOR(pg_catalog.->>) %s::pg_catalog.int4)::%I.%I',
-               k.name, autoembed._operator(_pipeline.table_id, k.name, 3), k.number - 1, n.nspname, y.typname
-           ), ' AND ' ORDER BY k.number),
-           bool_and(a.atttypid IN (
-               'bigint'::regtype, 'integer'::regtype, 'smallint'::regtype, 'numeric'::regtype, 'boolean'::regtype,
-               'text'::regtype, 'varchar'::regtype, 'bpchar'::regtype, 'name'::regtype, 'uuid'::regtype
-           ))
-    INTO _sent_key, has_plain_keys
-    FROM unnest(_pipeline.key_columns) WITH ORDINALITY AS k(name, number)
-    JOIN pg_attribute AS a ON a.attrelid = _pipeline.table_id AND a.attname = k.name
-    JOIN pg_type AS y ON y.oid = a.atttypid
-    JOIN pg_namespace AS n ON n.oid = y.typnamespace;
-    of_keys := format('EXISTS (SELECT FROM pg_catalog.unnest($2) AS s(key) WHERE %s)', format(_sent_key, 't'));
+    _sent_key := autoembed._sent_key_expression(_pipeline, 't');
+    has_plain_keys := NOT EXISTS (
+        SELECT FROM unnest(_pipeline.key_columns) AS k(name)
+        JOIN pg_attribute AS a ON a.attrelid = _pipeline.table_id AND a.attname = k.name
+        WHERE a.atttypid NOT IN (
+            'bigint'::regtype, 'integer'::regtype, 'smallint'::regtype, 'numeric'::regtype, 'boolean'::regtype,
+            'text'::regtype, 'varchar'::regtype, 'bpchar'::regtype, 'name'::regtype, 'uuid'::regtype
+        )
+    );
+    of_keys := format('EXISTS (SELECT FROM pg_catalog.unnest($2) AS s(key) WHERE %s)', _sent_key);
     matching_query := format(
         'SELECT %s AS key FROM %s AS t WHERE EXISTS (SELECT FROM pg_catalog.unnest($1) AS s(key) WHERE %s) AND (',
-        _key, _pipeline.table_id, format(_sent_key, 't')
+        _key, _pipeline.table_id, _sent_key
     );
     keys_query := format('SELECT %s AS key FROM %s AS t WHERE (', _key, _pipeline.table_id);
     visible_query := format(
@@ -119,11 +192,11 @@ BEGIN
         'SELECT s.place, %s AS key, ROW(t.*) IS NULL AS is_null '
         'FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2)) WITH ORDINALITY AS s(key, number, place) '
         'JOIN %s AS t ON %s WHERE %s',
-        _key, _pipeline.table_id, format(_sent_key, 't'),
+        _key, _pipeline.table_id, _sent_key,
         CASE
             WHEN is_beside THEN format(
                 'EXISTS (SELECT FROM %s AS e WHERE %s AND e.chunk_number OPERATOR(pg_catalog.=) s.number)',
-                _vectors_table, format(_sent_key, 'e')
+                _vectors_table, autoembed._sent_key_expression(_pipeline, 'e')
             )
             ELSE format('t.%I IS NOT NULL', _pipeline.embedding_column)
         END
@@ -136,14 +209,14 @@ BEGIN
         _pipeline.embedding_column, '@extschema:vector@.vector', autoembed._key_expression(_pipeline, 'v'),
         _vectors_table
     );
-    -- A function of the owner gets no rights of the caller.
-    texts_query := CASE WHEN _pipeline.content_function IS NULL AND _pipeline.condition_objects = '{}' THEN format(
+    -- The code of the owner gets no rights of the caller. A function of PostgreSQL's own can run any query.
+    texts_query := CASE WHEN num_nonnulls(_pipeline.content_function, _pipeline.condition) = 0 THEN format(
         'SELECT h.key, h.place, %s AS content FROM (SELECT ROW(t.*)::%s AS hit, %s AS key, s.place, '
         'pg_catalog.sum(%s) OVER (ORDER BY s.place) AS bytes '
         'FROM pg_catalog.unnest($1) WITH ORDINALITY AS s(key, place) JOIN %2$s AS t ON %5$s) AS h '
         'WHERE h.bytes OPERATOR(pg_catalog.<=) $2::pg_catalog.numeric',
         autoembed._content_expression(_pipeline, '(h.hit)'), _pipeline.table_id, _key,
-        autoembed._content_bytes_expression(_pipeline, 't'), format(_sent_key, 't')
+        autoembed._content_bytes_expression(_pipeline, 't'), _sent_key
     ) END;
 
     IF NOT is_beside THEN
@@ -163,7 +236,7 @@ BEGIN
             'NULL::pg_catalog.int4, NULL::pg_catalog.int4 '
             'FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2)) WITH ORDINALITY AS s(key, number, place) '
             'JOIN %1$s AS t ON %2$s',
-            _pipeline.table_id, format(_sent_key, 't')
+            _pipeline.table_id, _sent_key
         );
         RETURN;
     END IF;
@@ -196,7 +269,7 @@ BEGIN
         'e.digest FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2)) '
         'WITH ORDINALITY AS s(key, number, place) JOIN %2$s AS t ON %3$s '
         'LEFT JOIN %4$s AS e ON e.chunk_number OPERATOR(pg_catalog.=) s.number AND %5$s) AS h',
-        _passage, _pipeline.table_id, format(_sent_key, 't'), _vectors_table, format(_sent_key, 'e')
+        _passage, _pipeline.table_id, _sent_key, _vectors_table, autoembed._sent_key_expression(_pipeline, 'e')
     );
 END;
 $plpgsql$;
@@ -803,7 +876,11 @@ BEGIN
     SELECT string_agg(format('%I %s', a.attname, format_type(a.atttypid, NULL)), ', ' ORDER BY a.attnum),
            string_agg(format('(_hits[i.n]).%I', a.attname), ', ' ORDER BY a.attnum),
            -- A vector as JSON takes long, and nobody filters by it.
-           string_agg(format('t.%I', a.attname), ', ' ORDER BY a.attnum)
+           string_agg(format(CASE
+                   WHEN autoembed._is_superusers(a.atttypid) THEN 't.%1$I'
+                   -- to_jsonb() would call a cast of the type's owner.
+                   ELSE 'CASE WHEN t.%1$I IS NOT NULL THEN pg_catalog.concat(t.%1$I) END AS %1$I'
+               END, a.attname), ', ' ORDER BY a.attnum)
                FILTER (WHERE a.atttypid NOT IN (SELECT v.id FROM autoembed._vector_types() AS v)),
            bool_or(a.attname = 'metadata' AND a.atttypid = 'jsonb'::regtype),
            min(a.attname::text) FILTER (

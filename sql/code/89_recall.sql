@@ -101,7 +101,7 @@ BEGIN
     INTO recall, worst, measured, _variance
     FROM unnest(shares) AS s(share);
     -- Misses come together in some queries. So many independent ones would vary as much.
-    _n := least(recall * (1 - recall) / nullif(_variance, 0), measured * wanted);
+    _n := nullif(least(recall * (1 - recall) / nullif(_variance, 0), measured * wanted), 0);
     _middle := (recall + _z ^ 2 / (2 * _n)) / (1 + _z ^ 2 / _n);
     _half := _z / (1 + _z ^ 2 / _n) * sqrt(recall * (1 - recall) / _n + _z ^ 2 / (4 * _n ^ 2));
     recall_low := greatest(0, _middle - _half);

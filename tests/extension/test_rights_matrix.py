@@ -147,6 +147,7 @@ _is_chosen - - - x
 _is_empty - x - x
 _is_key - - - x
 _is_subscribed - - - x
+_is_superusers - - - x
 _is_uncommitted - - - x
 _jobs_of_dropped_databases - - - x
 _judgments - x - x
@@ -222,6 +223,7 @@ _search_quality - x - x
 _search_target - x - x
 _searched - x - x
 _segments_to_merge - - - x
+_sent_key_expression - - - x
 _set_paused - x - x
 _settle - - - x
 _short_key - x x x

@@ -1,0 +1,121 @@
+"""A search reads the table of somebody else, and runs no code of its owner."""
+
+from __future__ import annotations
+
+import pytest
+
+from extension.hostile.tenants import ATTACK, Tenant, assert_nothing_gained
+from harness import Connection
+
+# A table of mallory whose owner's code a careless reader would run. {name}: the key column.
+TABLE = """
+    CREATE TABLE notes ({name} {type} PRIMARY KEY, content text, mood mood NOT NULL DEFAULT 'sad');
+    SELECT autoembed.enable('notes', content_columns => '{content}', text_config => 'english', condition => {condition})
+"""
+TYPES = """
+    CREATE FUNCTION checked() RETURNS boolean LANGUAGE plpgsql AS
+        'BEGIN PERFORM {me}.attack(); RETURN true; END';
+    CREATE TYPE mood AS ENUM ('glad', 'sad', '{"sad"}', '(sad)', '[sad,sad]');
+    CREATE FUNCTION mood_of(word text) RETURNS mood LANGUAGE plpgsql AS
+        'BEGIN PERFORM {me}.attack(); RETURN ''sad''; END';
+    CREATE CAST (text AS mood) WITH FUNCTION mood_of;
+    CREATE FUNCTION json_of(word mood) RETURNS json LANGUAGE plpgsql AS
+        'BEGIN PERFORM {me}.attack(); RETURN ''"sad"''; END';
+    CREATE CAST (mood AS json) WITH FUNCTION json_of;
+    CREATE DOMAIN checked_text AS text CHECK (checked());
+    CREATE TYPE pair AS (word checked_text);
+    CREATE TYPE span AS RANGE (subtype = text);
+    CREATE FUNCTION span_of(word text) RETURNS span LANGUAGE plpgsql AS
+        'BEGIN PERFORM {me}.attack(); RETURN span(''sad'', ''sad'', ''[]''); END';
+    CREATE CAST (text AS span) WITH FUNCTION span_of;
+"""
+# The type of the key, and a value of it.
+KEYS = {
+    "domain": ("checked_text", "sad"),
+    "enum": ("mood", "sad"),
+    "composite type": ("pair", "(sad)"),
+    "array of a domain": ("checked_text[]", "{sad}"),
+    "array of an enum": ("mood[]", "{sad}"),
+    "range": ("span", "[sad,sad]"),
+}
+CONDITIONS = {
+    "function": "'checked()'",
+    "query in a function of PostgreSQL": "'query_to_xml(''SELECT {me}.attack()'', true, true, '''') IS NOT NULL'",
+}
+# None but the last statement of each gives rows.
+SEARCHES = {
+    "search by both": "SELECT * FROM autoembed.search('{me}.notes', 'word')",
+    "search by words": "SELECT * FROM autoembed.search('{me}.notes', 'word', mode => 'text')",
+    "search of rows": "SELECT * FROM autoembed.search_rows(NULL::{me}.notes, 'word')",
+    "search with a condition": """
+        SELECT * FROM autoembed.search('{me}.notes', 'word', mode => 'text', condition => 'content <> ''''')""",
+    "recall": "SELECT * FROM autoembed.measure_recall('{me}.notes')",
+    "tune": "SELECT * FROM autoembed.tune('{me}.notes')",
+    "match function": """
+        SELECT autoembed.create_match_function('{me}.notes');
+        SELECT * FROM {me}.match_notes(autoembed.embed('word'), filter => '{"content": "word"}')""",
+}
+
+
+def found(db: Connection, mallory: Tenant, search: str) -> bool:
+    """Whether a superuser who searches the table finds something."""
+    *before, last = SEARCHES[search].replace("{me}", mallory.name).split(";")
+    for statement in before:
+        db.execute(statement)
+    return bool(db.execute(last).fetchall())
+
+
+def table(mallory: Tenant, type: str, value: str, condition: str = "NULL", name: str = "id") -> None:
+    made = TABLE.replace("{type}", type).replace("{condition}", condition).replace("{name}", name)
+    mallory.run(ATTACK, TYPES, made)
+    mallory.session.execute("INSERT INTO notes VALUES (%s, 'word')", [value])
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_search_runs_no_code_of_a_key(db: Connection, mallory: Tenant, key: str) -> None:
+    table(mallory, *KEYS[key])
+    db.execute("SELECT autoembed.process()")
+
+    for search in SEARCHES:
+        assert found(db, mallory, search), search
+
+    assert_nothing_gained(db, mallory)
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("written", ["by enable()", "by hand"])
+def test_a_search_runs_no_code_of_a_condition(db: Connection, mallory: Tenant, condition: str, written: str) -> None:
+    table(mallory, "int", "1", CONDITIONS[condition])
+    db.execute("SELECT autoembed.process()")
+    if written == "by hand":
+        mallory.run("UPDATE autoembed.pipeline SET condition_objects = '{}'")
+    mallory.run("UPDATE notes SET content = 'word again'")
+
+    for search in SEARCHES:
+        # A text that has changed may not be known yet.
+        found(db, mallory, search)
+
+    assert_nothing_gained(db, mallory)
+
+
+@pytest.mark.parametrize("name", ["share %", "%1$s", 'a"b::text', "{{id}}"])
+def test_a_search_takes_any_name_of_a_key(db: Connection, mallory: Tenant, name: str) -> None:
+    quoted = '"' + name.replace('"', '""') + '"'
+    table(mallory, "int", "1", name=quoted)
+    db.execute("SELECT autoembed.process()")
+
+    for search in SEARCHES:
+        assert found(db, mallory, search), search
+
+
+@pytest.mark.parametrize("name", ["x::text", "%1$s::public.halfvec(8) AS d --"])
+def test_a_search_takes_any_name_of_an_embedding_column(db: Connection, mallory: Tenant, name: str) -> None:
+    mallory.run("CREATE TABLE notes (id int PRIMARY KEY, content text)")
+    mallory.session.execute(
+        "SELECT autoembed.enable('notes', %s, content_columns => '{content}', text_config => 'english')", [name]
+    )
+    mallory.run("INSERT INTO notes VALUES (1, 'word'), (2, 'another word')")
+    db.execute("SELECT autoembed.process()")
+
+    for search in SEARCHES:
+        assert found(db, mallory, search), search
