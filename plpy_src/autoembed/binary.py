@@ -1,4 +1,4 @@
-"""Vectors in PostgreSQL's binary COPY format, which the server reads many times faster than text."""
+"""Vectors as PostgreSQL reads them: as text, and in the binary COPY format, which it reads many times faster."""
 
 from __future__ import annotations
 
@@ -44,3 +44,12 @@ def copy_rows(vectors: np.ndarray, type_name: str) -> bytes:
     with np.errstate(over="ignore"):
         rows["numbers"] = vectors
     return HEADER + rows.tobytes() + TRAILER
+
+
+def literals(vectors: np.ndarray) -> list[str]:
+    """Vectors in pgvector's text form."""
+    import numpy as np
+    import orjson
+
+    rows = np.ascontiguousarray(vectors, dtype=np.float32)
+    return [orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY).decode() for row in rows]

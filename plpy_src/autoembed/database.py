@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import plpy  # type: ignore[import-not-found]
 
-from autoembed.binary import copy_rows
+from autoembed.binary import copy_rows, literals
 from autoembed.bm25 import Posting, Segment, merged, most_dead, parts
 from autoembed.errors import (
     INSUFFICIENT_PRIVILEGE,
@@ -39,7 +39,7 @@ from autoembed.records import (
     Written,
     digest_of_chunks,
 )
-from autoembed.restricted import Run, as_role, available, restricted
+from autoembed.restricted import Run, as_role, available, interrupt_is_pending, restricted
 from autoembed.statistics import Reporter
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ CANCEL_REST_SECONDS = 60.0
 LOCK_TIMEOUT_MILLISECONDS = 500
 # The functions of a pipeline are looked at so often, in seconds. Event triggers keep them current.
 CHECK_SECONDS = 1.0
+# A wait looks for a cancel so often, in seconds.
+SLICE_SECONDS = 0.1
 # The types of the arguments that describe chunks: counts, keys, numbers, starts, ends, digests.
 CHUNK_COLUMNS = ["pg_catalog.int4[]", "pg_catalog.text[]", *["pg_catalog.int4[]"] * 3, "pg_catalog.bytea[]"]
 
@@ -104,9 +106,11 @@ class Database:
         self.commit()
 
     def sleep(self, seconds: float) -> None:
-        """Waits. A cancel, a timeout or a shutdown ends the wait."""
-        self._run("SELECT pg_catalog.pg_sleep($1)", ["pg_catalog.float8"], [seconds])
-        self.commit()
+        """Waits, while other threads may run. A cancel, a timeout or a shutdown ends the wait."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not interrupt_is_pending():
+            time.sleep(SLICE_SECONDS)
+        self.check_interrupts()
 
     # Lanes ---------------------------------------------------------------------------------------
 
@@ -1058,15 +1062,6 @@ def _numbers(data: bytes, form: str) -> np.ndarray:
     import numpy as np
 
     return np.frombuffer(data, form).astype(form[1:])
-
-
-def literals(vectors: np.ndarray) -> list[str]:
-    """Vectors in pgvector's text form."""
-    import numpy as np
-    import orjson
-
-    rows = np.ascontiguousarray(vectors, dtype=np.float32)
-    return [orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY).decode() for row in rows]
 
 
 def _row(row: dict[str, Any]) -> Row:

@@ -13,24 +13,23 @@ from typing import Any
 
 from autoembed import database, heap, providers, worker
 from autoembed.batching import estimate_tokens, halves, pack, truncate
+from autoembed.binary import literals
 from autoembed.bm25 import Scores, counted, merged_ids
 from autoembed.chunks import FUNCTION, NONE, STRUCTURE, chunks_of, fitting, places, size_of
 from autoembed.cutting import Cutter
 from autoembed.errors import Fault, OverBudget, ProviderTrouble, RowError, Trouble, advice_for
 from autoembed.flight import SLICE_SECONDS, Flight
 from autoembed.jobs import address_of
-from autoembed.kept import KeptTexts
 from autoembed.limits import NOTHING_KNOWN, PATIENCE_SECONDS, Charge, Limiter
 from autoembed.model import Embedded, Model, Request, Share
 from autoembed.network import Network
 from autoembed.providers import counter_of, most_tokens_of, provider_of, sizes_of
 from autoembed.quality import quality_of, summary
+from autoembed.query_models import answers, stop_answering
+from autoembed.query_server import QueryServer
 from autoembed.records import Backfill, Chunk, Known, Pipeline, Row
 from autoembed.rows import READ_BYTES
 
-# Vectors of search texts that a session keeps, in characters: a plan without an index calls embed() once for each
-# row, a join of several searches does so in turns, and paging calls it once for each page.
-QUERY_CACHE_CHARACTERS = 8_000_000
 # A search waits for its vector for at most this long, in seconds.
 QUERY_TIMEOUT_SECONDS = 60.0
 # doctor() waits for the answer of a model for at most this long, in seconds.
@@ -61,7 +60,6 @@ KEPT_FREE_BYTES = 8 << 20
 
 heap.share_one_arena()
 _network = Network(MAX_CONNECTIONS)
-_queries = KeptTexts(QUERY_CACHE_CHARACTERS)
 
 
 def process(batch_size: int, max_requests: int, timeout_milliseconds: int) -> dict[str, Any]:
@@ -79,34 +77,28 @@ def work(run_seconds: float, batch_size: int, max_requests: int, timeout_millise
     options = worker.Options(batch_size, max_requests, timeout_milliseconds / 1000)
     heap.keep(block_bytes=KEPT_BLOCK_BYTES, free_bytes=KEPT_FREE_BYTES)
     here = database.Database(commits=True)
+    name = "autoembed backfill lane" if backfill else "autoembed lane"
     try:
-        with here.lane_settings("autoembed backfill lane" if backfill else "autoembed lane"):
-            worker.work(here, _network, options, run_seconds, backfill=backfill)
+        with here.lane_settings(name), QueryServer(answers, stop_answering) as server:
+            worker.work(here, _network, options, run_seconds, backfill=backfill, look_around=server.offer)
     except database.Error:
         # DROP EXTENSION while the lane runs is no error.
         if database.is_installed():
             raise
 
 
-def embed(content: str, model_name: str, definition: str) -> dict[str, Any]:
-    """The vector of a search text, or the fault that SQL is to raise.
-
-    definition: the row of the model as text. A vector that is kept is of the same text and the same definition.
-    """
-    query = (content, definition)
-    vector = _queries.get(query)
-    if vector is None:
-        try:
-            if not content.strip():
-                raise Fault("a blank text has no embedding", hint="Give embed() some words.")
-            here = database.Database(commits=False)
-            vector = _embed_in_turn(here, here.model(model_name), content)
-        except Fault as fault:
-            return {"embedding": None, **_fields(fault)}
-        except Trouble as trouble:
-            return {"embedding": None, **_fields(_without_vector(model_name, trouble))}
-        _queries.keep(query, vector)
-    return {"embedding": vector, **NO_FAULT}
+def embed(content: str, model_name: str) -> dict[str, Any]:
+    """The vector of a search text, made by this session, or the fault that SQL is to raise."""
+    try:
+        if not content.strip():
+            raise Fault("a blank text has no embedding", hint="Give embed() some words.")
+        here = database.Database(commits=False)
+        vector = _embed_in_turn(here, here.model(model_name), content)
+    except Fault as fault:
+        return {"embedding": None, "tokens_used": None, **_fields(fault)}
+    except Trouble as trouble:
+        return {"embedding": None, "tokens_used": None, **_fields(_without_vector(model_name, trouble))}
+    return {"embedding": vector, "tokens_used": None, **NO_FAULT}
 
 
 def plan(pipeline_id: int) -> dict[str, Any]:
@@ -614,7 +606,7 @@ def _embed_query(
         raise outcome
     tokens = estimate_tokens(content) if outcome.tokens is None else outcome.tokens
     here.note_usage(model.name, [Share(None, 1, 1, tokens, 0)], None)
-    return database.literals(outcome.vectors)[0]
+    return literals(outcome.vectors)[0]
 
 
 def _outcome(here: database.Database, model: Model, request: Request) -> Embedded | BaseException:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from autoembed.errors import Trouble
 
@@ -42,19 +42,35 @@ def signals_blocked() -> Iterator[None]:
 EXIT_SECONDS = 1.0
 
 
-def _flights() -> set[Flight[Any, Any]]:
-    """The flights of this process, in a module of their own: sys.modules keeps it when this module is loaded again."""
-    name = "_autoembed_flights"
+class Threads(Protocol):
+    def end(self, seconds: float, /) -> bool:
+        """Ends them. Returns False if one is still there after so many seconds."""
+
+
+@contextmanager
+def ended_before_exit(threads: Threads) -> Iterator[None]:
+    """While the context lasts, threads do not outlive PostgreSQL's way out of the process."""
+    every = _threads()
+    every.add(threads)
+    try:
+        yield
+    finally:
+        every.discard(threads)
+
+
+def _threads() -> set[Threads]:
+    """Those of this process, in a module of their own: sys.modules keeps it when this module is loaded again."""
+    name = "_autoembed_threads"
     if name not in sys.modules:
         holder: Any = types.ModuleType(name)
-        holder.flights = set()
-        holder.callback = _end_flights_before_exit(holder.flights)
+        holder.threads = set()
+        holder.callback = _end_before_exit(holder.threads)
         sys.modules[name] = holder
-    return sys.modules[name].flights  # type: ignore[no-any-return]
+    return sys.modules[name].threads  # type: ignore[no-any-return]
 
 
-def _end_flights_before_exit(flights: set[Flight[Any, Any]]) -> Any:
-    """Has PostgreSQL end all flights before it leaves the process.
+def _end_before_exit(every: set[Threads]) -> Any:
+    """Has PostgreSQL end all these threads before it leaves the process.
 
     exit() tears down libraries, OpenSSL first, under threads that still use them. The segmentation fault that follows
     would restart the whole server. PostgreSQL's own exit callbacks run before that.
@@ -65,8 +81,8 @@ def _end_flights_before_exit(flights: set[Flight[Any, Any]]) -> Any:
         return None
 
     def end_all(code: int, _argument: int) -> None:
-        for flight in list(flights):
-            if not flight.end(EXIT_SECONDS):
+        for threads in list(every):
+            if not threads.end(EXIT_SECONDS):
                 os._exit(code)
 
     callback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_size_t)(end_all)
@@ -89,12 +105,12 @@ class Flight(Generic[Tag, Result]):
         self._here: deque[tuple[Tag, Callable[[], Result]]] = deque()
 
     def __enter__(self) -> Flight[Tag, Result]:
-        _flights().add(self)
+        _threads().add(self)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.end()
-        _flights().discard(self)
+        _threads().discard(self)
 
     def end(self, seconds: float = math.inf) -> bool:
         """Ends all calls and their threads. Returns False if one is still there after so many seconds."""

@@ -31,10 +31,10 @@ class Stopped(Exception):
 
 
 class Computed(NamedTuple):
-    """Vectors, float32 (n, dimensions) of unit length; the tokens of all texts; which texts were cut, by position."""
+    """Vectors, float32 (n, dimensions) of unit length; the tokens of each text; which texts were cut, by position."""
 
     vectors: Array
-    tokens: int
+    tokens: list[int]
     cut: frozenset[int]
 
 
@@ -72,21 +72,25 @@ class OnnxModel:
         `between_batches` is called before each batch and may raise. To give up from another thread, first see
         to it that `between_batches` raises, then call `stop`.
         """
+        # If memory were mapped again for each batch, a batch would take half as long again.
+        heap.keep(block_bytes=32 << 20, free_bytes=64 << 20)
+        try:
+            return self.embed_few(texts, between_batches)
+        finally:
+            heap.trim()
+
+    def embed_few(self, texts: Sequence[str], between_batches: Callable[[], None] = lambda: None) -> Computed:
+        """The same for texts that need so little memory that it may come and go as in the rest of the process."""
         import numpy as np
         import onnxruntime
 
         vectors = np.empty((len(texts), self.dimensions), np.float32)
-        # If memory were mapped again for each batch, a batch would take half as long again.
-        heap.keep(block_bytes=32 << 20, free_bytes=64 << 20)
-        try:
-            tokens, cut = self._tokenize(texts, between_batches)
-            for batch in batches([len(ids) for ids in tokens], BATCH_TOKENS):
-                self._run = onnxruntime.RunOptions()
-                between_batches()
-                vectors[batch] = self._embed_batch([tokens[i] for i in batch])
-        finally:
-            heap.trim()
-        return Computed(vectors, sum(map(len, tokens)), cut)
+        tokens, cut = self._tokenize(texts, between_batches)
+        for batch in batches([len(ids) for ids in tokens], BATCH_TOKENS):
+            self._run = onnxruntime.RunOptions()
+            between_batches()
+            vectors[batch] = self._embed_batch([tokens[i] for i in batch])
+        return Computed(vectors, list(map(len, tokens)), cut)
 
     def stop(self) -> None:
         """End the batch that another thread runs now: its `embed` raises `Stopped`."""

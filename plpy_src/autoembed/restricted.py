@@ -77,6 +77,11 @@ def available() -> bool:
     return _server() is not None
 
 
+def interrupt_is_pending() -> bool:
+    """Whether a cancel, a timeout or a shutdown waits for the next statement. Outside a server none does."""
+    return available() and bool(_flag("InterruptPending").value)
+
+
 @dataclass
 class Run:
     """A run of somebody else's code.

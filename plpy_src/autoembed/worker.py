@@ -7,7 +7,7 @@ import random
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -83,12 +83,20 @@ class Options:
         return self.timeout_seconds + LEASE_MARGIN_SECONDS
 
 
-def work(database: Database, network: Network, options: Options, run_seconds: float, *, backfill: bool = False) -> None:
+def work(
+    database: Database,
+    network: Network,
+    options: Options,
+    run_seconds: float,
+    *,
+    backfill: bool = False,
+    look_around: Callable[[], None] = lambda: None,
+) -> None:
     """Runs a lane: makes passes until its time is up or it is told to end. While idle it polls the queue.
 
-    backfill: the lane scans tables and leaves the queue to others.
+    backfill: the lane scans tables and leaves the queue to others. look_around: is called once a second.
     """
-    lane = _Lane(database, network, options, run_seconds, backfill=backfill)
+    lane = _Lane(database, network, options, run_seconds, backfill=backfill, look_around=look_around)
     database.warn_of_blocked_pipelines([])
     database.commit()
     try:
@@ -111,7 +119,14 @@ class _Lane:
     """The state that a lane keeps from one pass to the next."""
 
     def __init__(
-        self, database: Database, network: Network, options: Options, run_seconds: float, *, backfill: bool
+        self,
+        database: Database,
+        network: Network,
+        options: Options,
+        run_seconds: float,
+        *,
+        backfill: bool,
+        look_around: Callable[[], None],
     ) -> None:
         self._database = database
         self._network = network
@@ -120,6 +135,7 @@ class _Lane:
         limit = database.statement_timeout_seconds()
         self._ends_at = time.monotonic() + (run_seconds if limit is None else min(run_seconds, limit / 2))
         self._backfill = backfill
+        self._look_around = look_around
         self._is_wanted = True
         self._look_around_at = 0.0
         self._scan_at = 0.0
@@ -140,6 +156,7 @@ class _Lane:
                 self._database.commit()
                 self._database.merge_segments()
             self._database.commit()
+            self._look_around()
             if self._has_worked:
                 heap.trim()
                 self._has_worked = False

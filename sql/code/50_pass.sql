@@ -405,7 +405,10 @@ CREATE OR REPLACE FUNCTION autoembed._embed(
     content text,
     model_name text,
     definition text,
+    local_model text[],
+    asker text,
     OUT embedding @extschema:vector@.vector,
+    OUT tokens_used integer,
     OUT problem text,
     OUT hint text,
     OUT errcode text
@@ -416,12 +419,16 @@ CREATE OR REPLACE FUNCTION autoembed._embed(
 AS $python$
     if GD.get("autoembed") != "@BUILD@":
         plpy.execute("SELECT autoembed._load_python()")
-    from autoembed import doors
-    return doors.embed(content, model_name, definition)
+    from autoembed import search_text
+    return search_text.embed(
+        content, model_name, definition, local_model, asker, lambda: plpy.execute("SELECT 1")
+    )
 $python$;
 COMMENT ON FUNCTION autoembed._embed IS
     'The embedding of a search text by a model, or why there is none. definition: the row of the model. A session '
-    'keeps vectors of the same text and definition.';
+    'keeps vectors of the same text and definition. local_model: what a lane needs to know of the model to embed the '
+    'text; NULL: the session is to do it. asker: whose texts take turns with those of others there. tokens_used: those '
+    'that a lane has used, and nobody has noted.';
 
 CREATE OR REPLACE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     RETURNS @extschema:vector@.vector
@@ -436,6 +443,7 @@ CREATE OR REPLACE FUNCTION autoembed.embed(content text, model text DEFAULT NULL
 AS $plpgsql$
 DECLARE
     _model autoembed.model;
+    _local_model text[];
     _answer record;
 BEGIN
     IF content IS NULL THEN
@@ -443,9 +451,26 @@ BEGIN
     END IF;
     -- An assignment runs no statement, and shows none in the context of an error.
     _model := autoembed._model(model);
-    _answer := autoembed._embed(content, _model.name, _model::text);
+    -- The session itself keeps to limits.
+    IF _model.provider = 'local' AND num_nonnulls(
+        _model.requests_per_minute, _model.tokens_per_minute, _model.max_requests_in_flight,
+        _model.daily_token_budget, _model.daily_cost_budget
+    ) = 0 THEN
+        _local_model := ARRAY[
+            _model.base_url, _model.model_id, _model.max_tokens_per_input::text,
+            _model.options ->> 'query_prefix', _model.dimensions::text
+        ];
+    END IF;
+    _answer := autoembed._embed(
+        content, _model.name, _model::text, _local_model, concat(session_user, ' ', current_setting('role'))
+    );
     IF _answer.problem IS NOT NULL THEN
         RAISE EXCEPTION USING MESSAGE = _answer.problem, HINT = _answer.hint, ERRCODE = _answer.errcode;
+    END IF;
+    IF _answer.tokens_used IS NOT NULL THEN
+        PERFORM autoembed._note_usage(
+            _model.name, '{NULL}', '{1}', '{1}', ARRAY[_answer.tokens_used::bigint], '{0}', NULL
+        );
     END IF;
     RETURN _answer.embedding;
 END;

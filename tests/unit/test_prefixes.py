@@ -40,7 +40,7 @@ def test_the_local_model_embeds_prefixed_texts(monkeypatch: pytest.MonkeyPatch, 
     class Recording:
         def embed(self, texts: list[str], between_batches: Any) -> Computed:
             embedded.extend(texts)
-            return Computed(np.ones((len(texts), 256), np.float32), tokens=3, cut=frozenset())
+            return Computed(np.ones((len(texts), 256), np.float32), tokens=[3] * len(texts), cut=frozenset())
 
     for name in ("model.onnx", "tokenizer.json"):
         (tmp_path / name).touch()

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from autoembed.errors import ProviderTrouble
+from autoembed.local_models import folder_of, max_tokens_of
 from autoembed.model import PREFIXES, Embedded, Model, Request, prefixed
 from autoembed.providers.definition import check_options, check_without
 
@@ -19,12 +20,10 @@ if TYPE_CHECKING:
 
 Loaded = TypeVar("Loaded")
 
-MODELS_FOLDER = "/usr/local/share/autoembed/models"
 MAX_INPUTS_PER_REQUEST = 256
 MAX_TOKENS_PER_REQUEST = 1_000_000
 MAX_TOKENS_PER_INPUT: int | None = None
 RUNS_IN_BACKEND = False
-DEFAULT_MAX_TOKENS = 256
 
 _loaded: dict[tuple[str, int], OnnxModel] = {}
 # One batch of texts at a time, because it uses all cores.
@@ -32,15 +31,11 @@ _running = threading.Lock()
 _stopping = threading.Event()
 
 
-def folder_of(model: Model) -> str:
-    return model.base_url or os.path.join(MODELS_FOLDER, model.model_id)
-
-
 def check(model: Model) -> None:
     check_without(model, "api_key")
     check_options(model, PREFIXES)
     for name in ("model.onnx", "tokenizer.json"):
-        path = os.path.join(folder_of(model), name)
+        path = os.path.join(_folder(model), name)
         if not os.path.exists(path):
             raise ProviderTrouble(f"the model's file {path} does not exist on the server", permanent=True)
 
@@ -58,7 +53,7 @@ def embed(request: Request, network: Network) -> Embedded:
             f"the model's vectors have {vectors.shape[1]} dimensions, it is defined with {request.model.dimensions}",
             permanent=True,
         )
-    return Embedded(vectors, tokens, seconds=seconds, cut=cut)
+    return Embedded(vectors, sum(tokens), seconds=seconds, cut=cut)
 
 
 def abort() -> None:
@@ -73,7 +68,15 @@ def _stop_if_told() -> None:
 
 
 def max_tokens(model: Model) -> int:
-    return model.max_tokens_per_input or DEFAULT_MAX_TOKENS
+    return max_tokens_of(model.max_tokens_per_input)
+
+
+def is_loaded(folder: str, most_tokens: int) -> bool:
+    return (folder, most_tokens) in _loaded
+
+
+def _folder(model: Model) -> str:
+    return folder_of(model.base_url, model.model_id)
 
 
 def token_counter(model: Model) -> Callable[[Sequence[str]], list[int]]:
@@ -81,13 +84,13 @@ def token_counter(model: Model) -> Callable[[Sequence[str]], list[int]]:
     from autoembed.onnx_model import count_tokens, load_tokenizer
 
     check(model)
-    return partial(count_tokens, _loading(partial(load_tokenizer, folder_of(model))))
+    return partial(count_tokens, _loading(partial(load_tokenizer, _folder(model))))
 
 
 def _onnx_model(model: Model) -> OnnxModel:
     from autoembed.onnx_model import OnnxModel
 
-    which = (folder_of(model), max_tokens(model))
+    which = (_folder(model), max_tokens(model))
     if which not in _loaded:
         check(model)
         _loaded[which] = _loading(partial(OnnxModel, which[0], max_tokens=which[1]))
