@@ -45,7 +45,7 @@ def templates() -> dict[str, str]:
 
 
 def python_literal(sources: dict[str, str]) -> str:
-    """The sources as lines of a Python dict of raw strings, for the body of _load_python()."""
+    """The sources as lines of a Python dict of raw strings, for the body of _python_sources()."""
     return "\n".join(f"\"{name}\": r'''{source}'''," for name, source in sources.items())
 
 

@@ -76,6 +76,8 @@ def process(batch_size: int, max_requests: int, timeout_milliseconds: int) -> di
 def work(run_seconds: float, batch_size: int, max_requests: int, timeout_milliseconds: int, backfill: bool) -> None:
     options = worker.Options(batch_size, max_requests, timeout_milliseconds / 1000)
     heap.keep(block_bytes=KEPT_BLOCK_BYTES, free_bytes=KEPT_FREE_BYTES)
+    # The importer is that of autoembed._load_python().
+    __loader__.keep()  # type: ignore[name-defined]
     here = database.Database(commits=True)
     name = "autoembed backfill lane" if backfill else "autoembed lane"
     try:

@@ -37,7 +37,7 @@ BEGIN
         _drop_orphaned_pipelines, _drop_stray_triggers, _estimate_texts, _estimated_matches, _exact_answers,
         _found_rows, _full_text_config, _index_key, _is_empty, _judgments, _key_columns, _key_expression, _load_python,
         _look_through, _make_embeddings_table, _match_function, _measured_recall, _nearest, _needed_columns, _new_place,
-        _operator, _owned_pipeline, _owned_pipelines, _preview, _ranked, _read_condition, _recall,
+        _operator, _owned_pipeline, _owned_pipelines, _preview, _python_sources, _ranked, _read_condition, _recall,
         _restore_advisory_locks, _run_as_owner, _search_quality, _search_target, _searched, _set_paused,
         _stray_triggers, _template, _text_matches, _vector_digest_expression, _waits_for_commit
     }');
@@ -97,9 +97,9 @@ BEGIN
                    _call_embedder, _check_options, _claim, _clean_up, _digests, _enter_lane, _extend, _fail,
                    _fail_backfill, _fail_message, _forget, _forget_all, _free_slots, _gate, _index_texts,
                    _lane_is_wanted, _learn_limits, _leave_lane, _load_python, _next_backfill, _note_replaced,
-                   _note_usage, _pipelines, _queue_backfill, _record_embedded, _release, _replace_segments, _requeue,
-                   _resolve, _rest_model, _rest_pipelines, _segments_to_merge, _settle, _stage, _take_permit,
-                   _unindexed, _warn_of_blocked_pipelines, resume_model
+                   _note_usage, _pipelines, _python_sources, _queue_backfill, _record_embedded, _release,
+                   _replace_segments, _requeue, _resolve, _rest_model, _rest_pipelines, _segments_to_merge, _settle,
+                   _stage, _take_permit, _unindexed, _warn_of_blocked_pipelines, resume_model
                }'::text[])
                OR p.proname ~ '^_(content|write|scan|split)_[0-9]+$')
     LOOP

@@ -9,6 +9,8 @@ import psycopg
 import pytest
 
 from harness import GUIDE_TABLE, GUIDE_TRIGGERS, Connection
+from lanes import running_lanes
+from waiting import wait_until
 
 MEMBERS = Path(__file__).parent / "members.txt"
 
@@ -199,3 +201,33 @@ def test_a_session_older_than_the_extension_never_runs_old_python(db: Connection
     assert changed is not None
     db.execute(changed.ddl)
     assert loads_anew()
+
+
+def test_sessions_load_the_modules_that_a_lane_has_compiled_if_they_are_whole(
+    db: Connection, connect: Callable[..., Connection]
+) -> None:
+    db.execute(
+        "CREATE FUNCTION loaded_compiled() RETURNS boolean LANGUAGE plpython3u AS $$\nimport sys\n"
+        "return bool(sys.meta_path[0].compiled) $$;"
+        "CREATE FUNCTION cut_off(file text) RETURNS void LANGUAGE plpython3u AS $$\nimport os\n"
+        "os.truncate(file, 100000) $$"
+    )
+    [build] = db.execute(
+        "SELECT substring(prosrc FROM '!= \"(\\w+)\"') AS hash FROM pg_proc WHERE oid = 'autoembed._embed'::regproc"
+    )
+    files = f"SELECT 'pg_stat_tmp/' || f FROM pg_ls_dir('pg_stat_tmp') AS f WHERE f ~ '{build.hash}.*[.]code$'"
+
+    def loads_compiled() -> bool:
+        with connect() as session:
+            session.execute("SELECT autoembed.process()")
+            return session.execute("SELECT loaded_compiled()").fetchone() == (True,)
+
+    with running_lanes(db, connect):
+        [(kept,)] = wait_until(lambda: db.execute(files).fetchall())
+    assert loads_compiled()
+
+    db.execute("SELECT cut_off(%s)", [kept])
+    assert not loads_compiled()
+
+    with running_lanes(db, connect):
+        wait_until(loads_compiled)

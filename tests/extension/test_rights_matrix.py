@@ -201,6 +201,7 @@ _price_and_rate - - - x
 _probe - - - x
 _process - - - x
 _protect_functions - - - x
+_python_sources - x - x
 _queue_backfill - - - x
 _ranked - x - x
 _read_condition - x - x
