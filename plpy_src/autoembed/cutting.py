@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from autoembed import batching
-from autoembed.chunks import FUNCTION, NONE, chunks_of, fitting, places, size_of, trimmed
-from autoembed.errors import Trouble
+from autoembed.chunks import FEWEST_TOKENS, FUNCTION, NONE, chunks_of, fitting, places, size_of, trimmed
+from autoembed.errors import Fault, Trouble
 from autoembed.providers import counter_of, sizes_of
 
 if TYPE_CHECKING:
@@ -43,15 +43,21 @@ class Cutter:
             return None
         return places(content, self._split(pipeline, content))
 
-    def ranges(self, pipeline: Pipeline, content: str, parts: Sequence[Range] | None = None) -> list[Range]:
+    def ranges(
+        self, pipeline: Pipeline, content: str, parts: Sequence[Range] | None = None, prefix: str = ""
+    ) -> list[Range]:
         """The start and the end of each chunk of a text. Raises as parts(), and Fault if no text can be cut like that.
 
-        parts: those of the function, if they are known.
+        parts: those of the function, if they are known. prefix: what each chunk is embedded behind.
         """
         if pipeline.chunking == NONE:
             limit = sizes_of(pipeline.model).tokens_per_input
-            whole = content if limit is None else batching.truncate(content, limit, pipeline.model.prefix("document"))
-            return [(0, len(whole))]
+            if limit is None:
+                return [(0, len(content))]
+            whole = batching.truncate(prefix + content, limit, pipeline.model.prefix("document"))
+            if len(whole) <= len(prefix):
+                raise _no_room(prefix, limit)
+            return [(0, len(whole) - len(prefix))]
         if parts is None:
             parts = self.parts(pipeline, content)
         way = (pipeline.model, pipeline.chunking, pipeline.chunk_size, pipeline.chunk_overlap)
@@ -62,6 +68,11 @@ class Cutter:
                 size = size_of(*way[1:], pipeline.model.name, around, counter.most, counter.is_exact)
                 self._known[way] = counter, size
             counter, size = self._known[way]
+            if prefix:
+                bare, behind = counter.count(["a", f"{prefix}a"])
+                if size - (behind - bare) < bare + FEWEST_TOKENS + pipeline.chunk_overlap:
+                    raise _no_room(prefix, size)
+                size -= behind - bare
             if parts is not None:
                 found = fitting(content, parts, counter.count, size, self._check_interrupts)
             elif batching.most_tokens(content) <= size:
@@ -74,3 +85,10 @@ class Cutter:
         except Trouble:
             # The model cannot be had. The request for the whole text says why.
             return [trimmed(content, 0, len(content))]
+
+
+def _no_room(prefix: str, size: int) -> Fault:
+    return Fault(
+        f"chunk_prefix gives {len(prefix.rstrip())} characters, which leave no room in a chunk of {size} tokens",
+        hint="Give a shorter chunk_prefix, or a larger chunk_size.",
+    )

@@ -59,8 +59,14 @@ LOCK_TIMEOUT_MILLISECONDS = 500
 CHECK_SECONDS = 1.0
 # A wait looks for a cancel so often, in seconds.
 SLICE_SECONDS = 0.1
-# The types of the arguments that describe chunks: counts, keys, numbers, starts, ends, digests.
-CHUNK_COLUMNS = ["pg_catalog.int4[]", "pg_catalog.text[]", *["pg_catalog.int4[]"] * 3, "pg_catalog.bytea[]"]
+# The types of the arguments that describe chunks: prefixes, counts, keys, numbers, starts, ends, digests.
+CHUNK_COLUMNS = [
+    "pg_catalog.text[]",
+    "pg_catalog.int4[]",
+    "pg_catalog.text[]",
+    *["pg_catalog.int4[]"] * 3,
+    "pg_catalog.bytea[]",
+]
 
 _plans: dict[str, Any] = {}
 
@@ -305,6 +311,7 @@ class Database:
                 chunk_overlap=row["chunk_overlap"],
                 text_config=row["text_config"],
                 splitter=row["splitter"],
+                chunk_prefix=row["chunk_prefix"],
             )
             for row in rows
         }
@@ -603,10 +610,13 @@ class Database:
         pipeline: Pipeline,
         keys: Sequence[str],
         contents: Sequence[str | None],
+        prefixes: Sequence[str],
         chunks: Sequence[Sequence[Chunk]],
         vectors: np.ndarray | None,
     ) -> dict[str, Written]:
         """The same where embeddings are beside the rows. vectors: those of the chunks that are not kept, in order.
+
+        prefixes: what the chunks of each row are embedded behind.
 
         A row without chunks loses its embeddings.
         """
@@ -617,7 +627,8 @@ class Database:
         ]
         # The array of vectors ends where those begin that the row keeps.
         numbered.sort(key=lambda one: one[2].is_kept)
-        columns: list[list[Any]] = [
+        columns: list[list[Any] | None] = [
+            [prefix or None for prefix in prefixes] if any(prefixes) else None,
             [len(of_key) for of_key in chunks],
             [key for key, _, _ in numbered],
             [number for _, number, _ in numbered],
@@ -636,7 +647,7 @@ class Database:
         keys: Sequence[str],
         contents: Sequence[str | None],
         types: Sequence[str],
-        columns: Sequence[Sequence[Any]],
+        columns: Sequence[Sequence[Any] | None],
         vectors: np.ndarray | list[None],
     ) -> Any:
         """Calls a pipeline's function that writes. types, columns: its arguments between the model and the vectors."""
@@ -1068,7 +1079,7 @@ def _row(row: dict[str, Any]) -> Row:
     if "digests" not in row:
         return Row(row["content"], row["vector_digest"], row["bytes"] or 0, is_locked=bool(row["is_locked"]))
     digests = row["digests"] or ()
-    return Row(row["content"], digest_of_chunks(digests), row["bytes"] or 0, digests)
+    return Row(row["content"], digest_of_chunks(digests), row["bytes"] or 0, digests, prefix=row["prefix"] or "")
 
 
 def _body(message: str | None) -> Any:

@@ -180,8 +180,8 @@ def copy_embeddings(
     here = database.Database(commits=False)
     pipeline = here.pipelines([pipeline_id])[pipeline_id]
     old = dataclasses.replace(pipeline, **former)
-    if FUNCTION in (old.chunking, pipeline.chunking):
-        # A piece is not the whole text.
+    if FUNCTION in (old.chunking, pipeline.chunking) or old.chunk_prefix or pipeline.chunk_prefix:
+        # A piece is not the whole text, and a prefix is not in the text.
         return {"problem": None, "errcode": None}
     cutter = Cutter(here.check_interrupts)
     after: str | None = None
@@ -227,7 +227,7 @@ def _copy(
         return
     vectors = np.array([json.loads(found[key]["vector"]) for key in keys], np.float32)
     if pipeline.is_beside:
-        outcomes = here.write_chunks(pipeline, keys, contents, chunks, vectors)
+        outcomes = here.write_chunks(pipeline, keys, contents, [""] * len(keys), chunks, vectors)
     else:
         outcomes = here.write(pipeline, keys, contents, vectors)
     written = [place for place, key in enumerate(keys) if outcomes[key].outcome == "written"]
@@ -244,6 +244,7 @@ def _copy(
 def preview(
     pipeline_id: int,
     content: str | None,
+    prefix: str | None,
     vector_digest: str | None,
     known_digest: str | None,
     known_vector_digest: str | None,
@@ -263,21 +264,21 @@ def preview(
         known = Known(
             bytes.fromhex(known_digest), None if known_vector_digest is None else bytes.fromhex(known_vector_digest)
         )
-        if known.describes(row, pipeline.digest(content)):
+        if known.describes(row, pipeline.digest(content, prefix or "")):
             state = "fresh"
     problem = errcode = None
     try:
-        ranges = Cutter(here.check_interrupts, here.split).ranges(pipeline, content)
+        ranges = Cutter(here.check_interrupts, here.split).ranges(pipeline, content, prefix=prefix or "")
     except Fault as fault:
         ranges = [(0, len(content))]
-        if pipeline.chunking == FUNCTION:
+        if pipeline.chunking == FUNCTION or prefix:
             problem, errcode = fault.problem, fault.errcode
     except RowError as error:
         ranges, problem, errcode = [(0, len(content))], str(error), error.sqlstate
     for number, (start, end) in enumerate(ranges, 1):
         # A text that is not cut into chunks is shown as a whole, though the model takes its beginning alone.
         text = content if pipeline.chunking == NONE else content[start:end]
-        tokens, limit = _tokens_of(pipeline.model, text)
+        tokens, limit = _tokens_of(pipeline.model, (prefix or "") + text)
         yield {
             "content": text,
             "tokens": tokens,
@@ -300,8 +301,10 @@ def _tokens_of(model: Model, text: str) -> tuple[int, int | None]:
     return counter.count([text])[0], counter.most
 
 
-def estimate(texts: list[str], model_name: str | None, chunking: str, size: int | None, overlap: int) -> dict[str, Any]:
-    """The effort to embed these texts, cut like that: the columns of autoembed._estimate_texts()."""
+def estimate(
+    texts: list[str], prefixes: list[str], model_name: str | None, chunking: str, size: int | None, overlap: int
+) -> dict[str, Any]:
+    """The effort to embed these texts, cut like that behind prefixes: the columns of autoembed._estimate_texts()."""
     here = database.Database(commits=False)
     model = here.model(model_name)
     sizes = sizes_of(model, Limiter(model).learnt)
@@ -309,13 +312,18 @@ def estimate(texts: list[str], model_name: str | None, chunking: str, size: int 
     most = min(worker.DEFAULT_BATCH_SIZE, sizes.inputs_per_request)
     chunk_tokens = None if chunking == NONE else chunk_size(chunking, size, overlap, model.name)["tokens"]
     if chunk_tokens is None:
+        texts = [behind + text for behind, text in zip(prefixes, texts, strict=True)]
         distinct = list(dict.fromkeys(text if limit is None else truncate(text, limit, prefix) for text in texts))
         read = most_tokens_of(model) or sizes.tokens_per_request
         tokens = [min(estimate_tokens(prefix + text), read) for text in distinct]
         requests = len(pack(distinct, most, sizes.tokens_per_request, prefix))
     else:
-        tokens = [estimate_tokens(prefix + text) for text in dict.fromkeys(texts)]
-        inputs = sum(math.ceil(count / chunk_tokens) for count in tokens)
+        tokens, inputs = [], 0
+        for behind, text in dict.fromkeys(zip(prefixes, texts, strict=True)):
+            of_prefix, of_text = estimate_tokens(behind) if behind else 0, estimate_tokens(prefix + text)
+            chunks = math.ceil(of_text / max(1, chunk_tokens - of_prefix))
+            tokens.append(of_text + chunks * of_prefix)
+            inputs += chunks
         requests = math.ceil(max(inputs / most, sum(tokens) / sizes.tokens_per_request))
     price, rows_per_second = here.price_and_rate(model)
     return {"tokens": sum(tokens), "requests": requests, "price": price, "rows_per_second": rows_per_second}

@@ -142,6 +142,10 @@ class Job:
         return self.row.content if self.row else None
 
     @property
+    def prefix(self) -> str:
+        return self.row.prefix if self.row else ""
+
+    @property
     def has_embedding(self) -> bool:
         return self.row is not None and self.row.vector_digest is not None
 

@@ -37,7 +37,8 @@ class Pipeline:
 
     is_beside: the embeddings are in a table beside the rows, one for each chunk of a row's text.
     chunking, chunk_size, chunk_overlap: how a text is cut into chunks; see enable(). splitter: tells one body of the
-    function that cuts from another; None: no function does.
+    function that cuts from another; None: no function does. chunk_prefix: the template of what each chunk is embedded
+    behind; None: nothing.
     vector_type: the column's type with its schema. truncate: texts that are too long are cut instead of failed.
     owner: the OID of the table's owner. blocked: why the jobs must wait; None: they need not.
     failures: how often the provider of the model has failed in a row.
@@ -61,17 +62,20 @@ class Pipeline:
     chunk_overlap: int = 0
     text_config: str | None = None
     splitter: str | None = None
+    chunk_prefix: str | None = None
 
     @property
     def name(self) -> str:
         return f"{self.schema_name}.{self.table_name}.{self.embedding_column}"
 
-    def digest(self, content: str) -> bytes:
-        """16 bytes that tell whether the embeddings of a row were made of this text, in this way."""
-        if self.chunking == "none":
+    def digest(self, content: str, prefix: str = "") -> bytes:
+        """16 bytes that tell whether a row's embeddings were made of this text, behind this prefix, in this way."""
+        if self.chunking == "none" and not prefix:
             return self.model.digest(content)
         way = self.chunking if self.splitter is None else f"{self.chunking} {self.splitter}"
-        return self.model.digest(f"{way}\0{self.chunk_size}\0{self.chunk_overlap}\0{content}")
+        # No text in a database has a zero byte.
+        behind = f"{prefix}\0" if prefix else ""
+        return self.model.digest(f"{way}\0{self.chunk_size}\0{self.chunk_overlap}\0{behind}{content}")
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class Row:
     """A row as it is now: its text, the digest of its vector (None: it has no vector), and the size of the text.
 
     A text of more than MAX_TEXT_BYTES is not read: it is None then. is_locked: another session has locked the row.
-    digests: those of the chunks that have an embedding beside the row.
+    digests: those of the chunks that have an embedding beside the row. prefix: what its chunks are embedded behind.
     """
 
     content: str | None
@@ -104,6 +108,7 @@ class Row:
     size: int = 0
     digests: Collection[bytes] = ()
     is_locked: bool = False
+    prefix: str = ""
 
 
 @dataclass(frozen=True)

@@ -368,7 +368,7 @@ class Rows:
             if job.content is None or not job.content.strip():
                 (blank if job.has_embedding else empty).append(job)
                 continue
-            job.digest = pipeline.digest(job.content)
+            job.digest = pipeline.digest(job.content, job.prefix)
             known = known_rows.get(job.key)
             if known is not None and job.row is not None and known.describes(job.row, job.digest):
                 job.vector_digest = job.row.vector_digest
@@ -443,17 +443,17 @@ class Rows:
         kept: the digests of the chunks whose vectors are good.
         """
         content = job.content or ""
-        ranges = job.ranges or self._cutter.ranges(pipeline, content, job.parts)
+        ranges = job.ranges or self._cutter.ranges(pipeline, content, job.parts, job.prefix)
         job.truncated = pipeline.chunking == NONE and ranges[-1][1] < len(content)
         kept = frozenset(kept)
         job.chunks, job.wanted = [], defaultdict(list)
         for start, end in ranges:
-            part = content[start:end]
-            chunk = Chunk(start, end, pipeline.model.chunk_digest(part))
+            text = job.prefix + content[start:end]
+            chunk = Chunk(start, end, pipeline.model.chunk_digest(text))
             chunk.is_kept = chunk.digest in kept
             job.chunks.append(chunk)
             if not chunk.is_kept:
-                job.wanted[part].append(chunk)
+                job.wanted[text].append(chunk)
         return list(job.wanted)
 
     def writable(self, pipeline: Pipeline, chosen: list[tuple[Job, str]]) -> list[tuple[Job, str]]:
@@ -571,7 +571,8 @@ class Rows:
             keys, contents = [job.key for job in jobs], [job.content for job in jobs]
             if pipeline.is_beside:
                 chunks = [job.chunks if vectors is not None else [] for job in jobs]
-                outcomes = self._database.write_chunks(pipeline, keys, contents, chunks, vectors)
+                prefixes = [job.prefix for job in jobs]
+                outcomes = self._database.write_chunks(pipeline, keys, contents, prefixes, chunks, vectors)
             else:
                 outcomes = self._database.write(pipeline, keys, contents, vectors)
         except RowError as error:
@@ -657,7 +658,7 @@ class Rows:
             self._database.index_texts(pipeline, [job.key for job in jobs], [job.digest for job in jobs], texts)
 
     def _texts_of(self, pipeline: Pipeline, job: Job) -> list[str]:
-        """The texts of a row that have a vector each."""
+        """The texts of a row that have a vector each, without what they are embedded behind."""
         content = job.content or ""
         if not pipeline.is_beside:
             return [content]
@@ -666,7 +667,7 @@ class Rows:
             if pipeline.chunking == NONE:
                 return [content]
             try:
-                ranges = job.ranges or self._cutter.ranges(pipeline, content, job.parts)
+                ranges = job.ranges or self._cutter.ranges(pipeline, content, job.parts, job.prefix)
             except Fault as fault:
                 raise RowError(str(fault)) from fault
         return [content[start:end] for start, end in ranges]

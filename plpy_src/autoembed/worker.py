@@ -425,7 +425,8 @@ class _Pass:
             job = min(self._rows.uncut, key=lambda job: len(job.content or ""))
             self._rows.uncut.remove(job)
             self._cut = Cut(job)
-            flight.submit(self._cut, partial(self._cutter.ranges, job.pipeline, job.content or "", job.parts))
+            content = job.content or ""
+            flight.submit(self._cut, partial(self._cutter.ranges, job.pipeline, content, job.parts, job.prefix))
 
     def _land_cut(self, job: Job, outcome: _Outcome) -> None:
         self._cut = None

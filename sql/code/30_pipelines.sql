@@ -264,6 +264,24 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._columns_of IS 'The columns that a pipeline names as its content.';
 
+CREATE OR REPLACE FUNCTION autoembed._prefix_of(pipeline autoembed.pipeline)
+    RETURNS autoembed.pipeline
+    LANGUAGE plpgsql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    pipeline.content_template := pipeline.chunk_prefix;
+    pipeline.content_columns := NULL;
+    pipeline.content_function := NULL;
+    pipeline.condition := NULL;
+    RETURN pipeline;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._prefix_of IS
+    'The pipeline whose texts are what the chunks of a pipeline are embedded behind. It has no columns if that is '
+    'nothing.';
+
 CREATE OR REPLACE FUNCTION autoembed._needed_columns(pipeline autoembed.pipeline)
     RETURNS name[]
     LANGUAGE plpgsql
@@ -272,6 +290,7 @@ CREATE OR REPLACE FUNCTION autoembed._needed_columns(pipeline autoembed.pipeline
 AS $plpgsql$
 BEGIN
     RETURN pipeline.key_columns || autoembed._columns_of(pipeline)
+        || autoembed._columns_of(autoembed._prefix_of(pipeline))
         || ARRAY(SELECT c.value::name FROM jsonb_each_text(pipeline.condition_columns) AS c);
 END;
 $plpgsql$;
@@ -397,6 +416,24 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._content_expression IS
     'The SQL expression that gives the text of the row of that alias; NULL in rows that have no embedding.';
 
+CREATE OR REPLACE FUNCTION autoembed._prefix_expression(pipeline autoembed.pipeline, alias text)
+    RETURNS text
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF pipeline.chunk_prefix IS NULL THEN
+        RETURN 'NULL::pg_catalog.text';
+    END IF;
+    RETURN format('((%s) OPERATOR(pg_catalog.||) %L)',
+                  autoembed._content_expression(autoembed._prefix_of(pipeline), alias), E'\n\n');
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._prefix_expression IS
+    'The SQL expression that gives what the chunks of the row of that alias are embedded behind, with a blank line; '
+    'NULL in rows that have nothing there.';
+
 CREATE OR REPLACE FUNCTION autoembed._function_guard(function oid, problem text)
     RETURNS text
     LANGUAGE sql
@@ -442,7 +479,12 @@ BEGIN
                    WHEN a.atttypid IN ('text'::regtype, 'varchar'::regtype) THEN 'octet_length'
                    ELSE 'pg_column_size'
                END, alias, c.name), ' OPERATOR(pg_catalog.+) ')
-        FROM unnest(autoembed._columns_of(pipeline)) AS c(name)
+        FROM (
+            SELECT DISTINCT n.name
+            FROM unnest(
+                autoembed._columns_of(pipeline) || autoembed._columns_of(autoembed._prefix_of(pipeline))
+            ) AS n(name)
+        ) AS c
         JOIN pg_attribute AS a ON a.attrelid = pipeline.table_id AND a.attname = c.name AND a.attlen = -1
     ), '0::pg_catalog.int8');
 END;
@@ -477,15 +519,19 @@ BEGIN
         '(SELECT p.part FROM (SELECT pg_catalog.substr(%1$s, %2$s OPERATOR(pg_catalog.+) 1, '
         '%3$s OPERATOR(pg_catalog.-) %2$s) AS part OFFSET 0) AS p '
         'WHERE pg_catalog.substring(pg_catalog.sha256(%4$L::pg_catalog.bytea OPERATOR(pg_catalog.||) '
-        'pg_catalog.convert_to(p.part, ''UTF8'')), 1, 16) OPERATOR(pg_catalog.=) %5$s)',
+        'pg_catalog.convert_to(%6$s, ''UTF8'')), 1, 16) OPERATOR(pg_catalog.=) %5$s)',
         autoembed._content_expression(pipeline, alias), chunk_start, chunk_end,
-        sha256(convert_to(_identity, 'UTF8')), digest
+        sha256(convert_to(_identity, 'UTF8')), digest,
+        CASE
+            WHEN pipeline.chunk_prefix IS NULL THEN 'p.part'
+            ELSE format('pg_catalog.concat(%s, p.part)', autoembed._prefix_expression(pipeline, alias))
+        END
     );
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._passage_expression IS
-    'The SQL expression that cuts a chunk out of the text of the row of that alias; NULL if that part of the text has '
-    'another digest by now, or if a function gives the text.';
+    'The SQL expression that cuts a chunk out of the text of the row of that alias; NULL if that part of the text, or '
+    'its prefix, is another by now, or if a function gives the text.';
 
 CREATE OR REPLACE FUNCTION autoembed._vector_digest_expression(pipeline autoembed.pipeline, alias text)
     RETURNS text

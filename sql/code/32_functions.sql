@@ -229,6 +229,7 @@ DECLARE
         pipeline.table_id, ARRAY[pipeline.embedding_column]
     ) ELSE 'false' END;
     _runs_owners_code boolean := num_nonnulls(pipeline.content_function, pipeline.condition) > 0;
+    _prefix_columns CONSTANT name[] := autoembed._columns_of(autoembed._prefix_of(pipeline));
 BEGIN
     SELECT jsonb_build_object(
         'table_id', c.oid,
@@ -253,10 +254,14 @@ BEGIN
     WHERE c.oid = pipeline.table_id;
 
     IF _runs_owners_code THEN
-        _text_changed := format('autoembed._text_%1$s(OLD) COLLATE "C" IS DISTINCT FROM autoembed._text_%1$s(NEW)',
-                                pipeline.id);
+        _text_changed := format(
+            'autoembed._text_%1$s(OLD) COLLATE "C" IS DISTINCT FROM autoembed._text_%1$s(NEW) OR %2$s',
+            pipeline.id, autoembed._changed_expression(pipeline.table_id, _prefix_columns)
+        );
     ELSE
-        _text_changed := autoembed._changed_expression(pipeline.table_id, autoembed._columns_of(pipeline));
+        _text_changed := autoembed._changed_expression(
+            pipeline.table_id, autoembed._columns_of(pipeline) || _prefix_columns
+        );
     END IF;
 
     RETURN _table || autoembed._key_slots(pipeline) || jsonb_build_object(
@@ -274,6 +279,7 @@ BEGIN
             autoembed._chunk_function_of(pipeline),
             format('the function %s, which cuts texts, was dropped or replaced', pipeline.chunk_function)
         ) END,
+        'prefix', autoembed._prefix_expression(pipeline, 't'),
         'content_of_r', autoembed._content_expression(pipeline, 'r'),
         'compute_virtual', autoembed._compute_virtual(pipeline),
         'key', autoembed._key_expression(pipeline, 't'),

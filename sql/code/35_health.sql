@@ -27,6 +27,10 @@ BEGIN
         RETURN format('Give the table a key, and its pipeline goes on with it: '
                       'ALTER TABLE %s ADD COLUMN %I bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY;',
                       pipeline.table_id, missing);
+    ELSIF missing <> ALL (autoembed._columns_of(pipeline))
+          AND missing = ANY (autoembed._columns_of(autoembed._prefix_of(pipeline))) THEN
+        RETURN format('Go on without it: SELECT autoembed.alter_pipeline(%s%s, chunk_prefix => ''''); or add the '
+                      'column again.', _table, _column);
     ELSIF missing <> ALL (autoembed._columns_of(pipeline)) THEN
         RETURN format('Embed all rows: SELECT autoembed.alter_pipeline(%s%s, condition => ''''); or give another '
                       'condition, or add the column again.', _table, _column);

@@ -112,6 +112,24 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._renamed IS 'The names after renames, given as {old name: new name}.';
 
+CREATE OR REPLACE FUNCTION autoembed._renamed_template(template text, renames jsonb)
+    RETURNS text
+    LANGUAGE sql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT string_agg(
+        CASE
+            WHEN t.column_name IS NOT NULL THEN format('{%s}', coalesce(renames ->> t.column_name, t.column_name))
+            WHEN t.literal IN ('{', '}', E'\\') THEN t.literal || t.literal
+            ELSE t.literal
+        END, ''
+    )
+    FROM autoembed._template(template) AS t;
+$sql$;
+COMMENT ON FUNCTION autoembed._renamed_template IS
+    'A template after renames of columns, given as {old name: new name}.';
+
 CREATE OR REPLACE FUNCTION autoembed._backfill(pipeline_id integer)
     RETURNS void
     LANGUAGE sql
@@ -253,8 +271,11 @@ BEGIN
         RAISE EXCEPTION USING MESSAGE = _check.problem, HINT = _check.hint, ERRCODE = _check.errcode;
     END IF;
     NEW.table_shape := autoembed._table_shape(NEW);
-    IF TG_OP = 'UPDATE' AND (NEW.model, NEW.content_columns, NEW.content_template, NEW.content_function, NEW.condition)
-       IS DISTINCT FROM (OLD.model, OLD.content_columns, OLD.content_template, OLD.content_function, OLD.condition) THEN
+    IF TG_OP = 'UPDATE' AND (
+        NEW.model, NEW.content_columns, NEW.content_template, NEW.content_function, NEW.condition, NEW.chunk_prefix
+    ) IS DISTINCT FROM (
+        OLD.model, OLD.content_columns, OLD.content_template, OLD.content_function, OLD.condition, OLD.chunk_prefix
+    ) THEN
         NEW.stale_since := clock_timestamp();
     END IF;
     RETURN NEW;
@@ -403,7 +424,7 @@ BEGIN
         pipeline.id, pipeline.table_id,
         format('SELECT s.key, d.embedding::text AS vector, encode(d.digest, ''hex'') AS digest '
                'FROM (SELECT s.key, %s FROM unnest(', _keys ->> 'sent_keys'),
-        _place, pipeline.chunking, pipeline.chunk_size, pipeline.chunk_overlap
+        _place, pipeline.chunking, pipeline.chunk_size, pipeline.chunk_overlap, pipeline.chunk_prefix
     ) AS m;
     IF _moved.problem IS NOT NULL THEN
         RAISE EXCEPTION USING MESSAGE = _moved.problem, ERRCODE = _moved.errcode;
@@ -434,6 +455,7 @@ CREATE OR REPLACE FUNCTION autoembed._copy_embeddings(
     chunking text,
     chunk_size integer,
     chunk_overlap integer,
+    chunk_prefix text,
     OUT problem text,
     OUT errcode text
 )
@@ -445,7 +467,12 @@ AS $python$
     from autoembed import doors
     return doors.copy_embeddings(
         pipeline_id, table_id, query_start, query_end,
-        {"chunking": chunking, "chunk_size": chunk_size, "chunk_overlap": chunk_overlap},
+        {
+            "chunking": chunking,
+            "chunk_size": chunk_size,
+            "chunk_overlap": chunk_overlap,
+            "chunk_prefix": chunk_prefix,
+        },
     )
 $python$;
 COMMENT ON FUNCTION autoembed._copy_embeddings IS
@@ -665,16 +692,8 @@ BEGIN
         END IF;
         _followed.key_columns := autoembed._renamed(pipeline.key_columns, _renames);
         _followed.content_columns := autoembed._renamed(pipeline.content_columns, _renames);
-        _followed.content_template := (
-            SELECT string_agg(
-                CASE
-                    WHEN t.column_name IS NOT NULL THEN
-                        format('{%s}', coalesce(_renames ->> t.column_name, t.column_name))
-                    WHEN t.literal IN ('{', '}', E'\\') THEN t.literal || t.literal
-                    ELSE t.literal
-                END, '')
-            FROM autoembed._template(pipeline.content_template) AS t
-        );
+        _followed.content_template := autoembed._renamed_template(pipeline.content_template, _renames);
+        _followed.chunk_prefix := autoembed._renamed_template(pipeline.chunk_prefix, _renames);
         -- The condition keeps its names. It is the owner's code, and no other role may parse it.
         SELECT coalesce(jsonb_object_agg(c.key, coalesce(_renames ->> c.value, c.value)), '{}')
         INTO _followed.condition_columns
@@ -848,7 +867,7 @@ BEGIN
         content_function_id, content_function_oid, condition, condition_columns, condition_objects, model,
         on_change, truncate, replicated, managed, paused, table_shape, built_from, text_config,
         ef_search, recall_target, recall, recall_measured_at, embeddings_table, chunking, chunk_size, chunk_overlap,
-        chunk_function, chunk_function_oid
+        chunk_function, chunk_function_oid, chunk_prefix
     )
     SELECT (_new).table_id, (_new).embedding_column, (_new).key_columns, (_new).content_columns,
            (_new).content_template, (_new).content_function, (_new).content_function_id,
@@ -856,7 +875,8 @@ BEGIN
            (_new).model, (_new).on_change, (_new).truncate, (_new).replicated, (_new).managed, (_new).paused,
            (_new).table_shape, 'stopped', (_new).text_config, (_new).ef_search, (_new).recall_target,
            (_new).recall, (_new).recall_measured_at, (_new).embeddings_table, (_new).chunking, (_new).chunk_size,
-           (_new).chunk_overlap, (_new).chunk_function, (_new).chunk_function_oid
+           (_new).chunk_overlap, (_new).chunk_function, (_new).chunk_function_oid,
+           (_new).chunk_prefix
     RETURNING p.id INTO _new.id;
     -- The digests of the rows go along while the table has both keys.
     IF NOT EXISTS (
@@ -975,6 +995,7 @@ BEGIN
             UPDATE autoembed.pipeline AS p
             SET embedding_column = _after.embedding_column, key_columns = _after.key_columns,
                 content_columns = _after.content_columns, content_template = _after.content_template,
+                chunk_prefix = _after.chunk_prefix,
                 condition_columns = _after.condition_columns, table_shape = _shape
             WHERE p.id = _before.id;
         END IF;

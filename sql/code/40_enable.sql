@@ -76,6 +76,27 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._check_owner IS 'Fails unless the caller has the rights of the table''s owner.';
 
+CREATE OR REPLACE FUNCTION autoembed._check_template(argument text, template text, example text)
+    RETURNS void
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF template IS NOT NULL AND (
+        NOT EXISTS (SELECT FROM autoembed._template(template) AS t WHERE t.column_name IS NOT NULL)
+        OR regexp_replace(template, '[{][{]|[}][}]|[{][^{}]+[}]', '', 'g') ~ '[{}]'
+    ) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = format('%s %L names no column or has an unmatched brace', argument, template),
+            HINT = format('For example: %s => ''%s''. Write {{ and }} for plain braces.', argument, example);
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._check_template IS
+    'Fails if a template, given as this argument, is not well formed. NULL is valid.';
+
 CREATE OR REPLACE FUNCTION autoembed._check_content(
     content_columns name[],
     content_function text,
@@ -99,15 +120,8 @@ BEGIN
             ERRCODE = 'invalid_parameter_value',
             MESSAGE = 'content_columns names no column or contains NULL',
             HINT = 'For example: content_columns => ''{title,content}''.';
-    ELSIF content_template IS NOT NULL AND (
-        NOT EXISTS (SELECT FROM autoembed._template(content_template) AS t WHERE t.column_name IS NOT NULL)
-        OR regexp_replace(content_template, '[{][{]|[}][}]|[{][^{}]+[}]', '', 'g') ~ '[{}]'
-    ) THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'invalid_parameter_value',
-            MESSAGE = format('content_template %L names no column or has an unmatched brace', content_template),
-            HINT = E'For example: content_template => ''# {title}\\n\\n{content}''. Write {{ and }} for plain braces.';
     END IF;
+    PERFORM autoembed._check_template('content_template', content_template, E'# {title}\\n\\n{content}');
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._check_content IS
@@ -135,7 +149,8 @@ CREATE OR REPLACE FUNCTION autoembed._check_chunking(
     chunking text,
     chunk_size integer,
     chunk_overlap integer,
-    model text
+    model text,
+    chunk_prefix text
 )
     RETURNS void
     LANGUAGE plpgsql
@@ -146,13 +161,14 @@ AS $plpgsql$
 DECLARE
     _check record;
 BEGIN
+    PERFORM autoembed._check_template('chunk_prefix', chunk_prefix, '{title}');
     IF is_beside THEN
         SELECT c.* INTO _check
         FROM autoembed._chunk_size(chunking, chunk_size, chunk_overlap, (autoembed._model(model)).name) AS c;
         IF _check.problem IS NOT NULL THEN
             RAISE EXCEPTION USING MESSAGE = _check.problem, HINT = _check.hint, ERRCODE = _check.errcode;
         END IF;
-    ELSIF num_nonnulls(chunking, chunk_size, chunk_overlap) > 0 THEN
+    ELSIF num_nonnulls(chunking, chunk_size, chunk_overlap, chunk_prefix) > 0 THEN
         RAISE EXCEPTION USING
             ERRCODE = 'feature_not_supported',
             MESSAGE = 'a column in the row holds one embedding, not those of chunks',
@@ -439,7 +455,8 @@ CREATE OR REPLACE FUNCTION autoembed.enable(
     chunk_size integer DEFAULT NULL,
     chunk_overlap integer DEFAULT NULL,
     text_config text DEFAULT NULL,
-    adopt boolean DEFAULT false
+    adopt boolean DEFAULT false,
+    chunk_prefix text DEFAULT NULL
 )
     RETURNS void
     LANGUAGE plpgsql
@@ -463,7 +480,10 @@ BEGIN
             MESSAGE = 'embedding_column and embeddings_table cannot both be given',
             HINT = 'embedding_column keeps the embeddings in the rows, embeddings_table beside them.';
     END IF;
-    PERFORM autoembed._check_chunking(embedding_column IS NULL, _chunking.way, chunk_size, chunk_overlap, model);
+    chunk_prefix := nullif(chunk_prefix, '');
+    PERFORM autoembed._check_chunking(
+        embedding_column IS NULL, _chunking.way, chunk_size, chunk_overlap, model, chunk_prefix
+    );
     PERFORM autoembed._check_attachable(enable.table_name, create_index AND embedding_column IS NOT NULL);
     PERFORM autoembed._check_owner(enable.table_name);
     PERFORM autoembed._check_content(content_columns, content_function, content_template, true);
@@ -523,7 +543,7 @@ BEGIN
     INSERT INTO autoembed.pipeline AS p (
         table_id, embedding_column, content_columns, content_function, content_template,
         condition, condition_columns, condition_objects, model, on_change, truncate, replicated, embeddings_table,
-        chunking, chunk_function, chunk_size, chunk_overlap, text_config, adopts
+        chunking, chunk_function, chunk_size, chunk_overlap, text_config, adopts, chunk_prefix
     )
     SELECT enable.table_name, coalesce(enable.embedding_column, 'embedding'),
            enable.content_columns, enable.content_function, enable.content_template,
@@ -531,7 +551,8 @@ BEGIN
            coalesce(enable.truncate, true), coalesce(enable.replicated, false), _embeddings_table,
            coalesce(_chunking.way, CASE WHEN enable.embedding_column IS NULL THEN 'structure' ELSE 'none' END),
            _chunking.chunk_function, enable.chunk_size, coalesce(enable.chunk_overlap, 0),
-           autoembed._full_text_config(enable.text_config), coalesce(enable.adopt, false)
+           autoembed._full_text_config(enable.text_config), coalesce(enable.adopt, false),
+           enable.chunk_prefix
     FROM autoembed._read_condition(enable.table_name, enable.condition) AS c
     RETURNING p.* INTO _pipeline;
     SELECT k.* INTO _index FROM autoembed._index_key(_pipeline) AS k;
@@ -565,7 +586,8 @@ COMMENT ON FUNCTION autoembed.enable IS
     'of the table beside the rows. chunking, chunk_size, chunk_overlap: as in chunk_text(); a function that cuts runs '
     'as the owner of the table. text_config: the text '
     'search configuration of a text index, such as english. adopt: the vectors that exist count as those of the rows'' '
-    'texts, and are not asked for again.';
+    'texts, and are not asked for again. chunk_prefix: text with columns in braces, such as {title}, behind which each '
+    'chunk is embedded.';
 
 CREATE OR REPLACE FUNCTION autoembed.alter_pipeline(
     table_name regclass,
@@ -581,7 +603,8 @@ CREATE OR REPLACE FUNCTION autoembed.alter_pipeline(
     chunk_size integer DEFAULT NULL,
     chunk_overlap integer DEFAULT NULL,
     text_config text DEFAULT NULL,
-    storage text DEFAULT NULL
+    storage text DEFAULT NULL,
+    chunk_prefix text DEFAULT NULL
 )
     RETURNS void
     LANGUAGE plpgsql
@@ -608,12 +631,12 @@ BEGIN
     IF alter_pipeline.on_change IS NOT NULL THEN
         PERFORM autoembed._check_on_change(alter_pipeline.on_change);
     END IF;
-    IF num_nonnulls(chunking, chunk_size, chunk_overlap) > 0 THEN
+    IF num_nonnulls(chunking, chunk_size, chunk_overlap, nullif(chunk_prefix, '')) > 0 THEN
         PERFORM autoembed._check_chunking(
             _is_beside, coalesce(_chunking.way, _pipeline.chunking),
             coalesce(alter_pipeline.chunk_size, _pipeline.chunk_size),
             coalesce(alter_pipeline.chunk_overlap, _pipeline.chunk_overlap),
-            coalesce(nullif(alter_pipeline.model, ''), _pipeline.model)
+            coalesce(nullif(alter_pipeline.model, ''), _pipeline.model), nullif(alter_pipeline.chunk_prefix, '')
         );
     END IF;
     IF storage NOT IN ('beside', 'row') THEN
@@ -651,6 +674,9 @@ BEGIN
             WHEN alter_pipeline.chunking IS NULL THEN p.chunk_function
             ELSE _chunking.chunk_function
         END,
+        chunk_prefix = CASE
+            WHEN _is_beside THEN nullif(coalesce(alter_pipeline.chunk_prefix, p.chunk_prefix), '')
+        END,
         chunk_size = CASE WHEN _is_beside THEN coalesce(alter_pipeline.chunk_size, p.chunk_size) END,
         chunk_overlap = CASE WHEN _is_beside THEN coalesce(alter_pipeline.chunk_overlap, p.chunk_overlap) ELSE 0 END,
         text_config = CASE
@@ -663,7 +689,7 @@ BEGIN
     END IF;
     IF _new_content OR _moves OR num_nonnulls(
         alter_pipeline.model, alter_pipeline.condition, alter_pipeline.chunking, alter_pipeline.chunk_size,
-        alter_pipeline.chunk_overlap, nullif(alter_pipeline.text_config, '')
+        alter_pipeline.chunk_overlap, alter_pipeline.chunk_prefix, nullif(alter_pipeline.text_config, '')
     ) > 0 THEN
         PERFORM autoembed.resync(_pipeline.table_id, _pipeline.embedding_column);
     END IF;
@@ -671,7 +697,7 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.alter_pipeline IS
     'Changes how a table is embedded, by the arguments that are not NULL, and embeds the rows to which that makes a '
-    'difference. An empty model is the default model. An empty condition is none, and so is an empty text_config. '
+    'difference. An empty model is the default model. An empty condition, text_config or chunk_prefix is none. '
     'storage: beside or row, where the embeddings are to be. They go there without a request to the model.';
 
 CREATE OR REPLACE FUNCTION autoembed._new_place(

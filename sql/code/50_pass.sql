@@ -18,7 +18,8 @@ CREATE OR REPLACE FUNCTION autoembed._pipelines(ids integer[], unchecked integer
         chunk_size integer,
         chunk_overlap integer,
         text_config text,
-        splitter text
+        splitter text,
+        chunk_prefix text
     )
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -46,7 +47,8 @@ BEGIN
            p.chunk_overlap, p.text_config,
            -- Another body may cut in another way.
            (SELECT md5(concat(f.prosrc, pg_get_function_sqlbody(f.oid))) FROM pg_proc AS f
-            WHERE f.oid = p.chunk_function_oid)
+            WHERE f.oid = p.chunk_function_oid),
+           p.chunk_prefix
     FROM autoembed._pipeline_state AS s
     JOIN autoembed.pipeline AS p ON p.id = s.id
     LEFT JOIN pg_class AS c ON c.oid = s.table_id

@@ -46,10 +46,11 @@ BEGIN
     HAVING jsonb_typeof(_key) = 'array' AND jsonb_array_length(_key) = count(*) AND count(k.value) = count(*);
     BEGIN
         _row := CASE WHEN _condition IS NOT NULL THEN autoembed._as_owner(table_name, format(
-            'SELECT %s AS content, pg_catalog.encode(%s, ''hex'') AS vector_digest, %s AS key FROM %s AS t WHERE %s '
-            'LIMIT 1',
-            autoembed._content_expression(_pipeline, 't'), autoembed._vector_digest_expression(_pipeline, 't'),
-            autoembed._key_expression(_pipeline, 't'), table_name, _condition
+            'SELECT %s AS content, %s AS prefix, pg_catalog.encode(%s, ''hex'') AS vector_digest, %s AS key '
+            'FROM %s AS t WHERE %s LIMIT 1',
+            autoembed._content_expression(_pipeline, 't'), autoembed._prefix_expression(_pipeline, 't'),
+            autoembed._vector_digest_expression(_pipeline, 't'), autoembed._key_expression(_pipeline, 't'), table_name,
+            _condition
         )) -> 0 END;
     EXCEPTION WHEN data_exception THEN
         _condition := NULL;
@@ -74,7 +75,8 @@ BEGIN
             WHERE r.pipeline_id = _pipeline.id AND r.key IN (_row ->> 'key', autoembed._short_key(_row ->> 'key'))
         ) AS r
         CROSS JOIN LATERAL autoembed._preview(
-            _pipeline.id, _row ->> 'content', _row ->> 'vector_digest', r.digest, r.vector_digest, r.state
+            _pipeline.id, _row ->> 'content', _row ->> 'prefix', _row ->> 'vector_digest', r.digest, r.vector_digest,
+            r.state
         ) AS p
     LOOP
         IF _chunk.problem IS NOT NULL THEN
@@ -92,14 +94,15 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.preview IS
-    'The text as which a row of a table that the caller owns is embedded, chunk by chunk: the number of tokens, '
-    'estimated if the model does not count them here, whether the model cuts the text, the state of the row''s '
-    'embedding (fresh, waiting, failed, missing, stale, or not wanted), and where the chunk begins and ends. Returns '
-    'nothing if the table has no row with that key.';
+    'The text as which a row of a table that the caller owns is embedded, chunk by chunk: the number of tokens with '
+    'chunk_prefix, estimated if the model does not count them here, whether the model cuts the text, the state of the '
+    'row''s embedding (fresh, waiting, failed, missing, stale, or not wanted), and where the chunk begins and ends. '
+    'Returns nothing if the table has no row with that key.';
 
 CREATE OR REPLACE FUNCTION autoembed._preview(
     pipeline_id integer,
     content text,
+    prefix text,
     vector_digest text,
     known_digest text,
     known_vector_digest text,
@@ -123,7 +126,7 @@ AS $python$
     if GD.get("autoembed") != "@BUILD@":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
-    return doors.preview(pipeline_id, content, vector_digest, known_digest, known_vector_digest, outstanding)
+    return doors.preview(pipeline_id, content, prefix, vector_digest, known_digest, known_vector_digest, outstanding)
 $python$;
 COMMENT ON FUNCTION autoembed._preview IS
     'The rows of preview(), from a row''s text and the digest of its vector, and the digests that are recorded. '
@@ -140,6 +143,7 @@ CREATE OR REPLACE FUNCTION autoembed.estimate(
     chunking text DEFAULT NULL,
     chunk_size integer DEFAULT NULL,
     chunk_overlap integer DEFAULT NULL,
+    chunk_prefix text DEFAULT NULL,
     OUT rows bigint,
     OUT tokens bigint,
     OUT requests bigint,
@@ -155,7 +159,8 @@ DECLARE
     _sample bigint;
     _percent numeric;
     _texts text[];
-    _pieces text[];
+    _prefixes text[];
+    _texts_of_rows bigint;
     _answer jsonb;
     _found record;
     _chunking CONSTANT record := autoembed._chunking(chunking);
@@ -180,9 +185,11 @@ BEGIN
     END IF;
     _pipeline.chunk_size := coalesce(estimate.chunk_size, _pipeline.chunk_size);
     _pipeline.chunk_overlap := coalesce(estimate.chunk_overlap, _pipeline.chunk_overlap, 0);
-    IF num_nonnulls(chunking, chunk_size, chunk_overlap) > 0 THEN
+    _pipeline.chunk_prefix := nullif(coalesce(estimate.chunk_prefix, _pipeline.chunk_prefix), '');
+    IF num_nonnulls(chunking, chunk_size, chunk_overlap, chunk_prefix) > 0 THEN
         PERFORM autoembed._check_chunking(
-            true, _pipeline.chunking, _pipeline.chunk_size, _pipeline.chunk_overlap, _pipeline.model
+            true, _pipeline.chunking, _pipeline.chunk_size, _pipeline.chunk_overlap, _pipeline.model,
+            _pipeline.chunk_prefix
         );
     END IF;
     -- An unknown model is an error here, in PostgreSQL's form.
@@ -195,34 +202,36 @@ BEGIN
     -- About 10,000 rows are a large enough sample of a large table.
     _percent := CASE WHEN rows > 20000 THEN 1000000.0 / rows ELSE 100 END;
     _answer := autoembed._as_owner(table_name, format(
-        'SELECT s.content, %s AS pieces FROM (SELECT %s AS content FROM %s AS t %s) AS s',
+        'SELECT s.content, s.prefix, %s AS pieces FROM (SELECT %s AS content, %s AS prefix FROM %s AS t %s) AS s',
         CASE
             WHEN _pipeline.chunking = 'function' THEN
                 format('ARRAY(SELECT p.piece::text FROM %s(s.content) AS p(piece))', autoembed._chunk_call(_pipeline))
             ELSE 'NULL'
         END,
-        autoembed._content_expression(_pipeline, 't'), table_name,
+        autoembed._content_expression(_pipeline, 't'), autoembed._prefix_expression(_pipeline, 't'), table_name,
         CASE WHEN _percent < 100 THEN format('TABLESAMPLE SYSTEM (%s)', _percent) END
     ));
-    SELECT count(*), array_agg(s.content) FILTER (WHERE s.content ~ '[^[:space:]]')
-    INTO _sample, _texts
+    SELECT count(*), count(*) FILTER (WHERE s.content ~ '[^[:space:]]')
+    INTO _sample, _texts_of_rows
     FROM jsonb_to_recordset(_answer) AS s(content text);
-    SELECT array_agg(p.piece) FILTER (WHERE p.piece ~ '[^[:space:]]') INTO _pieces
-    FROM jsonb_to_recordset(_answer) AS s(pieces text[])
-    CROSS JOIN LATERAL unnest(s.pieces) AS p(piece);
+    SELECT array_agg(p.piece), array_agg(coalesce(s.prefix, ''))
+    INTO _texts, _prefixes
+    FROM jsonb_to_recordset(_answer) AS s(content text, prefix text, pieces text[])
+    CROSS JOIN LATERAL unnest(coalesce(s.pieces, ARRAY[s.content])) AS p(piece)
+    WHERE p.piece ~ '[^[:space:]]';
     SELECT e.* INTO _found
     FROM autoembed._estimate_texts(
-        coalesce(_pieces, _texts, '{}'), _pipeline.model, _pipeline.chunking, _pipeline.chunk_size,
+        coalesce(_texts, '{}'), coalesce(_prefixes, '{}'), _pipeline.model, _pipeline.chunking, _pipeline.chunk_size,
         _pipeline.chunk_overlap
     ) AS e;
     IF _percent = 100 THEN
-        rows := cardinality(coalesce(_texts, '{}'));
+        rows := _texts_of_rows;
         tokens := _found.tokens;
         requests := _found.requests;
     ELSE
         tokens := _found.tokens * rows / greatest(_sample, 1);
         requests := ceil(_found.requests * rows / greatest(_sample, 1)::numeric);
-        rows := cardinality(coalesce(_texts, '{}')) * rows / greatest(_sample, 1);
+        rows := _texts_of_rows * rows / greatest(_sample, 1);
     END IF;
     cost := round(tokens * _found.price / 1000000, 4);
     duration := make_interval(secs => rows / nullif(_found.rows_per_second, 0));
@@ -235,6 +244,7 @@ COMMENT ON FUNCTION autoembed.estimate IS
 
 CREATE OR REPLACE FUNCTION autoembed._estimate_texts(
     texts text[],
+    prefixes text[],
     model text,
     chunking text,
     chunk_size integer,
@@ -249,8 +259,8 @@ AS $python$
     if GD.get("autoembed") != "@BUILD@":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
-    return [doors.estimate(texts, model, chunking, chunk_size, chunk_overlap)]
+    return [doors.estimate(texts, prefixes, model, chunking, chunk_size, chunk_overlap)]
 $python$;
 COMMENT ON FUNCTION autoembed._estimate_texts IS
-    'The tokens and requests that it takes to embed these texts, cut into chunks like that, and the price and rate of '
-    'the model.';
+    'The tokens and requests that it takes to embed these texts, cut into chunks like that behind these prefixes, and '
+    'the price and rate of the model.';

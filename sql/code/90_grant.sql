@@ -32,14 +32,15 @@ BEGIN
         alter_pipeline, chunk_text, clear_column, create_match_function, disable, embed, embed_query, enable, estimate,
         evaluate_search, measure_recall, pause, preview, queue_embeddings, reembed, resume, resync, search, search_rows,
         tune, wait_until_fresh, _advisory_locks, _as_owner, _check_attachable, _check_chunking, _check_content,
-        _check_on_change, _check_owner, _chunk_call, _chunk_function_of, _chunk_text, _chunking, _columns_of,
-        _content_expression, _content_function, _content_function_of, _dimensions, _distances, _distances_of,
-        _drop_orphaned_pipelines, _drop_stray_triggers, _estimate_texts, _estimated_matches, _exact_answers,
-        _found_rows, _full_text_config, _index_key, _is_empty, _judgments, _key_columns, _key_expression, _load_python,
-        _look_through, _make_embeddings_table, _match_function, _measured_recall, _nearest, _needed_columns, _new_place,
-        _operator, _owned_pipeline, _owned_pipelines, _preview, _python_sources, _ranked, _read_condition, _recall,
-        _restore_advisory_locks, _run_as_owner, _search_quality, _search_target, _searched, _set_paused,
-        _stray_triggers, _template, _text_matches, _vector_digest_expression, _waits_for_commit
+        _check_on_change, _check_owner, _check_template, _chunk_call, _chunk_function_of, _chunk_text, _chunking,
+        _columns_of, _content_expression, _content_function, _content_function_of, _dimensions, _distances,
+        _distances_of, _drop_orphaned_pipelines, _drop_stray_triggers, _estimate_texts, _estimated_matches,
+        _exact_answers, _found_rows, _full_text_config, _index_key, _is_empty, _judgments, _key_columns,
+        _key_expression, _load_python, _look_through, _make_embeddings_table, _match_function, _measured_recall,
+        _nearest, _needed_columns, _new_place, _operator, _owned_pipeline, _owned_pipelines, _prefix_expression,
+        _prefix_of, _preview, _python_sources, _ranked, _read_condition, _recall, _restore_advisory_locks,
+        _run_as_owner, _search_quality, _search_target, _searched, _set_paused, _stray_triggers, _template,
+        _text_matches, _vector_digest_expression, _waits_for_commit
     }');
     -- The role gets rights to columns only. A right to the whole table, which 0.1.0 granted, includes LOCK TABLE, and
     -- that stops all lanes.
@@ -48,11 +49,11 @@ BEGIN
                     INSERT (table_id, embedding_column, content_columns, content_function, content_template, condition,
                             condition_columns, condition_objects, model, on_change, truncate, replicated,
                             embeddings_table, chunking, chunk_size, chunk_overlap, text_config, adopts,
-                            chunk_function),
+                            chunk_function, chunk_prefix),
                     UPDATE (content_columns, content_function, content_template, condition, condition_columns,
                             condition_objects, model, on_change, truncate, paused, ended, chunking, chunk_size,
                             chunk_overlap, embeddings_table, embedding_column, text_config, ef_search, recall_target,
-                            recall, recall_measured_at, chunk_function)
+                            recall, recall_measured_at, chunk_function, chunk_prefix)
                     ON autoembed.pipeline TO %s', role);
     EXECUTE format('GRANT SELECT,
                     INSERT (pipeline_id, condition, force, create_index),

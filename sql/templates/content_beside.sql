@@ -1,7 +1,7 @@
 -- Does the same as content.sql where the embeddings are in a table beside the rows. digests: those of a row's chunks
 -- that have an embedding.
 CREATE FUNCTION autoembed._content_{{id}}(keys text[], max_bytes bigint, max_text_bytes bigint)
-    RETURNS TABLE (key text, content text, bytes bigint, digests bytea[])
+    RETURNS TABLE (key text, content text, bytes bigint, digests bytea[], prefix text)
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = {{search_path}}
@@ -16,7 +16,8 @@ DECLARE
         SELECT s.key,
                CASE WHEN {{content_bytes}} OPERATOR(pg_catalog.<=) max_text_bytes THEN {{content}} END,
                {{content_bytes}},
-               d.digests
+               d.digests,
+               {{prefix}}
         FROM (SELECT s.key, {{sent_keys}} FROM pg_catalog.unnest(keys) AS s(key)) AS s
         JOIN {{table}} AS t ON {{same_key}}
         CROSS JOIN LATERAL (
@@ -32,11 +33,12 @@ BEGIN
     LOCK TABLE {{embeddings_table}} IN ROW EXCLUSIVE MODE NOWAIT;
     OPEN _rows;
     LOOP
-        FETCH _rows INTO key, content, bytes, digests;
+        FETCH _rows INTO key, content, bytes, digests, prefix;
         EXIT WHEN NOT FOUND;
         bytes := GREATEST(bytes, pg_catalog.octet_length(content));
         IF bytes OPERATOR(pg_catalog.>) max_text_bytes THEN
             content := NULL;
+            prefix := NULL;
         END IF;
         RETURN NEXT;
         max_bytes := max_bytes - bytes;

@@ -1,5 +1,6 @@
 -- Writes the embeddings of rows that still have the text that was sent into the table beside them. Takes no lock on a
 -- row of the application's table. Runs as the table's owner, in lanes.
+-- prefixes: what the chunks of each row are embedded behind; NULL: nothing, in all rows.
 -- counts: the number of chunks of each row. A row without chunks loses its embeddings.
 -- chunk_keys to embeddings: the chunks of all rows. The last ones have no embedding: the row has the embedding of a
 -- chunk with that digest already.
@@ -7,6 +8,7 @@ CREATE FUNCTION autoembed._write_{{id}}(
     keys text[],
     contents text[],
     model text,
+    prefixes text[],
     counts integer[],
     chunk_keys text[],
     numbers integer[],
@@ -53,14 +55,15 @@ BEGIN
 
     SELECT pg_catalog.array_agg(coalesce(s.outcome, CASE
                WHEN t.ctid IS NULL THEN 'gone'
-               WHEN {{content}} COLLATE "C" IS NOT DISTINCT FROM s.content THEN 'written'
+               WHEN {{content}} COLLATE "C" IS NOT DISTINCT FROM s.content
+                   AND {{prefix}} COLLATE "C" IS NOT DISTINCT FROM s.prefix THEN 'written'
                ELSE 'changed'
            END) ORDER BY s.number),
            pg_catalog.array_agg(pg_catalog.concat(t.tableoid, t.ctid, t.xmin) ORDER BY s.number)
     INTO _outcomes, _versions
     FROM (
-        SELECT s.number, s.content, s.outcome, {{sent_keys}}
-        FROM unnest(keys, contents, _outcomes) WITH ORDINALITY AS s(key, content, outcome, number)
+        SELECT s.number, s.content, s.prefix, s.outcome, {{sent_keys}}
+        FROM unnest(keys, contents, prefixes, _outcomes) WITH ORDINALITY AS s(key, content, prefix, outcome, number)
     ) AS s
     LEFT JOIN {{table}} AS t ON {{same_key}};
 
@@ -110,8 +113,9 @@ BEGIN
             _overtaken := ARRAY(
                 SELECT s.key
                 FROM (
-                    SELECT s.key, s.content, s.version, {{sent_keys}}
-                    FROM unnest(keys, contents, _outcomes, _versions) AS s(key, content, outcome, version)
+                    SELECT s.key, s.content, s.prefix, s.version, {{sent_keys}}
+                    FROM unnest(keys, contents, prefixes, _outcomes, _versions)
+                        AS s(key, content, prefix, outcome, version)
                     WHERE s.outcome = 'written'
                 ) AS s
                 LEFT JOIN {{table}} AS t ON {{same_key}}
@@ -119,6 +123,7 @@ BEGIN
                     WHEN t.ctid IS NULL THEN true
                     WHEN pg_catalog.concat(t.tableoid, t.ctid, t.xmin) = s.version THEN false
                     ELSE {{content}} COLLATE "C" IS DISTINCT FROM s.content
+                        OR {{prefix}} COLLATE "C" IS DISTINCT FROM s.prefix
                 END
             );
             EXIT WHEN pg_catalog.cardinality(_overtaken) = 0;

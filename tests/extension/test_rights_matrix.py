@@ -59,6 +59,7 @@ _check_options - - - x
 _check_owner - x - x
 _check_pipeline - x x x
 _check_table - - - x
+_check_template - x - x
 _check_trigger - - - x
 _chunk_call - x - x
 _chunk_function_of - x - x
@@ -196,6 +197,8 @@ _passage_expression - - - x
 _pipeline_checks - - - x
 _pipelines - - - x
 _plan - - - x
+_prefix_expression - x - x
+_prefix_of - x - x
 _preview - x - x
 _price_and_rate - - - x
 _probe - - - x
@@ -209,6 +212,7 @@ _recall - x - x
 _record_embedded - - - x
 _release - - - x
 _renamed - - - x
+_renamed_template - - - x
 _replace_segments - - - x
 _requeue - - - x
 _resolve - - - x
@@ -328,6 +332,7 @@ pipeline - r - rawd
 pipeline.adopts - ra - raw
 pipeline.chunk_function - raw - raw
 pipeline.chunk_overlap - raw - raw
+pipeline.chunk_prefix - raw - raw
 pipeline.chunk_size - raw - raw
 pipeline.chunking - raw - raw
 pipeline.condition - raw - raw
