@@ -42,7 +42,9 @@ CREATE OR REPLACE FUNCTION autoembed._lane_is_wanted()
 AS $plpgsql$
 BEGIN
     -- A lane without an entry belongs to an extension that was dropped since.
-    RETURN EXISTS (SELECT FROM autoembed._this_lane AS l WHERE NOT l.stop);
+    RETURN EXISTS (SELECT FROM autoembed._this_lane AS l WHERE NOT l.stop)
+        -- It may have been retired before it signed on.
+        AND NOT autoembed._is_retired(pg_backend_pid());
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._lane_is_wanted IS 'Whether this lane is signed on and has not been asked to stop.';
@@ -62,13 +64,19 @@ COMMENT ON FUNCTION autoembed._gate IS
 
 CREATE OR REPLACE FUNCTION autoembed._leave_lane()
     RETURNS void
-    LANGUAGE sql
+    LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-AS $sql$
+AS $plpgsql$
+BEGIN
+    PERFORM autoembed._gate();
+    -- First its own entry, then that of pg_cron: schedule() locks them in this order, too.
     DELETE FROM autoembed._this_lane;
-$sql$;
-COMMENT ON FUNCTION autoembed._leave_lane IS 'Signs this session off as a lane.';
+    PERFORM autoembed._remove_retired_job(pg_backend_pid());
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._leave_lane IS
+    'Signs this session off as a lane, and removes its entry from pg_cron if it is not to come back.';
 
 CREATE OR REPLACE FUNCTION autoembed._lane_lives(pid integer, backend_start timestamptz)
     RETURNS boolean

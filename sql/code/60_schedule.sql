@@ -21,6 +21,17 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._cron_places IS 'How many jobs pg_cron runs at a time.';
 
+CREATE OR REPLACE FUNCTION autoembed._never()
+    RETURNS text
+    LANGUAGE sql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT '0 0 1 1 *';
+$sql$;
+COMMENT ON FUNCTION autoembed._never IS
+    'The schedule, once a year, of an entry of pg_cron that is not to begin again, but must stay while its run lasts.';
+
 CREATE OR REPLACE FUNCTION autoembed._backfill_lane_is_scheduled()
     RETURNS boolean
     LANGUAGE plpgsql
@@ -34,7 +45,8 @@ BEGIN
     END IF;
     RETURN EXISTS (
         SELECT FROM cron.job AS j
-        WHERE j.active AND j.jobname ~ '^autoembed-backfill-[0-9]+(@.*)?$' AND j.database = current_database()
+        WHERE j.active AND j.schedule <> autoembed._never()
+          AND j.jobname ~ '^autoembed-backfill-[0-9]+(@.*)?$' AND j.database = current_database()
     );
 END;
 $plpgsql$;
@@ -78,25 +90,109 @@ $sql$;
 COMMENT ON FUNCTION autoembed._schedule_statement IS
     'The statement that schedules a lane, and one for backfills, for this database in the database of pg_cron.';
 
+-- pg_cron terminates the worker of an entry that is removed, which the server's log calls FATAL. So the entry of a lane
+-- that runs is retired: its schedule is once a year, and the lane removes it as the last thing that it does.
+CREATE OR REPLACE FUNCTION autoembed._job_of_lane(pid integer)
+    RETURNS bigint
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    RETURN (
+        SELECT d.jobid
+        FROM cron.job_run_details AS d
+        WHERE d.job_pid = _job_of_lane.pid AND d.status = 'running'
+        ORDER BY d.runid DESC
+        LIMIT 1
+    );
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._job_of_lane IS
+    'The entry of pg_cron that a lane runs for. NULL: another scheduler''s, or pg_cron keeps no notes of its runs.';
+
+CREATE OR REPLACE FUNCTION autoembed._job_runs(jobid bigint)
+    RETURNS boolean
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    RETURN EXISTS (
+        SELECT FROM cron.job_run_details AS d
+        WHERE d.jobid = _job_runs.jobid AND (
+            d.status = 'starting'
+            OR d.status = 'running' AND EXISTS (SELECT FROM pg_stat_get_activity(d.job_pid))
+        )
+    );
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._job_runs IS 'Whether pg_cron has started an entry that has not ended.';
+
+CREATE OR REPLACE FUNCTION autoembed._is_retired(pid integer)
+    RETURNS boolean
+    LANGUAGE plpgsql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    RETURN autoembed._cron_is_here() AND EXISTS (
+        SELECT FROM cron.job AS j
+        WHERE j.schedule = autoembed._never() AND j.jobid = autoembed._job_of_lane(_is_retired.pid)
+    );
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._is_retired IS 'Whether the entry of a lane in pg_cron is retired.';
+
+CREATE OR REPLACE FUNCTION autoembed._remove_retired_job(pid integer)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF autoembed._is_retired(pid) THEN
+        -- Not cron.unschedule(): an entry that is scheduled again at this moment stays.
+        DELETE FROM cron.job AS j
+        WHERE j.schedule = autoembed._never() AND j.jobid = autoembed._job_of_lane(_remove_retired_job.pid);
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._remove_retired_job IS 'Removes the entry of a lane from pg_cron if it is retired.';
+
 CREATE OR REPLACE FUNCTION autoembed._unschedule(jobs text)
     RETURNS integer
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE
+    _job record;
     _unscheduled integer := 0;
 BEGIN
-    IF autoembed._cron_is_here() THEN
-        SELECT count(u.unscheduled) INTO _unscheduled
-        FROM cron.job AS j
-        CROSS JOIN LATERAL cron.unschedule(j.jobid) AS u(unscheduled)
-        WHERE j.jobname ~ format('^autoembed-%s(@.*)?$', jobs) AND j.database = current_database();
+    IF NOT autoembed._cron_is_here() THEN
+        RETURN 0;
     END IF;
+    FOR _job IN
+        SELECT j.jobid, j.schedule = autoembed._never() AS is_held,
+               j.jobname !~ '^autoembed-index-' AND autoembed._job_runs(j.jobid) AS is_running
+        FROM cron.job AS j
+        WHERE j.jobname ~ format('^autoembed-%s(@.*)?$', jobs) AND j.database = current_database()
+    LOOP
+        CONTINUE WHEN _job.is_running AND _job.is_held;
+        IF _job.is_running THEN
+            PERFORM cron.alter_job(_job.jobid, schedule => autoembed._never());
+        ELSE
+            PERFORM cron.unschedule(_job.jobid);
+        END IF;
+        _unscheduled := _unscheduled + 1;
+    END LOOP;
     RETURN _unscheduled;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._unschedule IS
-    'Takes out of pg_cron the entries whose names match, and returns their number. jobs: a regular expression.';
+    'Takes out of pg_cron the entries whose names match, and returns their number. Those of lanes that run are '
+    'retired. jobs: a regular expression.';
 
 CREATE OR REPLACE FUNCTION autoembed.unschedule()
     RETURNS integer
@@ -214,6 +310,11 @@ AS $plpgsql$
 BEGIN
     IF to_regclass('cron.job_run_details') IS NOT NULL THEN
         PERFORM cron.unschedule(j.jobid) FROM autoembed._jobs_of_dropped_databases() AS j;
+        -- Those of lanes that were killed before they could remove them.
+        PERFORM cron.unschedule(j.jobid)
+        FROM cron.job AS j
+        WHERE j.jobname ~ '^autoembed-(lane|backfill)-[0-9]+(@.*)?$' AND j.database = current_database()
+          AND j.schedule = autoembed._never() AND NOT autoembed._job_runs(j.jobid);
         -- Lanes of other databases cannot do this. A run that never started has no start_time, so runid tells its age.
         DELETE FROM cron.job_run_details AS d
         WHERE d.command LIKE 'CALL autoembed.work(%'
@@ -228,7 +329,7 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._forget_runs IS
     'Deletes pg_cron''s records of runs of lanes that are more than an hour old, and the lanes of databases that '
-    'were dropped. pg_cron itself keeps both for ever.';
+    'were dropped, or that ended without removing their retired entries.';
 
 CREATE OR REPLACE FUNCTION autoembed._lane_jobs(OUT scheduled bigint, OUT last_message text)
     LANGUAGE plpgsql
@@ -252,7 +353,8 @@ BEGIN
         )
         INTO scheduled, last_message
         FROM cron.job AS j
-        WHERE j.active AND j.database = current_database() AND j.command ~ 'autoembed[.]work';
+        WHERE j.active AND j.schedule <> autoembed._never()
+          AND j.database = current_database() AND j.command ~ 'autoembed[.]work';
     END IF;
 END;
 $plpgsql$;
@@ -286,7 +388,7 @@ CREATE OR REPLACE FUNCTION autoembed._index_job(pipeline_id integer, OUT is_due 
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    SELECT j.schedule <> '0 0 1 1 *', (
+    SELECT j.schedule <> autoembed._never(), (
         -- A build that ended with an error is not tried again. One that ended with a restart, or found no process, is.
         SELECT substring(d.return_message FROM E'^ERROR:[[:space:]]*([^\n]*)')
         FROM cron.job_run_details AS d
@@ -320,11 +422,11 @@ CREATE OR REPLACE FUNCTION autoembed._hold_index_job(pipeline_id integer)
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    -- Unscheduling would end the build. This schedule is once a year.
-    PERFORM cron.alter_job(j.jobid, schedule => '0 0 1 1 *')
+    -- Unscheduling would end the build.
+    PERFORM cron.alter_job(j.jobid, schedule => autoembed._never())
     FROM cron.job AS j
     WHERE j.jobname = 'autoembed-index-' || pipeline_id AND j.database = current_database()
-      AND j.schedule <> '0 0 1 1 *';
+      AND j.schedule <> autoembed._never();
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._hold_index_job IS

@@ -147,9 +147,12 @@ _index_texts - - - x
 _is_chosen - - - x
 _is_empty - x - x
 _is_key - - - x
+_is_retired - - - x
 _is_subscribed - - - x
 _is_superusers - - - x
 _is_uncommitted - - - x
+_job_of_lane - - - x
+_job_runs - - - x
 _jobs_of_dropped_databases - - - x
 _judgments - x - x
 _keep_restored_model - - - x
@@ -184,6 +187,7 @@ _model_identity - - - x
 _move_embeddings - - - x
 _nearest - x - x
 _needed_columns - x - x
+_never - - - x
 _new_place - x - x
 _next_backfill - - - x
 _note_replaced - - - x
@@ -211,6 +215,7 @@ _read_condition - x - x
 _recall - x - x
 _record_embedded - - - x
 _release - - - x
+_remove_retired_job - - - x
 _renamed - - - x
 _renamed_template - - - x
 _replace_segments - - - x
@@ -293,8 +298,6 @@ resume_model - - - x
 resync - x - x
 retry_failed - - - x
 schedule - - - x
-search - x - x
-search - x - x
 search - x - x
 search_rows - x - x
 set_default_model - - - x

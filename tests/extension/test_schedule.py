@@ -51,6 +51,10 @@ def lanes(db: Connection) -> set[int]:
     return {row.pid for row in db.execute("SELECT pid FROM autoembed.lane WHERE NOT stop AND NOT backfill")}
 
 
+def backfill_lanes(db: Connection) -> set[int]:
+    return {row.pid for row in db.execute("SELECT pid FROM autoembed.lane WHERE NOT stop AND backfill")}
+
+
 def lane_sessions(db: Connection) -> list[int]:
     """The processes that run lanes, whatever the table of lanes says."""
     return [
@@ -86,7 +90,7 @@ def test_schedule_replaces_the_lanes_that_were(cron: Connection) -> None:
 
     assert cron.execute("SELECT autoembed.schedule()").fetchone() == (1,)
 
-    assert jobs(cron) == ["autoembed-backfill-1", "autoembed-lane-1"]
+    wait_until(lambda: jobs(cron) == ["autoembed-backfill-1", "autoembed-lane-1"])
     wait_until(lambda: len(lanes(cron)) == 1 and not lanes(cron) & before)
     wait_until(lambda: len(lane_sessions(cron)) == 1)
 
@@ -97,9 +101,61 @@ def test_unschedule_ends_the_lanes_and_says_how_many(cron: Connection) -> None:
 
     assert cron.execute("SELECT autoembed.unschedule()").fetchone() == (3,)
 
-    assert jobs(cron) == []
-    wait_until(lambda: not lane_sessions(cron), 5)
     assert cron.execute("SELECT autoembed.unschedule()").fetchone() == (0,)
+    assert cron.execute("SELECT scheduled FROM autoembed._lane_jobs()").fetchone() == (0,)
+    wait_until(lambda: not lane_sessions(cron) and not jobs(cron), 10)
+
+
+def log_lines(server: Server) -> list[str]:
+    return "".join(part.decode() for part in server.container.get_logs()).splitlines()
+
+
+def test_a_planned_change_of_lanes_writes_nothing_into_the_log(cron: Connection, scheduled: Server) -> None:
+    """pg_cron would terminate the worker of an entry that is removed, which the log calls FATAL."""
+    cron.execute("SELECT autoembed.schedule(2)")
+    wait_until(lambda: len(lanes(cron)) == 2 and len(backfill_lanes(cron)) == 1)
+    before = len(log_lines(scheduled))
+
+    for change in ["schedule(1)", "unschedule()", "schedule(2)", "schedule(1, 0)", "unschedule()"]:
+        lanes_before = lanes(cron) | backfill_lanes(cron)
+        cron.execute(f"SELECT autoembed.{change}")
+        wait_until(lambda: not (lanes(cron) | backfill_lanes(cron)) & lanes_before)  # noqa: B023
+        if not change.startswith("un"):
+            lane_count = int(change[9])
+            wait_until(lambda: len(lanes(cron)) == lane_count)  # noqa: B023
+        else:
+            wait_until(lambda: not jobs(cron) and not lane_sessions(cron))
+
+    wait_until(lambda: not jobs(cron))
+    log = log_lines(scheduled)[before:]
+    # pg_cron may note the end of a lane later than that its entry is gone, and says: cron job 7 job canceled.
+    assert [line for line in log if not re.search("checkpoint|job canceled$", line)] == []
+
+
+def test_lanes_that_are_scheduled_again_at_once_are_not_lost(cron: Connection) -> None:
+    cron.execute("SELECT autoembed.schedule(2)")
+    wait_until(lambda: len(lanes(cron)) == 2)
+    before = lanes(cron)
+
+    for _ in range(5):
+        cron.execute("SELECT autoembed.unschedule()")
+        cron.execute("SELECT autoembed.schedule(2)")
+
+    wait_until(lambda: len(lanes(cron)) == 2 and not lanes(cron) & before)
+    assert jobs(cron) == ["autoembed-backfill-1", "autoembed-lane-1", "autoembed-lane-2"]
+
+
+def test_the_entry_of_a_lane_that_is_killed_on_its_way_out_is_removed_by_the_next_one(cron: Connection) -> None:
+    cron.execute("SELECT autoembed.schedule(2, 0)")
+    wait_until(lambda: len(lanes(cron)) == 2)
+    # In one transaction, so the lane cannot end by itself before.
+    with cron.transaction():
+        cron.execute("SELECT autoembed.schedule(1, 0)")
+        cron.execute("SELECT pg_terminate_backend(pid, 10000) FROM autoembed.lane")
+    assert jobs(cron) == ["autoembed-lane-1", "autoembed-lane-2"]
+
+    wait_until(lambda: jobs(cron) == ["autoembed-lane-1"])
+    wait_until(lambda: len(lanes(cron)) == 1)
 
 
 def test_what_an_unscheduled_lane_has_in_flight_is_not_lost(cron: Connection, scheduled: Server) -> None:
@@ -118,7 +174,7 @@ def test_what_an_unscheduled_lane_has_in_flight_is_not_lost(cron: Connection, sc
     api.release()
 
     wait_until(lambda: not lane_sessions(cron), 5)
-    # pg_cron may have terminated it, or it may have ended by itself: either way the job is done or free at once.
+    # Whether the lane has waited for the answer or not, the job is done or free at once.
     cron.execute("SELECT autoembed.process()")
     assert is_settled(cron)
     assert_fresh(cron)
@@ -129,6 +185,7 @@ def test_lanes_leave_the_jobs_of_others_alone(cron: Connection) -> None:
     cron.execute("SELECT cron.schedule('nightly', '0 3 * * *', 'VACUUM')")
     try:
         cron.execute("SELECT autoembed.schedule(1)")
+        wait_until(lambda: len(lanes(cron)) == 1)
         cron.execute("SELECT autoembed.unschedule()")
         cron.execute("DROP EXTENSION autoembed CASCADE")
 
@@ -235,7 +292,7 @@ def test_without_pg_cron_the_error_says_what_to_do_and_that_works(
                 (dbname, "autoembed-lane-1"),
             ]
             cron.execute("SELECT autoembed.unschedule()")
-            assert [row.database for row in cron.execute(JOBS)] == [dbname, dbname]
+            wait_until(lambda: [row.database for row in cron.execute(JOBS)] == [dbname, dbname])
             # They end for good only where pg_cron is.
             cron.execute("SELECT cron.unschedule(jobid) FROM cron.job WHERE database = %s", [dbname])
             assert db.execute("SELECT autoembed.unschedule()").fetchone() == (0,)
@@ -303,7 +360,7 @@ def test_a_dropped_database_leaves_no_lane_behind(scheduled: Server, cron: Conne
 
 def test_the_reason_of_a_lane_that_fails_is_told_while_the_next_one_starts(cron: Connection) -> None:
     cron.execute("DELETE FROM cron.job_run_details")
-    cron.execute("SELECT cron.schedule('autoembed-lane-1', '0 0 1 1 *', 'CALL autoembed.work()')")
+    cron.execute("SELECT cron.schedule('autoembed-lane-1', '0 0 2 1 *', 'CALL autoembed.work()')")
     for status, message in [("succeeded", "CALL"), ("failed", "ERROR: no"), ("running", None)]:
         cron.execute(
             "INSERT INTO cron.job_run_details (jobid, command, database, username, status, return_message)"
