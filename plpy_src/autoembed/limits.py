@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from autoembed.errors import Trouble
@@ -24,6 +24,14 @@ FIRST_ANSWER_SECONDS = 1.0
 PATIENCE_SECONDS = 10.0
 # A limit that takes longer than this to be whole again, in seconds, is not one of a minute.
 MINUTE_SECONDS = 61
+# One that is whole again within this, in seconds, and fills faster than that of a minute, is one of a second.
+SECOND_SECONDS = 1.0
+# The minutes' worth of a limit that one counts as, by the unit in the header's name.
+PER_MINUTE = {"minute": 1, "second": 60}
+# The names of requests and tokens in x-ratelimit headers with a unit: Mistral's, and those of gateways such as Kong.
+KINDS = {"requests": ("req-", "requests-", ""), "tokens": ("tokens-",)}
+# Together counts by the second, without saying so in the names.
+OF_A_SECOND = {"requests": "x-ratelimit", "tokens": "x-tokenlimit"}
 
 
 class Allowance(NamedTuple):
@@ -67,19 +75,57 @@ MAX_HEADER_CHARACTERS = 100
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|[dhms]|$)")
 
 
+# A policy of the draft of the IETF: a quota, and its window in seconds.
+_POLICY = re.compile(r'(?:^|,)\s*(?:"[^"]*"|(\d{1,9}))\s*((?:;[^,]*)?)')
+_PARAMETER = re.compile(r";\s*([qw])\s*=\s*(\d{1,9})\b")
+
+
 def limits_in(headers: Mapping[str, str]) -> Limits:
-    """The limits in the x-ratelimit headers of an answer, which OpenAI and others send. at_once: what is left.
+    """The limits in the headers of an answer, as OpenAI, Mistral, Together and gateways send them.
 
-    Limits of an hour or a day are left out: the provider's 429s say when they end.
+    at_once: what is left. Where several are told, the lowest counts. Limits of an hour or a day are left out: the
+    provider's 429s say when they end.
     """
-    return Limits(*(_allowance_in(headers, unit) for unit in ("requests", "tokens")))
+    return Limits(_lowest(_requests_in(headers)), _lowest(_allowances_in(headers, "tokens")))
 
 
-def _allowance_in(headers: Mapping[str, str], unit: str) -> Allowance:
-    limit, left = (_count(headers.get(f"x-ratelimit-{what}-{unit}", "")) for what in ("limit", "remaining"))
-    if not limit or _seconds(headers.get(f"x-ratelimit-reset-{unit}", "")) > MINUTE_SECONDS:
-        return Allowance()
-    return Allowance(limit, left)
+def _lowest(told: Iterable[Allowance]) -> Allowance:
+    return min((one for one in told if one.per_minute), key=lambda one: one.per_minute or 0, default=Allowance())
+
+
+def _requests_in(headers: Mapping[str, str]) -> Iterator[Allowance]:
+    yield from _allowances_in(headers, "requests")
+    policies = headers.get("ratelimit-policy", "")
+    for bare, parameters in _POLICY.findall(policies if len(policies) <= MAX_HEADER_CHARACTERS else ""):
+        found = dict(_PARAMETER.findall(parameters))
+        quota, window = int(found.get("q", bare) or 0), int(found.get("w", 0))
+        if 0 < window <= MINUTE_SECONDS:
+            yield Allowance(quota * 60 // window)
+
+
+def _allowances_in(headers: Mapping[str, str], kind: str) -> Iterator[Allowance]:
+    limit, left = (_count(headers.get(f"x-ratelimit-{what}-{kind}", "")) for what in ("limit", "remaining"))
+    reset = headers.get(f"x-ratelimit-reset-{kind}", "")
+    if limit and _seconds(reset) <= MINUTE_SECONDS:
+        yield Allowance(limit * (60 if _is_of_a_second(limit, left, reset) else 1), left)
+    for name in KINDS[kind]:
+        for unit, count in PER_MINUTE.items():
+            limit, left = (
+                _count(headers.get(f"x-ratelimit-{what}-{name}{unit}", "")) for what in ("limit", "remaining")
+            )
+            yield Allowance(limit and limit * count, left)
+    if "x-tokenlimit-limit" in headers:
+        limit, left = (_count(headers.get(f"{OF_A_SECOND[kind]}-{what}", "")) for what in ("limit", "remaining"))
+        yield Allowance(limit and limit * 60, left)
+
+
+def _is_of_a_second(limit: int, left: int | None, reset: str) -> bool:
+    """Whether what was used is back so soon that the limit is one of a second."""
+    seconds = _seconds(reset)
+    if left is None or not 0 < seconds <= SECOND_SECONDS:
+        return False
+    # One of a minute gives back a sixtieth of itself in a second. Providers round, so a twentieth is the bound.
+    return (limit - left) / seconds > limit / 20
 
 
 def _count(value: str) -> int | None:

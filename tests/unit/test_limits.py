@@ -78,11 +78,79 @@ def test_headers_are_read_as_openai_writes_them(told: Mapping[str, str], limits:
     assert limits_in(told) == limits
 
 
+@pytest.mark.parametrize(
+    ("told", "requests", "tokens"),
+    [
+        # Five a second, in the names that say nothing of it: one of five is back after a fifth of a second.
+        (headers("5", "4", "200ms"), Allowance(300, 4), Allowance()),
+        (headers("1000000", "990000", "10ms", "tokens"), Allowance(), Allowance(60_000_000, 990_000)),
+        # Ones of a minute that give back as much as is due.
+        (headers("600", "599", "100ms"), Allowance(600, 599), Allowance()),
+        (headers("600", "590", "1s"), Allowance(600, 590), Allowance()),
+        (headers("60", "60", "0s"), Allowance(60, 60), Allowance()),
+        # The last second of a minute that began some time ago.
+        (headers("600", "598", "900ms"), Allowance(600, 598), Allowance()),
+        # Mistral.
+        (
+            {
+                "x-ratelimit-limit-req-minute": "50",
+                "x-ratelimit-remaining-req-minute": "49",
+                "x-ratelimit-limit-tokens-minute": "50000",
+                "x-ratelimit-remaining-tokens-minute": "47300",
+            },
+            Allowance(50, 49),
+            Allowance(50_000, 47_300),
+        ),
+        (
+            {"x-ratelimit-limit-req-second": "6", "x-ratelimit-remaining-req-second": "5"},
+            Allowance(360, 5),
+            Allowance(),
+        ),
+        # Both units: the lower counts.
+        ({"x-ratelimit-limit-second": "5", "x-ratelimit-limit-minute": "100"}, Allowance(100), Allowance()),
+        # A model that is not in the plan: the 429 says so.
+        ({"x-ratelimit-limit-req-minute": "0"}, Allowance(), Allowance()),
+        # Together.
+        (
+            {
+                "x-ratelimit-limit": "10",
+                "x-ratelimit-remaining": "9",
+                "x-tokenlimit-limit": "3000",
+                "x-tokenlimit-remaining": "2000",
+            },
+            Allowance(600, 9),
+            Allowance(180_000, 2000),
+        ),
+        # Nobody knows the unit.
+        ({"x-ratelimit-limit": "10", "x-ratelimit-remaining": "9"}, Allowance(), Allowance()),
+        # The draft of the IETF, in its newer and its older form; a policy of an hour.
+        ({"ratelimit-policy": '"burst";q=5;w=1,"steady";q=200;w=60'}, Allowance(200), Allowance()),
+        ({"ratelimit-policy": "10;w=1, 5000;w=3600"}, Allowance(600), Allowance()),
+        ({"ratelimit-policy": "100"}, Allowance(), Allowance()),
+    ],
+)
+def test_limits_of_a_second_and_in_other_names_are_read(
+    told: Mapping[str, str], requests: Allowance, tokens: Allowance
+) -> None:
+    assert limits_in(told) == Limits(requests, tokens)
+
+
+@given(
+    st.dictionaries(st.sampled_from(["ratelimit-policy", "x-ratelimit-limit-second", "x-tokenlimit-limit"]), st.text())
+)
+def test_no_header_of_another_name_breaks_the_reading(told: dict[str, str]) -> None:
+    requests, tokens = limits_in(told)
+
+    assert requests.per_minute is None or requests.per_minute > 0
+    assert tokens.per_minute is None or tokens.per_minute > 0
+
+
 def test_a_long_header_costs_no_time() -> None:
     began_at = time.monotonic()
 
     assert limits_in(headers("60", "7", "1" * 1_000_000)) == NOTHING_KNOWN
     assert retry_after_seconds({"retry-after": "1" * 1_000_000, "retry-after-ms": "1" * 1_000_000}) is None
+    assert limits_in({"ratelimit-policy": "1;" * 500_000}) == NOTHING_KNOWN
 
     assert time.monotonic() - began_at < 0.5
 
@@ -281,7 +349,7 @@ def test_a_model_with_limits_costs_one_statement_a_request(lane: Lane) -> None:
 
 def test_the_first_request_goes_alone_and_its_limits_hold_for_the_others(lane: Lane) -> None:
     define(lane, learnt=None)
-    lane.provider.headers = {**headers("600", "4", "100ms"), **headers("40", "30", "1s", "tokens")}
+    lane.provider.headers = {**headers("600", "4", "59.6s"), **headers("40", "30", "15s", "tokens")}
     second = threading.Event()
     alone: list[bool] = []
 
