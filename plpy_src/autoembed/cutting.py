@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from autoembed import batching
 from autoembed.chunks import FEWEST_TOKENS, FUNCTION, NONE, chunks_of, fitting, places, size_of, trimmed
 from autoembed.errors import Fault, Trouble
-from autoembed.providers import counter_of, sizes_of
+from autoembed.providers import counter_of, own_tokens_per_input, sizes_of
 
 if TYPE_CHECKING:
     from autoembed.model import Model
@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from autoembed.records import Pipeline
 
 Range = tuple[int, int]
+
+
+def limit_of(pipeline: Pipeline) -> int | None:
+    """The tokens after which a text is cut; None: the model shortens texts itself.
+
+    A text that must not be cut is sent whole: a limit that was learnt is an estimate, and the model may take the text.
+    """
+    if pipeline.truncate:
+        return sizes_of(pipeline.model).tokens_per_input
+    return own_tokens_per_input(pipeline.model)
 
 
 class Cutter:
@@ -32,7 +42,7 @@ class Cutter:
         self._check_interrupts = check_interrupts
         self._split = split
         # How the tokens of chunks are counted, and the most of them, by the way in which texts are cut.
-        self._known: dict[tuple[Model, str, int | None, int], tuple[Counter, int]] = {}
+        self._known: dict[tuple[Model, int | None, str, int | None, int], tuple[Counter, int]] = {}
 
     def parts(self, pipeline: Pipeline, content: str) -> list[Range] | None:
         """The start and the end of each piece that the pipeline's function gives; None: it has none.
@@ -51,7 +61,7 @@ class Cutter:
         parts: those of the function, if they are known. prefix: what each chunk is embedded behind.
         """
         if pipeline.chunking == NONE:
-            limit = sizes_of(pipeline.model).tokens_per_input
+            limit = limit_of(pipeline)
             if limit is None:
                 return [(0, len(content))]
             whole = batching.truncate(prefix + content, limit, pipeline.model.prefix("document"))
@@ -60,12 +70,14 @@ class Cutter:
             return [(0, len(whole) - len(prefix))]
         if parts is None:
             parts = self.parts(pipeline, content)
-        way = (pipeline.model, pipeline.chunking, pipeline.chunk_size, pipeline.chunk_overlap)
+        # What the model has learnt is no part of its equality.
+        taken = pipeline.model.tokens_taken
+        way = (pipeline.model, taken, pipeline.chunking, pipeline.chunk_size, pipeline.chunk_overlap)
         try:
             if way not in self._known:
                 counter = counter_of(pipeline.model)
                 (around,) = counter.count([""])
-                size = size_of(*way[1:], pipeline.model.name, around, counter.most, counter.is_exact)
+                size = size_of(*way[2:], pipeline.model.name, around, counter.most, counter.is_exact)
                 self._known[way] = counter, size
             counter, size = self._known[way]
             if prefix:

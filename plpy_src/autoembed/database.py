@@ -499,6 +499,15 @@ class Database:
             [model, *limits.requests, *limits.tokens],
         )
 
+    def learn_tokens_taken(self, model: str, tokens: int) -> bool:
+        """Notes that a model takes texts of so many tokens and refused a longer one. Returns whether that is new."""
+        [row] = self._run(
+            "SELECT autoembed._learn_tokens_taken($1, $2) AS is_new",
+            ["pg_catalog.text", "pg_catalog.int4"],
+            [model, tokens],
+        )
+        return bool(row["is_new"])
+
     def warn_of_blocked_pipelines(self, resting: Sequence[str] | None = None) -> None:
         """Warns of the pipelines that have jobs waiting and cannot be embedded.
 

@@ -163,6 +163,34 @@ def rest_seconds(trouble: ProviderTrouble, failures: int, fraction: float) -> fl
     return 0.2 + fraction * min(2.0 ** min(failures, 10), MAX_REST_SECONDS)
 
 
+# Words with which servers refuse a text for its length: TEI, vLLM, llama.cpp, Ollama, OpenAI, Jina and others.
+TOO_LONG = re.compile(
+    r"context (?:length|window|size)|too (?:large|long|many tokens)|(?:less|fewer|more) than \d+ tokens"
+    r"|(?:maximum|exceed)[^.]{0,40}(?:tokens|length|limit|size)",
+    re.IGNORECASE,
+)
+# The words before the number of tokens that such a server takes.
+LIMIT_STATED = re.compile(
+    r"(?:maximum|max|limit|less than|fewer than|at most|up to|batch size|length)\D{0,30}?(\d{2,7})", re.IGNORECASE
+)
+# The beginning of a trouble's words, which have a number, too.
+ANSWERED = re.compile(r"^.*?the provider answered \d+: ", re.DOTALL)
+# A text of fewer tokens is refused for another reason than its length.
+MIN_CUT_TOKENS = 32
+
+
+def shorter_limit(trouble: Trouble, tokens: int) -> int | None:
+    """The tokens to cut a text to that was refused and has about so many; None: its length is not to blame."""
+    words = ANSWERED.sub("", str(trouble))
+    if trouble.status == 429 or trouble.status != 413 and not TOO_LONG.search(words):
+        return None
+    stated = [int(number) for number in LIMIT_STATED.findall(words)]
+    # The stated number is of tokens by the server's own count. A text that was cut by the estimate may still exceed it.
+    guess = tokens * 3 // 4 if stated else tokens // 2
+    limit = min((number for number in stated if MIN_CUT_TOKENS <= number < tokens), default=guess)
+    return limit if limit >= MIN_CUT_TOKENS else None
+
+
 # Statuses that blame the request (RFC 9110, section 15).
 REFUSED_STATUSES = {400, 413, 414, 422}
 # Statuses that blame the key, the address or the limits, whatever the texts are.
@@ -240,9 +268,9 @@ def retry_after_seconds(headers: Mapping[str, str], now: float | None = None) ->
 
     OpenAI and Azure also send it in milliseconds, in another header.
     """
-    milliseconds = re.fullmatch(r"[0-9]{1,12}", headers.get("retry-after-ms", ""))
+    milliseconds = re.fullmatch(r"[0-9]{1,12}(?:\.[0-9]{1,6})?", headers.get("retry-after-ms", ""))
     if milliseconds:
-        return int(milliseconds[0]) / 1000
+        return float(milliseconds[0]) / 1000
     value = headers.get("retry-after", "").strip()
     if not value or len(value) > 100:
         return None

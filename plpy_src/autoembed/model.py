@@ -54,6 +54,11 @@ class Model:
     def from_row(cls, row: dict[str, Any]) -> Model:
         return cls(**{name: row[name] for name in cls.__dataclass_fields__ if name in row})
 
+    @property
+    def tokens_taken(self) -> int | None:
+        """The tokens of a text that the provider is known to take, since it refused a longer one."""
+        return (self.learnt or {}).get("tokens_per_input")
+
     def prefix(self, purpose: Purpose) -> str:
         """The text that goes before each text; see prefixed()."""
         return str(self.options.get(f"{purpose}_prefix", ""))
@@ -79,11 +84,19 @@ class Model:
         return "\0".join(map(str, json.loads(self.identity)))
 
 
+class Trial(NamedTuple):
+    """The beginning of a text that was refused for its length: so many tokens of it, to see whether they are taken."""
+
+    text: str
+    tokens: int
+
+
 @dataclass(eq=False)
 class Request:
     """Texts of one model that travel together, and how long the answer may take.
 
-    probe: the text is a harmless one, to see whether the model accepts any. tokens: the estimate that a permit was
+    probe: the text is a harmless one, to see whether the model accepts any. trial: the text is the beginning of one
+    that was refused. tokens: the estimate that a permit was
     taken for. slot: the request's own, where the number of requests in flight is limited. sent: set when only the
     answer is outstanding.
     """
@@ -93,6 +106,7 @@ class Request:
     timeout_seconds: float
     purpose: Purpose = "document"
     probe: bool = False
+    trial: Trial | None = None
     tokens: int = 0
     slot: int | None = None
     sent: threading.Event = field(default_factory=threading.Event, repr=False)

@@ -68,6 +68,11 @@ class Pipeline:
     def name(self) -> str:
         return f"{self.schema_name}.{self.table_name}.{self.embedding_column}"
 
+    @property
+    def may_cut(self) -> bool:
+        """Whether a text that is too long for the model is made shorter: cut, or cut into more chunks."""
+        return self.truncate or self.chunking != "none"
+
     def digest(self, content: str, prefix: str = "") -> bytes:
         """16 bytes that tell whether a row's embeddings were made of this text, behind this prefix, in this way."""
         if self.chunking == "none" and not prefix:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from autoembed import batching
 from autoembed.bm25 import parts
 from autoembed.chunks import FUNCTION, NONE
-from autoembed.cutting import Cutter
+from autoembed.cutting import Cutter, limit_of
 from autoembed.errors import Fault, PassEnded, RowError
 from autoembed.jobs import CHANGES, MAX_ATTEMPTS, REFUSED, Job, Ledger
-from autoembed.providers import COMPUTED_HERE, most_tokens_of, sizes_of
+from autoembed.providers import COMPUTED_HERE, most_tokens_of
 from autoembed.records import MAX_TEXT_BYTES, Chunk
 
 if TYPE_CHECKING:
@@ -352,7 +352,7 @@ class Rows:
         if not jobs:
             return []
         known_rows = self._database.digests(pipeline, [job.key for job in jobs])
-        limit = sizes_of(pipeline.model).tokens_per_input
+        limit = limit_of(pipeline)
         prefix = pipeline.model.prefix("document")
         chosen: list[tuple[Job, str]] = []
         blank: list[Job] = []

@@ -25,11 +25,12 @@ from autoembed.errors import (
     RowError,
     Trouble,
     rest_seconds,
+    shorter_limit,
 )
 from autoembed.flight import SLICE_SECONDS, Flight
 from autoembed.jobs import Job, Ledger, Report, are_keys, open_jobs
 from autoembed.limits import FIRST_ANSWER_SECONDS, NOTHING_KNOWN, PATIENCE_SECONDS, Limiter, Permit
-from autoembed.model import Embedded, Model, Request, Share
+from autoembed.model import Embedded, Model, Request, Share, Trial
 from autoembed.providers import PROVIDERS, provider_of, sizes_of
 from autoembed.rows import OWNER_READ_BYTES, READ_BYTES, Owners, Pace, Rows, Speeds
 
@@ -258,6 +259,7 @@ class Outbox:
 
     jobs: the open ones, by text. unsent: texts that no request holds yet. accepted: the model has answered in this
     pass. suspended: requests that failed, until it is known whether the model answers others.
+    too_long: texts that were refused for their length, and wait for the outcome of a trial, each with its trouble.
     waiting: requests that the model's limits do not allow yet. permit: that of the first. slots: all that are held.
     """
 
@@ -267,6 +269,7 @@ class Outbox:
     accepted: bool = False
     trouble: ProviderTrouble | None = None
     suspended: list[tuple[Request, Trouble]] = field(default_factory=list)
+    too_long: dict[str, Trouble] = field(default_factory=dict)
     failures: int = 0
     waiting: deque[Request] = field(default_factory=deque)
     in_flight: int = 0
@@ -648,9 +651,12 @@ class _Pass:
             self._pack_again(request.model, outbox, [])
 
     def _pack_again(self, model: Model, outbox: Outbox, texts: Sequence[str]) -> None:
-        """Packs the texts of requests that wait, and these, by what is known now. A probe and a permit keep theirs."""
+        """Packs the texts of requests that wait, and these, by what is known now.
+
+        A probe, a trial and a permit keep theirs.
+        """
         waiting: deque[Request] = deque()
-        if outbox.permit is None and not any(other.probe for other in outbox.waiting):
+        if outbox.permit is None and not any(other.probe or other.trial for other in outbox.waiting):
             waiting, outbox.waiting = outbox.waiting, waiting
         self._submit(model, [*texts, *(text for other in waiting for text in other.texts)])
 
@@ -677,7 +683,7 @@ class _Pass:
         texts: dict[int | None, list[str]] = defaultdict(list)
         rows: dict[int | None, int] = defaultdict(int)
         for text in request.texts:
-            jobs = [] if request.probe else self._outboxes[request.model].jobs[text]
+            jobs = [] if request.probe or request.trial else self._outboxes[request.model].jobs[text]
             texts[jobs[0].pipeline.id if jobs else None].append(text)
             for job in jobs:
                 rows[job.pipeline.id] += 1
@@ -720,7 +726,9 @@ class _Pass:
         if outbox.failures:
             self._database.resume_model(request.model.name)
             outbox.failures = 0
-        if not request.probe:
+        if request.trial is not None:
+            self._learn_tokens_taken(request.model, request.trial)
+        elif not request.probe:
             for number in cut:
                 for job in outbox.jobs[request.texts[number]]:
                     self._rows.note_cut(job)
@@ -737,11 +745,66 @@ class _Pass:
         if len(request.texts) > 1:
             for half in batching.halves(list(request.texts)):
                 outbox.waiting.append(self._request(request.model, half))
-            return
-        for job in outbox.jobs.pop(request.texts[0]):
+        elif request.trial is None:
+            self._refuse_text(request.model, request.texts[0], trouble)
+        elif not self._try_shorter(request.model, request.trial.text, request.texts[0], trouble):
+            # Length is not the reason.
+            while outbox.too_long:
+                self._give_up_text(outbox, *outbox.too_long.popitem())
+
+    def _refuse_text(self, model: Model, text: str, trouble: Trouble) -> None:
+        """Fails the rows of a text that stands alone, unless it is too long and may be cut."""
+        outbox = self._outboxes[model]
+        jobs = outbox.jobs[text]
+        cuttable = [job for job in jobs if job.pipeline.may_cut]
+        if not cuttable:
+            self._give_up_text(outbox, text, trouble)
+        elif outbox.too_long:
+            if shorter_limit(trouble, self._tokens(model, text)) is None:
+                self._give_up_text(outbox, text, trouble)
+            else:
+                outbox.too_long[text] = trouble
+        elif self._try_shorter(model, text, text, trouble):
+            outbox.too_long[text] = trouble
+        else:
+            self._give_up_text(outbox, text, trouble)
+
+    def _try_shorter(self, model: Model, text: str, refused: str, trouble: Trouble) -> bool:
+        """Sends the beginning of a text, if the length of the text or beginning that was refused may be the reason."""
+        limit = shorter_limit(trouble, self._tokens(model, refused))
+        beginning = refused if limit is None else batching.truncate(refused, limit, model.prefix("document"))
+        if limit is None or len(beginning) == len(refused) or provider_of(model).RUNS_IN_BACKEND:
+            return False
+        request = self._request(model, [beginning])
+        request.trial = Trial(text, limit)
+        self._outboxes[model].waiting.append(request)
+        return True
+
+    def _learn_tokens_taken(self, model: Model, trial: Trial) -> None:
+        """Notes the length that a model takes. The rows whose texts were too long are read, cut and sent again."""
+        if self._database.learn_tokens_taken(model.name, trial.tokens):
+            self._database.log(
+                f'autoembed cuts texts for model "{model.name}" at about {trial.tokens} tokens: '
+                "its provider has refused a longer one"
+            )
+        outbox = self._outboxes[model]
+        while outbox.too_long:
+            text, trouble = outbox.too_long.popitem()
+            for job in outbox.jobs.pop(text):
+                if job.outcome is None and job.pipeline.may_cut:
+                    self._ledger.retry(job, 0.0)
+                elif job.outcome is None:
+                    self._rows.refuse(job, str(trouble), at_once=isinstance(trouble, Refused))
+
+    def _give_up_text(self, outbox: Outbox, text: str, trouble: Trouble) -> None:
+        for job in outbox.jobs.pop(text):
             # Another chunk of the row may have been refused before.
             if job.outcome is None:
                 self._rows.refuse(job, str(trouble), at_once=isinstance(trouble, Refused))
+
+    @staticmethod
+    def _tokens(model: Model, text: str) -> int:
+        return batching.estimate_tokens(model.prefix("document") + text)
 
     def _give_up_model(self, flight: _Flight, request: Request, trouble: ProviderTrouble) -> None:
         """Lets the model rest, for all lanes, and releases the jobs that were to be sent."""
@@ -761,11 +824,15 @@ class _Pass:
         self._release(outbox, [request, *unsent, *suspended, *outbox.waiting], str(trouble))
         outbox.suspended = []
         outbox.waiting.clear()
+        for text in outbox.too_long:
+            for job in outbox.jobs.pop(text):
+                self._ledger.release(job, str(trouble))
+        outbox.too_long.clear()
 
     def _release(self, outbox: Outbox, requests: Iterable[Request], reason: str) -> None:
         """Gives the jobs of requests back to the queue unchanged."""
         for request in requests:
-            for text in [] if request.probe else request.texts:
+            for text in [] if request.probe or request.trial else request.texts:
                 for job in outbox.jobs.pop(text):
                     self._ledger.release(job, reason)
 

@@ -176,6 +176,49 @@ COMMENT ON FUNCTION autoembed._take_permit IS
     'the requests in flight. Both NULL: all slots are taken, or the budget is spent. The charges are in seconds of '
     'each allowance, with the seconds that may have been saved up.';
 
+CREATE OR REPLACE FUNCTION autoembed._tokens_taken(model text)
+    RETURNS integer
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT l.tokens_per_input
+    FROM autoembed.model_limit AS l
+    WHERE l.model = _tokens_taken.model
+    ORDER BY l.at DESC
+    LIMIT 1;
+$sql$;
+COMMENT ON FUNCTION autoembed._tokens_taken IS
+    'The tokens of a text that a model is known to take, by estimate, as it refused a longer one; NULL: it refused '
+    'none.';
+
+CREATE OR REPLACE FUNCTION autoembed._learn_tokens_taken(model text, tokens integer)
+    RETURNS boolean
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF current_setting('transaction_read_only')::boolean
+       OR autoembed._tokens_taken(_learn_tokens_taken.model) <= tokens THEN
+        RETURN false;
+    END IF;
+    INSERT INTO autoembed.model_limit
+        (model, requests_per_minute, requests_at_once, tokens_per_minute, tokens_at_once, tokens_per_input)
+    SELECT m.name, l.requests_per_minute, l.requests_at_once, l.tokens_per_minute, l.tokens_at_once, tokens
+    FROM autoembed.model AS m
+    LEFT JOIN LATERAL (
+        SELECT n.* FROM autoembed.model_limit AS n WHERE n.model = m.name ORDER BY n.at DESC LIMIT 1
+    ) AS l ON true
+    WHERE m.name = _learn_tokens_taken.model;
+    RETURN FOUND;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._learn_tokens_taken IS
+    'Notes that a model took a text of about so many tokens after it had refused a longer one. Returns whether that is '
+    'new.';
+
 CREATE OR REPLACE FUNCTION autoembed._learn_limits(
     model text,
     requests_per_minute integer,
@@ -192,9 +235,9 @@ BEGIN
     IF NOT current_setting('transaction_read_only')::boolean THEN
         -- Unless it was dropped meanwhile.
         INSERT INTO autoembed.model_limit
-            (model, requests_per_minute, requests_at_once, tokens_per_minute, tokens_at_once)
+            (model, requests_per_minute, requests_at_once, tokens_per_minute, tokens_at_once, tokens_per_input)
         SELECT m.name, _learn_limits.requests_per_minute, _learn_limits.requests_at_once,
-               _learn_limits.tokens_per_minute, _learn_limits.tokens_at_once
+               _learn_limits.tokens_per_minute, _learn_limits.tokens_at_once, autoembed._tokens_taken(m.name)
         FROM autoembed.model AS m
         WHERE m.name = _learn_limits.model;
     END IF;

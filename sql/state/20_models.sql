@@ -98,7 +98,8 @@ CREATE TABLE autoembed.model_limit (
     requests_per_minute integer,
     requests_at_once integer,
     tokens_per_minute integer,
-    tokens_at_once integer
+    tokens_at_once integer,
+    tokens_per_input integer
 );
 -- A publication of all tables would refuse each UPDATE and DELETE of a table without a replica identity.
 ALTER TABLE autoembed.model_limit REPLICA IDENTITY FULL;
@@ -111,6 +112,8 @@ COMMENT ON COLUMN autoembed.model_limit.requests_per_minute IS 'Requests a minut
 COMMENT ON COLUMN autoembed.model_limit.requests_at_once IS 'The most requests that were left after a request.';
 COMMENT ON COLUMN autoembed.model_limit.tokens_per_minute IS 'Tokens a minute; NULL: the answers do not tell.';
 COMMENT ON COLUMN autoembed.model_limit.tokens_at_once IS 'The most tokens that were left after a request.';
+COMMENT ON COLUMN autoembed.model_limit.tokens_per_input IS
+    'Tokens of a text that it took after it had refused a longer one, by estimate; NULL: it has refused none.';
 
 -- The table is not logged. A crash forgets the last minute's requests, and the provider itself refuses excess ones.
 CREATE UNLOGGED TABLE autoembed.permit (

@@ -316,6 +316,9 @@ COMMENT ON COLUMN autoembed.usage_day.rows IS 'Rows that have these texts.';
 ALTER TABLE pgmq.meta REPLICA IDENTITY FULL;
 ALTER TABLE pgmq.topic_bindings REPLICA IDENTITY USING INDEX topic_bindings_unique_pattern_queue;
 ALTER TABLE autoembed.model_limit REPLICA IDENTITY FULL;
+ALTER TABLE autoembed.model_limit ADD COLUMN tokens_per_input integer;
+COMMENT ON COLUMN autoembed.model_limit.tokens_per_input IS
+    'Tokens of a text that it took after it had refused a longer one, by estimate; NULL: it has refused none.';
 ALTER TABLE autoembed.usage_entry REPLICA IDENTITY FULL;
 ALTER TABLE autoembed.usage_day REPLICA IDENTITY FULL;
 

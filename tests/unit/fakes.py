@@ -127,6 +127,7 @@ class FakeDatabase(Database):
         self.rested_pipelines: list[tuple[int, list[int], str]] = []
         self.resumed: list[str] = []
         self.logged: list[str] = []
+        self.tokens_taken: list[int] = []
         self.in_lane = False
         self.is_wanted: Callable[[], bool] = lambda: True
         self.backfill: Backfill | None = None
@@ -462,6 +463,14 @@ class FakeDatabase(Database):
     def learn_limits(self, model: str, limits: Limits) -> None:
         self._note("learn_limits")
         self.limits_learnt.append(limits)
+
+    def learn_tokens_taken(self, model: str, tokens: int) -> bool:
+        self.tokens_taken.append(tokens)
+        for number, pipeline in self.defined.items():
+            if pipeline.model.name == model:
+                learnt = replace(pipeline.model, learnt={"tokens_per_input": tokens})
+                self.defined[number] = replace(pipeline, model=learnt)
+        return True
 
     def note_usage(self, model: str, shares: Sequence[Share], slot: int | None) -> None:
         self.usage.extend(shares)

@@ -83,11 +83,17 @@ def sizes_of(model: Model, learnt: Limits | None = None) -> Sizes:
     provider = provider_of(model)
     per_request = model.max_tokens_per_request or provider.MAX_TOKENS_PER_REQUEST
     per_minute = (model.tokens_per_minute, learnt.tokens.per_minute if learnt else None)
+    per_input = (own_tokens_per_input(model), model.tokens_taken)
     return Sizes(
         model.max_inputs_per_request or provider.MAX_INPUTS_PER_REQUEST,
         min([per_request, *(limit for limit in per_minute if limit is not None)]),
-        model.max_tokens_per_input or provider.MAX_TOKENS_PER_INPUT,
+        min((limit for limit in per_input if limit is not None), default=None),
     )
+
+
+def own_tokens_per_input(model: Model) -> int | None:
+    """The most tokens of a text by the model's definition, or else its provider's reference."""
+    return model.max_tokens_per_input or provider_of(model).MAX_TOKENS_PER_INPUT
 
 
 def most_tokens_of(model: Model) -> int | None:
