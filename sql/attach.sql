@@ -28,6 +28,11 @@ CREATE OR REPLACE TRIGGER model_changed
     WHEN (NEW.name = 'default_model')
     EXECUTE FUNCTION autoembed._model_changed();
 
+CREATE OR REPLACE TRIGGER retry
+    INSTEAD OF UPDATE ON autoembed._own_failure
+    FOR EACH ROW
+    EXECUTE FUNCTION autoembed._retry_failure();
+
 CREATE OR REPLACE TRIGGER define
     BEFORE INSERT ON autoembed.pipeline
     FOR EACH ROW

@@ -1,4 +1,4 @@
--- Usage: requests, texts, tokens and cost, by model and table.
+-- Usage: requests, texts and tokens, by model and table.
 
 CREATE OR REPLACE FUNCTION autoembed._note_usage(
     model text,
@@ -60,36 +60,6 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._fold_usage IS
     'Adds up the requests of each day, except those of the last minutes, and forgets their permits.';
-
-CREATE OR REPLACE VIEW autoembed.usage AS
-SELECT u.day,
-       u.model,
-       p.table_id::text AS table_name,
-       p.embedding_column,
-       sum(u.requests)::bigint AS requests,
-       sum(u.inputs)::bigint AS inputs,
-       sum(u.tokens)::bigint AS tokens,
-       round(sum(u.tokens) * m.price_per_million_tokens / 1000000, 6) AS cost
-FROM (
-    SELECT d.day, d.model, d.pipeline_id, d.requests, d.inputs, d.tokens FROM autoembed.usage_day AS d
-    UNION ALL
-    SELECT (e.at AT TIME ZONE 'UTC')::date, e.model, e.pipeline_id, e.requests, e.inputs, e.tokens
-    FROM autoembed.usage_entry AS e
-) AS u
-LEFT JOIN autoembed.pipeline AS p ON p.id = u.pipeline_id
-LEFT JOIN autoembed.model AS m ON m.name = u.model
-GROUP BY u.day, u.model, u.pipeline_id, p.table_id, p.embedding_column, m.price_per_million_tokens;
-COMMENT ON VIEW autoembed.usage IS
-    'Requests, texts and tokens per day (UTC), model and embedding column, and their cost at the model''s price.';
-COMMENT ON COLUMN autoembed.usage.day IS 'The day, in UTC.';
-COMMENT ON COLUMN autoembed.usage.model IS 'The model.';
-COMMENT ON COLUMN autoembed.usage.table_name IS
-    'The table. NULL for embed(), and for tables that are no longer embedded.';
-COMMENT ON COLUMN autoembed.usage.embedding_column IS 'The column.';
-COMMENT ON COLUMN autoembed.usage.requests IS 'Requests that were answered.';
-COMMENT ON COLUMN autoembed.usage.inputs IS 'Texts in them.';
-COMMENT ON COLUMN autoembed.usage.tokens IS 'Tokens as the provider counted them, or as estimated where it does not.';
-COMMENT ON COLUMN autoembed.usage.cost IS 'Tokens at the model''s price_per_million_tokens; NULL where none is set.';
 
 CREATE OR REPLACE FUNCTION autoembed._price_and_rate(model text, OUT price numeric, OUT rows_per_second numeric)
     LANGUAGE sql

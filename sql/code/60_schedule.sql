@@ -4,6 +4,8 @@ CREATE OR REPLACE FUNCTION autoembed._cron_is_here()
     RETURNS boolean
     LANGUAGE sql
     STABLE
+    -- An owner may not look into the schema of pg_cron.
+    SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
     SELECT to_regclass('cron.job') IS NOT NULL;
@@ -137,7 +139,10 @@ CREATE OR REPLACE FUNCTION autoembed._is_retired(pid integer)
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    RETURN autoembed._cron_is_here() AND EXISTS (
+    IF NOT autoembed._cron_is_here() THEN
+        RETURN false;
+    END IF;
+    RETURN EXISTS (
         SELECT FROM cron.job AS j
         WHERE j.schedule = autoembed._never() AND j.jobid = autoembed._job_of_lane(_is_retired.pid)
     );
@@ -331,7 +336,7 @@ COMMENT ON FUNCTION autoembed._forget_runs IS
     'Deletes pg_cron''s records of runs of lanes that are more than an hour old, and the lanes of databases that '
     'were dropped, or that ended without removing their retired entries.';
 
-CREATE OR REPLACE FUNCTION autoembed._lane_jobs(OUT scheduled bigint, OUT last_message text)
+CREATE OR REPLACE FUNCTION autoembed._lane_jobs(backfill boolean, OUT scheduled bigint, OUT last_message text)
     LANGUAGE plpgsql
     STABLE
     SECURITY DEFINER
@@ -354,13 +359,39 @@ BEGIN
         INTO scheduled, last_message
         FROM cron.job AS j
         WHERE j.active AND j.schedule <> autoembed._never()
-          AND j.database = current_database() AND j.command ~ 'autoembed[.]work';
+          AND j.database = current_database() AND j.command ~ 'autoembed[.]work'
+          AND (j.command ~ 'backfill *=> *true') = _lane_jobs.backfill;
     END IF;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._lane_jobs IS
-    'The number of lanes that pg_cron is to run in this database, and the message with which the last one failed, if '
-    'none has ended well since. NULLs without pg_cron.';
+    'The number of lanes that pg_cron is to run in this database, of those for backfills or of the others, and the '
+    'message with which the last one failed, if none has ended well since. NULLs without pg_cron.';
+
+CREATE OR REPLACE FUNCTION autoembed._full_limit(OUT name text, OUT problem text)
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT l.name, format('%s is %s, and all are in use', l.name, l.most)
+    FROM (
+        SELECT count(*) FILTER (WHERE a.backend_type = 'pg_cron') AS of_cron,
+               -- All types but those of the server's own processes are background workers.
+               count(*) FILTER (WHERE a.backend_type !~ '^(client backend|autovacuum .*|background writer|checkpointer|'
+                   'wal.*|startup|archiver|io worker|slotsync worker|standalone backend|logger)$') AS workers
+        FROM pg_stat_activity AS a
+    ) AS u
+    CROSS JOIN LATERAL (VALUES
+        ('cron.max_running_jobs', autoembed._cron_places(), u.of_cron),
+        ('max_worker_processes', current_setting('max_worker_processes')::integer, u.workers)
+    ) AS l(name, most, used)
+    WHERE l.used >= l.most AND to_regclass('cron.job') IS NOT NULL
+    ORDER BY l.name
+    LIMIT 1;
+$sql$;
+COMMENT ON FUNCTION autoembed._full_limit IS
+    'The setting that keeps pg_cron from running more jobs at present; NULLs: none does.';
 
 CREATE OR REPLACE FUNCTION autoembed._start_advice()
     RETURNS text
@@ -389,11 +420,12 @@ CREATE OR REPLACE FUNCTION autoembed._index_job(pipeline_id integer, OUT is_due 
 AS $plpgsql$
 BEGIN
     SELECT j.schedule <> autoembed._never(), (
-        -- A build that ended with an error is not tried again. One that ended with a restart, or found no process, is.
-        SELECT substring(d.return_message FROM E'^ERROR:[[:space:]]*([^\n]*)')
+        -- A build may end in a deadlock with an ANALYZE, so three ends with an error are the last. One that ended with
+        -- a restart, or found no process, does not count.
+        SELECT substring(max(d.return_message) FROM E'^ERROR:[[:space:]]*([^\n]*)')
         FROM cron.job_run_details AS d
         WHERE d.jobid = j.jobid AND d.status = 'failed' AND d.return_message LIKE 'ERROR%'
-        LIMIT 1
+        HAVING count(*) >= 3
     )
     INTO is_due, problem
     FROM cron.job AS j
@@ -401,8 +433,8 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._index_job IS
-    'Whether pg_cron is to build the index of a pipeline, and the error with which its build ended. NULLs if pg_cron '
-    'has no entry for it.';
+    'Whether pg_cron is to build the index of a pipeline, and the error with which its build ended three times. '
+    'NULLs if pg_cron has no entry for it.';
 
 CREATE OR REPLACE FUNCTION autoembed._schedule_index(pipeline_id integer, command text)
     RETURNS void

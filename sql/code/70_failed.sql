@@ -36,45 +36,72 @@ COMMENT ON COLUMN autoembed.failed.last_failed_at IS 'Time at which the row was 
 COMMENT ON COLUMN autoembed.failed.excerpt IS 'First 200 characters of the text. Only the table''s owner sees them.';
 COMMENT ON COLUMN autoembed.failed.message IS 'The message, if it names no row.';
 
-CREATE OR REPLACE FUNCTION autoembed.retry_failed(table_name regclass DEFAULT NULL, error_class text DEFAULT NULL)
-    RETURNS integer
+CREATE OR REPLACE VIEW autoembed._own_failure WITH (security_barrier) AS
+SELECT f.id,
+       p.table_id,
+       f.error_class,
+       false AS retried
+FROM autoembed.failure AS f
+LEFT JOIN autoembed.pipeline AS p
+    ON p.id = coalesce(
+        f.pipeline_id, (jsonb_populate_record(NULL::autoembed.backfill, f.message -> 'backfill')).pipeline_id
+    )
+WHERE autoembed._owns(p.table_id)
+   OR p.id IS NULL AND (SELECT r.rolsuper FROM pg_roles AS r WHERE r.rolname = current_user);
+COMMENT ON VIEW autoembed._own_failure IS
+    'The failures that the reader may have tried again: UPDATE … SET retried = true. A right to DELETE would include '
+    'one to LOCK TABLE.';
+
+CREATE OR REPLACE FUNCTION autoembed._retry_failure()
+    RETURNS trigger
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE
-    _retried integer;
+    _failure autoembed.failure;
 BEGIN
-    WITH retried AS (
-        DELETE FROM autoembed.failure AS f
-        USING autoembed.failed AS v
-        WHERE v.id = f.id
-          AND (retry_failed.table_name IS NULL OR v.table_name = retry_failed.table_name::text)
-          AND (retry_failed.error_class IS NULL OR v.error_class = retry_failed.error_class)
-        RETURNING f.pipeline_id, f.key, f.message
-    ),
-    queued AS (
+    DELETE FROM autoembed.failure AS f WHERE f.id = OLD.id RETURNING f.* INTO _failure;
+    IF NOT FOUND THEN
+        -- Another session has retried it.
+        RETURN NULL;
+    END IF;
+    IF _failure.message -> 'backfill' IS NULL THEN
         INSERT INTO autoembed._job (due_at, message)
-        SELECT clock_timestamp(), coalesce(r.message, jsonb_build_object(
-                   'pipeline', r.pipeline_id,
-                   'keys', jsonb_build_array(r.key::jsonb)
-               ))
-        FROM retried AS r
-        WHERE r.message -> 'backfill' IS NULL
-    ),
-    begun AS (
+        VALUES (clock_timestamp(), coalesce(_failure.message, jsonb_build_object(
+            'pipeline', _failure.pipeline_id,
+            'keys', jsonb_build_array(_failure.key::jsonb)
+        )));
+    ELSE
         INSERT INTO autoembed.backfill (pipeline_id, condition, force, create_index)
         SELECT b.pipeline_id, b.condition, b.force, b.create_index
-        FROM retried AS r
-        CROSS JOIN LATERAL jsonb_populate_record(NULL::autoembed.backfill, r.message -> 'backfill') AS b
+        FROM jsonb_populate_record(NULL::autoembed.backfill, _failure.message -> 'backfill') AS b
         JOIN autoembed.pipeline AS p ON p.id = b.pipeline_id
-        WHERE r.message -> 'backfill' IS NOT NULL
         FOR KEY SHARE OF p
-        ON CONFLICT DO NOTHING
-    )
-    SELECT count(*) INTO _retried FROM retried;
+        ON CONFLICT DO NOTHING;
+    END IF;
+    RETURN NEW;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._retry_failure IS 'Queues what has failed again, and takes it off the failed list.';
+
+CREATE OR REPLACE FUNCTION autoembed.retry_failed(table_name regclass DEFAULT NULL, error_class text DEFAULT NULL)
+    RETURNS integer
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _retried integer;
+BEGIN
+    -- The view decides by the caller's rights, which a SECURITY DEFINER function does not know.
+    UPDATE autoembed._own_failure AS f
+    SET retried = true
+    WHERE (retry_failed.table_name IS NULL OR f.table_id = retry_failed.table_name)
+      AND (retry_failed.error_class IS NULL OR f.error_class = retry_failed.error_class);
+    GET DIAGNOSTICS _retried = ROW_COUNT;
     RETURN _retried;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.retry_failed IS
-    'Queues failed rows again: those of a table, of an error class, or all. Returns how many.';
+    'Queues failed rows again: those of a table, of an error class, or all of the tables that the caller owns. Returns '
+    'how many.';

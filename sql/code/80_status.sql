@@ -1,4 +1,4 @@
--- State and progress of each embedding column.
+-- State and progress of each embedding column, and what its requests cost.
 
 CREATE OR REPLACE FUNCTION autoembed._estimated_rows(table_id regclass)
     RETURNS bigint
@@ -238,6 +238,43 @@ COMMENT ON VIEW autoembed._row_state IS
     'State of the rows of the tables that the reader owns: the digests of the text that was embedded and of the '
     'vector, and whether the row waits or has failed. An entry without a key is for a whole table, which a backfill '
     'scans.';
+
+CREATE OR REPLACE VIEW autoembed.usage WITH (security_barrier) AS
+SELECT u.day,
+       u.model,
+       p.table_id::text AS table_name,
+       p.embedding_column,
+       sum(u.requests)::bigint AS requests,
+       sum(u.inputs)::bigint AS inputs,
+       sum(u.tokens)::bigint AS tokens,
+       round(sum(u.tokens) * m.price_per_million_tokens / 1000000, 6) AS cost
+FROM (
+    SELECT d.day, d.model, d.pipeline_id, d.requests, d.inputs, d.tokens FROM autoembed.usage_day AS d
+    UNION ALL
+    SELECT (e.at AT TIME ZONE 'UTC')::date, e.model, e.pipeline_id, e.requests, e.inputs, e.tokens
+    FROM autoembed.usage_entry AS e
+) AS u
+LEFT JOIN autoembed.pipeline AS p ON p.id = u.pipeline_id
+LEFT JOIN autoembed.model AS m ON m.name = u.model
+WHERE autoembed._may_see(p.table_id)
+GROUP BY u.day, u.model, u.pipeline_id, p.table_id, p.embedding_column, m.price_per_million_tokens;
+COMMENT ON VIEW autoembed.usage IS
+    'Requests, texts and tokens per day (UTC), model and embedding column, and their cost at the model''s price. An '
+    'owner sees those of the own tables.';
+COMMENT ON COLUMN autoembed.usage.day IS 'The day, in UTC.';
+COMMENT ON COLUMN autoembed.usage.model IS 'The model.';
+COMMENT ON COLUMN autoembed.usage.table_name IS
+    'The table. NULL for embed(), and for tables that are no longer embedded.';
+COMMENT ON COLUMN autoembed.usage.embedding_column IS 'The column.';
+COMMENT ON COLUMN autoembed.usage.requests IS 'Requests that were answered.';
+COMMENT ON COLUMN autoembed.usage.inputs IS 'Texts in them.';
+COMMENT ON COLUMN autoembed.usage.tokens IS 'Tokens as the provider counted them, or as estimated where it does not.';
+COMMENT ON COLUMN autoembed.usage.cost IS 'Tokens at the model''s price_per_million_tokens; NULL where none is set.';
+
+CREATE OR REPLACE VIEW autoembed._own_pipeline_state WITH (security_barrier) AS
+SELECT s.* FROM autoembed._pipeline_state AS s WHERE autoembed._owns(s.table_id);
+COMMENT ON VIEW autoembed._own_pipeline_state IS
+    'The pipelines of the tables that the reader owns, and the reason why their jobs wait, if they do.';
 
 CREATE OR REPLACE FUNCTION autoembed.wait_until_fresh(table_name regclass, timeout_seconds double precision DEFAULT 60)
     RETURNS boolean

@@ -15,7 +15,7 @@ BEGIN
            coalesce(s.embeddings_table, s.table_id) AS vectors_table,
            b.index_problem
     INTO _state
-    FROM autoembed._pipeline_state AS s
+    FROM autoembed._own_pipeline_state AS s
     JOIN pg_class AS c ON c.oid = s.table_id
     LEFT JOIN autoembed.backfill AS b ON b.pipeline_id = s.id
     WHERE s.id = pipeline.id;
@@ -99,8 +99,9 @@ BEGIN
     SELECT count(*) = 0,
            count(*) || coalesce(', the last: ' || (array_agg(f.reason ORDER BY f.last_failed_at DESC))[1], '')
     INTO ok, finding
-    FROM autoembed.failure AS f
-    WHERE f.pipeline_id = _state.id;
+    FROM autoembed.failed AS f
+    WHERE f.table_name = _state.table_id::text AND f.embedding_column = _state.embedding_column
+      AND f.error_class = 'row';
     advice := CASE
         WHEN NOT ok THEN
             format('See autoembed.failed. To try them again: SELECT autoembed.retry_failed(%L);', _state.table_id)
@@ -111,7 +112,87 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._pipeline_checks IS
     'The checks of doctor() of one pipeline: its table, triggers, index, recall and failed rows.';
 
-CREATE OR REPLACE FUNCTION autoembed.doctor()
+CREATE OR REPLACE FUNCTION autoembed._running_lanes(backfill boolean)
+    RETURNS bigint
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT count(*)
+    FROM autoembed.lane AS l
+    WHERE NOT l.stop AND l.backfill = _running_lanes.backfill AND autoembed._lane_lives(l.pid, l.backend_start);
+$sql$;
+COMMENT ON FUNCTION autoembed._running_lanes IS
+    'The number of lanes that run and are not asked to stop. backfill: those for backfills alone.';
+
+CREATE OR REPLACE FUNCTION autoembed._lane_checks(frozen_after interval DEFAULT '1 minute')
+    RETURNS TABLE (subject text, ok boolean, finding text, advice text)
+    LANGUAGE plpgsql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _kind record;
+    _lane record;
+    _jobs record;
+    _running bigint;
+    _full record;
+BEGIN
+    IF pg_is_in_recovery() THEN
+        -- A standby shows the lanes of its primary, and runs none.
+        RETURN QUERY SELECT 'lanes', true, 'a standby, the lanes of its primary do the work', NULL;
+        RETURN;
+    END IF;
+    SELECT f.* INTO _full FROM autoembed._full_limit() AS f;
+    FOR _kind IN SELECT k.* FROM (VALUES ('lanes', false), ('backfill lanes', true)) AS k(name, backfill) LOOP
+        _running := autoembed._running_lanes(_kind.backfill);
+        SELECT j.* INTO _jobs FROM autoembed._lane_jobs(_kind.backfill) AS j;
+        subject := _kind.name;
+        -- Without a lane for backfills, the others do them.
+        ok := (_running > 0 OR _kind.backfill AND coalesce(_jobs.scheduled, 0) = 0)
+            AND (_full.name IS NULL OR _running >= coalesce(_jobs.scheduled, 0));
+        finding := concat_ws(
+            ', ',
+            _running || ' running',
+            _jobs.scheduled || ' scheduled',
+            CASE WHEN NOT ok AND _running < _jobs.scheduled THEN _full.problem END,
+            CASE WHEN NOT ok THEN 'the last one ended with: ' || _jobs.last_message END
+        );
+        advice := CASE
+            WHEN ok THEN NULL
+            WHEN _jobs.scheduled > 0 AND _full.name IS NOT NULL THEN
+                format('Raise %s and restart the server, or run fewer lanes with autoembed.schedule().', _full.name)
+            WHEN _jobs.scheduled > 0 THEN
+                'pg_cron does not start them. Check cron.job_run_details, the server''s log, and whether '
+                'max_worker_processes is high enough.'
+            ELSE autoembed._start_advice()
+        END;
+        RETURN NEXT;
+    END LOOP;
+    -- A lane begins a transaction many times a second, also while it waits for an answer.
+    FOR _lane IN
+        SELECT l.pid, date_trunc('second', clock_timestamp() - a.xact_start) AS since, a.wait_event
+        FROM autoembed.lane AS l
+        CROSS JOIN LATERAL pg_stat_get_activity(l.pid) AS a
+        WHERE a.backend_start = l.backend_start AND a.xact_start < clock_timestamp() - frozen_after
+        ORDER BY l.pid
+    LOOP
+        subject := format('lane %s', _lane.pid);
+        ok := false;
+        finding := concat('has done nothing for ', _lane.since, ', waits for ' || _lane.wait_event);
+        advice := format('SELECT pg_terminate_backend(%s); its rows go to the next lane. If the process stays, it is '
+                         'stopped by the operating system.', _lane.pid);
+        RETURN NEXT;
+    END LOOP;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._lane_checks IS
+    'The checks of doctor() of lanes: how many run of those that are scheduled, those for backfills apart, and lanes '
+    'that do not go on.';
+
+CREATE OR REPLACE FUNCTION autoembed._check_everything()
     RETURNS TABLE (subject text, ok boolean, finding text, advice text)
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -120,15 +201,12 @@ AS $plpgsql$
 DECLARE
     _row record;
     _lanes bigint;
-    _scheduled bigint;
     _start text := autoembed._start_advice();
     _problem text;
     _advice text;
     _pipeline autoembed.pipeline;
 BEGIN
-    SELECT count(*) INTO _lanes
-    FROM autoembed.lane AS l
-    WHERE NOT l.stop AND NOT l.backfill AND autoembed._lane_lives(l.pid, l.backend_start);
+    _lanes := autoembed._running_lanes(false);
     FOR _row IN
         SELECT n.name, e.installed_version, e.default_version
         FROM unnest('{autoembed,pg_cron,pgmq,plpython3u,vector}'::text[]) AS n(name)
@@ -161,26 +239,7 @@ BEGIN
         RETURN NEXT;
     END LOOP;
 
-    subject := 'lanes';
-    SELECT j.scheduled, 'the last one ended with: ' || j.last_message
-    INTO _scheduled, _problem
-    FROM autoembed._lane_jobs() AS j;
-    -- A standby shows the lanes of its primary, and runs none.
-    ok := _lanes > 0 OR pg_is_in_recovery();
-    finding := CASE
-        WHEN pg_is_in_recovery() THEN 'a standby, the lanes of its primary do the work'
-        ELSE concat_ws(
-            ', ', _lanes || ' running', _scheduled || ' jobs of pg_cron', CASE WHEN NOT ok THEN _problem END
-        )
-    END;
-    advice := CASE
-        WHEN ok THEN NULL
-        WHEN _scheduled > 0 THEN
-            'pg_cron does not start them. Check cron.job_run_details, the server''s log, and whether '
-            'max_worker_processes is high enough.'
-        ELSE _start
-    END;
-    RETURN NEXT;
+    RETURN QUERY SELECT c.* FROM autoembed._lane_checks() AS c;
 
     FOR _row IN SELECT j.* FROM autoembed._jobs_of_dropped_databases() AS j ORDER BY j.name LOOP
         subject := format('job %s', _row.name);
@@ -204,7 +263,9 @@ BEGIN
         subject := format('model %s', _row.name);
         SELECT p.problem, p.advice INTO _problem, _advice FROM autoembed._probe(_row.name) AS p;
         ok := _row.until IS NULL AND _problem IS NULL;
-        finding := coalesce(_problem, 'rests until ' || _row.until || ': ' || _row.reason, 'answers');
+        finding := coalesce(_problem, 'rests until ' || _row.until || ': ' || _row.reason, 'answers')
+            || coalesce('; it refused a longer text, so texts are cut at about ' || autoembed._tokens_taken(_row.name)
+                        || ' tokens', '');
         advice := CASE
             WHEN _problem IS NOT NULL THEN _advice
             WHEN _row.until IS NOT NULL THEN
@@ -256,9 +317,48 @@ BEGIN
     END IF;
 END;
 $plpgsql$;
+COMMENT ON FUNCTION autoembed._check_everything IS
+    'The checks of doctor() for a superuser: the extensions, the lanes, each model, each table and the queue. Sends '
+    'each model in use one word.';
+
+CREATE OR REPLACE FUNCTION autoembed._check_own()
+    RETURNS TABLE (subject text, ok boolean, finding text, advice text)
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _pipeline autoembed.pipeline;
+BEGIN
+    subject := 'lanes';
+    ok := autoembed._running_lanes(false) > 0 OR pg_is_in_recovery();
+    finding := format('%s running', autoembed._running_lanes(false));
+    advice := CASE WHEN NOT ok THEN 'Ask a superuser for the lines on lanes of SELECT * FROM autoembed.doctor().' END;
+    RETURN NEXT;
+    FOR _pipeline IN SELECT p.* FROM autoembed.pipeline AS p WHERE autoembed._owns(p.table_id) ORDER BY p.id LOOP
+        RETURN QUERY SELECT c.* FROM autoembed._pipeline_checks(_pipeline) AS c;
+    END LOOP;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._check_own IS
+    'The checks of doctor() for an owner of tables: whether lanes run, and the own tables.';
+
+CREATE OR REPLACE FUNCTION autoembed.doctor()
+    RETURNS TABLE (subject text, ok boolean, finding text, advice text)
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF (SELECT r.rolsuper FROM pg_roles AS r WHERE r.rolname = current_user) THEN
+        RETURN QUERY SELECT c.* FROM autoembed._check_everything() AS c;
+    ELSE
+        RETURN QUERY SELECT c.* FROM autoembed._check_own() AS c;
+    END IF;
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed.doctor IS
     'Checks the extensions, the lanes, each model, each table and the queue. Returns for each check whether it passed, '
-    'the finding, and advice if it did not pass. Sends each model in use one word.';
+    'the finding, and advice if it did not pass. Sends each model in use one word. A role that is no superuser gets '
+    'the checks of the own tables, and no model is asked.';
 
 CREATE OR REPLACE FUNCTION autoembed._probe(model text, OUT problem text, OUT advice text)
     LANGUAGE plpython3u

@@ -16,7 +16,8 @@ BEGIN
               _check_pipeline, _default_model, _estimated_rows, _lane_lives, _may_see, _owns, _short_key
           }'::text[])
     ), role);
-    EXECUTE format('GRANT SELECT ON autoembed.status, autoembed.progress, autoembed.failed TO %s', role);
+    EXECUTE format('GRANT SELECT ON autoembed.status, autoembed.progress, autoembed.failed, autoembed.usage TO %s',
+                   role);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._grant IS
@@ -29,18 +30,20 @@ CREATE OR REPLACE FUNCTION autoembed.grant_usage(role regrole)
 AS $plpgsql$
 BEGIN
     PERFORM autoembed._grant(role, '{
-        alter_pipeline, chunk_text, clear_column, create_match_function, disable, embed, embed_query, enable, estimate,
-        evaluate_search, measure_recall, pause, preview, queue_embeddings, reembed, resume, resync, search, search_rows,
-        tune, wait_until_fresh, _advisory_locks, _as_owner, _check_attachable, _check_chunking, _check_content,
-        _check_on_change, _check_owner, _check_template, _chunk_call, _chunk_function_of, _chunk_text, _chunking,
-        _columns_of, _content_expression, _content_function, _content_function_of, _dimensions, _distances,
-        _distances_of, _drop_orphaned_pipelines, _drop_stray_triggers, _estimate_texts, _estimated_matches,
-        _exact_answers, _found_rows, _full_text_config, _index_key, _is_empty, _judgments, _key_columns,
-        _key_expression, _load_python, _look_through, _make_embeddings_table, _match_function, _measured_recall,
-        _nearest, _needed_columns, _new_place, _operator, _owned_pipeline, _owned_pipelines, _prefix_expression,
-        _prefix_of, _preview, _python_sources, _ranked, _read_condition, _recall, _restore_advisory_locks,
-        _run_as_owner, _search_quality, _search_target, _searched, _set_paused, _stray_triggers, _template,
-        _text_matches, _vector_digest_expression, _waits_for_commit
+        alter_pipeline, chunk_text, clear_column, create_match_function, disable, doctor, embed, embed_query, enable,
+        estimate, evaluate_search, measure_recall, pause, preview, queue_embeddings, reembed, resume, resync,
+        retry_failed, search, search_rows, tune, wait_until_fresh, _advisory_locks, _as_owner, _check_attachable,
+        _check_chunking, _check_content, _check_on_change, _check_own, _check_owner, _check_template, _chunk_call,
+        _chunk_function_of, _chunk_text, _chunking, _clears, _columns_of, _content_expression, _content_function,
+        _content_function_of, _cron_is_here, _dimensions, _distances, _distances_of, _drop_orphaned_pipelines,
+        _drop_stray_triggers, _estimate_texts, _estimated_matches, _exact_answers, _found_rows, _full_text_config,
+        _guide_triggers, _index_key, _is_empty, _is_subscribed, _judgments, _key_columns, _key_expression, _load_python,
+        _lock_holder, _lock_table, _look_through, _make_embeddings_table, _match_function, _measured_recall,
+        _missing_guide_triggers, _nearest, _needed_columns, _new_place, _operator, _owned_pipeline, _owned_pipelines,
+        _pipeline_checks, _prefix_expression, _prefix_of, _preview, _python_sources, _ranked, _read_condition, _recall,
+        _restore_advisory_locks, _run_as_owner, _running_lanes, _search_quality, _search_target, _searched, _set_paused,
+        _stray_triggers, _template, _text_matches, _trigger_name, _trigger_problems, _vector_digest_expression,
+        _vector_index, _waits_for_commit
     }');
     -- The role gets rights to columns only. A right to the whole table, which 0.1.0 granted, includes LOCK TABLE, and
     -- that stops all lanes.
@@ -59,7 +62,8 @@ BEGIN
                     INSERT (pipeline_id, condition, force, create_index),
                     UPDATE (condition, force, position, rows_queued, started_at, scanned_at, index_problem)
                     ON autoembed.backfill TO %s', role);
-    EXECUTE format('GRANT SELECT ON autoembed._row_state TO %s', role);
+    EXECUTE format('GRANT SELECT ON autoembed._row_state, autoembed._own_pipeline_state TO %s', role);
+    EXECUTE format('GRANT SELECT, UPDATE (retried) ON autoembed._own_failure TO %s', role);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.grant_usage IS
@@ -73,7 +77,7 @@ CREATE OR REPLACE FUNCTION autoembed.grant_monitor(role regrole)
 AS $plpgsql$
 BEGIN
     PERFORM autoembed._grant(role, '{}');
-    EXECUTE format('GRANT SELECT ON autoembed.usage, autoembed.model_rest TO %s', role);
+    EXECUTE format('GRANT SELECT ON autoembed.model_rest TO %s', role);
     EXECUTE format('GRANT pg_monitor TO %s', role);
 END;
 $plpgsql$;
@@ -97,10 +101,10 @@ BEGIN
           AND (p.proname = ANY ('{
                    _call_embedder, _check_options, _claim, _clean_up, _digests, _enter_lane, _extend, _fail,
                    _fail_backfill, _fail_message, _forget, _forget_all, _free_slots, _gate, _index_texts,
-                   _lane_is_wanted, _learn_limits, _leave_lane, _load_python, _next_backfill, _note_replaced,
-                   _note_usage, _pipelines, _python_sources, _queue_backfill, _record_embedded, _release,
-                   _replace_segments, _requeue, _resolve, _rest_model, _rest_pipelines, _segments_to_merge, _settle,
-                   _stage, _take_permit, _unindexed, _warn_of_blocked_pipelines, resume_model
+                   _lane_is_wanted, _learn_limits, _learn_tokens_taken, _leave_lane, _load_python, _next_backfill,
+                   _note_replaced, _note_usage, _pipelines, _python_sources, _queue_backfill, _record_embedded,
+                   _release, _replace_segments, _requeue, _resolve, _rest_model, _rest_pipelines, _segments_to_merge,
+                   _settle, _stage, _take_permit, _unindexed, _warn_of_blocked_pipelines, resume_model
                }'::text[])
                OR p.proname ~ '^_(content|write|scan|split)_[0-9]+$')
     LOOP
@@ -157,7 +161,9 @@ BEGIN
     END LOOP;
     FOR _role IN
         SELECT a.grantee FROM pg_class AS c CROSS JOIN LATERAL aclexplode(c.relacl) AS a
-        WHERE c.oid = 'autoembed.usage'::regclass AND a.privilege_type = 'SELECT' AND a.grantee NOT IN (0, c.relowner)
+        -- Owners may read the view usage, too.
+        WHERE c.oid = 'autoembed.model_rest'::regclass AND a.privilege_type = 'SELECT'
+          AND a.grantee NOT IN (0, c.relowner)
     LOOP
         PERFORM autoembed.grant_monitor(_role);
     END LOOP;

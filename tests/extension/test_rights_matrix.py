@@ -52,10 +52,12 @@ _check_chunking - x - x
 _check_content - x - x
 _check_content_function - - - x
 _check_embedding_column - - - x
+_check_everything - - - x
 _check_function_owner - - - x
 _check_model - - - x
 _check_on_change - x - x
 _check_options - - - x
+_check_own - x - x
 _check_owner - x - x
 _check_pipeline - x x x
 _check_table - - - x
@@ -70,7 +72,7 @@ _chunks - - - x
 _chunks_view - - - x
 _claim - - - x
 _clean_up - - - x
-_clears - - - x
+_clears - x - x
 _columns_of - x - x
 _compute_virtual - - - x
 _content_bytes_expression - - - x
@@ -82,7 +84,7 @@ _continue_advice - - - x
 _copy_embeddings - - - x
 _create_function - - - x
 _create_functions - - - x
-_cron_is_here - - - x
+_cron_is_here - x - x
 _cron_places - - - x
 _default_model - x x x
 _define - - - x
@@ -130,13 +132,14 @@ _forget_runs - - - x
 _forget_texts - - - x
 _found_rows - x - x
 _free_slots - - - x
+_full_limit - - - x
 _full_text_config - x - x
 _function_guard - - - x
 _function_named - - - x
 _function_template - - - x
 _gate - - - x
 _grant - - - x
-_guide_triggers - - - x
+_guide_triggers - x - x
 _has_key_expression - - - x
 _hold_index_job - - - x
 _http_hosts - - - x
@@ -148,7 +151,7 @@ _is_chosen - - - x
 _is_empty - x - x
 _is_key - - - x
 _is_retired - - - x
-_is_subscribed - - - x
+_is_subscribed - x - x
 _is_superusers - - - x
 _is_uncommitted - - - x
 _job_of_lane - - - x
@@ -162,14 +165,18 @@ _key_expression - x - x
 _key_slots - - - x
 _keys_per_message - - - x
 _labels - - - x
+_lane_checks - - - x
 _lane_is_wanted - - - x
 _lane_jobs - - - x
 _lane_lives - x x x
 _lane_roles - - - x
 _learn_limits - - - x
+_learn_tokens_taken - - - x
 _leave_lane - - - x
 _list_queue - - - x
 _load_python - x - x
+_lock_holder - x - x
+_lock_table - x - x
 _look_through - x - x
 _make_embeddings_table - x - x
 _make_slots - - - x
@@ -177,7 +184,7 @@ _match_function - x - x
 _may_see - x x x
 _may_take_key - - - x
 _measured_recall - x - x
-_missing_guide_triggers - - - x
+_missing_guide_triggers - x - x
 _missing_object - - - x
 _model - - - x
 _model_changed - - - x
@@ -198,7 +205,7 @@ _owned_pipeline - x - x
 _owned_pipelines - x - x
 _owns - x x x
 _passage_expression - - - x
-_pipeline_checks - - - x
+_pipeline_checks - x - x
 _pipelines - - - x
 _plan - - - x
 _prefix_expression - x - x
@@ -224,9 +231,11 @@ _resolve - - - x
 _rest_model - - - x
 _rest_pipelines - - - x
 _restore_advisory_locks - x - x
+_retry_failure - - - x
 _rows_of - - - x
 _run_as_owner - x - x
 _run_statement_as_owner - - - x
+_running_lanes - x - x
 _schedule_index - - - x
 _schedule_statement - - - x
 _search_quality - x - x
@@ -251,15 +260,16 @@ _take_slot - - - x
 _template - x - x
 _text_config - - - x
 _text_matches - x - x
-_trigger_name - - - x
-_trigger_problems - - - x
+_tokens_taken - - - x
+_trigger_name - x - x
+_trigger_problems - x - x
 _unindexed - - - x
 _unschedule - - - x
 _updated - - - x
 _vault_key - - - x
 _vector_digest_expression - x - x
 _vector_faults - - - x
-_vector_index - - - x
+_vector_index - x - x
 _vector_types - - - x
 _vector_version - - - x
 _waits_for_commit - x - x
@@ -277,7 +287,7 @@ clear_column - x - x
 create_match_function - x - x
 create_model - - - x
 disable - x - x
-doctor - - - x
+doctor - x - x
 drop_model - - - x
 embed - x - x
 embed_query - x - x
@@ -296,8 +306,10 @@ reembed - x - x
 resume - x - x
 resume_model - - - x
 resync - x - x
-retry_failed - - - x
+retry_failed - x - x
 schedule - - - x
+search - x - x
+search - x - x
 search - x - x
 search_rows - x - x
 set_default_model - - - x
@@ -310,6 +322,9 @@ work - - - x
 # r: select, a: insert, w: update, d: delete. Below a relation the columns of which somebody may do more than of all.
 RELATIONS = """
 _job - - - rawd
+_own_failure - r - rawd
+_own_failure.retried - rw - raw
+_own_pipeline_state - r - rawd
 _pipeline_state - - - rawd
 _row_state - r - rawd
 _this_lane - - - rawd
@@ -367,7 +382,7 @@ text_document - - - rawd
 text_posting - - - rawd
 text_segment - - - rawd
 turn - - - rawd
-usage - - r rawd
+usage - r r rawd
 usage_day - - - rawd
 usage_entry - - - rawd
 """
@@ -433,6 +448,34 @@ def tables(db: Connection, people: dict[str, str], connect: Connect, api: FakeAp
     for owner in ("alice", "bob"):
         db.execute(f"SELECT autoembed.resync('{people[owner]}.{owner}_notes')")
     return {owner: f"{people[owner]}.{owner}_notes" for owner in ("alice", "bob")}
+
+
+def test_an_owner_has_doctor_usage_and_retry_failed_of_the_own_tables(
+    db: Connection, people: dict[str, str], tables: dict[str, str], connect: Connect, api: FakeApi
+) -> None:
+    with connect(user=people["alice"]) as alice:
+        checks = alice.execute("SELECT * FROM autoembed.doctor()").fetchall()
+        assert {row.subject.rpartition(" ")[2] for row in checks} == {"lanes", f"{tables['alice']}.embedding"}
+        assert {row.subject.partition(" ")[0]: row.ok for row in checks} == {
+            "lanes": False, "table": True, "triggers": True, "index": True, "failed": False,
+        }  # fmt: skip
+        assert "a superuser" in checks[0].advice
+        [failed] = [row for row in checks if row.subject.startswith("failed")]
+        assert failed.finding.startswith("1, the last: ")
+
+        used = alice.execute("SELECT DISTINCT table_name FROM autoembed.usage").fetchall()
+        assert used == [("alice_notes",)]
+
+        api.behave()
+        [bobs] = db.execute("SELECT %s::regclass::oid::int AS id", [tables["bob"]]).fetchall()
+        assert alice.execute("SELECT autoembed.retry_failed(%s::oid::regclass)", [bobs.id]).fetchone() == (0,)
+        assert alice.execute("SELECT autoembed.retry_failed()").fetchone() == (1,)
+        assert alice.execute("SELECT count(*) FROM autoembed.failed").fetchone() == (0,)
+    assert [row.table_name for row in db.execute("SELECT table_name FROM autoembed.failed")] == [tables["bob"]]
+    while db.execute("SELECT read FROM autoembed.process()").fetchone() != (0,):
+        pass
+    missing = f"SELECT count(*) FROM {tables['alice']} WHERE embedding IS NULL"
+    assert db.execute(missing.encode()).fetchone() == (0,)
 
 
 def matrix(db: Connection, sql: str, people: dict[str, str]) -> list[str]:

@@ -102,7 +102,7 @@ def test_unschedule_ends_the_lanes_and_says_how_many(cron: Connection) -> None:
     assert cron.execute("SELECT autoembed.unschedule()").fetchone() == (3,)
 
     assert cron.execute("SELECT autoembed.unschedule()").fetchone() == (0,)
-    assert cron.execute("SELECT scheduled FROM autoembed._lane_jobs()").fetchone() == (0,)
+    assert cron.execute("SELECT scheduled FROM autoembed._lane_jobs(false)").fetchone() == (0,)
     wait_until(lambda: not lane_sessions(cron) and not jobs(cron), 10)
 
 
@@ -368,7 +368,59 @@ def test_the_reason_of_a_lane_that_fails_is_told_while_the_next_one_starts(cron:
             [status, message],
         )
 
-    told = "SELECT last_message FROM autoembed._lane_jobs()"
+    told = "SELECT last_message FROM autoembed._lane_jobs(false)"
     assert cron.execute(told).fetchone() == ("ERROR: no",)
     cron.execute("UPDATE cron.job_run_details SET status = 'succeeded' WHERE status = 'running'")
     assert cron.execute(told).fetchone() == (None,)
+
+
+def check(db: Connection, subject: str) -> tuple[object, ...]:
+    row = db.execute("SELECT ok, finding, advice FROM autoembed.doctor() WHERE subject = %s", [subject]).fetchone()
+    assert row is not None
+    return tuple(row)
+
+
+def test_doctor_tells_lanes_for_backfills_from_the_others(cron: Connection) -> None:
+    cron.execute("SELECT autoembed.schedule(2)")
+    wait_until(lambda: len(lanes(cron)) == 2 and len(backfill_lanes(cron)) == 1)
+    assert check(cron, "lanes") == (True, "2 running, 2 scheduled", None)
+    assert check(cron, "backfill lanes") == (True, "1 running, 1 scheduled", None)
+
+    cron.execute("SELECT autoembed.schedule(1, 0)")
+    wait_until(lambda: len(lanes(cron)) == 1 and not backfill_lanes(cron))
+    assert check(cron, "backfill lanes") == (True, "0 running, 0 scheduled", None)
+
+    # Only the lane for backfills is there: nothing that changes is embedded.
+    cron.execute("SELECT cron.unschedule('autoembed-lane-1')")
+    cron.execute("SELECT cron.schedule('autoembed-backfill-1', '1 second', 'CALL autoembed.work(backfill => true)')")
+    wait_until(lambda: not lanes(cron) and len(backfill_lanes(cron)) == 1)
+    assert check(cron, "lanes") == (False, "0 running, 0 scheduled", "SELECT autoembed.schedule();")
+
+
+def test_doctor_names_the_setting_that_keeps_lanes_from_starting(cron: Connection) -> None:
+    """cron.max_running_jobs is 5 by default."""
+    cron.execute("SELECT autoembed.schedule(7, 0)")
+    wait_until(lambda: len(lanes(cron)) == 5)
+
+    ok, finding, advice = check(cron, "lanes")
+
+    assert (ok, finding) == (False, "5 running, 7 scheduled, cron.max_running_jobs is 5, and all are in use")
+    assert "cron.max_running_jobs" in str(advice)
+
+
+def test_doctor_names_a_lane_that_does_not_go_on(cron: Connection, scheduled: Server) -> None:
+    cron.execute("SELECT autoembed.schedule(1)")
+    wait_until(lambda: len(lanes(cron)) == 1)
+    [pid] = lanes(cron)
+    frozen = "SELECT subject, ok, finding, advice FROM autoembed._lane_checks('1 second') WHERE subject LIKE 'lane %'"
+    scheduled.container.get_wrapped_container().exec_run(["kill", "-STOP", str(pid)])
+    try:
+        [row] = wait_until(lambda: cron.execute(frozen).fetchall())
+    finally:
+        scheduled.container.get_wrapped_container().exec_run(["kill", "-CONT", str(pid)])
+
+    assert (row.subject, row.ok) == (f"lane {pid}", False)
+    assert row.finding.startswith("has done nothing for 00:00:0")
+    assert f"pg_terminate_backend({pid})" in row.advice
+    # A lane that waits for work goes on all the time.
+    wait_until(lambda: not cron.execute(frozen).fetchall())
