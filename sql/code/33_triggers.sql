@@ -70,10 +70,13 @@ BEGIN
             ('clear', CASE WHEN autoembed._clears(pipeline) THEN 'BEFORE UPDATE ON %s FOR EACH ROW' END)
         ) AS t(name, definition)
     LOOP
-        EXECUTE format('DROP TRIGGER IF EXISTS %I ON %s',
-                       autoembed._trigger_name(pipeline.id, _name), pipeline.table_id);
-        CONTINUE WHEN _definition IS NULL;
-        EXECUTE format('CREATE TRIGGER %I ' || _definition || ' EXECUTE FUNCTION autoembed._%s_%s()',
+        IF _definition IS NULL THEN
+            EXECUTE format('DROP TRIGGER IF EXISTS %I ON %s',
+                           autoembed._trigger_name(pipeline.id, _name), pipeline.table_id);
+            CONTINUE;
+        END IF;
+        -- A trigger that is dropped before would lock the table against readers.
+        EXECUTE format('CREATE OR REPLACE TRIGGER %I ' || _definition || ' EXECUTE FUNCTION autoembed._%s_%s()',
                        autoembed._trigger_name(pipeline.id, _name), pipeline.table_id,
                        CASE _name WHEN 'clear' THEN 'clear' ELSE 'capture' END, pipeline.id);
         IF pipeline.replicated THEN

@@ -91,10 +91,10 @@ BEGIN
         PERFORM autoembed._unschedule('index-' || pipeline_id);
         RETURN true;
     ELSIF NOT autoembed._cron_is_here() THEN
-        RAISE WARNING USING
-            MESSAGE = format('%s.%I has no index', _vectors_table, _pipeline.embedding_column),
-            HINT = 'Create it by hand: indexes are built by pg_cron, which is not installed in this database.';
-        RETURN true;
+        UPDATE autoembed.backfill AS b
+        SET index_problem = 'pg_cron, which builds indexes, is not installed in this database'
+        WHERE b.pipeline_id = _build_index.pipeline_id AND b.index_problem IS NULL;
+        RETURN false;
     END IF;
     SELECT k.* INTO _key FROM autoembed._index_key(_pipeline) AS k;
     SELECT j.* INTO _job FROM autoembed._index_job(pipeline_id) AS j;
@@ -139,8 +139,7 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._build_index IS
-    'Has pg_cron build the HNSW index of a pipeline''s column, concurrently. True if the index exists, or cannot be '
-    'built in this database.';
+    'Has pg_cron build the HNSW index of a pipeline''s column, concurrently. True if the index exists.';
 
 CREATE OR REPLACE FUNCTION autoembed._vector_version()
     RETURNS text

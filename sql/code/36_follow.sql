@@ -369,6 +369,7 @@ BEGIN
         -- The rows are read before the triggers lock the table against writes. What changes meanwhile has another
         -- digest, which the backfill sees.
         PERFORM autoembed._adopt_vectors(NEW);
+        PERFORM autoembed._lock_table(NEW.table_id, false);
     END IF;
     IF NEW.managed AND (
         TG_OP = 'INSERT'

@@ -436,6 +436,89 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._check_attachable IS
     'Refuses what is no permanent, whole table, and an index on the rows of a partitioned table.';
 
+CREATE OR REPLACE FUNCTION autoembed._lock_holder(
+    table_id regclass,
+    modes text[],
+    OUT pid integer,
+    OUT holder text,
+    OUT is_autovacuum boolean
+)
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT a.pid,
+           concat_ws(', ',
+               format('process %s', a.pid),
+               format('role %s', a.usename),
+               format('application %s', nullif(a.application_name, '')),
+               'in a transaction for ' || date_trunc('second', clock_timestamp() - a.xact_start)
+           ),
+           a.backend_type = 'autovacuum worker'
+    FROM pg_locks AS l
+    LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
+    WHERE l.locktype = 'relation' AND l.granted AND l.pid <> pg_backend_pid() AND l.mode = ANY (modes)
+      AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
+      AND l.relation IN (SELECT t.relid FROM pg_partition_tree(table_id) AS t UNION ALL SELECT table_id)
+    ORDER BY a.xact_start
+    LIMIT 1;
+$sql$;
+COMMENT ON FUNCTION autoembed._lock_holder IS
+    'The oldest transaction of another session that holds a lock of one of these modes on a table or on a partition of '
+    'it.';
+
+CREATE OR REPLACE FUNCTION autoembed._lock_table(table_id regclass, exclusive boolean)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+    SET lock_timeout = '100ms'
+AS $plpgsql$
+DECLARE
+    _mode CONSTANT text := CASE WHEN exclusive THEN 'ACCESS EXCLUSIVE' ELSE 'SHARE ROW EXCLUSIVE' END;
+    _in_the_way CONSTANT text[] := '{RowExclusiveLock,ShareUpdateExclusiveLock,ShareLock,ShareRowExclusiveLock,'
+        'ExclusiveLock,AccessExclusiveLock}'::text[]
+        || CASE WHEN exclusive THEN '{AccessShareLock,RowShareLock}'::text[] ELSE '{}' END;
+    _end CONSTANT timestamptz := clock_timestamp() + interval '5 seconds';
+    _holder record;
+BEGIN
+    LOOP
+        BEGIN
+            EXECUTE format('LOCK TABLE %s IN %s MODE', table_id, _mode);
+            RETURN;
+        EXCEPTION
+            WHEN lock_not_available THEN
+                NULL;
+            WHEN insufficient_privilege THEN
+                -- An owner may have revoked its own rights. The statements that follow take the lock then.
+                RETURN;
+        END;
+        SELECT h.* INTO _holder FROM autoembed._lock_holder(table_id, _in_the_way) AS h;
+        EXIT WHEN clock_timestamp() >= _end;
+        IF _holder.is_autovacuum THEN
+            -- An autovacuum gives way to somebody who waits for so long, and not before.
+            PERFORM set_config('lock_timeout', (
+                SELECT s.setting::integer + 500 FROM pg_settings AS s WHERE s.name = 'deadlock_timeout'
+            )::text, true);
+        ELSE
+            -- Those who wait behind this session go on meanwhile.
+            PERFORM set_config('lock_timeout', '100ms', true), pg_sleep(0.3);
+        END IF;
+    END LOOP;
+    RAISE EXCEPTION USING
+        ERRCODE = 'lock_not_available',
+        MESSAGE = format('table %s is in use by another transaction', table_id),
+        DETAIL = format('A lock on it is held by %s.', coalesce(_holder.holder, 'a prepared transaction')),
+        HINT = coalesce(
+            format('Call it again when that has ended. To end it: SELECT pg_terminate_backend(%s).', _holder.pid),
+            'See pg_prepared_xacts.'
+        );
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._lock_table IS
+    'Locks a table that is to be altered: against writers, or, if exclusive, against all. It tries so for five '
+    'seconds, each time for a moment, so that a long transaction stops nobody else who uses the table.';
+
 CREATE OR REPLACE FUNCTION autoembed.enable(
     table_name regclass,
     embedding_column name DEFAULT NULL,
@@ -524,6 +607,13 @@ BEGIN
     END IF;
 
     _dimensions := autoembed._dimensions(enable.model);
+    -- Vectors are adopted before the table is locked.
+    IF adopt IS NOT TRUE THEN
+        PERFORM autoembed._lock_table(enable.table_name, enable.embedding_column IS NOT NULL AND NOT EXISTS (
+            SELECT FROM pg_attribute AS a
+            WHERE a.attrelid = enable.table_name AND a.attname = enable.embedding_column AND NOT a.attisdropped
+        ));
+    END IF;
     IF enable.embedding_column IS NULL THEN
         _embeddings_table := autoembed._make_embeddings_table(
             enable.table_name, enable.embeddings_table, _dimensions
@@ -563,6 +653,12 @@ BEGIN
             HINT = _index.hint;
     ELSIF _index.key IS NULL THEN
         RAISE WARNING USING MESSAGE = _index.problem, HINT = _index.hint;
+    ELSIF create_index AND NOT autoembed._cron_is_here() THEN
+        RAISE WARNING USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = format('the index of %s cannot be built: pg_cron is not installed in this database', _name),
+            HINT = format('When the rows are embedded: CREATE INDEX CONCURRENTLY ON %s USING hnsw (%s);',
+                          coalesce(_embeddings_table, enable.table_name), _index.key);
     END IF;
     -- The triggers are there, and no other session can write before this transaction ends. What comes is queued.
     _is_empty := autoembed._is_empty(enable.table_name);
@@ -644,6 +740,12 @@ BEGIN
             ERRCODE = 'invalid_parameter_value',
             MESSAGE = format('storage must be beside or row, not %s', storage),
             HINT = 'beside keeps embeddings in a table beside the rows, row in a column of the rows.';
+    END IF;
+    IF _moves OR alter_pipeline.on_change IS NOT NULL THEN
+        PERFORM autoembed._lock_table(_pipeline.table_id, true);
+    END IF;
+    IF _moves AND NOT _is_beside THEN
+        PERFORM autoembed._lock_table(_pipeline.embeddings_table, true);
     END IF;
     SELECT n.* INTO _new_place
     FROM autoembed._new_place(_pipeline, coalesce(nullif(alter_pipeline.model, ''), _pipeline.model)) AS n
@@ -755,6 +857,10 @@ BEGIN
         END IF;
     END IF;
     FOR _pipeline IN SELECT p.* FROM autoembed._owned_pipelines(table_name, embedding_column) AS p LOOP
+        PERFORM autoembed._lock_table(_pipeline.table_id, true);
+        IF disable.drop AND _pipeline.embeddings_table IS NOT NULL THEN
+            PERFORM autoembed._lock_table(_pipeline.embeddings_table, true);
+        END IF;
         UPDATE autoembed.pipeline AS p SET ended = true WHERE p.id = _pipeline.id;
         IF disable.drop AND _pipeline.embeddings_table IS NOT NULL THEN
             EXECUTE format('DROP TABLE %s', _pipeline.embeddings_table);

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fake_api import FakeApi, embedding_of
-from harness import Connection, Server, run_server, waiting, warnings_of
+from harness import Connection, Server, run_server, waiting
 from lanes import Lane, running_lanes
 from waiting import wait_until
 
@@ -524,17 +524,6 @@ def test_a_locked_table_holds_up_no_other_and_costs_no_request_again_and_again(
 # The index ---------------------------------------------------------------------------------------------
 
 
-def test_without_pg_cron_an_index_that_was_asked_for_is_left_to_the_owner(db: Connection, api: FakeApi) -> None:
-    fill(db, 3)
-    enable(db, arguments=", create_index => true")
-    with warnings_of(db) as warnings:
-        process_all(db)
-        process(db)
-
-    assert any("public.documents.embedding has no index" in warning for warning in warnings)
-    assert db.execute("SELECT count(*) FROM autoembed.backfill").fetchone() == (0,)
-
-
 @pytest.fixture(scope="module")
 def scheduled() -> Iterator[Server]:
     """A server with pg_cron in its database postgres, a lane and one for backfills."""
@@ -680,6 +669,11 @@ def test_a_build_that_fails_ends_with_its_reason_and_begins_anew_when_that_is_me
     assert cron.execute(state).fetchall() == [("idle", None, None)]
 
 
+ENDED = """
+    SELECT FROM cron.job_run_details
+    WHERE command LIKE 'CREATE INDEX CONCURRENTLY%documents%' AND return_message LIKE 'ERROR%cancel%'"""
+
+
 @contextmanager
 def a_build_held_up(db: Connection, server: Server) -> Iterator[None]:
     """The build of documents' index, five seconds old, waits for an application until the end of this."""
@@ -718,6 +712,46 @@ def test_a_build_that_is_killed_begins_anew(cron: Connection, scheduled: Server)
 
     assert killed == (True,)
     assert len(cron.execute(HNSW).fetchall()) == 1
+
+
+def test_a_build_that_ends_in_an_error_that_passes_is_tried_again(cron: Connection, scheduled: Server) -> None:
+    """A deadlock with an ANALYZE ends it, as a cancel does."""
+    with a_build_held_up(cron, scheduled):
+        [cancelled] = cron.execute(
+            "SELECT pg_cancel_backend(pid) FROM pg_stat_progress_create_index WHERE relid = 'documents'::regclass"
+        ).fetchall()
+        wait_until(lambda: cron.execute(ENDED).fetchall())
+    wait_until_no_backfill(cron)
+
+    assert cancelled == (True,)
+    assert len(cron.execute(HNSW).fetchall()) == 1
+
+
+@pytest.mark.parametrize("place", ["embedding", None])
+def test_without_pg_cron_it_is_said_that_no_index_is_built(
+    documents: Connection, connect: Connect, place: str | None
+) -> None:
+    said: list[str] = []
+    documents.add_notice_handler(lambda notice: said.append(f"{notice.message_primary}; {notice.message_hint}"))
+    documents.execute("DROP INDEX documents_embedding_idx; SELECT autoembed.disable('documents')")
+    documents.execute(
+        "SELECT autoembed.enable('documents', %s, content_columns => '{title}', create_index => true)", [place]
+    )
+    [warning] = [words for words in said if "cannot be built" in words]
+    assert "pg_cron is not installed in this database" in warning
+    statement = warning[warning.index("CREATE INDEX") :]
+
+    documents.execute("INSERT INTO documents (title, content) VALUES ('one', 'x')")
+    with running_lanes(documents, connect):
+        state = "SELECT state, reason FROM autoembed.status"
+        wait_until(lambda: [row.state for row in documents.execute(state)] == ["idle"])
+        [row] = wait_until(lambda: [row for row in documents.execute(state) if row.reason])
+        assert row.reason.startswith("the index could not be built: pg_cron")
+
+        documents.execute(statement.encode())
+
+        wait_until(lambda: documents.execute("SELECT count(*) FROM autoembed.backfill").fetchone() == (0,))
+        assert documents.execute(state).fetchall() == [("idle", None)]
 
 
 @pytest.mark.parametrize(
