@@ -268,7 +268,7 @@ class Database:
         self._run(
             "SELECT autoembed._fail_backfill($1, $2)",
             ["pg_catalog.int4", "pg_catalog.text"],
-            [backfill.pipeline_id, _storable(reason)],
+            [backfill.pipeline_id, storable(reason)],
         )
 
     # Pipelines and models ------------------------------------------------------------------------
@@ -317,8 +317,8 @@ class Database:
         }
 
     def model(self, name: str | None) -> Model:
-        """The model of that name; None: the default one."""
-        sql = "SELECT autoembed._model_facts(m) AS model FROM autoembed._model($1) AS m"
+        """The model of that name, which may be a rerank model; None: the default one."""
+        sql = "SELECT autoembed._model_facts(m) AS model FROM autoembed._model($1, NULL) AS m"
         return Model.from_row(json.loads(self._run(sql, ["pg_catalog.text"], [name])[0]["model"]))
 
     def price_and_rate(self, model: Model) -> tuple[Any, Any]:
@@ -335,7 +335,7 @@ class Database:
         row = self._run(
             "SELECT autoembed._rest_model($1, $2, $3, $4, $5) AS is_new",
             ["pg_catalog.text", "pg_catalog.float8", "pg_catalog.bool", "pg_catalog.text", "pg_catalog.text"],
-            [name, seconds, needs_attention, _storable(str(trouble)), _storable(trouble.summary)],
+            [name, seconds, needs_attention, storable(str(trouble)), storable(trouble.summary)],
         )[0]
         return bool(row["is_new"])
 
@@ -344,7 +344,7 @@ class Database:
         self._run(
             "SELECT autoembed._rest_pipelines($1, $2, $3)",
             ["pg_catalog.int8", "pg_catalog.int4[]", "pg_catalog.text"],
-            [owner, list(pipeline_ids), _storable(reason)],
+            [owner, list(pipeline_ids), storable(reason)],
         )
 
     def resume_model(self, name: str) -> None:
@@ -373,6 +373,26 @@ class Database:
         if row["fault"] is not None:
             raise ProviderTrouble(row["fault"], permanent=True)
         return list(row["vectors"])
+
+    def call_reranker(
+        self, model: str, query: str, passages: Sequence[str], timeout_seconds: float
+    ) -> list[float | None]:
+        """The scores that a rerank model's SQL function returns, one more at most than passages. Raises Trouble."""
+        row: Any = None
+        try:
+            with self._owners_code(undone=True, seconds=timeout_seconds):
+                [row] = self._run(
+                    "SELECT c.scores, c.fault FROM autoembed._call_embedder($1, 'rerank', $2, $3) AS c",
+                    ["pg_catalog.text", "pg_catalog.text[]", "pg_catalog.text"],
+                    [model, list(passages), query],
+                )
+        except RowError as error:
+            if not error.cancels:
+                raise trouble_of_function(error, timeout_seconds) from error
+            raise (error.__cause__ or error) from None
+        if row["fault"] is not None:
+            raise ProviderTrouble(row["fault"], permanent=True)
+        return list(row["scores"])
 
     @contextmanager
     def _owners_code(
@@ -1028,7 +1048,7 @@ class Database:
             self._run(
                 "SELECT autoembed._fail($1, $2, $3, $4, $5)",
                 ["pg_catalog.int4", "pg_catalog.text", "pg_catalog.text", "pg_catalog.int4", "pg_catalog.text"],
-                [pipeline.id, key, _storable(reason), attempts, excerpt and excerpt[:200]],
+                [pipeline.id, key, storable(reason), attempts, excerpt and excerpt[:200]],
             )
 
     @staticmethod
@@ -1040,7 +1060,7 @@ class Database:
         self._run(
             "SELECT autoembed._fail_message($1, $2, $3)",
             ["pg_catalog.jsonb", "pg_catalog.text", "pg_catalog.int4"],
-            [json.dumps(body), _storable(reason), attempts],
+            [json.dumps(body), storable(reason), attempts],
         )
 
     def _run(self, sql: str, types: Sequence[str] = (), arguments: Sequence[Any] = ()) -> Any:
@@ -1072,7 +1092,7 @@ def _sqlstate(error: Exception) -> str:
     return getattr(error, "sqlstate", None) or "XX000"
 
 
-def _storable(text: str) -> str:
+def storable(text: str) -> str:
     """A text that PostgreSQL takes: words of a provider may have half a surrogate pair, or a zero byte."""
     return text.encode("utf-8", "replace").decode().replace("\0", "?")
 

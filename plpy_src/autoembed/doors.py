@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
-from autoembed import database, heap, providers, worker
+from autoembed import database, heap, providers, rerankers, worker
 from autoembed.batching import estimate_tokens, halves, pack, truncate
 from autoembed.binary import literals
 from autoembed.bm25 import Scores, counted, merged_ids
@@ -20,8 +21,9 @@ from autoembed.cutting import Cutter
 from autoembed.errors import Fault, OverBudget, ProviderTrouble, RowError, Trouble, advice_for
 from autoembed.flight import SLICE_SECONDS, Flight
 from autoembed.jobs import address_of
+from autoembed.kept import KeptTexts
 from autoembed.limits import NOTHING_KNOWN, PATIENCE_SECONDS, Charge, Limiter
-from autoembed.model import Embedded, Model, Request, Share
+from autoembed.model import Embedded, Model, Request, Reranked, Share
 from autoembed.network import Network
 from autoembed.providers import counter_of, most_tokens_of, provider_of, sizes_of
 from autoembed.quality import quality_of, summary
@@ -32,6 +34,12 @@ from autoembed.rows import READ_BYTES
 
 # A search waits for its vector for at most this long, in seconds.
 QUERY_TIMEOUT_SECONDS = 60.0
+# Scores that a session keeps, in characters, so that all pages of a search come from one list.
+SCORE_CACHE_CHARACTERS = 1_000_000
+# A search waits for the scores of its rows for at most this long, in seconds, if its model sets no time.
+RERANK_TIMEOUT_SECONDS = 2.0
+# A rerank model that has failed is not asked for so many times as long as that took: searches lose little time to it.
+RERANK_REST_TIMES = 10
 # doctor() waits for the answer of a model for at most this long, in seconds.
 PROBE_TIMEOUT_SECONDS = 10.0
 # More of a search text is not looked up in the text index, in characters.
@@ -60,6 +68,10 @@ KEPT_FREE_BYTES = 8 << 20
 
 heap.share_one_arena()
 _network = Network(MAX_CONNECTIONS)
+_scores = KeptTexts(SCORE_CACHE_CHARACTERS)
+# By the definitions of rerank models: until when they are not asked, and why.
+_resting: dict[str, tuple[float, str]] = {}
+Answer = TypeVar("Answer", Embedded, Reranked)
 
 
 def process(batch_size: int, max_requests: int, timeout_milliseconds: int) -> dict[str, Any]:
@@ -101,6 +113,29 @@ def embed(content: str, model_name: str) -> dict[str, Any]:
     except Trouble as trouble:
         return {"embedding": None, "tokens_used": None, **_fields(_without_vector(model_name, trouble))}
     return {"embedding": vector, "tokens_used": None, **NO_FAULT}
+
+
+def scores(query: str, passages: list[str], model_name: str, definition: str) -> dict[str, Any]:
+    """The scores of passages by a rerank model, or the trouble with it: the columns of autoembed._scores().
+
+    definition: the row of the model as text. Scores that are kept are of the same passages and the same definition.
+    """
+    asked = (definition, query, hashlib.sha256(json.dumps(passages).encode()).hexdigest())
+    kept = _scores.get(asked)
+    if kept is None:
+        began_at = time.monotonic()
+        until, reason = _resting.get(definition, (0.0, ""))
+        if began_at < until:
+            return {"scores": None, "trouble": reason}
+        here = database.Database(commits=False)
+        try:
+            kept = json.dumps(_rerank(here, here.model(model_name), query, passages))
+        except (Fault, Trouble) as trouble:
+            failed_at, reason = time.monotonic(), database.storable(str(trouble))
+            _resting[definition] = (failed_at + RERANK_REST_TIMES * (failed_at - began_at), reason)
+            return {"scores": None, "trouble": reason}
+        _scores.keep(asked, kept)
+    return {"scores": json.loads(kept), "trouble": None}
 
 
 def plan(pipeline_id: int) -> dict[str, Any]:
@@ -531,7 +566,7 @@ def check_model(name: str) -> dict[str, Any] | None:
     """The fault in a model's definition, if there is one. waits: the model cannot be used yet, which is a WARNING."""
     model = database.Database(commits=False).model(name)
     try:
-        providers.check(model)
+        _check(model)
     except Fault as fault:
         return {**_fields(fault), "waits": False}
     except ProviderTrouble as trouble:
@@ -545,17 +580,30 @@ def check_model(name: str) -> dict[str, Any] | None:
 
 
 def probe(name: str) -> dict[str, Any]:
-    """The fault of a model, found by asking it for one vector: the columns of autoembed._probe()."""
+    """The fault of a model, found by asking it about one word: the columns of autoembed._probe()."""
     here = database.Database(commits=False)
     model = here.model(name)
     try:
-        providers.check(model)
-        _embed_query(here, model, worker.PROBE, PROBE_TIMEOUT_SECONDS)
+        _check(model)
+        if model.reranks:
+            _rerank(here, model, worker.PROBE, [worker.PROBE])
+        else:
+            _embed_query(here, model, worker.PROBE, PROBE_TIMEOUT_SECONDS)
     except Fault as fault:
         return {"problem": fault.problem, "advice": fault.hint}
     except Trouble as trouble:
-        return {"problem": str(trouble), "advice": advice_for(trouble)}
+        return {"problem": str(trouble), "advice": RERANK_ADVICE if model.reranks else advice_for(trouble)}
     return {"problem": None, "advice": None}
+
+
+RERANK_ADVICE = (
+    "Nothing, if it passes: searches are not reranked meanwhile. Or correct its definition with "
+    "autoembed.alter_model(), its key, or the network; a larger timeout_seconds gives a slow server more time."
+)
+
+
+def _check(model: Model) -> None:
+    (rerankers if model.reranks else providers).check(model)
 
 
 NO_FAULT = {"problem": None, "hint": None, "errcode": None}
@@ -584,13 +632,13 @@ def _without_tokens(model_name: str, trouble: Trouble) -> Fault:
 def _embed_in_turn(here: database.Database, model: Model, content: str) -> str:
     limiter = Limiter(model)
     if limiter.needs_permits:
-        _wait_for_permit(here, model, limiter.charge(estimate_tokens(content), time.monotonic()))
+        end = time.monotonic() + PATIENCE_SECONDS
+        _wait_for_permit(here, model, limiter.charge(estimate_tokens(content), time.monotonic()), end)
     return _embed_query(here, model, content)
 
 
-def _wait_for_permit(here: database.Database, model: Model, charges: Sequence[Charge | None]) -> None:
-    """Waits until the model may be asked once more. Raises ProviderTrouble if that takes too long."""
-    end = time.monotonic() + PATIENCE_SECONDS
+def _wait_for_permit(here: database.Database, model: Model, charges: Sequence[Charge | None], end: float) -> None:
+    """Waits until the model may be asked once more. Raises ProviderTrouble if that is not so at the end."""
     permit = here.take_permit(model.name, charges, with_slot=False)
     if permit.spent is not None:
         raise OverBudget(permit.spent)
@@ -608,25 +656,56 @@ def _wait(here: database.Database) -> None:
 def _embed_query(
     here: database.Database, model: Model, content: str, timeout_seconds: float = QUERY_TIMEOUT_SECONDS
 ) -> str:
-    outcome = _outcome(here, model, Request(model, [content], timeout_seconds, purpose="query"))
-    limiter = Limiter(model)
-    if limiter.learn_from(outcome, time.monotonic()):
-        here.learn_limits(model.name, limiter.learnt or NOTHING_KNOWN)
-    if isinstance(outcome, BaseException):
-        raise outcome
-    tokens = estimate_tokens(content) if outcome.tokens is None else outcome.tokens
-    here.note_usage(model.name, [Share(None, 1, 1, tokens, 0)], None)
-    return literals(outcome.vectors)[0]
-
-
-def _outcome(here: database.Database, model: Model, request: Request) -> Embedded | BaseException:
-    """Sends a request, as soon as one more may be in flight."""
+    request = Request(model, [content], timeout_seconds, purpose="query")
     provider = provider_of(model)
+    call = partial(providers.embed, request, _network, here.call_embedder)
     end = time.monotonic() + PATIENCE_SECONDS
+    answer = _answer(here, model, call, provider.abort, end, in_backend=provider.RUNS_IN_BACKEND)
+    tokens = estimate_tokens(content) if answer.tokens is None else answer.tokens
+    here.note_usage(model.name, [Share(None, 1, 1, tokens, 0)], None)
+    return literals(answer.vectors)[0]
+
+
+def _rerank(here: database.Database, model: Model, query: str, passages: Sequence[str]) -> list[float]:
+    """The scores of passages. Raises Trouble, too, if they are not there in time."""
+    end = time.monotonic() + (model.timeout_seconds or RERANK_TIMEOUT_SECONDS)
+    query = query[:MAX_QUERY_CHARACTERS]
+    texts = rerankers.shortened(model, query, passages)
+    tokens = sum(map(estimate_tokens, texts)) + len(texts) * estimate_tokens(query)
+    limiter = Limiter(model)
+    if limiter.needs_permits:
+        _wait_for_permit(here, model, limiter.charge(tokens, time.monotonic()), end)
+
+    def call() -> Reranked:
+        # It may stand in an error.
+        seconds = max(round(end - time.monotonic(), 1), 0.1)
+        request = Request(model, texts, seconds, purpose="rerank", query=query)
+        return rerankers.rerank(request, _network, here.call_reranker)
+
+    in_backend = rerankers.reranker_of(model).RUNS_IN_BACKEND
+    answer = _answer(here, model, call, lambda: None, end, in_backend=in_backend)
+    tokens = tokens if answer.tokens is None else answer.tokens
+    here.note_usage(model.name, [Share(None, 1, len(texts), tokens, 0)], None)
+    return list(answer.scores)
+
+
+def _answer(
+    here: database.Database,
+    model: Model,
+    call: Callable[[], Answer],
+    abort_call: Callable[[], None],
+    end: float,
+    *,
+    in_backend: bool,
+) -> Answer:
+    """The answer to a request, which is sent as soon as one more may be in flight. Learns the model's limits from it.
+
+    abort_call: ends what the call does without the network. end: the moment until which it waits to send.
+    """
 
     def abort() -> None:
         _network.abort()
-        provider.abort()
+        abort_call()
 
     def between_waits() -> None:
         here.check_interrupts()
@@ -635,12 +714,17 @@ def _outcome(here: database.Database, model: Model, request: Request) -> Embedde
     while True:
         with here.slot(model) as has_slot:
             if has_slot:
-                with Flight[None, Embedded](1, between_waits, abort) as flight:
-                    call = partial(providers.embed, request, _network, here.call_embedder)
-                    flight.submit(None, call, here=provider.RUNS_IN_BACKEND)
+                with Flight[None, Answer](1, between_waits, abort) as flight:
+                    flight.submit(None, call, here=in_backend)
                     [(_, outcome)] = flight.landed()
         if has_slot:
-            return outcome
+            break
         if time.monotonic() > end:
             raise ProviderTrouble(f"{model.max_requests_in_flight} requests are in flight, and no more may be")
         _wait(here)
+    limiter = Limiter(model)
+    if limiter.learn_from(outcome, time.monotonic()):
+        here.learn_limits(model.name, limiter.learnt or NOTHING_KNOWN)
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return outcome

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from autoembed.errors import Trouble
-from autoembed.model import Embedded
+from autoembed.model import Embedded, Reranked
 
 if TYPE_CHECKING:
     from autoembed.model import Model
@@ -225,8 +225,8 @@ class Limiter:
 
     def learn_from(self, outcome: object, now: float) -> bool:
         """Takes the limits from the headers of an answer. Returns whether they differ from those known before."""
-        told = limits_in(outcome.headers) if isinstance(outcome, Embedded | Trouble) else NOTHING_KNOWN
-        if told == NOTHING_KNOWN and not isinstance(outcome, Embedded):
+        told = limits_in(outcome.headers) if isinstance(outcome, Embedded | Reranked | Trouble) else NOTHING_KNOWN
+        if told == NOTHING_KNOWN and not isinstance(outcome, Embedded | Reranked):
             return False
         before, self.learnt = self.learnt, learn(self.learnt, told)
         self._told, self._told_at = told, now

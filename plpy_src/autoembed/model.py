@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 if TYPE_CHECKING:
     import numpy as np
 
-# The role of a text. Many models embed a question and the document that answers it in two ways.
-Purpose = Literal["document", "query"]
+# The role of a text. Many models embed a question and the document that answers it in two ways. rerank: a passage that
+# is compared with a query.
+Purpose = Literal["document", "query", "rerank"]
 # The options that prefixed() obeys.
 PREFIXES = frozenset({"document_prefix", "query_prefix"})
 
@@ -23,6 +24,7 @@ PREFIXES = frozenset({"document_prefix", "query_prefix"})
 class Model:
     """One row of autoembed.model, and what it refers to. A limit that is None is left to the provider.
 
+    dimensions: 0: it reranks, and makes no vectors.
     identity: a JSON array that SQL makes. Two models with the same identity produce interchangeable vectors.
     learnt: the limits in the provider's answers, a row of autoembed.model_limit; None: it never answered.
     http_hosts: the hosts that may be called without encryption.
@@ -52,7 +54,12 @@ class Model:
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Model:
-        return cls(**{name: row[name] for name in cls.__dataclass_fields__ if name in row})
+        fields = {name: row[name] for name in cls.__dataclass_fields__ if name in row}
+        return cls(**{**fields, "dimensions": row["dimensions"] or 0})
+
+    @property
+    def reranks(self) -> bool:
+        return self.dimensions == 0
 
     @property
     def tokens_taken(self) -> int | None:
@@ -96,9 +103,9 @@ class Request:
     """Texts of one model that travel together, and how long the answer may take.
 
     probe: the text is a harmless one, to see whether the model accepts any. trial: the text is the beginning of one
-    that was refused. tokens: the estimate that a permit was
-    taken for. slot: the request's own, where the number of requests in flight is limited. sent: set when only the
-    answer is outstanding.
+    that was refused. tokens: the estimate that a permit was taken for. slot: the request's own, where the number of
+    requests in flight is limited. query: that with which the texts are compared, if they are to be reranked. sent: set
+    when only the answer is outstanding.
     """
 
     model: Model
@@ -109,6 +116,7 @@ class Request:
     trial: Trial | None = None
     tokens: int = 0
     slot: int | None = None
+    query: str | None = None
     sent: threading.Event = field(default_factory=threading.Event, repr=False)
 
 
@@ -146,3 +154,15 @@ class Embedded:
     headers: Mapping[str, str] = field(default_factory=dict, compare=False)
     seconds: float | None = field(default=None, compare=False)
     cut: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Reranked:
+    """The answer to a request for scores.
+
+    scores: finite, in the order of the texts; the higher, the better. tokens, headers: as in Embedded.
+    """
+
+    scores: Sequence[float]
+    tokens: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict, compare=False)

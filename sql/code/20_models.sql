@@ -13,7 +13,7 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._default_model IS 'The model of pipelines and embed() calls that name none.';
 
-CREATE OR REPLACE FUNCTION autoembed._model(name text)
+CREATE OR REPLACE FUNCTION autoembed._model(name text, reranks boolean DEFAULT false)
     RETURNS autoembed.model
     LANGUAGE plpgsql
     STABLE
@@ -30,14 +30,34 @@ BEGIN
             ERRCODE = 'undefined_object',
             MESSAGE = format('model "%s" does not exist', _name),
             DETAIL = (
-                SELECT 'The models are: ' || string_agg(m.name, ', ' ORDER BY m.name) || '.' FROM autoembed.model AS m
+                SELECT format('The %smodels are: %s.', CASE WHEN reranks THEN 'rerank ' END,
+                              string_agg(m.name, ', ' ORDER BY m.name))
+                FROM autoembed.model AS m
+                WHERE (m.dimensions IS NULL) = coalesce(reranks, m.dimensions IS NULL)
+                HAVING count(*) > 0
             ),
-            HINT = 'Create it with autoembed.create_model().';
+            HINT = CASE
+                WHEN reranks THEN 'Create it with autoembed.create_rerank_model().'
+                ELSE 'Create it with autoembed.create_model().'
+            END;
+    ELSIF (_found.dimensions IS NULL) <> reranks THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'wrong_object_type',
+            MESSAGE = CASE
+                WHEN reranks THEN format('model "%s" makes embeddings, and reranks nothing', _name)
+                ELSE format('model "%s" reranks, and makes no embeddings', _name)
+            END,
+            HINT = CASE
+                WHEN reranks THEN 'Name a model that autoembed.create_rerank_model() has made.'
+                ELSE 'Name a model that autoembed.create_model() has made.'
+            END;
     END IF;
     RETURN _found;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._model IS 'The model of that name, NULL for the default one; an error if there is none.';
+COMMENT ON FUNCTION autoembed._model IS
+    'The model of that name, NULL for the default one; an error if there is none. reranks: a rerank model is wanted, '
+    'and not one that makes embeddings; NULL: either.';
 
 CREATE OR REPLACE FUNCTION autoembed._dimensions(model text)
     RETURNS integer

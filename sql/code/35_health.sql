@@ -244,6 +244,11 @@ BEGIN
         hint := 'Create it with autoembed.create_model().';
         errcode := 'undefined_object';
         RETURN;
+    ELSIF _model.dimensions IS NULL THEN
+        problem := format('model "%s" reranks, and makes no embeddings', _model_name);
+        hint := 'Name a model that autoembed.create_model() has made.';
+        errcode := 'wrong_object_type';
+        RETURN;
     END IF;
 
     SELECT coalesce(v.name, format_type(a.atttypid, a.atttypmod)), v.name IS NOT NULL, a.attgenerated <> ''

@@ -76,6 +76,57 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._check_budget IS 'Fails if a budget in money comes without a price.';
 
+CREATE OR REPLACE FUNCTION autoembed._add_model(
+    name text,
+    provider text,
+    dimensions integer,
+    model_id text,
+    base_url text,
+    api_key text,
+    max_inputs_per_request integer,
+    max_tokens_per_request integer,
+    max_tokens_per_input integer,
+    requests_per_minute integer,
+    tokens_per_minute integer,
+    max_requests_in_flight integer,
+    price_per_million_tokens numeric,
+    daily_token_budget bigint,
+    daily_cost_budget numeric,
+    options jsonb,
+    timeout_seconds double precision
+)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    PERFORM autoembed._check_api_key(_add_model.api_key);
+    PERFORM autoembed._check_budget(_add_model.daily_cost_budget, _add_model.price_per_million_tokens);
+    IF EXISTS (SELECT FROM autoembed.model AS m WHERE m.name = _add_model.name) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'duplicate_object',
+            MESSAGE = format('model "%s" already exists', _add_model.name),
+            HINT = 'Change it with autoembed.alter_model().';
+    END IF;
+    INSERT INTO autoembed.model (name, provider, model_id, dimensions, base_url, api_key,
+                                 max_inputs_per_request, max_tokens_per_request, max_tokens_per_input,
+                                 requests_per_minute, tokens_per_minute, max_requests_in_flight,
+                                 price_per_million_tokens, daily_token_budget, daily_cost_budget,
+                                 options, timeout_seconds)
+    VALUES (_add_model.name, _add_model.provider, coalesce(_add_model.model_id, _add_model.name),
+            _add_model.dimensions, _add_model.base_url, _add_model.api_key, _add_model.max_inputs_per_request,
+            _add_model.max_tokens_per_request, _add_model.max_tokens_per_input,
+            _add_model.requests_per_minute, _add_model.tokens_per_minute, _add_model.max_requests_in_flight,
+            _add_model.price_per_million_tokens, _add_model.daily_token_budget, _add_model.daily_cost_budget,
+            coalesce(_add_model.options, '{}'), _add_model.timeout_seconds);
+    PERFORM autoembed._check_model(_add_model.name);
+    PERFORM autoembed._build_embedders(_add_model.name);
+    PERFORM autoembed._make_slots(_add_model.name);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._add_model IS 'Does the work of create_model() and create_rerank_model().';
+
 CREATE OR REPLACE FUNCTION autoembed.create_model(
     name text,
     provider text,
@@ -101,28 +152,20 @@ CREATE OR REPLACE FUNCTION autoembed.create_model(
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    PERFORM autoembed._check_api_key(create_model.api_key);
-    PERFORM autoembed._check_budget(create_model.daily_cost_budget, create_model.price_per_million_tokens);
-    IF EXISTS (SELECT FROM autoembed.model AS m WHERE m.name = create_model.name) THEN
+    IF create_model.dimensions IS NULL THEN
         RAISE EXCEPTION USING
-            ERRCODE = 'duplicate_object',
-            MESSAGE = format('model "%s" already exists', create_model.name),
-            HINT = 'Change it with autoembed.alter_model().';
+            ERRCODE = 'null_value_not_allowed',
+            MESSAGE = format('model "%s" needs dimensions, the length of its vectors', create_model.name),
+            HINT = 'A rerank model, which makes no vectors, is created with autoembed.create_rerank_model().';
     END IF;
-    INSERT INTO autoembed.model (name, provider, model_id, dimensions, base_url, api_key,
-                                 max_inputs_per_request, max_tokens_per_request, max_tokens_per_input,
-                                 requests_per_minute, tokens_per_minute, max_requests_in_flight,
-                                 price_per_million_tokens, daily_token_budget, daily_cost_budget,
-                                 options, timeout_seconds)
-    VALUES (create_model.name, create_model.provider, coalesce(create_model.model_id, create_model.name),
-            create_model.dimensions, create_model.base_url, create_model.api_key, create_model.max_inputs_per_request,
-            create_model.max_tokens_per_request, create_model.max_tokens_per_input,
-            create_model.requests_per_minute, create_model.tokens_per_minute, create_model.max_requests_in_flight,
-            create_model.price_per_million_tokens, create_model.daily_token_budget, create_model.daily_cost_budget,
-            coalesce(create_model.options, '{}'), create_model.timeout_seconds);
-    PERFORM autoembed._check_model(create_model.name);
-    PERFORM autoembed._build_embedders(create_model.name);
-    PERFORM autoembed._make_slots(create_model.name);
+    PERFORM autoembed._add_model(
+        create_model.name, create_model.provider, create_model.dimensions, create_model.model_id,
+        create_model.base_url, create_model.api_key, create_model.max_inputs_per_request,
+        create_model.max_tokens_per_request, create_model.max_tokens_per_input, create_model.requests_per_minute,
+        create_model.tokens_per_minute, create_model.max_requests_in_flight, create_model.price_per_million_tokens,
+        create_model.daily_token_budget, create_model.daily_cost_budget, create_model.options,
+        create_model.timeout_seconds
+    );
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.create_model IS
@@ -134,6 +177,48 @@ COMMENT ON FUNCTION autoembed.create_model IS
     'answers. price_per_million_tokens: its price. daily_token_budget, daily_cost_budget: the most that it may use in '
     'a day (UTC), in tokens or at that price. options: settings of the provider. timeout_seconds: how long a request '
     'may take.';
+
+CREATE OR REPLACE FUNCTION autoembed.create_rerank_model(
+    name text,
+    provider text,
+    model_id text DEFAULT NULL,
+    base_url text DEFAULT NULL,
+    api_key text DEFAULT NULL,
+    max_inputs_per_request integer DEFAULT NULL,
+    max_tokens_per_request integer DEFAULT NULL,
+    max_tokens_per_input integer DEFAULT NULL,
+    requests_per_minute integer DEFAULT NULL,
+    tokens_per_minute integer DEFAULT NULL,
+    max_requests_in_flight integer DEFAULT NULL,
+    price_per_million_tokens numeric DEFAULT NULL,
+    daily_token_budget bigint DEFAULT NULL,
+    daily_cost_budget numeric DEFAULT NULL,
+    options jsonb DEFAULT NULL,
+    timeout_seconds double precision DEFAULT NULL
+)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    PERFORM autoembed._add_model(
+        create_rerank_model.name, create_rerank_model.provider, NULL, create_rerank_model.model_id,
+        create_rerank_model.base_url, create_rerank_model.api_key, create_rerank_model.max_inputs_per_request,
+        create_rerank_model.max_tokens_per_request, create_rerank_model.max_tokens_per_input,
+        create_rerank_model.requests_per_minute, create_rerank_model.tokens_per_minute,
+        create_rerank_model.max_requests_in_flight, create_rerank_model.price_per_million_tokens,
+        create_rerank_model.daily_token_budget, create_rerank_model.daily_cost_budget, create_rerank_model.options,
+        create_rerank_model.timeout_seconds
+    );
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed.create_rerank_model IS
+    'Defines a model that tells how well passages answer a query, for the argument rerank_model of search(). provider: '
+    'cohere, voyage, jina (and servers of the same protocol), tei or function, for which model_id is the function '
+    '(query text, passages text[]) that returns a score for each passage. max_inputs_per_request: how many of the best '
+    'rows it is given, 32 by default. max_tokens_per_input: the tokens of a passage, 500 by default. timeout_seconds: '
+    'how long a search waits for it, 2 by default. The other arguments are those of create_model().';
 
 CREATE OR REPLACE FUNCTION autoembed.alter_model(
     name text,
@@ -163,7 +248,13 @@ DECLARE
     _before autoembed.model;
 BEGIN
     PERFORM autoembed._check_api_key(alter_model.api_key);
-    _before := autoembed._model(alter_model.name);
+    _before := autoembed._model(alter_model.name, NULL);
+    IF _before.dimensions IS NULL AND alter_model.dimensions IS NOT NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'wrong_object_type',
+            MESSAGE = format('model "%s" reranks, and has no dimensions', alter_model.name),
+            HINT = 'Leave dimensions out, or create another model with autoembed.create_model().';
+    END IF;
     PERFORM autoembed._check_budget(coalesce(alter_model.daily_cost_budget, _before.daily_cost_budget),
                                     coalesce(alter_model.price_per_million_tokens, _before.price_per_million_tokens));
     UPDATE autoembed.model AS m
@@ -207,7 +298,7 @@ AS $plpgsql$
 DECLARE
     _used_by text;
 BEGIN
-    PERFORM autoembed._model(drop_model.name);
+    PERFORM autoembed._model(drop_model.name, NULL);
     -- A table that is being given this model holds a lock of it until its transaction ends.
     PERFORM FROM autoembed.model AS m WHERE m.name = drop_model.name FOR UPDATE;
     SELECT string_agg(format('%s.%I', p.table_id, p.embedding_column), ', ' ORDER BY p.id)
@@ -283,7 +374,7 @@ CREATE OR REPLACE FUNCTION autoembed.resume_model(name text)
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    PERFORM autoembed._model(resume_model.name);
+    PERFORM autoembed._model(resume_model.name, NULL);
     DELETE FROM autoembed.model_rest AS r WHERE r.model = resume_model.name;
     IF FOUND THEN
         -- It ends what the warning of the outage began. Of several lanes, one finds the rest.

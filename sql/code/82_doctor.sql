@@ -253,7 +253,7 @@ BEGIN
         SELECT m.name, r.until, r.reason, r.needs_attention
         FROM autoembed.model AS m
         LEFT JOIN autoembed.model_rest AS r ON r.model = m.name AND r.until > clock_timestamp()
-        WHERE m.name IN (
+        WHERE m.dimensions IS NULL OR m.name IN (
             SELECT coalesce(p.model, autoembed._default_model()) FROM autoembed.pipeline AS p
             UNION
             SELECT autoembed._default_model()
@@ -357,8 +357,8 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.doctor IS
     'Checks the extensions, the lanes, each model, each table and the queue. Returns for each check whether it passed, '
-    'the finding, and advice if it did not pass. Sends each model in use one word. A role that is no superuser gets '
-    'the checks of the own tables, and no model is asked.';
+    'the finding, and advice if it did not pass. Sends each model in use, and each rerank model, one word. A role that '
+    'is no superuser gets the checks of the own tables, and no model is asked.';
 
 CREATE OR REPLACE FUNCTION autoembed._probe(model text, OUT problem text, OUT advice text)
     LANGUAGE plpython3u

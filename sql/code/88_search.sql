@@ -479,6 +479,167 @@ COMMENT ON FUNCTION autoembed._text_matches IS
     'order of place; and without a place those of keys that match, too. chunk_number 0: of the text as a whole, which '
     'has changed since it was embedded.';
 
+CREATE OR REPLACE FUNCTION autoembed._rerank_candidates(model text, skip_rows integer)
+    RETURNS integer
+    LANGUAGE plpgsql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _model autoembed.model := autoembed._model(model, true);
+    -- Text Embeddings Inference takes as many, unless it is told otherwise.
+    _candidates integer := least(coalesce(_model.max_inputs_per_request, 32), 1000);
+BEGIN
+    -- A page behind all of them is the same in any order of these.
+    RETURN CASE WHEN skip_rows < _candidates THEN _candidates ELSE 0 END;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._rerank_candidates IS
+    'How many of the best rows a rerank model is given; 0: none, because a page begins behind them.';
+
+CREATE OR REPLACE FUNCTION autoembed._present_text(pipeline_id integer)
+    RETURNS text
+    LANGUAGE plpgsql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+    SET quote_all_identifiers = off
+AS $plpgsql$
+DECLARE
+    _pipeline autoembed.pipeline;
+    _is_owners_code boolean;
+BEGIN
+    SELECT p.* INTO STRICT _pipeline FROM autoembed.pipeline AS p WHERE p.id = _present_text.pipeline_id;
+    -- The code of the owner gets no rights of the caller.
+    _is_owners_code := num_nonnulls(_pipeline.content_function, _pipeline.condition) > 0;
+    IF _pipeline.content_function IS NOT NULL OR _is_owners_code AND _pipeline.embeddings_table IS NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'feature_not_supported',
+            MESSAGE = format('rows of table %s cannot be reranked, because code of its owner tells their texts',
+                             _pipeline.table_id),
+            HINT = 'Leave out rerank_model; or attach the table with content_columns or a content_template, and, if it '
+                'has a condition, with embeddings beside its rows.';
+    END IF;
+    RETURN CASE WHEN _is_owners_code THEN 'NULL' ELSE autoembed._content_expression(_pipeline, '(r.hit)') END;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._present_text IS
+    'The SQL expression that gives the text of r.hit, a row that a search has found; NULL if it needs code of the '
+    'table''s owner. An error if there are no passages either.';
+
+CREATE OR REPLACE FUNCTION autoembed._scores(
+    query text,
+    passages text[],
+    model_name text,
+    definition text,
+    OUT scores double precision[],
+    OUT trouble text
+)
+    LANGUAGE plpython3u
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $python$
+    if GD.get("autoembed") != "@BUILD@":
+        plpy.execute("SELECT autoembed._load_python()")
+    from autoembed import doors
+    return doors.scores(query, passages, model_name, definition)
+$python$;
+COMMENT ON FUNCTION autoembed._scores IS
+    'How well passages answer a query, by a rerank model, or why that is not known. definition: the row of the model. '
+    'A session keeps the scores of the same query, passages and definition.';
+
+CREATE OR REPLACE FUNCTION autoembed._rerank(
+    model text,
+    query text,
+    passages text[],
+    OUT scores double precision[],
+    OUT trouble text
+)
+    LANGUAGE plpgsql
+    STABLE
+    -- It notes what was used, which no parallel plan may.
+    PARALLEL UNSAFE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _model autoembed.model := autoembed._model(model, true);
+    _answer record;
+BEGIN
+    -- An assignment runs no statement, and shows none in the context of an error.
+    _answer := autoembed._scores(query, passages, _model.name, _model::text);
+    scores := _answer.scores;
+    trouble := _answer.trouble;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._rerank IS
+    'How well passages answer a query, by a rerank model: a score for each, or the trouble with the model.';
+
+CREATE OR REPLACE FUNCTION autoembed._reranked(
+    target record,
+    model text,
+    query text,
+    candidates integer,
+    INOUT ranks integer[],
+    keys text[],
+    chunk_numbers integer[],
+    INOUT scores double precision[]
+)
+    LANGUAGE plpgsql
+    STABLE
+AS $plpgsql$
+DECLARE
+    -- More of a passage is not read, in characters.
+    _most_characters CONSTANT integer := 10000;
+    _keys pg_catalog.text[];
+    _numbers integer[];
+    _places integer[];
+    _passages pg_catalog.text[];
+    _answer record;
+BEGIN
+    SELECT pg_catalog.array_agg(c.key ORDER BY c.rank), pg_catalog.array_agg(c.number ORDER BY c.rank)
+    INTO _keys, _numbers
+    FROM ROWS FROM (
+        pg_catalog.unnest(ranks), pg_catalog.unnest(keys), pg_catalog.unnest(chunk_numbers)
+    ) AS c(rank, key, number)
+    WHERE c.rank OPERATOR(pg_catalog.<=) candidates;
+    EXECUTE pg_catalog.concat(
+        'SELECT pg_catalog.array_agg(p.place), pg_catalog.array_agg(p.passage) FROM ('
+        'SELECT r.place, pg_catalog.left(coalesce(r.chunk, ', autoembed._present_text(target.pipeline_id), '), $3) '
+        'AS passage FROM (', target.rows_query, ') AS r(place, hit, chunk, number, start, stop) ORDER BY r.place) AS p '
+        'WHERE pg_catalog.btrim(p.passage, $4) OPERATOR(pg_catalog.<>) ''''::pg_catalog.text'
+    ) INTO _places, _passages USING _keys, _numbers, _most_characters, E' \t\r\n'::pg_catalog.text;
+    IF _passages IS NULL THEN
+        RETURN;
+    END IF;
+    SELECT r.scores, r.trouble INTO _answer FROM autoembed._rerank(model, query, _passages) AS r;
+    IF _answer.scores IS NULL THEN
+        RAISE NOTICE USING
+            MESSAGE = pg_catalog.format('the rows are not reranked, because model "%s" gave no scores: %s',
+                                        model, _answer.trouble),
+            HINT = 'SELECT * FROM autoembed.doctor() shows what to do.';
+        RETURN;
+    END IF;
+    SELECT pg_catalog.array_agg(o.rank ORDER BY o.number), pg_catalog.array_agg(o.score ORDER BY o.number)
+    INTO ranks, scores
+    FROM (
+        SELECT l.number,
+               pg_catalog.row_number() OVER (ORDER BY s.score DESC NULLS LAST, l.rank)::integer AS rank,
+               -- The rows behind them have no higher score than the last of them.
+               coalesce(s.score, least(pg_catalog.min(s.score) OVER (), 0::double precision)) AS score
+        FROM pg_catalog.unnest(ranks) WITH ORDINALITY AS l(rank, number)
+        LEFT JOIN ROWS FROM (
+            pg_catalog.unnest(_places), pg_catalog.unnest(_answer.scores)
+        ) AS s(rank, score) ON s.rank OPERATOR(pg_catalog.=) l.rank
+    ) AS o;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._reranked IS
+    'The ranks and scores of the rows that a search has listed, in the order of the arrays, once a rerank model has '
+    'put the first of them in order by their passages. The rest follows. As they were, with a NOTICE, if the model '
+    'gives no scores. The ranks begin at 1.';
+
 CREATE OR REPLACE FUNCTION autoembed._ranked(
     like_row anyelement,
     table_name regclass,
@@ -488,7 +649,8 @@ CREATE OR REPLACE FUNCTION autoembed._ranked(
     condition text,
     embedding_column name,
     mode text,
-    vector_weight double precision
+    vector_weight double precision,
+    rerank_model text
 )
     RETURNS TABLE (
         rank integer,
@@ -510,6 +672,14 @@ DECLARE
     -- So many of the nearest rows, and of the rows with the best words, are compared by both.
     _candidates CONSTANT integer := 100;
     _wanted integer := max_rows OPERATOR(pg_catalog.+) skip_rows;
+    -- So many of the best rows are reranked.
+    _reranked integer := CASE
+        WHEN rerank_model IS NULL THEN 0
+        ELSE autoembed._rerank_candidates(rerank_model, skip_rows)
+    END;
+    -- The ranks that are listed: those of the page, and of the rows to rerank.
+    _after integer := CASE WHEN _reranked OPERATOR(pg_catalog.>) 0 THEN 0 ELSE skip_rows END;
+    _last integer := greatest(_wanted, _reranked);
     _target record;
     _mode text;
     _vector @extschema:vector@.vector;
@@ -559,16 +729,16 @@ BEGIN
         SELECT pg_catalog.array_agg(m.place ORDER BY m.place), pg_catalog.array_agg(m.key ORDER BY m.place),
                pg_catalog.array_agg(m.chunk_number ORDER BY m.place), pg_catalog.array_agg(m.score ORDER BY m.place)
         INTO _ranks, _keys, _numbers, _scores
-        FROM autoembed._text_matches(table_name, embedding_column, query, _wanted, condition, '{}') AS m
-        WHERE m.place OPERATOR(pg_catalog.>) skip_rows;
+        FROM autoembed._text_matches(table_name, embedding_column, query, _last, condition, '{}') AS m
+        WHERE m.place OPERATOR(pg_catalog.>) _after;
         _text_scores := _scores;
     ELSE
         _vector := autoembed.embed(query, _target.model);
         WITH near AS MATERIALIZED (
             SELECT f.*, pg_catalog.row_number() OVER (ORDER BY f.distance, f.key) AS place
             FROM autoembed._nearest(_target, _vector, CASE
-                WHEN _mode OPERATOR(pg_catalog.=) 'hybrid'::pg_catalog.text THEN greatest(_wanted, _candidates)
-                ELSE _wanted
+                WHEN _mode OPERATOR(pg_catalog.=) 'hybrid'::pg_catalog.text THEN greatest(_last, _candidates)
+                ELSE _last
             END, condition) AS f
         ),
         matched AS MATERIALIZED (
@@ -644,12 +814,25 @@ BEGIN
                 )::integer AS rank
                 FROM listed AS i
             ) AS l
-            WHERE l.rank OPERATOR(pg_catalog.>) skip_rows AND l.rank OPERATOR(pg_catalog.<=) _wanted
+            WHERE l.rank OPERATOR(pg_catalog.>) _after AND l.rank OPERATOR(pg_catalog.<=) _last
         )
         SELECT pg_catalog.array_agg(p.rank), pg_catalog.array_agg(p.key), pg_catalog.array_agg(p.chunk_number),
                pg_catalog.array_agg(p.score), pg_catalog.array_agg(p.similarity), pg_catalog.array_agg(p.text_score)
         INTO _ranks, _keys, _numbers, _scores, _similarities, _text_scores
         FROM page AS p;
+    END IF;
+
+    IF _reranked OPERATOR(pg_catalog.>) 0 THEN
+        SELECT r.ranks, r.scores INTO _ranks, _scores
+        FROM autoembed._reranked(_target, rerank_model, query, _reranked, _ranks, _keys, _numbers, _scores) AS r;
+        SELECT pg_catalog.array_agg(l.rank), pg_catalog.array_agg(l.key), pg_catalog.array_agg(l.chunk_number),
+               pg_catalog.array_agg(l.score), pg_catalog.array_agg(l.similarity), pg_catalog.array_agg(l.text_score)
+        INTO _ranks, _keys, _numbers, _scores, _similarities, _text_scores
+        FROM ROWS FROM (
+            pg_catalog.unnest(_ranks), pg_catalog.unnest(_keys), pg_catalog.unnest(_numbers),
+            pg_catalog.unnest(_scores), pg_catalog.unnest(_similarities), pg_catalog.unnest(_text_scores)
+        ) AS l(rank, key, chunk_number, score, similarity, text_score)
+        WHERE l.rank OPERATOR(pg_catalog.>) skip_rows AND l.rank OPERATOR(pg_catalog.<=) _wanted;
     END IF;
 
     RETURN QUERY
@@ -674,7 +857,8 @@ CREATE OR REPLACE FUNCTION autoembed.search(
     condition text DEFAULT NULL,
     embedding_column name DEFAULT NULL,
     mode text DEFAULT NULL,
-    vector_weight double precision DEFAULT 0.7
+    vector_weight double precision DEFAULT 0.7,
+    rerank_model text DEFAULT NULL
 )
     RETURNS TABLE (
         rank integer,
@@ -708,7 +892,7 @@ BEGIN
     RETURN QUERY
     SELECT r.*
     FROM autoembed._ranked(
-        like_row, _table, query, max_rows, skip_rows, condition, embedding_column, mode, vector_weight
+        like_row, _table, query, max_rows, skip_rows, condition, embedding_column, mode, vector_weight, rerank_model
     ) AS r;
 END;
 $plpgsql$;
@@ -721,7 +905,8 @@ CREATE OR REPLACE FUNCTION autoembed.search(
     condition text DEFAULT NULL,
     embedding_column name DEFAULT NULL,
     mode text DEFAULT NULL,
-    vector_weight double precision DEFAULT 0.7
+    vector_weight double precision DEFAULT 0.7,
+    rerank_model text DEFAULT NULL
 )
     RETURNS TABLE (
         rank integer,
@@ -743,8 +928,8 @@ DECLARE
 BEGIN
     RETURN QUERY EXECUTE pg_catalog.format(
         'SELECT s.rank, s.key, s.score, s.chunk, s.chunk_number, s.chunk_start, s.chunk_end, s.similarity, '
-        's.text_score FROM autoembed._ranked(NULL::%s, $1, $2, $3, $4, $5, $6, $7, $8) AS s', _table
-    ) USING table_name, query, max_rows, skip_rows, condition, embedding_column, mode, vector_weight;
+        's.text_score FROM autoembed._ranked(NULL::%s, $1, $2, $3, $4, $5, $6, $7, $8, $9) AS s', _table
+    ) USING table_name, query, max_rows, skip_rows, condition, embedding_column, mode, vector_weight, rerank_model;
 END;
 $plpgsql$;
 
@@ -757,7 +942,8 @@ CREATE OR REPLACE FUNCTION autoembed.search(
     condition text DEFAULT NULL,
     embedding_column name DEFAULT NULL,
     mode text DEFAULT NULL,
-    vector_weight double precision DEFAULT 0.7
+    vector_weight double precision DEFAULT 0.7,
+    rerank_model text DEFAULT NULL
 )
     RETURNS TABLE (
         rank integer,
@@ -775,19 +961,27 @@ CREATE OR REPLACE FUNCTION autoembed.search(
 AS $sql$
     SELECT s.*
     FROM autoembed.search(
-        table_name::pg_catalog.regclass, query, max_rows, skip_rows, condition, embedding_column, mode, vector_weight
+        table_name::pg_catalog.regclass, query, max_rows, skip_rows, condition, embedding_column, mode, vector_weight,
+        rerank_model
     ) AS s;
 $sql$;
-COMMENT ON FUNCTION autoembed.search(anyelement, text, integer, integer, text, name, text, double precision) IS
+COMMENT ON FUNCTION autoembed.search(
+    anyelement, text, integer, integer, text, name, text, double precision, text
+) IS
     'The rows of a table that answer a text best, best first, with the rights of the caller: max_rows of them, after '
     'skip_rows. like_row: NULL::the_table. condition: of the rows that are wanted, as in WHERE. mode: vector, by '
     'meaning; text, by words (BM25); hybrid, by both, which is the default where the table has a text index. '
-    'vector_weight: the share of the meaning in hybrid. score: what orders the rows. similarity: of the embeddings, '
-    'from -1 to 1. chunk: the passage that is nearest, if the embeddings are beside the rows and the text has not '
-    'changed since.';
-COMMENT ON FUNCTION autoembed.search(regclass, text, integer, integer, text, name, text, double precision) IS
+    'vector_weight: the share of the meaning in hybrid. rerank_model: a model of create_rerank_model(), which puts the '
+    'best of them in order by their passages; if it gives no scores, a NOTICE says why. score: what orders the rows. '
+    'similarity: of the embeddings, from -1 to 1. chunk: the passage that is nearest, if the embeddings are beside the '
+    'rows and the text has not changed since.';
+COMMENT ON FUNCTION autoembed.search(
+    regclass, text, integer, integer, text, name, text, double precision, text
+) IS
     'The same for a table that is named, not given by its row type. Tells the rows by their keys, as JSON arrays.';
-COMMENT ON FUNCTION autoembed.search(text, text, integer, integer, text, name, text, double precision) IS
+COMMENT ON FUNCTION autoembed.search(
+    text, text, integer, integer, text, name, text, double precision, text
+) IS
     'The same for the name of a table.';
 
 CREATE OR REPLACE FUNCTION autoembed.search_rows(
@@ -798,7 +992,8 @@ CREATE OR REPLACE FUNCTION autoembed.search_rows(
     condition text DEFAULT NULL,
     embedding_column name DEFAULT NULL,
     mode text DEFAULT NULL,
-    vector_weight double precision DEFAULT 0.7
+    vector_weight double precision DEFAULT 0.7,
+    rerank_model text DEFAULT NULL
 )
     RETURNS SETOF anyelement
     LANGUAGE plpgsql
@@ -809,7 +1004,7 @@ BEGIN
     RETURN QUERY
     SELECT (s.hit).*
     FROM autoembed.search(
-        like_row, query, max_rows, skip_rows, condition, embedding_column, mode, vector_weight
+        like_row, query, max_rows, skip_rows, condition, embedding_column, mode, vector_weight, rerank_model
     ) AS s
     ORDER BY s.rank;
 END;

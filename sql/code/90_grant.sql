@@ -40,10 +40,10 @@ BEGIN
         _guide_triggers, _index_key, _is_empty, _is_subscribed, _judgments, _key_columns, _key_expression, _load_python,
         _lock_holder, _lock_table, _look_through, _make_embeddings_table, _match_function, _measured_recall,
         _missing_guide_triggers, _nearest, _needed_columns, _new_place, _operator, _owned_pipeline, _owned_pipelines,
-        _pipeline_checks, _prefix_expression, _prefix_of, _preview, _python_sources, _ranked, _read_condition, _recall,
-        _restore_advisory_locks, _run_as_owner, _running_lanes, _search_quality, _search_target, _searched, _set_paused,
-        _stray_triggers, _template, _text_matches, _trigger_name, _trigger_problems, _vector_digest_expression,
-        _vector_index, _waits_for_commit
+        _pipeline_checks, _prefix_expression, _prefix_of, _present_text, _preview, _python_sources, _ranked,
+        _read_condition, _recall, _rerank, _rerank_candidates, _reranked, _restore_advisory_locks, _run_as_owner,
+        _running_lanes, _search_quality, _search_target, _searched, _set_paused, _stray_triggers, _template,
+        _text_matches, _trigger_name, _trigger_problems, _vector_digest_expression, _vector_index, _waits_for_commit
     }');
     -- The role gets rights to columns only. A right to the whole table, which 0.1.0 granted, includes LOCK TABLE, and
     -- that stops all lanes.
@@ -180,7 +180,7 @@ BEGIN
     FROM autoembed.model AS m
     WHERE m.provider = 'function'
       AND NOT EXISTS (
-          SELECT FROM unnest('{document,query}'::text[]) AS u(purpose)
+          SELECT FROM unnest(autoembed._purposes(m)) AS u(purpose)
           CROSS JOIN LATERAL autoembed._embedder(m, u.purpose) AS e
           WHERE e.problem IS NOT NULL OR NOT autoembed._is_chosen(e.wrapper, e.function_id)
       );

@@ -4,7 +4,7 @@ CREATE TABLE autoembed.model (
     name text PRIMARY KEY,
     provider text NOT NULL,
     model_id text NOT NULL,
-    dimensions integer NOT NULL CHECK (dimensions BETWEEN 1 AND 16000),
+    dimensions integer CHECK (dimensions BETWEEN 1 AND 16000),
     base_url text,
     api_key text CHECK (api_key ~ '^(env|file|vault):.'),
     max_inputs_per_request integer CHECK (max_inputs_per_request > 0),
@@ -21,19 +21,23 @@ CREATE TABLE autoembed.model (
     timeout_seconds double precision CHECK (timeout_seconds > 0),
     CONSTRAINT cost_needs_price CHECK (daily_cost_budget IS NULL OR price_per_million_tokens IS NOT NULL)
 );
-COMMENT ON TABLE autoembed.model IS 'The ways to embed a text. See create_model().';
-COMMENT ON COLUMN autoembed.model.name IS 'The name that pipelines and embed() use.';
+COMMENT ON TABLE autoembed.model IS
+    'The ways to embed a text, and those to rerank rows. See create_model() and create_rerank_model().';
+COMMENT ON COLUMN autoembed.model.name IS 'The name that pipelines, embed() and search() use.';
 COMMENT ON COLUMN autoembed.model.provider IS
-    'The kind of API that it has: local, openai, azure, cohere, voyage, gemini, ollama, function or fake.';
+    'The kind of API that it has: local, openai, azure, cohere, voyage, gemini, ollama, function or fake; for a rerank '
+    'model cohere, voyage, jina, tei or function.';
 COMMENT ON COLUMN autoembed.model.model_id IS
     'The name that the provider uses. For the provider function: the name of the SQL function.';
-COMMENT ON COLUMN autoembed.model.dimensions IS 'The length of its vectors.';
+COMMENT ON COLUMN autoembed.model.dimensions IS
+    'The length of its vectors; NULL: it is a rerank model, and makes none.';
 COMMENT ON COLUMN autoembed.model.base_url IS
-    'The URL before /embeddings, or the folder of a local model; NULL: the provider''s own.';
+    'The URL before /embeddings or /rerank, or the folder of a local model; NULL: the provider''s own.';
 COMMENT ON COLUMN autoembed.model.api_key IS
     'The place of its key, never the key itself: env:NAME or file:PATH on the database server, or vault:NAME, a secret '
     'of the Vault extension.';
-COMMENT ON COLUMN autoembed.model.max_inputs_per_request IS 'Texts in one request; NULL: the provider''s limit.';
+COMMENT ON COLUMN autoembed.model.max_inputs_per_request IS
+    'Texts in one request; NULL: the provider''s limit. For a rerank model the rows that it reranks; NULL: 32.';
 COMMENT ON COLUMN autoembed.model.max_tokens_per_request IS 'Tokens in one request; NULL: the provider''s limit.';
 COMMENT ON COLUMN autoembed.model.max_tokens_per_input IS
     'Tokens of one text. A longer text is truncated; NULL: the provider''s limit.';
@@ -51,7 +55,8 @@ COMMENT ON COLUMN autoembed.model.daily_cost_budget IS
 COMMENT ON COLUMN autoembed.model.options IS
     'Options of its provider. Every provider over HTTP takes extra_headers and extra_body, objects that are sent with '
     'each request, and ca_file.';
-COMMENT ON COLUMN autoembed.model.timeout_seconds IS 'Seconds that a request may take; NULL: those of the lane.';
+COMMENT ON COLUMN autoembed.model.timeout_seconds IS
+    'Seconds that a request may take; NULL: those of the lane. For a rerank model NULL: 2.';
 COMMENT ON COLUMN autoembed.model.builtin IS 'Whether it came with the extension and was never changed.';
 
 -- The price is OpenAI's in dollars since January 2024.

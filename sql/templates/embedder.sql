@@ -1,6 +1,6 @@
 -- Calls the function that a model names. Runs as that function's owner, in lanes and in embed().
 CREATE FUNCTION autoembed.{{wrapper}}(texts text[])
-    RETURNS {{vector_type}}
+    RETURNS {{returned_type}}
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = {{search_path}}

@@ -155,11 +155,17 @@ DROP FUNCTION autoembed._next_backfill;
 DROP FUNCTION autoembed.schedule;
 
 ALTER TABLE autoembed.model ADD COLUMN timeout_seconds double precision CHECK (timeout_seconds > 0);
-COMMENT ON COLUMN autoembed.model.timeout_seconds IS 'Seconds that a request may take; NULL: those of the lane.';
+COMMENT ON COLUMN autoembed.model.timeout_seconds IS
+    'Seconds that a request may take; NULL: those of the lane. For a rerank model NULL: 2.';
+-- A rerank model has none.
+ALTER TABLE autoembed.model ALTER COLUMN dimensions DROP NOT NULL;
 -- The price is OpenAI's in dollars since January 2024.
 UPDATE autoembed.model
 SET price_per_million_tokens = 0.02
 WHERE name = 'text-embedding-3-small' AND provider = 'openai' AND model_id = name AND price_per_million_tokens IS NULL;
+DROP FUNCTION autoembed._model;
+DROP FUNCTION autoembed._embedder;
+DROP FUNCTION autoembed._call_embedder;
 DROP FUNCTION autoembed.create_model;
 DROP FUNCTION autoembed.alter_model;
 
@@ -181,18 +187,23 @@ COMMENT ON VIEW autoembed._job IS
     'that the message names.';
 
 -- Catalog comments that have other words in 0.1.0.
-COMMENT ON TABLE autoembed.model IS 'The ways to embed a text. See create_model().';
-COMMENT ON COLUMN autoembed.model.name IS 'The name that pipelines and embed() use.';
+COMMENT ON TABLE autoembed.model IS
+    'The ways to embed a text, and those to rerank rows. See create_model() and create_rerank_model().';
+COMMENT ON COLUMN autoembed.model.name IS 'The name that pipelines, embed() and search() use.';
 COMMENT ON COLUMN autoembed.model.provider IS
-    'The kind of API that it has: local, openai, azure, cohere, voyage, gemini, ollama, function or fake.';
+    'The kind of API that it has: local, openai, azure, cohere, voyage, gemini, ollama, function or fake; for a rerank '
+    'model cohere, voyage, jina, tei or function.';
 COMMENT ON COLUMN autoembed.model.model_id IS
     'The name that the provider uses. For the provider function: the name of the SQL function.';
-COMMENT ON COLUMN autoembed.model.dimensions IS 'The length of its vectors.';
+COMMENT ON COLUMN autoembed.model.dimensions IS
+    'The length of its vectors; NULL: it is a rerank model, and makes none.';
 COMMENT ON COLUMN autoembed.model.base_url IS
-    'The URL before /embeddings, or the folder of a local model; NULL: the provider''s own.';
+    'The URL before /embeddings or /rerank, or the folder of a local model; NULL: the provider''s own.';
 COMMENT ON COLUMN autoembed.model.api_key IS
     'The place of its key, never the key itself: env:NAME or file:PATH on the database server, or vault:NAME, a secret '
     'of the Vault extension.';
+COMMENT ON COLUMN autoembed.model.max_inputs_per_request IS
+    'Texts in one request; NULL: the provider''s limit. For a rerank model the rows that it reranks; NULL: 32.';
 COMMENT ON COLUMN autoembed.model.max_tokens_per_input IS
     'Tokens of one text. A longer text is truncated; NULL: the provider''s limit.';
 COMMENT ON COLUMN autoembed.model.requests_per_minute IS

@@ -24,6 +24,7 @@ MODEL = "text-embedding-3-small"
 
 # Who may execute it: a role without grants, an owner of a table with grant_usage, one with grant_monitor, a superuser.
 FUNCTIONS = """
+_add_model - - - x
 _admit_readers - - - x
 _adopt - - - x
 _adopt_rows - - - x
@@ -210,11 +211,13 @@ _pipelines - - - x
 _plan - - - x
 _prefix_expression - x - x
 _prefix_of - x - x
+_present_text - x - x
 _preview - x - x
 _price_and_rate - - - x
 _probe - - - x
 _process - - - x
 _protect_functions - - - x
+_purposes - - - x
 _python_sources - x - x
 _queue_backfill - - - x
 _ranked - x - x
@@ -227,6 +230,9 @@ _renamed - - - x
 _renamed_template - - - x
 _replace_segments - - - x
 _requeue - - - x
+_rerank - x - x
+_rerank_candidates - x - x
+_reranked - x - x
 _resolve - - - x
 _rest_model - - - x
 _rest_pipelines - - - x
@@ -238,6 +244,7 @@ _run_statement_as_owner - - - x
 _running_lanes - x - x
 _schedule_index - - - x
 _schedule_statement - - - x
+_scores - - - x
 _search_quality - x - x
 _search_target - x - x
 _searched - x - x
@@ -286,6 +293,7 @@ chunk_text - x - x
 clear_column - x - x
 create_match_function - x - x
 create_model - - - x
+create_rerank_model - - - x
 disable - x - x
 doctor - x - x
 drop_model - - - x

@@ -3,7 +3,8 @@
     python3 fake_api --host 127.0.0.1 --port 8000
 
 POST /{tenant}/v1/embeddings   OpenAI's protocol; each tenant has its own behaviour and its own log
-POST /{tenant}/...             the protocols of Azure, Cohere, Voyage (under /voyage/v1), Gemini and Ollama
+POST /{tenant}/...             the protocols of Azure, Cohere, Voyage (under /voyage/v1), Gemini and Ollama; those
+                               that rerank: Cohere, Voyage, Jina (/v1/rerank), TEI (/tei/rerank)
 PUT /control/{tenant}          set the tenant's behaviour (PATCH: amend it; DELETE: forget the tenant)
 GET /control/{tenant}          its behaviour, counters and log (?only=counters leaves the log out)
 POST /control/{tenant}/wait    its counters, as soon as they are `least` and `most`, or after `seconds`
@@ -18,6 +19,6 @@ from __future__ import annotations
 
 from fake_api.client import FakeApi
 from fake_api.server import Server
-from fake_api.vectors import Vector, embedding_of, tokens_in
+from fake_api.vectors import Vector, embedding_of, relevance_of, tokens_in
 
-__all__ = ["FakeApi", "Server", "Vector", "embedding_of", "tokens_in"]
+__all__ = ["FakeApi", "Server", "Vector", "embedding_of", "relevance_of", "tokens_in"]

@@ -13,7 +13,7 @@ from fake_api.behaviour import Fault
 from fake_api.faults import FAULTS
 from fake_api.protocol import Ask, Item, Protocol, Refusal, Reply, key_in
 from fake_api.tenants import POLL_SECONDS, Tenant
-from fake_api.vectors import tokens_in
+from fake_api.vectors import relevance_of, tokens_in
 
 if TYPE_CHECKING:
     from fake_api.server import Handler
@@ -131,6 +131,8 @@ class Exchange:
         self._authorize()
         self._limit()
         self.ask = ask = self.protocol.check(self.body, self.behaviour, self.address)
+        if ask.query is not None:
+            return [Item(index, relevance_of(ask.query, text)) for index, text in enumerate(ask.texts)]
         vectors = (self.protocol.embed(text, ask.dimensions, ask.model) for text in ask.texts)
         return [Item(index, vector) for index, vector in enumerate(vectors)]
 

@@ -35,7 +35,7 @@ class Refusal(Exception):
 
 @dataclass(frozen=True)
 class Item:
-    """One embedding of an answer, before it is written in the provider's form."""
+    """One embedding, or one score, of an answer, before it is written in the provider's form."""
 
     index: int | None
     vector: Vector | str
@@ -49,6 +49,7 @@ class Ask(NamedTuple):
     dimensions: int
     base64: bool
     tokens: int
+    query: str | None = None  # with which the texts are compared; None: they are to be embedded
 
 
 @dataclass

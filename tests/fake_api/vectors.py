@@ -23,3 +23,9 @@ def embedding_of(text: str, dimensions: int = 1536, model: str = "text-embedding
 
 def tokens_in(text: str) -> int:
     return -(-len(text) // 4)
+
+
+def relevance_of(query: str, text: str) -> Vector:
+    """The score that the fake API gives this text, as a vector of one number: the share of the query's words in it."""
+    words = query.lower().split()
+    return np.array([sum(word in text.lower().split() for word in words) / max(len(words), 1)], np.float32)

@@ -63,7 +63,7 @@ def provider_of(model: Model) -> Provider:
     except KeyError:
         raise Fault(
             f'model "{model.name}" names the provider "{model.provider}", which is not known',
-            hint=f"The providers are: {', '.join(sorted(PROVIDERS))}.",
+            hint=f"The providers are: {', '.join(sorted(PROVIDERS))}. For a rerank model: create_rerank_model().",
         ) from None
 
 

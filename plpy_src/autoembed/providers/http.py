@@ -9,7 +9,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from autoembed import endpoints, keys
 from autoembed.errors import (
@@ -22,12 +22,16 @@ from autoembed.errors import (
     trouble_of_answer,
     without_secrets,
 )
-from autoembed.model import Embedded, Model, Request
+from autoembed.model import Embedded, Model, Request, Reranked
 from autoembed.providers.definition import check_options
 
 if TYPE_CHECKING:
     from autoembed.network import Network
 
+Answer = TypeVar("Answer", Embedded, Reranked)
+
+# Scores take less. Some servers return the passages with them.
+MAX_SCORES_BYTES = 8 << 20
 # Options whose fields go into each request, in place of the provider's own fields of the same name.
 BODIES = frozenset({"extra_body", "document_body", "query_body"})
 EXTRAS = BODIES | {"extra_headers"}
@@ -103,17 +107,17 @@ def post(
     url: str,
     headers: Mapping[str, str],
     body: Mapping[str, Any],
-    embedded_in: Callable[[bytes | bytearray, int, int], Embedded],
+    answer_in: Callable[[bytes | bytearray, int, int], Answer],
     trouble_of: Callable[[int, Mapping[str, str], bytes | bytearray], Trouble] = trouble_of_answer,
-) -> Embedded:
-    """The vectors that embedded_in() reads from a 200 answer; raises what trouble_of() makes of any other.
+) -> Answer:
+    """What answer_in() reads from a 200 answer; raises what trouble_of() makes of any other.
 
-    embedded_in: is given the body, the count of texts and the dimensions.
-    The headers of the answer go with the vectors and with the trouble. Values of headers are kept out of errors.
+    answer_in: is given the body, the count of texts and the dimensions.
+    The headers of the answer go with it and with the trouble. Values of headers are kept out of errors.
     """
     sent = {**headers, **keys.resolve_headers(request.model)}
     try:
-        return _post(request, network, url, sent, body, embedded_in, trouble_of)
+        return _post(request, network, url, sent, body, answer_in, trouble_of)
     except Trouble as trouble:
         # The one place where an error becomes text that is stored and shown.
         secrets = {part for value in sent.values() for part in (value, value.split(" ")[-1])}
@@ -126,9 +130,9 @@ def _post(
     url: str,
     headers: Mapping[str, str],
     body: Mapping[str, Any],
-    embedded_in: Callable[[bytes | bytearray, int, int], Embedded],
+    answer_in: Callable[[bytes | bytearray, int, int], Answer],
     trouble_of: Callable[[int, Mapping[str, str], bytes | bytearray], Trouble],
-) -> Embedded:
+) -> Answer:
     # The check is repeated because a host may have lost its permission since the model was defined.
     fault = endpoints.fault_of(url, request.model.http_hosts)
     if fault is not None:
@@ -138,8 +142,7 @@ def _post(
         {"Content-Type": "application/json", "Accept": "application/json", **headers},
         encode({**body, **request.model.extra_body(request.purpose)}),
         timeout_seconds=request.timeout_seconds,
-        # A JSON number takes up to 24 bytes. The rest is room for a server that ignores the dimensions asked for.
-        max_answer_bytes=(64 << 20) + 32 * len(request.texts) * request.model.dimensions,
+        max_answer_bytes=_most_bytes(request),
         ca_file=request.model.options.get("ca_file"),
         sent=request.sent.set,
     )
@@ -151,12 +154,20 @@ def _post(
                 # The address may be wrong: a query may hold a secret, and is left out.
                 refusal.args = (f"at {url.split('?')[0]}, {refusal}",)
             raise refusal
-        embedded = embedded_in(answer.body, len(request.texts), request.model.dimensions)
+        read = answer_in(answer.body, len(request.texts), request.model.dimensions)
     except Trouble as trouble:
         trouble.headers = answer.headers
         trouble.may_be_a_texts = may_be_a_texts(answer.status)
         raise
-    return replace(embedded, headers=answer.headers)
+    return replace(read, headers=answer.headers)
+
+
+def _most_bytes(request: Request) -> int:
+    """The size of an answer beyond which it is not read."""
+    if request.model.reranks:
+        return MAX_SCORES_BYTES
+    # A JSON number takes up to 24 bytes. The rest is room for a server that ignores the dimensions asked for.
+    return (64 << 20) + 32 * len(request.texts) * request.model.dimensions
 
 
 def encode(body: Mapping[str, Any]) -> bytes:
@@ -173,7 +184,7 @@ def parse(body: bytes | bytearray) -> Any:
     except ValueError:
         # Some servers answer NaN, which is not JSON, if a text was too much for their model.
         answer = json.loads(body)
-    if isinstance(answer, dict) and answer.get("error") and not answer.keys() & {"data", "embeddings"}:
+    if isinstance(answer, dict) and answer.get("error") and not answer.keys() & {"data", "embeddings", "results"}:
         raise ProviderTrouble(f"the provider answered with an error: {message_in(body)}")
     return answer
 

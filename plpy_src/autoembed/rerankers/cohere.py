@@ -1,0 +1,44 @@
+"""Cohere's rerank endpoint, version 2.
+
+Written from the API reference, https://docs.cohere.com/reference/rerank. It reports no tokens: it bills searches.
+Passages that are too long are cut by the provider itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from autoembed import keys
+from autoembed.model import Model, Request, Reranked
+from autoembed.providers import http
+from autoembed.providers.cohere import BASE_URL, trouble_of
+from autoembed.rerankers.scores import scores_in
+
+if TYPE_CHECKING:
+    from autoembed.network import Network
+
+RUNS_IN_BACKEND = False
+
+
+def check(model: Model) -> None:
+    http.check(model, default_url=BASE_URL, example=f"{BASE_URL}, what comes before /v2/rerank")
+
+
+def rerank(request: Request, network: Network) -> Reranked:
+    key = keys.resolve(request.model)
+    url = http.url(request.model, BASE_URL, "/v2/rerank")
+    return http.post(request, network, url, http.bearer(key), request_body(request), reranked_in, trouble_of)
+
+
+def request_body(request: Request) -> dict[str, Any]:
+    return {
+        "model": request.model.model_id,
+        "query": request.query,
+        "documents": list(request.texts),
+        "top_n": len(request.texts),
+    }
+
+
+def reranked_in(body: bytes | bytearray, count: int, _dimensions: int) -> Reranked:
+    with http.reading("Cohere"):
+        return Reranked(scores_in(http.parse(body)["results"], count, "relevance_score"))
