@@ -87,7 +87,7 @@ class Cutter:
                 size -= behind - bare
             if parts is not None:
                 found = fitting(content, parts, counter.count, size, self._check_interrupts)
-            elif batching.most_tokens(content) <= size:
+            elif len(content) <= size and batching.most_tokens(content) <= size:
                 return [trimmed(content, 0, len(content))]
             else:
                 found = chunks_of(

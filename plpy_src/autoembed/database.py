@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ from autoembed.records import (
     Row,
     Written,
     digest_of_chunks,
+    sha256_of,
 )
 from autoembed.restricted import Run, as_role, available, interrupt_is_pending, restricted
 from autoembed.statistics import Reporter
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 Error = plpy.SPIError
 # An owner's code is cancelled after so long in one statement, in seconds: another owner's rows wait meanwhile.
 OWNER_SECONDS = 1.0
+# The same where the statement runs no code of the owner, but has a long text, or many chunks beside an index.
+OWN_SECONDS = 10.0
 # The same where only the caller waits.
 CALLER_SECONDS = 3600.0
 # A model whose function was cancelled rests for so long, in seconds.
@@ -546,13 +549,16 @@ class Database:
 
         RowError if the content function fails for one of them.
         """
-        rows: Any = []
-        with self._owners_code(undone=True):
-            rows = self._run(
-                f"SELECT c.* FROM autoembed._content_{pipeline.id}($1, $2, $3) AS c",
-                ["pg_catalog.text[]", "pg_catalog.int8", "pg_catalog.int8"],
-                [list(keys), max_bytes, MAX_TEXT_BYTES],
-            )
+
+        def read(seconds: float) -> Any:
+            with self._owners_code(undone=True, seconds=seconds):
+                return self._run(
+                    f"SELECT c.* FROM autoembed._content_{pipeline.id}($1, $2, $3) AS c",
+                    ["pg_catalog.text[]", "pg_catalog.int8", "pg_catalog.int8"],
+                    [list(keys), max_bytes, MAX_TEXT_BYTES],
+                )
+
+        rows = self._in_time(pipeline, keys, read)
         found = {row["key"]: _row(row) for row in rows}
         # A row without a key is the mark that rows are left.
         return found, found.pop(None, None) is None
@@ -666,7 +672,8 @@ class Database:
             [chunk.digest for _, _, chunk in numbered],
         ]
         new: np.ndarray | list[None] = [] if vectors is None or not len(vectors) else vectors
-        rows = self._write(pipeline, keys, contents, CHUNK_COLUMNS, columns, new)
+        texts = [None if content is None else sha256_of(content) for content in contents]
+        rows = self._write(pipeline, keys, texts, CHUNK_COLUMNS, columns, new)
         digests = {key: digest_of_chunks([one.digest for one in own]) for key, own in zip(keys, chunks, strict=True)}
         return {row["key"]: Written(row["outcome"], digests[row["key"]]) for row in rows}
 
@@ -674,12 +681,15 @@ class Database:
         self,
         pipeline: Pipeline,
         keys: Sequence[str],
-        contents: Sequence[str | None],
+        contents: Sequence[str | bytes | None],
         types: Sequence[str],
         columns: Sequence[Sequence[Any] | None],
         vectors: np.ndarray | list[None],
     ) -> Any:
-        """Calls a pipeline's function that writes. types, columns: its arguments between the model and the vectors."""
+        """Calls a pipeline's function that writes. contents: the texts, or beside the rows their digests.
+
+        types, columns: its arguments between the model and the vectors.
+        """
         with row_errors():
             stage = None if isinstance(vectors, list) else self._staged(pipeline, vectors)
         if stage is not None:
@@ -688,17 +698,60 @@ class Database:
             embeddings = f"${len(types) + 4}::{pipeline.vector_type}[]"
             arguments = [vectors if isinstance(vectors, list) else literals(vectors)]
         placeholders = ", ".join(f"${number}" for number in range(1, len(types) + 4))
-        with self._owners_code():
-            return self._run(
-                f"SELECT w.* FROM autoembed._write_{pipeline.id}({placeholders}, {embeddings}) AS w",
+        contents_type = "pg_catalog.bytea[]" if pipeline.is_beside else "pg_catalog.text[]"
+
+        def write(seconds: float) -> Any:
+            with self._owners_code(seconds=seconds):
+                return self._run(
+                    f"SELECT w.* FROM autoembed._write_{pipeline.id}({placeholders}, {embeddings}) AS w",
+                    [
+                        "pg_catalog.text[]",
+                        contents_type,
+                        "pg_catalog.text",
+                        *types,
+                        *["pg_catalog.text[]"] * len(arguments),
+                    ],
+                    [list(keys), list(contents), pipeline.model.identity, *columns, *arguments],
+                )
+
+        return self._in_time(pipeline, keys, write)
+
+    def _in_time(self, pipeline: Pipeline, keys: Sequence[str], run: Callable[[float], Any]) -> Any:
+        """Runs a statement for rows in the seconds of an owner's code; or in more, for one row without such code."""
+        try:
+            return run(OWNER_SECONDS)
+        except RowError as error:
+            if not error.slow or len(keys) > 1:
+                raise
+            sql = "SELECT autoembed._runs_owners_code($1) AS runs"
+            if self._run(sql, ["pg_catalog.int4"], [pipeline.id])[0]["runs"]:
+                raise
+        return run(OWN_SECONDS)
+
+    def pay_chunks(self, pipeline: Pipeline, key: str, chunks: Sequence[Chunk]) -> None:
+        """Keeps the vectors of some chunks of a row until the row is written."""
+        with row_errors():
+            self._run(
+                "SELECT autoembed._pay_chunks($1, $2, $3, $4)",
+                ["pg_catalog.int4", "pg_catalog.text", *["pg_catalog.bytea[]"] * 2],
                 [
-                    *["pg_catalog.text[]"] * 2,
-                    "pg_catalog.text",
-                    *types,
-                    *["pg_catalog.text[]"] * len(arguments),
+                    pipeline.id,
+                    key,
+                    [chunk.digest for chunk in chunks],
+                    [None if chunk.vector is None else chunk.vector.astype("<f4").tobytes() for chunk in chunks],
                 ],
-                [list(keys), list(contents), pipeline.model.identity, *columns, *arguments],
             )
+
+    def paid_chunks(self, pipeline: Pipeline, key: str) -> dict[bytes, np.ndarray]:
+        """The vectors that are kept of a row, by the digests of their chunks."""
+        import numpy as np
+
+        rows = self._run(
+            "SELECT c.digest, c.vector FROM autoembed._paid_chunks($1, $2) AS c",
+            ["pg_catalog.int4", "pg_catalog.text"],
+            [pipeline.id, key],
+        )
+        return {row["digest"]: np.frombuffer(row["vector"], "<f4") for row in rows}
 
     def try_write(self, pipeline: Pipeline, keys: Sequence[str], contents: Sequence[str | None]) -> dict[str, str]:
         """Writes a vector of no meaning into these rows, and undoes that.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -16,8 +16,16 @@ if TYPE_CHECKING:
 # The role of a text. Many models embed a question and the document that answers it in two ways. rerank: a passage that
 # is compared with a query.
 Purpose = Literal["document", "query", "rerank"]
+# So much of a text is encoded at once.
+HASHED_CHARACTERS = 1 << 20
 # The options that prefixed() obeys.
 PREFIXES = frozenset({"document_prefix", "query_prefix"})
+
+
+def add_text(update: Callable[[bytes], None], text: str) -> None:
+    """Adds a text to a digest, without a copy of the whole."""
+    for start in range(0, len(text), HASHED_CHARACTERS):
+        update(text[start : start + HASHED_CHARACTERS].encode("utf-8", "surrogatepass"))
 
 
 @dataclass(frozen=True)
@@ -74,9 +82,11 @@ class Model:
         """The fields that the options add to a request: to each one, and to those of documents or of queries."""
         return {**self.options.get("extra_body", {}), **self.options.get(f"{purpose}_body", {})}
 
-    def digest(self, content: str) -> bytes:
-        """16 bytes that tell whether this model has embedded this text before."""
-        return hashlib.blake2b((self._salt + content).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    def digest(self, content: str, way: str = "") -> bytes:
+        """16 bytes that tell whether this model has embedded this text in this way before."""
+        digest = hashlib.blake2b((self._salt + way).encode("utf-8", "surrogatepass"), digest_size=16)
+        add_text(digest.update, content)
+        return digest.digest()
 
     def chunk_digest(self, chunk: str) -> bytes:
         """16 bytes that tell whether this model has embedded this chunk before. search() computes it in SQL."""

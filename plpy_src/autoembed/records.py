@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from autoembed.model import Model
+from autoembed.model import Model, add_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,7 +80,7 @@ class Pipeline:
         way = self.chunking if self.splitter is None else f"{self.chunking} {self.splitter}"
         # No text in a database has a zero byte.
         behind = f"{prefix}\0" if prefix else ""
-        return self.model.digest(f"{way}\0{self.chunk_size}\0{self.chunk_overlap}\0{behind}{content}")
+        return self.model.digest(content, f"{way}\0{self.chunk_size}\0{self.chunk_overlap}\0{behind}")
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,13 @@ def digest_of_chunks(digests: Iterable[bytes]) -> bytes | None:
     """8 bytes that tell whether a row has these embeddings beside it; None: it has none."""
     together = b"".join(digests)
     return hashlib.sha256(together).digest()[:8] if together else None
+
+
+def sha256_of(text: str) -> bytes:
+    """SHA-256 of a text, as SQL computes it of the text of a row."""
+    digest = hashlib.sha256()
+    add_text(digest.update, text)
+    return digest.digest()
 
 
 @dataclass(eq=False)

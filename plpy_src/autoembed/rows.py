@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -31,6 +31,8 @@ READ_BYTES = 8 << 20
 OWNER_READ_BYTES = 1 << 20
 # A text of more characters is cut into chunks in a thread: that takes a second for a million of them.
 LONG_CHARACTERS = 50_000
+# The vectors of a text with so many chunks are kept as they come: its lane may end before it has them all.
+KEPT_CHUNKS = 300
 # The rows of one statement are this many at first, and at most.
 FIRST_STATEMENT_ROWS = 100
 MAX_STATEMENT_ROWS = 2000
@@ -365,7 +367,7 @@ class Rows:
                 size = job.row.size >> 20
                 self._ledger.fail(job, f"the text has {size} MB, and a lane reads at most {MAX_TEXT_BYTES >> 20} MB")
                 continue
-            if job.content is None or not job.content.strip():
+            if not job.content or job.content.isspace():
                 (blank if job.has_embedding else empty).append(job)
                 continue
             job.digest = pipeline.digest(job.content, job.prefix)
@@ -446,6 +448,7 @@ class Rows:
         ranges = job.ranges or self._cutter.ranges(pipeline, content, job.parts, job.prefix)
         job.truncated = pipeline.chunking == NONE and ranges[-1][1] < len(content)
         kept = frozenset(kept)
+        paid = self._database.paid_chunks(pipeline, job.key) if len(ranges) >= KEPT_CHUNKS else {}
         job.chunks, job.wanted = [], defaultdict(list)
         for start, end in ranges:
             text = job.prefix + content[start:end]
@@ -453,8 +456,16 @@ class Rows:
             chunk.is_kept = chunk.digest in kept
             job.chunks.append(chunk)
             if not chunk.is_kept:
-                job.wanted[text].append(chunk)
+                chunk.vector = paid.get(chunk.digest)
+                if chunk.vector is None:
+                    job.wanted[text].append(chunk)
         return list(job.wanted)
+
+    def keep(self, job: Job, chunks: Sequence[Chunk]) -> None:
+        """Keeps vectors of a long text that has not all of them yet. Without that, a lane that ends loses them."""
+        if len(job.chunks) >= KEPT_CHUNKS:
+            with suppress(RowError):
+                self._database.pay_chunks(job.pipeline, job.key, chunks)
 
     def writable(self, pipeline: Pipeline, chosen: list[tuple[Job, str]]) -> list[tuple[Job, str]]:
         """Those of the rows to send that would take their vectors, as far as that is in doubt.
@@ -527,8 +538,13 @@ class Rows:
         import numpy as np
 
         vectors = [chunk.vector for job in jobs for chunk in job.chunks if chunk.vector is not None]
-        empty = np.empty((0, pipeline.model.dimensions), np.float32)
-        self.write(pipeline, jobs, np.stack(vectors) if vectors else empty)
+        together = np.stack(vectors) if vectors else np.empty((0, pipeline.model.dimensions), np.float32)
+        # The vectors of a long text are not held twice.
+        del vectors
+        for job in jobs:
+            for chunk in job.chunks:
+                chunk.vector = None
+        self.write(pipeline, jobs, together)
 
     def write(self, pipeline: Pipeline, jobs: list[Job], vectors: np.ndarray | None) -> None:
         """Writes the vectors (None: NULLs) of the rows whose text is still the same.

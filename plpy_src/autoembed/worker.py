@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from autoembed.database import Database
     from autoembed.network import Network
-    from autoembed.records import Message, Pipeline
+    from autoembed.records import Chunk, Message, Pipeline
 
 # The default of batch_size in process() and work(), in texts.
 DEFAULT_BATCH_SIZE = 100
@@ -842,14 +842,19 @@ class _Pass:
         # A row that was queued again during its request has two jobs, and one statement writes it only once.
         turns: Counter[tuple[int, str]] = Counter()
         by_statement: dict[tuple[int, int], list[tuple[Job, int]]] = defaultdict(list)
+        landed: dict[Job, list[Chunk]] = defaultdict(list)
         for index, text in enumerate(request.texts):
             for job in self._outboxes[request.model].jobs[text]:
                 for chunk in job.wanted.pop(text, ()):
                     chunk.vector = vectors[index]
+                    landed[job].append(chunk)
                 # Another chunk may have no vector yet, or have been refused.
                 if not job.wanted and job.outcome is None:
                     turns[job.pipeline.id, job.key] += 1
                     by_statement[job.pipeline.id, turns[job.pipeline.id, job.key]].append((job, index))
+        for job, chunks in landed.items():
+            if job.wanted and job.outcome is None:
+                self._rows.keep(job, chunks)
         with self._paced():
             for matched in sorted(by_statement.values(), key=lambda one: self._owners.slowness(one[0][0].pipeline)):
                 jobs = [job for job, _ in matched]

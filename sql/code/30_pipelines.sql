@@ -374,13 +374,26 @@ DECLARE
     _text text;
 BEGIN
     -- concat() uses output functions. A cast to text may be the owner's, and triggers evaluate this with more rights.
-    -- An empty string counts as NULL.
-    SELECT string_agg(format('nullif(pg_catalog.concat(%s.%I), '''')', alias, c.name), ', ' ORDER BY c.position)
+    -- What is text already is not copied. An empty string counts as NULL.
+    SELECT string_agg(format(
+               CASE
+                   WHEN a.atttypid IN ('text'::regtype, 'varchar'::regtype) THEN
+                       'nullif(%s.%I::pg_catalog.text, '''')'
+                   ELSE 'nullif(pg_catalog.concat(%s.%I), '''')'
+               END, alias, c.name
+           ), ', ' ORDER BY c.position)
     INTO _columns
-    FROM unnest(autoembed._columns_of(pipeline)) WITH ORDINALITY AS c(name, position);
+    FROM unnest(autoembed._columns_of(pipeline)) WITH ORDINALITY AS c(name, position)
+    LEFT JOIN pg_attribute AS a ON a.attrelid = pipeline.table_id AND a.attname = c.name;
     IF pipeline.content_columns IS NOT NULL THEN
-        -- A function takes up to a hundred arguments, and an array any number.
-        _text := format('pg_catalog.concat_ws(%L, VARIADIC ARRAY[%s])', E'\n\n', _columns);
+        _text := format(
+            CASE
+                WHEN cardinality(pipeline.content_columns) = 1 THEN 'coalesce(%2$s, '''')'
+                WHEN cardinality(pipeline.content_columns) < 100 THEN 'pg_catalog.concat_ws(%1$L, %2$s)'
+                -- A function takes up to a hundred arguments, and an array any number.
+                ELSE 'pg_catalog.concat_ws(%1$L, VARIADIC ARRAY[%2$s])'
+            END, E'\n\n', _columns
+        );
     ELSIF pipeline.content_template IS NOT NULL THEN
         SELECT format(
             'CASE WHEN pg_catalog.num_nonnulls(VARIADIC ARRAY[%s]) OPERATOR(pg_catalog.>) 0 '

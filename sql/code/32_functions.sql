@@ -272,6 +272,8 @@ BEGIN
         'keys_per_message', autoembed._keys_per_message(),
         'model', (SELECT quote_literal(autoembed._model_identity(m)) FROM autoembed._model(pipeline.model) AS m),
         'content', autoembed._content_expression(pipeline, 't'),
+        'content_digest', format('pg_catalog.sha256(pg_catalog.convert_to(%s, ''UTF8''))',
+                                 autoembed._content_expression(pipeline, 't')),
         'content_guard', autoembed._content_guard(pipeline),
         'content_bytes', autoembed._content_bytes_expression(pipeline, 't'),
         'chunk_call', autoembed._chunk_call(pipeline),

@@ -402,6 +402,46 @@ COMMENT ON FUNCTION autoembed._check_chunk_function IS
     'The reason why a pipeline cannot call the function that cuts its texts, and the cure, as _check_pipeline() '
     'returns them.';
 
+CREATE OR REPLACE FUNCTION autoembed._runs_owners_code(pipeline_id integer)
+    RETURNS boolean
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT num_nonnulls(p.content_function, p.condition) > 0
+        OR t.relforcerowsecurity
+        OR EXISTS (
+            SELECT FROM unnest(autoembed._needed_columns(p)) AS c(name)
+            JOIN pg_attribute AS a ON a.attrelid = p.table_id AND a.attname = c.name
+            JOIN pg_type AS y ON y.oid = a.atttypid
+            WHERE y.typnamespace <> 'pg_catalog'::regnamespace
+        )
+        OR EXISTS (
+            SELECT FROM unnest(p.key_columns) AS k(name)
+            WHERE autoembed._operator(p.table_id, k.name, 3) NOT IN ('OPERATOR(pg_catalog.=)', '=')
+        )
+        -- A write to the table itself meets its triggers, constraints and indexes.
+        OR p.embeddings_table IS NULL
+        OR EXISTS (
+            SELECT FROM pg_class AS e
+            WHERE e.oid = p.embeddings_table AND (e.relhastriggers OR e.relhasrules OR e.relforcerowsecurity)
+        )
+        OR EXISTS (
+            SELECT FROM pg_constraint AS c WHERE c.conrelid = p.embeddings_table AND c.contype NOT IN ('p', 'n')
+        )
+        OR EXISTS (SELECT FROM pg_attrdef AS d WHERE d.adrelid = p.embeddings_table)
+        OR EXISTS (
+            SELECT FROM pg_index AS i
+            WHERE i.indrelid = p.embeddings_table AND num_nonnulls(i.indpred, i.indexprs) > 0
+        )
+    FROM autoembed.pipeline AS p
+    JOIN pg_class AS t ON t.oid = p.table_id
+    WHERE p.id = pipeline_id;
+$sql$;
+COMMENT ON FUNCTION autoembed._runs_owners_code IS
+    'Whether code of the owner may run when texts of a pipeline are read or its embeddings are written.';
+
 CREATE OR REPLACE FUNCTION autoembed._check_pipeline(
     pipeline autoembed.pipeline,
     OUT problem text,

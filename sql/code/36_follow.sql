@@ -493,6 +493,7 @@ BEGIN
     DELETE FROM autoembed.backfill AS b WHERE b.pipeline_id = OLD.id;
     DELETE FROM autoembed.embedded AS e WHERE e.pipeline_id = OLD.id;
     DELETE FROM autoembed.failure AS f WHERE f.pipeline_id = OLD.id;
+    DELETE FROM autoembed.paid_chunk AS c WHERE c.pipeline_id = OLD.id;
     DELETE FROM autoembed.text_document AS d WHERE d.pipeline_id = OLD.id;
     DELETE FROM autoembed.text_segment AS s WHERE s.pipeline_id = OLD.id;
     PERFORM autoembed._drop_functions(OLD.id, true);

@@ -143,6 +143,13 @@ CREATE OR REPLACE FUNCTION autoembed._record_embedded(
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
+    -- Few texts are so long. A look for a pipeline with such takes microseconds.
+    IF written AND EXISTS (
+        SELECT FROM autoembed.paid_chunk AS c WHERE c.pipeline_id = _record_embedded.pipeline_id
+    ) THEN
+        DELETE FROM autoembed.paid_chunk AS c
+        WHERE c.pipeline_id = _record_embedded.pipeline_id AND c.key = ANY (autoembed._short_keys(keys));
+    END IF;
     INSERT INTO autoembed.embedded AS e (pipeline_id, key, digest, truncated, vector_digest)
     SELECT _record_embedded.pipeline_id, s.key, s.digest, s.truncated, s.vector_digest
     FROM unnest(autoembed._short_keys(keys), digests, vector_digests, _record_embedded.truncated)
@@ -183,6 +190,35 @@ $sql$;
 COMMENT ON FUNCTION autoembed._note_replaced IS
     'Records that somebody else has replaced the vectors of these rows. Rows whose vector has a digest show it.';
 
+CREATE OR REPLACE FUNCTION autoembed._pay_chunks(pipeline_id integer, key text, digests bytea[], vectors bytea[])
+    RETURNS void
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    INSERT INTO autoembed.paid_chunk AS c (pipeline_id, key, digest, vector)
+    SELECT p.id, autoembed._short_key(_pay_chunks.key), u.digest, u.vector
+    FROM autoembed.pipeline AS p
+    CROSS JOIN unnest(digests, vectors) AS u(digest, vector)
+    WHERE p.id = _pay_chunks.pipeline_id
+    ON CONFLICT DO NOTHING;
+$sql$;
+COMMENT ON FUNCTION autoembed._pay_chunks IS
+    'Keeps the vectors of some chunks of a row until the row is written.';
+
+CREATE OR REPLACE FUNCTION autoembed._paid_chunks(pipeline_id integer, key text)
+    RETURNS TABLE (digest bytea, vector bytea)
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT c.digest, c.vector
+    FROM autoembed.paid_chunk AS c
+    WHERE c.pipeline_id = _paid_chunks.pipeline_id AND c.key = autoembed._short_key(_paid_chunks.key);
+$sql$;
+COMMENT ON FUNCTION autoembed._paid_chunks IS 'The digests of the chunks of a row whose vectors are kept, and these.';
+
 CREATE OR REPLACE FUNCTION autoembed._forget(pipeline_id integer, keys text[])
     RETURNS void
     LANGUAGE sql
@@ -191,6 +227,8 @@ CREATE OR REPLACE FUNCTION autoembed._forget(pipeline_id integer, keys text[])
 AS $sql$
     DELETE FROM autoembed.embedded AS e
     WHERE e.pipeline_id = _forget.pipeline_id AND e.key = ANY (autoembed._short_keys(keys));
+    DELETE FROM autoembed.paid_chunk AS c
+    WHERE c.pipeline_id = _forget.pipeline_id AND c.key = ANY (autoembed._short_keys(keys));
     DELETE FROM autoembed.failure AS f
     WHERE f.pipeline_id = _forget.pipeline_id AND autoembed._short_key(f.key) = ANY (autoembed._short_keys(keys));
     -- A text that was indexed after this transaction had begun may be of a new row with an old key.
@@ -212,6 +250,7 @@ CREATE OR REPLACE FUNCTION autoembed._forget_all(pipeline_id integer)
     SET search_path = pg_catalog, pg_temp
 AS $sql$
     DELETE FROM autoembed.embedded AS e WHERE e.pipeline_id = _forget_all.pipeline_id;
+    DELETE FROM autoembed.paid_chunk AS c WHERE c.pipeline_id = _forget_all.pipeline_id;
     -- A failure may belong to a row inserted since, because the newest messages are read first.
     WITH failed AS (
         DELETE FROM autoembed.failure AS f WHERE f.pipeline_id = _forget_all.pipeline_id RETURNING f.key
@@ -249,6 +288,8 @@ CREATE OR REPLACE FUNCTION autoembed._fail(pipeline_id integer, key text, reason
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
+    DELETE FROM autoembed.paid_chunk AS c
+    WHERE c.pipeline_id = _fail.pipeline_id AND c.key = autoembed._short_key(_fail.key);
     -- The pipeline may have ended since.
     INSERT INTO autoembed.failure AS f (pipeline_id, key, error_class, reason, attempts, excerpt)
     SELECT p.id, _fail.key, 'row', _fail.reason, _fail.attempts, left(_fail.excerpt, 200)

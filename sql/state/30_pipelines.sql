@@ -191,6 +191,23 @@ COMMENT ON COLUMN autoembed.embedded.replaced IS
 
 SELECT pg_catalog.pg_extension_config_dump('autoembed.embedded', '');
 
+CREATE TABLE autoembed.paid_chunk (
+    pipeline_id integer NOT NULL,
+    key text COLLATE pg_catalog."C" NOT NULL,
+    digest bytea NOT NULL,
+    vector bytea NOT NULL,
+    PRIMARY KEY (pipeline_id, key, digest)
+);
+COMMENT ON TABLE autoembed.paid_chunk IS
+    'The vectors of chunks of long texts that have not all their vectors yet. A lane that goes on does not ask again.';
+COMMENT ON COLUMN autoembed.paid_chunk.pipeline_id IS 'The pipeline.';
+COMMENT ON COLUMN autoembed.paid_chunk.key IS 'The row''s key as a JSON array.';
+COMMENT ON COLUMN autoembed.paid_chunk.digest IS 'The digest of the chunk.';
+COMMENT ON COLUMN autoembed.paid_chunk.vector IS 'Its vector, 4 bytes for each dimension.';
+
+-- A vector does not compress.
+ALTER TABLE autoembed.paid_chunk ALTER COLUMN vector SET STORAGE EXTERNAL;
+
 CREATE TABLE autoembed.failure (
     id bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
     pipeline_id integer,

@@ -1,12 +1,13 @@
 -- Writes the embeddings of rows that still have the text that was sent into the table beside them. Takes no lock on a
 -- row of the application's table. Runs as the table's owner, in lanes.
 -- prefixes: what the chunks of each row are embedded behind; NULL: nothing, in all rows.
+-- contents: the digests of the texts that were sent. A long text itself would be copied several times.
 -- counts: the number of chunks of each row. A row without chunks loses its embeddings.
 -- chunk_keys to embeddings: the chunks of all rows. The last ones have no embedding: the row has the embedding of a
 -- chunk with that digest already.
 CREATE FUNCTION autoembed._write_{{id}}(
     keys text[],
-    contents text[],
+    contents bytea[],
     model text,
     prefixes text[],
     counts integer[],
@@ -55,7 +56,7 @@ BEGIN
 
     SELECT pg_catalog.array_agg(coalesce(s.outcome, CASE
                WHEN t.ctid IS NULL THEN 'gone'
-               WHEN {{content}} COLLATE "C" IS NOT DISTINCT FROM s.content
+               WHEN {{content_digest}} IS NOT DISTINCT FROM s.content
                    AND {{prefix}} COLLATE "C" IS NOT DISTINCT FROM s.prefix THEN 'written'
                ELSE 'changed'
            END) ORDER BY s.number),
@@ -122,7 +123,7 @@ BEGIN
                 WHERE CASE
                     WHEN t.ctid IS NULL THEN true
                     WHEN pg_catalog.concat(t.tableoid, t.ctid, t.xmin) = s.version THEN false
-                    ELSE {{content}} COLLATE "C" IS DISTINCT FROM s.content
+                    ELSE {{content_digest}} IS DISTINCT FROM s.content
                         OR {{prefix}} COLLATE "C" IS DISTINCT FROM s.prefix
                 END
             );

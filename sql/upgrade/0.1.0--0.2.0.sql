@@ -397,3 +397,20 @@ SELECT pg_catalog.pg_extension_config_dump('autoembed.text_document_id_seq', '')
 SELECT pg_catalog.pg_extension_config_dump('autoembed.text_segment', '');
 SELECT pg_catalog.pg_extension_config_dump('autoembed.text_segment_id_seq', '');
 SELECT pg_catalog.pg_extension_config_dump('autoembed.text_posting', '');
+
+CREATE TABLE autoembed.paid_chunk (
+    pipeline_id integer NOT NULL,
+    key text COLLATE pg_catalog."C" NOT NULL,
+    digest bytea NOT NULL,
+    vector bytea NOT NULL,
+    PRIMARY KEY (pipeline_id, key, digest)
+);
+COMMENT ON TABLE autoembed.paid_chunk IS
+    'The vectors of chunks of long texts that have not all their vectors yet. A lane that goes on does not ask again.';
+COMMENT ON COLUMN autoembed.paid_chunk.pipeline_id IS 'The pipeline.';
+COMMENT ON COLUMN autoembed.paid_chunk.key IS 'The row''s key as a JSON array.';
+COMMENT ON COLUMN autoembed.paid_chunk.digest IS 'The digest of the chunk.';
+COMMENT ON COLUMN autoembed.paid_chunk.vector IS 'Its vector, 4 bytes for each dimension.';
+
+-- A vector does not compress.
+ALTER TABLE autoembed.paid_chunk ALTER COLUMN vector SET STORAGE EXTERNAL;

@@ -205,7 +205,9 @@ _output_settings - - - x
 _owned_pipeline - x - x
 _owned_pipelines - x - x
 _owns - x x x
+_paid_chunks - - - x
 _passage_expression - - - x
+_pay_chunks - - - x
 _pipeline_checks - x - x
 _pipelines - - - x
 _plan - - - x
@@ -242,6 +244,7 @@ _rows_of - - - x
 _run_as_owner - x - x
 _run_statement_as_owner - - - x
 _running_lanes - x - x
+_runs_owners_code - - - x
 _schedule_index - - - x
 _schedule_statement - - - x
 _scores - - - x
@@ -353,6 +356,7 @@ lane - - - rawd
 model - - - rawd
 model_limit - - - rawd
 model_rest - - r rawd
+paid_chunk - - - rawd
 permit - - - rawd
 pipeline - r - rawd
 pipeline.adopts - ra - raw
