@@ -106,10 +106,10 @@ AS $sql$
     -- A long value that the UPDATE leaves alone keeps its place in the TOAST table, and is not fetched.
     SELECT coalesce(string_agg(concat(
         CASE WHEN a.attlen = -1 AND a.attstorage <> 'p' THEN
-            format('(pg_column_toast_chunk_id(OLD.%1$I) = pg_column_toast_chunk_id(NEW.%1$I)) IS NOT TRUE AND ',
-                   a.attname)
+            format('(pg_catalog.pg_column_toast_chunk_id(OLD.%1$I) OPERATOR(pg_catalog.=) '
+                   'pg_catalog.pg_column_toast_chunk_id(NEW.%1$I)) IS NOT TRUE AND ', a.attname)
         END,
-        format('record_image_ne(ROW(OLD.%1$I), ROW(NEW.%1$I))', a.attname)
+        format('pg_catalog.record_image_ne(ROW(OLD.%1$I), ROW(NEW.%1$I))', a.attname)
     ), ' OR ' ORDER BY k.position, a.attnum), 'false')
     FROM unnest(columns) WITH ORDINALITY AS k(name, position)
     JOIN pg_attribute AS n ON n.attrelid = table_id AND n.attname = k.name
@@ -181,7 +181,7 @@ AS $sql$
                 )
         END,
         -- Stored values are compared byte by byte, which calls no code of a type.
-        'key_changed', format('record_image_ne(ROW(%s), ROW(%s))',
+        'key_changed', format('pg_catalog.record_image_ne(ROW(%s), ROW(%s))',
                               string_agg(format('OLD.%I', k.name), ', ' ORDER BY k.number),
                               string_agg(format('NEW.%I', k.name), ', ' ORDER BY k.number)),
         -- The text of such a key depends on settings of the session.
@@ -308,7 +308,8 @@ BEGIN
         'vector_changed', _vector_changed,
         -- A write of a lane, and not one of a trigger that it fires.
         'is_lanes_write', format(
-            $sql$(pg_trigger_depth() = 1 AND current_setting('autoembed.writing', true) = '%s') IS TRUE$sql$,
+            $sql$(pg_catalog.pg_trigger_depth() OPERATOR(pg_catalog.=) 1 AND pg_catalog.current_setting(
+            'autoembed.writing', true) OPERATOR(pg_catalog.=) '%s') IS TRUE$sql$,
             pipeline.table_id::oid
         ),
         'vector_digest', autoembed._vector_digest_expression(pipeline, 't'),
@@ -457,7 +458,8 @@ AS $sql$
     FROM (VALUES
         ('erase_truncate', 'erase(NULL);'),
         ('erase_rows', 'erase(ARRAY(SELECT r.key FROM ({{old_rows}}) AS r));'),
-        ('erase_row', 'IF TG_OP = ''DELETE'' AND {{has_old_key}} THEN erase(ARRAY[{{old_key}}]); END IF;'),
+        ('erase_row', 'IF TG_OP OPERATOR(pg_catalog.=) ''DELETE'' AND {{has_old_key}} THEN erase(ARRAY[{{old_key}}]); '
+                      'END IF;'),
         -- The embeddings of a key that changes belong to no row.
         ('erase_update', CASE slots ->> 'on_change'
             WHEN 'clear' THEN 'erase(ARRAY[{{old_key}}, {{new_key}}]);'

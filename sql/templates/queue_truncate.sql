@@ -1,2 +1,2 @@
 INSERT INTO autoembed._job (due_at, message)
-        VALUES (clock_timestamp(), '{"pipeline": {{id}}, "truncated": true}');
+        VALUES (pg_catalog.clock_timestamp(), '{"pipeline": {{id}}, "truncated": true}');

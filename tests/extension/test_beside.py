@@ -878,3 +878,51 @@ def test_a_key_that_leaves_no_trace_of_the_old_one_says_what_works(pages: Connec
     process(pages)
 
     assert texts_of_chunks(pages) == [(1, "one"), (2, "two")]
+
+
+@pytest.mark.parametrize("table", ["beside", "in the row"])
+def test_triggers_call_nothing_that_a_writer_has_in_its_search_path(pages: Connection, table: str) -> None:
+    # The function of the triggers runs as a superuser, and sets no search_path.
+    if table == "in the row":
+        pages.execute("SELECT autoembed.alter_pipeline('pages', storage => 'row')")
+    trap = "LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'called as %', current_user; END $$"
+    pages.execute("CREATE SCHEMA traps")
+    for function in [
+        "concat(text, text, text) RETURNS text",
+        "concat(text, text) RETURNS text",
+        "concat(text, text, text, text) RETURNS text",
+        "clock_timestamp() RETURNS timestamptz",
+        "record_image_ne(record, record) RETURNS boolean",
+        "pg_column_toast_chunk_id(text) RETURNS oid",
+        "pg_trigger_depth() RETURNS integer",
+        "current_setting(text, boolean) RETURNS text",
+    ]:
+        pages.execute(f"CREATE FUNCTION traps.{function} {trap}")
+    for number, (left, operator, right) in enumerate(
+        [
+            ("text", "=", "text"),
+            ("oid", "=", "oid"),
+            ("integer", "=", "integer"),
+            ("integer", "+", "integer"),
+            ("bigint", "-", "integer"),
+            ("bigint", "/", "integer"),
+            ("bigint", ">=", "integer"),
+            ("bigint", "<=", "integer"),
+        ]
+    ):
+        pages.execute(
+            f"CREATE FUNCTION traps.trap_{number}({left}, {right}) RETURNS boolean {trap};"
+            f"CREATE OPERATOR traps.{operator} (LEFTARG = {left}, RIGHTARG = {right}, FUNCTION = traps.trap_{number})"
+        )
+    pages.execute("CREATE DOMAIN traps.jsonb AS pg_catalog.jsonb CHECK (VALUE IS NULL)")
+    pages.execute("SET search_path = traps, pg_catalog, public")
+
+    pages.execute("INSERT INTO pages SELECT n, 'text', 0 FROM generate_series(1, 150) AS n")
+    pages.execute("UPDATE pages SET views = 1")
+    pages.execute("UPDATE pages SET body = 'other' WHERE id OPERATOR(pg_catalog.<) 5")
+    pages.execute("UPDATE pages SET id = 200 WHERE id OPERATOR(pg_catalog.=) 1")
+    pages.execute("DELETE FROM pages WHERE id OPERATOR(pg_catalog.>) 140")
+    # The INSERT has two messages, the second UPDATE four, the others and the DELETE one.
+    assert pages.execute("SELECT pg_catalog.count(*) FROM pgmq.q_embedding_jobs").fetchone() == (8,)
+    pages.execute("TRUNCATE pages")
+    pages.execute("RESET search_path")
