@@ -6,6 +6,7 @@ A segment is a list of documents with their lengths, and for each term the place
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,8 +22,17 @@ MAX_CHARACTERS = 1_000_000
 # PostgreSQL counts the words of a text only up to the 16,384th, so long texts are counted in parts.
 PART_CHARACTERS = 30_000
 
-# The documents of a merged segment, unless one alone has more.
+# The characters of texts of which one statement tells the words.
+STATEMENT_CHARACTERS = 300_000
+# PostgreSQL reads a text from each of these to the end, and no cancel ends that. A part of a text may have so many.
+ENDLESS = ("<?", "<!--")
+MAX_ENDLESS = 20
+# A plain word has no more characters.
+PLAIN_WORD_CHARACTERS = 100
+
+# The documents of a merged segment, and its postings, unless one segment alone has more.
 MAX_MERGED = 50_000
+MAX_MERGED_POSTINGS = 200_000
 
 
 class Posting(NamedTuple):
@@ -67,9 +77,22 @@ def parts(text: str) -> Iterator[str]:
     start = 0
     while end - start > PART_CHARACTERS:
         cut = text.rfind(" ", start + PART_CHARACTERS // 2, start + PART_CHARACTERS) + 1 or start + PART_CHARACTERS
-        yield text[start:cut]
+        yield _readable(text[start:cut])
         start = cut
-    yield text[start:end]
+    yield _readable(text[start:end])
+
+
+def _readable(part: str) -> str:
+    """A part of a text that the parser of PostgreSQL can be cancelled in."""
+    return plain_words(part) if sum(map(part.count, ENDLESS)) > MAX_ENDLESS else part
+
+
+def plain_words(text: str) -> str:
+    """The letters and digits of a text, in words that are not too long.
+
+    The parser of PostgreSQL takes time that grows with the square of the length of "a_a_a_…".
+    """
+    return " ".join(word[:PLAIN_WORD_CHARACTERS] for word in re.findall(r"[^\W_]+", text))
 
 
 def merged_ids(ascending: np.ndarray, others: Collection[int]) -> np.ndarray:
@@ -137,14 +160,18 @@ class Scores:
         return dict(zip(self.documents[at].tolist(), self.scores[at].tolist(), strict=True))
 
 
-def most_dead(segments: Mapping[int, Segment], dead: np.ndarray) -> list[int]:
-    """The segments with the greatest share of dead documents, as many as one merge takes, at least one."""
+def most_dead(segments: Mapping[int, Segment], dead: np.ndarray, postings: Mapping[int, int]) -> list[int]:
+    """The segments with the greatest share of dead documents, as many as one merge takes, at least one.
+
+    postings: how many each segment has.
+    """
     alive = {number: live(segment, dead) for number, segment in segments.items() if len(segment.documents)}
     chosen: list[int] = []
-    documents = 0
+    documents = terms = 0
     for number in sorted(alive, key=lambda one: alive[one].mean()):
         documents += len(alive[number])
-        if alive[number].all() or chosen and documents > MAX_MERGED:
+        terms += postings[number]
+        if alive[number].all() or chosen and (documents > MAX_MERGED or terms > MAX_MERGED_POSTINGS):
             break
         chosen.append(number)
     return chosen

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import plpy  # type: ignore[import-not-found]
 
 from autoembed.binary import copy_rows, literals
-from autoembed.bm25 import Posting, Segment, merged, most_dead, parts
+from autoembed.bm25 import MAX_MERGED_POSTINGS, Posting, Segment, merged, most_dead, parts, plain_words
 from autoembed.errors import (
     INSUFFICIENT_PRIVILEGE,
     QUERY_CANCELED,
@@ -56,6 +56,8 @@ OWN_SECONDS = 10.0
 CALLER_SECONDS = 3600.0
 # A model whose function was cancelled rests for so long, in seconds.
 CANCEL_REST_SECONDS = 60.0
+# A scan reads about so many bytes of keys at a time: a key can have a megabyte.
+MAX_KEY_BYTES = 1_000_000
 # A lane does not wait longer for a lock, in milliseconds.
 LOCK_TIMEOUT_MILLISECONDS = 500
 # The functions of a pipeline are looked at so often, in seconds. Event triggers keep them current.
@@ -91,6 +93,8 @@ class Database:
         self._check_at: dict[int, float] = {}
         self._has_written = False
         self._in_pass = commits
+        # The pipelines of whose texts PostgreSQL did not tell the words in time.
+        self._slow_words: set[int] = set()
         self._reporter: Reporter | None = None
 
     def begin_pass(self) -> None:
@@ -238,16 +242,22 @@ class Database:
             row["provider"],
         )
 
-    def scan(self, backfill: Backfill, max_rows: int) -> list[str]:
-        """The next keys of its table. Raises RowError if its condition fails or the table is locked."""
+    def scan(self, backfill: Backfill, max_rows: int) -> tuple[list[str], bool]:
+        """The next keys of its table, and whether these are the last.
+
+        Raises RowError if its condition fails or the table is locked.
+        """
         rows: Any = []
         with self._owners_code(undone=True):
             rows = self._run(
-                f"SELECT s.key FROM autoembed._scan_{backfill.pipeline_id}($1, $2, $3) AS s",
-                ["pg_catalog.text", "pg_catalog.text", "pg_catalog.int4"],
-                [backfill.after, backfill.condition, max_rows],
+                f"SELECT s.key FROM autoembed._scan_{backfill.pipeline_id}($1, $2, $3, $4) AS s",
+                ["pg_catalog.text", "pg_catalog.text", "pg_catalog.int4", "pg_catalog.int8"],
+                [backfill.after, backfill.condition, max_rows, MAX_KEY_BYTES],
             )
-        return [row["key"] for row in rows]
+        keys = [row["key"] for row in rows]
+        if keys and keys[-1] is None:
+            return keys[:-1], False
+        return keys, len(keys) < max_rows
 
     def queue_backfill(
         self,
@@ -844,34 +854,60 @@ class Database:
         """Puts texts into the text index, where the record of a row has this digest.
 
         texts: the place of the row's key, counted from 1; the number of the chunk; and its text or a part of it.
+        Texts of which PostgreSQL cannot tell the words in time are indexed by plain words, or without any.
         """
         rows, numbers, cut = zip(*texts, strict=True)
-        with row_errors():
-            self._run(
-                "SELECT autoembed._index_texts($1, $2, $3, $4, $5, $6)",
-                [
-                    "pg_catalog.int4",
-                    "pg_catalog.text[]",
-                    "pg_catalog.bytea[]",
-                    *["pg_catalog.int4[]"] * 2,
-                    "pg_catalog.text[]",
-                ],
-                [pipeline.id, list(keys), list(digests), list(rows), list(numbers), list(cut)],
-            )
+        known = [list(keys), list(digests), list(rows), list(numbers)]
+        if pipeline.id not in self._slow_words and self._has_indexed(pipeline, known, cut):
+            return
+        self._slow_words.add(pipeline.id)
+        if not self._has_indexed(pipeline, known, [plain_words(text) for text in cut]):
+            self._has_indexed(pipeline, known, [""] * len(cut))
 
-    def merge_segments(self) -> None:
-        """Merges some segments of the text index, if it has too many, or many dead documents."""
+    def _has_indexed(self, pipeline: Pipeline, known: Sequence[Any], texts: Sequence[str]) -> bool:
+        """Puts texts into the text index, if PostgreSQL tells their words in time. Returns whether it did."""
+        run = Run()
+        try:
+            with plpy.subtransaction(), restricted(OWNER_SECONDS) as run:
+                self._run(
+                    "SELECT autoembed._index_texts($1, $2, $3, $4, $5, $6)",
+                    [
+                        "pg_catalog.int4",
+                        "pg_catalog.text[]",
+                        "pg_catalog.bytea[]",
+                        *["pg_catalog.int4[]"] * 2,
+                        "pg_catalog.text[]",
+                    ],
+                    [pipeline.id, *known, list(texts)],
+                )
+        except plpy.SPIError as error:
+            if _sqlstate(error) == QUERY_CANCELED and run.timed_out and not run.session_timed_out:
+                return False
+            if is_nobodys(_sqlstate(error)):
+                raise
+            raise row_error(_sqlstate(error), str(error)) from error
+        return True
+
+    def merge_segments(self, *, dedicated: bool = False) -> None:
+        """Merges some segments of the text index, if it has too many, or many dead documents.
+
+        dedicated: the caller is a lane for backfills alone. While there is one, no other lane merges.
+        """
         try:
             with row_errors(), plpy.subtransaction():
-                self._merge_segments()
+                self._merge_segments(dedicated=dedicated)
         except RowError as error:
             # The pipeline may be ended meanwhile. The next round tries again.
             if not (error.locked or error.may_pass):
                 raise
 
-    def _merge_segments(self) -> None:
-        [task] = self._run("SELECT s.* FROM autoembed._segments_to_merge() AS s")
-        ids, pipeline_id = task["segments"], task["pipeline_id"]
+    def _merge_segments(self, *, dedicated: bool) -> None:
+        [task] = self._run(
+            "SELECT s.* FROM autoembed._segments_to_merge($1, $2) AS s",
+            ["pg_catalog.bool", "pg_catalog.int4"],
+            [dedicated, MAX_MERGED_POSTINGS],
+        )
+        ids, pipeline_id = task["segments"] or [], task["pipeline_id"]
         if len(ids) < (1 if task["many_are_dead"] else 2):
             return
         import numpy as np
@@ -880,7 +916,8 @@ class Database:
         with as_role(self._own_role()):
             dead = self._dead_documents(pipeline_id)
             if task["many_are_dead"]:
-                ids = most_dead(self._segments(*which, [ids]), dead)
+                postings = dict(zip(ids, task["postings"], strict=True))
+                ids = most_dead(self._segments(*which, [ids]), dead, postings)
             segments = self._segments(*which, [ids])
             self._fill(segments, "true", [], [])
         if not segments:

@@ -154,9 +154,8 @@ def adopt_rows(pipeline_id: int) -> int:
     """
     here = database.Database(commits=False)
     pipeline = here.pipelines([pipeline_id])[pipeline_id]
-    adopted, after = 0, None
-    while keys := here.scan(Backfill(pipeline_id, pipeline.owner, after, None, 0), ADOPTED_ROWS):
-        after = keys[-1]
+    adopted = 0
+    for keys in _scanned(here, pipeline, ADOPTED_ROWS):
         for rows in _readable(here, pipeline, keys):
             found = {
                 key: (pipeline.digest(row.content), row.vector_digest)
@@ -169,6 +168,16 @@ def adopt_rows(pipeline_id: int) -> int:
                 here.record_embedded(pipeline, list(found), digests, vector_digests, uncut, written=True)
             adopted += len(found)
     return adopted
+
+
+def _scanned(here: database.Database, pipeline: Pipeline, max_rows: int) -> Iterator[list[str]]:
+    """The keys of all rows, so many at a time."""
+    after, are_all = None, False
+    while not are_all:
+        keys, are_all = here.scan(Backfill(pipeline.id, pipeline.owner, after, None, 0), max_rows)
+        if keys:
+            yield keys
+            after = keys[-1]
 
 
 def _readable(here: database.Database, pipeline: Pipeline, keys: list[str]) -> Iterator[dict[str, Row]]:
@@ -219,10 +228,8 @@ def copy_embeddings(
         # A piece is not the whole text, and a prefix is not in the text.
         return {"problem": None, "errcode": None}
     cutter = Cutter(here.check_interrupts)
-    after: str | None = None
     try:
-        while keys := here.scan(Backfill(pipeline_id, pipeline.owner, after, None, 0), COPIED_ROWS):
-            after = keys[-1]
+        for keys in _scanned(here, pipeline, COPIED_ROWS):
             while keys:
                 rows, are_all = here.rows(pipeline, keys, READ_BYTES)
                 _copy(here, table_id, f"{query_start}{{}}{query_end}", pipeline, old, rows, cutter)

@@ -110,8 +110,13 @@ PASSING = ("08", "40", "53", "55", "57P03", "58000", "58030")
 NOBODYS = ("53", "57", "58030")
 
 
+# More of an error's words is not kept: an owner's code can raise any number of megabytes.
+MAX_REASON_CHARACTERS = 10_000
+
+
 def row_error(sqlstate: str, message: str, *, timed_out: bool = False) -> RowError:
     """The error of a row that a statement with an owner's code has raised. timed_out: it ran too long."""
+    message = message[:MAX_REASON_CHARACTERS]
     if timed_out and sqlstate == QUERY_CANCELED:
         message = "the code of the table's owner ran too long, and was cancelled"
         return RowError(message, sqlstate=sqlstate, slow=True)

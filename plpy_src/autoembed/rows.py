@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from autoembed import batching
-from autoembed.bm25 import parts
+from autoembed.bm25 import MAX_CHARACTERS, STATEMENT_CHARACTERS, parts
 from autoembed.chunks import FUNCTION, NONE
 from autoembed.cutting import Cutter, limit_of
 from autoembed.errors import Fault, PassEnded, RowError
@@ -361,6 +361,7 @@ class Rows:
         empty: list[Job] = []
         unchanged: list[Job] = []
         rearranged: list[Job] = []
+        cutting_seconds = 0.0
         has_split = False
         for job in jobs:
             if job.row is not None and job.row.content is None and job.row.size > MAX_TEXT_BYTES:
@@ -395,13 +396,20 @@ class Rows:
                 self.uncut.append(job)
                 continue
             if pipeline.is_beside:
+                if cutting_seconds > self._owners.share_seconds:
+                    # Some texts take ten times as long as others of their length.
+                    self._ledger.release(job)
+                    continue
                 # A row that is embedded again by request has an empty digest.
                 kept = job.row.digests if job.row and (known is None or known.digest) else ()
+                began_at = time.monotonic()
                 try:
                     texts = self._cut(pipeline, job, kept)
                 except Fault as fault:
                     self._ledger.fail(job, str(fault))
                     continue
+                finally:
+                    cutting_seconds += time.monotonic() - began_at
             else:
                 texts = [job.content if limit is None else batching.truncate(job.content, limit, prefix)]
                 job.truncated = texts[0] is not job.content
@@ -664,14 +672,19 @@ class Rows:
         if not written:
             unindexed = self._database.unindexed(pipeline, [job.key for job in jobs])
             jobs = [job for job in jobs if job.key in unindexed]
-        texts = [
-            (place, number, part)
-            for place, job in enumerate(jobs, 1)
-            for number, text in enumerate(self._texts_of(pipeline, job), 1)
-            for part in parts(text)
-        ]
-        if texts:
-            self._database.index_texts(pipeline, [job.key for job in jobs], [job.digest for job in jobs], texts)
+        texts: list[tuple[int, int, str]] = []
+        size, first = 0, 0
+        for end, job in enumerate(jobs, 1):
+            room = MAX_CHARACTERS
+            for number, text in enumerate(self._texts_of(pipeline, job), 1):
+                texts += [(end - first, number, part) for part in parts(text[:room])]
+                room = max(0, room - len(text))
+            size += MAX_CHARACTERS - room
+            if size > STATEMENT_CHARACTERS or end == len(jobs):
+                some = jobs[first:end]
+                if texts:
+                    self._database.index_texts(pipeline, [job.key for job in some], [job.digest for job in some], texts)
+                texts, size, first = [], 0, end
 
     def _texts_of(self, pipeline: Pipeline, job: Job) -> list[str]:
         """The texts of a row that have a vector each, without what they are embedded behind."""

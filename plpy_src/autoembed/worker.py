@@ -155,7 +155,7 @@ class _Lane:
             if self._is_wanted:
                 self._database.clean_up()
                 self._database.commit()
-                self._database.merge_segments()
+                self._database.merge_segments(dedicated=self._backfill)
             self._database.commit()
             self._look_around()
             if self._has_worked:
@@ -239,7 +239,7 @@ def _claim_backfill(
         # A provider that failed last time is tried with one row.
         max_rows = 1
     try:
-        keys = database.scan(backfill, max_rows)
+        keys, exhausted = database.scan(backfill, max_rows)
     except RowError as error:
         if error.cancels or error.slow:
             database.rest_pipelines(backfill.owner, [backfill.pipeline_id], str(error))
@@ -249,7 +249,6 @@ def _claim_backfill(
     if not are_keys(keys):
         database.fail_backfill(backfill, "the scan with its condition returned something that is not a key")
         return []
-    exhausted = len(keys) < max_rows
     return database.queue_backfill(backfill, keys, exhausted=exhausted, lease_seconds=options.lease_seconds, held=held)
 
 
@@ -405,13 +404,13 @@ class _Pass:
         self._embed(pipeline, self._rows.read(pipeline, jobs, self._room(pipeline.owner)))
 
     def _room(self, owner: int) -> int:
-        """The bytes of texts to read of an owner. What others hold leaves a part of the room."""
+        """The bytes of texts to read of an owner. What is held, keys included, leaves a part of the room."""
         held: Counter[int] = Counter()
         for outbox in self._outboxes.values():
             for text, jobs in outbox.jobs.items():
-                held[jobs[0].pipeline.owner] += len(text)
+                held[jobs[0].pipeline.owner] += len(text) + sum(len(job.key) for job in jobs)
         for job in [*self._rows.uncut, *([self._cut.job] if self._cut else [])]:
-            held[job.pipeline.owner] += len(job.content or "")
+            held[job.pipeline.owner] += len(job.content or "") + len(job.key)
         return max(READ_BYTES - held.total(), OWNER_READ_BYTES - held[owner])
 
     def _embed(self, pipeline: Pipeline, jobs: list[Job]) -> None:

@@ -10,6 +10,17 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._keys_per_message IS 'The most rows that one message names.';
 
+CREATE OR REPLACE FUNCTION autoembed._bytes_per_message()
+    RETURNS integer
+    LANGUAGE sql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT 100000;
+$sql$;
+COMMENT ON FUNCTION autoembed._bytes_per_message IS
+    'The bytes of keys from which a message names no further row: a key can have a megabyte.';
+
 CREATE OR REPLACE FUNCTION autoembed._list_queue(listed boolean)
     RETURNS void
     LANGUAGE plpgsql
@@ -57,14 +68,18 @@ AS $plpgsql$
 DECLARE
     -- Each pipeline of a claim takes some milliseconds, in which nothing else is claimed.
     _most_pipelines CONSTANT integer := 30;
+    -- A megabyte of keys takes some 0.1 s.
+    _most_bytes CONSTANT integer := 1000000;
     -- A parameter, unlike clock_timestamp() itself, can be looked up in an index.
     _now timestamptz := clock_timestamp();
     _ready record;
     _messages refcursor;
     _message_id bigint;
     _rows integer;
+    _bytes integer;
     _owner oid;
     _owner_room integer;
+    _owner_bytes integer;
     _share integer;
     _room integer;
     _newest boolean;
@@ -139,8 +154,9 @@ BEGIN
         IF _owner IS DISTINCT FROM _ready.owner OR _owner_room IS NULL THEN
             _owner := _ready.owner;
             _owner_room := greatest(1, max_rows / _ready.owners);
+            _owner_bytes := greatest(1, _most_bytes / _ready.owners);
         END IF;
-        CONTINUE WHEN _owner_room <= 0;
+        CONTINUE WHEN _owner_room <= 0 OR _owner_bytes <= 0;
         -- Each owner has an equal share, and so has each of the owner's pipelines. No tenant and no table holds up
         -- another. A provider that has failed is tried with one message.
         _share := CASE WHEN _ready.failures > 0 THEN 1
@@ -151,19 +167,23 @@ BEGIN
             -- A FOR loop would lock fifty messages at a time, and so hide from other lanes those that it leaves.
             OPEN _messages FOR EXECUTE format(
                 $sql$
-                SELECT q.message_id, q.rows
+                SELECT q.message_id, q.rows, CASE
+                           WHEN pg_column_compression(q.message) IS NULL THEN pg_column_size(q.message)
+                           ELSE octet_length(q.message::text)
+                       END
                 FROM autoembed._job AS q
                 WHERE q.pipeline = $1 AND q.due_at <= $2 AND q.message_id <> ALL ($3)
                 ORDER BY q.due_at %s
                 FOR UPDATE SKIP LOCKED
                 $sql$, CASE WHEN _newest THEN 'DESC' END) USING _ready.pipeline, _now, _ids;
-            WHILE _room > 0 LOOP
-                FETCH _messages INTO _message_id, _rows;
+            WHILE _room > 0 AND _owner_bytes > 0 LOOP
+                FETCH _messages INTO _message_id, _rows, _bytes;
                 EXIT WHEN NOT FOUND OR _newest AND _rows > _room;
                 _ids := _ids || _message_id;
                 _room := _room - _rows;
                 _share := _share - _rows;
                 _owner_room := _owner_room - _rows;
+                _owner_bytes := _owner_bytes - _bytes;
             END LOOP;
             CLOSE _messages;
         END LOOP;
@@ -185,7 +205,8 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._claim IS
     'Claims due messages of the pipelines that can be embedded now: hides them for the lease and counts the read. '
-    'The last message of each pipeline may exceed its share of max_rows. held: the messages that the lane has already. '
+    'The last message of each pipeline may exceed its share of max_rows and of a megabyte of keys. held: the messages '
+    'that the lane has already. '
     'busy_models: the models that have not answered the lane for a while. busy_owners: those with vectors that the '
     'lane has yet to write.';
 

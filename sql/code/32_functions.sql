@@ -270,6 +270,7 @@ BEGIN
         -- The context of an error is read in PostgreSQL's own language.
         'context_settings', CASE WHEN _runs_owners_code THEN 'SET lc_messages = ''C''' ELSE '' END,
         'keys_per_message', autoembed._keys_per_message(),
+        'bytes_per_message', autoembed._bytes_per_message(),
         'model', (SELECT quote_literal(autoembed._model_identity(m)) FROM autoembed._model(pipeline.model) AS m),
         'content', autoembed._content_expression(pipeline, 't'),
         'content_digest', format('pg_catalog.sha256(pg_catalog.convert_to(%s, ''UTF8''))',

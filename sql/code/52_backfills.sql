@@ -40,7 +40,11 @@ BEGIN
     SET served_at = clock_timestamp()
     FROM next AS n
     WHERE b.pipeline_id = n.pipeline_id
-    RETURNING b.pipeline_id, n.owner, b.position, b.condition, n.failures, n.name, n.provider;
+    -- The owner may have written any number of bytes there. The scan fails then.
+    RETURNING b.pipeline_id, n.owner,
+              CASE WHEN octet_length(b.position) > 10000000 THEN 'the position is too long' ELSE b.position END,
+              CASE WHEN octet_length(b.condition) > 1000000 THEN 'the condition is too long' ELSE b.condition END,
+              n.failures, n.name, n.provider;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._next_backfill IS
@@ -121,6 +125,8 @@ DECLARE
     _backfill autoembed.backfill;
 BEGIN
     DELETE FROM autoembed.backfill AS b WHERE b.pipeline_id = _fail_backfill.pipeline_id RETURNING b.* INTO _backfill;
+    _backfill.condition := left(_backfill.condition, 1000);
+    _backfill.position := left(_backfill.position, 1000);
     PERFORM autoembed._fail_message(jsonb_build_object('backfill', to_jsonb(_backfill)), reason, 1);
 END;
 $plpgsql$;

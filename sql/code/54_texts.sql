@@ -129,8 +129,8 @@ BEGIN
         SELECT d.id, _index_texts.pipeline_id, keys[d.row], d.chunk_number FROM document AS d ORDER BY d.id
     ),
     new_segment AS (
-        INSERT INTO autoembed.text_segment (id, pipeline_id, document_count, documents, lengths)
-        SELECT _segment_id, _index_texts.pipeline_id, count(*),
+        INSERT INTO autoembed.text_segment (id, pipeline_id, document_count, posting_count, documents, lengths)
+        SELECT _segment_id, _index_texts.pipeline_id, count(*), (SELECT count(DISTINCT w.lexeme) FROM word AS w),
                string_agg(int8send(d.id), '' ORDER BY d.ordinal), string_agg(int4send(d.length), '' ORDER BY d.ordinal)
         FROM document AS d
         HAVING count(*) > 0
@@ -175,8 +175,11 @@ COMMENT ON FUNCTION autoembed._forget_texts IS
     'Empties the text index of a pipeline that gets another text search configuration.';
 
 CREATE OR REPLACE FUNCTION autoembed._segments_to_merge(
+    dedicated boolean,
+    most_postings integer,
     OUT pipeline_id integer,
     OUT segments bigint[],
+    OUT postings integer[],
     OUT many_are_dead boolean
 )
     LANGUAGE plpgsql
@@ -187,13 +190,18 @@ DECLARE
     _most CONSTANT integer := 50000;
     _tier integer;
 BEGIN
+    -- A merge takes a second. Live changes need not wait for it.
+    IF NOT dedicated AND EXISTS (SELECT FROM autoembed.lane AS l WHERE l.backfill) THEN
+        RETURN;
+    END IF;
     SELECT s.pipeline_id, length(s.document_count::text), false
     INTO _segments_to_merge.pipeline_id, _tier, many_are_dead
     FROM autoembed.text_segment AS s
-    WHERE s.document_count < _most / 2
+    WHERE s.document_count < _most / 2 AND s.posting_count < most_postings / 2
     GROUP BY 1, 2
     HAVING count(*) >= 10
-    ORDER BY 2
+    -- No table keeps the segments of others from being merged.
+    ORDER BY 2, random()
     LIMIT 1;
     IF NOT FOUND THEN
         -- A text that changes leaves one behind.
@@ -212,27 +220,28 @@ BEGIN
         LIMIT 1;
     END IF;
     -- Another lane may merge some of them.
-    segments := ARRAY(
-        SELECT c.id
+    SELECT array_agg(c.id ORDER BY c.id), array_agg(c.posting_count ORDER BY c.id)
+    INTO segments, postings
+    FROM (
+        SELECT l.id, l.posting_count, sum(l.document_count) OVER (ORDER BY l.id) AS documents,
+               sum(l.posting_count) OVER (ORDER BY l.id) AS postings
         FROM (
-            SELECT l.id, sum(l.document_count) OVER (ORDER BY l.id) AS documents
-            FROM (
-                SELECT s.id, s.document_count
-                FROM autoembed.text_segment AS s
-                WHERE s.pipeline_id = _segments_to_merge.pipeline_id
-                  AND (many_are_dead OR s.document_count < _most / 2 AND length(s.document_count::text) = _tier)
-                ORDER BY s.id
-                FOR UPDATE SKIP LOCKED
-            ) AS l
-        ) AS c
-        WHERE c.documents <= _most OR many_are_dead
-        ORDER BY c.id
-    );
+            SELECT s.id, s.document_count, s.posting_count
+            FROM autoembed.text_segment AS s
+            WHERE s.pipeline_id = _segments_to_merge.pipeline_id
+              AND (many_are_dead OR s.document_count < _most / 2 AND s.posting_count < most_postings / 2
+                                    AND length(s.document_count::text) = _tier)
+            ORDER BY s.id
+            FOR UPDATE SKIP LOCKED
+        ) AS l
+    ) AS c
+    WHERE c.documents <= _most AND c.postings <= most_postings OR many_are_dead;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._segments_to_merge IS
-    'The segments of one pipeline that are to be merged into one, locked. many_are_dead: only those with the most dead '
-    'documents are worth it.';
+    'The segments of one pipeline that are to be merged into one, locked, and how many postings each has. dedicated: '
+    'the caller is a lane for backfills alone. most_postings: so many are merged at a time. many_are_dead: only those '
+    'with the most dead documents are worth it.';
 
 CREATE OR REPLACE FUNCTION autoembed._replace_segments(
     pipeline_id integer,
@@ -255,9 +264,9 @@ DECLARE
 BEGIN
     DELETE FROM autoembed.text_segment AS s WHERE s.id = ANY (old_segments);
     DELETE FROM autoembed.text_document AS d WHERE d.id = ANY (dead_documents);
-    INSERT INTO autoembed.text_segment (id, pipeline_id, document_count, documents, lengths)
-    SELECT _segment_id, _replace_segments.pipeline_id, _replace_segments.document_count, _replace_segments.documents,
-           _replace_segments.lengths
+    INSERT INTO autoembed.text_segment (id, pipeline_id, document_count, posting_count, documents, lengths)
+    SELECT _segment_id, _replace_segments.pipeline_id, _replace_segments.document_count, cardinality(terms),
+           _replace_segments.documents, _replace_segments.lengths
     WHERE _replace_segments.document_count > 0;
     INSERT INTO autoembed.text_posting (segment_id, term, ordinals, frequencies)
     SELECT _segment_id, p.term, p.ordinals, p.frequencies

@@ -1,5 +1,5 @@
--- Reads the next keys of a backfill. Runs as the table's owner, in lanes.
-CREATE FUNCTION autoembed._scan_{{id}}(after text, condition text, max_rows integer)
+-- Reads the next keys of a backfill, up to about max_bytes. Runs as the table's owner, in lanes.
+CREATE FUNCTION autoembed._scan_{{id}}(after text, condition text, max_rows integer, max_bytes bigint)
     RETURNS TABLE (key text)
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -22,6 +22,13 @@ BEGIN
         RETURN NEXT;
         max_rows := max_rows - 1;
         EXIT WHEN max_rows = 0;
+        max_bytes := max_bytes - pg_catalog.octet_length(key);
+        IF max_bytes < 0 THEN
+            -- A NULL key tells that rows are left.
+            key := NULL;
+            RETURN NEXT;
+            EXIT;
+        END IF;
     END LOOP;
 EXCEPTION WHEN query_canceled THEN
     {{raise_if_cancelled}}

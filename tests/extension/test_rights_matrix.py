@@ -43,6 +43,7 @@ _build_index - - - x
 _build_pipeline - - - x
 _build_triggers - - - x
 _build_without_workers - - - x
+_bytes_per_message - - - x
 _call_embedder - - - x
 _changed_expression - - - x
 _check_api_key - - - x
@@ -617,7 +618,7 @@ FOREIGN_CALLS = [
     "INSERT INTO autoembed.backfill (pipeline_id) VALUES (2)",
     "SELECT autoembed._content_2('{{[1]}}', 0, 0)",
     "SELECT autoembed._write_2('{{[1]}}', '{{x}}', 'm', '{{NULL}}')",
-    "SELECT autoembed._scan_2(NULL, NULL, 1)",
+    "SELECT autoembed._scan_2(NULL, NULL, 1, 1)",
 ]
 
 

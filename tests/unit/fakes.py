@@ -216,7 +216,7 @@ class FakeDatabase(Database):
     def clean_up(self) -> None:
         self._note("clean_up")
 
-    def merge_segments(self) -> None:
+    def merge_segments(self, *, dedicated: bool = False) -> None:
         self._note("merge_segments")
 
     def lock_lanes(self) -> None:
@@ -287,14 +287,13 @@ class FakeDatabase(Database):
         self._note("next_backfill")
         return None if MODEL.name in busy_models else self.backfill
 
-    def scan(self, backfill: Backfill, max_rows: int) -> list[str]:
+    def scan(self, backfill: Backfill, max_rows: int) -> tuple[list[str], bool]:
         self._note("scan")
         if self.scan_error is not None:
             raise self.scan_error
         after = -1 if backfill.after is None else json.loads(backfill.after)[0]
-        return [key_of(number) for number in sorted(json.loads(key)[0] for key in self.texts) if number > after][
-            :max_rows
-        ]
+        numbers = [number for number in sorted(json.loads(key)[0] for key in self.texts) if number > after]
+        return [key_of(number) for number in numbers[:max_rows]], len(numbers) < max_rows
 
     def queue_backfill(
         self,

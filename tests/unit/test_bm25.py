@@ -9,6 +9,7 @@ import pytest
 
 from autoembed.bm25 import (
     MAX_CHARACTERS,
+    MAX_MERGED_POSTINGS,
     PART_CHARACTERS,
     Posting,
     Scores,
@@ -18,6 +19,7 @@ from autoembed.bm25 import (
     merged_ids,
     most_dead,
     parts,
+    plain_words,
 )
 
 Documents = dict[int, dict[str, int]]
@@ -120,5 +122,29 @@ def test_a_merged_segment_scores_as_its_parts_did(seed: int) -> None:
 
 def test_the_segments_with_the_most_dead_texts_are_merged() -> None:
     segments = {n: segment_of({10 * n + i: {"a": 1} for i in range(4)}) for n in range(1, 4)}
-    assert most_dead(segments, numbers(10, 20, 21)) == [2, 1]
-    assert most_dead(segments, numbers()) == []
+    few = {1: 1, 2: 1, 3: 1}
+    assert most_dead(segments, numbers(10, 20, 21), few) == [2, 1]
+    assert most_dead(segments, numbers(), few) == []
+    assert most_dead(segments, numbers(10, 20, 21), {**few, 1: MAX_MERGED_POSTINGS}) == [2]
+    assert most_dead(segments, numbers(10, 20, 21), {**few, 2: MAX_MERGED_POSTINGS + 1}) == [2]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("plain words", "plain words"),
+        ("a_b-c<!--d", "a b c d"),
+        ("Übung 3.14", "Übung 3 14"),
+        ("x" * 1000, "x" * 100),
+        ("<>", ""),
+    ],
+)
+def test_plain_words_are_letters_and_digits(text: str, words: str) -> None:
+    assert plain_words(text) == words
+
+
+@pytest.mark.parametrize("start", ["<?", "<!--"])
+def test_a_part_that_no_cancel_would_end_is_read_as_plain_words(start: str) -> None:
+    few, many = f"a-b {start} " * 5, f"a-b {start} " * 5000
+    assert list(parts(few)) == [few]
+    assert set("".join(parts(many))) == set("ab ")

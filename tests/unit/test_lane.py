@@ -260,7 +260,7 @@ def test_a_scan_that_returns_no_keys_ends(
     lane: Lane, database: FakeDatabase, monkeypatch: pytest.MonkeyPatch, keys: list[str]
 ) -> None:
     database.backfill = SCAN
-    monkeypatch.setattr(database, "scan", lambda backfill, max_rows: keys)
+    monkeypatch.setattr(database, "scan", lambda backfill, max_rows: (keys, True))
 
     lane.run()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -1245,3 +1246,21 @@ def test_the_text_of_a_locked_row_is_not_sent(desk: Desk) -> None:
 
     assert [text for _, text in chosen] == ["b"]
     assert outcomes_of(jobs[:1]) == ["again"]
+
+
+def test_texts_are_cut_for_the_time_of_one_owner_and_the_rest_goes_back(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = replace(PIPELINE, is_beside=True)
+    jobs = desk.put("one", "two", "three", "four", pipeline=beside)
+    for job in jobs:
+        job.row = Row(desk.database.texts[job.key], None)
+
+    def ranges(_: Pipeline, content: str, *__: object) -> list[tuple[int, int]]:
+        desk.clock.now += 0.6
+        return [(0, len(content))]
+
+    monkeypatch.setattr(desk.rows, "_cutter", SimpleNamespace(ranges=ranges))
+
+    assert [text for _, text in desk.rows.to_embed(beside, jobs)] == ["one", "two"]
+    assert outcomes_of(jobs) == ["open", "open", "released", "released"]

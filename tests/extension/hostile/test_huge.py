@@ -1,0 +1,93 @@
+"""What a tenant makes huge, or slow to read, holds up nobody else: keys, positions of scans, words, text indexes."""
+
+from __future__ import annotations
+
+import pytest
+
+from extension.hostile.tenants import Tenant, stays_fresh, waiting_of
+from harness import Connection
+from lanes import Lane
+from waiting import wait_until
+
+# Keys that PostgreSQL compresses into its index, and that have a megabyte as JSON.
+KEYS = {
+    "control characters": "text PRIMARY KEY, content text); INSERT INTO notes SELECT repeat(chr(1), 200000) || n",
+    "bytes": "bytea PRIMARY KEY, content text); INSERT INTO notes SELECT convert_to(repeat('x', 230000) || n, 'UTF8')",
+}
+ROWS = "FROM generate_series(1, 150) AS n"
+ENABLE = "SELECT autoembed.enable('notes', content_columns => '{content}', text_config => 'english')"
+
+
+@pytest.mark.parametrize("way", ["scan", "triggers"])
+@pytest.mark.parametrize("key", KEYS)
+def test_huge_keys_hold_up_nobody(db: Connection, mallory: Tenant, bob: Tenant, lane: Lane, key: str, way: str) -> None:
+    table, rows = f"CREATE TABLE notes (id {KEYS[key]}, 'a note' {ROWS}".split("; ")
+    mallory.run(*([table, rows, ENABLE] if way == "scan" else [table, ENABLE, rows]))
+
+    for _ in range(3):
+        stays_fresh(bob)
+
+    assert lane.error is None
+    sizes = "SELECT max(octet_length(message::text)) AS size FROM pgmq.q_embedding_jobs"
+    row = db.execute(sizes).fetchone()
+    assert row is not None and (row.size or 0) < 3_000_000
+
+
+def test_a_huge_position_of_a_scan_ends_that_scan(mallory: Tenant, bob: Tenant, db: Connection, lane: Lane) -> None:
+    mallory.run("CREATE TABLE notes (id int PRIMARY KEY, content text)", ENABLE)
+    mallory.run(
+        "BEGIN",
+        "INSERT INTO autoembed.backfill (pipeline_id) SELECT id FROM autoembed.pipeline",
+        """UPDATE autoembed.backfill SET position = '["' || repeat('x', 300000000) || '"]'""",
+        "COMMIT",
+    )
+
+    wait_until(lambda: db.execute("SELECT FROM autoembed.backfill").rowcount == 0, 30)
+
+    stays_fresh(bob)
+    assert lane.error is None
+    row = db.execute("SELECT octet_length(message::text) AS size FROM autoembed.failure").fetchone()
+    assert row is not None and row.size < 10_000
+
+
+# PostgreSQL's parser goes over these again and again. Each is 30,000 characters.
+SLOW_TEXTS = {"one word": "repeat('a_', 15000)", "comments": "repeat('<!-- ', 6000)", "tags": "repeat('<? ', 10000)"}
+
+
+@pytest.mark.parametrize("text", SLOW_TEXTS)
+def test_a_text_whose_words_take_long_holds_up_nobody(
+    db: Connection, mallory: Tenant, bob: Tenant, lane: Lane, text: str
+) -> None:
+    mallory.run(
+        "CREATE TABLE notes (id int PRIMARY KEY, content text)",
+        ENABLE,
+        f"INSERT INTO notes SELECT n, 'walrus ' || {SLOW_TEXTS[text]} FROM generate_series(1, 20) AS n",
+    )
+
+    for _ in range(3):
+        stays_fresh(bob)
+
+    wait_until(lambda: waiting_of(db, mallory) == 0, 60)
+    assert lane.error is None
+    found = "SELECT count(*) FROM autoembed.search('notes', 'walrus', max_rows => 30, mode => 'text')"
+    assert mallory.session.execute(found).fetchone() == (20,)
+
+
+def test_a_merge_of_text_indexes_is_small(db: Connection, mallory: Tenant) -> None:
+    """One tenant's segments have a million postings. Those of others are merged, too, and not by lanes for changes."""
+    segment = """INSERT INTO autoembed.text_segment (pipeline_id, document_count, posting_count, documents, lengths)
+                 SELECT %s, 1, %s, '', '' FROM generate_series(1, 12)"""
+    merge = "SELECT cardinality(segments) AS count, (SELECT sum(p) FROM unnest(postings) AS p) AS postings"
+    db.execute(segment, [1, 90_000])
+    row = db.execute(f"{merge} FROM autoembed._segments_to_merge(true, 200000)").fetchone()
+    assert row == (2, 180_000)
+
+    db.execute("UPDATE autoembed.text_segment SET posting_count = 150000")
+    assert db.execute(f"{merge} FROM autoembed._segments_to_merge(true, 200000)").fetchone() == (None, None)
+    db.execute(segment, [2, 10])
+    assert db.execute(f"{merge} FROM autoembed._segments_to_merge(true, 200000)").fetchone() == (12, 120)
+    db.execute(
+        "INSERT INTO autoembed.lane (pid, backend_start, backfill)"
+        " SELECT pid, backend_start, true FROM pg_stat_activity WHERE pid = pg_backend_pid()"
+    )
+    assert db.execute(f"{merge} FROM autoembed._segments_to_merge(false, 200000)").fetchone() == (None, None)
