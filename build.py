@@ -34,7 +34,9 @@ def carried(sources: dict[str, str], forbidden: tuple[str, ...]) -> dict[str, st
 def python_sources() -> dict[str, str]:
     """The source of every module by its dotted name."""
     paths = sorted((ROOT / "plpy_src").rglob("*.py"))
-    return carried({module_name(path): path.read_text() for path in paths}, FORBIDDEN_IN_PYTHON)
+    # In ASCII: strings and patterns know these escapes, also raw ones that are patterns.
+    texts = {module_name(path): path.read_text().encode("ascii", "backslashreplace").decode() for path in paths}
+    return carried(texts, FORBIDDEN_IN_PYTHON)
 
 
 def templates() -> dict[str, str]:
@@ -65,7 +67,16 @@ def script(state: str) -> str:
     build = hashlib.sha256(repr((code, attach, sources, texts)).encode()).hexdigest()[:16]
     code = code.replace("@PYTHON_SOURCES@", python_literal(sources)).replace("@TEMPLATES@", template_literal(texts))
     made = "-- Made by build.py out of sql/ and plpy_src/: edit those."
-    return "\n".join([made, head, state, code.replace("@BUILD@", build), attach])
+    return in_ascii("\n".join([made, head, state, code.replace("@BUILD@", build), attach]))
+
+
+def in_ascii(text: str) -> str:
+    """The script for a database of any encoding: it is read as a whole before it can say that it wants UTF8."""
+    text = text.replace("…", "...")
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.isascii():
+            raise ValueError(f"line {number} of the generated SQL is not ASCII: {line}")
+    return text
 
 
 def steps_from(version_before: str) -> str:

@@ -874,7 +874,7 @@ def test_a_key_that_leaves_no_trace_of_the_old_one_says_what_works(pages: Connec
     with warnings_of(pages) as warnings:
         pages.execute("ALTER TABLE pages DROP COLUMN id, ADD COLUMN uid int PRIMARY KEY GENERATED ALWAYS AS IDENTITY")
     [cure] = re.findall(r"(SELECT autoembed.disable.*)", "\n".join(warnings))
-    pages.execute(cure.replace("…", "content_columns => '{body}'"))
+    pages.execute(cure.replace("...", "content_columns => '{body}'"))
     process(pages)
 
     assert texts_of_chunks(pages) == [(1, "one"), (2, "two")]

@@ -398,7 +398,7 @@ def test_a_table_that_is_swapped_in_is_said_to_be_without_embeddings(t: Connecti
 
     [(message, hint)] = told.warnings
     assert message == "public.t is not attached to autoembed: it has the name of a table that is"
-    assert hint == "Attach it: SELECT autoembed.enable('public.t', …)."
+    assert hint == "Attach it: SELECT autoembed.enable('public.t', ...)."
 
 
 # Refused -----------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def test_what_a_condition_uses_may_go_and_its_rows_wait_until_that_is_mended(
     stopped, reason, hint = state(db)
     assert stopped == "stopped"
     assert reason is not None and "the condition on table app.documents uses" in reason and " helpers." in reason
-    assert hint is not None and "autoembed.alter_pipeline('app.documents', condition => …)" in hint
+    assert hint is not None and "autoembed.alter_pipeline('app.documents', condition => ...)" in hint
     assert any(reason in warning and hint in warning for warning in warnings)
     finding = "SELECT ok, finding, advice FROM autoembed.doctor() WHERE subject = 'table app.documents.embedding'"
     assert db.execute(finding).fetchone() == (False, reason, hint)
