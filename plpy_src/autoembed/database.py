@@ -165,11 +165,17 @@ class Database:
         return bool(self._run("SELECT autoembed._lane_is_wanted() AS wanted")[0]["wanted"])
 
     def statement_timeout_seconds(self) -> float | None:
-        """The time that a statement of this session may take; None: there is no limit."""
-        row = self._run(
-            "SELECT s.setting FROM pg_catalog.pg_settings AS s WHERE s.name OPERATOR(pg_catalog.=) 'statement_timeout'"
-        )[0]
-        return int(row["setting"]) / 1000 or None
+        """The time that is left of the one that the present statement may take; None: there is no limit.
+
+        The statement began before Python was loaded, which takes long on a busy machine.
+        """
+        [row] = self._run(
+            "SELECT s.setting, pg_catalog.date_part('epoch', pg_catalog.clock_timestamp()"
+            " OPERATOR(pg_catalog.-) pg_catalog.statement_timestamp()) AS passed"
+            " FROM pg_catalog.pg_settings AS s WHERE s.name OPERATOR(pg_catalog.=) 'statement_timeout'"
+        )
+        limit = int(row["setting"]) / 1000
+        return max(0.0, limit - row["passed"]) if limit else None
 
     # The queue -----------------------------------------------------------------------------------
 

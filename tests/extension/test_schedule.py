@@ -380,6 +380,37 @@ def check(db: Connection, subject: str) -> tuple[object, ...]:
     return tuple(row)
 
 
+def wait_for_others(db: Connection, seen: set[int]) -> set[int]:
+    """The lanes that have begun since."""
+    return wait_until(lambda: lanes(db) - seen, 30)
+
+
+def test_a_short_statement_timeout_of_the_database_stops_no_work(cron: Connection, scheduled: Server) -> None:
+    api = scheduled.fake_api("short")
+    cron.execute("SELECT autoembed.alter_model('text-embedding-3-small', base_url => %s)", [api.base_url])
+    cron.execute("DROP TABLE IF EXISTS short_lived")
+    cron.execute("CREATE TABLE short_lived (id int PRIMARY KEY, body text)")
+    cron.execute("ALTER DATABASE postgres SET statement_timeout = '3s'")
+    try:
+        cron.execute(
+            "SELECT autoembed.enable('short_lived', content_columns => '{body}', model => 'text-embedding-3-small')"
+        )
+        cron.execute("SELECT autoembed.schedule(1)")
+        wait_until(lambda: lanes(cron))
+        seen = lanes(cron)
+        for n in range(3):
+            rows = f"generate_series({100 * n}, {100 * n + 99})"
+            cron.execute(f"INSERT INTO short_lived SELECT n, 'text ' || n FROM {rows} AS n".encode())
+            seen |= wait_for_others(cron, seen)
+        count = "SELECT count(*) FROM short_lived_embeddings"
+        wait_until(lambda: cron.execute(count).fetchone() == (300,), 60)
+        assert cron.execute("SELECT count(*) FROM autoembed.failure").fetchone() == (0,)
+    finally:
+        cron.execute("ALTER DATABASE postgres RESET statement_timeout")
+        cron.execute("SELECT autoembed.unschedule()")
+        cron.execute("DROP TABLE short_lived CASCADE")
+
+
 def test_doctor_tells_lanes_for_backfills_from_the_others(cron: Connection) -> None:
     cron.execute("SELECT autoembed.schedule(2)")
     wait_until(lambda: len(lanes(cron)) == 2 and len(backfill_lanes(cron)) == 1)
