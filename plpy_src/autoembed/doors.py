@@ -623,7 +623,7 @@ def _fields(fault: Fault) -> dict[str, Any]:
 def _without_vector(model_name: str, trouble: Trouble) -> Fault:
     return Fault(
         f'model "{model_name}" gave no embedding: {trouble}',
-        hint="SELECT * FROM autoembed.doctor() shows what to do.",
+        hint="SELECT * FROM autoembed.doctor() shows a superuser what to do.",
         errcode="38000",
     )
 
@@ -631,7 +631,7 @@ def _without_vector(model_name: str, trouble: Trouble) -> Fault:
 def _without_tokens(model_name: str, trouble: Trouble) -> Fault:
     return Fault(
         f'model "{model_name}" cannot count tokens: {trouble}',
-        hint="SELECT * FROM autoembed.doctor() shows what to do.",
+        hint="SELECT * FROM autoembed.doctor() shows a superuser what to do.",
         errcode="38000",
     )
 

@@ -265,9 +265,7 @@ BEGIN
     -- Nobody drops the model meanwhile.
     PERFORM FROM autoembed.model AS m WHERE m.name = NEW.model FOR KEY SHARE;
     SELECT c.* INTO _check FROM autoembed._check_pipeline(NEW) AS c;
-    IF _check.errcode = 'waits' THEN
-        RAISE WARNING USING MESSAGE = _check.problem, HINT = _check.hint, ERRCODE = 'object_not_in_prerequisite_state';
-    ELSIF _check.problem IS NOT NULL THEN
+    IF _check.errcode <> 'waits' THEN
         RAISE EXCEPTION USING MESSAGE = _check.problem, HINT = _check.hint, ERRCODE = _check.errcode;
     END IF;
     NEW.table_shape := autoembed._table_shape(NEW);
@@ -346,6 +344,7 @@ CREATE OR REPLACE FUNCTION autoembed._defined()
 AS $plpgsql$
 DECLARE
     _plan record;
+    _check record;
 BEGIN
     IF TG_OP = 'INSERT' AND NEW.built_from IS NOT NULL THEN
         RETURN NULL;
@@ -387,11 +386,16 @@ BEGIN
     IF TG_OP = 'UPDATE' AND NEW.embeddings_table IS DISTINCT FROM OLD.embeddings_table THEN
         PERFORM autoembed._move_embeddings(OLD);
     END IF;
+    -- The embeddings table has the model's dimensions only now.
+    SELECT c.* INTO _check FROM autoembed._check_pipeline(NEW) AS c;
+    IF _check.errcode = 'waits' THEN
+        RAISE WARNING USING MESSAGE = _check.problem, HINT = _check.hint, ERRCODE = 'object_not_in_prerequisite_state';
+    END IF;
     RETURN NULL;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._defined IS
-    'Makes the functions and triggers of a pipeline that is defined or changed.';
+    'Makes the functions and triggers of a pipeline that is defined or changed, and warns of what keeps it waiting.';
 
 CREATE OR REPLACE FUNCTION autoembed._move_embeddings(pipeline autoembed.pipeline)
     RETURNS void

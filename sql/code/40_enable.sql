@@ -44,7 +44,7 @@ BEGIN
     IF cardinality(_found) > 1 THEN
         RAISE EXCEPTION USING
             ERRCODE = 'ambiguous_column',
-            MESSAGE = format('table %s has several embedding columns', table_name),
+            MESSAGE = format('table %s has several embeddings', table_name),
             HINT = (
                 SELECT 'Name one of them: ' || string_agg(CASE
                     WHEN f.embeddings_table IS NULL THEN format('embedding_column => %L', f.embedding_column)

@@ -244,7 +244,7 @@ BEGIN
             ERRCODE = 'object_not_in_prerequisite_state',
             MESSAGE = format('pg_cron is not installed in database "%s"', current_database()),
             DETAIL = 'pg_cron can be in one database of a server only, the one that cron.database_name names.',
-            HINT = 'Run CREATE EXTENSION pg_cron here, or in its database: ' || autoembed._schedule_statement();
+            HINT = autoembed._start_advice();
     END IF;
     -- pg_cron's own worker and that of logical replication run as well.
     IF current_setting('cron.use_background_workers')::boolean

@@ -299,12 +299,18 @@ BEGIN
             MESSAGE = format('wait_until_fresh() would wait for its own transaction, which has changed table %s',
                              table_name),
             DETAIL = 'Lanes do not see these changes before the transaction commits.',
-            HINT = 'Commit first, or embed within the transaction: SELECT * FROM autoembed.process().';
+            HINT = 'Commit first. A role that may call autoembed.process() can embed within the transaction by it.';
     END IF;
     WHILE EXISTS (
         SELECT FROM autoembed._row_state AS r WHERE r.pipeline_id = ANY (_pipelines) AND r.state = 'waiting'
     ) LOOP
         IF clock_timestamp() >= _end THEN
+            RAISE NOTICE USING
+                MESSAGE = format('rows of table %s still wait after %s seconds', table_name, timeout_seconds),
+                HINT = format(
+                    'SELECT state, reason, hint FROM autoembed.status WHERE table_name = %L::regclass::text tells why.',
+                    table_name
+                );
             RETURN false;
         END IF;
         PERFORM pg_sleep(least(0.02, extract(epoch FROM _end - clock_timestamp())));
@@ -314,7 +320,7 @@ BEGIN
         RAISE WARNING USING
             ERRCODE = 'no_data_found',
             MESSAGE = format('nothing of table %s waits, but %s of its rows or scans failed', table_name, _failed),
-            HINT = format('SELECT key, reason FROM autoembed.failed WHERE table_name = %L shows them.',
+            HINT = format('SELECT key, reason FROM autoembed.failed WHERE table_name = %L::regclass::text shows them.',
                           table_name);
     END IF;
     RETURN _failed = 0;

@@ -278,6 +278,7 @@ def test_without_pg_cron_the_error_says_what_to_do_and_that_works(
             diagnostic = caught.value.diag
             assert diagnostic.message_primary == f'pg_cron is not installed in database "{dbname}"'
             assert diagnostic.message_detail
+            assert "CREATE EXTENSION" not in (diagnostic.message_hint or "")
             statement = re.search(r"SELECT cron\.schedule_in_database\(.*;", diagnostic.message_hint or "")
             assert statement
             cron.execute("SELECT autoembed.schedule()")

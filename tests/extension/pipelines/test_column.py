@@ -85,5 +85,5 @@ def test_several_pipelines_live_on_one_table(db: Connection, api: FakeApi) -> No
     db.execute("SELECT autoembed.disable('documents', 'small')")
     db.execute("UPDATE documents SET content = 'newer', title = 'newer' WHERE id = 1")
     assert send_all(db, api) == ["newer", "newer: newer"]
-    with pytest.raises(psycopg.errors.AmbiguousColumn, match="several embedding columns"), db.transaction():
+    with pytest.raises(psycopg.errors.AmbiguousColumn, match="several embeddings"), db.transaction():
         db.execute("SELECT autoembed.reembed('documents')")

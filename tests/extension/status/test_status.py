@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -270,7 +271,11 @@ def test_wait_until_fresh_waits_for_a_backfill_too(notes: Connection, connect: C
     add(notes, 1, 30)
     notes.execute("TRUNCATE pgmq.q_embedding_jobs")
     notes.execute("SELECT autoembed.resync('notes')")
-    assert not one(notes, "SELECT autoembed.wait_until_fresh('notes', 0.1) AS fresh").fresh
+    with warnings_of(notes) as heard:
+        assert not one(notes, "SELECT autoembed.wait_until_fresh('notes', 0.1) AS fresh").fresh
+    assert "rows of table public.notes still wait after 0.1 seconds" in heard[0]
+    [why] = re.findall(r"SELECT .*::text", heard[0])
+    assert one(notes, why).state == "backfilling"
     with running_lanes(notes, connect):
         assert one(notes, "SELECT autoembed.wait_until_fresh('notes', 20) AS fresh").fresh
         assert one(notes, "SELECT count(*) AS n FROM notes WHERE embedding IS NULL").n == 0
