@@ -111,7 +111,7 @@ def app(db: Connection, connect: Callable[..., Connection]) -> Iterator[Connecti
     """A session of the role of docs/security.md, with the rights that it gives."""
     [grants] = [sql for sql, _ in sql_blocks("docs/security.md") if "CREATE ROLE app" in sql]
     db.execute(grants)
-    db.execute(f"ALTER ROLE app PASSWORD '{PASSWORD}'; GRANT CREATE ON SCHEMA public TO app")
+    db.execute(f"ALTER ROLE app PASSWORD '{PASSWORD}'")
     yield connect(user="app")
     db.execute("DROP OWNED BY app CASCADE; DROP ROLE app")
 
