@@ -66,3 +66,24 @@ def test_an_outage_has_a_line_when_it_begins_and_one_when_it_is_over(
         wait_until(lambda: embedded(db, table) == 20, 60)
     assert len(lines_with(server, f"{table}.embedding is not being embedded")) == 1
     assert len(lines_with(server, f'model "{model}" is in use again')) == 1
+
+
+def test_lanes_that_begin_again_repeat_no_line(
+    db: Connection, api: FakeApi, connect: Connect, server: Server, table: str, dbname: str
+) -> None:
+    """pg_cron begins each lane again every five minutes, also while a table waits for somebody."""
+    db.execute(f"INSERT INTO {table} VALUES (1, 'one')")
+    db.execute(f"ALTER TABLE {table} RENAME COLUMN body TO text; ALTER TABLE {table} DROP COLUMN text")
+    db.execute(f"CREATE TABLE other_{dbname} (id int PRIMARY KEY, body text)")
+    db.execute(f"SELECT autoembed.enable('other_{dbname}', 'embedding', content_columns => '{{body}}')")
+    db.execute(f"INSERT INTO other_{dbname} VALUES (1, 'two')")
+    api.behave(faults=[{"status": 401, "times": "forever"}])
+    lane = connect()
+    lane.execute("CALL autoembed.work(run_seconds => 1)")
+    api.wait_for(requests=1)
+    before = len(lines_with(server, dbname))
+
+    for _ in range(3):
+        lane.execute("CALL autoembed.work(run_seconds => 1)")
+
+    assert lines_with(server, dbname)[before:] == []
