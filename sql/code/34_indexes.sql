@@ -24,6 +24,36 @@ $sql$;
 COMMENT ON FUNCTION autoembed._vector_index IS
     'The index on the embeddings of a table or partition, a valid one first. No row if there is none.';
 
+CREATE OR REPLACE FUNCTION autoembed._bits(vector text, dimensions integer)
+    RETURNS text
+    LANGUAGE sql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT format('@extschema:vector@.binary_quantize(%s)::pg_catalog.bit(%s)', vector, dimensions);
+$sql$;
+COMMENT ON FUNCTION autoembed._bits IS
+    'The SQL expression that gives the bits of a vector: 1 for each dimension above 0.';
+
+CREATE OR REPLACE FUNCTION autoembed._bits_indexed(table_id regclass, embedding_column name)
+    RETURNS integer
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT max(a.atttypmod)
+    FROM (
+        SELECT t.relid FROM pg_partition_tree(table_id) AS t WHERE t.isleaf UNION SELECT table_id
+    ) AS r
+    CROSS JOIN LATERAL autoembed._vector_index(r.relid, embedding_column) AS i
+    JOIN pg_opclass AS o ON o.oid = i.indclass[0] AND o.opcname = 'bit_hamming_ops'
+    JOIN pg_attribute AS a ON a.attrelid = i.indexrelid AND a.attnum = 1
+    WHERE i.indisvalid
+      AND pg_get_expr(i.indexprs, i.indrelid) ~ format('binary_quantize[(]%s[)]', quote_ident(embedding_column));
+$sql$;
+COMMENT ON FUNCTION autoembed._bits_indexed IS
+    'The dimensions in the binary index of a table or its partitions; NULL if its index, if any, is of another kind.';
+
 CREATE OR REPLACE FUNCTION autoembed._index_key(
     pipeline autoembed.pipeline,
     OUT key text,
@@ -52,8 +82,10 @@ BEGIN
                        _vectors_table, pipeline.embedding_column, _type, _dimensions);
     END IF;
     expression := quote_ident(pipeline.embedding_column);
-    -- pgvector's HNSW indexes take up to 2000 dimensions of vector, and 4000 of halfvec.
-    IF _dimensions > 4000 THEN
+    -- pgvector's HNSW indexes take up to 2000 dimensions of vector, and 4000 of halfvec, but 64,000 bits.
+    IF pipeline.binary_index THEN
+        key := format('(%s) @extschema:vector@.bit_hamming_ops', autoembed._bits(expression, _dimensions));
+    ELSIF _dimensions > 4000 THEN
         problem := format('embeddings of %s dimensions cannot have an HNSW index, which takes up to 4000', _dimensions);
         hint := 'Many models give shorter ones: autoembed.create_model(…, dimensions => 1024).';
     ELSIF _type = 'vector' AND _dimensions > 2000 THEN

@@ -539,7 +539,8 @@ CREATE OR REPLACE FUNCTION autoembed.enable(
     chunk_overlap integer DEFAULT NULL,
     text_config text DEFAULT NULL,
     adopt boolean DEFAULT false,
-    chunk_prefix text DEFAULT NULL
+    chunk_prefix text DEFAULT NULL,
+    binary_index boolean DEFAULT false
 )
     RETURNS void
     LANGUAGE plpgsql
@@ -633,7 +634,8 @@ BEGIN
     INSERT INTO autoembed.pipeline AS p (
         table_id, embedding_column, content_columns, content_function, content_template,
         condition, condition_columns, condition_objects, model, on_change, truncate, replicated, embeddings_table,
-        chunking, chunk_function, chunk_size, chunk_overlap, text_config, adopts, chunk_prefix
+        chunking, chunk_function, chunk_size, chunk_overlap, text_config, adopts, chunk_prefix,
+        binary_index
     )
     SELECT enable.table_name, coalesce(enable.embedding_column, 'embedding'),
            enable.content_columns, enable.content_function, enable.content_template,
@@ -642,7 +644,7 @@ BEGIN
            coalesce(_chunking.way, CASE WHEN enable.embedding_column IS NULL THEN 'structure' ELSE 'none' END),
            _chunking.chunk_function, enable.chunk_size, coalesce(enable.chunk_overlap, 0),
            autoembed._full_text_config(enable.text_config), coalesce(enable.adopt, false),
-           enable.chunk_prefix
+           enable.chunk_prefix, coalesce(enable.binary_index, false)
     FROM autoembed._read_condition(enable.table_name, enable.condition) AS c
     RETURNING p.* INTO _pipeline;
     SELECT k.* INTO _index FROM autoembed._index_key(_pipeline) AS k;
@@ -683,7 +685,7 @@ COMMENT ON FUNCTION autoembed.enable IS
     'as the owner of the table. text_config: the text '
     'search configuration of a text index, such as english. adopt: the vectors that exist count as those of the rows'' '
     'texts, and are not asked for again. chunk_prefix: text with columns in braces, such as {title}, behind which each '
-    'chunk is embedded.';
+    'chunk is embedded. binary_index: the index has one bit for each dimension, and search() compares its candidates.';
 
 CREATE OR REPLACE FUNCTION autoembed.alter_pipeline(
     table_name regclass,

@@ -88,6 +88,7 @@ CREATE OR REPLACE FUNCTION autoembed._search_target(
     OUT has_texts boolean,
     OUT near_start text,
     OUT near_end text,
+    OUT exact_end text,
     OUT match_start text,
     OUT rows_query text,
     OUT pipeline_id integer,
@@ -99,7 +100,8 @@ CREATE OR REPLACE FUNCTION autoembed._search_target(
     OUT texts_query text,
     OUT sample_query text,
     OUT is_chunked boolean,
-    OUT ef_search integer
+    OUT ef_search integer,
+    OUT is_binary boolean
 )
     LANGUAGE plpgsql
     STABLE
@@ -124,6 +126,7 @@ DECLARE
     _passage text;
     _sent_key text;
     _from text;
+    _bits integer;
 BEGIN
     IF cardinality(_pipelines) = 0 THEN
         RAISE EXCEPTION USING
@@ -202,7 +205,10 @@ BEGIN
         END
     );
 
-    ef_search := coalesce(_pipeline.ef_search, 100);
+    _bits := autoembed._bits_indexed(_vectors_table, _pipeline.embedding_column);
+    is_binary := _bits IS NOT NULL;
+    -- The candidates of a binary index are compared by their vectors, and the nearest of them found.
+    ef_search := coalesce(_pipeline.ef_search, CASE WHEN is_binary THEN 400 ELSE 100 END);
     sample_query := format(
         'SELECT v.%1$I::%2$s AS vector, %3$s AS key FROM %4$s AS v WHERE v.ctid OPERATOR(pg_catalog.=) ANY (ARRAY('
         'SELECT r.ctid FROM %4$s AS r WHERE r.%1$I IS NOT NULL ORDER BY pg_catalog.random() LIMIT $1))',
@@ -231,6 +237,15 @@ BEGIN
             _pipeline.table_id, _key, 't.' || _expression, _operator, vector_type, _pipeline.embedding_column
         );
         near_end := format(') ORDER BY (%s %s $1::%s)', 't.' || _expression, _operator, vector_type);
+        -- No index has this order.
+        exact_end := near_end || ' OPERATOR(pg_catalog.+) 0::pg_catalog.float8';
+        IF is_binary THEN
+            near_end := format(
+                ') ORDER BY (%s OPERATOR(@extschema:vector@.<~>) %s)',
+                autoembed._bits(format('t.%I', _pipeline.embedding_column), _bits),
+                autoembed._bits('$1::' || vector_type, _bits)
+            );
+        END IF;
         rows_query := format(
             'SELECT s.place::pg_catalog.int4, ROW(t.*)::%1$s, NULL::pg_catalog.text, NULL::pg_catalog.int4, '
             'NULL::pg_catalog.int4, NULL::pg_catalog.int4 '
@@ -262,6 +277,13 @@ BEGIN
         _key, _operator, vector_type, _from
     );
     near_end := format(') ORDER BY (e."autoembed vector" %s $1::%s)', _operator, vector_type);
+    exact_end := near_end || ' OPERATOR(pg_catalog.+) 0::pg_catalog.float8';
+    IF is_binary THEN
+        near_end := format(
+            ') ORDER BY (%s OPERATOR(@extschema:vector@.<~>) %s)',
+            autoembed._bits('e."autoembed vector"', _bits), autoembed._bits('$1::' || vector_type, _bits)
+        );
+    END IF;
     _passage := autoembed._passage_expression(_pipeline, '(h.hit)', 'h.start', 'h.stop', 'h.digest');
     rows_query := format(
         'SELECT h.place::pg_catalog.int4, h.hit, %s, h.number, h.start, h.stop FROM ('
@@ -275,7 +297,8 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._search_target IS
     'The facts that a search of a table needs. near_start, near_end: the query of keys, distances and numbers of '
-    'chunks, nearest first, around a condition and before a limit. $1 is the vector. match_start, near_end: that of '
+    'chunks, nearest first, around a condition and before a limit. $1 is the vector. exact_end: the same without an '
+    'index. is_binary: the index has bits, whose order is not that of the distances. match_start, near_end: that of '
     'rows and distances. has_index: whether an index may answer it. is_chunked: whether rows have several vectors. '
     'has_texts: whether it may go by words. of_keys: that the row has one of the keys $2. rows_query: the rows with '
     'keys $1 and their passages with numbers $2, by place. visible_query: which of the chunks with keys $1 and numbers '
@@ -378,15 +401,17 @@ DECLARE
     _numbers integer[];
 BEGIN
     PERFORM pg_catalog.set_config('hnsw.ef_search', coalesce(ef_search, target.ef_search)::pg_catalog.text, true);
+    IF _by_index AND target.is_binary THEN
+        _limit := greatest(_limit, coalesce(ef_search, target.ef_search));
+    END IF;
     LOOP
         EXECUTE pg_catalog.concat(
             'SELECT pg_catalog.array_agg(n.key), pg_catalog.array_agg(n.distance), pg_catalog.array_agg(n.number), '
             'coalesce(pg_catalog.max(n.fetched), 0::pg_catalog.int8) FROM (SELECT DISTINCT ON (h.key) h.key, '
             'h.distance, h.number, pg_catalog.count(*) OVER () AS fetched FROM (',
-            target.near_start, coalesce(condition, 'true'), E'\n', target.near_end,
-            -- No index has this order.
-            CASE WHEN NOT _by_index THEN ' OPERATOR(pg_catalog.+) 0::pg_catalog.float8' END,
-            ' LIMIT ', _limit, ') AS h ORDER BY h.key, h.distance) AS n'
+            target.near_start, coalesce(condition, 'true'), E'\n',
+            CASE WHEN _by_index THEN target.near_end ELSE target.exact_end END, ' LIMIT ', _limit,
+            ') AS h ORDER BY h.key, h.distance) AS n'
         ) INTO _keys, _distances, _numbers, _fetched USING vector;
         EXIT WHEN pg_catalog.cardinality(_keys) OPERATOR(pg_catalog.>=) wanted
             OR _fetched OPERATOR(pg_catalog.<) _limit AND NOT _by_index;
@@ -1114,6 +1139,8 @@ BEGIN
         END,
         'start', quote_literal(_target.match_start),
         'end', quote_literal(_target.near_end),
+        'exact_end', quote_literal(_target.exact_end),
+        'candidates', CASE WHEN _target.is_binary THEN _target.ef_search ELSE 0 END,
         'condition', quote_literal(_row || ' OPERATOR(pg_catalog.@>) $2'),
         'ef_search', quote_literal(_target.ef_search)
     );

@@ -32,7 +32,7 @@ BEGIN
     PERFORM autoembed._grant(role, '{
         alter_pipeline, chunk_text, clear_column, create_match_function, disable, doctor, embed, embed_query, enable,
         estimate, evaluate_search, measure_recall, pause, preview, queue_embeddings, reembed, resume, resync,
-        retry_failed, search, search_rows, tune, wait_until_fresh, _advisory_locks, _as_owner, _check_attachable,
+        retry_failed, search, search_rows, tune, wait_until_fresh, _advisory_locks, _as_owner, _bits, _check_attachable,
         _check_chunking, _check_content, _check_on_change, _check_own, _check_owner, _check_template, _chunk_call,
         _chunk_function_of, _chunk_text, _chunking, _clears, _columns_of, _content_expression, _content_function,
         _content_function_of, _cron_is_here, _dimensions, _distances, _distances_of, _drop_orphaned_pipelines,
@@ -52,7 +52,7 @@ BEGIN
                     INSERT (table_id, embedding_column, content_columns, content_function, content_template, condition,
                             condition_columns, condition_objects, model, on_change, truncate, replicated,
                             embeddings_table, chunking, chunk_size, chunk_overlap, text_config, adopts,
-                            chunk_function, chunk_prefix),
+                            chunk_function, chunk_prefix, binary_index),
                     UPDATE (content_columns, content_function, content_template, condition, condition_columns,
                             condition_objects, model, on_change, truncate, paused, ended, chunking, chunk_size,
                             chunk_overlap, embeddings_table, embedding_column, text_config, ef_search, recall_target,

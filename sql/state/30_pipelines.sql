@@ -38,6 +38,7 @@ CREATE TABLE autoembed.pipeline (
     chunk_function text,
     chunk_function_oid oid,
     chunk_prefix text,
+    binary_index boolean NOT NULL DEFAULT false,
     CONSTRAINT pipeline_embedding_column_key UNIQUE NULLS NOT DISTINCT (table_id, embeddings_table, embedding_column),
     CHECK (num_nonnulls(content_columns, content_template, content_function) = 1),
     CHECK ((chunking = 'function') = (chunk_function IS NOT NULL))
@@ -110,6 +111,8 @@ COMMENT ON COLUMN autoembed.pipeline.chunk_function_oid IS
     'Its OID, which a rename does not change. A dump and pg_upgrade give it another one; then the name counts.';
 COMMENT ON COLUMN autoembed.pipeline.chunk_prefix IS
     'The text with columns in braces that each chunk is embedded behind; NULL: none.';
+COMMENT ON COLUMN autoembed.pipeline.binary_index IS
+    'Whether the index that create_index builds has one bit for each dimension.';
 
 SELECT pg_catalog.pg_extension_config_dump('autoembed.pipeline', '');
 SELECT pg_catalog.pg_extension_config_dump('autoembed.pipeline_id_seq', '');

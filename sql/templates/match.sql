@@ -42,6 +42,9 @@ BEGIN
     _ef_before := pg_catalog.current_setting('hnsw.ef_search');
     PERFORM pg_catalog.set_config('hnsw.iterative_scan', 'strict_order', true),
             pg_catalog.set_config('hnsw.ef_search', {{ef_search}}, true);
+    IF _by_index THEN
+        _limit := greatest(_limit, {{candidates}});
+    END IF;
     LOOP
         EXECUTE pg_catalog.concat(
             -- The nearest chunk of a row counts.
@@ -54,9 +57,7 @@ BEGIN
                 WHEN filter OPERATOR(pg_catalog.<>) '{}'::pg_catalog.jsonb THEN {{condition}}
                 ELSE 'true'
             END,
-            {{end}},
-            -- No index has this order.
-            CASE WHEN NOT _by_index THEN ' OPERATOR(pg_catalog.+) 0::pg_catalog.float8' END,
+            CASE WHEN _by_index THEN {{end}} ELSE {{exact_end}} END,
             ' LIMIT ', _limit, ') AS h ORDER BY h.key, h.distance) AS n'
         ) INTO _hits, _distances, _fetched USING query_embedding, filter;
         EXIT WHEN pg_catalog.cardinality(_hits) OPERATOR(pg_catalog.>=) _wanted

@@ -72,6 +72,7 @@ ALTER TABLE autoembed.pipeline ADD COLUMN adopts boolean NOT NULL DEFAULT false;
 ALTER TABLE autoembed.pipeline ADD COLUMN chunk_function text;
 ALTER TABLE autoembed.pipeline ADD COLUMN chunk_function_oid oid;
 ALTER TABLE autoembed.pipeline ADD COLUMN chunk_prefix text;
+ALTER TABLE autoembed.pipeline ADD COLUMN binary_index boolean NOT NULL DEFAULT false;
 ALTER TABLE autoembed.pipeline ADD CHECK ((chunking = 'function') = (chunk_function IS NOT NULL));
 COMMENT ON COLUMN autoembed.pipeline.warned_of IS
     'The problem that the server''s log was last told of. NULL: none since the last one was over.';
@@ -93,6 +94,8 @@ COMMENT ON COLUMN autoembed.pipeline.chunk_function_oid IS
     'Its OID, which a rename does not change. A dump and pg_upgrade give it another one; then the name counts.';
 COMMENT ON COLUMN autoembed.pipeline.chunk_prefix IS
     'The text with columns in braces that each chunk is embedded behind; NULL: none.';
+COMMENT ON COLUMN autoembed.pipeline.binary_index IS
+    'Whether the index that create_index builds has one bit for each dimension.';
 COMMENT ON COLUMN autoembed.pipeline.content_function_oid IS
     'Its OID, which a rename does not change. A dump and pg_upgrade give it another one; then the name counts.';
 UPDATE autoembed.pipeline AS p SET content_function_oid = p.content_function_id;

@@ -38,6 +38,8 @@ _as_owner - x - x
 _backfill - - - x
 _backfill_lane_is_scheduled - - - x
 _before_drop - - - x
+_bits - x - x
+_bits_indexed - - - x
 _build_embedders - - - x
 _build_index - - - x
 _build_pipeline - - - x
@@ -361,6 +363,7 @@ paid_chunk - - - rawd
 permit - - - rawd
 pipeline - r - rawd
 pipeline.adopts - ra - raw
+pipeline.binary_index - ra - raw
 pipeline.chunk_function - raw - raw
 pipeline.chunk_overlap - raw - raw
 pipeline.chunk_prefix - raw - raw
