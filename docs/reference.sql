@@ -14,8 +14,10 @@ $$;
 WITH section (section_number, title, functions) AS (
     VALUES
     (1, 'Tables and their embeddings', '{enable,alter_pipeline,disable,pause,resume,resync,reembed,wait_until_fresh}'),
-    (2, 'Search', '{search,search_rows,embed_query,embed,create_match_function,measure_recall,tune,evaluate_search}'),
-    (3, 'Models', '{create_model,create_rerank_model,alter_model,set_default_model,resume_model,drop_model,allow_http_host}'),
+    (2, 'Search', '{search,search_rows,embed_query,embed,create_match_function,measure_recall,tune,evaluate_search,
+        reset_search_stats}'),
+    (3, 'Models', '{create_model,create_rerank_model,alter_model,set_default_model,resume_model,drop_model,
+        allow_http_host}'),
     (4, 'Before and after', '{estimate,preview,chunk_text,doctor,retry_failed}'),
     (5, 'Lanes', '{schedule,unschedule,work,process}'),
     (6, 'Rights', '{grant_usage,grant_monitor,grant_lane}'),

@@ -1076,6 +1076,27 @@ class Database:
         )
         return row["rows"]  # type: ignore[no-any-return]
 
+    def own_id(self) -> int:
+        """The OID of the database."""
+        [row] = self._run(
+            "SELECT d.oid::pg_catalog.int8 AS id FROM pg_catalog.pg_database AS d"
+            " WHERE d.datname OPERATOR(pg_catalog.=) pg_catalog.current_database()"
+        )
+        return int(row["id"])
+
+    def pipelines_seen(self, pipelines: Sequence[tuple[int, int]]) -> list[dict[str, bool]]:
+        """Whether each of these pipelines, with the OID of its table, exists, and is one that the caller may see."""
+        rows = self._run(
+            "SELECT autoembed._is_pipeline_of(p.id, p.table_id::pg_catalog.oid) AS exists,"
+            " autoembed._may_see(p.table_id::pg_catalog.oid::pg_catalog.regclass) AS seen,"
+            " autoembed._owns(p.table_id::pg_catalog.oid::pg_catalog.regclass) AS owned"
+            " FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2)) WITH ORDINALITY AS p(id, table_id, number)"
+            " ORDER BY p.number",
+            ["pg_catalog.int4[]", "pg_catalog.int8[]"],
+            [[one for one, _ in pipelines], [table for _, table in pipelines]],
+        )
+        return [dict(row) for row in rows]
+
     def _own_role(self) -> int:
         """The role that owns the tables of the text index."""
         [row] = self._run(

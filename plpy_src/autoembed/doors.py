@@ -8,11 +8,11 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from autoembed import database, heap, providers, rerankers, worker
+from autoembed import database, heap, providers, rerankers, tally, worker
 from autoembed.batching import estimate_tokens, halves, pack, truncate
 from autoembed.binary import literals
 from autoembed.bm25 import Scores, counted, merged_ids
@@ -551,6 +551,39 @@ def _few_rows(here: database.Database, target: dict[str, Any], condition: str | 
         return None
     keys = here.keys(f"{target['keys_query']}{condition or 'true'}\n) LIMIT {4 * FEW_ROWS}")
     return keys if len(keys) < 4 * FEW_ROWS else None
+
+
+def search_stats() -> Iterator[dict[str, Any]]:
+    """The figures of pipelines whose tables the caller owns or monitors: the rows of autoembed._search_stats().
+
+    Those of pipelines that are gone are removed.
+    """
+    files = tally.of_database(database.Database(commits=False).own_id())
+    found = files.all()
+    for (pipeline, figures), state in zip(found.items(), _states(found), strict=True):
+        if not state["exists"]:
+            files.remove(pipeline)
+        elif state["seen"]:
+            yield {
+                **figures.counts,
+                "pipeline_id": pipeline[0],
+                "p50_ms": tally.quantile(figures.buckets, 0.5),
+                "p95_ms": tally.quantile(figures.buckets, 0.95),
+                "since": figures.since / 1e6,
+            }
+
+
+def reset_search_stats(table: int | None) -> None:
+    """Forgets the figures of a table, or of all, that the caller owns: autoembed.reset_search_stats()."""
+    files = tally.of_database(database.Database(commits=False).own_id())
+    found = [pipeline for pipeline in files.all() if table in (None, pipeline[1])]
+    for pipeline, state in zip(found, _states(found), strict=True):
+        if state["owned"]:
+            files.remove(pipeline)
+
+
+def _states(pipelines: Collection[tuple[int, int]]) -> list[dict[str, bool]]:
+    return database.Database(commits=False).pipelines_seen(list(pipelines))
 
 
 def search_quality(found: str, grades: str, most: int) -> dict[str, float]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 KEPT_CHARACTERS = 8_000_000
 
 _kept = KeptTexts(KEPT_CHARACTERS)
+# Whether the last text was one of these.
+was_kept = False
 
 
 def embed(
@@ -34,7 +36,9 @@ def embed(
     definition: the row of the model as text. A vector that is kept is of the same text and the same definition.
     local_model: base_url, model_id, max_tokens_per_input, query_prefix and dimensions, if a lane may embed the text.
     """
+    global was_kept
     vector = _kept.get((content, definition))
+    was_kept = vector is not None
     if vector is not None:
         return _without_fault(vector)
     outcome = None

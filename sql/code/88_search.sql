@@ -375,7 +375,7 @@ CREATE OR REPLACE FUNCTION autoembed._nearest(
     by_index boolean DEFAULT NULL,
     ef_search integer DEFAULT NULL
 )
-    RETURNS TABLE (key text, distance double precision, chunk_number integer)
+    RETURNS TABLE (key text, distance double precision, chunk_number integer, from_index boolean)
     LANGUAGE plpgsql
     STABLE
     -- An index gives as many rows as are asked for, whatever the condition and the policies leave out.
@@ -423,7 +423,7 @@ BEGIN
         END IF;
     END LOOP;
     RETURN QUERY
-    SELECT u.*
+    SELECT u.*, _by_index
     FROM ROWS FROM (
         pg_catalog.unnest(_keys), pg_catalog.unnest(_distances), pg_catalog.unnest(_numbers)
     ) AS u(key, distance, number);
@@ -431,7 +431,8 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._nearest IS
     'The rows of the target of a search that are nearest to a vector, at least as many as wanted if there are so many, '
-    'and their nearest chunks, in no order. by_index, ef_search: NULL as suits the table.';
+    'and their nearest chunks, in no order. from_index: whether an index has found them. by_index, ef_search: NULL as '
+    'suits the table.';
 
 CREATE OR REPLACE FUNCTION autoembed._distances_of(
     target record,
@@ -609,7 +610,8 @@ CREATE OR REPLACE FUNCTION autoembed._reranked(
     INOUT ranks integer[],
     keys text[],
     chunk_numbers integer[],
-    INOUT scores double precision[]
+    INOUT scores double precision[],
+    OUT fell_back boolean
 )
     LANGUAGE plpgsql
     STABLE
@@ -639,7 +641,8 @@ BEGIN
         RETURN;
     END IF;
     SELECT r.scores, r.trouble INTO _answer FROM autoembed._rerank(model, query, _passages) AS r;
-    IF _answer.scores IS NULL THEN
+    fell_back := _answer.scores IS NULL;
+    IF fell_back THEN
         RAISE NOTICE USING
             MESSAGE = pg_catalog.format('the rows are not reranked, because model "%s" gave no scores: %s',
                                         model, _answer.trouble),
@@ -663,7 +666,42 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._reranked IS
     'The ranks and scores of the rows that a search has listed, in the order of the arrays, once a rerank model has '
     'put the first of them in order by their passages. The rest follows. As they were, with a NOTICE, if the model '
-    'gives no scores. The ranks begin at 1.';
+    'gives no scores: it fell back. The ranks begin at 1.';
+
+CREATE OR REPLACE FUNCTION autoembed._is_pipeline_of(pipeline_id integer, table_id oid)
+    RETURNS boolean
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT EXISTS (
+        SELECT FROM autoembed.pipeline AS p WHERE p.id = pipeline_id AND p.table_id = _is_pipeline_of.table_id
+    );
+$sql$;
+COMMENT ON FUNCTION autoembed._is_pipeline_of IS 'Whether a table has the pipeline of this number.';
+
+CREATE OR REPLACE FUNCTION autoembed._note_search(
+    pipeline_id integer,
+    table_id oid,
+    milliseconds double precision,
+    by_index boolean,
+    wanted integer,
+    found integer,
+    fell_back boolean
+)
+    RETURNS boolean
+    LANGUAGE plpython3u
+    STABLE
+    -- A setting of its own takes as long as the count.
+AS $python$
+    if GD.get("autoembed") != "@BUILD@":
+        plpy.execute("SELECT autoembed._load_python()")
+    from autoembed import tally
+    return tally.note(pipeline_id, table_id, milliseconds, by_index, wanted, found, fell_back, plpy.execute)
+$python$;
+COMMENT ON FUNCTION autoembed._note_search IS
+    'Counts a search for search_stats, if the caller may read the table. Runs as the caller, and writes no table.';
 
 CREATE OR REPLACE FUNCTION autoembed._ranked(
     like_row anyelement,
@@ -694,6 +732,7 @@ CREATE OR REPLACE FUNCTION autoembed._ranked(
 AS $plpgsql$
 #variable_conflict use_column
 DECLARE
+    _began_at CONSTANT timestamptz := pg_catalog.clock_timestamp();
     -- So many of the nearest rows, and of the rows with the best words, are compared by both.
     _candidates CONSTANT integer := 100;
     _wanted integer := max_rows OPERATOR(pg_catalog.+) skip_rows;
@@ -715,6 +754,10 @@ DECLARE
     _scores double precision[];
     _similarities double precision[];
     _text_scores double precision[];
+    -- What is counted of the search.
+    _by_index boolean;
+    _found integer;
+    _fell_back boolean := false;
 BEGIN
     IF max_rows IS NULL OR skip_rows IS NULL OR max_rows OPERATOR(pg_catalog.<) 0
        OR skip_rows OPERATOR(pg_catalog.<) 0 THEN
@@ -842,13 +885,14 @@ BEGIN
             WHERE l.rank OPERATOR(pg_catalog.>) _after AND l.rank OPERATOR(pg_catalog.<=) _last
         )
         SELECT pg_catalog.array_agg(p.rank), pg_catalog.array_agg(p.key), pg_catalog.array_agg(p.chunk_number),
-               pg_catalog.array_agg(p.score), pg_catalog.array_agg(p.similarity), pg_catalog.array_agg(p.text_score)
-        INTO _ranks, _keys, _numbers, _scores, _similarities, _text_scores
+               pg_catalog.array_agg(p.score), pg_catalog.array_agg(p.similarity), pg_catalog.array_agg(p.text_score),
+               coalesce((SELECT n.from_index FROM near AS n LIMIT 1), false)
+        INTO _ranks, _keys, _numbers, _scores, _similarities, _text_scores, _by_index
         FROM page AS p;
     END IF;
 
     IF _reranked OPERATOR(pg_catalog.>) 0 THEN
-        SELECT r.ranks, r.scores INTO _ranks, _scores
+        SELECT r.ranks, r.scores, coalesce(r.fell_back, false) INTO _ranks, _scores, _fell_back
         FROM autoembed._reranked(_target, rerank_model, query, _reranked, _ranks, _keys, _numbers, _scores) AS r;
         SELECT pg_catalog.array_agg(l.rank), pg_catalog.array_agg(l.key), pg_catalog.array_agg(l.chunk_number),
                pg_catalog.array_agg(l.score), pg_catalog.array_agg(l.similarity), pg_catalog.array_agg(l.text_score)
@@ -869,6 +913,12 @@ BEGIN
     ) WITH ORDINALITY AS p(rank, key, score, similarity, text_score, place)
     JOIN autoembed._found_rows(like_row, _target, _keys, _numbers) AS r ON r.place OPERATOR(pg_catalog.=) p.place
     ORDER BY p.rank;
+    GET DIAGNOSTICS _found = ROW_COUNT;
+    PERFORM autoembed._note_search(
+        _target.pipeline_id, _target.table_id::pg_catalog.oid, (extract(
+            epoch FROM pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) _began_at
+        ) OPERATOR(pg_catalog.*) 1000::numeric)::double precision, _by_index, max_rows, _found, _fell_back
+    );
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._ranked IS

@@ -13,11 +13,14 @@ BEGIN
         -- PostgreSQL calls a view's functions with the rights of the view's reader.
         WHERE p.pronamespace = 'autoembed'::regnamespace
           AND p.proname = ANY (functions || '{
-              _check_pipeline, _default_model, _estimated_rows, _lane_lives, _may_see, _owns, _short_key
+              _check_pipeline, _default_model, _estimated_rows, _is_pipeline_of, _lane_lives, _load_python, _may_see,
+              _owns, _python_sources, _search_stats, _short_key
           }'::text[])
     ), role);
-    EXECUTE format('GRANT SELECT ON autoembed.status, autoembed.progress, autoembed.failed, autoembed.usage TO %s',
-                   role);
+    EXECUTE format(
+        'GRANT SELECT ON autoembed.status, autoembed.progress, autoembed.failed, autoembed.usage, '
+        'autoembed.search_stats TO %s', role
+    );
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._grant IS
@@ -31,19 +34,20 @@ AS $plpgsql$
 BEGIN
     PERFORM autoembed._grant(role, '{
         alter_pipeline, chunk_text, clear_column, create_match_function, disable, doctor, embed, embed_query, enable,
-        estimate, evaluate_search, measure_recall, pause, preview, queue_embeddings, reembed, resume, resync,
-        retry_failed, search, search_rows, tune, wait_until_fresh, _advisory_locks, _as_owner, _bits, _check_attachable,
-        _check_chunking, _check_content, _check_on_change, _check_own, _check_owner, _check_template, _chunk_call,
-        _chunk_function_of, _chunk_text, _chunking, _clears, _columns_of, _content_expression, _content_function,
-        _content_function_of, _cron_is_here, _dimensions, _distances, _distances_of, _drop_orphaned_pipelines,
-        _drop_stray_triggers, _estimate_texts, _estimated_matches, _exact_answers, _found_rows, _full_text_config,
-        _guide_triggers, _index_key, _is_empty, _is_subscribed, _judgments, _key_columns, _key_expression, _load_python,
-        _lock_holder, _lock_table, _look_through, _make_embeddings_table, _match_function, _measured_recall,
-        _missing_guide_triggers, _nearest, _needed_columns, _new_place, _operator, _owned_pipeline, _owned_pipelines,
-        _pipeline_checks, _prefix_expression, _prefix_of, _present_text, _preview, _python_sources, _ranked,
-        _read_condition, _recall, _rerank, _rerank_candidates, _reranked, _restore_advisory_locks, _run_as_owner,
-        _running_lanes, _search_quality, _search_target, _searched, _set_paused, _stray_triggers, _template,
-        _text_matches, _trigger_name, _trigger_problems, _vector_digest_expression, _vector_index, _waits_for_commit
+        estimate, evaluate_search, measure_recall, pause, preview, queue_embeddings, reembed, reset_search_stats,
+        resume, resync, retry_failed, search, search_rows, tune, wait_until_fresh, _advisory_locks, _as_owner, _bits,
+        _check_attachable, _check_chunking, _check_content, _check_on_change, _check_own, _check_owner, _check_template,
+        _chunk_call, _chunk_function_of, _chunk_text, _chunking, _clears, _columns_of, _content_expression,
+        _content_function, _content_function_of, _cron_is_here, _dimensions, _distances, _distances_of,
+        _drop_orphaned_pipelines, _drop_stray_triggers, _estimate_texts, _estimated_matches, _exact_answers,
+        _found_rows, _full_text_config, _guide_triggers, _index_key, _is_empty, _is_subscribed, _judgments,
+        _key_columns, _key_expression, _load_python, _lock_holder, _lock_table, _look_through, _make_embeddings_table,
+        _match_function, _measured_recall, _missing_guide_triggers, _nearest, _needed_columns, _new_place, _note_search,
+        _operator, _owned_pipeline, _owned_pipelines, _pipeline_checks, _prefix_expression, _prefix_of, _present_text,
+        _preview, _python_sources, _ranked, _read_condition, _recall, _rerank, _rerank_candidates, _reranked,
+        _reset_search_stats, _restore_advisory_locks, _run_as_owner, _running_lanes, _search_quality, _search_target,
+        _searched, _set_paused, _stray_triggers, _template, _text_matches, _trigger_name, _trigger_problems,
+        _vector_digest_expression, _vector_index, _waits_for_commit
     }');
     -- The role gets rights to columns only. A right to the whole table, which 0.1.0 granted, includes LOCK TABLE, and
     -- that stops all lanes.

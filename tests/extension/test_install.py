@@ -148,6 +148,7 @@ def test_every_function_pins_its_search_path(documents: Connection) -> None:
         "autoembed._judgments(regclass)",
         "autoembed._measured_recall(regclass,name,integer,integer,vector[],text[],double precision[],integer[])",
         "autoembed._nearest(record,vector,integer,text,boolean,integer)",
+        "autoembed._note_search(integer,oid,double precision,boolean,integer,integer,boolean)",
         "autoembed._ranked(anyelement,regclass,text,integer,integer,text,name,text,double precision,text)",
         "autoembed._reranked(record,text,text,integer,integer[],text[],integer[],double precision[])",
         "autoembed._text_matches(regclass,name,text,integer,text,text[])",

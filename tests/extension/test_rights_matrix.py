@@ -154,6 +154,7 @@ _index_texts - - - x
 _is_chosen - - - x
 _is_empty - x - x
 _is_key - - - x
+_is_pipeline_of - x x x
 _is_retired - - - x
 _is_subscribed - x - x
 _is_superusers - - - x
@@ -178,7 +179,7 @@ _learn_limits - - - x
 _learn_tokens_taken - - - x
 _leave_lane - - - x
 _list_queue - - - x
-_load_python - x - x
+_load_python - x x x
 _lock_holder - x - x
 _lock_table - x - x
 _look_through - x - x
@@ -202,6 +203,7 @@ _never - - - x
 _new_place - x - x
 _next_backfill - - - x
 _note_replaced - - - x
+_note_search - x - x
 _note_usage - - - x
 _operator - x - x
 _output_settings - - - x
@@ -223,7 +225,7 @@ _probe - - - x
 _process - - - x
 _protect_functions - - - x
 _purposes - - - x
-_python_sources - x - x
+_python_sources - x x x
 _queue_backfill - - - x
 _ranked - x - x
 _read_condition - x - x
@@ -238,6 +240,7 @@ _requeue - - - x
 _rerank - x - x
 _rerank_candidates - x - x
 _reranked - x - x
+_reset_search_stats - x - x
 _resolve - - - x
 _rest_model - - - x
 _rest_pipelines - - - x
@@ -252,6 +255,7 @@ _schedule_index - - - x
 _schedule_statement - - - x
 _scores - - - x
 _search_quality - x - x
+_search_stats - x x x
 _search_target - x - x
 _searched - x - x
 _segments_to_merge - - - x
@@ -317,6 +321,7 @@ preview - x - x
 process - - - x
 queue_embeddings - x - x
 reembed - x - x
+reset_search_stats - x - x
 resume - x - x
 resume_model - - - x
 resync - x - x
@@ -391,6 +396,7 @@ pipeline.text_config - raw - raw
 pipeline.truncate - raw - raw
 pipeline_rest - - - rawd
 progress - r r rawd
+search_stats - r r rawd
 setting - - - rawd
 slot - - - rawd
 status - r r rawd

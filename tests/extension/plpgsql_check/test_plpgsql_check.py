@@ -19,6 +19,7 @@ ACCEPTED = {
     ("_check_table", VOLATILE): "pg_partition_ancestors() is marked as VOLATILE, and reads the catalog alone.",
     ("_without_replica_identity", VOLATILE): "pg_partition_tree() and pg_partition_ancestors(), too.",
     ("_is_subscribed", VOLATILE): "pg_partition_tree(), too.",
+    ("_ranked", VOLATILE): "clock_timestamp() tells how long the search took, and nothing that it gives.",
     ("_search_target", VOLATILE): "pg_partition_tree(), too.",
     ("_text_3", VOLATILE): "Calls the owner's function, and the owner may have marked it as anything.",
 }
