@@ -96,6 +96,7 @@ class Database:
         # The pipelines of whose texts PostgreSQL did not tell the words in time.
         self._slow_words: set[int] = set()
         self._reporter: Reporter | None = None
+        self._owner: int | None = None
 
     def begin_pass(self) -> None:
         """To be called first in a caller's transaction, which may have deferred triggers of its own."""
@@ -1020,6 +1021,8 @@ class Database:
 
     def documents(self, ids: Sequence[int]) -> dict[int, tuple[str, int]]:
         """The key and the number of the chunk of documents. The caller's rights are not asked for."""
+        if not ids:
+            return {}
         with as_role(self._own_role()):
             rows = self._run(
                 "SELECT d.id, d.key, d.chunk_number FROM autoembed.text_document AS d"
@@ -1031,6 +1034,8 @@ class Database:
 
     def documents_of(self, pipeline_id: int, keys: Sequence[str]) -> list[int]:
         """The documents of rows. The caller's rights are not asked for."""
+        if not keys:
+            return []
         with as_role(self._own_role()):
             rows = self._run(
                 "SELECT d.id FROM autoembed.text_document AS d"
@@ -1055,8 +1060,7 @@ class Database:
 
     def visible(self, query: str, keys: Sequence[str], numbers: Sequence[int]) -> dict[int, str]:
         """Which of these chunks the caller may read: by their places from 0, the keys as search() writes them."""
-        plan = plpy.prepare(query, ["pg_catalog.text[]", "pg_catalog.int4[]"])
-        rows = plpy.execute(plan, [list(keys), list(numbers)])
+        rows = self._run(query, ["pg_catalog.text[]", "pg_catalog.int4[]"], [list(keys), list(numbers)])
         return {row["place"] - 1: row["key"] for row in rows}
 
     def matching(self, query: str, keys: Sequence[str]) -> set[str]:
@@ -1099,11 +1103,14 @@ class Database:
 
     def _own_role(self) -> int:
         """The role that owns the tables of the text index."""
-        [row] = self._run(
-            "SELECT c.relowner::pg_catalog.int8 AS owner FROM pg_catalog.pg_class AS c"
-            " WHERE c.oid OPERATOR(pg_catalog.=) 'autoembed.text_segment'::pg_catalog.regclass"
-        )
-        return int(row["owner"])
+        # A lane may live longer than an owner is one.
+        if self._owner is None or self._commits:
+            [row] = self._run(
+                "SELECT c.relowner::pg_catalog.int8 AS owner FROM pg_catalog.pg_class AS c"
+                " WHERE c.oid OPERATOR(pg_catalog.=) 'autoembed.text_segment'::pg_catalog.regclass"
+            )
+            self._owner = int(row["owner"])
+        return self._owner
 
     def _segments(self, which: str, types: Sequence[str], arguments: Sequence[Any]) -> dict[int, Segment]:
         rows = self._run(

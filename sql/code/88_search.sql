@@ -37,14 +37,14 @@ COMMENT ON FUNCTION autoembed._is_superusers IS
     'Whether a type, and those that it is made of, belong to superusers. The owner of another one may have made casts '
     'and checks for it.';
 
-CREATE OR REPLACE FUNCTION autoembed._sent_key_expression(pipeline autoembed.pipeline, alias text)
-    RETURNS text
+CREATE OR REPLACE FUNCTION autoembed._sent_key_expressions(pipeline autoembed.pipeline, aliases text[])
+    RETURNS text[]
     LANGUAGE plpgsql
     STABLE
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    RETURN (
+    RETURN ARRAY(
         WITH RECURSIVE base AS (
             SELECT k.name, k.number, a.atttypid AS id,
                    format('(s.key::pg_catalog.jsonb OPERATOR(pg_catalog.->>) %s)', k.number - 1) AS value
@@ -58,23 +58,26 @@ BEGIN
         )
         SELECT string_agg(CASE
                    WHEN autoembed._is_superusers(t.oid) THEN
-                       format('%s.%I %s %s::%I.%I', alias, b.name,
+                       format('%s.%I %s %s::%I.%I', l.alias, b.name,
                               autoembed._operator(pipeline.table_id, b.name, 3), b.value, n.nspname, t.typname)
                    WHEN t.typtype = 'e' THEN
                        format('%s.%I OPERATOR(pg_catalog.=) (SELECT l.label FROM pg_catalog.unnest('
                               'pg_catalog.enum_range(NULL::%I.%I)) AS l(label) '
                               'WHERE pg_catalog.concat(l.label) OPERATOR(pg_catalog.=) %s)',
-                              alias, b.name, n.nspname, t.typname, b.value)
-                   ELSE format('pg_catalog.concat(%s.%I) OPERATOR(pg_catalog.=) %s', alias, b.name, b.value)
+                              l.alias, b.name, n.nspname, t.typname, b.value)
+                   ELSE format('pg_catalog.concat(%s.%I) OPERATOR(pg_catalog.=) %s', l.alias, b.name, b.value)
                END, ' AND ' ORDER BY b.number)
         FROM base AS b
         JOIN pg_type AS t ON t.oid = b.id AND t.typtype <> 'd'
         JOIN pg_namespace AS n ON n.oid = t.typnamespace
+        CROSS JOIN unnest(aliases) WITH ORDINALITY AS l(alias, number)
+        GROUP BY l.number
+        ORDER BY l.number
     );
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._sent_key_expression IS
-    'The SQL expression that tells whether the row of that alias has the key s.key. It runs no code of the owner of '
+COMMENT ON FUNCTION autoembed._sent_key_expressions IS
+    'For each alias the SQL expression that tells whether its row has the key s.key. It runs no code of the owner of '
     'the table or of a type: the caller of a search may have more rights.';
 
 CREATE OR REPLACE FUNCTION autoembed._search_target(
@@ -108,6 +111,8 @@ CREATE OR REPLACE FUNCTION autoembed._search_target(
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
     SET quote_all_identifiers = off
+    -- Its statements, and those of what it calls, would be planned again for each search: half a millisecond.
+    SET plan_cache_mode = force_generic_plan
 AS $plpgsql$
 DECLARE
     _pipelines autoembed.pipeline[] := ARRAY(
@@ -125,6 +130,7 @@ DECLARE
     _same_key text;
     _passage text;
     _sent_key text;
+    _sent_keys text[];
     _from text;
     _bits integer;
 BEGIN
@@ -175,7 +181,8 @@ BEGIN
     );
     _key := autoembed._key_expression(_pipeline, 't');
     pipeline_id := _pipeline.id;
-    _sent_key := autoembed._sent_key_expression(_pipeline, 't');
+    _sent_keys := autoembed._sent_key_expressions(_pipeline, '{t,e}');
+    _sent_key := _sent_keys[1];
     has_plain_keys := NOT EXISTS (
         SELECT FROM unnest(_pipeline.key_columns) AS k(name)
         JOIN pg_attribute AS a ON a.attrelid = _pipeline.table_id AND a.attname = k.name
@@ -199,7 +206,7 @@ BEGIN
         CASE
             WHEN is_beside THEN format(
                 'EXISTS (SELECT FROM %s AS e WHERE %s AND e.chunk_number OPERATOR(pg_catalog.=) s.number)',
-                _vectors_table, autoembed._sent_key_expression(_pipeline, 'e')
+                _vectors_table, _sent_keys[2]
             )
             ELSE format('t.%I IS NOT NULL', _pipeline.embedding_column)
         END
@@ -291,7 +298,7 @@ BEGIN
         'e.digest FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2)) '
         'WITH ORDINALITY AS s(key, number, place) JOIN %2$s AS t ON %3$s '
         'LEFT JOIN %4$s AS e ON e.chunk_number OPERATOR(pg_catalog.=) s.number AND %5$s) AS h',
-        _passage, _pipeline.table_id, _sent_key, _vectors_table, autoembed._sent_key_expression(_pipeline, 'e')
+        _passage, _pipeline.table_id, _sent_key, _vectors_table, _sent_keys[2]
     );
 END;
 $plpgsql$;

@@ -259,7 +259,7 @@ _search_stats - x x x
 _search_target - x - x
 _searched - x - x
 _segments_to_merge - - - x
-_sent_key_expression - - - x
+_sent_key_expressions - - - x
 _set_paused - x - x
 _settle - - - x
 _short_key - x x x
