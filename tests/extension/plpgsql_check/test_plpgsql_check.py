@@ -21,6 +21,7 @@ ACCEPTED = {
     ("_is_subscribed", VOLATILE): "pg_partition_tree(), too.",
     ("_ranked", VOLATILE): "clock_timestamp() tells how long the search took, and nothing that it gives.",
     ("_search_target", VOLATILE): "pg_partition_tree(), too.",
+    ("embed", VOLATILE): "It notes what was used.",
     ("_text_3", VOLATILE): "Calls the owner's function, and the owner may have marked it as anything.",
 }
 # Their queries are made of the names of a table, and the type of its rows is known when they run.
