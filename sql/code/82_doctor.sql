@@ -129,7 +129,6 @@ COMMENT ON FUNCTION autoembed._running_lanes IS
 CREATE OR REPLACE FUNCTION autoembed._lane_checks(frozen_after interval DEFAULT '1 minute')
     RETURNS TABLE (subject text, ok boolean, finding text, advice text)
     LANGUAGE plpgsql
-    STABLE
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$

@@ -8,11 +8,16 @@ from pathlib import Path
 
 import pytest
 import requests
+from hypothesis import HealthCheck, settings
 
 from autoembed.network import Network
 from fake_api import FakeApi, Server
 from unit.fakes import FakeDatabase, FakeProvider
 from unit.lane import Lane
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture
