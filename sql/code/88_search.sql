@@ -119,7 +119,9 @@ DECLARE
         SELECT p
         FROM autoembed.pipeline AS p
         WHERE _search_target.table_name IN (p.table_id, p.embeddings_table)
-          AND p.embedding_column = coalesce(_search_target.embedding_column, p.embedding_column)
+          AND coalesce(_search_target.embedding_column, p.embedding_column) IN (
+              p.embedding_column, (SELECT c.relname FROM pg_class AS c WHERE c.oid = p.embeddings_table)
+          )
         ORDER BY p.id
     );
     _pipeline autoembed.pipeline;
@@ -142,16 +144,18 @@ BEGIN
                 ELSE format('column "%s" of table %s is not attached to autoembed', embedding_column, table_name)
             END,
             HINT = format('Attach it: SELECT autoembed.enable(%L, …).', table_name);
-    ELSIF cardinality(_pipelines) > 1 THEN
+    ELSIF cardinality(_pipelines) > 1
+        -- The first of several sets beside the rows counts until it is detached: another model takes its place at once.
+        AND EXISTS (SELECT FROM unnest(_pipelines) AS f WHERE f.embeddings_table IS NULL) THEN
         RAISE EXCEPTION USING
             ERRCODE = 'ambiguous_column',
             MESSAGE = format('table %s has several embeddings', table_name),
             HINT = (
-                SELECT 'Name one of them: ' || string_agg(CASE
-                    WHEN f.embeddings_table IS NULL THEN format('embedding_column => %L', f.embedding_column)
-                    ELSE format('table_name => %L', f.embeddings_table)
-                END, ' or ') || '.'
+                SELECT 'Name one of them: ' || string_agg(format(
+                    'embedding_column => %L', coalesce(c.relname, f.embedding_column)
+                ), ' or ') || '.'
                 FROM unnest(_pipelines) AS f
+                LEFT JOIN pg_class AS c ON c.oid = f.embeddings_table
             );
     END IF;
     _pipeline := _pipelines[1];
@@ -330,7 +334,9 @@ DECLARE
         SELECT p
         FROM autoembed.pipeline AS p
         WHERE _searched.table_name IN (p.table_id, p.embeddings_table)
-          AND p.embedding_column = coalesce(_searched.embedding_column, p.embedding_column)
+          AND coalesce(_searched.embedding_column, p.embedding_column) IN (
+              p.embedding_column, (SELECT c.relname FROM pg_class AS c WHERE c.oid = p.embeddings_table)
+          )
     );
 BEGIN
     IF cardinality(_pipelines) = 1 THEN

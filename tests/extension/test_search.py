@@ -299,6 +299,33 @@ def test_of_several_embeddings_one_must_be_named(short: Connection) -> None:
     assert short.execute(named).fetchall() == [("[1]",)]
 
 
+def test_another_model_takes_over_in_the_transaction_that_detaches_the_first(short: Connection) -> None:
+    attach(short, "NULL", ["one", "two"])
+    short.execute("SELECT autoembed.create_model('candidate', 'fake', 64)")
+    short.execute(
+        "SELECT autoembed.enable('pages', content_columns => '{body}', model => 'candidate',"
+        " embeddings_table => 'pages_candidate')"
+    )
+    short.execute("SELECT autoembed.process()")
+
+    def dimensions_of_query(embedding_column: str | None = None) -> int:
+        query = "SELECT vector_dims(autoembed.embed_query('pages', 'x', %s)) AS dimensions"
+        [row] = short.execute(query, [embedding_column]).fetchall()
+        return int(row.dimensions)
+
+    def found() -> list[str]:
+        return [row.body for row in short.execute("SELECT body FROM autoembed.search_rows(NULL::pages, 'two')")]
+
+    assert dimensions_of_query() == dimensions_of_query("pages_embeddings") != 64
+    assert dimensions_of_query("pages_candidate") == 64
+    assert found() == ["two", "one"]
+
+    with short.transaction():
+        short.execute("SELECT autoembed.disable('pages_embeddings', drop => true)")
+        assert (dimensions_of_query(), found()) == (64, ["two", "one"])
+    assert (dimensions_of_query(), found()) == (64, ["two", "one"])
+
+
 @pytest.mark.parametrize("words", [None, "", " \n"])
 def test_nothing_is_found_for_no_words(short: Connection, api: FakeApi, words: str | None) -> None:
     attach(short, "NULL", ["one"])
