@@ -254,6 +254,9 @@ class Database:
 
         Raises RowError if its condition fails or the table is locked.
         """
+        if time.monotonic() > self._check_at.get(backfill.pipeline_id, 0.0):
+            # A dump may have brought the function of another version.
+            self.pipelines([backfill.pipeline_id])
         rows: Any = []
         with self._owners_code(undone=True):
             rows = self._run(

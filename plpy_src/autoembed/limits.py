@@ -24,8 +24,6 @@ FIRST_ANSWER_SECONDS = 1.0
 PATIENCE_SECONDS = 10.0
 # A limit that takes longer than this to be whole again, in seconds, is not one of a minute.
 MINUTE_SECONDS = 61
-# One that is whole again within this, in seconds, and fills faster than that of a minute, is one of a second.
-SECOND_SECONDS = 1.0
 # The minutes' worth of a limit that one counts as, by the unit in the header's name.
 PER_MINUTE = {"minute": 1, "second": 60}
 # The names of requests and tokens in x-ratelimit headers with a unit: Mistral's, and those of gateways such as Kong.
@@ -107,7 +105,7 @@ def _allowances_in(headers: Mapping[str, str], kind: str) -> Iterator[Allowance]
     limit, left = (_count(headers.get(f"x-ratelimit-{what}-{kind}", "")) for what in ("limit", "remaining"))
     reset = headers.get(f"x-ratelimit-reset-{kind}", "")
     if limit and _seconds(reset) <= MINUTE_SECONDS:
-        yield Allowance(limit * (60 if _is_of_a_second(limit, left, reset) else 1), left)
+        yield Allowance(limit, left)
     for name in KINDS[kind]:
         for unit, count in PER_MINUTE.items():
             limit, left = (
@@ -117,15 +115,6 @@ def _allowances_in(headers: Mapping[str, str], kind: str) -> Iterator[Allowance]
     if "x-tokenlimit-limit" in headers:
         limit, left = (_count(headers.get(f"{OF_A_SECOND[kind]}-{what}", "")) for what in ("limit", "remaining"))
         yield Allowance(limit and limit * 60, left)
-
-
-def _is_of_a_second(limit: int, left: int | None, reset: str) -> bool:
-    """Whether what was used is back so soon that the limit is one of a second."""
-    seconds = _seconds(reset)
-    if left is None or not 0 < seconds <= SECOND_SECONDS:
-        return False
-    # One of a minute gives back a sixtieth of itself in a second. Providers round, so a twentieth is the bound.
-    return (limit - left) / seconds > limit / 20
 
 
 def _count(value: str) -> int | None:

@@ -199,8 +199,8 @@ def test_a_backfill_is_left_to_the_lane_that_is_scheduled_for_it_for_a_while(
     fill(db, 10)
     enable(db)
     # In the place of pg_cron, which is in one database of a server.
-    db.execute("CREATE SCHEMA cron CREATE TABLE job (jobname text, active boolean, database name)")
-    db.execute("INSERT INTO cron.job VALUES ('autoembed-backfill-1', %s, current_database())", [active])
+    db.execute("CREATE SCHEMA cron CREATE TABLE job (jobname text, active boolean, database name, schedule text)")
+    db.execute("INSERT INTO cron.job VALUES ('autoembed-backfill-1', %s, current_database(), '1 second')", [active])
     served = f"UPDATE autoembed.backfill SET served_at = now() - interval '{ago}'"
 
     db.execute(served.encode())

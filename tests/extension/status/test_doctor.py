@@ -66,6 +66,7 @@ def test_all_is_well_on_a_healthy_server_and_its_log_stays_quiet(cron: Connectio
     assert checks.keys() == {
         *(f"extension {name}" for name in ("autoembed", "pgmq", "pg_cron", "plpython3u", "vector")),
         "lanes",
+        "backfill lanes",
         f"model {MODEL}",
         "table public.notes.embedding",
         "triggers of public.notes.embedding",
@@ -74,7 +75,7 @@ def test_all_is_well_on_a_healthy_server_and_its_log_stays_quiet(cron: Connectio
         "queue",
     }
     assert checks["index of public.notes.embedding"].finding == "public.notes_embedding_idx"
-    assert checks["lanes"].finding == "1 running, 2 jobs of pg_cron"
+    assert checks["lanes"].finding == "1 running, 1 scheduled"
     assert [line for line in log_of(scheduled)[began:] if "checkpoint" not in line] == []
 
 
@@ -120,7 +121,7 @@ def test_a_dead_provider_is_said_in_the_log_when_it_dies_and_only_then(cron: Con
 def test_missing_lanes_are_found_and_the_advice_starts_them(cron: Connection) -> None:
     cron.execute("SELECT autoembed.unschedule()")
     row = wait_until(lambda: next((r for r in [doctor(cron)["lanes"]] if r.finding.startswith("0 running")), None))
-    assert (row.ok, row.finding) == (False, "0 running, 0 jobs of pg_cron")
+    assert (row.ok, row.finding) == (False, "0 running, 0 scheduled")
     wait_until(lambda: cron.execute("TABLE autoembed.progress").fetchall() == [])
 
     cron.execute(row.advice.encode())

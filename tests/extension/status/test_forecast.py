@@ -275,7 +275,8 @@ def test_a_large_table_is_sampled_and_its_estimate_is_near(articles: Connection)
         articles,
         "SELECT sum(e.tokens)::bigint AS tokens, sum(e.requests)::bigint AS requests FROM ("
         " SELECT array_agg(concat_ws(E'\\n\\n', title, content) ORDER BY id) AS texts FROM notes WHERE id > 1000"
-        " GROUP BY id / 1000) AS t, LATERAL autoembed._estimate_texts(t.texts, NULL, 'none', NULL, 0) AS e",
+        " GROUP BY id / 1000) AS t, LATERAL autoembed._estimate_texts(t.texts, array_fill(''::text,"
+        " ARRAY[cardinality(t.texts)]), NULL, 'none', NULL, 0) AS e",
     )
     some = one(
         articles, "SELECT * FROM autoembed.estimate('notes', content_columns => '{content}', condition => 'id > 1000')"
