@@ -187,7 +187,8 @@ MIN_CUT_TOKENS = 32
 def shorter_limit(trouble: Trouble, tokens: int) -> int | None:
     """The tokens to cut a text to that was refused and has about so many; None: its length is not to blame."""
     words = ANSWERED.sub("", str(trouble))
-    if trouble.status == 429 or trouble.status != 413 and not TOO_LONG.search(words):
+    # A request of more tokens than a minute has is not too long for the model.
+    if trouble.status == 429 or " per min" in words or trouble.status != 413 and not TOO_LONG.search(words):
         return None
     stated = [int(number) for number in LIMIT_STATED.findall(words)]
     # The stated number is of tokens by the server's own count. A text that was cut by the estimate may still exceed it.

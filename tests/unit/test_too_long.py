@@ -40,6 +40,11 @@ def test_the_words_of_a_refusal_tell_how_much_to_cut(status: int, body: str, lim
     assert shorter_limit(trouble_of_answer(status, {}, body.encode()), 1000) == limit
 
 
+def test_a_request_of_more_tokens_than_a_minute_has_is_not_cut() -> None:
+    words = "Request too large on tokens per min (TPM): Limit 500, Requested 1000."
+    assert shorter_limit(Refused(f"the provider answered 429: {words}"), 1000) is None
+
+
 def test_a_short_text_is_not_cut_further() -> None:
     assert shorter_limit(Refused("the provider answered 413: too large"), 60) is None
 
