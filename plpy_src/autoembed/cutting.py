@@ -70,7 +70,7 @@ class Cutter:
             return [(0, len(whole) - len(prefix))]
         if parts is None:
             parts = self.parts(pipeline, content)
-        # What the model has learnt is no part of its equality.
+        # Two models are equal whatever they have learnt, so the limit is named apart.
         taken = pipeline.model.tokens_taken
         way = (pipeline.model, taken, pipeline.chunking, pipeline.chunk_size, pipeline.chunk_overlap)
         try:

@@ -107,7 +107,7 @@ def _answer(connection: socket.socket, between_waits: Callable[[], object]) -> b
 
 
 def crowd() -> float:
-    """How many processes and threads want each core of the machine; 1 if it is less, or not known."""
+    """The processes and threads that want each core of the machine; at least 1, and 1 if it is not known."""
     try:
         with open("/proc/loadavg", encoding="ascii") as file:
             running = int(file.read().split()[3].partition("/")[0])

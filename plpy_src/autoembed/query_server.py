@@ -54,12 +54,12 @@ class QueryServer:
         self._threads: list[threading.Thread] = []
         self._opened = contextlib.ExitStack()
         self._ends = False
-        # Of the thread that listens: it sleeps until a socket has something, and a session's time to ask.
+        # The thread that listens uses these. The selector wakes it when a socket has something to read.
         self._selector: selectors.BaseSelector
         self._waker: socket.socket
         self._silent: dict[socket.socket, float] = {}
         self._tell_at = 0.0
-        # What both threads use goes by this lock: the questions by asker, the next one first, and the present ones.
+        # The lock guards the questions, which both threads use: those that wait, by asker, and the present ones.
         self._changed = threading.Condition()
         self._waiting: dict[str, deque[_Waiting]] = {}
         self._present: list[_Waiting] = []

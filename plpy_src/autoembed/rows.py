@@ -106,7 +106,7 @@ class Pace:
 
 
 class Speeds:
-    """How fast the models embed that run in this process, one request at a time. first_texts: those of the first."""
+    """The speeds of models that run in this process, one request at a time. first_texts: the most in the first one."""
 
     def __init__(self, first_texts: int = FIRST_TEXTS) -> None:
         self._first_texts = first_texts

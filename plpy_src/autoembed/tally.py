@@ -30,7 +30,7 @@ STEP = 0.25
 BUCKETS = 96
 # A session writes what it has counted at most once in this time, in seconds.
 WRITE_SECONDS = 1.0
-# What is counted of each search.
+# The counts of a search.
 COUNTS = ("calls", "exact", "by_index", "short", "empty", "from_cache", "fell_back")
 FORM = struct.Struct(f"<{1 + len(COUNTS) + BUCKETS}q")
 

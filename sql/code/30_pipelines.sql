@@ -374,7 +374,7 @@ DECLARE
     _text text;
 BEGIN
     -- concat() uses output functions. A cast to text may be the owner's, and triggers evaluate this with more rights.
-    -- What is text already is not copied. An empty string counts as NULL.
+    -- A text is not copied. An empty string counts as NULL.
     SELECT string_agg(format(
                CASE
                    WHEN a.atttypid IN ('text'::regtype, 'varchar'::regtype) THEN

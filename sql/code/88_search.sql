@@ -767,7 +767,7 @@ DECLARE
     _scores double precision[];
     _similarities double precision[];
     _text_scores double precision[];
-    -- What is counted of the search.
+    -- The counts of the search.
     _by_index boolean;
     _found integer;
     _fell_back boolean := false;

@@ -1,4 +1,4 @@
--- What searches do, counted by pipeline. _note_search() writes it.
+-- Counts of searches by pipeline. _note_search() writes them.
 
 CREATE OR REPLACE FUNCTION autoembed._search_stats()
     RETURNS TABLE (

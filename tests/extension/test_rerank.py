@@ -24,7 +24,7 @@ PROVIDERS = {
 }
 STORAGES = pytest.mark.parametrize("column", ["NULL", "'embedding'"], ids=["beside", "in the row"])
 QUERY = "red apple pie"
-# How many words of the query they have differs, and has nothing to do with their vectors.
+# They have different numbers of the query's words, whatever their vectors are.
 TEXTS = [f"text {n} {' '.join(QUERY.split()[: n % 4])}".strip() for n in range(40)]
 DIMENSIONS = 32
 

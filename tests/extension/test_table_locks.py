@@ -16,7 +16,7 @@ Connect = Callable[..., Connection]
 
 READS = "SELECT count(*) FROM notes"
 WRITES = "UPDATE notes SET body = body WHERE id = 1"
-# What is called, what holds the table meanwhile, and what others go on with.
+# The call, the statement that holds the table meanwhile, and the statement that others go on with.
 CHANGES = {
     "enable in a new column": ("enable('notes', 'vector', content_columns => '{body}')", READS, READS),
     "enable beside the rows": ("enable('notes', content_columns => '{body}')", WRITES, WRITES),

@@ -21,7 +21,7 @@ TEXTS = {
     2: "How a database keeps its promises when the power fails.",
     3: "Die Äpfel liegen unter dem Baum. 🍎",
     4: "りんごのパイの作り方",
-    # Of more than the 512 tokens that the model reads at a time.
+    # The text has more than the 512 tokens that the model reads at a time.
     5: "The vacuum of a table gives back the space of rows that are gone. " * 45,
 }
 

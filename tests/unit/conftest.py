@@ -15,7 +15,7 @@ from fake_api import FakeApi, Server
 from unit.fakes import FakeDatabase, FakeProvider
 from unit.lane import Lane
 
-# How long an example takes says more about the machine than about the code.
+# The time of an example says more about the machine than about the code.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 

@@ -15,7 +15,7 @@ from autoembed.worker import PROBE
 from unit.fakes import PIPELINE, FakeDatabase, FakeProvider, Vector, key_of, vectors_of
 from unit.lane import Lane
 
-# As the servers say it, and the tokens to cut a text of 1,000 to.
+# The servers' words, and the tokens to cut a text of 1,000 to.
 REFUSALS = [
     (413, '{"error":"Input validation error: `inputs` must have less than 512 tokens. Given: 1003"}', 512),
     (413, "<html><body><h1>413 Request Entity Too Large</h1></body></html>", 500),
@@ -100,7 +100,7 @@ def test_a_text_that_is_too_long_is_cut_and_the_limit_is_kept(
     ]
     assert database.rests == []
 
-    # What comes later is cut before it is sent.
+    # Later texts are cut before they are sent.
     before = len(provider.requests)
     database.put(30, LONG + "later")
     lane.run()

@@ -110,7 +110,7 @@ def post(
     answer_in: Callable[[bytes | bytearray, int, int], Answer],
     trouble_of: Callable[[int, Mapping[str, str], bytes | bytearray], Trouble] = trouble_of_answer,
 ) -> Answer:
-    """What answer_in() reads from a 200 answer; raises what trouble_of() makes of any other.
+    """The result of answer_in() for a 200 answer. Raises the result of trouble_of() for any other.
 
     answer_in: is given the body, the count of texts and the dimensions.
     The headers of the answer go with it and with the trouble. Values of headers are kept out of errors.

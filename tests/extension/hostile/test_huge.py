@@ -1,4 +1,4 @@
-"""What a tenant makes huge, or slow to read, holds up nobody else: keys, positions of scans, words, text indexes."""
+"""Huge or slow keys, positions of scans, words and text indexes of a tenant hold up nobody else."""
 
 from __future__ import annotations
 
