@@ -142,6 +142,14 @@ BEGIN
     IF NOT autoembed._cron_is_here() THEN
         RETURN false;
     END IF;
+    -- Each lane asks once a second. Notes of runs, perhaps millions, are read only while an entry is retired.
+    IF NOT EXISTS (
+        SELECT FROM cron.job AS j
+        WHERE j.schedule = autoembed._never() AND j.jobname ~ '^autoembed-(lane|backfill)-'
+          AND j.database = current_database()
+    ) THEN
+        RETURN false;
+    END IF;
     RETURN EXISTS (
         SELECT FROM cron.job AS j
         WHERE j.schedule = autoembed._never() AND j.jobid = autoembed._job_of_lane(_is_retired.pid)
