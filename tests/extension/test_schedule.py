@@ -444,14 +444,15 @@ def test_doctor_names_a_lane_that_does_not_go_on(cron: Connection, scheduled: Se
     cron.execute("SELECT autoembed.schedule(1)")
     wait_until(lambda: len(lanes(cron)) == 1)
     [pid] = lanes(cron)
-    frozen = "SELECT subject, ok, finding, advice FROM autoembed._lane_checks('1 second') WHERE subject LIKE 'lane %'"
+    # A lane that starts on a busy machine does nothing for a second too.
+    frozen = f"SELECT ok, finding, advice FROM autoembed._lane_checks('1 second') WHERE subject = 'lane {pid}'"
     scheduled.container.get_wrapped_container().exec_run(["kill", "-STOP", str(pid)])
     try:
         [row] = wait_until(lambda: cron.execute(frozen).fetchall())
     finally:
         scheduled.container.get_wrapped_container().exec_run(["kill", "-CONT", str(pid)])
 
-    assert (row.subject, row.ok) == (f"lane {pid}", False)
+    assert not row.ok
     assert row.finding.startswith("has done nothing for 00:00:0")
     assert f"pg_terminate_backend({pid})" in row.advice
     # A lane that waits for work goes on all the time.
