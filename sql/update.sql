@@ -3,6 +3,8 @@
 -- New objects belong to the owner of the extension, not to the superuser who runs the update.
 SELECT set_config('role', pg_get_userbyid(e.extowner), true) FROM pg_extension AS e WHERE e.extname = 'autoembed';
 
+-- A statement that waits for a lock stops all that come later. A tenant may hold one for ever.
+SET LOCAL lock_timeout = '2s';
 LOCK TABLE autoembed.lane IN ACCESS EXCLUSIVE MODE;
 -- Running lanes use the Python code of the version before. They end, and the next ones use the new code.
 UPDATE autoembed.lane SET stop = true;

@@ -599,7 +599,7 @@ class Database:
         """Texts as an array in a query."""
         return f"ARRAY[{', '.join(map(plpy.quote_literal, texts))}]::pg_catalog.text[]"
 
-    def run_as_owner(self, table_id: str, query: str) -> str:
+    def run_as_owner(self, table_id: str, query: str, max_seconds: float | None = None) -> str:
         """The rows of a query as a JSON array. As a table's owner; RowError if it fails or the caller has no right."""
         [table] = self._run(
             "SELECT c.relowner::pg_catalog.int8 AS owner, pg_catalog.pg_has_role(c.relowner, 'USAGE') AS owns"
@@ -610,7 +610,8 @@ class Database:
         if not table["owns"]:
             raise RowError(f"must be owner of table {table_id}", sqlstate=INSUFFICIENT_PRIVILEGE)
         rows: Any = []
-        with self._owners_code(undone=True, user=table["owner"], seconds=CALLER_SECONDS):
+        seconds = CALLER_SECONDS if max_seconds is None else max_seconds
+        with self._owners_code(undone=True, user=table["owner"], seconds=seconds):
             rows = plpy.execute(
                 "SELECT coalesce(pg_catalog.jsonb_agg(pg_catalog.to_jsonb(q)), '[]')::pg_catalog.text AS found"
                 f" FROM ({query}) AS q"
@@ -618,13 +619,15 @@ class Database:
         return str(rows[0]["found"])
 
     def run_statement_as_owner(self, table_id: str, statement: str) -> None:
-        """Runs a statement as a table's owner; RowError if it fails."""
+        """Runs a statement as a table's owner; RowError if it fails or the caller cannot be the owner."""
         [table] = self._run(
-            "SELECT c.relowner::pg_catalog.int8 AS owner FROM pg_catalog.pg_class AS c"
-            " WHERE c.oid OPERATOR(pg_catalog.=) $1::pg_catalog.regclass",
+            "SELECT c.relowner::pg_catalog.int8 AS owner, pg_catalog.pg_has_role(c.relowner, 'SET') AS may"
+            " FROM pg_catalog.pg_class AS c WHERE c.oid OPERATOR(pg_catalog.=) $1::pg_catalog.regclass",
             ["pg_catalog.text"],
             [table_id],
         )
+        if not table["may"]:
+            raise RowError(f"must be able to be the owner of table {table_id}", sqlstate=INSUFFICIENT_PRIVILEGE)
         # The caller's deferred constraints stay deferred: the statement queues none.
         self._has_written = True
         with self._owners_code(user=table["owner"], seconds=CALLER_SECONDS):

@@ -196,10 +196,10 @@ def _readable(here: database.Database, pipeline: Pipeline, keys: list[str]) -> I
         yield from _readable(here, pipeline, [key for key in keys if key not in rows])
 
 
-def run_as_owner(table_id: str, query: str) -> dict[str, Any]:
+def run_as_owner(table_id: str, query: str, max_seconds: float | None) -> dict[str, Any]:
     """The rows of a query that runs with the rights of a table's owner: the columns of autoembed._run_as_owner()."""
     try:
-        found = database.Database(commits=False).run_as_owner(table_id, query)
+        found = database.Database(commits=False).run_as_owner(table_id, query, max_seconds)
     except RowError as error:
         return {"found": None, "problem": str(error), "errcode": error.sqlstate}
     return {"found": found, "problem": None, "errcode": None}

@@ -48,6 +48,7 @@ COMMENT ON FUNCTION autoembed._as_owner IS
 CREATE OR REPLACE FUNCTION autoembed._run_as_owner(
     table_id regclass,
     query text,
+    max_seconds double precision DEFAULT NULL,
     OUT found jsonb,
     OUT problem text,
     OUT errcode text
@@ -58,7 +59,7 @@ AS $python$
     if GD.get("autoembed") != "@BUILD@":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
-    return doors.run_as_owner(table_id, query)
+    return doors.run_as_owner(table_id, query, max_seconds)
 $python$;
 COMMENT ON FUNCTION autoembed._run_as_owner IS 'The work of _as_owner(), and why it fails.';
 

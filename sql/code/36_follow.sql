@@ -541,9 +541,9 @@ BEGIN
         RETURN NULL;
     END IF;
     FOR _pipeline IN
-        UPDATE autoembed.pipeline AS p
-        SET stale_since = clock_timestamp()
-        FROM autoembed.model AS m
+        SELECT p.*
+        FROM autoembed.pipeline AS p
+        CROSS JOIN autoembed.model AS m
         WHERE m.name = coalesce(p.model, autoembed._default_model())
           AND CASE TG_TABLE_NAME
               WHEN 'model' THEN m.name = to_jsonb(NEW) ->> 'name'
@@ -552,8 +552,13 @@ BEGIN
               ))
           END
           AND EXISTS (SELECT FROM autoembed.embedded AS e WHERE e.pipeline_id = p.id)
-        RETURNING p.*
     LOOP
+        -- A tenant may have locked the row. The warning comes all the same.
+        UPDATE autoembed.pipeline AS p
+        SET stale_since = clock_timestamp()
+        WHERE p.id = (
+            SELECT q.id FROM autoembed.pipeline AS q WHERE q.id = _pipeline.id FOR NO KEY UPDATE SKIP LOCKED
+        );
         -- Another warning tells of a pipeline that does not fit its model.
         CONTINUE WHEN (SELECT c.problem IS NOT NULL FROM autoembed.pipeline AS p
                        CROSS JOIN LATERAL autoembed._check_pipeline(p) AS c WHERE p.id = _pipeline.id);
@@ -848,6 +853,39 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._take_key_beside IS
     'Gives the embeddings table of a pipeline another key. Embeddings go whose row is not told by the old key.';
 
+CREATE OR REPLACE FUNCTION autoembed._keys_of_rows(
+    table_id oid,
+    old_key text,
+    new_key text,
+    max_seconds double precision
+)
+    RETURNS SETOF jsonb
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    -- So many keys fit into the memory of a session.
+    _part_rows CONSTANT bigint := 500000;
+    _parts integer := 1 + coalesce(autoembed._estimated_rows(table_id), 0) / _part_rows;
+    _answer record;
+BEGIN
+    FOR _part IN 0 .. _parts - 1 LOOP
+        -- To plan a query calls functions of the owner, in expressions of indexes and statistics. To run it may reach
+        -- foreign tables.
+        SELECT a.* INTO _answer FROM autoembed._run_as_owner(table_id, format(
+            'SELECT k.* FROM (SELECT %s AS old_key, min(%s COLLATE "C") AS new_key FROM %s AS t GROUP BY 1 '
+            'HAVING count(*) = 1) AS k WHERE abs(mod(hashtextextended(k.old_key, 0), %s)) = %s',
+            old_key, new_key, autoembed._rows_of(table_id), _parts, _part
+        ), max_seconds) AS a;
+        RETURN NEXT _answer.found;
+        EXIT WHEN _answer.problem IS NOT NULL;
+    END LOOP;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._keys_of_rows IS
+    'The old and the new key of the rows of a table, in parts, where an old key is that of one row. NULL as the last '
+    'part: the rest cannot be read.';
+
 CREATE OR REPLACE FUNCTION autoembed._take_key(pipeline autoembed.pipeline, key_columns name[])
     RETURNS integer
     LANGUAGE plpgsql
@@ -861,6 +899,7 @@ CREATE OR REPLACE FUNCTION autoembed._take_key(pipeline autoembed.pipeline, key_
 AS $plpgsql$
 DECLARE
     _new autoembed.pipeline := pipeline;
+    _part jsonb;
 BEGIN
     -- Lanes may hold jobs with the old keys. These end with the old number.
     UPDATE autoembed.pipeline AS p SET table_id = 0 WHERE p.id = pipeline.id;
@@ -892,21 +931,21 @@ BEGIN
             WHERE a.attrelid = pipeline.table_id AND a.attname = k.name AND NOT a.attisdropped
         )
     ) THEN
-        EXECUTE format(
-            $sql$
+        -- A row whose digest stays behind is embedded again.
+        FOR _part IN
+            SELECT k.found
+            FROM autoembed._keys_of_rows(
+                pipeline.table_id, autoembed._key_expression(pipeline, 't'), autoembed._key_expression(_new, 't'), NULL
+            ) AS k(found)
+        LOOP
             INSERT INTO autoembed.embedded (
                 pipeline_id, key, digest, truncated, vector_digest, embedded_at, replaced
             )
-            SELECT $1, autoembed._short_key(k.new_key), e.digest, e.truncated, e.vector_digest, e.embedded_at,
+            SELECT _new.id, autoembed._short_key(k.new_key), e.digest, e.truncated, e.vector_digest, e.embedded_at,
                    e.replaced
-            FROM (
-                SELECT %s AS old_key, min(%s COLLATE "C") AS new_key FROM %s AS t GROUP BY 1 HAVING count(*) = 1
-            ) AS k
-            JOIN autoembed.embedded AS e ON e.pipeline_id = $2 AND e.key = autoembed._short_key(k.old_key)
-            $sql$,
-            autoembed._key_expression(pipeline, 't'), autoembed._key_expression(_new, 't'),
-            autoembed._rows_of(pipeline.table_id)
-        ) USING _new.id, pipeline.id;
+            FROM jsonb_to_recordset(_part) AS k(old_key text, new_key text)
+            JOIN autoembed.embedded AS e ON e.pipeline_id = pipeline.id AND e.key = autoembed._short_key(k.old_key);
+        END LOOP;
     END IF;
     INSERT INTO autoembed.backfill (pipeline_id, create_index)
     SELECT _new.id, coalesce(bool_or(b.create_index), false)
@@ -919,7 +958,7 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._take_key IS
     'Replaces a pipeline by one with another key. Digests go along if the table still has the columns of the old key.';
 
-CREATE OR REPLACE FUNCTION autoembed._forget_old_keys(pipeline autoembed.pipeline)
+CREATE OR REPLACE FUNCTION autoembed._forget_old_keys(pipeline autoembed.pipeline, max_seconds double precision)
     RETURNS void
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
@@ -930,16 +969,27 @@ CREATE OR REPLACE FUNCTION autoembed._forget_old_keys(pipeline autoembed.pipelin
     SET extra_float_digits = 1
     SET bytea_output = 'hex'
 AS $plpgsql$
+DECLARE
+    _key text := autoembed._key_expression(pipeline, 't');
+    _part jsonb;
+    _present bigint[] := '{}'::bigint[];
 BEGIN
-    EXECUTE format(
-        $sql$
-        DELETE FROM autoembed.embedded AS e
-        WHERE e.pipeline_id = $1 AND NOT EXISTS (
-            SELECT FROM (SELECT autoembed._short_key(%s) AS key FROM %s AS t) AS k WHERE k.key = e.key
-        )
-        $sql$,
-        autoembed._key_expression(pipeline, 't'), autoembed._rows_of(pipeline.table_id)
-    ) USING pipeline.id;
+    FOR _part IN
+        SELECT k.found FROM autoembed._keys_of_rows(pipeline.table_id, _key, _key, max_seconds) AS k(found)
+    LOOP
+        IF _part IS NULL THEN
+            -- A digest of no row does no harm.
+            RETURN;
+        END IF;
+        _present := _present || ARRAY(
+            SELECT hashtextextended(autoembed._short_key(k.old_key), 0)
+            FROM jsonb_to_recordset(_part) AS k(old_key text)
+        );
+    END LOOP;
+    DELETE FROM autoembed.embedded AS e
+    WHERE e.pipeline_id = pipeline.id AND NOT EXISTS (
+        SELECT FROM unnest(_present) AS k(hash) WHERE k.hash = hashtextextended(e.key, 0)
+    );
     UPDATE autoembed.text_document AS d
     SET is_live = false
     WHERE d.pipeline_id = pipeline.id AND d.is_live AND NOT EXISTS (
@@ -952,14 +1002,17 @@ COMMENT ON FUNCTION autoembed._forget_old_keys IS
     'Deletes the digests and the indexed texts of rows whose key is written in another way since the type of a key '
     'column has changed.';
 
-CREATE OR REPLACE FUNCTION autoembed._follow(ids integer[], text_changed boolean DEFAULT false)
+CREATE OR REPLACE FUNCTION autoembed._follow_one(
+    pipeline_id integer,
+    text_changed boolean,
+    max_seconds double precision DEFAULT NULL
+)
     RETURNS void
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE
-    _id integer;
     _before autoembed.pipeline;
     _after autoembed.pipeline;
     _shape jsonb;
@@ -969,95 +1022,143 @@ DECLARE
     _check record;
     _rival autoembed.pipeline;
 BEGIN
+    SELECT p.* INTO _before
+    FROM autoembed.pipeline AS p
+    JOIN pg_class AS c ON c.oid = p.table_id
+    WHERE p.id = pipeline_id;
+    IF NOT FOUND THEN
+        RETURN;
+    END IF;
+    _after := autoembed._after_renames(_before);
+    _shape := _after.table_shape;
+    -- The restore of a dump switches check_function_bodies off. Its last statements need the functions of the dump.
+    -- The next pass replaces them.
+    IF NOT current_setting('check_function_bodies')::boolean
+       AND _before.table_shape - _names = _shape - _names THEN
+        UPDATE autoembed.pipeline AS p SET table_shape = _shape WHERE p.id = _before.id;
+        RETURN;
+    END IF;
+    -- A column that is renamed may take the name of a column that another pipeline has lost.
+    FOR _rival IN
+        SELECT p.* FROM autoembed.pipeline AS p
+        WHERE p.table_id = _after.table_id AND p.embedding_column = _after.embedding_column
+          AND p.embeddings_table IS NOT DISTINCT FROM _after.embeddings_table AND p.id <> _after.id
+    LOOP
+        DELETE FROM autoembed.pipeline AS p WHERE p.id = _rival.id;
+        RAISE WARNING USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = format('the pipeline of %s.%I has ended: its column was dropped, and the column of another '
+                             'pipeline has that name now', _rival.table_id, _rival.embedding_column),
+            HINT = 'SELECT * FROM autoembed.status shows the pipelines of the table.';
+    END LOOP;
+    IF _before.table_shape IS DISTINCT FROM _shape THEN
+        UPDATE autoembed.pipeline AS p
+        SET embedding_column = _after.embedding_column, key_columns = _after.key_columns,
+            content_columns = _after.content_columns, content_template = _after.content_template,
+            chunk_prefix = _after.chunk_prefix,
+            condition_columns = _after.condition_columns, table_shape = _shape
+        WHERE p.id = _before.id;
+    END IF;
+    -- A type or a function that changes takes no key away.
+    _key := CASE
+        WHEN _after.managed AND NOT (_shape -> 'key')::boolean AND max_seconds IS NULL THEN
+            autoembed._key_columns(_after.table_id)
+    END;
+    _key := CASE WHEN autoembed._may_take_key(_after, _key) THEN _key END;
+    IF _key IS NOT NULL THEN
+        _after.id := autoembed._take_key(_after, _key);
+        SELECT p.* INTO STRICT _after FROM autoembed.pipeline AS p WHERE p.id = _after.id;
+    END IF;
+    SELECT c.* INTO _check FROM autoembed._check_pipeline(_after) AS c;
+    IF _check.errcode IN ('undefined_column', 'duplicate_object') THEN
+        -- The trigger of a lost column would refuse writes.
+        IF _after.managed AND _after.built_from IS DISTINCT FROM 'stopped' THEN
+            PERFORM autoembed._drop_functions(_after.id, true);
+            UPDATE autoembed.pipeline AS p SET built_from = 'stopped' WHERE p.id = _after.id;
+        END IF;
+        -- The other pipeline overwrites vectors, which only a digest of them can show.
+        IF _check.errcode = 'duplicate_object' THEN
+            DELETE FROM autoembed.embedded AS e WHERE e.pipeline_id = _after.id AND e.vector_digest IS NULL;
+        END IF;
+    ELSE
+        -- A trigger made for other names would refuse writes. Its function is made even if the pipeline waits.
+        PERFORM autoembed._build_pipeline(_after.id);
+    END IF;
+    SELECT coalesce(array_agg(coalesce(_shape -> 'columns' ->> a.key, a.key)), '{}') INTO _changed
+    FROM (VALUES ('contents'), ('labels')) AS f(fact)
+    CROSS JOIN LATERAL jsonb_each_text(_before.table_shape -> f.fact) AS b
+    JOIN jsonb_each_text(_shape -> f.fact) AS a ON a.key = b.key AND a.value <> b.value;
+    IF _after.managed AND _key IS NULL AND _check.problem IS NULL AND (
+        _changed && _after.key_columns::text[] OR _before.table_shape -> 'labels' <> _shape -> 'labels'
+    ) THEN
+        PERFORM autoembed._forget_old_keys(_after, max_seconds);
+    END IF;
+    IF _before.table_shape ->> 'type' <> _shape ->> 'type' THEN
+        -- The bytes of the vectors are others.
+        UPDATE autoembed.embedded AS e SET vector_digest = NULL WHERE e.pipeline_id = _after.id;
+    END IF;
+    -- The vectors have another type, or the texts may have changed, or a partition has brought rows. No trigger
+    -- sees such a change.
+    IF text_changed OR _changed <> '{}'
+       OR _before.table_shape ->> 'type' <> _shape ->> 'type'
+       OR NOT _before.table_shape -> 'partitions' @> (_shape -> 'partitions') THEN
+        PERFORM autoembed._backfill(_after.id);
+    END IF;
+    -- A migration that replaces a key drops the old one first. Lanes tell of a key that stays away.
+    IF _check.problem IS NULL OR (_shape -> 'key')::boolean OR _check.errcode = 'undefined_column' THEN
+        PERFORM autoembed._warn_once(_after.id);
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._follow_one IS
+    'Has a pipeline follow what has changed of its table: names, owner, types, key and partitions. One that has lost a '
+    'column is stopped, and goes on when it can. text_changed: texts may have changed, so rows are scanned. '
+    'max_seconds: for a statement that reads the table; NULL: as long as it takes.';
+
+CREATE OR REPLACE FUNCTION autoembed._follow(ids integer[], text_changed boolean DEFAULT false)
+    RETURNS void
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT autoembed._follow_one(i.id, text_changed) FROM unnest(ids) AS i(id);
+$sql$;
+COMMENT ON FUNCTION autoembed._follow IS 'Has pipelines follow a change of their own tables.';
+
+CREATE OR REPLACE FUNCTION autoembed._follow_others(ids integer[], text_changed boolean DEFAULT false)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+    SET lock_timeout = '500ms'
+AS $plpgsql$
+DECLARE
+    _until timestamptz := clock_timestamp() + interval '1 second';
+    _id integer;
+BEGIN
     FOREACH _id IN ARRAY coalesce(ids, '{}') LOOP
-        SELECT p.* INTO _before
-        FROM autoembed.pipeline AS p
-        JOIN pg_class AS c ON c.oid = p.table_id
-        WHERE p.id = _id;
-        CONTINUE WHEN NOT FOUND;
-        _after := autoembed._after_renames(_before);
-        _shape := _after.table_shape;
-        -- The restore of a dump switches check_function_bodies off. Its last statements need the functions of the dump.
-        -- The next pass replaces them.
-        IF NOT current_setting('check_function_bodies')::boolean
-           AND _before.table_shape - _names = _shape - _names THEN
-            UPDATE autoembed.pipeline AS p SET table_shape = _shape WHERE p.id = _before.id;
-            CONTINUE;
-        END IF;
-        -- A column that is renamed may take the name of a column that another pipeline has lost.
-        FOR _rival IN
-            SELECT p.* FROM autoembed.pipeline AS p
-            WHERE p.table_id = _after.table_id AND p.embedding_column = _after.embedding_column
-              AND p.embeddings_table IS NOT DISTINCT FROM _after.embeddings_table AND p.id <> _after.id
-        LOOP
-            DELETE FROM autoembed.pipeline AS p WHERE p.id = _rival.id;
-            RAISE WARNING USING
-                ERRCODE = 'object_not_in_prerequisite_state',
-                MESSAGE = format('the pipeline of %s.%I has ended: its column was dropped, and the column of another '
-                                 'pipeline has that name now', _rival.table_id, _rival.embedding_column),
-                HINT = 'SELECT * FROM autoembed.status shows the pipelines of the table.';
-        END LOOP;
-        IF _before.table_shape IS DISTINCT FROM _shape THEN
-            UPDATE autoembed.pipeline AS p
-            SET embedding_column = _after.embedding_column, key_columns = _after.key_columns,
-                content_columns = _after.content_columns, content_template = _after.content_template,
-                chunk_prefix = _after.chunk_prefix,
-                condition_columns = _after.condition_columns, table_shape = _shape
-            WHERE p.id = _before.id;
-        END IF;
-        _key := CASE
-            WHEN _after.managed AND NOT (_shape -> 'key')::boolean THEN autoembed._key_columns(_after.table_id)
+        BEGIN
+            IF clock_timestamp() > _until THEN
+                RAISE lock_not_available;
+            END IF;
+            PERFORM autoembed._follow_one(
+                _id, text_changed, greatest(0.1, extract(epoch FROM _until - clock_timestamp()))
+            );
+        EXCEPTION WHEN OTHERS THEN
+            PERFORM set_config('lock_timeout', '1ms', true);
+            BEGIN
+                -- Lanes make its functions again, and find the texts that have changed.
+                PERFORM autoembed._backfill(_id);
+            EXCEPTION WHEN OTHERS THEN
+                NULL;
+            END;
         END;
-        _key := CASE WHEN autoembed._may_take_key(_after, _key) THEN _key END;
-        IF _key IS NOT NULL THEN
-            _after.id := autoembed._take_key(_after, _key);
-            SELECT p.* INTO STRICT _after FROM autoembed.pipeline AS p WHERE p.id = _after.id;
-        END IF;
-        SELECT c.* INTO _check FROM autoembed._check_pipeline(_after) AS c;
-        IF _check.errcode IN ('undefined_column', 'duplicate_object') THEN
-            -- The trigger of a lost column would refuse writes.
-            IF _after.managed AND _after.built_from IS DISTINCT FROM 'stopped' THEN
-                PERFORM autoembed._drop_functions(_after.id, true);
-                UPDATE autoembed.pipeline AS p SET built_from = 'stopped' WHERE p.id = _after.id;
-            END IF;
-            -- The other pipeline overwrites vectors, which only a digest of them can show.
-            IF _check.errcode = 'duplicate_object' THEN
-                DELETE FROM autoembed.embedded AS e WHERE e.pipeline_id = _after.id AND e.vector_digest IS NULL;
-            END IF;
-        ELSE
-            -- A trigger made for other names would refuse writes. Its function is made even if the pipeline waits.
-            PERFORM autoembed._build_pipeline(_after.id);
-        END IF;
-        SELECT coalesce(array_agg(coalesce(_shape -> 'columns' ->> a.key, a.key)), '{}') INTO _changed
-        FROM (VALUES ('contents'), ('labels')) AS f(fact)
-        CROSS JOIN LATERAL jsonb_each_text(_before.table_shape -> f.fact) AS b
-        JOIN jsonb_each_text(_shape -> f.fact) AS a ON a.key = b.key AND a.value <> b.value;
-        IF _after.managed AND _key IS NULL AND _check.problem IS NULL AND (
-            _changed && _after.key_columns::text[] OR _before.table_shape -> 'labels' <> _shape -> 'labels'
-        ) THEN
-            PERFORM autoembed._forget_old_keys(_after);
-        END IF;
-        IF _before.table_shape ->> 'type' <> _shape ->> 'type' THEN
-            -- The bytes of the vectors are others.
-            UPDATE autoembed.embedded AS e SET vector_digest = NULL WHERE e.pipeline_id = _after.id;
-        END IF;
-        -- The vectors have another type, or the texts may have changed, or a partition has brought rows. No trigger
-        -- sees such a change.
-        IF text_changed OR _changed <> '{}'
-           OR _before.table_shape ->> 'type' <> _shape ->> 'type'
-           OR NOT _before.table_shape -> 'partitions' @> (_shape -> 'partitions') THEN
-            PERFORM autoembed._backfill(_after.id);
-        END IF;
-        -- A migration that replaces a key drops the old one first. Lanes tell of a key that stays away.
-        IF _check.problem IS NULL OR (_shape -> 'key')::boolean OR _check.errcode = 'undefined_column' THEN
-            PERFORM autoembed._warn_once(_after.id);
-        END IF;
     END LOOP;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._follow IS
-    'Has pipelines follow what has changed of their tables: names, owners, types, keys and partitions. A pipeline that '
-    'has lost a column is stopped, and goes on when it can. text_changed: texts may have changed, so rows are scanned.';
+COMMENT ON FUNCTION autoembed._follow_others IS
+    'Has pipelines follow a change of a type or a function, whose owner need not own their tables and waits a second '
+    'for them at most. Those that cannot follow in that time are scanned.';
 
 CREATE OR REPLACE FUNCTION autoembed._follow_partitions(table_id oid)
     RETURNS void
@@ -1114,10 +1215,16 @@ BEGIN
         ) AS w
         JOIN autoembed.pipeline AS q ON q.table_id = w.relid
         WHERE q.table_shape -> 'partitions' @> (p.table_shape -> 'partitions')
-    )
-    -- The text of a value may depend on its type.
-    OR TG_TAG = 'ALTER TYPE' AND p.table_shape -> 'labels' <> autoembed._labels(p.table_id);
+    );
     PERFORM autoembed._follow(_ids);
+    IF TG_TAG = 'ALTER TYPE' THEN
+        -- The text of a value may depend on its type.
+        PERFORM autoembed._follow_others(ARRAY(
+            SELECT p.id FROM autoembed.pipeline AS p
+            WHERE p.table_shape -> 'labels' <> autoembed._labels(p.table_id)
+            ORDER BY p.id
+        ));
+    END IF;
 
     IF TG_TAG = 'ALTER TABLE' THEN
         FOR _rename IN
@@ -1157,20 +1264,32 @@ BEGIN
     IF NOT EXISTS (SELECT FROM pg_event_trigger_ddl_commands() AS d WHERE d.schema_name <> 'autoembed') THEN
         RETURN;
     END IF;
+    -- The owner of another table may have locked the row of its pipeline.
     UPDATE autoembed.pipeline AS p
-    SET content_function_id = (autoembed._with_content_function(p, f.oid)).content_function_id
-    FROM pg_event_trigger_ddl_commands() AS d
-    JOIN pg_proc AS f ON d.classid = 'pg_proc'::regclass AND f.oid = d.objid
-    JOIN pg_class AS c ON c.reltype = f.proargtypes[0]
-    WHERE p.content_function_oid = f.oid AND p.table_id = c.oid AND TG_TAG <> 'CREATE FUNCTION';
+    SET content_function_id = n.name
+    FROM (
+        SELECT q.id, (autoembed._with_content_function(q, f.oid)).content_function_id AS name
+        FROM pg_event_trigger_ddl_commands() AS d
+        JOIN pg_proc AS f ON d.classid = 'pg_proc'::regclass AND f.oid = d.objid
+        JOIN pg_class AS c ON c.reltype = f.proargtypes[0]
+        JOIN autoembed.pipeline AS q ON q.content_function_oid = f.oid AND q.table_id = c.oid
+        WHERE TG_TAG <> 'CREATE FUNCTION'
+        FOR NO KEY UPDATE OF q SKIP LOCKED
+    ) AS n
+    WHERE p.id = n.id;
     UPDATE autoembed.pipeline AS p
-    SET chunk_function = (autoembed._with_chunk_function(p, f.oid)).chunk_function
-    FROM pg_event_trigger_ddl_commands() AS d
-    JOIN pg_proc AS f ON d.classid = 'pg_proc'::regclass AND f.oid = d.objid
-    WHERE p.chunk_function_oid = f.oid AND TG_TAG <> 'CREATE FUNCTION'
-      AND p.chunk_function <> (autoembed._with_chunk_function(p, f.oid)).chunk_function;
+    SET chunk_function = n.name
+    FROM (
+        SELECT q.id, (autoembed._with_chunk_function(q, f.oid)).chunk_function AS name
+        FROM pg_event_trigger_ddl_commands() AS d
+        JOIN pg_proc AS f ON d.classid = 'pg_proc'::regclass AND f.oid = d.objid
+        JOIN autoembed.pipeline AS q ON q.chunk_function_oid = f.oid
+        WHERE TG_TAG <> 'CREATE FUNCTION'
+        FOR NO KEY UPDATE OF q SKIP LOCKED
+    ) AS n
+    WHERE p.id = n.id AND p.chunk_function <> n.name;
     PERFORM autoembed._find_functions();
-    PERFORM autoembed._follow(array_agg(p.id), TG_TAG = 'CREATE FUNCTION')
+    PERFORM autoembed._follow_others(array_agg(p.id ORDER BY p.id), TG_TAG = 'CREATE FUNCTION')
     FROM autoembed.pipeline AS p
     CROSS JOIN LATERAL (
         SELECT d.objid FROM pg_event_trigger_ddl_commands() AS d WHERE d.classid = 'pg_proc'::regclass
@@ -1198,20 +1317,27 @@ BEGIN
        OR p.embeddings_table IN (
               SELECT d.objid FROM pg_event_trigger_dropped_objects() AS d WHERE d.classid = 'pg_class'::regclass
           )
-       OR EXISTS (
-              SELECT FROM pg_event_trigger_dropped_objects() AS d
-              WHERE d.classid = 'pg_proc'::regclass AND d.objid IN (p.content_function_oid, p.chunk_function_oid)
-          )
-       OR p.condition_objects ?| ARRAY(
-              SELECT d.object_identity FROM pg_event_trigger_dropped_objects() AS d
-              WHERE d.classid <> 'pg_class'::regclass
-          )
        -- It is not told whose index was dropped.
        OR p.managed AND p.table_shape -> 'key' = 'true'
           AND NOT autoembed._is_key(p.table_id, p.key_columns)
           AND EXISTS (
               SELECT FROM pg_event_trigger_dropped_objects() AS d
               WHERE d.object_type = 'index' AND d.original
+          )
+          AND pg_has_role(
+              coalesce(nullif(current_setting('role'), 'none'), session_user),
+              (SELECT c.relowner FROM pg_class AS c WHERE c.oid = p.table_id), 'USAGE'
+          )
+    HAVING count(*) > 0;
+    PERFORM autoembed._follow_others(array_agg(p.id ORDER BY p.id))
+    FROM autoembed.pipeline AS p
+    WHERE EXISTS (
+              SELECT FROM pg_event_trigger_dropped_objects() AS d
+              WHERE d.classid = 'pg_proc'::regclass AND d.objid IN (p.content_function_oid, p.chunk_function_oid)
+          )
+       OR p.condition_objects ?| ARRAY(
+              SELECT d.object_identity FROM pg_event_trigger_dropped_objects() AS d
+              WHERE d.classid <> 'pg_class'::regclass
           )
     HAVING count(*) > 0;
 END;

@@ -197,6 +197,8 @@ DECLARE
         JOIN pg_namespace AS n ON n.oid = c.relnamespace
         WHERE c.oid = table_name
     );
+    _owner name := (SELECT pg_get_userbyid(c.relowner) FROM pg_class AS c WHERE c.oid = table_name);
+    _statement text;
 BEGIN
     columns := '{}';
     objects := '{}';
@@ -205,12 +207,21 @@ BEGIN
     END IF;
     -- PostgreSQL parses the expression as a constraint of an empty copy, and prints it with every name in full.
     EXECUTE format('CREATE TEMP TABLE autoembed_condition (LIKE %s)', table_name);
-    PERFORM set_config('search_path', _path, true);
-    EXECUTE format(
+    _statement := format(
         E'ALTER TABLE pg_temp.autoembed_condition ADD CONSTRAINT condition CHECK (%s\n) NO INHERIT NOT VALID',
         condition
     );
-    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    IF _owner = current_user THEN
+        PERFORM set_config('search_path', _path, true);
+        EXECUTE _statement;
+        PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    ELSE
+        -- To read a literal may call a check of the owner.
+        EXECUTE format('ALTER TABLE pg_temp.autoembed_condition OWNER TO %I', _owner);
+        PERFORM autoembed._alter_as_owner(
+            table_name, format('SELECT pg_catalog.set_config(''search_path'', %L, true); %s', _path, _statement)
+        );
+    END IF;
     SELECT pg_get_expr(k.conbin, k.conrelid),
            coalesce((
                SELECT jsonb_object_agg(a.attname, a.attname)

@@ -37,6 +37,32 @@ COMMENT ON FUNCTION autoembed._is_superusers IS
     'Whether a type, and those that it is made of, belong to superusers. The owner of another one may have made casts '
     'and checks for it.';
 
+CREATE OR REPLACE FUNCTION autoembed._has_foreign_types(pipeline autoembed.pipeline)
+    RETURNS boolean
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    RETURN EXISTS (
+        SELECT FROM pg_attribute AS e
+        LEFT JOIN pg_attribute AS t
+            ON t.attrelid = pipeline.table_id AND t.attname = e.attname AND e.attname = ANY (pipeline.key_columns)
+        CROSS JOIN LATERAL (
+            SELECT coalesce(t.atttypid, CASE
+                WHEN e.attname IN ('chunk_number', 'chunk_start', 'chunk_end') THEN 'integer'::regtype
+                WHEN e.attname = 'digest' THEN 'bytea'::regtype
+            END) AS id
+        ) AS meant
+        WHERE e.attrelid = pipeline.embeddings_table AND e.atttypid <> meant.id
+          AND NOT (autoembed._is_superusers(e.atttypid) AND autoembed._is_superusers(meant.id))
+    );
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._has_foreign_types IS
+    'Whether the owner has given a column of the embeddings table a type with casts of the owner''s own. A comparison '
+    'with it would call them.';
+
 CREATE OR REPLACE FUNCTION autoembed._sent_key_expressions(pipeline autoembed.pipeline, aliases text[])
     RETURNS text[]
     LANGUAGE plpgsql
@@ -162,6 +188,13 @@ BEGIN
     table_id := _pipeline.table_id;
     is_beside := _pipeline.embeddings_table IS NOT NULL;
     is_chunked := is_beside AND _pipeline.chunking <> 'none';
+    IF is_beside AND autoembed._has_foreign_types(_pipeline) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'datatype_mismatch',
+            MESSAGE = format('columns of the embeddings table %s have other types than autoembed gave them',
+                             _pipeline.embeddings_table),
+            HINT = 'Give them their types again, or attach the table again.';
+    END IF;
     has_texts := autoembed._text_config(_pipeline.id) IS NOT NULL;
     _vectors_table := coalesce(_pipeline.embeddings_table, _pipeline.table_id);
     model := (autoembed._model(_pipeline.model)).name;

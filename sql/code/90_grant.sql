@@ -35,19 +35,20 @@ BEGIN
     PERFORM autoembed._grant(role, '{
         alter_pipeline, chunk_text, clear_column, create_match_function, disable, doctor, embed, embed_query, enable,
         estimate, evaluate_search, measure_recall, pause, preview, queue_embeddings, reembed, reset_search_stats,
-        resume, resync, retry_failed, search, search_rows, tune, wait_until_fresh, _advisory_locks, _as_owner, _bits,
-        _check_attachable, _check_chunking, _check_content, _check_on_change, _check_own, _check_owner, _check_template,
-        _chunk_call, _chunk_function_of, _chunk_text, _chunking, _clears, _columns_of, _content_expression,
-        _content_function, _content_function_of, _cron_is_here, _dimensions, _distances, _distances_of,
-        _drop_orphaned_pipelines, _drop_stray_triggers, _estimate_texts, _estimated_matches, _exact_answers,
-        _found_rows, _full_text_config, _guide_triggers, _index_key, _is_empty, _is_subscribed, _judgments,
-        _key_columns, _key_expression, _load_python, _lock_holder, _lock_table, _look_through, _make_embeddings_table,
-        _match_function, _measured_recall, _missing_guide_triggers, _nearest, _needed_columns, _new_place, _note_search,
-        _operator, _owned_pipeline, _owned_pipelines, _pipeline_checks, _prefix_expression, _prefix_of, _present_text,
-        _preview, _python_sources, _ranked, _read_condition, _recall, _rerank, _rerank_candidates, _reranked,
-        _reset_search_stats, _restore_advisory_locks, _run_as_owner, _running_lanes, _search_quality, _search_target,
-        _searched, _set_paused, _stray_triggers, _template, _text_matches, _trigger_name, _trigger_problems,
-        _vector_digest_expression, _vector_index, _waits_for_commit
+        resume, resync, retry_failed, search, search_rows, tune, wait_until_fresh, _advisory_locks, _alter_as_owner,
+        _as_owner, _bits, _check_attachable, _check_chunking, _check_content, _check_on_change, _check_own,
+        _check_owner, _check_template, _chunk_call, _chunk_function_of, _chunk_text, _chunking, _clears, _columns_of,
+        _content_expression, _content_function, _content_function_of, _cron_is_here, _dimensions, _distances,
+        _distances_of, _drop_orphaned_pipelines, _drop_stray_triggers, _estimate_texts, _estimated_matches,
+        _exact_answers, _found_rows, _full_text_config, _guide_triggers, _index_key, _is_empty, _is_subscribed,
+        _judgments, _key_columns, _key_expression, _load_python, _lock_holder, _lock_table, _look_through,
+        _make_embeddings_table, _match_function, _measured_recall, _missing_guide_triggers, _nearest, _needed_columns,
+        _new_place, _note_search, _operator, _owned_pipeline, _owned_pipelines, _pipeline_checks, _prefix_expression,
+        _prefix_of, _present_text, _preview, _python_sources, _ranked, _read_condition, _recall, _rerank,
+        _rerank_candidates, _reranked, _reset_search_stats, _restore_advisory_locks, _run_as_owner,
+        _run_statement_as_owner, _running_lanes, _search_quality, _search_target, _searched, _set_paused,
+        _stray_triggers, _template, _text_matches, _trigger_name, _trigger_problems, _vector_digest_expression,
+        _vector_index, _waits_for_commit
     }');
     -- The role gets rights to columns only. A right to the whole table, which 0.1.0 granted, includes LOCK TABLE, and
     -- that stops all lanes.
@@ -126,10 +127,12 @@ CREATE OR REPLACE FUNCTION autoembed._updated()
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
+    SET lock_timeout = '500ms'
 AS $plpgsql$
 DECLARE
     _role oid;
     _grant record;
+    _id integer;
 BEGIN
     IF NOT EXISTS (
         SELECT FROM pg_event_trigger_ddl_commands() AS d
@@ -176,10 +179,23 @@ BEGIN
         PERFORM autoembed.grant_lane(_role);
     END LOOP;
     -- Triggers call the functions of a pipeline that waits for something, too.
-    PERFORM autoembed._build_pipeline(p.id)
-    FROM autoembed.pipeline AS p
-    CROSS JOIN LATERAL autoembed._check_pipeline(p) AS c
-    WHERE (c.errcode IN ('undefined_table', 'wrong_object_type', 'undefined_column')) IS NOT TRUE;
+    FOR _id IN
+        SELECT p.id
+        FROM autoembed.pipeline AS p
+        CROSS JOIN LATERAL autoembed._check_pipeline(p) AS c
+        WHERE (c.errcode IN ('undefined_table', 'wrong_object_type', 'undefined_column')) IS NOT TRUE
+    LOOP
+        BEGIN
+            PERFORM autoembed._build_pipeline(_id);
+        EXCEPTION WHEN OTHERS THEN
+            -- The owner of the table may have locked it. No owner keeps the others from the update.
+            PERFORM set_config('lock_timeout', '10ms', true);
+            RAISE WARNING USING
+                ERRCODE = SQLSTATE,
+                MESSAGE = format('the functions of pipeline %s cannot be made again: %s', _id, SQLERRM),
+                HINT = 'A lane tries it again.';
+        END;
+    END LOOP;
     -- Another role may have put its own function in the place of a model's. Only a superuser may choose that one.
     PERFORM autoembed._build_embedders(m.name)
     FROM autoembed.model AS m

@@ -32,7 +32,7 @@ _adopt_vectors - - - x
 _advisory_locks - x - x
 _after_drop - - - x
 _after_renames - - - x
-_alter_as_owner - - - x
+_alter_as_owner - x - x
 _arguments - - - x
 _as_owner - x - x
 _backfill - - - x
@@ -125,6 +125,8 @@ _follow - - - x
 _follow_drops - - - x
 _follow_embeddings_table - - - x
 _follow_functions - - - x
+_follow_one - - - x
+_follow_others - - - x
 _follow_partitions - - - x
 _follow_tables - - - x
 _forget - - - x
@@ -144,6 +146,7 @@ _function_template - - - x
 _gate - - - x
 _grant - - - x
 _guide_triggers - x - x
+_has_foreign_types - - - x
 _has_key_expression - - - x
 _hold_index_job - - - x
 _http_hosts - - - x
@@ -168,6 +171,7 @@ _keep_restored_queue - - - x
 _key_columns - x - x
 _key_expression - x - x
 _key_slots - - - x
+_keys_of_rows - - - x
 _keys_per_message - - - x
 _labels - - - x
 _lane_checks - - - x
@@ -248,7 +252,7 @@ _restore_advisory_locks - x - x
 _retry_failure - - - x
 _rows_of - - - x
 _run_as_owner - x - x
-_run_statement_as_owner - - - x
+_run_statement_as_owner - x - x
 _running_lanes - x - x
 _runs_owners_code - - - x
 _schedule_index - - - x

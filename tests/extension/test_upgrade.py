@@ -760,6 +760,32 @@ def test_an_update_waits_for_no_writer_and_no_writer_for_an_update(connect: Conn
     assert not_fresh(db) == NOT_FRESH
 
 
+@every_update
+def test_an_update_gives_up_rather_than_stop_all_who_come_after_it(connect: Connect, update: Update) -> None:
+    """It would wait for a table of autoembed that a tenant's transaction has read, and all others behind it."""
+    db, tenant = connect(), connect(user="upgrade_owner")
+    db.execute("SET statement_timeout = '20s'")
+    with tenant.transaction(force_rollback=True):
+        tenant.execute("SELECT FROM autoembed.status; SELECT FROM autoembed.pipeline")
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            update_to(db, update[1])
+
+    update_to(db, update[1])
+
+
+@every_update
+def test_a_table_that_its_owner_has_locked_keeps_no_database_from_its_update(connect: Connect, update: Update) -> None:
+    db, owner = connect(), connect()
+    with owner.transaction():
+        owner.execute("LOCK TABLE pages, stories")
+        with db.transaction():
+            db.execute("SET LOCAL statement_timeout = '20s'")
+            update_to(db, update[1])
+
+    process(db)
+    assert not_fresh(db) == NOT_FRESH
+
+
 # A dump of the version before ------------------------------------------------------------------------
 
 

@@ -281,3 +281,55 @@ def test_pipelines_that_are_stopped_are_not_looked_at_when_another_table_is_alte
         ).fetchall()
 
     assert [row.calls for row in followed] == [1]
+
+
+# A type and a function of bob's that mallory's table uses, by its own will.
+SHARED = """
+    CREATE TYPE {bob}.mood AS ENUM ('glad', 'sad');
+    CREATE FUNCTION {bob}.wanted(content text) RETURNS boolean LANGUAGE sql IMMUTABLE AS 'SELECT true';
+    GRANT USAGE ON SCHEMA {bob} TO {me};
+"""
+USES = """
+    CREATE FUNCTION {me}.slow() RETURNS text LANGUAGE plpgsql IMMUTABLE AS
+        'BEGIN PERFORM pg_sleep(100); RETURN NULL; END';
+    CREATE TABLE notes (mood {bob}.mood PRIMARY KEY, content text);
+    SELECT autoembed.enable('notes', content_columns => '{mood,content}', condition => '{bob}.wanted(content)');
+    INSERT INTO notes VALUES ('glad', 'a note');
+"""
+HELD = {
+    "a pipeline's row locked": "SELECT FROM autoembed.pipeline FOR UPDATE",
+    "a pipeline changed": "SELECT autoembed.pause('notes')",
+    "the table locked": "LOCK TABLE notes",
+    "the embeddings locked": "LOCK TABLE notes_embeddings",
+    "nothing, but an index whose expression takes long": "COMMIT; SET plan_cache_mode = auto;"
+    " ALTER TABLE notes ADD word text; CREATE STATISTICS slow ON (slow() || content) FROM notes; BEGIN",
+}
+OF_OTHERS = [
+    "ALTER TYPE mood RENAME VALUE 'sad' TO 'unhappy'",
+    "ALTER TYPE mood ADD VALUE 'new'",
+    "CREATE OR REPLACE FUNCTION wanted(content text) RETURNS boolean LANGUAGE sql IMMUTABLE AS 'SELECT false'",
+    "ALTER FUNCTION wanted RENAME TO unwanted",
+    "DROP FUNCTION unwanted CASCADE",
+]
+
+
+@pytest.mark.parametrize("held", HELD)
+def test_a_table_that_uses_a_type_of_another_role_does_not_keep_it_from_changing(
+    db: Connection, mallory: Tenant, bob: Tenant, held: str
+) -> None:
+    bob.run(SHARED.replace("{bob}", bob.name).replace("{me}", mallory.name))
+    mallory.run(USES.replace("{bob}", bob.name))
+    db.execute("SELECT autoembed.process()")
+    mallory.run("BEGIN", HELD[held])
+
+    for statement in OF_OTHERS:
+        bob.run(statement)
+    db.execute("SET statement_timeout = '5s'")
+    db.execute("SELECT autoembed.alter_model('fast', model_id => 'another')")
+
+    # The owner's own statements, and those of lanes, see to it that nothing stays behind.
+    mallory.run("ROLLBACK", "SELECT autoembed.alter_pipeline('notes', condition => '')")
+    mallory.run("DROP STATISTICS IF EXISTS slow", "SELECT autoembed.resync('notes')")
+    db.execute("SELECT autoembed.process()")
+    assert waiting_of(db, mallory) == 0
+    assert failures_of(db, mallory) == {}

@@ -406,3 +406,73 @@ def test_nobody_who_may_create_in_a_schema_runs_code_as_the_owners_of_its_tables
     db.execute(f"SELECT FROM autoembed._write_{pipeline.id}('{{[2]}}', '{{x}}', 'another model', {columns}'{{}}')")
 
     assert ran_as(db, mallory) == set()
+
+
+# PostgreSQL calls these functions of the owner when it plans any statement that reads the table.
+PLANNED = {
+    "expression of an index": "CREATE INDEX ON notes ((planned() || content))",
+    "predicate of an index": "CREATE INDEX ON notes (content) WHERE planned() || content <> ''",
+    "statistics": "CREATE STATISTICS planned ON (planned() || content) FROM notes",
+}
+CHANGES = {
+    "type of the key": "ALTER TABLE notes ALTER id TYPE bigint",
+    "another key": "ALTER TABLE notes ADD other int UNIQUE DEFAULT 1 NOT NULL, DROP CONSTRAINT notes_pkey",
+    "another key and column": "ALTER TABLE notes DROP CONSTRAINT notes_pkey, ADD other int DEFAULT 1 PRIMARY KEY",
+}
+
+
+@pytest.mark.parametrize("planned", PLANNED)
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("column", ["'embedding', ", ""], ids=["in the row", "beside it"])
+def test_a_change_of_the_key_plans_nothing_as_another(
+    db: Connection, mallory: Tenant, planned: str, change: str, column: str
+) -> None:
+    mallory.run(
+        ATTACK,
+        "CREATE FUNCTION planned() RETURNS text LANGUAGE plpgsql IMMUTABLE AS 'BEGIN RETURN {me}.attack(); END'",
+        NOTES,
+        f"SELECT autoembed.enable('notes', {column}content_columns => '{{content}}')",
+        "INSERT INTO notes VALUES (1, 'a note')",
+    )
+    db.execute("SELECT autoembed.process()")
+    mallory.run(PLANNED[planned])
+
+    mallory.run(CHANGES[change])
+
+    assert_nothing_gained(db, mallory)
+    db.execute("SELECT autoembed.process()")
+    assert waiting_of(db, mallory) == 0
+    assert db.execute("SELECT sum(embedded) FROM autoembed.status").fetchone() == (1,)
+    assert_nothing_gained(db, mallory)
+
+
+# A column whose type checks what it reads, and a condition of the administrator's with a literal of it.
+CHECKED = {
+    "array of a domain": ("checked[]", "thing <> '{x}'"),
+    "composite type": ("pair", "thing <> '(x)'::pair"),
+    "range": ("span", "thing <> '[a,b]'"),
+    "domain": ("checked", "thing <> 'x'"),
+}
+
+
+@pytest.mark.parametrize("type", CHECKED)
+def test_a_literal_in_a_condition_is_read_as_the_owner(db: Connection, mallory: Tenant, type: str) -> None:
+    column, condition = CHECKED[type]
+    mallory.run(
+        ATTACK,
+        "CREATE DOMAIN checked AS text COLLATE \"C\" CHECK ({me}.attack() = 'x')",
+        "CREATE TYPE pair AS (word checked)",
+        "CREATE TYPE span AS RANGE (subtype = checked)",
+        f"CREATE TABLE notes (id int PRIMARY KEY, content text, thing {column})",
+        "DELETE FROM ran",
+    )
+
+    for statement in (
+        "SELECT autoembed.enable(%s, content_columns => '{content}', condition => %s)",
+        "SELECT autoembed.alter_pipeline(%s, condition => %s)",
+        "SELECT autoembed.reembed(%s, condition => %s)",
+        "SELECT autoembed.estimate(%s, condition => %s)",
+    ):
+        db.execute(statement.encode(), [f"{mallory.name}.notes", condition])
+
+    assert_nothing_gained(db, mallory)

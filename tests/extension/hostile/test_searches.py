@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psycopg
 import pytest
 
 from extension.hostile.tenants import ATTACK, Tenant, assert_nothing_gained
@@ -119,3 +120,46 @@ def test_a_search_takes_any_name_of_an_embedding_column(db: Connection, mallory:
 
     for search in SEARCHES:
         assert found(db, mallory, search), search
+
+
+# Columns of an embeddings table that get a type of the owner's. A comparison of the type calls its cast.
+CAST = """
+    CREATE TYPE number AS (value int);
+    CREATE FUNCTION int_of(n number) RETURNS int LANGUAGE plpgsql AS
+        'BEGIN PERFORM {me}.attack(); RETURN n.value; END';
+    CREATE CAST (number AS int) WITH FUNCTION int_of AS IMPLICIT;
+    CREATE FUNCTION bytea_of(n number) RETURNS bytea LANGUAGE plpgsql AS
+        'BEGIN PERFORM {me}.attack(); RETURN ''x''; END';
+    CREATE CAST (number AS bytea) WITH FUNCTION bytea_of AS IMPLICIT;
+"""
+COLUMNS = {
+    "id": "ROW(id)::number",
+    "chunk_number": "ROW(chunk_number)::number",
+    "chunk_start": "ROW(chunk_start)::number",
+    "chunk_end": "ROW(chunk_end)::number",
+    "digest": "ROW(1)::number",
+}
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_a_search_calls_no_cast_of_a_column_of_an_embeddings_table(
+    db: Connection, mallory: Tenant, column: str
+) -> None:
+    mallory.run(
+        ATTACK,
+        CAST,
+        "CREATE TABLE notes (id int PRIMARY KEY, content text)",
+        "SELECT autoembed.enable('notes', content_columns => '{content}', text_config => 'english')",
+        "INSERT INTO notes VALUES (1, 'word')",
+    )
+    db.execute("SELECT autoembed.process()")
+    mallory.run(
+        "DROP VIEW notes_chunks; DROP POLICY autoembed_readers ON notes_embeddings",
+        f"ALTER TABLE notes_embeddings ALTER {column} TYPE number USING {COLUMNS[column]}",
+    )
+
+    for search in SEARCHES:
+        with pytest.raises(psycopg.errors.DatatypeMismatch, match="have other types than"):
+            found(db, mallory, search)
+
+    assert_nothing_gained(db, mallory)
