@@ -5,6 +5,7 @@ A segment is a list of documents with their lengths, and for each term the place
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -44,7 +45,7 @@ class Posting(NamedTuple):
 
 @dataclass(frozen=True)
 class Segment:
-    """documents: ids, ascending. lengths: the number of words in each."""
+    """documents: their ids. lengths: the number of words in each."""
 
     documents: np.ndarray
     lengths: np.ndarray
@@ -102,14 +103,24 @@ def merged_ids(ascending: np.ndarray, others: Collection[int]) -> np.ndarray:
     return np.union1d(ascending, np.fromiter(others, np.int64, len(others)))
 
 
-def live(segment: Segment, dead: np.ndarray) -> np.ndarray:
-    """Which documents of a segment are not among the dead ones, whose ids are ascending."""
+def joined(segments: Sequence[Segment]) -> Segment:
+    """The documents of all of these, in their order. Only one that is alone keeps its postings."""
     import numpy as np
 
-    alive = np.ones(len(segment.documents), bool)
-    if len(dead) and len(alive):
-        places = np.minimum(np.searchsorted(segment.documents, dead), len(alive) - 1)
-        alive[places[segment.documents[places] == dead]] = False
+    if len(segments) == 1:
+        return segments[0]
+    documents = [np.empty(0, np.int64), *(segment.documents for segment in segments)]
+    lengths = [np.empty(0, np.int32), *(segment.lengths for segment in segments)]
+    return Segment(np.concatenate(documents), np.concatenate(lengths))
+
+
+def live(documents: np.ndarray, dead: np.ndarray) -> np.ndarray:
+    """Which of these documents are not among the dead ones, whose ids are ascending."""
+    import numpy as np
+
+    if not len(dead):
+        return np.ones(len(documents), bool)
+    alive: np.ndarray = dead[np.minimum(np.searchsorted(dead, documents), len(dead) - 1)] != documents
     return alive
 
 
@@ -122,24 +133,30 @@ class Scores:
     def __init__(self, segments: Sequence[Segment], terms: Mapping[str, int], dead: np.ndarray) -> None:
         import numpy as np
 
-        alive = [live(segment, dead) for segment in segments]
-        count = sum(int(mask.sum()) for mask in alive)
-        words = sum(int(segment.lengths[mask].sum()) for segment, mask in zip(segments, alive, strict=True))
-        mean = words / count if words else 1.0
-        totals = [np.zeros(len(segment.documents)) for segment in segments]
+        whole = joined(segments)
+        starts = [0, *itertools.accumulate(len(segment.documents) for segment in segments)]
+        count, words = len(whole.documents), int(whole.lengths.sum())
+        alive = live(whole.documents, dead) if len(dead) else None
+        if alive is not None:
+            count, words = int(alive.sum()), int(whole.lengths[alive].sum())
+        mean = words / count if count else 1.0
+        totals = np.zeros(len(whole.documents))
         for term, occurrences in terms.items():
-            found = [(n, segment.postings[term]) for n, segment in enumerate(segments) if term in segment.postings]
-            matching = sum(int(alive[n][posting.ordinals].sum()) for n, posting in found)
+            found = [
+                (start + segment.postings[term].ordinals, segment.postings[term].frequencies)
+                for start, segment in zip(starts, segments, strict=False)
+                if term in segment.postings
+            ]
+            if not found:
+                continue
+            ordinals, frequencies = map(np.concatenate, zip(*found, strict=True))
+            matching = len(ordinals) if alive is None else int(alive[ordinals].sum())
             weight = occurrences * math.log(1 + (count - matching + 0.5) / (matching + 0.5))
-            for n, (ordinals, frequencies) in found:
-                norms = K1 * (1 - B + B * segments[n].lengths[ordinals] / mean)
-                totals[n][ordinals] += weight * frequencies * (K1 + 1) / (frequencies + norms)
-        matches = [np.flatnonzero((total > 0) & mask) for total, mask in zip(totals, alive, strict=True)]
-        none = np.empty(0)
-        self.documents = np.concatenate(
-            [none.astype(np.int64), *(segment.documents[at] for segment, at in zip(segments, matches, strict=True))]
-        )
-        self.scores = np.concatenate([none, *(total[at] for total, at in zip(totals, matches, strict=True))])
+            norms = K1 * (1 - B + B * whole.lengths[ordinals] / mean)
+            # A document is once in the postings of a term.
+            totals[ordinals] += weight * frequencies * (K1 + 1) / (frequencies + norms)
+        at = np.flatnonzero(totals > 0 if alive is None else (totals > 0) & alive)
+        self.documents, self.scores = whole.documents[at], totals[at]
 
     def best(self, count: int) -> list[tuple[int, float]]:
         """So many documents with the best scores, or a few more, best first; of equal ones, the older first."""
@@ -165,7 +182,7 @@ def most_dead(segments: Mapping[int, Segment], dead: np.ndarray, postings: Mappi
 
     postings: how many each segment has.
     """
-    alive = {number: live(segment, dead) for number, segment in segments.items() if len(segment.documents)}
+    alive = {number: live(segment.documents, dead) for number, segment in segments.items() if len(segment.documents)}
     chosen: list[int] = []
     documents = terms = 0
     for number in sorted(alive, key=lambda one: alive[one].mean()):
@@ -193,7 +210,7 @@ def merged(segments: Sequence[Segment], dead: np.ndarray) -> Merged:
 
     documents = np.concatenate([segment.documents for segment in segments])
     lengths = np.concatenate([segment.lengths for segment in segments])
-    alive = np.concatenate([live(segment, dead) for segment in segments])
+    alive = live(documents, dead)
     order = np.argsort(documents, kind="stable")
     order = order[alive[order]]
     place = np.full(len(documents), -1, np.int64)

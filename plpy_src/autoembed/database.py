@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import plpy  # type: ignore[import-not-found]
 
 from autoembed.binary import copy_rows, literals
-from autoembed.bm25 import MAX_MERGED_POSTINGS, Posting, Segment, merged, most_dead, parts, plain_words
+from autoembed.bm25 import MAX_MERGED_POSTINGS, Posting, Segment, joined, merged, most_dead, parts, plain_words
 from autoembed.errors import (
     INSUFFICIENT_PRIVILEGE,
     QUERY_CANCELED,
+    Fault,
     PassEnded,
     ProviderTrouble,
     RowError,
@@ -74,6 +77,31 @@ CHUNK_COLUMNS = [
 ]
 
 _plans: dict[str, Any] = {}
+# Plans of the queries for the nearest rows, which have conditions and limits of callers.
+_near_plans: dict[str, Any] = {}
+MAX_NEAR_PLANS = 50
+# The segments that searches of this session have read, without postings, by the OID of their table and their ids. A
+# segment is never changed.
+_segments: dict[tuple[int, int], Segment] = {}
+# Those of the last search as one, and where each of them starts in it.
+_joined: dict[tuple[int, ...], tuple[Segment, dict[int, int]]] = {}
+# More documents of segments are not kept: 12 MB, and as much for those of the last search.
+MAX_KEPT_DOCUMENTS = 1_000_000
+
+
+class TextIndex(NamedTuple):
+    """What a search reads of the text index.
+
+    terms: those of the query, and the number of their occurrences. segment: all documents, and the postings of the
+    terms. dead: ids of documents that count no more, ascending. messages: of rows that have changed since. documents:
+    of the rows that were asked for.
+    """
+
+    terms: dict[str, int]
+    segment: Segment
+    dead: np.ndarray
+    messages: list[Any]
+    documents: list[int]
 
 
 class _Undo(Exception):
@@ -96,7 +124,7 @@ class Database:
         # The pipelines of whose texts PostgreSQL did not tell the words in time.
         self._slow_words: set[int] = set()
         self._reporter: Reporter | None = None
-        self._owner: int | None = None
+        self._texts: tuple[int, int] | None = None
 
     def begin_pass(self) -> None:
         """To be called first in a caller's transaction, which may have deferred triggers of its own."""
@@ -926,7 +954,7 @@ class Database:
         import numpy as np
 
         which = ("s.id OPERATOR(pg_catalog.=) ANY ($1)", ["pg_catalog.int8[]"])
-        with as_role(self._own_role()):
+        with as_role(self._texts_table()[1]):
             dead = self._dead_documents(pipeline_id)
             if task["many_are_dead"]:
                 postings = dict(zip(ids, task["postings"], strict=True))
@@ -961,43 +989,94 @@ class Database:
             ],
         )
 
-    def query_terms(self, pipeline_id: int, words: str) -> dict[str, int]:
-        """The terms in a query and the number of their occurrences."""
-        with as_role(self._own_role()):
-            rows = self._run(
-                "SELECT w.lexeme, coalesce(pg_catalog.cardinality(w.positions), 1) AS occurrences"
-                " FROM ROWS FROM (pg_catalog.unnest(pg_catalog.to_tsvector(autoembed._text_config($1), $2))) AS w",
-                ["pg_catalog.int4", "pg_catalog.text"],
-                [pipeline_id, words],
+    def text_index(self, pipeline_id: int, words: str, keys: Sequence[str], max_messages: int) -> TextIndex:
+        """The text index as a search for these words sees it. The caller's rights are not asked for.
+
+        keys: the rows whose documents are wanted.
+        """
+        table, owner = self._texts_table()
+        with as_role(owner):
+            terms = self._query_terms(pipeline_id, words)
+            return TextIndex(
+                terms,
+                self._matching_segment(table, pipeline_id, list(terms)),
+                self._dead_documents(pipeline_id),
+                self._outstanding(pipeline_id, max_messages),
+                self._documents_of(pipeline_id, keys),
             )
+
+    def _query_terms(self, pipeline_id: int, words: str) -> dict[str, int]:
+        """The terms in a query and the number of their occurrences."""
+        rows = self._run(
+            "SELECT w.lexeme, coalesce(pg_catalog.cardinality(w.positions), 1) AS occurrences"
+            " FROM ROWS FROM (pg_catalog.unnest(pg_catalog.to_tsvector(autoembed._text_config($1), $2))) AS w",
+            ["pg_catalog.int4", "pg_catalog.text"],
+            [pipeline_id, words],
+        )
         return {row["lexeme"]: row["occurrences"] for row in rows}
 
-    def text_index(self, pipeline_id: int, terms: Collection[str]) -> tuple[list[Segment], np.ndarray]:
-        """The segments with postings of these terms, and the dead documents. The caller's rights are not asked for."""
-        with as_role(self._own_role()):
-            segments = self._segments("s.pipeline_id OPERATOR(pg_catalog.=) $1", ["pg_catalog.int4"], [pipeline_id])
-            self._fill(segments, "p.term OPERATOR(pg_catalog.=) ANY ($2)", ["pg_catalog.text[]"], [list(terms)])
-            return list(segments.values()), self._dead_documents(pipeline_id)
+    def _matching_segment(self, table: int, pipeline_id: int, terms: list[str]) -> Segment:
+        """All segments as one, with the postings of these terms."""
+        import numpy as np
 
-    def outstanding(self, pipeline_id: int, max_messages: int) -> list[Any]:
+        [row] = self._run(
+            "SELECT pg_catalog.array_agg(s.id ORDER BY s.id) AS ids FROM autoembed.text_segment AS s"
+            " WHERE s.pipeline_id OPERATOR(pg_catalog.=) $1",
+            ["pg_catalog.int4"],
+            [pipeline_id],
+        )
+        ids = row["ids"] or []
+        whole, starts = self._joined_segments(table, ids)
+        rows = self._run(
+            "SELECT p.term, pg_catalog.array_agg(p.segment_id) AS segments,"
+            " pg_catalog.array_agg(pg_catalog.length(p.ordinals)) AS sizes,"
+            " pg_catalog.string_agg(p.ordinals, '') AS ordinals,"
+            " pg_catalog.string_agg(p.frequencies, '') AS frequencies"
+            " FROM (SELECT p.* FROM autoembed.text_posting AS p WHERE p.segment_id OPERATOR(pg_catalog.=) ANY ($1)"
+            " AND p.term OPERATOR(pg_catalog.=) ANY ($2) ORDER BY p.term, p.segment_id) AS p GROUP BY p.term",
+            ["pg_catalog.int8[]", "pg_catalog.text[]"],
+            [ids, terms],
+        )
+        postings = {}
+        for row in rows:
+            first = np.repeat([starts[number] for number in row["segments"]], np.array(row["sizes"]) // 4)
+            postings[row["term"]] = Posting(
+                first + _numbers(row["ordinals"], ">i4"), _numbers(row["frequencies"], ">i4")
+            )
+        return replace(whole, postings=postings)
+
+    def _joined_segments(self, table: int, ids: Sequence[int]) -> tuple[Segment, dict[int, int]]:
+        """Segments as one without postings, and at which of its documents each of them starts."""
+        key = (table, *ids)
+        if key not in _joined:
+            missing = [number for number in ids if (table, number) not in _segments]
+            found = self._segments("s.id OPERATOR(pg_catalog.=) ANY ($1)", ["pg_catalog.int8[]"], [missing])
+            _segments.update(((table, number), segment) for number, segment in found.items())
+            segments = [_segments[table, number] for number in ids]
+            starts = itertools.accumulate((len(segment.documents) for segment in segments), initial=0)
+            _joined.clear()
+            _joined[key] = joined(segments), dict(zip(ids, starts, strict=False))
+            _forget_segments(table, ids)
+        return _joined[key]
+
+    def _outstanding(self, pipeline_id: int, max_messages: int) -> list[Any]:
         """The messages of a pipeline in the queue, the newest first, and its failed rows as messages.
 
-        One more than max_messages of either: there are more. The caller's rights are not asked for.
+        One more than max_messages of either: there are more.
         """
-        with as_role(self._own_role()):
-            rows = self._run(
-                "(SELECT q.message FROM autoembed._job AS q WHERE q.pipeline OPERATOR(pg_catalog.=) $1::pg_catalog.text"
-                " ORDER BY q.due_at DESC LIMIT $2)"
-                " UNION ALL (SELECT pg_catalog.jsonb_build_object('keys', ARRAY[f.key::pg_catalog.jsonb])"
-                " FROM autoembed.failure AS f WHERE f.pipeline_id OPERATOR(pg_catalog.=) $1 LIMIT $2)",
-                ["pg_catalog.int4", "pg_catalog.int4"],
-                [pipeline_id, max_messages + 1],
-            )
+        rows = self._run(
+            "(SELECT q.message FROM autoembed._job AS q WHERE q.pipeline OPERATOR(pg_catalog.=) $1::pg_catalog.text"
+            " ORDER BY q.due_at DESC LIMIT $2)"
+            " UNION ALL (SELECT pg_catalog.jsonb_build_object('keys', ARRAY[f.key::pg_catalog.jsonb])"
+            " FROM autoembed.failure AS f WHERE f.pipeline_id OPERATOR(pg_catalog.=) $1 LIMIT $2)",
+            ["pg_catalog.int4", "pg_catalog.int4"],
+            [pipeline_id, max_messages + 1],
+        )
         return [_body(row["message"]) for row in rows]
 
     def present_texts(self, query: str, keys: Sequence[str], max_bytes: int) -> list[tuple[str, str]]:
         """The keys and present texts of these rows, read with the rights of the caller, up to max_bytes in all."""
-        rows = plpy.execute(plpy.prepare(query, ["pg_catalog.text[]", "pg_catalog.int8"]), [list(keys), max_bytes])
+        rows = self._run(query, ["pg_catalog.text[]", "pg_catalog.int8"], [list(keys), max_bytes])
         return [(row["key"], row["content"]) for row in rows if row["content"] and row["content"].strip()]
 
     def words_of(
@@ -1006,7 +1085,7 @@ class Database:
         """The number of words in each text, and how often it has which of these terms."""
         cut = [(place, part) for place, text in enumerate(texts) for part in parts(text)]
         counted: list[tuple[int, dict[str, int]]] = [(0, {}) for _ in texts]
-        with as_role(self._own_role()):
+        with as_role(self._texts_table()[1]):
             rows = self._run(
                 "SELECT t.place, w.lexeme, pg_catalog.sum(coalesce(pg_catalog.cardinality(w.positions), 1))"
                 "::pg_catalog.int4 AS frequency"
@@ -1029,7 +1108,7 @@ class Database:
         """The key and the number of the chunk of documents. The caller's rights are not asked for."""
         if not ids:
             return {}
-        with as_role(self._own_role()):
+        with as_role(self._texts_table()[1]):
             rows = self._run(
                 "SELECT d.id, d.key, d.chunk_number FROM autoembed.text_document AS d"
                 " WHERE d.id OPERATOR(pg_catalog.=) ANY ($1)",
@@ -1040,19 +1119,22 @@ class Database:
 
     def documents_of(self, pipeline_id: int, keys: Sequence[str]) -> list[int]:
         """The documents of rows. The caller's rights are not asked for."""
+        with as_role(self._texts_table()[1]):
+            return self._documents_of(pipeline_id, keys)
+
+    def _documents_of(self, pipeline_id: int, keys: Sequence[str]) -> list[int]:
         if not keys:
             return []
-        with as_role(self._own_role()):
-            rows = self._run(
-                "SELECT d.id FROM autoembed.text_document AS d"
-                " WHERE d.pipeline_id OPERATOR(pg_catalog.=) $1 AND d.is_live"
-                " AND d.key OPERATOR(pg_catalog.=) ANY ($2)"
-                " AND pg_catalog.hashtextextended(d.key, 0) OPERATOR(pg_catalog.=) ANY (ARRAY("
-                'SELECT pg_catalog.hashtextextended(k.key COLLATE pg_catalog."C", 0)'
-                " FROM pg_catalog.unnest($2) AS k(key)))",
-                ["pg_catalog.int4", "pg_catalog.text[]"],
-                [pipeline_id, list(keys)],
-            )
+        rows = self._run(
+            "SELECT d.id FROM autoembed.text_document AS d"
+            " WHERE d.pipeline_id OPERATOR(pg_catalog.=) $1 AND d.is_live"
+            " AND d.key OPERATOR(pg_catalog.=) ANY ($2)"
+            " AND pg_catalog.hashtextextended(d.key, 0) OPERATOR(pg_catalog.=) ANY (ARRAY("
+            'SELECT pg_catalog.hashtextextended(k.key COLLATE pg_catalog."C", 0)'
+            " FROM pg_catalog.unnest($2) AS k(key)))",
+            ["pg_catalog.int4", "pg_catalog.text[]"],
+            [pipeline_id, list(keys)],
+        )
         return [row["id"] for row in rows]
 
     def search_target(self, table_id: str, embedding_column: str | None) -> dict[str, Any]:
@@ -1063,6 +1145,42 @@ class Database:
             [table_id, embedding_column],
         )
         return dict(row)
+
+    def near(self, query: str, vector_type: str, vector: str) -> list[tuple[str, float, int | None]]:
+        """The keys, distances and chunks of a query that a search asks. It runs with the rights of the caller."""
+        plan = _near_plans.pop(query, None) or plpy.prepare(query, [vector_type])
+        # The last one is the one that was used last.
+        _near_plans[query] = plan
+        if len(_near_plans) > MAX_NEAR_PLANS:
+            del _near_plans[next(iter(_near_plans))]
+        return [(row["key"], row["distance"], row["number"]) for row in plpy.execute(plan, [vector])]
+
+    def distances(
+        self, query: str, vector_type: str, vector: str, keys: Sequence[str]
+    ) -> list[tuple[str, float, int | None]]:
+        """The same of rows with these keys."""
+        rows = self._run(query, [vector_type, "pg_catalog.text[]"], [vector, list(keys)])
+        return [(row["key"], row["distance"], row["number"]) for row in rows]
+
+    def embed(self, content: str, model: str) -> str:
+        """The vector of a search text, as SQL writes it."""
+        [row] = self._run(
+            "SELECT autoembed.embed($1, $2) AS vector", ["pg_catalog.text", "pg_catalog.text"], [content, model]
+        )
+        return str(row["vector"])
+
+    def set_ef_search(self, ef_search: int) -> None:
+        """Has a vector index keep so many candidates, for this function."""
+        self._run(
+            "SELECT pg_catalog.set_config('hnsw.ef_search', $1::pg_catalog.text, true)",
+            ["pg_catalog.int4"],
+            [ef_search],
+        )
+
+    def texts_query(self, pipeline_id: int) -> str | None:
+        """The query for present_texts(); None: the texts are code of the table's owner."""
+        [row] = self._run("SELECT autoembed._texts_query($1) AS query", ["pg_catalog.int4"], [pipeline_id])
+        return row["query"]  # type: ignore[no-any-return]
 
     def visible(self, query: str, keys: Sequence[str], numbers: Sequence[int]) -> dict[int, str]:
         """Which of these chunks the caller may read: by their places from 0, the keys as search() writes them."""
@@ -1107,16 +1225,17 @@ class Database:
         )
         return [dict(row) for row in rows]
 
-    def _own_role(self) -> int:
-        """The role that owns the tables of the text index."""
+    def _texts_table(self) -> tuple[int, int]:
+        """The OID of a table of the text index, and of the role that owns them."""
         # A lane may live longer than an owner is one.
-        if self._owner is None or self._commits:
+        if self._texts is None or self._commits:
             [row] = self._run(
-                "SELECT c.relowner::pg_catalog.int8 AS owner FROM pg_catalog.pg_class AS c"
+                "SELECT c.oid::pg_catalog.int8 AS id, c.relowner::pg_catalog.int8 AS owner"
+                " FROM pg_catalog.pg_class AS c"
                 " WHERE c.oid OPERATOR(pg_catalog.=) 'autoembed.text_segment'::pg_catalog.regclass"
             )
-            self._owner = int(row["owner"])
-        return self._owner
+            self._texts = int(row["id"]), int(row["owner"])
+        return self._texts
 
     def _segments(self, which: str, types: Sequence[str], arguments: Sequence[Any]) -> dict[int, Segment]:
         rows = self._run(
@@ -1169,6 +1288,13 @@ class Database:
             self._run("SELECT autoembed._forget_all($1)", ["pg_catalog.int4"], [pipeline_id])
 
     @staticmethod
+    def fault_of(error: Exception) -> Fault:
+        """An error of a statement, Error, for SQL to raise."""
+        # (number, detail, hint, …), if PostgreSQL told more than a message.
+        told = getattr(error, "spidata", None) or (None, None, None)
+        return Fault(str(error), hint=told[2] or "", errcode=_sqlstate(error))
+
+    @staticmethod
     def is_nobodys(error: Exception) -> bool:
         """Whether an error of a statement, Error, is a cancel, a shutdown or a shortage of the server."""
         return is_nobodys(_sqlstate(error))
@@ -1198,6 +1324,15 @@ class Database:
         if plan is None:
             plan = _plans[sql] = plpy.prepare(sql, list(types))
         return plpy.execute(plan, list(arguments))
+
+
+def _forget_segments(table: int, ids: Collection[int]) -> None:
+    """Forgets segments once they are too many: all but these, or all."""
+    for kept in (set(ids), set()):
+        if sum(len(segment.documents) for segment in _segments.values()) <= MAX_KEPT_DOCUMENTS:
+            break
+        for place in [place for place in _segments if place[0] != table or place[1] not in kept]:
+            del _segments[place]
 
 
 def is_installed() -> bool:

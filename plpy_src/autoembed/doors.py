@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -15,12 +14,10 @@ from typing import Any, TypeVar
 from autoembed import database, heap, providers, rerankers, tally, worker
 from autoembed.batching import estimate_tokens, halves, pack, truncate
 from autoembed.binary import literals
-from autoembed.bm25 import Scores, counted, merged_ids
 from autoembed.chunks import FUNCTION, NONE, STRUCTURE, chunks_of, fitting, places, size_of
 from autoembed.cutting import Cutter
 from autoembed.errors import Fault, OverBudget, ProviderTrouble, RowError, Trouble, advice_for
 from autoembed.flight import SLICE_SECONDS, Flight
-from autoembed.jobs import address_of
 from autoembed.kept import KeptTexts
 from autoembed.limits import NOTHING_KNOWN, PATIENCE_SECONDS, Charge, Limiter
 from autoembed.model import Embedded, Model, Request, Reranked, Share
@@ -31,6 +28,7 @@ from autoembed.query_models import answers, stop_answering
 from autoembed.query_server import QueryServer
 from autoembed.records import Backfill, Chunk, Known, Pipeline, Row
 from autoembed.rows import READ_BYTES
+from autoembed.search import MAX_QUERY_CHARACTERS, Hit, Search
 
 # A search waits for its vector for at most this long, in seconds.
 QUERY_TIMEOUT_SECONDS = 60.0
@@ -42,20 +40,8 @@ RERANK_TIMEOUT_SECONDS = 2.0
 RERANK_REST_TIMES = 10
 # doctor() waits for the answer of a model for at most this long, in seconds.
 PROBE_TIMEOUT_SECONDS = 10.0
-# More of a search text is not looked up in the text index, in characters.
-MAX_QUERY_CHARACTERS = 10_000
 # Rows whose vectors are adopted are read in so many at a time.
 ADOPTED_ROWS = 1000
-# So many rows are asked for one by one sooner than candidates are tried until some are among them.
-FEW_ROWS = 5000
-# So many documents more than wanted rows are tried first: several may be of one row, or hidden.
-SPARE_CANDIDATES = 20
-# A search by words knows so many messages of rows that have changed, so many of these rows, and reads so many of their
-# texts, the newest first, and bytes of them: with these, it takes some 0.1 s longer.
-MAX_OUTSTANDING_MESSAGES = 1000
-MAX_OUTSTANDING_ROWS = 5000
-MAX_CHANGED_ROWS = 1000
-MAX_CHANGED_BYTES = 1_000_000
 # Embeddings that change their place are copied so many at a time.
 COPIED_ROWS = 500
 # Connections that a session keeps open.
@@ -411,146 +397,59 @@ def chunks(
         yield {**place, **NO_FAULT}
 
 
-def text_matches(
-    table_id: str, embedding_column: str | None, words: str, wanted: int, condition: str | None, keys: list[str]
-) -> list[tuple[str, int, float, int | None]]:
-    """The rows that match words best: the rows of autoembed._text_matches().
-
-    Candidates come from the text index, which the caller has no right to read. Only those that the caller may read
-    leave this function, or meet the condition.
-    """
+def search_page(
+    table_name: str,
+    embedding_column: str | None,
+    query: str | None,
+    mode: str | None,
+    condition: str | None,
+    vector_weight: float,
+    after: int,
+    last: int,
+) -> dict[str, Any]:
+    """The rows of a search from one rank to another: the columns of autoembed._search_page()."""
     here = database.Database(commits=False)
-    matches = TextMatches(here, here.search_target(table_id, embedding_column), words[:MAX_QUERY_CHARACTERS])
-    matches.read(wanted, keys)
-    ranked = matches.best(wanted, condition)
-    rows: list[tuple[str, int, float, int | None]] = [
-        (key, number, score, place) for place, (key, (number, score)) in enumerate(ranked.items(), 1)
-    ]
-    others = matches.of_keys().items()
-    return rows + [(key, number, score, None) for key, (number, score) in others if key not in ranked]
+    try:
+        search = Search(here, table_name, embedding_column, condition)
+        mode = search.mode(mode)
+        if not query or not query.strip() or not last:
+            return _NO_PAGE
+        hits, by_index = search.hits(query, mode, vector_weight, last)
+    except Fault as fault:
+        return {**_NO_PAGE, **_fields(fault)}
+    except here.Error as error:
+        return {**_NO_PAGE, **_fields(here.fault_of(error))}
+    facts = {name: search.target[name] for name in ("table_id", "pipeline_id", "rows_query")}
+    columns = zip(*hits[after:last], strict=True) if hits[after:last] else [[] for _ in Hit._fields]
+    keys, numbers, scores, similarities, text_scores = map(list, columns)
+    return {
+        **_NO_PAGE,
+        **facts,
+        "by_index": by_index,
+        "keys": keys,
+        "numbers": numbers,
+        "scores": scores,
+        "similarities": similarities,
+        "text_scores": text_scores,
+    }
 
 
-class TextMatches:
-    """The documents that match words: those of the text index, and the present texts of rows that have changed since.
-
-    Documents with ids below 0 are such texts, read with the caller's rights.
-    """
-
-    def __init__(self, here: database.Database, target: dict[str, Any], words: str) -> None:
-        self._here = here
-        self._target = target
-        self._pipeline_id: int = target["pipeline_id"]
-        self._terms = here.query_terms(self._pipeline_id, words)
-        segments, dead = here.text_index(self._pipeline_id, self._terms)
-        changed, self._all_known = _changed(here.outstanding(self._pipeline_id, MAX_OUTSTANDING_MESSAGES))
-        texts = self._texts(changed)
-        self._changed = {number: key for number, (key, _) in enumerate(texts, -len(texts))}
-        if changed:
-            counts = here.words_of(self._pipeline_id, [text for _, text in texts], self._terms)
-            segments.append(counted(counts))
-            dead = merged_ids(dead, here.documents_of(self._pipeline_id, changed))
-        self._scores = Scores(segments, self._terms, dead)
-        # The key and the chunk number of each document of the index; None: the caller may not read it.
-        self._read: dict[int, tuple[str, int] | None] = {}
-        self._of_keys: list[tuple[int, float]] = []
-
-    def read(self, wanted: int, keys: Sequence[str]) -> None:
-        """Reads in one go what best() and of_keys() need, in most searches."""
-        if len(self._scores.scores):
-            self._of_keys = self._documents_of(keys) if keys else []
-            self._visible([*self._scores.best(wanted + SPARE_CANDIDATES), *self._of_keys])
-
-    def best(self, wanted: int, condition: str | None) -> dict[str, tuple[int, float]]:
-        """So many rows that match best and fulfil the condition: the number of their best chunk, and its score."""
-        scores = self._scores
-        found: dict[str, tuple[int, float]] = {}
-        tried, limit = 0, wanted + SPARE_CANDIDATES
-        while len(found) < wanted and tried < len(scores.scores):
-            if tried and (few := _few_rows(self._here, self._target, condition)) is not None:
-                # Most candidates are not among the rows that match. These are fewer.
-                candidates, condition, tried = self._documents_of(few), None, len(scores.scores)
-            else:
-                best = scores.best(limit)
-                candidates, tried, limit = best[tried:], len(best), 8 * limit
-            passages = [one for one in self._visible(candidates) if one[0] not in found]
-            if condition is not None and passages:
-                query = f"{self._target['matching_query']}{condition}\n)"
-                matching = self._here.matching(query, list(dict.fromkeys(key for key, _, _ in passages)))
-                passages = [one for one in passages if one[0] in matching]
-            for key, number, score in passages:
-                found.setdefault(key, (number, score))
-        return dict(list(found.items())[:wanted])
-
-    def of_keys(self) -> dict[str, tuple[int, float]]:
-        """Those of the rows given to read() that match: the number of their best chunk, and its score."""
-        found: dict[str, tuple[int, float]] = {}
-        for key, number, score in self._visible(self._of_keys):
-            found.setdefault(key, (number, score))
-        return found
-
-    def _texts(self, keys: Sequence[str]) -> list[tuple[str, str]]:
-        query = self._target["texts_query"]
-        return self._here.present_texts(query, keys[:MAX_CHANGED_ROWS], MAX_CHANGED_BYTES) if query and keys else []
-
-    def _documents_of(self, keys: Sequence[str]) -> list[tuple[int, float]]:
-        """The documents of rows that match, with their scores, best first."""
-        of_rows = set(keys)
-        known = self._here.documents_of(self._pipeline_id, keys)
-        changed = [document for document, key in self._changed.items() if key in of_rows]
-        return sorted(self._scores.of([*changed, *known]).items(), key=lambda one: (-one[1], one[0]))
-
-    def _visible(self, candidates: Sequence[tuple[int, float]]) -> list[tuple[str, int, float]]:
-        """Those of these documents that the caller may read: the key, the number of the chunk, and the score of each.
-
-        A text that has changed has no chunk: its number is 0.
-        """
-        unread = list(dict.fromkeys(one for one, _ in candidates if one >= 0 and one not in self._read))
-        self._read.update(dict.fromkeys(unread))
-        documents = self._here.documents(unread)
-        known = [document for document in unread if document in documents]
-        if known:
-            keys, numbers = zip(*(documents[document] for document in known), strict=True)
-            visible = self._here.visible(self._target["visible_query"], keys, numbers)
-            matching = set(visible.values()) if self._all_known else self._still_match(list(set(visible.values())))
-            for place, key in visible.items():
-                if key in matching:
-                    self._read[known[place]] = (key, numbers[place])
-        passages = [
-            ((self._changed[document], 0) if document < 0 else self._read[document], score)
-            for document, score in candidates
-        ]
-        return [(*passage, score) for passage, score in passages if passage is not None]
-
-    def _still_match(self, keys: Sequence[str]) -> set[str]:
-        """Those of these rows whose present texts have a word of the query. Too many have changed to know them all."""
-        if self._target["texts_query"] is None:
-            return set(keys)
-        texts = self._here.present_texts(self._target["texts_query"], keys, MAX_CHANGED_BYTES)
-        counts = self._here.words_of(self._pipeline_id, [text for _, text in texts], self._terms)
-        return {key for (key, _), (_, terms) in zip(texts, counts, strict=True) if terms}
-
-
-def _changed(messages: Sequence[Any]) -> tuple[list[str], bool]:
-    """The keys in messages, and whether these are all that have changed."""
-    keys: dict[str, None] = {}
-    for number, message in enumerate(messages):
-        if number == MAX_OUTSTANDING_MESSAGES or len(keys) > MAX_OUTSTANDING_ROWS:
-            return list(keys), False
-        # A lane refuses messages that name no row.
-        with contextlib.suppress(ValueError):
-            keys.update(dict.fromkeys(address_of(message).keys))
-    return list(keys), True
-
-
-def _few_rows(here: database.Database, target: dict[str, Any], condition: str | None) -> list[str] | None:
-    """The keys of the rows that match a condition and that the caller may read; None: they are many, or not known."""
-    if not target["has_plain_keys"]:
-        return None
-    estimated = here.estimated_matches(target["table_id"], condition)
-    if estimated is None or estimated > FEW_ROWS:
-        return None
-    keys = here.keys(f"{target['keys_query']}{condition or 'true'}\n) LIMIT {4 * FEW_ROWS}")
-    return keys if len(keys) < 4 * FEW_ROWS else None
+def nearest(
+    table_name: str,
+    embedding_column: str | None,
+    vector: str,
+    wanted: int,
+    by_index: bool | None,
+    ef_search: int | None,
+) -> dict[str, Any]:
+    """The rows that are nearest to a vector: the columns of autoembed._nearest()."""
+    here = database.Database(commits=False)
+    try:
+        search = Search(here, table_name, embedding_column, None)
+        rows, _ = search.nearest(vector, wanted, by_index=by_index, ef_search=ef_search)
+    except here.Error as error:
+        return {"keys": None, "distances": None, **_fields(here.fault_of(error))}
+    return {"keys": [row.key for row in rows], "distances": [row.distance for row in rows], **NO_FAULT}
 
 
 def search_stats() -> Iterator[dict[str, Any]]:
@@ -647,6 +546,11 @@ def _check(model: Model) -> None:
 
 
 NO_FAULT = {"problem": None, "hint": None, "errcode": None}
+_NO_PAGE = {
+    **dict.fromkeys(("table_id", "pipeline_id", "rows_query", "by_index")),
+    **dict.fromkeys(("keys", "numbers", "scores", "similarities", "text_scores")),
+    **NO_FAULT,
+}
 
 
 def _fields(fault: Fault) -> dict[str, Any]:

@@ -8,7 +8,8 @@ CREATE OR REPLACE FUNCTION autoembed._is_superusers(type_id oid)
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    RETURN NOT EXISTS (
+    -- The types that initdb made. The rest takes a tenth of a millisecond.
+    RETURN type_id < 16384::oid OR NOT EXISTS (
         WITH RECURSIVE used AS (
             SELECT type_id AS id
             UNION
@@ -72,20 +73,19 @@ AS $plpgsql$
 BEGIN
     RETURN ARRAY(
         WITH RECURSIVE base AS (
-            SELECT k.name, k.number, a.atttypid AS id,
+            SELECT k.name, k.number, a.atttypid AS id, autoembed._operator(a.attrelid, k.name, 3) AS operator,
                    format('(s.key::pg_catalog.jsonb OPERATOR(pg_catalog.->>) %s)', k.number - 1) AS value
             FROM unnest(pipeline.key_columns) WITH ORDINALITY AS k(name, number)
             JOIN pg_attribute AS a ON a.attrelid = pipeline.table_id AND a.attname = k.name
             UNION ALL
             -- A cast to a domain would run its checks.
-            SELECT b.name, b.number, t.typbasetype, b.value
+            SELECT b.name, b.number, t.typbasetype, b.operator, b.value
             FROM base AS b
             JOIN pg_type AS t ON t.oid = b.id AND t.typtype = 'd'
         )
         SELECT string_agg(CASE
                    WHEN autoembed._is_superusers(t.oid) THEN
-                       format('%s.%I %s %s::%I.%I', l.alias, b.name,
-                              autoembed._operator(pipeline.table_id, b.name, 3), b.value, n.nspname, t.typname)
+                       format('%s.%I %s %s::%I.%I', l.alias, b.name, b.operator, b.value, n.nspname, t.typname)
                    WHEN t.typtype = 'e' THEN
                        format('%s.%I OPERATOR(pg_catalog.=) (SELECT l.label FROM pg_catalog.unnest('
                               'pg_catalog.enum_range(NULL::%I.%I)) AS l(label) '
@@ -126,9 +126,8 @@ CREATE OR REPLACE FUNCTION autoembed._search_target(
     OUT matching_query text,
     OUT keys_query text,
     OUT has_plain_keys boolean,
-    OUT texts_query text,
-    OUT sample_query text,
     OUT is_chunked boolean,
+    OUT has_few_chunks boolean,
     OUT ef_search integer,
     OUT is_binary boolean
 )
@@ -195,9 +194,13 @@ BEGIN
                              _pipeline.embeddings_table),
             HINT = 'Give them their types again, or attach the table again.';
     END IF;
+    has_few_chunks := EXISTS (
+        SELECT FROM pg_class AS t JOIN pg_class AS e ON e.oid = _pipeline.embeddings_table
+        WHERE t.oid = _pipeline.table_id AND e.reltuples BETWEEN 0 AND 1.05 * t.reltuples
+    );
     has_texts := autoembed._text_config(_pipeline.id) IS NOT NULL;
     _vectors_table := coalesce(_pipeline.embeddings_table, _pipeline.table_id);
-    model := (autoembed._model(_pipeline.model)).name;
+    model := coalesce(_pipeline.model, autoembed._default_model());
     SELECT v.full_name, format('OPERATOR(%I.<=>)', n.nspname) INTO vector_type, _operator
     FROM pg_attribute AS a
     JOIN autoembed._vector_types() AS v ON v.id = a.atttypid
@@ -210,11 +213,12 @@ BEGIN
         vector_type := substr(_expression, length(quote_ident(_pipeline.embedding_column) || '::') + 1);
     END IF;
     has_index := EXISTS (
-        SELECT FROM pg_partition_tree(_vectors_table) AS t
-        CROSS JOIN LATERAL autoembed._vector_index(t.relid, _pipeline.embedding_column) AS i
-        WHERE i.indisvalid
-    ) OR EXISTS (
         SELECT FROM autoembed._vector_index(_vectors_table, _pipeline.embedding_column) AS i WHERE i.indisvalid
+    ) OR EXISTS (
+        SELECT FROM pg_class AS c
+        CROSS JOIN LATERAL pg_partition_tree(_vectors_table) AS t
+        CROSS JOIN LATERAL autoembed._vector_index(t.relid, _pipeline.embedding_column) AS i
+        WHERE c.oid = _vectors_table AND c.relkind = 'p' AND i.indisvalid
     );
     _key := autoembed._key_expression(_pipeline, 't');
     pipeline_id := _pipeline.id;
@@ -249,26 +253,10 @@ BEGIN
         END
     );
 
-    _bits := autoembed._bits_indexed(_vectors_table, _pipeline.embedding_column);
+    _bits := CASE WHEN has_index THEN autoembed._bits_indexed(_vectors_table, _pipeline.embedding_column) END;
     is_binary := _bits IS NOT NULL;
     -- The candidates of a binary index are compared by their vectors, and the nearest of them found.
     ef_search := coalesce(_pipeline.ef_search, CASE WHEN is_binary THEN 400 ELSE 100 END);
-    sample_query := format(
-        'SELECT v.%1$I::%2$s AS vector, %3$s AS key FROM %4$s AS v WHERE v.ctid OPERATOR(pg_catalog.=) ANY (ARRAY('
-        'SELECT r.ctid FROM %4$s AS r WHERE r.%1$I IS NOT NULL ORDER BY pg_catalog.random() LIMIT $1))',
-        _pipeline.embedding_column, '@extschema:vector@.vector', autoembed._key_expression(_pipeline, 'v'),
-        _vectors_table
-    );
-    -- The code of the owner gets no rights of the caller. A function of PostgreSQL's own can run any query.
-    texts_query := CASE WHEN num_nonnulls(_pipeline.content_function, _pipeline.condition) = 0 THEN format(
-        'SELECT h.key, h.place, %s AS content FROM (SELECT ROW(t.*)::%s AS hit, %s AS key, s.place, '
-        'pg_catalog.sum(%s) OVER (ORDER BY s.place) AS bytes '
-        'FROM pg_catalog.unnest($1) WITH ORDINALITY AS s(key, place) JOIN %2$s AS t ON %5$s) AS h '
-        'WHERE h.bytes OPERATOR(pg_catalog.<=) $2::pg_catalog.numeric',
-        autoembed._content_expression(_pipeline, '(h.hit)'), _pipeline.table_id, _key,
-        autoembed._content_bytes_expression(_pipeline, 't'), _sent_key
-    ) END;
-
     IF NOT is_beside THEN
         match_start := format(
             'SELECT ROW(t.*)::%1$s AS hit, %2$s AS key, %3$s %4$s $1::%5$s AS distance FROM %1$s AS t '
@@ -344,12 +332,63 @@ COMMENT ON FUNCTION autoembed._search_target IS
     'chunks, nearest first, around a condition and before a limit. $1 is the vector. exact_end: the same without an '
     'index. is_binary: the index has bits, whose order is not that of the distances. match_start, near_end: that of '
     'rows and distances. has_index: whether an index may answer it. is_chunked: whether rows have several vectors. '
+    'has_few_chunks: few of them do. '
     'has_texts: whether it may go by words. of_keys: that the row has one of the keys $2. rows_query: the rows with '
     'keys $1 and their passages with numbers $2, by place. visible_query: which of the chunks with keys $1 and numbers '
     '$2 the caller may read. matching_query, keys_query: which rows with keys $1, and which rows, fulfil the condition '
-    'behind it. has_plain_keys: no setting of the session changes how keys are written. texts_query: the present texts '
-    'of the rows with keys $1, as many of the first as have $2 bytes; NULL: they are the owner''s code. sample_query: '
-    '$1 vectors at random, with the keys of their rows. ef_search: how many candidates an index keeps.';
+    'behind it. has_plain_keys: no setting of the session changes how keys are written. ef_search: how many candidates '
+    'an index keeps.';
+
+CREATE OR REPLACE FUNCTION autoembed._texts_query(pipeline_id integer)
+    RETURNS text
+    LANGUAGE plpgsql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+    SET quote_all_identifiers = off
+AS $plpgsql$
+DECLARE
+    _pipeline autoembed.pipeline;
+BEGIN
+    SELECT p.* INTO STRICT _pipeline FROM autoembed.pipeline AS p WHERE p.id = _texts_query.pipeline_id;
+    -- The code of the owner gets no rights of the caller. A function of PostgreSQL's own can run any query.
+    RETURN CASE WHEN num_nonnulls(_pipeline.content_function, _pipeline.condition) = 0 THEN format(
+        'SELECT h.key, h.place, %s AS content FROM (SELECT ROW(t.*)::%s AS hit, %s AS key, s.place, '
+        'pg_catalog.sum(%s) OVER (ORDER BY s.place) AS bytes '
+        'FROM pg_catalog.unnest($1) WITH ORDINALITY AS s(key, place) JOIN %2$s AS t ON %5$s) AS h '
+        'WHERE h.bytes OPERATOR(pg_catalog.<=) $2::pg_catalog.numeric',
+        autoembed._content_expression(_pipeline, '(h.hit)'), _pipeline.table_id,
+        autoembed._key_expression(_pipeline, 't'), autoembed._content_bytes_expression(_pipeline, 't'),
+        (autoembed._sent_key_expressions(_pipeline, '{t}'))[1]
+    ) END;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._texts_query IS
+    'The query of the present texts of the rows with keys $1, as many of the first as have $2 bytes. NULL: the texts '
+    'are code of the table''s owner.';
+
+CREATE OR REPLACE FUNCTION autoembed._sample_query(pipeline_id integer)
+    RETURNS text
+    LANGUAGE plpgsql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+    SET quote_all_identifiers = off
+AS $plpgsql$
+DECLARE
+    _pipeline autoembed.pipeline;
+BEGIN
+    SELECT p.* INTO STRICT _pipeline FROM autoembed.pipeline AS p WHERE p.id = _sample_query.pipeline_id;
+    RETURN format(
+        'SELECT v.%1$I::%2$s AS vector, %3$s AS key FROM %4$s AS v WHERE v.ctid OPERATOR(pg_catalog.=) ANY (ARRAY('
+        'SELECT r.ctid FROM %4$s AS r WHERE r.%1$I IS NOT NULL ORDER BY pg_catalog.random() LIMIT $1))',
+        _pipeline.embedding_column, '@extschema:vector@.vector', autoembed._key_expression(_pipeline, 'v'),
+        coalesce(_pipeline.embeddings_table, _pipeline.table_id)
+    );
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._sample_query IS
+    'The query of $1 embeddings at random, with the keys of their rows.';
 
 CREATE OR REPLACE FUNCTION autoembed._searched(
     table_name regclass,
@@ -414,142 +453,74 @@ COMMENT ON FUNCTION autoembed._estimated_matches IS
     'NULL: not known.';
 
 CREATE OR REPLACE FUNCTION autoembed._nearest(
-    target record,
-    vector @extschema:vector@.vector,
+    table_name regclass,
+    embedding_column name,
+    vector text,
     wanted integer,
-    condition text,
-    by_index boolean DEFAULT NULL,
-    ef_search integer DEFAULT NULL
+    by_index boolean,
+    ef_search integer,
+    OUT keys text[],
+    OUT distances double precision[],
+    OUT problem text,
+    OUT hint text,
+    OUT errcode text
 )
-    RETURNS TABLE (key text, distance double precision, chunk_number integer, from_index boolean)
-    LANGUAGE plpgsql
+    LANGUAGE plpython3u
     STABLE
     -- An index gives as many rows as are asked for, whatever the condition and the policies leave out.
     SET hnsw.iterative_scan = 'strict_order'
     SET hnsw.ef_search = 100
-AS $plpgsql$
-#variable_conflict use_column
-DECLARE
-    -- So many rows are compared one by one sooner than an index finds the nearest of them among others.
-    _few CONSTANT double precision := 5000::double precision;
-    _by_index boolean := target.has_index AND coalesce(
-        by_index,
-        (autoembed._estimated_matches(target.table_id, condition) OPERATOR(pg_catalog.<=) _few) IS NOT TRUE
-    );
-    -- Several chunks of one row may be near.
-    _limit integer := wanted OPERATOR(pg_catalog.+) CASE
-        WHEN target.is_chunked THEN least(3 OPERATOR(pg_catalog.*) wanted, 50)
-        ELSE 0
-    END;
-    _fetched integer;
-    _keys pg_catalog.text[];
-    _distances double precision[];
-    _numbers integer[];
-BEGIN
-    PERFORM pg_catalog.set_config('hnsw.ef_search', coalesce(ef_search, target.ef_search)::pg_catalog.text, true);
-    IF _by_index AND target.is_binary THEN
-        _limit := greatest(_limit, coalesce(ef_search, target.ef_search));
-    END IF;
-    LOOP
-        EXECUTE pg_catalog.concat(
-            'SELECT pg_catalog.array_agg(n.key), pg_catalog.array_agg(n.distance), pg_catalog.array_agg(n.number), '
-            'coalesce(pg_catalog.max(n.fetched), 0::pg_catalog.int8) FROM (SELECT DISTINCT ON (h.key) h.key, '
-            'h.distance, h.number, pg_catalog.count(*) OVER () AS fetched FROM (',
-            target.near_start, coalesce(condition, 'true'), E'\n',
-            CASE WHEN _by_index THEN target.near_end ELSE target.exact_end END, ' LIMIT ', _limit,
-            ') AS h ORDER BY h.key, h.distance) AS n'
-        ) INTO _keys, _distances, _numbers, _fetched USING vector;
-        EXIT WHEN pg_catalog.cardinality(_keys) OPERATOR(pg_catalog.>=) wanted
-            OR _fetched OPERATOR(pg_catalog.<) _limit AND NOT _by_index;
-        IF _fetched OPERATOR(pg_catalog.<) _limit THEN
-            -- The index has given up before it had as many.
-            _by_index := false;
-        ELSE
-            _limit := 4 OPERATOR(pg_catalog.*) _limit;
-        END IF;
-    END LOOP;
-    RETURN QUERY
-    SELECT u.*, _by_index
-    FROM ROWS FROM (
-        pg_catalog.unnest(_keys), pg_catalog.unnest(_distances), pg_catalog.unnest(_numbers)
-    ) AS u(key, distance, number);
-END;
-$plpgsql$;
+AS $python$
+    if GD.get("autoembed") != "@BUILD@":
+        plpy.execute("SELECT autoembed._load_python()")
+    from autoembed import doors
+    return doors.nearest(table_name, embedding_column, vector, wanted, by_index, ef_search)
+$python$;
 COMMENT ON FUNCTION autoembed._nearest IS
-    'The rows of the target of a search that are nearest to a vector, at least as many as wanted if there are so many, '
-    'and their nearest chunks, in no order. from_index: whether an index has found them. by_index, ef_search: NULL as '
-    'suits the table.';
+    'The rows of a table that are nearest to a vector, at least as many as wanted if there are so many, nearest first, '
+    'or the fault that SQL is to raise. by_index, ef_search: NULL: as suits the table.';
 
-CREATE OR REPLACE FUNCTION autoembed._distances_of(
-    target record,
-    vector @extschema:vector@.vector,
-    keys text[]
-)
-    RETURNS TABLE (key text, distance double precision, chunk_number integer)
-    LANGUAGE plpgsql
-    STABLE
-AS $plpgsql$
-BEGIN
-    IF pg_catalog.cardinality(keys) OPERATOR(pg_catalog.>) 0 THEN
-        RETURN QUERY EXECUTE pg_catalog.concat(
-            'SELECT DISTINCT ON (h.key) h.key, h.distance, h.number FROM (', target.near_start, target.of_keys,
-            ')) AS h ORDER BY h.key, h.distance'
-        ) USING vector, keys;
-    END IF;
-END;
-$plpgsql$;
-COMMENT ON FUNCTION autoembed._distances_of IS
-    'Those of these rows that have an embedding, with their chunk that is nearest to a vector.';
-
-CREATE OR REPLACE FUNCTION autoembed._found_rows(
-    like_row anyelement,
-    target record,
-    keys text[],
-    chunk_numbers integer[]
-)
-    RETURNS TABLE (
-        place integer,
-        hit anyelement,
-        chunk text,
-        chunk_number integer,
-        chunk_start integer,
-        chunk_end integer
-    )
-    LANGUAGE plpgsql
-    STABLE
-AS $plpgsql$
-BEGIN
-    IF pg_catalog.cardinality(keys) OPERATOR(pg_catalog.>) 0 THEN
-        RETURN QUERY EXECUTE target.rows_query USING keys, chunk_numbers;
-    END IF;
-END;
-$plpgsql$;
-COMMENT ON FUNCTION autoembed._found_rows IS
-    'The rows of these keys that the caller may read, each with its chunk of that number, if it has one.';
-
-CREATE OR REPLACE FUNCTION autoembed._text_matches(
+CREATE OR REPLACE FUNCTION autoembed._search_page(
     table_name regclass,
     embedding_column name,
     query text,
-    wanted integer,
+    mode text,
     condition text,
-    keys text[]
+    vector_weight double precision,
+    after integer,
+    last integer,
+    OUT table_id regclass,
+    OUT pipeline_id integer,
+    OUT rows_query text,
+    OUT by_index boolean,
+    OUT keys text[],
+    OUT numbers integer[],
+    OUT scores double precision[],
+    OUT similarities double precision[],
+    OUT text_scores double precision[],
+    OUT problem text,
+    OUT hint text,
+    OUT errcode text
 )
-    RETURNS TABLE (key text, chunk_number integer, score double precision, place integer)
     LANGUAGE plpython3u
     STABLE
+    SET hnsw.iterative_scan = 'strict_order'
+    SET hnsw.ef_search = 100
     -- A plan would show the candidates to a caller who may not read them.
     SET debug_print_plan = off
 AS $python$
     if GD.get("autoembed") != "@BUILD@":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
-    return doors.text_matches(table_name, embedding_column, query, wanted, condition, keys)
+    return doors.search_page(
+        table_name, embedding_column, query, mode, condition, vector_weight, after, last
+    )
 $python$;
-COMMENT ON FUNCTION autoembed._text_matches IS
-    'The rows that match words best and that the caller may read, by BM25, with the score of their best chunk, in the '
-    'order of place; and without a place those of keys that match, too. chunk_number 0: of the text as a whole, which '
-    'has changed since it was embedded.';
+COMMENT ON FUNCTION autoembed._search_page IS
+    'The rows that a search finds behind rank after, up to rank last, by their keys, or the fault that SQL is to raise.'
+    ' They are rows that the caller may read. numbers: of their passages; 0 or NULL: none is known. by_index: whether '
+    'an index has found the nearest, NULL if they were not asked for. rows_query: the rows with keys $1 and their '
+    'passages with numbers $2, by place.';
 
 CREATE OR REPLACE FUNCTION autoembed._rerank_candidates(model text, skip_rows integer)
     RETURNS integer
@@ -649,7 +620,8 @@ COMMENT ON FUNCTION autoembed._rerank IS
     'How well passages answer a query, by a rerank model: a score for each, or the trouble with the model.';
 
 CREATE OR REPLACE FUNCTION autoembed._reranked(
-    target record,
+    pipeline_id integer,
+    rows_query text,
     model text,
     query text,
     candidates integer,
@@ -679,8 +651,8 @@ BEGIN
     WHERE c.rank OPERATOR(pg_catalog.<=) candidates;
     EXECUTE pg_catalog.concat(
         'SELECT pg_catalog.array_agg(p.place), pg_catalog.array_agg(p.passage) FROM ('
-        'SELECT r.place, pg_catalog.left(coalesce(r.chunk, ', autoembed._present_text(target.pipeline_id), '), $3) '
-        'AS passage FROM (', target.rows_query, ') AS r(place, hit, chunk, number, start, stop) ORDER BY r.place) AS p '
+        'SELECT r.place, pg_catalog.left(coalesce(r.chunk, ', autoembed._present_text(pipeline_id), '), $3) '
+        'AS passage FROM (', rows_query, ') AS r(place, hit, chunk, number, start, stop) ORDER BY r.place) AS p '
         'WHERE pg_catalog.btrim(p.passage, $4) OPERATOR(pg_catalog.<>) ''''::pg_catalog.text'
     ) INTO _places, _passages USING _keys, _numbers, _most_characters, E' \t\r\n'::pg_catalog.text;
     IF _passages IS NULL THEN
@@ -779,8 +751,6 @@ AS $plpgsql$
 #variable_conflict use_column
 DECLARE
     _began_at CONSTANT timestamptz := pg_catalog.clock_timestamp();
-    -- So many of the nearest rows, and of the rows with the best words, are compared by both.
-    _candidates CONSTANT integer := 100;
     _wanted integer := max_rows OPERATOR(pg_catalog.+) skip_rows;
     -- So many of the best rows are reranked.
     _reranked integer := CASE
@@ -789,11 +759,11 @@ DECLARE
     END;
     -- The ranks that are listed: those of the page, and of the rows to rerank.
     _after integer := CASE WHEN _reranked OPERATOR(pg_catalog.>) 0 THEN 0 ELSE skip_rows END;
-    _last integer := greatest(_wanted, _reranked);
-    _target record;
-    _mode text;
-    _vector @extschema:vector@.vector;
-    -- The page: what is known of its rows before they are read.
+    _last integer := CASE
+        WHEN _wanted OPERATOR(pg_catalog.>) 0 THEN greatest(_wanted, _reranked)
+        ELSE 0
+    END;
+    _page record;
     _ranks integer[];
     _keys pg_catalog.text[];
     _numbers integer[];
@@ -801,8 +771,7 @@ DECLARE
     _similarities double precision[];
     _text_scores double precision[];
     -- The counts of the search.
-    _by_index boolean;
-    _found integer;
+    _found integer := 0;
     _fell_back boolean := false;
 BEGIN
     IF max_rows IS NULL OR skip_rows IS NULL OR max_rows OPERATOR(pg_catalog.<) 0
@@ -826,120 +795,32 @@ BEGIN
                                         coalesce(vector_weight::pg_catalog.text, 'NULL')),
             HINT = 'Leave it out for 0.7.';
     END IF;
-    SELECT s.* INTO _target FROM autoembed._search_target(table_name, embedding_column) AS s;
-    _mode := coalesce(mode, CASE WHEN _target.has_texts THEN 'hybrid' ELSE 'vector' END);
-    IF _mode OPERATOR(pg_catalog.<>) 'vector'::pg_catalog.text AND NOT _target.has_texts THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'object_not_in_prerequisite_state',
-            MESSAGE = pg_catalog.format('table %s has no text index', table_name),
-            HINT = pg_catalog.format('Add one: SELECT autoembed.alter_pipeline(%L, text_config => ''english'').',
-                                     table_name);
-    ELSIF query IS NULL OR pg_catalog.btrim(query, E' \t\r\n') OPERATOR(pg_catalog.=) ''::pg_catalog.text
-          OR _wanted OPERATOR(pg_catalog.=) 0 THEN
+    -- An assignment runs no statement, and shows none in the context of an error.
+    _page := autoembed._search_page(
+        table_name, embedding_column, query, mode, condition, vector_weight, _after, _last
+    );
+    IF _page.problem IS NOT NULL AND _page.hint OPERATOR(pg_catalog.=) ''::pg_catalog.text THEN
+        RAISE EXCEPTION USING ERRCODE = _page.errcode, MESSAGE = _page.problem;
+    ELSIF _page.problem IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = _page.errcode, MESSAGE = _page.problem, HINT = _page.hint;
+    ELSIF _page.pipeline_id IS NULL THEN
         RETURN;
     END IF;
-
-    IF _mode OPERATOR(pg_catalog.=) 'text'::pg_catalog.text THEN
-        SELECT pg_catalog.array_agg(m.place ORDER BY m.place), pg_catalog.array_agg(m.key ORDER BY m.place),
-               pg_catalog.array_agg(m.chunk_number ORDER BY m.place), pg_catalog.array_agg(m.score ORDER BY m.place)
-        INTO _ranks, _keys, _numbers, _scores
-        FROM autoembed._text_matches(table_name, embedding_column, query, _last, condition, '{}') AS m
-        WHERE m.place OPERATOR(pg_catalog.>) _after;
-        _text_scores := _scores;
-    ELSE
-        _vector := autoembed.embed(query, _target.model);
-        WITH near AS MATERIALIZED (
-            SELECT f.*, pg_catalog.row_number() OVER (ORDER BY f.distance, f.key) AS place
-            FROM autoembed._nearest(_target, _vector, CASE
-                WHEN _mode OPERATOR(pg_catalog.=) 'hybrid'::pg_catalog.text THEN greatest(_last, _candidates)
-                ELSE _last
-            END, condition) AS f
-        ),
-        matched AS MATERIALIZED (
-            SELECT m.*
-            FROM autoembed._text_matches(
-                table_name, embedding_column, query, _candidates, condition,
-                ARRAY(SELECT n.key FROM near AS n WHERE n.place OPERATOR(pg_catalog.<=) _candidates)
-            ) AS m
-            WHERE _mode OPERATOR(pg_catalog.=) 'hybrid'::pg_catalog.text
-        ),
-        -- Rows with good words that are not among the nearest. Some have no embedding yet.
-        other AS MATERIALIZED (
-            SELECT m.key
-            FROM matched AS m
-            WHERE NOT EXISTS (
-                SELECT FROM near AS n
-                WHERE n.key OPERATOR(pg_catalog.=) m.key AND n.place OPERATOR(pg_catalog.<=) _candidates
-            )
-        ),
-        candidate AS MATERIALIZED (
-            SELECT c.key, coalesce(c.chunk_number, 0) AS chunk_number,
-                   1::double precision OPERATOR(pg_catalog.-) c.distance AS similarity,
-                   coalesce(m.score, 0::double precision) AS text_score
-            FROM (
-                SELECT n.key, n.distance, n.chunk_number
-                FROM near AS n
-                WHERE n.place OPERATOR(pg_catalog.<=) _candidates
-                UNION ALL
-                SELECT o.key, d.distance, d.chunk_number
-                FROM other AS o
-                LEFT JOIN autoembed._distances_of(_target, _vector, ARRAY(SELECT o.key FROM other AS o)) AS d
-                    ON d.key OPERATOR(pg_catalog.=) o.key
-            ) AS c
-            LEFT JOIN matched AS m ON m.key OPERATOR(pg_catalog.=) c.key
-            WHERE _mode OPERATOR(pg_catalog.=) 'hybrid'::pg_catalog.text
-        ),
-        listed AS (
-            SELECT c.key, c.chunk_number, c.similarity, c.text_score, 1 AS part,
-                   -- Operators that are written in full all bind alike.
-                   (vector_weight OPERATOR(pg_catalog.*) coalesce(
-                       (c.similarity OPERATOR(pg_catalog.-) b.least_similarity) OPERATOR(pg_catalog./) b.similarities,
-                       0::double precision
-                   )) OPERATOR(pg_catalog.+) ((1::double precision OPERATOR(pg_catalog.-) vector_weight)
-                   OPERATOR(pg_catalog.*) coalesce(
-                       (c.text_score OPERATOR(pg_catalog.-) b.least_text_score) OPERATOR(pg_catalog./) b.text_scores,
-                       0::double precision
-                   )) AS score
-            FROM candidate AS c
-            CROSS JOIN (
-                SELECT pg_catalog.min(c.similarity) AS least_similarity,
-                       pg_catalog.min(c.text_score) AS least_text_score,
-                       nullif(pg_catalog.max(c.similarity) OPERATOR(pg_catalog.-) pg_catalog.min(c.similarity),
-                              0::double precision) AS similarities,
-                       nullif(pg_catalog.max(c.text_score) OPERATOR(pg_catalog.-) pg_catalog.min(c.text_score),
-                              0::double precision) AS text_scores
-                FROM candidate AS c
-            ) AS b
-            UNION ALL
-            -- The nearest of all other rows come after the candidates.
-            SELECT n.key, n.chunk_number, 1::double precision OPERATOR(pg_catalog.-) n.distance, NULL, 2, CASE
-                       WHEN _mode OPERATOR(pg_catalog.=) 'vector'::pg_catalog.text
-                           THEN 1::double precision OPERATOR(pg_catalog.-) n.distance
-                       ELSE 0::double precision
-                   END
-            FROM near AS n
-            WHERE NOT EXISTS (SELECT FROM candidate AS c WHERE c.key OPERATOR(pg_catalog.=) n.key)
-        ),
-        page AS (
-            SELECT l.*
-            FROM (
-                SELECT i.*, pg_catalog.row_number() OVER (
-                    ORDER BY i.part, i.score DESC, i.similarity DESC NULLS LAST, i.key
-                )::integer AS rank
-                FROM listed AS i
-            ) AS l
-            WHERE l.rank OPERATOR(pg_catalog.>) _after AND l.rank OPERATOR(pg_catalog.<=) _last
-        )
-        SELECT pg_catalog.array_agg(p.rank), pg_catalog.array_agg(p.key), pg_catalog.array_agg(p.chunk_number),
-               pg_catalog.array_agg(p.score), pg_catalog.array_agg(p.similarity), pg_catalog.array_agg(p.text_score),
-               coalesce((SELECT n.from_index FROM near AS n LIMIT 1), false)
-        INTO _ranks, _keys, _numbers, _scores, _similarities, _text_scores, _by_index
-        FROM page AS p;
-    END IF;
-
+    _keys := _page.keys;
+    _numbers := _page.numbers;
+    _scores := _page.scores;
+    _similarities := _page.similarities;
+    _text_scores := _page.text_scores;
+    _ranks := ARRAY(
+        SELECT g.rank FROM pg_catalog.generate_series(
+            _after OPERATOR(pg_catalog.+) 1, _after OPERATOR(pg_catalog.+) pg_catalog.cardinality(_keys)
+        ) AS g(rank)
+    );
     IF _reranked OPERATOR(pg_catalog.>) 0 THEN
         SELECT r.ranks, r.scores, coalesce(r.fell_back, false) INTO _ranks, _scores, _fell_back
-        FROM autoembed._reranked(_target, rerank_model, query, _reranked, _ranks, _keys, _numbers, _scores) AS r;
+        FROM autoembed._reranked(
+            _page.pipeline_id, _page.rows_query, rerank_model, query, _reranked, _ranks, _keys, _numbers, _scores
+        ) AS r;
         SELECT pg_catalog.array_agg(l.rank), pg_catalog.array_agg(l.key), pg_catalog.array_agg(l.chunk_number),
                pg_catalog.array_agg(l.score), pg_catalog.array_agg(l.similarity), pg_catalog.array_agg(l.text_score)
         INTO _ranks, _keys, _numbers, _scores, _similarities, _text_scores
@@ -950,20 +831,21 @@ BEGIN
         WHERE l.rank OPERATOR(pg_catalog.>) skip_rows AND l.rank OPERATOR(pg_catalog.<=) _wanted;
     END IF;
 
-    RETURN QUERY
-    SELECT p.rank, r.hit, p.key, p.score, r.chunk, r.chunk_number, r.chunk_start, r.chunk_end, p.similarity,
-           p.text_score
-    FROM ROWS FROM (
-        pg_catalog.unnest(_ranks), pg_catalog.unnest(_keys), pg_catalog.unnest(_scores),
-        pg_catalog.unnest(_similarities), pg_catalog.unnest(_text_scores)
-    ) WITH ORDINALITY AS p(rank, key, score, similarity, text_score, place)
-    JOIN autoembed._found_rows(like_row, _target, _keys, _numbers) AS r ON r.place OPERATOR(pg_catalog.=) p.place
-    ORDER BY p.rank;
-    GET DIAGNOSTICS _found = ROW_COUNT;
+    IF pg_catalog.cardinality(_keys) OPERATOR(pg_catalog.>) 0 THEN
+        RETURN QUERY EXECUTE pg_catalog.concat(
+            'SELECT p.rank, r.hit, p.key, p.score, r.chunk, r.number, r.start, r.stop, p.similarity, p.text_score '
+            'FROM ROWS FROM (pg_catalog.unnest($3), pg_catalog.unnest($1), pg_catalog.unnest($4), '
+            'pg_catalog.unnest($5), pg_catalog.unnest($6)) WITH ORDINALITY '
+            'AS p(rank, key, score, similarity, text_score, place) '
+            'JOIN (', _page.rows_query, ') AS r(place, hit, chunk, number, start, stop) '
+            'ON r.place OPERATOR(pg_catalog.=) p.place ORDER BY p.rank'
+        ) USING _keys, _numbers, _ranks, _scores, _similarities, _text_scores;
+        GET DIAGNOSTICS _found = ROW_COUNT;
+    END IF;
     PERFORM autoembed._note_search(
-        _target.pipeline_id, _target.table_id::pg_catalog.oid, (extract(
+        _page.pipeline_id, _page.table_id::pg_catalog.oid, (extract(
             epoch FROM pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) _began_at
-        ) OPERATOR(pg_catalog.*) 1000::numeric)::double precision, _by_index, max_rows, _found, _fell_back
+        ) OPERATOR(pg_catalog.*) 1000::numeric)::double precision, _page.by_index, max_rows, _found, _fell_back
     );
 END;
 $plpgsql$;

@@ -2,7 +2,8 @@
 -- search_path, as in a search. So all else in the functions that search is qualified.
 
 CREATE OR REPLACE FUNCTION autoembed._distances(
-    target record,
+    table_name regclass,
+    embedding_column name,
     vector @extschema:vector@.vector,
     own_key text,
     wanted integer,
@@ -13,12 +14,20 @@ CREATE OR REPLACE FUNCTION autoembed._distances(
     LANGUAGE plpgsql
     STABLE
 AS $plpgsql$
+DECLARE
+    _found record;
 BEGIN
+    _found := autoembed._nearest(
+        table_name, embedding_column, vector::pg_catalog.text, wanted OPERATOR(pg_catalog.+) 1, by_index, ef_search
+    );
+    IF _found.problem IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = _found.errcode, MESSAGE = _found.problem;
+    END IF;
     RETURN ARRAY(
-        SELECT s.distance
-        FROM autoembed._nearest(target, vector, wanted OPERATOR(pg_catalog.+) 1, NULL, by_index, ef_search) AS s
-        WHERE s.key IS DISTINCT FROM own_key
-        ORDER BY s.distance
+        SELECT f.distance
+        FROM ROWS FROM (pg_catalog.unnest(_found.keys), pg_catalog.unnest(_found.distances)) AS f(key, distance)
+        WHERE f.key IS DISTINCT FROM own_key
+        ORDER BY f.distance
         LIMIT wanted
     );
 END;
@@ -52,7 +61,7 @@ BEGIN
     END IF;
     SELECT s.* INTO _target FROM autoembed._search_target(table_name, embedding_column) AS s;
     IF queries IS NULL THEN
-        FOR vector, key IN EXECUTE _target.sample_query USING sample_rows LOOP
+        FOR vector, key IN EXECUTE autoembed._sample_query(_target.pipeline_id) USING sample_rows LOOP
             -- A question is seldom as near to a row as rows are to each other, and then an index loses more.
             IF _last IS NOT NULL THEN
                 vector := vector OPERATOR(@extschema:vector@.+) _last;
@@ -61,13 +70,13 @@ BEGIN
             ELSE
                 _last := vector;
             END IF;
-            distances := autoembed._distances(_target, vector, key, wanted, false, NULL);
+            distances := autoembed._distances(table_name, embedding_column, vector, key, wanted, false, NULL);
             RETURN NEXT;
         END LOOP;
     ELSE
         FOREACH _query IN ARRAY queries LOOP
             vector := autoembed.embed(_query, _target.model);
-            distances := autoembed._distances(_target, vector, NULL, wanted, false, NULL);
+            distances := autoembed._distances(table_name, embedding_column, vector, NULL, wanted, false, NULL);
             RETURN NEXT;
         END LOOP;
     END IF;
@@ -129,14 +138,14 @@ CREATE OR REPLACE FUNCTION autoembed._measured_recall(
     LANGUAGE plpgsql
 AS $plpgsql$
 DECLARE
-    _target record;
     _shares double precision[] := '{}'::double precision[];
     _found double precision[];
 BEGIN
-    SELECT s.* INTO _target FROM autoembed._search_target(table_name, embedding_column) AS s;
     FOR _number IN 1 .. pg_catalog.cardinality(vectors) LOOP
         CONTINUE WHEN counts[_number] OPERATOR(pg_catalog.=) 0;
-        _found := autoembed._distances(_target, vectors[_number], keys[_number], wanted, NULL, ef_search);
+        _found := autoembed._distances(
+            table_name, embedding_column, vectors[_number], keys[_number], wanted, NULL, ef_search
+        );
         _shares := pg_catalog.array_append(_shares, (
             -- Rows that are as far as the last one are as good.
             SELECT pg_catalog.count(*)::double precision OPERATOR(pg_catalog./) counts[_number]::double precision

@@ -140,18 +140,16 @@ def test_every_function_pins_its_search_path(documents: Connection) -> None:
     """).fetchall()
 
     assert sorted(row.name for row in rows) == [
-        "autoembed._distances(record,vector,text,integer,boolean,integer)",
-        "autoembed._distances_of(record,vector,text[])",
+        "autoembed._distances(regclass,name,vector,text,integer,boolean,integer)",
         "autoembed._estimated_matches(regclass,text)",
         "autoembed._exact_answers(regclass,name,text[],integer,integer)",
-        "autoembed._found_rows(anyelement,record,text[],integer[])",
         "autoembed._judgments(regclass)",
         "autoembed._measured_recall(regclass,name,integer,integer,vector[],text[],double precision[],integer[])",
-        "autoembed._nearest(record,vector,integer,text,boolean,integer)",
+        "autoembed._nearest(regclass,name,text,integer,boolean,integer)",
         "autoembed._note_search(integer,oid,double precision,boolean,integer,integer,boolean)",
         "autoembed._ranked(anyelement,regclass,text,integer,integer,text,name,text,double precision,text)",
-        "autoembed._reranked(record,text,text,integer,integer[],text[],integer[],double precision[])",
-        "autoembed._text_matches(regclass,name,text,integer,text,text[])",
+        "autoembed._reranked(integer,text,text,text,integer,integer[],text[],integer[],double precision[])",
+        "autoembed._search_page(regclass,name,text,text,text,double precision,integer,integer)",
         "autoembed._work(double precision,integer,integer,integer,boolean)",
         "autoembed.chunk_text(text,text,integer,integer,text)",
         "autoembed.evaluate_search(regclass,regclass,integer,name)",

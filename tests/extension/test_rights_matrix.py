@@ -96,7 +96,6 @@ _defined - - - x
 _digests - - - x
 _dimensions - x - x
 _distances - x - x
-_distances_of - x - x
 _drop_functions - - - x
 _drop_orphaned_pipelines - x - x
 _drop_readers - - - x
@@ -136,7 +135,6 @@ _forget_permits - - - x
 _forget_postings - - - x
 _forget_runs - - - x
 _forget_texts - - - x
-_found_rows - x - x
 _free_slots - - - x
 _full_limit - - - x
 _full_text_config - x - x
@@ -255,9 +253,11 @@ _run_as_owner - x - x
 _run_statement_as_owner - x - x
 _running_lanes - x - x
 _runs_owners_code - - - x
+_sample_query - x - x
 _schedule_index - - - x
 _schedule_statement - - - x
 _scores - - - x
+_search_page - x - x
 _search_quality - x - x
 _search_stats - x x x
 _search_target - x - x
@@ -280,7 +280,7 @@ _take_permit - - - x
 _take_slot - - - x
 _template - x - x
 _text_config - - - x
-_text_matches - x - x
+_texts_query - x - x
 _tokens_taken - - - x
 _trigger_name - x - x
 _trigger_problems - x - x

@@ -89,8 +89,42 @@ def test_a_condition_is_read_as_in_where(short: Connection, column: str) -> None
     assert short.execute(search, ["id <= 3 -- the first"]).fetchall() == [(1,), (2,), (3,)]
     assert short.execute(search, ["id = 1 OR body = 'text 4'"]).fetchall() == [(1,), (5,)]
     assert short.execute(search, ["false"]).fetchall() == []
-    with pytest.raises(psycopg.errors.UndefinedColumn):
-        short.execute(search, ["nosuch"])
+
+
+@STORAGES
+@pytest.mark.parametrize("mode", ["vector", "hybrid", "text"])
+@pytest.mark.parametrize(
+    ("condition", "sqlstate", "problem"),
+    [
+        ("nosuch > 1", "42703", 'column "nosuch" does not exist'),
+        ("id >", "42601", 'syntax error at or near ")"'),
+        ("$1 IS NULL", "42P02", "there is no parameter $1"),
+        ("id = 'x'", "22P02", 'invalid input syntax for type integer: "x"'),
+    ],
+)
+def test_a_mistake_in_a_condition_is_one_sentence(
+    short: Connection, column: str, mode: str, condition: str, sqlstate: str, problem: str
+) -> None:
+    attach(short, column, [])
+    short.execute("SELECT autoembed.alter_pipeline('pages', text_config => 'simple')")
+
+    with pytest.raises(psycopg.Error) as refusal:
+        short.execute(
+            "SELECT * FROM autoembed.search(NULL::pages, 'question', condition => %s, mode => %s)", [condition, mode]
+        )
+
+    assert refusal.value.sqlstate == sqlstate
+    assert refusal.value.diag.message_primary == f"the condition of the search cannot be used: {problem}"
+    assert refusal.value.diag.message_hint == "It is what would stand behind WHERE, with columns of table pages."
+    assert "SELECT FROM" not in str(refusal.value.diag.context)
+
+
+@STORAGES
+def test_an_error_while_the_condition_is_evaluated_is_postgresqls_own(short: Connection, column: str) -> None:
+    attach(short, column, ["text"])
+    with pytest.raises(psycopg.errors.DivisionByZero) as refusal:
+        short.execute("SELECT * FROM autoembed.search(NULL::pages, 'question', condition => '1 / (id - 1) = 1')")
+    assert refusal.value.diag.message_primary == "division by zero"
 
 
 @STORAGES

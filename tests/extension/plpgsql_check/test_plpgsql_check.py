@@ -25,7 +25,7 @@ ACCEPTED = {
     ("_text_3", VOLATILE): "Calls the owner's function, and the owner may have marked it as anything.",
 }
 # Their queries are made of the names of a table, and the type of its rows is known when they run.
-DYNAMIC = {"_nearest", "_distances_of", "search", "_found_rows", "_judgments", "_reranked"}
+DYNAMIC = {"search", "_judgments", "_ranked", "_reranked"}
 # Functions name these, which are not there during the check: Supabase's Vault, and a table that one of them makes.
 ABSENT = """
 CREATE SCHEMA vault;

@@ -1,0 +1,336 @@
+"""A search: the nearest rows, the rows whose texts have the words, and one list of both.
+
+Conditions, policies and types run with the rights of the caller, and in the caller's search_path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from autoembed.bm25 import Scores, counted, merged_ids
+from autoembed.errors import INSUFFICIENT_PRIVILEGE, Fault, is_nobodys
+from autoembed.jobs import address_of
+
+if TYPE_CHECKING:
+    from autoembed import database
+
+VECTOR, TEXT = "vector", "text"
+# So many of the nearest rows, and of the rows with the best words, are compared by both.
+CANDIDATES = 100
+# So many rows are compared one by one sooner than an index finds the nearest of them among others, or candidates are
+# tried until some are among them.
+FEW_ROWS = 5000
+# The candidates of a vector index that search() sets on entry.
+DEFAULT_EF_SEARCH = 100
+# pgvector keeps no more.
+MAX_EF_SEARCH = 1000
+# More of a search text is not looked up in the text index, in characters.
+MAX_QUERY_CHARACTERS = 10_000
+# So many documents more than wanted rows are tried first: several may be of one row, or hidden.
+SPARE_CANDIDATES = 20
+# A search by words knows so many messages of rows that have changed, so many of these rows, and reads so many of their
+# texts, the newest first, and bytes of them: with these, it takes some 0.1 s longer.
+MAX_OUTSTANDING_MESSAGES = 1000
+MAX_OUTSTANDING_ROWS = 5000
+MAX_CHANGED_ROWS = 1000
+MAX_CHANGED_BYTES = 1_000_000
+
+
+class Near(NamedTuple):
+    """A row, its distance to a vector, and the number of its chunk that is nearest."""
+
+    key: str
+    distance: float
+    number: int | None
+
+    @property
+    def similarity(self) -> float:
+        return 1 - self.distance
+
+
+class Hit(NamedTuple):
+    """A row that is found. number: that of the passage; 0 or None: none is known."""
+
+    key: str
+    number: int | None
+    score: float
+    similarity: float | None
+    text_score: float | None
+
+
+class Search:
+    """A search of one table."""
+
+    def __init__(
+        self, here: database.Database, table_name: str, embedding_column: str | None, condition: str | None
+    ) -> None:
+        self._here = here
+        self._table_name = table_name
+        self._condition = condition
+        self.target = here.search_target(table_name, embedding_column)
+
+    def mode(self, mode: str | None) -> str:
+        """This mode, or the table's own. Raises Fault if the table does not have it."""
+        mode = mode or ("hybrid" if self.target["has_texts"] else VECTOR)
+        if mode != VECTOR and not self.target["has_texts"]:
+            raise Fault(
+                f"table {self._table_name} has no text index",
+                hint=f"Add one: SELECT autoembed.alter_pipeline('{self._table_name}', text_config => 'english').",
+                errcode="55000",
+            )
+        return mode
+
+    def hits(self, query: str, mode: str, vector_weight: float, wanted: int) -> tuple[list[Hit], bool | None]:
+        """At least so many of the best rows, if there are so many, best first.
+
+        With whether an index has found the nearest of them; None: they were not asked for.
+        """
+        if self._condition is not None:
+            self._estimated_matches()
+        if mode == TEXT:
+            matches = TextMatches(self._here, self.target, query, self._condition, [])
+            found = matches.best(wanted)
+            return [Hit(key, number, score, None, score) for key, (number, score) in found.items()], None
+        vector = self._here.embed(query, self.target["model"])
+        near, by_index = self.nearest(vector, wanted, at_least=0 if mode == VECTOR else CANDIDATES)
+        if mode == VECTOR:
+            return [Hit(row.key, row.number, row.similarity, row.similarity, None) for row in near], by_index
+        keys = [row.key for row in near[:CANDIDATES]]
+        matches = TextMatches(self._here, self.target, query, self._condition, keys)
+        matched = {**matches.best(CANDIDATES), **matches.of_keys()}
+        others = self._nearness_of(vector, [key for key in matched if key not in set(keys)])
+        scores = {key: score for key, (_, score) in matched.items()}
+        return fused(near, others, scores, vector_weight), by_index
+
+    def nearest(
+        self, vector: str, wanted: int, *, at_least: int = 0, by_index: bool | None = None, ef_search: int | None = None
+    ) -> tuple[list[Near], bool]:
+        """At least so many of the nearest rows, if there are so many, nearest first.
+
+        With whether an index has found them. at_least: so many chunks are compared, of however many rows. by_index,
+        ef_search: None: as suits the table.
+        """
+        target = self.target
+        if by_index is None:
+            estimated = self._estimated_matches() if target["has_index"] else None
+            by_index = estimated is None or estimated > FEW_ROWS
+        by_index = by_index and target["has_index"]
+        ef_search = ef_search or target["ef_search"]
+        limit = max(wanted, at_least)
+        if target["is_chunked"] and not target["has_few_chunks"]:
+            # Several chunks of one row may be near.
+            limit += min(3 * limit, 50)
+        if by_index:
+            if at_least:
+                # An index that has to go on after its first candidates takes longer than one that keeps more.
+                ef_search = max(ef_search, min(limit, MAX_EF_SEARCH))
+            if ef_search != DEFAULT_EF_SEARCH:
+                self._here.set_ef_search(ef_search)
+            if target["is_binary"]:
+                limit = max(limit, ef_search)
+        while True:
+            end = target["near_end"] if by_index else target["exact_end"]
+            query = f"{target['near_start']}{self._condition or 'true'}\n{end} LIMIT {limit}"
+            found = self._here.near(query, target["vector_type"], vector)
+            rows = nearest_chunks(found)
+            if len(rows) >= wanted or len(found) < limit and not by_index:
+                return rows, by_index
+            if len(found) < limit:
+                # The index has given up before it had as many.
+                by_index = False
+            else:
+                limit *= 4
+
+    def _nearness_of(self, vector: str, keys: list[str]) -> dict[str, Near | None]:
+        """These rows. None: it has no embedding yet."""
+        if not keys:
+            return {}
+        query = f"{self.target['near_start']}{self.target['of_keys']})"
+        found = nearest_chunks(self._here.distances(query, self.target["vector_type"], vector, keys))
+        return {**dict.fromkeys(keys), **{row.key: row for row in found}}
+
+    def _estimated_matches(self) -> float | None:
+        try:
+            return self._here.estimated_matches(self.target["table_id"], self._condition)
+        except self._here.Error as error:
+            fault = self._here.fault_of(error)
+            if self._condition is None or is_nobodys(fault.errcode) or fault.errcode == INSUFFICIENT_PRIVILEGE:
+                raise
+            raise Fault(
+                f"the condition of the search cannot be used: {fault.problem}",
+                hint=fault.hint or f"It is what would stand behind WHERE, with columns of table {self._table_name}.",
+                errcode=fault.errcode,
+            ) from error
+
+
+def nearest_chunks(found: Iterable[tuple[str, float, int | None]]) -> list[Near]:
+    """The rows of these chunks, each with the nearest of them, nearest first."""
+    rows: dict[str, Near] = {}
+    for key, distance, number in found:
+        # A vector of zeros has no angle to another.
+        far = distance if distance == distance else 1.0  # noqa: PLR0124
+        if key not in rows or far < rows[key].distance:
+            rows[key] = Near(key, far, number)
+    return sorted(rows.values(), key=lambda row: (row.distance, row.key))
+
+
+def fused(
+    near: Sequence[Near], others: Mapping[str, Near | None], text_scores: Mapping[str, float], vector_weight: float
+) -> list[Hit]:
+    """The candidates by both scores, best first, and behind them the rest of the nearest rows.
+
+    near: nearest first. others: rows with good words that are not among the first CANDIDATES of near.
+    """
+    candidates = {**{row.key: row for row in near[:CANDIDATES]}, **others}
+    by_vector = _spread([row.similarity for row in candidates.values() if row])
+    by_text = _spread([text_scores.get(key, 0.0) for key in candidates])
+    hits = []
+    for key, row in candidates.items():
+        alike, text_score = row and row.similarity, text_scores.get(key, 0.0)
+        score = vector_weight * by_vector(alike) + (1 - vector_weight) * by_text(text_score)
+        hits.append(Hit(key, (row and row.number) or 0, score, alike, text_score))
+    hits.sort(key=lambda hit: (-hit.score, hit.similarity is None, -(hit.similarity or 0.0), hit.key))
+    rest = [row for row in near[CANDIDATES:] if row.key not in candidates]
+    return [*hits, *(Hit(row.key, row.number, 0.0, row.similarity, None) for row in rest)]
+
+
+def _spread(values: Sequence[float]) -> Callable[[float | None], float]:
+    """A function that spreads these values from 0, the least of them, to 1. 0 for None, and if all are equal."""
+    least = min(values, default=0.0)
+    width = max(values, default=0.0) - least
+    return lambda value: 0.0 if value is None or not width else (value - least) / width
+
+
+class TextMatches:
+    """The documents that match words: those of the text index, and the present texts of rows that have changed since.
+
+    Documents with ids below 0 are such texts, read with the caller's rights.
+    """
+
+    def __init__(
+        self, here: database.Database, target: dict[str, Any], words: str, condition: str | None, keys: Sequence[str]
+    ) -> None:
+        """keys: of rows that fulfil the condition, and that the caller may read. Their scores are wanted, too."""
+        self._here = here
+        self._target = target
+        self._pipeline_id: int = target["pipeline_id"]
+        self._condition = condition
+        self._found = set(keys)
+        words = words[:MAX_QUERY_CHARACTERS]
+        index = here.text_index(self._pipeline_id, words, keys, MAX_OUTSTANDING_MESSAGES)
+        self._terms = index.terms
+        segments, dead = [index.segment], index.dead
+        changed, self._all_known = _changed(index.messages)
+        texts = (self._texts(changed[:MAX_CHANGED_ROWS]) if changed else None) or []
+        self._changed = {number: key for number, (key, _) in enumerate(texts, -len(texts))}
+        if changed:
+            counts = here.words_of(self._pipeline_id, [text for _, text in texts], self._terms)
+            segments.append(counted(counts))
+            dead = merged_ids(dead, here.documents_of(self._pipeline_id, changed))
+        self._scores = Scores(segments, self._terms, dead)
+        # The key and the chunk number of each document of the index; None: the caller may not read it.
+        self._read: dict[int, tuple[str, int] | None] = {}
+        self._of_keys = self._scored(keys, index.documents)
+
+    def best(self, wanted: int) -> dict[str, tuple[int, float]]:
+        """So many rows that match best and fulfil the condition: the number of their best chunk, and its score."""
+        scores = self._scores
+        found: dict[str, tuple[int, float]] = {}
+        tried, limit, are_all_few = 0, wanted + SPARE_CANDIDATES, False
+        while len(found) < wanted and tried < len(scores.scores) and not are_all_few:
+            few = self._few_rows(tried * (wanted / max(1, len(found)) - 1)) if tried else None
+            if few is not None:
+                # Most candidates are not among the rows that match. These are fewer.
+                candidates, are_all_few = self._scored(few, self._here.documents_of(self._pipeline_id, few)), True
+                self._found.update(few)
+            else:
+                best = scores.best(limit)
+                candidates, tried, limit = best[tried:], len(best), 8 * limit
+            # One look for those of the rows that are known, too.
+            self._visible([*candidates, *self._of_keys])
+            passages = [one for one in self._visible(candidates) if one[0] not in found]
+            unknown = list(dict.fromkeys(key for key, _, _ in passages if key not in self._found))
+            if self._condition is not None and unknown:
+                matching = self._here.matching(f"{self._target['matching_query']}{self._condition}\n)", unknown)
+                passages = [one for one in passages if one[0] in self._found or one[0] in matching]
+            for key, number, score in passages:
+                found.setdefault(key, (number, score))
+        return dict(list(found.items())[:wanted])
+
+    def of_keys(self) -> dict[str, tuple[int, float]]:
+        """Those of the rows of keys that match: the number of their best chunk, and its score."""
+        found: dict[str, tuple[int, float]] = {}
+        for key, number, score in self._visible(self._of_keys):
+            found.setdefault(key, (number, score))
+        return found
+
+    def _texts(self, keys: Sequence[str]) -> list[tuple[str, str]] | None:
+        """The keys and present texts of rows, up to a limit; None: the texts are code of the table's owner."""
+        query = self._here.texts_query(self._pipeline_id)
+        return None if query is None else self._here.present_texts(query, keys, MAX_CHANGED_BYTES)
+
+    def _scored(self, keys: Sequence[str], documents: Sequence[int]) -> list[tuple[int, float]]:
+        """Those of these rows' documents that match, with their scores, best first."""
+        of_rows = set(keys)
+        changed = [document for document, key in self._changed.items() if key in of_rows]
+        return sorted(self._scores.of([*changed, *documents]).items(), key=lambda one: (-one[1], one[0]))
+
+    def _few_rows(self, candidates: float) -> list[str] | None:
+        """The keys of all rows that fulfil the condition and that the caller may read.
+
+        None: they are no fewer than these candidates, too many, or not known.
+        """
+        if not self._target["has_plain_keys"]:
+            return None
+        candidates = min(candidates, len(self._scores.scores), FEW_ROWS)
+        estimated = self._here.estimated_matches(self._target["table_id"], self._condition)
+        if estimated is None or estimated > candidates:
+            return None
+        keys = self._here.keys(f"{self._target['keys_query']}{self._condition or 'true'}\n) LIMIT {4 * FEW_ROWS}")
+        return keys if len(keys) < 4 * FEW_ROWS else None
+
+    def _visible(self, candidates: Sequence[tuple[int, float]]) -> list[tuple[str, int, float]]:
+        """Those of these documents that the caller may read: the key, the number of the chunk, and the score of each.
+
+        A text that has changed has no chunk: its number is 0.
+        """
+        unread = list(dict.fromkeys(one for one, _ in candidates if one >= 0 and one not in self._read))
+        self._read.update(dict.fromkeys(unread))
+        documents = self._here.documents(unread)
+        read = {document: one for document, one in documents.items() if one[0] in self._found}
+        others = [document for document in documents if document not in read]
+        if others:
+            keys, numbers = zip(*(documents[document] for document in others), strict=True)
+            visible = self._here.visible(self._target["visible_query"], keys, numbers)
+            read.update((others[place], (key, numbers[place])) for place, key in visible.items())
+        if not self._all_known:
+            matching = self._still_match(list({key for key, _ in read.values()}))
+            read = {document: one for document, one in read.items() if one[0] in matching}
+        self._read.update(read)
+        passages = [
+            ((self._changed[document], 0) if document < 0 else self._read[document], score)
+            for document, score in candidates
+        ]
+        return [(*passage, score) for passage, score in passages if passage is not None]
+
+    def _still_match(self, keys: Sequence[str]) -> set[str]:
+        """Those of these rows whose present texts have a word of the query. Too many have changed to know them all."""
+        texts = self._texts(keys)
+        if texts is None:
+            return set(keys)
+        counts = self._here.words_of(self._pipeline_id, [text for _, text in texts], self._terms)
+        return {key for (key, _), (_, terms) in zip(texts, counts, strict=True) if terms}
+
+
+def _changed(messages: Sequence[Any]) -> tuple[list[str], bool]:
+    """The keys in messages, and whether these are all that have changed."""
+    keys: dict[str, None] = {}
+    for number, message in enumerate(messages):
+        if number == MAX_OUTSTANDING_MESSAGES or len(keys) > MAX_OUTSTANDING_ROWS:
+            return list(keys), False
+        # A lane refuses messages that name no row.
+        with contextlib.suppress(ValueError):
+            keys.update(dict.fromkeys(address_of(message).keys))
+    return list(keys), True
