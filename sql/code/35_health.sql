@@ -277,6 +277,24 @@ BEGIN
         RETURN;
     END IF;
 
+    SELECT format('rule "%s" of table %s stands in the way of the embeddings', r.rulename, _vectors_table),
+           format('Drop it: DROP RULE %I ON %s;', r.rulename, _vectors_table),
+           'wrong_object_type'
+    INTO problem, hint, errcode
+    FROM pg_rewrite AS r
+    -- 2, 3 and 4 are UPDATE, INSERT and DELETE.
+    WHERE r.ev_class = _vectors_table AND r.ev_enabled <> 'D'
+      AND (r.ev_type = '2' OR pipeline.embeddings_table IS NOT NULL AND r.ev_type IN ('3', '4'))
+    ORDER BY r.rulename
+    LIMIT 1;
+    IF problem IS NOT NULL THEN
+        hint := hint || CASE
+            WHEN pipeline.embeddings_table IS NULL THEN
+                ' Or attach the table without an embedding column: embeddings beside the rows need no UPDATE of it.'
+            ELSE ''
+        END;
+        RETURN;
+    END IF;
     IF autoembed._clears(pipeline) AND EXISTS (
         SELECT FROM pg_attribute AS a
         WHERE a.attrelid = pipeline.table_id AND a.attname = pipeline.embedding_column

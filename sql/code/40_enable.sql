@@ -324,6 +324,13 @@ BEGIN
                 'Give the embeddings table another name: embeddings_table => %L.', _table.relname || '_vectors'
             );
     END IF;
+    IF NOT has_schema_privilege(_table.nspname, 'CREATE') THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'insufficient_privilege',
+            MESSAGE = format('role %I may not create the embeddings table %s', current_user, _full_name),
+            HINT = format('GRANT CREATE ON SCHEMA %I TO %I; or keep the embeddings in the rows: '
+                          'embedding_column => ''embedding''.', _table.nspname, current_user);
+    END IF;
     SELECT string_agg(concat(
         format('%I %s', a.attname, format_type(a.atttypid, a.atttypmod)),
         (SELECT format(' COLLATE %I.%I', n.nspname, l.collname)
@@ -855,6 +862,7 @@ CREATE OR REPLACE FUNCTION autoembed.disable(
 AS $plpgsql$
 DECLARE
     _pipeline autoembed.pipeline;
+    _ended text[] := '{}';
 BEGIN
     IF NOT EXISTS (
         SELECT FROM autoembed.pipeline AS p
@@ -874,6 +882,9 @@ BEGIN
         IF disable.drop AND _pipeline.embeddings_table IS NOT NULL THEN
             PERFORM autoembed._lock_table(_pipeline.embeddings_table, true);
         END IF;
+        _ended := _ended || coalesce(
+            _pipeline.embeddings_table::text, format('column "%s"', _pipeline.embedding_column)
+        );
         UPDATE autoembed.pipeline AS p SET ended = true WHERE p.id = _pipeline.id;
         IF disable.drop AND _pipeline.embeddings_table IS NOT NULL THEN
             EXECUTE format('DROP TABLE %s', _pipeline.embeddings_table);
@@ -881,6 +892,10 @@ BEGIN
             EXECUTE format('ALTER TABLE %s DROP COLUMN IF EXISTS %I', _pipeline.table_id, _pipeline.embedding_column);
         END IF;
     END LOOP;
+    IF cardinality(_ended) > 1 THEN
+        RAISE NOTICE 'table % had several embeddings, and all of them are %: %',
+            table_name, CASE WHEN disable.drop THEN 'dropped' ELSE 'detached' END, array_to_string(_ended, ', ');
+    END IF;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.disable IS

@@ -61,7 +61,8 @@ SELECT s.table_id::text AS table_name,
             WHEN e.stale > 0 AND b.pipeline_id IS NULL THEN NULL
             WHEN t.rows_per_second > 0 THEN
                 make_interval(secs => round(w.left / t.rows_per_second)::double precision)
-       END AS time_left
+       END AS time_left,
+       s.embeddings_table::text AS embeddings_table
 FROM autoembed._pipeline_state AS s
 -- The next lane ends a pipeline whose table was dropped.
 JOIN pg_class AS c ON c.oid = s.table_id
@@ -183,6 +184,8 @@ COMMENT ON COLUMN autoembed.status.percent_done IS
 COMMENT ON COLUMN autoembed.status.time_left IS
     'Time until no row waits, at the rate of the last five minutes, or since there is work. NULL if it cannot be '
     'estimated, or nothing works on stale rows.';
+COMMENT ON COLUMN autoembed.status.embeddings_table IS
+    'Table of the embeddings, if they are beside the rows. A table that has two sets has two of them.';
 
 CREATE OR REPLACE VIEW autoembed.progress WITH (security_barrier) AS
 SELECT l.pid,

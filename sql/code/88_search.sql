@@ -664,7 +664,7 @@ BEGIN
         RAISE NOTICE USING
             MESSAGE = pg_catalog.format('the rows are not reranked, because model "%s" gave no scores: %s',
                                         model, _answer.trouble),
-            HINT = 'SELECT * FROM autoembed.doctor() shows what to do.';
+            HINT = 'An administrator sees what to do: SELECT * FROM autoembed.doctor().';
         RETURN;
     END IF;
     SELECT pg_catalog.array_agg(o.rank ORDER BY o.number), pg_catalog.array_agg(o.score ORDER BY o.number)

@@ -593,6 +593,57 @@ def test_who_may_not_read_a_text_sees_none_of_its_chunks(
             connect(user=name).execute(f"SELECT {str(function[0]).split('(')[0]}(1, 0, 3, '')")
 
 
+def test_an_owner_who_may_not_create_a_table_there_is_told_so(
+    db: Connection, role: Callable[[str], str], connect: Callable[..., Connection]
+) -> None:
+    owner = role("owner")
+    db.execute(f"SELECT autoembed.grant_usage('{owner}'); CREATE SCHEMA app; GRANT USAGE ON SCHEMA app TO {owner}")
+    db.execute(f"CREATE TABLE app.notes (id int PRIMARY KEY, body text); ALTER TABLE app.notes OWNER TO {owner}")
+
+    with pytest.raises(psycopg.errors.InsufficientPrivilege) as refusal:
+        connect(user=owner).execute("SELECT autoembed.enable('app.notes', content_columns => '{body}')")
+
+    assert (
+        refusal.value.diag.message_primary == f"role {owner} may not create the embeddings table app.notes_embeddings"
+    )
+    assert f"GRANT CREATE ON SCHEMA app TO {owner}" in str(refusal.value.diag.message_hint)
+
+
+def test_a_rule_on_an_embeddings_table_stops_the_pipeline_and_one_on_the_table_does_not(pages: Connection) -> None:
+    pages.execute("CREATE RULE frozen AS ON UPDATE TO pages DO INSTEAD NOTHING")
+    pages.execute("INSERT INTO pages VALUES (1, 'one')")
+    process(pages)
+    assert texts_of_chunks(pages) == [(1, "one")]
+
+    pages.execute("CREATE RULE lost AS ON INSERT TO pages_embeddings DO INSTEAD NOTHING")
+    pages.execute("INSERT INTO pages VALUES (2, 'two')")
+    process(pages)
+    row = pages.execute("SELECT state, reason, embeddings_table FROM autoembed.status").fetchone()
+    assert row is not None
+    reason = 'rule "lost" of table public.pages_embeddings stands in the way of the embeddings'
+    assert (row.state, row.reason, row.embeddings_table) == (
+        "stopped",
+        reason,
+        "pages_embeddings",
+    )
+
+    pages.execute("DROP RULE lost ON pages_embeddings")
+    process(pages)
+    assert texts_of_chunks(pages) == [(1, "one"), (2, "two")]
+
+
+@pytest.mark.parametrize(("drop", "what"), [(False, "detached"), (True, "dropped")])
+def test_the_end_of_several_sets_is_told(pages: Connection, drop: bool, what: str) -> None:
+    pages.execute("SELECT autoembed.enable('pages', content_columns => '{body}', embeddings_table => 'others')")
+    notices: list[str] = []
+    pages.add_notice_handler(lambda notice: notices.append(notice.message_primary or ""))
+
+    pages.execute("SELECT autoembed.disable('pages', drop => %s)", [drop])
+
+    names = "public.pages_embeddings, public.others"
+    assert notices == [f"table public.pages had several embeddings, and all of them are {what}: {names}"]
+
+
 def test_no_code_of_the_owner_runs_for_a_reader_of_chunks(pages: Connection) -> None:
     pages.execute("CREATE FUNCTION said(p pages) RETURNS text LANGUAGE sql STABLE AS 'SELECT p.body'")
     pages.execute("SELECT autoembed.enable('pages', content_function => 'said', embeddings_table => 'others')")

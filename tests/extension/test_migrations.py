@@ -289,6 +289,12 @@ STOPPED = {
         "ALTER TABLE public.t ALTER COLUMN embedding TYPE halfvec(8) USING NULL",
         TEXT,
     ),
+    "a rule replaces UPDATE": (
+        "CREATE RULE frozen AS ON UPDATE TO t WHERE old.c < 0 DO INSTEAD NOTHING",
+        'rule "frozen" of table public.t stands in the way of the embeddings',
+        "DROP RULE frozen ON public.t",
+        TEXT,
+    ),
     "the content function is dropped": (
         f"{F}; SELECT autoembed.alter_pipeline('t', content_function => 'f'); DROP FUNCTION f",
         'there is no function "f" of one row of public.t',
