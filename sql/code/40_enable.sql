@@ -83,7 +83,12 @@ CREATE OR REPLACE FUNCTION autoembed._check_template(argument text, template tex
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    IF template IS NOT NULL AND (
+    IF octet_length(template) > 5000 THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'program_limit_exceeded',
+            MESSAGE = format('%s has %s bytes, and may have 5000', argument, octet_length(template)),
+            HINT = 'Give long texts by a content_function.';
+    ELSIF template IS NOT NULL AND (
         NOT EXISTS (SELECT FROM autoembed._template(template) AS t WHERE t.column_name IS NOT NULL)
         OR regexp_replace(template, '[{][{]|[}][}]|[{][^{}]+[}]', '', 'g') ~ '[{}]'
     ) THEN
@@ -204,6 +209,12 @@ BEGIN
     objects := '{}';
     IF condition IS NULL THEN
         RETURN;
+    ELSIF octet_length(condition) > 50000 THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'program_limit_exceeded',
+            MESSAGE = format('the condition for table %s has %s bytes, and may have 50000',
+                             table_name, octet_length(condition)),
+            HINT = 'Put what it says into a function or a column.';
     END IF;
     -- PostgreSQL parses the expression as a constraint of an empty copy, and prints it with every name in full.
     EXECUTE format('CREATE TEMP TABLE autoembed_condition (LIKE %s)', table_name);

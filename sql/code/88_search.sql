@@ -1153,6 +1153,13 @@ BEGIN
         format('The rows of %s that are nearest to a vector, with the rights of the caller. '
                'Made by autoembed.create_match_function().', table_name)
     );
+    -- A superuser leaves nothing of its own in the schema of somebody else.
+    IF (SELECT r.rolsuper FROM pg_roles AS r WHERE r.rolname = current_user) THEN
+        EXECUTE format(
+            'ALTER FUNCTION %s OWNER TO %I', _made.signature,
+            (SELECT pg_get_userbyid(c.relowner) FROM pg_class AS c WHERE c.oid = create_match_function.table_name)
+        );
+    END IF;
     RETURN _made.signature::regprocedure;
 END;
 $plpgsql$;

@@ -114,6 +114,17 @@ COMMENT ON COLUMN autoembed.pipeline.chunk_prefix IS
 COMMENT ON COLUMN autoembed.pipeline.binary_index IS
     'Whether the index that create_index builds has one bit for each dimension.';
 
+-- Lanes read a definition in each pass, and nothing interrupts that. Older definitions are not looked at: none keeps a
+-- database from its update.
+ALTER TABLE autoembed.pipeline ADD CONSTRAINT pipeline_definition_is_short CHECK (
+    octet_length(content_template) <= 5000
+    AND octet_length(chunk_prefix) <= 5000
+    AND cardinality(content_columns) <= 1600
+    AND octet_length(condition) <= 100000
+    AND octet_length(condition_columns::text) <= 100000
+    AND octet_length(condition_objects::text) <= 100000
+) NOT VALID;
+
 SELECT pg_catalog.pg_extension_config_dump('autoembed.pipeline', '');
 SELECT pg_catalog.pg_extension_config_dump('autoembed.pipeline_id_seq', '');
 

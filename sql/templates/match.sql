@@ -1,6 +1,7 @@
--- Finds the nearest rows of a table for a vector. Belongs to who made it, and runs with the rights of the caller. A
--- caller needs no right in the schema autoembed, so nothing of it is used here. The settings of pgvector are no clause
--- of the function: where pgvector is not loaded, as in a restore, only a superuser may write such a clause.
+-- Finds the nearest rows of a table for a vector. Belongs to who made it, or to the owner of the table if that was a
+-- superuser, and runs with the rights of the caller. A caller needs no right in the schema autoembed, so nothing of it
+-- is used here. The settings of pgvector are no clause of the function: where pgvector is not loaded, as in a restore,
+-- only a superuser may write such a clause.
 CREATE OR REPLACE FUNCTION {{function}}(
     query_embedding {{vector}},
     match_count pg_catalog.int4 DEFAULT 10,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psycopg
 import pytest
 
 from extension.hostile.tenants import Tenant, stays_fresh, waiting_of
@@ -91,3 +92,36 @@ def test_a_merge_of_text_indexes_is_small(db: Connection, mallory: Tenant) -> No
         " SELECT pid, backend_start, true FROM pg_stat_activity WHERE pid = pg_backend_pid()"
     )
     assert db.execute(f"{merge} FROM autoembed._segments_to_merge(false, 200000)").fetchone() == (None, None)
+
+
+# Definitions that lanes would look at for seconds in each pass: what an owner writes, and by enable().
+LONG = {
+    "template": "content_columns = NULL, content_template = repeat('{content}', 100000)",
+    "prefix": "chunk_prefix = repeat('{content}', 100000)",
+    "columns": "content_columns = array_fill('content'::name, ARRAY[20000])",
+    "condition": "condition = repeat('id > 0 AND ', 100000) || 'true'",
+    "columns of the condition": "condition_columns = (SELECT jsonb_object_agg(n, 'id') FROM generate_series(1, 9999) n)",
+    "objects of the condition": "condition_objects = (SELECT jsonb_object_agg(n, '{}') FROM generate_series(1, 9999) n)",
+}
+LONG_ARGUMENTS = {
+    "content_template": "repeat('{content}', 100000)",
+    "chunk_prefix": "repeat('{content}', 100000)",
+    "condition": "repeat('id > 0 AND ', 100000) || 'true'",
+}
+
+
+@pytest.mark.parametrize("part", LONG)
+def test_a_definition_that_is_too_long_is_refused(mallory: Tenant, part: str) -> None:
+    mallory.run("CREATE TABLE notes (id int PRIMARY KEY, content text)", ENABLE)
+
+    with pytest.raises(psycopg.errors.CheckViolation):
+        mallory.run("UPDATE autoembed.pipeline SET " + LONG[part])
+
+
+@pytest.mark.parametrize("argument", LONG_ARGUMENTS)
+def test_an_argument_that_is_too_long_is_named(mallory: Tenant, argument: str) -> None:
+    mallory.run("CREATE TABLE notes (id int PRIMARY KEY, content text)", ENABLE)
+    own = "content_columns => NULL, " if argument == "content_template" else ""
+
+    with pytest.raises(psycopg.errors.ProgramLimitExceeded, match=argument):
+        mallory.run(f"SELECT autoembed.alter_pipeline('notes', {own}{argument} => {LONG_ARGUMENTS[argument]})")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import psycopg
 import pytest
 
 from extension.hostile.tenants import (
@@ -476,3 +477,24 @@ def test_a_literal_in_a_condition_is_read_as_the_owner(db: Connection, mallory: 
         db.execute(statement.encode(), [f"{mallory.name}.notes", condition])
 
     assert_nothing_gained(db, mallory)
+
+
+@pytest.mark.parametrize("first", ["nobody", "the owner"])
+def test_a_match_function_that_a_superuser_makes_is_the_owners_and_runs_as_its_caller(
+    db: Connection, mallory: Tenant, bob: Tenant, first: str
+) -> None:
+    make = f"SELECT autoembed.create_match_function('{mallory.name}.notes')"
+    mallory.run(NOTES, ENABLE_COLUMNS, "INSERT INTO notes VALUES (1, 'a note')")
+    mallory.run(f"GRANT USAGE ON SCHEMA {{me}} TO {bob.name}")
+    db.execute("SELECT autoembed.process()")
+    if first == "the owner":
+        mallory.run(make)
+    db.execute(make)
+
+    made = "SELECT proowner::regrole::text, prosecdef FROM pg_proc WHERE proname = 'match_notes'"
+    assert db.execute(made).fetchall() == [(mallory.name, False)]
+    match = f"SELECT id FROM {mallory.name}.match_notes('[1,1,1,1,1,1,1,1]')"
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        bob.session.execute(match)
+    mallory.run(f"GRANT SELECT ON notes TO {bob.name}")
+    assert bob.session.execute(match).fetchall() == [(1,)]
