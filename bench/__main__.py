@@ -50,10 +50,11 @@ SCENARIOS: dict[str, Callable[..., Measured]] = {
     "fresh-backlog": scenarios.fresh_behind_a_backlog,
     "neighbours": scenarios.fresh_beside_a_neighbour,
     "cost": scenarios.cost,
+    "beside": scenarios.beside,
     "idle": scenarios.idle,
 }
 # The index would be the wall, or is of other dimensions.
-WITHOUT_INDEX = ("drain-no-index", "backfill", "local-model", "search", "chunking", "quality", "recall")
+WITHOUT_INDEX = ("drain-no-index", "backfill", "local-model", "search", "chunking", "quality", "recall", "beside")
 
 Measurement = Callable[[Server, Connection], Measured]
 
@@ -123,7 +124,7 @@ def _is_of_use(scenario: str, system: System) -> bool:
         return False
     if scenario in ("local-model", "quality") or system.settings == "local":
         return scenario in ("local-model", "search", "quality") and system.settings == "local"
-    if scenario in ("backfill", "search", "recall"):
+    if scenario in ("backfill", "search", "recall", "beside"):
         return system.name == "autoembed" and system.settings == "defaults"
     if scenario == "drain-no-index" and system.name != "autoembed":
         return system.settings == "best"  # a rival's defaults are its speed, with an index or without

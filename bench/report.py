@@ -75,6 +75,16 @@ COST: Columns = {
     "UPDATE of other columns, all rows, ×": ("update_other_ratio", 1),
     "row by row, ×": ("update_other_single_ratio", 1),
 }
+BESIDE: Columns = {
+    "UPDATE of another column, 1,000 rows, ×": ("update_beside_ratio", 1),
+    "vectors in the rows": ("update_in_rows_ratio", 1),
+    "row by row, ×": ("single_beside_ratio", 1),
+    "in the rows": ("single_in_rows_ratio", 1),
+    "rows/s without an index": ("fill_beside_rows_per_second", 1),
+    "rows/s in the rows": ("fill_in_rows_rows_per_second", 1),
+    "the table grows, %": ("beside_growth", 100),
+    "the table in the rows, %": ("in_rows_growth", 100),
+}
 BACKFILL: Columns = {
     "rows/s": ("rows_per_second", 1),
     "at the end × at the start": ("end_over_start", 1),
@@ -157,6 +167,7 @@ TABLES: list[tuple[str, str, Columns]] = [
     ("Freshness: behind an INSERT of {backfill_rows} rows", "fresh-backlog", FRESHNESS),
     ("Freshness: a tenant beside a hostile one", "neighbours", NEIGHBOURS),
     ("Cost to the application", "cost", COST),
+    ("Vectors beside the rows, and in them, with an HNSW index: × a plain table", "beside", BESIDE),
     ("Nothing to do", "idle", IDLE),
 ]
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
+from bench import beside as vectors_beside
 from bench import chunking, documents, limit, measure, neighbours
 from bench import quality as search_quality
 from bench import recall as search_recall
@@ -240,6 +241,11 @@ def fresh_beside_a_neighbour(server: Server, db: Connection, attack: str, sizes:
             lost = set(pids) - set(lanes.pids())
     figures = {f"alone_{name}": value for name, value in _freshness(db, alone, sizes).items()}
     return Measured({**_freshness(db, beside, sizes), **figures, "lanes_lost": len(lost)})
+
+
+def beside(server: Server, db: Connection, system: Autoembed, sizes: Sizes) -> Measured:
+    """What vectors beside the rows cost the application, and vectors in them."""
+    return Measured(vectors_beside.measure(server, db, system, sizes.rows_without_index, sizes.rows))
 
 
 def quality(server: Server, db: Connection, system: Autoembed, sizes: Sizes) -> Measured:
