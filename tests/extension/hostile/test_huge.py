@@ -95,13 +95,14 @@ def test_a_merge_of_text_indexes_is_small(db: Connection, mallory: Tenant) -> No
 
 
 # Definitions that lanes would look at for seconds in each pass: what an owner writes, and by enable().
+MANY = "(SELECT jsonb_object_agg(n, 'a column') FROM generate_series(1, 9999) AS n)"
 LONG = {
     "template": "content_columns = NULL, content_template = repeat('{content}', 100000)",
     "prefix": "chunk_prefix = repeat('{content}', 100000)",
     "columns": "content_columns = array_fill('content'::name, ARRAY[20000])",
     "condition": "condition = repeat('id > 0 AND ', 100000) || 'true'",
-    "columns of the condition": "condition_columns = (SELECT jsonb_object_agg(n, 'id') FROM generate_series(1, 9999) n)",
-    "objects of the condition": "condition_objects = (SELECT jsonb_object_agg(n, '{}') FROM generate_series(1, 9999) n)",
+    "columns of the condition": f"condition_columns = {MANY}",
+    "objects of the condition": f"condition_objects = {MANY}",
 }
 LONG_ARGUMENTS = {
     "content_template": "repeat('{content}', 100000)",
