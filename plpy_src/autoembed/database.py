@@ -41,7 +41,6 @@ from autoembed.records import (
     Row,
     Written,
     digest_of_chunks,
-    sha256_of,
 )
 from autoembed.restricted import Run, as_role, available, interrupt_is_pending, restricted
 from autoembed.statistics import Reporter
@@ -67,12 +66,13 @@ LOCK_TIMEOUT_MILLISECONDS = 500
 CHECK_SECONDS = 1.0
 # A wait looks for a cancel so often, in seconds.
 SLICE_SECONDS = 0.1
-# The types of the arguments that describe chunks: prefixes, counts, keys, numbers, starts, ends, digests.
+# The types of the arguments that describe chunks: prefixes, versions, first and last numbers of rows; keys, numbers,
+# sources, starts, ends, digests.
 CHUNK_COLUMNS = [
+    *["pg_catalog.text[]"] * 2,
+    *["pg_catalog.int4[]"] * 2,
     "pg_catalog.text[]",
-    "pg_catalog.int4[]",
-    "pg_catalog.text[]",
-    *["pg_catalog.int4[]"] * 3,
+    *["pg_catalog.int4[]"] * 4,
     "pg_catalog.bytea[]",
 ]
 
@@ -695,38 +695,43 @@ class Database:
         self,
         pipeline: Pipeline,
         keys: Sequence[str],
-        contents: Sequence[str | None],
+        text_digests: Sequence[bytes | None],
         prefixes: Sequence[str],
         chunks: Sequence[Sequence[Chunk]],
         vectors: np.ndarray | None,
+        *,
+        version: str | None = None,
+        numbers: range | None = None,
+        is_last: bool = True,
     ) -> dict[str, Written]:
         """The same where embeddings are beside the rows. vectors: those of the chunks that are not kept, in order.
 
-        prefixes: what the chunks of each row are embedded behind.
+        text_digests: SHA-256 of the texts. prefixes: what the chunks of each row are embedded behind.
+        version: the only row is known to have its text in this version. numbers: its chunks then have these; None: the
+        chunks of each row count from 1. is_last: no further part of its chunks is to come.
 
         A row without chunks loses its embeddings.
         """
-        numbered = [
-            (key, number, chunk)
-            for key, of_key in zip(keys, chunks, strict=True)
-            for number, chunk in enumerate(of_key, 1)
-        ]
+        described = [(key, chunk) for key, of_key in zip(keys, chunks, strict=True) for chunk in of_key]
         # The array of vectors ends where those begin that the row keeps.
-        numbered.sort(key=lambda one: one[2].is_kept)
+        described.sort(key=lambda one: one[1].is_kept)
+        all_numbers = [range(1, len(of_key) + 1) if numbers is None else numbers for of_key in chunks]
         columns: list[list[Any] | None] = [
             [prefix or None for prefix in prefixes] if any(prefixes) else None,
-            [len(of_key) for of_key in chunks],
-            [key for key, _, _ in numbered],
-            [number for _, number, _ in numbered],
-            [chunk.start for _, _, chunk in numbered],
-            [chunk.end for _, _, chunk in numbered],
-            [chunk.digest for _, _, chunk in numbered],
+            None if version is None else [version],
+            [own.start for own in all_numbers] if is_last else None,
+            [own.stop - 1 for own in all_numbers] if is_last else None,
+            [key for key, _ in described],
+            [chunk.number for _, chunk in described],
+            [chunk.source for _, chunk in described],
+            [chunk.start for _, chunk in described],
+            [chunk.end for _, chunk in described],
+            [chunk.digest for _, chunk in described],
         ]
         new: np.ndarray | list[None] = [] if vectors is None or not len(vectors) else vectors
-        texts = [None if content is None else sha256_of(content) for content in contents]
-        rows = self._write(pipeline, keys, texts, CHUNK_COLUMNS, columns, new)
+        rows = self._write(pipeline, keys, text_digests, CHUNK_COLUMNS, columns, new)
         digests = {key: digest_of_chunks([one.digest for one in own]) for key, own in zip(keys, chunks, strict=True)}
-        return {row["key"]: Written(row["outcome"], digests[row["key"]]) for row in rows}
+        return {row["key"]: Written(row["outcome"], digests[row["key"]], row["version"]) for row in rows}
 
     def _write(
         self,
@@ -793,14 +798,23 @@ class Database:
                 ],
             )
 
-    def paid_chunks(self, pipeline: Pipeline, key: str) -> dict[bytes, np.ndarray]:
-        """The vectors that are kept of a row, by the digests of their chunks."""
+    def paid_chunks(self, pipeline: Pipeline, key: str) -> set[bytes]:
+        """The digests of the chunks of a row whose vectors are kept."""
+        rows = self._run(
+            "SELECT c.digest FROM autoembed._paid_chunks($1, $2) AS c(digest)",
+            ["pg_catalog.int4", "pg_catalog.text"],
+            [pipeline.id, key],
+        )
+        return {row["digest"] for row in rows}
+
+    def paid_vectors(self, pipeline: Pipeline, key: str, digests: Sequence[bytes]) -> dict[bytes, np.ndarray]:
+        """The vectors that are kept of these chunks of a row, by their digests."""
         import numpy as np
 
         rows = self._run(
-            "SELECT c.digest, c.vector FROM autoembed._paid_chunks($1, $2) AS c",
-            ["pg_catalog.int4", "pg_catalog.text"],
-            [pipeline.id, key],
+            "SELECT c.digest, c.vector FROM autoembed._paid_vectors($1, $2, $3) AS c",
+            ["pg_catalog.int4", "pg_catalog.text", "pg_catalog.bytea[]"],
+            [pipeline.id, key, list(digests)],
         )
         return {row["digest"]: np.frombuffer(row["vector"], "<f4") for row in rows}
 
@@ -1373,7 +1387,14 @@ def _row(row: dict[str, Any]) -> Row:
     if "digests" not in row:
         return Row(row["content"], row["vector_digest"], row["bytes"] or 0, is_locked=bool(row["is_locked"]))
     digests = row["digests"] or ()
-    return Row(row["content"], digest_of_chunks(digests), row["bytes"] or 0, digests, prefix=row["prefix"] or "")
+    return Row(
+        row["content"],
+        digest_of_chunks(digests),
+        row["bytes"] or 0,
+        digests,
+        row["numbers"] or (),
+        prefix=row["prefix"] or "",
+    )
 
 
 def _body(message: str | None) -> Any:

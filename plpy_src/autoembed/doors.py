@@ -26,7 +26,7 @@ from autoembed.providers import counter_of, most_tokens_of, provider_of, sizes_o
 from autoembed.quality import quality_of, summary
 from autoembed.query_models import answers, stop_answering
 from autoembed.query_server import QueryServer
-from autoembed.records import Backfill, Chunk, Known, Pipeline, Row
+from autoembed.records import Backfill, Chunk, Known, Pipeline, Row, sha256_of
 from autoembed.rows import READ_BYTES
 from autoembed.search import MAX_QUERY_CHARACTERS, Hit, Search
 
@@ -255,7 +255,7 @@ def _copy(
         return
     vectors = np.array([json.loads(found[key]["vector"]) for key in keys], np.float32)
     if pipeline.is_beside:
-        outcomes = here.write_chunks(pipeline, keys, contents, [""] * len(keys), chunks, vectors)
+        outcomes = here.write_chunks(pipeline, keys, [*map(sha256_of, contents)], [""] * len(keys), chunks, vectors)
     else:
         outcomes = here.write(pipeline, keys, contents, vectors)
     written = [place for place, key in enumerate(keys) if outcomes[key].outcome == "written"]

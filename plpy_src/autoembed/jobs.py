@@ -120,6 +120,8 @@ class Job:
     """One row to embed, as claimed by one or more messages.
 
     chunks: those of the text, where embeddings are beside the rows. wanted: those that have no vector yet, by text.
+    is_long: their vectors gather in the database, and they are written in parts. unsent: those that are not asked for
+    yet, one of each digest, the last one first.
     parts: where the pieces of an owner's function start and end, and ranges: chunks, once that is known.
     """
 
@@ -134,6 +136,8 @@ class Job:
     outcome: Outcome | None = None
     chunks: list[Chunk] = field(default_factory=list)
     wanted: dict[str, list[Chunk]] = field(default_factory=dict)
+    is_long: bool = False
+    unsent: list[Chunk] = field(default_factory=list)
     parts: list[tuple[int, int]] | None = None
     ranges: list[tuple[int, int]] | None = None
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Any
 
 from autoembed.model import Model, add_text
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 MAX_TEXT_BYTES = 64 << 20
 # An owner's function cuts a text into no more pieces.
 MAX_PIECES = 100_000
+# A text may begin with many equal chunks. So many of them may be the first one of those that were written.
+TRIED_PLACES = 100
 # So many times within an hour, a vector that somebody else has replaced is made again at once.
 FREE_REPLACEMENTS = 5
 # After that the waits double, up to this, in seconds.
@@ -105,15 +109,22 @@ class Row:
     """A row as it is now: its text, the digest of its vector (None: it has no vector), and the size of the text.
 
     A text of more than MAX_TEXT_BYTES is not read: it is None then. is_locked: another session has locked the row.
-    digests: those of the chunks that have an embedding beside the row. prefix: what its chunks are embedded behind.
+    digests, numbers: those of the chunks that have an embedding beside the row. prefix: what its chunks are embedded
+    behind.
     """
 
     content: str | None
     vector_digest: bytes | None
     size: int = 0
-    digests: Collection[bytes] = ()
+    digests: Sequence[bytes] = ()
+    numbers: Sequence[int] = ()
     is_locked: bool = False
     prefix: str = ""
+
+    @cached_property
+    def text_digest(self) -> bytes | None:
+        """SHA-256 of the text."""
+        return None if self.content is None else sha256_of(self.content)
 
 
 @dataclass(frozen=True)
@@ -145,10 +156,14 @@ class Known:
 
 @dataclass(frozen=True)
 class Written:
-    """The outcome of a row's write: written, changed, skipped (by a trigger), locked or gone; and its vector."""
+    """The outcome of a row's write: written, changed, skipped (by a trigger), locked or gone; and its vector.
+
+    version: that of the row, beside which the vectors were written.
+    """
 
     outcome: str
     vector_digest: bytes | None = None
+    version: str | None = None
 
 
 def digest_of_chunks(digests: Iterable[bytes]) -> bytes | None:
@@ -164,11 +179,12 @@ def sha256_of(text: str) -> bytes:
     return digest.digest()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Chunk:
     """A part of a row's text, from its first character to the one behind its last. digest: of the model and the part.
 
-    vector: (dimensions,) float32; None: not known yet, or in the row's embeddings already (is_kept).
+    vector: (dimensions,) float32; None: not known yet, or in the row's embeddings already (is_kept). number: that of
+    the chunk in the row, and source: that of the one from which a kept vector comes.
     """
 
     start: int
@@ -176,3 +192,23 @@ class Chunk:
     digest: bytes
     is_kept: bool = False
     vector: np.ndarray | None = None
+    number: int = 1
+    source: int | None = None
+
+
+def first_number(row: Row, digests: Sequence[bytes], most: int) -> int:
+    """The number that the first chunk of a long text gets, if its chunks are written in parts.
+
+    Few chunks (at most so many) take the places of others. More get new numbers, so that those that the row has stay
+    until the last part is there. A lane that goes on finds the chunks that were written as the last ones of the row.
+    """
+    old = list(row.digests)
+    if not old:
+        return 1
+    if sum(one != other for one, other in zip_longest(old, digests)) <= most:
+        return row.numbers[0]
+    begun = (place for place, digest in enumerate(old) if digest == digests[0])
+    for place in islice(begun, TRIED_PLACES):
+        if old[place:] == list(digests[: len(old) - place]):
+            return row.numbers[place]
+    return row.numbers[-1] + 1

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from autoembed.cutting import Cutter, limit_of
 from autoembed.errors import Fault, PassEnded, RowError
 from autoembed.jobs import CHANGES, MAX_ATTEMPTS, REFUSED, Job, Ledger
 from autoembed.providers import COMPUTED_HERE, most_tokens_of
-from autoembed.records import MAX_TEXT_BYTES, Chunk
+from autoembed.records import MAX_TEXT_BYTES, Chunk, Written, digest_of_chunks, first_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,8 +31,12 @@ READ_BYTES = 8 << 20
 OWNER_READ_BYTES = 1 << 20
 # A text of more characters is cut into chunks in a thread: that takes a second for a million of them.
 LONG_CHARACTERS = 50_000
-# The vectors of a text with so many chunks are kept as they come: its lane may end before it has them all.
+# A text with so many chunks without vectors is embedded and written in parts.
 KEPT_CHUNKS = 300
+# The texts of the parts of a row that are asked for at a time.
+SENT_CHUNKS = 400
+# The most chunks of a long text in one statement.
+MAX_STATEMENT_CHUNKS = 500
 # The rows of one statement are this many at first, and at most.
 FIRST_STATEMENT_ROWS = 100
 MAX_STATEMENT_ROWS = 2000
@@ -138,7 +142,8 @@ class Owners:
     def __init__(self, *, lasts: bool = True) -> None:
         self.lasts = lasts
         self._spent: dict[int, float] = defaultdict(float)
-        self._rows: dict[int, int] = {}
+        # By pipeline, and whether parts of one row are counted instead of rows.
+        self._rows: dict[tuple[int, bool], int] = {}
         self._seconds: dict[int, float] = defaultdict(float)
         self._table_seconds: dict[int, float] = defaultdict(float)
         self._take_vectors: set[int] = set()
@@ -174,21 +179,21 @@ class Owners:
         """Whether the owner's code may run on in this claim, whichever table it belongs to."""
         return self._spent[pipeline.owner] <= self.share_seconds
 
-    def statement_rows(self, pipeline: Pipeline) -> int:
-        """The number of rows to read or write in one statement."""
-        return self._rows.get(pipeline.id, FIRST_STATEMENT_ROWS)
+    def statement_rows(self, pipeline: Pipeline, *, chunks: bool = False) -> int:
+        """The number of rows to read or write in one statement. chunks: of chunks of one row."""
+        return self._rows.get((pipeline.id, chunks), FIRST_STATEMENT_ROWS)
 
-    def failed(self, pipeline: Pipeline, rows: int) -> None:
+    def failed(self, pipeline: Pipeline, rows: int, *, chunks: bool = False) -> None:
         """Takes note of a statement of so many rows that ran too long, or failed for one of them."""
-        self._rows[pipeline.id] = max(1, rows // 4)
+        self._rows[pipeline.id, chunks] = max(1, rows // 4)
 
-    def took(self, pipeline: Pipeline, rows: int, seconds: float) -> None:
+    def took(self, pipeline: Pipeline, rows: int, seconds: float, *, chunks: bool = False) -> None:
         """Takes note of a statement of so many rows."""
         share = self.share_seconds
         if seconds > share:
-            self._rows[pipeline.id] = max(1, int(rows * share / seconds))
-        elif rows >= self.statement_rows(pipeline) and seconds < share / 4:
-            self._rows[pipeline.id] = min(2 * rows, MAX_STATEMENT_ROWS)
+            self._rows[pipeline.id, chunks] = max(1, int(rows * share / seconds))
+        elif rows >= self.statement_rows(pipeline, chunks=chunks) and seconds < share / 4:
+            self._rows[pipeline.id, chunks] = min(2 * rows, MAX_STATEMENT_CHUNKS if chunks else MAX_STATEMENT_ROWS)
 
     def take_vectors(self, pipeline: Pipeline) -> bool:
         """Whether rows took their vectors, and none refused one since."""
@@ -214,6 +219,7 @@ class Write:
     """Vectors that are to be written; None: NULLs.
 
     due_at, until: for rows that were locked, when the next try is due, and when the last one was.
+    left: the chunks of a long text that are still to be written. version: that of its row, once a part was written.
     """
 
     pipeline: Pipeline
@@ -221,12 +227,14 @@ class Write:
     vectors: np.ndarray | None
     due_at: float = 0.0
     until: float | None = None
+    left: list[Chunk] = field(default_factory=list)
+    version: str | None = None
 
     def part(self, indexes: Sequence[int]) -> Write:
         """The same for some of the rows, with their vectors."""
         jobs = [self.jobs[i] for i in indexes]
         if self.vectors is None:
-            return Write(self.pipeline, jobs, None, self.due_at, self.until)
+            return replace(self, jobs=jobs)
         ends = list(accumulate(job.vector_count for job in self.jobs))
         chosen = [n for i in indexes for n in range(ends[i] - self.jobs[i].vector_count, ends[i])]
         return Write(self.pipeline, jobs, self.vectors[chosen], self.due_at, self.until)
@@ -447,7 +455,7 @@ class Rows:
             limit = most_tokens_of(job.pipeline.model)
             self._ledger.fail(job, f"the text has more than the {limit} tokens that the model takes")
 
-    def _cut(self, pipeline: Pipeline, job: Job, kept: Collection[bytes]) -> list[str]:
+    def _cut(self, pipeline: Pipeline, job: Job, kept: Sequence[bytes]) -> list[str]:
         """Cuts the text of a row into chunks. Returns the texts of those that have no vector yet.
 
         kept: the digests of the chunks whose vectors are good.
@@ -455,25 +463,44 @@ class Rows:
         content = job.content or ""
         ranges = job.ranges or self._cutter.ranges(pipeline, content, job.parts, job.prefix)
         job.truncated = pipeline.chunking == NONE and ranges[-1][1] < len(content)
-        kept = frozenset(kept)
-        paid = self._database.paid_chunks(pipeline, job.key) if len(ranges) >= KEPT_CHUNKS else {}
-        job.chunks, job.wanted = [], defaultdict(list)
-        for start, end in ranges:
-            text = job.prefix + content[start:end]
-            chunk = Chunk(start, end, pipeline.model.chunk_digest(text))
-            chunk.is_kept = chunk.digest in kept
+        sources = dict(zip(kept, job.row.numbers, strict=False)) if job.row else {}
+        job.chunks = []
+        job.ranges = None
+        for number, (start, end) in enumerate(ranges, 1):
+            chunk = Chunk(start, end, pipeline.model.chunk_digest(job.prefix + content[start:end]), number=number)
+            chunk.source = sources.get(chunk.digest)
+            chunk.is_kept = chunk.source is not None
             job.chunks.append(chunk)
-            if not chunk.is_kept:
-                chunk.vector = paid.get(chunk.digest)
-                if chunk.vector is None:
-                    job.wanted[text].append(chunk)
+        new = [chunk for chunk in job.chunks if not chunk.is_kept]
+        job.is_long = len(new) >= KEPT_CHUNKS
+        job.wanted = defaultdict(list)
+        if job.is_long:
+            paid = self._database.paid_chunks(pipeline, job.key)
+            unpaid = {chunk.digest: chunk for chunk in reversed(new) if chunk.digest not in paid}
+            job.unsent = list(unpaid.values())
+            return self.next_texts(job)
+        for chunk in new:
+            job.wanted[job.prefix + content[chunk.start : chunk.end]].append(chunk)
         return list(job.wanted)
 
+    def next_texts(self, job: Job) -> list[str]:
+        """The next texts to send for a long text. A part of its chunks is under way at a time."""
+        texts = []
+        content = job.content or ""
+        while job.unsent and len(job.wanted) < SENT_CHUNKS:
+            chunk = job.unsent.pop()
+            texts.append(job.prefix + content[chunk.start : chunk.end])
+            job.wanted[texts[-1]].append(chunk)
+        return texts
+
     def keep(self, job: Job, chunks: Sequence[Chunk]) -> None:
-        """Keeps vectors of a long text that has not all of them yet. Without that, a lane that ends loses them."""
-        if len(job.chunks) >= KEPT_CHUNKS:
-            with suppress(RowError):
-                self._database.pay_chunks(job.pipeline, job.key, chunks)
+        """Keeps vectors of a long text in the database until the row is written. A lane that goes on finds them."""
+        try:
+            self._database.pay_chunks(job.pipeline, job.key, chunks)
+        except RowError as error:
+            self.retry_or_fail(job, error)
+        for chunk in chunks:
+            chunk.vector = None
 
     def writable(self, pipeline: Pipeline, chosen: list[tuple[Job, str]]) -> list[tuple[Job, str]]:
         """Those of the rows to send that would take their vectors, as far as that is in doubt.
@@ -545,10 +572,14 @@ class Rows:
         """Writes the chunks of rows that have all their vectors."""
         import numpy as np
 
+        for job in jobs:
+            if job.is_long:
+                self._writes.append(Write(pipeline, [job], None, left=self._in_order(job)))
+        jobs = [job for job in jobs if not job.is_long]
+        if not jobs:
+            return
         vectors = [chunk.vector for job in jobs for chunk in job.chunks if chunk.vector is not None]
         together = np.stack(vectors) if vectors else np.empty((0, pipeline.model.dimensions), np.float32)
-        # The vectors of a long text are not held twice.
-        del vectors
         for job in jobs:
             for chunk in job.chunks:
                 chunk.vector = None
@@ -580,6 +611,10 @@ class Rows:
 
     def _write_part(self, write: Write) -> None:
         """Writes as many rows as one statement takes. The others stay."""
+        if write.left:
+            with self._clock(write.pipeline):
+                self._write_chunks(write)
+            return
         count = self._statement_rows(write.pipeline, write.jobs)
         if len(write.jobs) > count:
             self._writes.append(write.part(range(count, len(write.jobs))))
@@ -592,13 +627,14 @@ class Rows:
         pipeline, jobs, vectors = write.pipeline, write.jobs, write.vectors
         began_at = time.monotonic()
         try:
-            keys, contents = [job.key for job in jobs], [job.content for job in jobs]
+            keys = [job.key for job in jobs]
             if pipeline.is_beside:
                 chunks = [job.chunks if vectors is not None else [] for job in jobs]
                 prefixes = [job.prefix for job in jobs]
-                outcomes = self._database.write_chunks(pipeline, keys, contents, prefixes, chunks, vectors)
+                digests = [job.row.text_digest if job.row else None for job in jobs]
+                outcomes = self._database.write_chunks(pipeline, keys, digests, prefixes, chunks, vectors)
             else:
-                outcomes = self._database.write(pipeline, keys, contents, vectors)
+                outcomes = self._database.write(pipeline, keys, [job.content for job in jobs], vectors)
         except RowError as error:
             if self._blame_others(pipeline, jobs, error):
                 return
@@ -619,13 +655,86 @@ class Rows:
         seconds = time.monotonic() - began_at
         self.written += len(jobs)
         self._owners.took(pipeline, len(jobs), seconds)
+        self._settle_written(write, outcomes)
+
+    @staticmethod
+    def _in_order(job: Job) -> list[Chunk]:
+        """The chunks of a long text, numbered, in the order in which they are written.
+
+        Those that take the place of others come first, in one part: chunks that the row keeps may stand there.
+        """
+        row = job.row
+        if row is None:
+            return job.chunks
+        first = first_number(row, [chunk.digest for chunk in job.chunks], KEPT_CHUNKS)
+        there = dict(zip(row.numbers, row.digests, strict=True))
+        for number, chunk in enumerate(job.chunks, first):
+            chunk.number = number
+        return sorted(job.chunks, key=lambda chunk: there.get(chunk.number) == chunk.digest)
+
+    def _write_chunks(self, write: Write) -> None:
+        """Writes a part of the chunks of a long text. The others stay, and other rows have their turn first."""
+        import numpy as np
+
+        pipeline, [job] = write.pipeline, write.jobs
+        count = self._owners.statement_rows(pipeline, chunks=True)
+        part, left = write.left[:count], write.left[count:]
+        wanted = [chunk.digest for chunk in part if not chunk.is_kept]
+        numbers = range(job.chunks[0].number, job.chunks[0].number + len(job.chunks))
+        began_at = time.monotonic()
+        try:
+            vectors = None
+            if wanted:
+                paid = self._database.paid_vectors(pipeline, job.key, wanted)
+                if not paid.keys() >= set(wanted):
+                    # Another lane has written the row, or its owner has emptied the table.
+                    self._retry_changed(job)
+                    return
+                vectors = np.stack([paid[digest] for digest in wanted])
+            outcomes = self._database.write_chunks(
+                pipeline,
+                [job.key],
+                [job.row.text_digest if job.row else None],
+                [job.prefix],
+                [part],
+                vectors,
+                version=write.version,
+                numbers=numbers,
+                is_last=not left,
+            )
+        except RowError as error:
+            if self._blame_others(pipeline, [job], error):
+                return
+            if error.locked:
+                self._keep(write, [0])
+            elif error.slow and len(part) > 1:
+                self._owners.failed(pipeline, len(part), chunks=True)
+                self._writes.append(write)
+            else:
+                self.retry_or_fail(job, error, at_once=not error.may_pass)
+            return
+        except self._database.Error as error:
+            self.blame(pipeline, [job], error)
+            return
+        self._owners.took(pipeline, len(part), time.monotonic() - began_at, chunks=True)
+        written = outcomes[job.key]
+        if left and written.outcome == "written":
+            self._writes.append(Write(pipeline, [job], None, left=left, version=written.version))
+            return
+        self.written += 1
+        digest = digest_of_chunks([chunk.digest for chunk in job.chunks])
+        self._settle_written(write, {job.key: Written(written.outcome, digest)})
+
+    def _settle_written(self, write: Write, outcomes: Mapping[str, Written]) -> None:
+        """Settles the rows of a statement by their outcomes."""
+        pipeline, jobs = write.pipeline, write.jobs
         by_outcome: dict[str, list[Job]] = defaultdict(list)
         for job in jobs:
             by_outcome[outcomes[job.key].outcome].append(job)
             job.vector_digest = outcomes[job.key].vector_digest
         self._keep(write, [i for i, job in enumerate(jobs) if outcomes[job.key].outcome == "locked"])
         written = by_outcome["written"]
-        if vectors is None:
+        if write.vectors is None and not write.left:
             self._forget(pipeline, written)
         elif written:
             self._owners.took_vectors(pipeline)
@@ -676,7 +785,7 @@ class Rows:
         size, first = 0, 0
         for end, job in enumerate(jobs, 1):
             room = MAX_CHARACTERS
-            for number, text in enumerate(self._texts_of(pipeline, job), 1):
+            for number, text in enumerate(self._texts_of(pipeline, job), job.chunks[0].number if job.chunks else 1):
                 texts += [(end - first, number, part) for part in parts(text[:room])]
                 room = max(0, room - len(text))
             size += MAX_CHARACTERS - room

@@ -415,8 +415,11 @@ class _Pass:
 
     def _embed(self, pipeline: Pipeline, jobs: list[Job]) -> None:
         """Puts the texts of rows that were read into the outbox of their model."""
-        for job, text in self._rows.writable(pipeline, self._rows.to_embed(pipeline, jobs)):
-            outbox = self._outbox(pipeline)
+        self._put(self._rows.writable(pipeline, self._rows.to_embed(pipeline, jobs)))
+
+    def _put(self, chosen: Iterable[tuple[Job, str]]) -> None:
+        for job, text in chosen:
+            outbox = self._outbox(job.pipeline)
             if text not in outbox.jobs:
                 outbox.unsent.append(text)
             outbox.jobs[text].append(job)
@@ -732,8 +735,11 @@ class _Pass:
                 for job in outbox.jobs[request.texts[number]]:
                     self._rows.note_cut(job)
             self._apply(request, vectors)
-            for text in request.texts:
-                del outbox.jobs[text]
+            jobs = dict.fromkeys(job for text in request.texts for job in outbox.jobs.pop(text))
+            # A long text goes on with its next chunks.
+            self._put([(job, text) for job in jobs if job.outcome is None for text in self._rows.next_texts(job)])
+            unsent, outbox.unsent = outbox.unsent, []
+            self._submit(request.model, unsent)
         suspended, outbox.suspended = outbox.suspended, []
         for failed, trouble in suspended:
             self._split(failed, trouble)
@@ -848,11 +854,11 @@ class _Pass:
                     chunk.vector = vectors[index]
                     landed[job].append(chunk)
                 # Another chunk may have no vector yet, or have been refused.
-                if not job.wanted and job.outcome is None:
+                if not (job.wanted or job.unsent) and job.outcome is None:
                     turns[job.pipeline.id, job.key] += 1
                     by_statement[job.pipeline.id, turns[job.pipeline.id, job.key]].append((job, index))
         for job, chunks in landed.items():
-            if job.wanted and job.outcome is None:
+            if job.is_long and job.outcome is None:
                 self._rows.keep(job, chunks)
         with self._paced():
             for matched in sorted(by_statement.values(), key=lambda one: self._owners.slowness(one[0][0].pipeline)):

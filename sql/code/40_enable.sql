@@ -368,7 +368,7 @@ BEGIN
     FOR _comment IN
         SELECT format('COMMENT ON COLUMN %s.%I IS %L', _full_name, c.name, c.comment)
         FROM (VALUES
-            ('chunk_number', 'The number of the chunk in the text of the row, from 1.'),
+            ('chunk_number', 'The number of the chunk. The chunks of a row are numbered in the order of its text.'),
             ('chunk_start', 'The number of characters before the chunk.'),
             ('chunk_end', 'The number of characters up to the end of the chunk.'),
             ('digest', 'The digest of the model and the chunk. A chunk with a known digest is not sent again.')

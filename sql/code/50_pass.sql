@@ -207,6 +207,19 @@ COMMENT ON FUNCTION autoembed._pay_chunks IS
     'Keeps the vectors of some chunks of a row until the row is written.';
 
 CREATE OR REPLACE FUNCTION autoembed._paid_chunks(pipeline_id integer, key text)
+    RETURNS SETOF bytea
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT c.digest
+    FROM autoembed.paid_chunk AS c
+    WHERE c.pipeline_id = _paid_chunks.pipeline_id AND c.key = autoembed._short_key(_paid_chunks.key);
+$sql$;
+COMMENT ON FUNCTION autoembed._paid_chunks IS 'The digests of the chunks of a row whose vectors are kept.';
+
+CREATE OR REPLACE FUNCTION autoembed._paid_vectors(pipeline_id integer, key text, digests bytea[])
     RETURNS TABLE (digest bytea, vector bytea)
     LANGUAGE sql
     STABLE
@@ -215,9 +228,11 @@ CREATE OR REPLACE FUNCTION autoembed._paid_chunks(pipeline_id integer, key text)
 AS $sql$
     SELECT c.digest, c.vector
     FROM autoembed.paid_chunk AS c
-    WHERE c.pipeline_id = _paid_chunks.pipeline_id AND c.key = autoembed._short_key(_paid_chunks.key);
+    WHERE c.pipeline_id = _paid_vectors.pipeline_id
+      AND c.key = autoembed._short_key(_paid_vectors.key)
+      AND c.digest = ANY (digests);
 $sql$;
-COMMENT ON FUNCTION autoembed._paid_chunks IS 'The digests of the chunks of a row whose vectors are kept, and these.';
+COMMENT ON FUNCTION autoembed._paid_vectors IS 'The vectors that are kept of these chunks of a row.';
 
 CREATE OR REPLACE FUNCTION autoembed._forget(pipeline_id integer, keys text[])
     RETURNS void
@@ -237,7 +252,8 @@ AS $sql$
     FROM (
         SELECT d.key, (row_number() OVER () - 1) / autoembed._keys_per_message() AS number
         FROM autoembed._drop_texts(_forget.pipeline_id, keys) AS d
-        WHERE d.chunk_number = 1 AND d.indexed_at > now()
+        WHERE d.indexed_at > now()
+        GROUP BY d.key
     ) AS k
     GROUP BY k.number;
 $sql$;
@@ -264,18 +280,19 @@ AS $sql$
         UPDATE autoembed.text_document AS d
         SET is_live = false
         WHERE d.pipeline_id = _forget_all.pipeline_id AND d.is_live
-        RETURNING d.key, d.chunk_number, d.indexed_at
+        RETURNING d.key, d.indexed_at
     )
     INSERT INTO autoembed._job (due_at, message)
     SELECT clock_timestamp(), jsonb_build_object('pipeline', _forget_all.pipeline_id, 'keys', jsonb_agg(k.key::jsonb))
     FROM (
         SELECT d.key, (row_number() OVER () - 1) / autoembed._keys_per_message() AS number
         FROM dropped AS d
-        WHERE d.chunk_number = 1 AND d.indexed_at > (
+        WHERE d.indexed_at > (
             SELECT min(j.enqueued_at)
             FROM autoembed._job AS j
             WHERE j.pipeline = _forget_all.pipeline_id::text AND j.message ? 'truncated'
         )
+        GROUP BY d.key
     ) AS k
     GROUP BY k.number;
 $sql$;

@@ -1,7 +1,7 @@
--- Does the same as content.sql where the embeddings are in a table beside the rows. digests: those of a row's chunks
--- that have an embedding.
+-- Does the same as content.sql where the embeddings are in a table beside the rows. digests, numbers: those of a
+-- row's chunks that have an embedding.
 CREATE FUNCTION autoembed._content_{{id}}(keys text[], max_bytes bigint, max_text_bytes bigint)
-    RETURNS TABLE (key text, content text, bytes bigint, digests bytea[], prefix text)
+    RETURNS TABLE (key text, content text, bytes bigint, digests bytea[], numbers integer[], prefix text)
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = {{search_path}}
@@ -17,11 +17,13 @@ DECLARE
                CASE WHEN {{content_bytes}} OPERATOR(pg_catalog.<=) max_text_bytes THEN {{content}} END,
                {{content_bytes}},
                d.digests,
+               d.numbers,
                {{prefix}}
         FROM (SELECT s.key, {{sent_keys}} FROM pg_catalog.unnest(keys) AS s(key)) AS s
         JOIN {{table}} AS t ON {{same_key}}
         CROSS JOIN LATERAL (
-            SELECT pg_catalog.array_agg(e.digest ORDER BY e.chunk_number) AS digests
+            SELECT pg_catalog.array_agg(e.digest ORDER BY e.chunk_number) AS digests,
+                   pg_catalog.array_agg(e.chunk_number ORDER BY e.chunk_number) AS numbers
             FROM {{embeddings_table}} AS e
             WHERE {{same_embeddings}}
         ) AS d;
@@ -33,7 +35,7 @@ BEGIN
     LOCK TABLE {{embeddings_table}} IN ROW EXCLUSIVE MODE NOWAIT;
     OPEN _rows;
     LOOP
-        FETCH _rows INTO key, content, bytes, digests, prefix;
+        FETCH _rows INTO key, content, bytes, digests, numbers, prefix;
         EXIT WHEN NOT FOUND;
         bytes := GREATEST(bytes, pg_catalog.octet_length(content));
         IF bytes OPERATOR(pg_catalog.>) max_text_bytes THEN

@@ -2,23 +2,28 @@
 -- row of the application's table. Runs as the table's owner, in lanes.
 -- prefixes: what the chunks of each row are embedded behind; NULL: nothing, in all rows.
 -- contents: the digests of the texts that were sent. A long text itself would be copied several times.
--- counts: the number of chunks of each row. A row without chunks loses its embeddings.
--- chunk_keys to embeddings: the chunks of all rows. The last ones have no embedding: the row has the embedding of a
--- chunk with that digest already.
+-- versions: those of rows that are known to have the text that was sent; NULL: not known.
+-- firsts, lasts: the numbers of the chunks that a row has then; other ones go. NULL: this is a part of the row's
+-- chunks, and not the last one.
+-- chunk_keys to embeddings: the chunks of all rows. The last ones have no embedding: the row has one of that digest
+-- already, perhaps as the number in sources.
 CREATE FUNCTION autoembed._write_{{id}}(
     keys text[],
     contents bytea[],
     model text,
     prefixes text[],
-    counts integer[],
+    versions text[],
+    firsts integer[],
+    lasts integer[],
     chunk_keys text[],
     numbers integer[],
+    sources integer[],
     starts integer[],
     ends integer[],
     digests bytea[],
     embeddings {{vector_type}}[]
 )
-    RETURNS TABLE (key text, outcome text)
+    RETURNS TABLE (key text, outcome text, version text)
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = {{search_path}}
@@ -37,25 +42,27 @@ BEGIN
     {{content_guard}}
     -- The request was sent for another model. An answer of the present model may have come first.
     IF model IS DISTINCT FROM {{model}} THEN
-        RETURN QUERY SELECT s.key, 'changed' FROM pg_catalog.unnest(keys) AS s(key);
+        RETURN QUERY SELECT s.key, 'changed', NULL FROM pg_catalog.unnest(keys) AS s(key);
         RETURN;
     END IF;
     LOCK TABLE {{table}} IN ACCESS SHARE MODE NOWAIT;
     LOCK TABLE {{embeddings_table}} IN ROW EXCLUSIVE MODE NOWAIT;
-    -- Another session that writes the same row has locked its first chunk.
-    SELECT pg_catalog.array_agg(CASE WHEN p.is_there AND l.is_free IS NULL THEN 'locked' END ORDER BY s.number)
+    -- Another session that writes the same row has locked the first of its chunks, or writes number 1.
+    SELECT pg_catalog.array_agg(CASE WHEN p.first IS NOT NULL AND l.is_free IS NULL THEN 'locked' END ORDER BY s.number)
     INTO _outcomes
     FROM (SELECT s.number, {{sent_keys}} FROM pg_catalog.unnest(keys) WITH ORDINALITY AS s(key, number)) AS s
     LEFT JOIN LATERAL (
-        SELECT true AS is_there FROM {{embeddings_table}} AS e WHERE {{same_embeddings}} AND e.chunk_number = 1 LIMIT 1
+        SELECT e.chunk_number AS first FROM {{embeddings_table}} AS e WHERE {{same_embeddings}}
+        ORDER BY e.chunk_number LIMIT 1
     ) AS p ON true
     LEFT JOIN LATERAL (
-        SELECT true AS is_free FROM {{embeddings_table}} AS e WHERE {{same_embeddings}} AND e.chunk_number = 1
+        SELECT true AS is_free FROM {{embeddings_table}} AS e WHERE {{same_embeddings}} AND e.chunk_number = p.first
         FOR UPDATE OF e SKIP LOCKED
-    ) AS l ON p.is_there;
+    ) AS l ON p.first IS NOT NULL;
 
     SELECT pg_catalog.array_agg(coalesce(s.outcome, CASE
                WHEN t.ctid IS NULL THEN 'gone'
+               WHEN pg_catalog.concat(t.tableoid, t.ctid, t.xmin) = s.version THEN 'written'
                WHEN {{content_digest}} IS NOT DISTINCT FROM s.content
                    AND {{prefix}} COLLATE "C" IS NOT DISTINCT FROM s.prefix THEN 'written'
                ELSE 'changed'
@@ -63,8 +70,9 @@ BEGIN
            pg_catalog.array_agg(pg_catalog.concat(t.tableoid, t.ctid, t.xmin) ORDER BY s.number)
     INTO _outcomes, _versions
     FROM (
-        SELECT s.number, s.content, s.prefix, s.outcome, {{sent_keys}}
-        FROM unnest(keys, contents, prefixes, _outcomes) WITH ORDINALITY AS s(key, content, prefix, outcome, number)
+        SELECT s.number, s.content, s.prefix, s.version, s.outcome, {{sent_keys}}
+        FROM unnest(keys, contents, prefixes, versions, _outcomes) WITH ORDINALITY
+            AS s(key, content, prefix, version, outcome, number)
     ) AS s
     LEFT JOIN {{table}} AS t ON {{same_key}};
 
@@ -75,17 +83,24 @@ BEGIN
             INSERT INTO {{embeddings_table}} AS e (
                 {{key_names}}, chunk_number, chunk_start, chunk_end, digest, {{embedding_column}}
             )
-            SELECT {{sent_key_names}}, s.number, s.start, s.end_, s.digest, coalesce(s.embedding, k.embedding)
+            SELECT {{sent_key_names}}, s.number, s.start, s.end_, s.digest,
+                   coalesce(s.embedding, p.embedding, k.embedding)
             FROM (
-                SELECT s.number, s.start, s.end_, s.digest, s.embedding, {{sent_keys}}
-                FROM unnest(chunk_keys, numbers, starts, ends, digests, embeddings)
-                    AS s(key, number, start, end_, digest, embedding)
+                SELECT s.number, s.source, s.start, s.end_, s.digest, s.embedding, {{sent_keys}}
+                FROM unnest(chunk_keys, numbers, sources, starts, ends, digests, embeddings)
+                    AS s(key, number, source, start, end_, digest, embedding)
                 WHERE pg_catalog.cardinality(_written) = pg_catalog.cardinality(keys) OR s.key = ANY (_written)
             ) AS s
             LEFT JOIN LATERAL (
                 SELECT e.{{embedding_column}} AS embedding
                 FROM {{embeddings_table}} AS e
-                WHERE s.embedding IS NULL AND {{same_embeddings}} AND e.digest = s.digest
+                WHERE s.embedding IS NULL AND {{same_embeddings}} AND e.chunk_number = s.source AND e.digest = s.digest
+            ) AS p ON true
+            -- Another job of the same row has written it since.
+            LEFT JOIN LATERAL (
+                SELECT e.{{embedding_column}} AS embedding
+                FROM {{embeddings_table}} AS e
+                WHERE s.embedding IS NULL AND p.embedding IS NULL AND {{same_embeddings}} AND e.digest = s.digest
                 LIMIT 1
             ) AS k ON true
             ORDER BY {{sent_key_names}}, s.number
@@ -94,18 +109,18 @@ BEGIN
                 {{embedding_column}} = excluded.{{embedding_column}}
             WHERE (e.chunk_start, e.chunk_end, e.digest)
                 IS DISTINCT FROM (excluded.chunk_start, excluded.chunk_end, excluded.digest);
-            -- A shorter text, and a row that is gone, leave chunks behind.
+            -- Another text before, and a row that is gone, leave chunks behind.
             DELETE FROM {{embeddings_table}} AS d
             WHERE d.ctid = ANY (ARRAY(
                 SELECT f.ctid
                 FROM (
-                    SELECT CASE s.outcome WHEN 'written' THEN s.count ELSE 0 END AS count, {{sent_keys}}
-                    FROM unnest(keys, counts, _outcomes) AS s(key, count, outcome)
-                    WHERE s.outcome IN ('written', 'gone')
+                    SELECT s.first, CASE s.outcome WHEN 'written' THEN s.last ELSE 0 END AS last, {{sent_keys}}
+                    FROM unnest(keys, firsts, lasts, _outcomes) AS s(key, first, last, outcome)
+                    WHERE s.outcome = 'written' AND s.last IS NOT NULL OR s.outcome = 'gone'
                 ) AS s
                 CROSS JOIN LATERAL (
                     SELECT e.ctid FROM {{embeddings_table}} AS e
-                    WHERE {{same_embeddings}} AND e.chunk_number > s.count
+                    WHERE {{same_embeddings}} AND (e.chunk_number < s.first OR e.chunk_number > s.last)
                     OFFSET 0
                 ) AS f
             ));
@@ -137,7 +152,8 @@ BEGIN
             );
         END;
     END LOOP;
-    RETURN QUERY SELECT s.key, s.outcome FROM unnest(keys, _outcomes) AS s(key, outcome);
+    RETURN QUERY
+    SELECT s.key, s.outcome, s.version FROM unnest(keys, _outcomes, _versions) AS s(key, outcome, version);
 EXCEPTION WHEN query_canceled THEN
     {{raise_if_cancelled}}
     RAISE EXCEPTION USING ERRCODE = 'external_routine_exception', MESSAGE = SQLERRM;

@@ -359,7 +359,7 @@ COMMENT ON TABLE autoembed.text_document IS
 COMMENT ON COLUMN autoembed.text_document.id IS 'The number of the document. A text that changes gets another one.';
 COMMENT ON COLUMN autoembed.text_document.pipeline_id IS 'The pipeline.';
 COMMENT ON COLUMN autoembed.text_document.key IS 'The row''s key as a JSON array.';
-COMMENT ON COLUMN autoembed.text_document.chunk_number IS 'The number of the chunk in the row, from 1.';
+COMMENT ON COLUMN autoembed.text_document.chunk_number IS 'The number of the chunk in the row.';
 COMMENT ON COLUMN autoembed.text_document.is_live IS
     'Whether this is the text of the row. If not, the next merge leaves it out.';
 COMMENT ON COLUMN autoembed.text_document.indexed_at IS 'When it was indexed.';

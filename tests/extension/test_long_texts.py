@@ -118,3 +118,98 @@ def test_a_long_text_has_the_time_that_it_takes_unless_code_of_the_owner_runs(
     reasons = [row.reason for row in db.execute("SELECT reason FROM autoembed.failed").fetchall()]
     assert reasons == (["the code of the table's owner ran too long, and was cancelled"] if fails else [])
     assert db.execute("SELECT count(*) FROM books_embeddings").fetchone() == (0 if fails else 1,)
+
+
+SMALL_PARTS = """
+    DO LANGUAGE plpython3u $$
+        plpy.execute("SELECT autoembed._load_python()")
+        from autoembed import rows
+        rows.FIRST_STATEMENT_ROWS = rows.MAX_STATEMENT_CHUNKS = 20
+    $$
+"""
+
+
+def digests(db: Connection) -> list[bytes]:
+    return [row.digest for row in db.execute("SELECT digest FROM books_embeddings ORDER BY chunk_number")]
+
+
+def test_what_a_row_had_stays_until_the_last_part_of_a_long_text_is_written(
+    books: Connection, api: FakeApi, connect: Callable[..., Connection]
+) -> None:
+    with running_lanes(books, connect):
+        wait_until(lambda: waiting(books) == 0)
+    before = digests(books)
+    books.execute("UPDATE books SET body = replace(body, 'piece', 'part')")
+    session = connect()
+    session.execute(SMALL_PARTS)
+    lane = Lane(session)
+
+    def begun() -> list[bytes] | None:
+        there = digests(books)
+        return there if PIECES < len(there) < 2 * PIECES else None
+
+    between = wait_until(begun)
+    books.execute("SELECT pg_terminate_backend(%s)", [lane.pid])
+    lane.join()
+
+    assert between[:PIECES] == before
+    with running_lanes(books, connect):
+        wait_until(lambda: waiting(books) == 0)
+    after = digests(books)
+    assert len(after) == PIECES
+    # The parts that were there by then are the first ones of the new text.
+    assert after[: len(between) - PIECES] == between[PIECES:]
+    assert max(Counter(api.texts()).values()) == 1
+    assert paid(books) == 0
+    assert books.execute("SELECT count(*) FROM books_chunks WHERE chunk LIKE 'part %'").fetchone() == (PIECES,)
+
+
+def test_an_edit_of_a_long_text_writes_few_chunks_and_the_offsets_of_the_others(
+    books: Connection, api: FakeApi, connect: Callable[..., Connection]
+) -> None:
+    with running_lanes(books, connect):
+        wait_until(lambda: waiting(books) == 0)
+    before = digests(books)
+    sent = len(api.texts())
+
+    books.execute("UPDATE books SET body = 'a new ' || body")
+    with running_lanes(books, connect):
+        wait_until(lambda: waiting(books) == 0)
+
+    assert digests(books)[1:] == before[1:]
+    assert len(api.texts()) == sent + 1
+    assert books.execute("SELECT count(*) FROM books_chunks WHERE chunk IS NULL").fetchone() == (0,)
+
+
+def megabytes(db: Connection, pid: int) -> int:
+    """The memory of a backend that is its own. Pages of shared memory that nobody else has touched do not count."""
+    query = (
+        "SELECT substring(pg_read_file('/proc/' || %s || '/smaps_rollup') FROM 'Anonymous: +(\\d+)')::int / 1024 AS mb"
+    )
+    [row] = db.execute(query, [pid]).fetchall()
+    return int(row.mb)
+
+
+def test_the_memory_of_a_lane_is_bounded_by_the_text_and_not_by_its_vectors(
+    db: Connection, api: FakeApi, connect: Callable[..., Connection]
+) -> None:
+    db.execute("SELECT autoembed.create_model('fake', 'fake', 3072)")
+    db.execute("CREATE TABLE books (id int PRIMARY KEY, body text)")
+    db.execute("SELECT autoembed.enable('books', content_columns => '{body}', model => 'fake', chunk_size => 64)")
+    db.execute("INSERT INTO books VALUES (1, 'short')")
+    with running_lanes(db, connect) as [lane]:
+        wait_until(lambda: waiting(db) == 0)
+        before = megabytes(db, lane.pid)
+        db.execute("UPDATE books SET body = (SELECT string_agg(md5(n::text), ' ') FROM generate_series(1, 12000) AS n)")
+        used: list[int] = []
+
+        def is_done() -> bool:
+            used.append(megabytes(db, lane.pid) - before)
+            return waiting(db) == 0
+
+        wait_until(is_done, seconds=120)
+
+    # The vectors of all chunks.
+    [row] = db.execute("SELECT count(*) * 4 * 3072 >> 20 AS megabytes FROM books_embeddings").fetchall()
+    assert row.megabytes > 80
+    assert max(used) < row.megabytes / 2

@@ -13,7 +13,7 @@ import pytest
 from autoembed import rows
 from autoembed.errors import PassEnded, RowError
 from autoembed.jobs import MAX_ATTEMPTS, Job, Ledger, Outcome, Report
-from autoembed.records import Known, Pipeline, Row
+from autoembed.records import Known, Pipeline, Row, first_number
 from autoembed.rows import Owners, Pace, Rows, Speeds
 from unit.fakes import (
     MODEL,
@@ -1264,3 +1264,30 @@ def test_texts_are_cut_for_the_time_of_one_owner_and_the_rest_goes_back(
 
     assert [text for _, text in desk.rows.to_embed(beside, jobs)] == ["one", "two"]
     assert outcomes_of(jobs) == ["open", "open", "released", "released"]
+
+
+# --- the numbers of chunks that are written in parts --------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "first"),
+    [
+        ("", "abcdef", 1),
+        # Few chunks take the place of others.
+        ("abcdef", "abxdef", 5),
+        ("abcdef", "abcdefgh", 5),
+        ("abcdef", "abcd", 5),
+        # Many get new numbers.
+        ("abcdef", "uvwxyz", 11),
+        ("abcdef", "xabcdef", 11),
+        # A lane goes on with what it wrote, or with what was there.
+        ("abcdefuvw", "uvwxyz", 11),
+        ("aaaaaa", "aaaaaabcdef", 5),
+        ("abcdefaa", "aaaaaa", 11),
+    ],
+)
+def test_the_chunks_of_a_long_text_leave_those_before_them_in_place(old: str, new: str, first: int) -> None:
+    digests = [digest.encode() for digest in old]
+    row = Row("text", None, digests=digests, numbers=range(5, 5 + len(digests)))
+
+    assert first_number(row, [digest.encode() for digest in new], most=2) == first
