@@ -333,6 +333,35 @@ COMMENT ON FUNCTION autoembed._missing_object IS
     'A function, operator, type or collation of a pipeline''s condition that no longer has the name that it has there. '
     'NULL if there is none.';
 
+CREATE OR REPLACE FUNCTION autoembed._used_types(types oid[])
+    RETURNS SETOF oid
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    WITH RECURSIVE used AS (
+        SELECT g.id FROM unnest(types) AS g(id)
+        UNION
+        SELECT p.id
+        FROM used AS u
+        JOIN pg_type AS t ON t.oid = u.id
+        CROSS JOIN LATERAL (
+            SELECT t.typbasetype AS id
+            UNION ALL
+            SELECT t.typelem
+            UNION ALL
+            SELECT r.rngsubtype FROM pg_range AS r WHERE t.oid IN (r.rngtypid, r.rngmultitypid)
+            UNION ALL
+            SELECT a.atttypid FROM pg_attribute AS a
+            WHERE a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped
+        ) AS p
+        WHERE p.id <> 0
+    )
+    SELECT u.id FROM used AS u;
+$sql$;
+COMMENT ON FUNCTION autoembed._used_types IS
+    'These types, and those that they are made of: base types, elements, bounds and attributes.';
+
 CREATE OR REPLACE FUNCTION autoembed._operator(table_id oid, column_name name, strategy integer)
     RETURNS text
     LANGUAGE plpgsql

@@ -26,25 +26,12 @@ CREATE OR REPLACE FUNCTION autoembed._labels(table_id oid)
     STABLE
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    WITH RECURSIVE used AS (
-        SELECT a.atttypid AS id
-        FROM pg_attribute AS a
-        WHERE a.attrelid = table_id AND a.attnum > 0 AND NOT a.attisdropped
-        UNION
-        SELECT p.id
-        FROM used AS u
-        JOIN pg_type AS t ON t.oid = u.id
-        CROSS JOIN LATERAL (
-            SELECT t.typbasetype AS id
-            UNION ALL
-            SELECT t.typelem
-            UNION ALL
-            SELECT r.rngsubtype FROM pg_range AS r WHERE t.oid IN (r.rngtypid, r.rngmultitypid)
-            UNION ALL
+    WITH used AS MATERIALIZED (
+        SELECT u.id
+        FROM autoembed._used_types(ARRAY(
             SELECT a.atttypid FROM pg_attribute AS a
-            WHERE a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped
-        ) AS p
-        WHERE p.id <> 0
+            WHERE a.attrelid = table_id AND a.attnum > 0 AND NOT a.attisdropped
+        )) AS u(id)
     )
     SELECT coalesce(jsonb_object_agg(f.key, f.value), '{}')
     FROM (

@@ -873,7 +873,7 @@ CREATE OR REPLACE FUNCTION autoembed.disable(
 AS $plpgsql$
 DECLARE
     _pipeline autoembed.pipeline;
-    _ended text[] := '{}';
+    _ended text[] := '{}'::text[];
 BEGIN
     IF NOT EXISTS (
         SELECT FROM autoembed.pipeline AS p

@@ -10,25 +10,7 @@ AS $plpgsql$
 BEGIN
     -- The types that initdb made. The rest takes a tenth of a millisecond.
     RETURN type_id < 16384::oid OR NOT EXISTS (
-        WITH RECURSIVE used AS (
-            SELECT type_id AS id
-            UNION
-            SELECT p.id
-            FROM used AS u
-            JOIN pg_type AS t ON t.oid = u.id
-            CROSS JOIN LATERAL (
-                SELECT t.typbasetype AS id
-                UNION ALL
-                SELECT t.typelem
-                UNION ALL
-                SELECT r.rngsubtype FROM pg_range AS r WHERE t.oid IN (r.rngtypid, r.rngmultitypid)
-                UNION ALL
-                SELECT a.atttypid FROM pg_attribute AS a
-                WHERE a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped
-            ) AS p
-            WHERE p.id <> 0
-        )
-        SELECT FROM used AS u
+        SELECT FROM autoembed._used_types(ARRAY[type_id]) AS u(id)
         JOIN pg_type AS t ON t.oid = u.id
         JOIN pg_roles AS o ON o.oid = t.typowner AND NOT o.rolsuper
     );

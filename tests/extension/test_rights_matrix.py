@@ -288,6 +288,7 @@ _trigger_problems - x - x
 _unindexed - - - x
 _unschedule - - - x
 _updated - - - x
+_used_types - - - x
 _vault_key - - - x
 _vector_digest_expression - x - x
 _vector_faults - - - x
