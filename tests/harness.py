@@ -28,6 +28,9 @@ PASSWORD = "postgres"
 HOST = "127.0.0.1"
 FAKE_API_PORT = 8000
 
+# Databases come and go with each test: on a disk their many small files take most of its time.
+DATA_IN_MEMORY = "/pgdata"
+
 # The stack removes what it started; the reaper is an image from a registry that may be out of reach.
 testcontainers_config.ryuk_disabled = True
 
@@ -99,7 +102,7 @@ class Server:
         return self
 
     def restarted(self) -> Server:
-        """The same container after it was stopped and started."""
+        """The same container, with its data on disk, after it was stopped and started."""
         return Server.of(self.container)
 
     def _is_up(self) -> bool:
@@ -161,9 +164,17 @@ def put_file(container: DockerContainer, source: Path, folder: str) -> None:
     container.get_wrapped_container().put_archive(folder, archive.getvalue())
 
 
-def run_server(stack: ExitStack, *arguments: str, image: str = IMAGE, **environment: str) -> Server:
-    """Starts a container of the image, with the fake API in it, until the stack unwinds."""
+def run_server(
+    stack: ExitStack, *arguments: str, image: str = IMAGE, on_disk: bool = False, **environment: str
+) -> Server:
+    """Starts a container of the image, with the fake API in it, until the stack unwinds.
+
+    On disk the data outlives a stop of the container.
+    """
     container = DockerContainer(image)
+    if not on_disk:
+        container.with_tmpfs_mount(DATA_IN_MEMORY)
+        container.with_env("PGDATA", DATA_IN_MEMORY)
     published: dict[str, Any] = {f"{port}/tcp": (HOST, None) for port in (5432, FAKE_API_PORT)}
     container.ports = published
     for name, value in {"POSTGRES_PASSWORD": PASSWORD, "OPENAI_API_KEY": "sk-test", **environment}.items():

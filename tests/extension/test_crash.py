@@ -71,7 +71,7 @@ def test_after_ten_kills_of_the_server_every_row_is_fresh() -> None:
     If jobs are settled before their vectors are committed, rows without a vector have no job left.
     """
     with ExitStack() as stack:
-        server = run_server(stack, "-c", "fsync=on", AUTOEMBED_LANES="2")
+        server = run_server(stack, "-c", "fsync=on", on_disk=True, AUTOEMBED_LANES="2")
         with server.connect() as db:
             attach(db, server, 0.2)
             db.execute(

@@ -226,7 +226,7 @@ def test_the_local_model_is_interruptible_too(db: Connection, connect: Connect, 
 def own_server() -> Iterator[Server]:
     """A container for this test alone, to be stopped and killed."""
     with ExitStack() as stack:
-        yield run_server(stack, AUTOEMBED_LANES="1")
+        yield run_server(stack, on_disk=True, AUTOEMBED_LANES="1")
 
 
 def test_a_fast_shutdown_does_not_wait_for_a_request_and_loses_no_job(own_server: Server) -> None:

@@ -186,7 +186,7 @@ def _kill(server: Server, lane: Lane, how: signal.Signals) -> None:
 
 def test_a_crashed_server_leaves_a_socket_that_holds_up_nobody() -> None:
     with ExitStack() as stack:
-        server = run_server(stack, AUTOEMBED_LANES="0")
+        server = run_server(stack, on_disk=True, AUTOEMBED_LANES="0")
         with server.connect() as db:
             db.execute("CREATE EXTENSION IF NOT EXISTS autoembed CASCADE")
             db.execute(LOADED)
