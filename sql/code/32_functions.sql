@@ -363,7 +363,7 @@ BEGIN
     IF _built_from = 'stopped' THEN
         -- It goes on. No trigger has seen what happened meanwhile.
         PERFORM autoembed._build_triggers(p) FROM autoembed.pipeline AS p WHERE p.id = pipeline_id;
-        PERFORM autoembed._backfill(pipeline_id);
+        PERFORM autoembed._backfill(ARRAY[pipeline_id]);
     END IF;
 END;
 $plpgsql$;

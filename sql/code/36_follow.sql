@@ -117,19 +117,19 @@ $sql$;
 COMMENT ON FUNCTION autoembed._renamed_template IS
     'A template after renames of columns, given as {old name: new name}.';
 
-CREATE OR REPLACE FUNCTION autoembed._backfill(pipeline_id integer)
+CREATE OR REPLACE FUNCTION autoembed._backfill(ids integer[])
     RETURNS void
     LANGUAGE sql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
     INSERT INTO autoembed.backfill AS b (pipeline_id)
-    SELECT p.id FROM autoembed.pipeline AS p WHERE p.id = _backfill.pipeline_id FOR KEY SHARE
+    SELECT p.id FROM autoembed.pipeline AS p WHERE p.id = ANY (ids) FOR KEY SHARE
     ON CONFLICT ON CONSTRAINT backfill_pkey DO UPDATE
     SET position = NULL, rows_queued = 0, scanned_at = NULL, index_problem = NULL, started_at = clock_timestamp();
 $sql$;
 COMMENT ON FUNCTION autoembed._backfill IS
-    'Has lanes scan the rows of a pipeline for embeddings that are missing or stale.';
+    'Has lanes scan the rows of pipelines for embeddings that are missing or stale.';
 
 CREATE OR REPLACE FUNCTION autoembed._with_content_function(pipeline autoembed.pipeline, function oid)
     RETURNS autoembed.pipeline
@@ -173,7 +173,7 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._with_chunk_function IS
     'A pipeline that knows the OID and the present name of the function that cuts its texts.';
 
-CREATE OR REPLACE FUNCTION autoembed._find_functions()
+CREATE OR REPLACE FUNCTION autoembed._find_functions(ids integer[] DEFAULT NULL)
     RETURNS void
     LANGUAGE sql
     SECURITY DEFINER
@@ -189,7 +189,7 @@ AS $sql$
             autoembed._with_chunk_function(q, autoembed._chunk_function_of(q)), autoembed._content_function_of(q)
         ) AS pipeline
         FROM autoembed.pipeline AS q
-        WHERE num_nonnulls(q.content_function, q.chunk_function) > 0
+        WHERE num_nonnulls(q.content_function, q.chunk_function) > 0 AND (ids IS NULL OR q.id = ANY (ids))
         -- A tenant may have locked the row. Another look comes.
         FOR NO KEY UPDATE SKIP LOCKED
     ) AS n
@@ -200,7 +200,8 @@ AS $sql$
            <> ((n.pipeline).chunk_function, (n.pipeline).chunk_function_oid));
 $sql$;
 COMMENT ON FUNCTION autoembed._find_functions IS
-    'Has pipelines know the OIDs of functions that pg_upgrade has changed, and names that changed unseen.';
+    'Has pipelines know the OIDs of functions that pg_upgrade has changed, and names that changed unseen. ids: NULL: '
+    'all of them.';
 
 CREATE OR REPLACE FUNCTION autoembed._define()
     RETURNS trigger
@@ -583,6 +584,8 @@ CREATE OR REPLACE FUNCTION autoembed._drop_orphaned_pipelines()
 AS $plpgsql$
 DECLARE
     _id integer;
+    -- A tenant may drop thousands of tables at once. The next second goes on.
+    _until CONSTANT timestamptz := clock_timestamp() + interval '200 milliseconds';
 BEGIN
     FOR _id IN
         -- The subquery looks each table up by its OID. NOT EXISTS would read the whole catalog, every second.
@@ -593,6 +596,7 @@ BEGIN
         ORDER BY random()
         FOR UPDATE SKIP LOCKED
     LOOP
+        EXIT WHEN clock_timestamp() > _until;
         BEGIN
             DELETE FROM autoembed.pipeline AS p WHERE p.id = _id;
         EXCEPTION WHEN OTHERS THEN
@@ -602,7 +606,7 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._drop_orphaned_pipelines IS
-    'Ends the pipelines whose table was dropped, with their jobs.';
+    'Ends the pipelines whose table was dropped, with their jobs: as many as it can in a fifth of a second.';
 
 CREATE OR REPLACE FUNCTION autoembed._follow_embeddings_table(pipeline autoembed.pipeline, renames jsonb)
     RETURNS void
@@ -1089,7 +1093,7 @@ BEGIN
     IF text_changed OR _changed <> '{}'
        OR _before.table_shape ->> 'type' <> _shape ->> 'type'
        OR NOT _before.table_shape -> 'partitions' @> (_shape -> 'partitions') THEN
-        PERFORM autoembed._backfill(_after.id);
+        PERFORM autoembed._backfill(ARRAY[_after.id]);
     END IF;
     -- A migration that replaces a key drops the old one first. Lanes tell of a key that stays away.
     IF _check.problem IS NULL OR (_shape -> 'key')::boolean OR _check.errcode = 'undefined_column' THEN
@@ -1120,27 +1124,37 @@ CREATE OR REPLACE FUNCTION autoembed._follow_others(ids integer[], text_changed 
     SET lock_timeout = '500ms'
 AS $plpgsql$
 DECLARE
-    _until timestamptz := clock_timestamp() + interval '1 second';
+    _until CONSTANT timestamptz := clock_timestamp() + interval '1 second';
+    _late integer[] := '{}'::integer[];
     _id integer;
 BEGIN
     FOREACH _id IN ARRAY coalesce(ids, '{}') LOOP
+        IF clock_timestamp() > _until THEN
+            _late := _late || _id;
+            CONTINUE;
+        END IF;
         BEGIN
-            IF clock_timestamp() > _until THEN
-                RAISE lock_not_available;
-            END IF;
             PERFORM autoembed._follow_one(
                 _id, text_changed, greatest(0.1, extract(epoch FROM _until - clock_timestamp()))
             );
         EXCEPTION WHEN OTHERS THEN
+            _late := _late || _id;
             PERFORM set_config('lock_timeout', '1ms', true);
+        END;
+    END LOOP;
+    -- Lanes make their functions again, and find the texts that have changed.
+    BEGIN
+        PERFORM autoembed._backfill(_late);
+    EXCEPTION WHEN OTHERS THEN
+        -- The owner of one of them keeps no other from it.
+        FOREACH _id IN ARRAY _late LOOP
             BEGIN
-                -- Lanes make its functions again, and find the texts that have changed.
-                PERFORM autoembed._backfill(_id);
+                PERFORM autoembed._backfill(ARRAY[_id]);
             EXCEPTION WHEN OTHERS THEN
                 NULL;
             END;
-        END;
-    END LOOP;
+        END LOOP;
+    END;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._follow_others IS
@@ -1208,7 +1222,19 @@ BEGIN
         -- The text of a value may depend on its type.
         PERFORM autoembed._follow_others(ARRAY(
             SELECT p.id FROM autoembed.pipeline AS p
-            WHERE p.table_shape -> 'labels' <> autoembed._labels(p.table_id)
+            -- A tenant may have thousands of tables, whose labels nobody waits for.
+            WHERE p.table_shape -> 'labels' ?| ARRAY(
+                SELECT w.label
+                FROM pg_event_trigger_ddl_commands() AS d
+                JOIN pg_type AS t
+                    ON d.classid = 'pg_type'::regclass AND t.oid = d.objid
+                    OR d.classid = 'pg_class'::regclass AND t.typrelid = d.objid
+                CROSS JOIN LATERAL (
+                    SELECT 'composite ' || t.oid AS label
+                    UNION ALL
+                    SELECT 'enum ' || e.oid FROM pg_enum AS e WHERE e.enumtypid = t.oid
+                ) AS w
+            )
             ORDER BY p.id
         ));
     END IF;
@@ -1246,6 +1272,8 @@ CREATE OR REPLACE FUNCTION autoembed._follow_functions()
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    _ids integer[];
 BEGIN
     -- The functions of pipelines are made often, and are nobody's content.
     IF NOT EXISTS (SELECT FROM pg_event_trigger_ddl_commands() AS d WHERE d.schema_name <> 'autoembed') THEN
@@ -1275,13 +1303,23 @@ BEGIN
         FOR NO KEY UPDATE OF q SKIP LOCKED
     ) AS n
     WHERE p.id = n.id AND p.chunk_function <> n.name;
-    PERFORM autoembed._find_functions();
+    -- Those that may mean the function. To look at all of them takes a millisecond for each.
+    _ids := ARRAY(
+        SELECT p.id
+        FROM pg_event_trigger_ddl_commands() AS d
+        JOIN pg_proc AS f ON d.classid = 'pg_proc'::regclass AND f.oid = d.objid
+        JOIN autoembed.pipeline AS p
+            ON f.oid IN (p.content_function_oid, p.chunk_function_oid)
+            OR p.table_id = (SELECT t.typrelid FROM pg_type AS t WHERE t.oid = f.proargtypes[0])
+            OR strpos(p.chunk_function, f.proname) > 0
+    );
+    PERFORM autoembed._find_functions(_ids);
     PERFORM autoembed._follow_others(array_agg(p.id ORDER BY p.id), TG_TAG = 'CREATE FUNCTION')
     FROM autoembed.pipeline AS p
     CROSS JOIN LATERAL (
         SELECT d.objid FROM pg_event_trigger_ddl_commands() AS d WHERE d.classid = 'pg_proc'::regclass
     ) AS f
-    WHERE f.objid IN (autoembed._content_function_of(p), autoembed._chunk_function_of(p))
+    WHERE p.id = ANY (_ids) AND f.objid IN (autoembed._content_function_of(p), autoembed._chunk_function_of(p))
     HAVING count(*) > 0;
 END;
 $plpgsql$;

@@ -33,6 +33,7 @@ DROP FUNCTION autoembed.enable;
 DROP FUNCTION autoembed.alter_pipeline;
 DROP FUNCTION autoembed.disable;
 DROP FUNCTION autoembed._content_function;
+DROP FUNCTION autoembed._backfill;
 DROP FUNCTION autoembed._estimate_texts;
 DROP FUNCTION autoembed.estimate;
 

@@ -333,3 +333,59 @@ def test_a_table_that_uses_a_type_of_another_role_does_not_keep_it_from_changing
     db.execute("SELECT autoembed.process()")
     assert waiting_of(db, mallory) == 0
     assert failures_of(db, mallory) == {}
+
+
+# What a tenant does to objects that no embedded table uses.
+UNUSED = {
+    "type": ("CREATE TYPE unused AS ENUM ('a')", "ALTER TYPE unused ADD VALUE 'b'"),
+    "composite type": ("CREATE TYPE unused AS (a int)", "ALTER TYPE unused ADD ATTRIBUTE b int"),
+    "new function": ("SELECT", "CREATE FUNCTION unused(a int) RETURNS int LANGUAGE sql AS 'SELECT 1'"),
+    "function": (
+        "CREATE FUNCTION unused(a text) RETURNS SETOF text LANGUAGE sql AS 'SELECT $1'",
+        "ALTER FUNCTION unused RENAME TO unused_as_before",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", UNUSED)
+def test_many_tables_of_another_owner_do_not_delay_a_change_of_what_they_do_not_use(
+    db: Connection, mallory: Tenant, bob: Tenant, what: str
+) -> None:
+    mallory.run(
+        "CREATE TYPE mood AS ENUM ('glad')",
+        "CREATE TABLE notes (id int PRIMARY KEY, content text, mood mood)",
+        "CREATE FUNCTION text_of(n notes) RETURNS text LANGUAGE sql AS 'SELECT n.content'",
+        "CREATE FUNCTION cut(content text) RETURNS SETOF text LANGUAGE sql AS 'SELECT $1'",
+        "SELECT autoembed.enable('notes', content_function => 'text_of', chunking => 'cut')",
+    )
+    before, change = UNUSED[what]
+    bob.run(before)
+
+    with db.transaction():
+        db.execute(f"SET LOCAL track_functions = 'all'; SET LOCAL ROLE {bob.name}; SET LOCAL search_path = {bob.name}")
+        db.execute(change)
+        db.execute("RESET ROLE")
+        looked = db.execute(
+            """SELECT funcname FROM pg_stat_xact_user_functions
+               WHERE funcname IN ('_labels', '_follow_one', '_content_function_of', '_chunk_function_of')"""
+        ).fetchall()
+
+    assert looked == []
+
+
+def test_many_tables_that_are_dropped_at_once_do_not_hold_up_a_lane(db: Connection, mallory: Tenant) -> None:
+    tables = [f"notes_{number}" for number in range(60)]
+    for table in tables:
+        mallory.run(
+            f"CREATE TABLE {table} (id int PRIMARY KEY, content text)",
+            f"SELECT autoembed.enable('{table}', content_columns => '{{content}}')",
+        )
+    mallory.run(f"DROP TABLE {', '.join(tables)}")
+
+    left = [len(tables)]
+    while left[-1]:
+        db.execute("SELECT autoembed._clean_up()")
+        left += [row.left for row in db.execute("SELECT count(*) AS left FROM autoembed.pipeline")]
+
+    assert left == sorted(set(left), reverse=True)
+    assert len(left) > 2
