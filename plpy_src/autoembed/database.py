@@ -363,6 +363,7 @@ class Database:
                 text_config=row["text_config"],
                 splitter=row["splitter"],
                 chunk_prefix=row["chunk_prefix"],
+                was_rebuilt=row["was_rebuilt"],
             )
             for row in rows
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,7 @@ class Pipeline:
     owner: the OID of the table's owner. blocked: why the jobs must wait; None: they need not.
     failures: how often the provider of the model has failed in a row.
     text_config: the text search configuration of its text index; None: it has no text index.
+    was_rebuilt: its functions were missing or outdated until now.
     """
 
     id: int
@@ -67,6 +68,7 @@ class Pipeline:
     text_config: str | None = None
     splitter: str | None = None
     chunk_prefix: str | None = None
+    was_rebuilt: bool = field(default=False, compare=False)
 
     @property
     def name(self) -> str:

@@ -848,7 +848,8 @@ class Rows:
     def _blame_others(self, pipeline: Pipeline, jobs: Sequence[Job], error: RowError) -> bool:
         """Decides on jobs whose rows are not to blame for an error. Returns whether that is so.
 
-        The table may have become unusable since the claim, or have been dropped, or its embeddings have moved. A cancel
+        The table may have become unusable since the claim, or have been dropped, or its embeddings have moved, or its
+        functions were not there. A cancel
         is counted, since the code of the owner may have raised it, and ends the pass, since it may be a real one.
         """
         if error.cancels:
@@ -859,7 +860,8 @@ class Rows:
         if error.locked or error.slow:
             return False
         now = self._database.pipelines([pipeline.id], after_error=True).get(pipeline.id)
-        if now is not None and now.blocked is None and now.is_beside == pipeline.is_beside:
+        is_as_before = now is not None and now.is_beside == pipeline.is_beside and not now.was_rebuilt
+        if now is not None and now.blocked is None and is_as_before:
             return False
         for job in jobs:
             if now is None:

@@ -334,7 +334,7 @@ COMMENT ON FUNCTION autoembed._slots IS
     'The facts on which the functions of a pipeline depend, as names and pieces of SQL for the templates.';
 
 CREATE OR REPLACE FUNCTION autoembed._build_pipeline(pipeline_id integer)
-    RETURNS void
+    RETURNS boolean
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
@@ -355,7 +355,7 @@ BEGIN
       AND p.proname IN ('_content_' || pipeline_id, '_write_' || pipeline_id, '_scan_' || pipeline_id)
       AND p.prosecdef;
     IF _is_built AND _built_from = md5('@BUILD@' || _slots::text) THEN
-        RETURN;
+        RETURN false;
     END IF;
     PERFORM autoembed._drop_functions(pipeline_id, false);
     PERFORM autoembed._create_functions(_slots);
@@ -365,10 +365,11 @@ BEGIN
         PERFORM autoembed._build_triggers(p) FROM autoembed.pipeline AS p WHERE p.id = pipeline_id;
         PERFORM autoembed._backfill(ARRAY[pipeline_id]);
     END IF;
+    RETURN true;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._build_pipeline IS
-    'Makes the functions of a pipeline, unless they exist and the same version made them from the same facts. A '
+    'Makes the functions of a pipeline, unless they exist and the same version made them from the same facts: false. A '
     'pipeline that was stopped gets its triggers again, and its table is scanned.';
 
 CREATE OR REPLACE FUNCTION autoembed._admit_readers(slots jsonb)

@@ -19,7 +19,8 @@ CREATE OR REPLACE FUNCTION autoembed._pipelines(ids integer[], unchecked integer
         chunk_overlap integer,
         text_config text,
         splitter text,
-        chunk_prefix text
+        chunk_prefix text,
+        was_rebuilt boolean
     )
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -31,10 +32,13 @@ AS $plpgsql$
 DECLARE
     _id integer;
     _unbuilt jsonb := '{}'::jsonb;
+    _rebuilt integer[] := '{}'::integer[];
 BEGIN
     FOR _id IN SELECT s.id FROM autoembed._pipeline_state AS s WHERE s.id = ANY (unchecked) AND s.sound LOOP
         BEGIN
-            PERFORM autoembed._build_pipeline(_id);
+            IF autoembed._build_pipeline(_id) THEN
+                _rebuilt := _rebuilt || _id;
+            END IF;
         EXCEPTION WHEN OTHERS THEN
             -- Other pipelines must not wait for this one.
             _unbuilt := _unbuilt || jsonb_build_object(_id::text, 'its functions cannot be created: ' || SQLERRM);
@@ -48,7 +52,8 @@ BEGIN
            -- Another body may cut in another way.
            (SELECT md5(concat(f.prosrc, pg_get_function_sqlbody(f.oid))) FROM pg_proc AS f
             WHERE f.oid = p.chunk_function_oid),
-           p.chunk_prefix
+           p.chunk_prefix,
+           s.id = ANY (_rebuilt)
     FROM autoembed._pipeline_state AS s
     JOIN autoembed.pipeline AS p ON p.id = s.id
     LEFT JOIN pg_class AS c ON c.oid = s.table_id
@@ -61,7 +66,7 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._pipelines IS
     'The facts about these pipelines that a pass needs. Makes the functions of the unchecked ones where they are '
-    'missing or outdated.';
+    'missing or outdated: was_rebuilt.';
 
 CREATE OR REPLACE FUNCTION autoembed._digests(pipeline_id integer, keys text[])
     RETURNS TABLE (key text, digest bytea, vector_digest bytea, replaced integer, age_seconds double precision)

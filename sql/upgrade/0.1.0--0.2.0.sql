@@ -3,6 +3,7 @@ DROP FUNCTION autoembed._keep_restored CASCADE;
 -- _create_function() and the templates replace these functions.
 DROP FUNCTION autoembed._create_owned;
 DROP FUNCTION autoembed._build_capture;
+DROP FUNCTION autoembed._build_pipeline;
 -- A parameter of each of these functions has another name.
 DROP FUNCTION autoembed._drop_functions;
 DROP FUNCTION autoembed._claim;

@@ -25,6 +25,19 @@ MEANWHILE = {
     "its column altered and altered back": "ALTER TABLE documents ALTER embedding TYPE vector(1536);"
     "ALTER TABLE documents ALTER embedding TYPE halfvec(1536)",
     "its column shortened": "ALTER TABLE documents ALTER embedding TYPE halfvec(3)",
+    # A lane looks at the functions of a pipeline once a second, and after an error.
+    "its own functions dropped where no event trigger sees it": r"""
+        SET session_replication_role = replica;
+        DO $$
+        DECLARE
+            _function regprocedure;
+        BEGIN
+            FOR _function IN SELECT p.oid FROM pg_proc AS p WHERE p.proname ~ '^_(write|content)_[0-9]+$' LOOP
+                EXECUTE 'DROP FUNCTION ' || _function;
+            END LOOP;
+        END $$;
+        RESET session_replication_role
+    """,
     "its condition's function dropped": "DROP FUNCTION odd",
     "its condition's function made anew": "DROP FUNCTION odd; CREATE FUNCTION odd(n int) RETURNS boolean RETURN n > 0",
 }

@@ -1013,11 +1013,14 @@ def test_a_lock_or_a_slow_row_is_not_what_a_pipeline_is_blocked_for(desk: Desk, 
     assert outcomes_of([job]) == [outcome]
 
 
-def test_rows_whose_embeddings_have_moved_meanwhile_go_back_uncounted(desk: Desk) -> None:
+@pytest.mark.parametrize("now", [replace(PIPELINE, is_beside=True), replace(PIPELINE, was_rebuilt=True)])
+def test_rows_whose_embeddings_have_moved_or_whose_functions_were_gone_go_back_uncounted(
+    desk: Desk, now: Pipeline
+) -> None:
     jobs = desk.put("one", "two")
     for job in jobs:
         desk.database.write_errors[job.key] = RowError("function _write_1(…) does not exist")
-    desk.database.defined[1] = replace(PIPELINE, is_beside=True)
+    desk.database.defined[1] = now
 
     desk.write(jobs)
 
