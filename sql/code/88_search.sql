@@ -592,6 +592,12 @@ DECLARE
     _model autoembed.model := autoembed._model(model, true);
     _answer record;
 BEGIN
+    -- A search sends no more. Any role that may search can call this function itself.
+    IF cardinality(passages) > 1000 THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'program_limit_exceeded',
+            MESSAGE = format('%s passages are more than a model reranks at once, which is 1000', cardinality(passages));
+    END IF;
     -- An assignment runs no statement, and shows none in the context of an error.
     _answer := autoembed._scores(query, passages, _model.name, _model::text);
     scores := _answer.scores;

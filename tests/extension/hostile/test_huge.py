@@ -126,3 +126,10 @@ def test_an_argument_that_is_too_long_is_named(mallory: Tenant, argument: str) -
 
     with pytest.raises(psycopg.errors.ProgramLimitExceeded, match=argument):
         mallory.run(f"SELECT autoembed.alter_pipeline('notes', {own}{argument} => {LONG_ARGUMENTS[argument]})")
+
+
+def test_passages_beyond_those_of_a_search_are_not_reranked(db: Connection, mallory: Tenant) -> None:
+    db.execute("SELECT autoembed.create_rerank_model('rerank', 'jina', 'a model', 'http://127.0.0.1:9')")
+
+    with pytest.raises(psycopg.errors.ProgramLimitExceeded):
+        mallory.run("SELECT autoembed._rerank('rerank', 'a question', array_fill('a word'::text, ARRAY[1000000]))")
