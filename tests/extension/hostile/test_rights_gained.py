@@ -498,3 +498,52 @@ def test_a_match_function_that_a_superuser_makes_is_the_owners_and_runs_as_its_c
         bob.session.execute(match)
     mallory.run(f"GRANT SELECT ON notes TO {bob.name}")
     assert bob.session.execute(match).fetchall() == [(1,)]
+
+
+# What an administrator does about the table of a tenant. {table}: the table.
+OF_ADMINISTRATORS = """
+    SELECT autoembed.enable('{table}', content_columns => '{content}', condition => 'id > 0', text_config => 'english');
+    CALL autoembed.work(run_seconds => 1);
+    UPDATE autoembed.backfill SET served_at = NULL;
+    CALL autoembed.work(run_seconds => 1, backfill => true);
+    SELECT autoembed.process();
+    SELECT autoembed.preview('{table}', '1');
+    SELECT autoembed.estimate('{table}', content_columns => '{content}');
+    SELECT autoembed.doctor();
+    SELECT autoembed.resync('{table}');
+    SELECT autoembed.reembed('{table}', condition => 'id < 5');
+    SELECT autoembed.alter_pipeline('{table}', content_template => '{content} {id}');
+    SELECT autoembed.alter_pipeline('{table}', storage => 'row');
+    SELECT autoembed.alter_pipeline('{table}', storage => 'beside');
+    SELECT autoembed.create_match_function('{table}');
+    SELECT autoembed.alter_model('fast', dimensions => 16);
+    SELECT autoembed.disable('{table}');
+"""
+
+
+def test_an_administrator_plans_nothing_of_an_owner(db: Connection, mallory: Tenant) -> None:
+    mallory.run(
+        ATTACK,
+        "CREATE FUNCTION planned() RETURNS text LANGUAGE plpgsql IMMUTABLE AS 'BEGIN RETURN {me}.attack(); END'",
+        NOTES,
+        "INSERT INTO notes SELECT n, 'note ' || n FROM generate_series(1, 10) AS n",
+        PLANNED["expression of an index"],
+        PLANNED["statistics"],
+    )
+    table = f"{mallory.name}.notes"
+    first, *rest = filter(None, map(str.strip, OF_ADMINISTRATORS.replace("{table}", table).split(";")))
+    db.execute(first.encode())
+    mallory.run(
+        "CREATE INDEX ON notes_embeddings ((planned() || encode(digest, 'hex')))",
+        "CREATE STATISTICS planned_beside ON (planned() || encode(digest, 'hex')) FROM notes_embeddings",
+    )
+
+    with db.transaction(force_rollback=True):
+        db.execute(f"SELECT FROM {table}")
+        assert ran_as(db, mallory) - {mallory.name}, "PostgreSQL calls no such functions any more"
+
+    for statement in rest:
+        db.execute(statement.encode())
+        assert ran_as(db, mallory) <= {mallory.name}, statement
+
+    assert_nothing_gained(db, mallory)
