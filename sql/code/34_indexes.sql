@@ -1,6 +1,6 @@
 -- HNSW indexes on embedding columns.
 
-CREATE OR REPLACE FUNCTION autoembed._vector_index(table_id regclass, embedding_column name)
+CREATE OR REPLACE FUNCTION autoembed._vector_indexes(table_id regclass, embedding_column name)
     RETURNS SETOF pg_index
     LANGUAGE sql
     STABLE
@@ -10,19 +10,39 @@ AS $sql$
     FROM pg_index AS i
     JOIN pg_class AS c ON c.oid = i.indexrelid
     JOIN pg_am AS m ON m.oid = c.relam AND m.amname IN ('hnsw', 'ivfflat')
-    JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attname = _vector_index.embedding_column
-    WHERE i.indrelid = _vector_index.table_id
+    JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attname = _vector_indexes.embedding_column
+    WHERE i.indrelid = _vector_indexes.table_id
       -- The index is on the column, or on an expression with it.
       AND (a.attnum = i.indkey[0] OR i.indkey[0] = 0 AND EXISTS (
           SELECT FROM pg_depend AS d
           WHERE d.classid = 'pg_class'::regclass AND d.objid = i.indexrelid
             AND d.refclassid = 'pg_class'::regclass AND d.refobjid = i.indrelid AND d.refobjsubid = a.attnum
       ))
-    ORDER BY i.indisvalid DESC
-    LIMIT 1;
+    ORDER BY i.indisvalid DESC;
+$sql$;
+COMMENT ON FUNCTION autoembed._vector_indexes IS
+    'The indexes on the embeddings of a table or partition, valid ones first.';
+
+CREATE OR REPLACE FUNCTION autoembed._vector_index(table_id regclass, embedding_column name)
+    RETURNS SETOF pg_index
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT i.* FROM autoembed._vector_indexes(table_id, embedding_column) AS i LIMIT 1;
 $sql$;
 COMMENT ON FUNCTION autoembed._vector_index IS
     'The index on the embeddings of a table or partition, a valid one first. No row if there is none.';
+
+CREATE OR REPLACE FUNCTION autoembed._is_binary(index pg_index)
+    RETURNS boolean
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT o.opcname = 'bit_hamming_ops' FROM pg_opclass AS o WHERE o.oid = index.indclass[0];
+$sql$;
+COMMENT ON FUNCTION autoembed._is_binary IS 'Whether an index on embeddings has one bit for each dimension.';
 
 CREATE OR REPLACE FUNCTION autoembed._bits(vector text, dimensions integer)
     RETURNS text
@@ -45,10 +65,10 @@ AS $sql$
     FROM (
         SELECT t.relid FROM pg_partition_tree(table_id) AS t WHERE t.isleaf UNION SELECT table_id
     ) AS r
-    CROSS JOIN LATERAL autoembed._vector_index(r.relid, embedding_column) AS i
-    JOIN pg_opclass AS o ON o.oid = i.indclass[0] AND o.opcname = 'bit_hamming_ops'
+    CROSS JOIN LATERAL autoembed._vector_indexes(r.relid, embedding_column) AS i
     JOIN pg_attribute AS a ON a.attrelid = i.indexrelid AND a.attnum = 1
     WHERE i.indisvalid
+      AND autoembed._is_binary(i)
       AND pg_get_expr(i.indexprs, i.indrelid) ~ format('binary_quantize[(]%s[)]', quote_ident(embedding_column));
 $sql$;
 COMMENT ON FUNCTION autoembed._bits_indexed IS
@@ -101,6 +121,67 @@ COMMENT ON FUNCTION autoembed._index_key IS
     'no index is possible. expression: the expression in queries that use the index. problem: the fact that prevents '
     'the index. hint: its cure.';
 
+CREATE OR REPLACE FUNCTION autoembed._check_index(pipeline autoembed.pipeline, builds boolean)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _vectors_table CONSTANT regclass := coalesce(pipeline.embeddings_table, pipeline.table_id);
+    _index record;
+BEGIN
+    SELECT k.* INTO _index FROM autoembed._index_key(pipeline) AS k;
+    IF builds AND _index.problem IS NOT NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = _index.problem,
+            HINT = _index.hint;
+    ELSIF _index.key IS NULL THEN
+        RAISE WARNING USING MESSAGE = _index.problem, HINT = _index.hint;
+    ELSIF builds AND NOT autoembed._cron_is_here() THEN
+        RAISE WARNING USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = format('the index of %s.%I cannot be built: pg_cron is not installed in this database',
+                             pipeline.table_id, pipeline.embedding_column),
+            HINT = format('When the rows are embedded: CREATE INDEX CONCURRENTLY ON %s USING hnsw (%s);',
+                          _vectors_table, _index.key);
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._check_index IS
+    'Tells what is in the way of an HNSW index on the embeddings of a pipeline. builds: it is to be built.';
+
+CREATE OR REPLACE FUNCTION autoembed._replace_index(pipeline_id integer)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+    SET row_security = on
+AS $plpgsql$
+DECLARE
+    _pipeline autoembed.pipeline;
+    _vectors_table regclass;
+BEGIN
+    SELECT p.* INTO STRICT _pipeline FROM autoembed.pipeline AS p WHERE p.id = _replace_index.pipeline_id;
+    _vectors_table := coalesce(_pipeline.embeddings_table, _pipeline.table_id);
+    IF NOT _pipeline.binary_index AND NOT EXISTS (
+        SELECT FROM autoembed._vector_index(_vectors_table, _pipeline.embedding_column) AS i
+    ) THEN
+        RETURN;
+    END IF;
+    PERFORM autoembed._check_attachable(_vectors_table, true);
+    PERFORM autoembed._check_index(_pipeline, true);
+    -- Nothing is scanned for it.
+    INSERT INTO autoembed.backfill AS b (pipeline_id, condition, create_index)
+    VALUES (_pipeline.id, 'false', true)
+    ON CONFLICT ON CONSTRAINT backfill_pkey DO UPDATE SET create_index = true, index_problem = NULL;
+    UPDATE autoembed.backfill AS b
+    SET scanned_at = clock_timestamp()
+    WHERE b.pipeline_id = _pipeline.id AND b.condition = 'false' AND b.scanned_at IS NULL;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._replace_index IS
+    'Has an HNSW index of the kind that a pipeline names built, if that is binary or there is one of the other kind.';
+
 CREATE OR REPLACE FUNCTION autoembed._build_index(pipeline_id integer)
     RETURNS boolean
     LANGUAGE plpgsql
@@ -111,16 +192,44 @@ DECLARE
     _pipeline autoembed.pipeline;
     _vectors_table regclass;
     _index pg_index;
+    _other regclass;
     _key record;
     _job record;
-    _name text;
+    -- In the order in which they are tried. Two may be taken, one of them by an index of the other kind.
+    _names text[];
     _problem text;
 BEGIN
     SELECT p.* INTO STRICT _pipeline FROM autoembed.pipeline AS p WHERE p.id = pipeline_id;
     _vectors_table := coalesce(_pipeline.embeddings_table, _pipeline.table_id);
-    SELECT i.* INTO _index FROM autoembed._vector_index(_vectors_table, _pipeline.embedding_column) AS i;
+    SELECT ARRAY[
+        left(c.relname, 30) || '_' || left(_pipeline.embedding_column, 25) || '_idx',
+        format('autoembed_%s_idx', pipeline_id), format('autoembed_%s_other_idx', pipeline_id)
+    ]
+    INTO STRICT _names
+    FROM pg_class AS c
+    WHERE c.oid = _vectors_table;
+    SELECT i.*
+    INTO _index
+    FROM autoembed._vector_indexes(_vectors_table, _pipeline.embedding_column) AS i
+    WHERE autoembed._is_binary(i) = _pipeline.binary_index
+    ORDER BY i.indisvalid DESC
+    LIMIT 1;
     IF _index.indisvalid THEN
         PERFORM autoembed._unschedule('index-' || pipeline_id);
+        -- One of the other kind, by a name that this function gives, has served searches meanwhile.
+        FOR _other IN
+            SELECT i.indexrelid
+            FROM autoembed._vector_indexes(_vectors_table, _pipeline.embedding_column) AS i
+            JOIN pg_class AS c ON c.oid = i.indexrelid AND c.relname = ANY (_names)
+            WHERE autoembed._is_binary(i) <> _pipeline.binary_index
+        LOOP
+            BEGIN
+                EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE NOWAIT', _vectors_table);
+                EXECUTE format('DROP INDEX %s', _other);
+            EXCEPTION WHEN lock_not_available OR internal_error THEN
+                RETURN false;
+            END;
+        END LOOP;
         RETURN true;
     ELSIF NOT autoembed._cron_is_here() THEN
         UPDATE autoembed.backfill AS b
@@ -153,19 +262,17 @@ BEGIN
             PERFORM autoembed._hold_index_job(pipeline_id);
         END;
     ELSIF _problem IS NULL AND _job.is_due IS NOT TRUE AND autoembed._index_may_be_built(pipeline_id) THEN
-        SELECT CASE WHEN to_regclass(format('%I.%I', n.nspname, k.name)) IS NULL THEN k.name
-                    ELSE format('autoembed_%s_idx', pipeline_id) END
-        INTO STRICT _name
-        FROM pg_class AS c
-        JOIN pg_namespace AS n ON n.oid = c.relnamespace
-        CROSS JOIN LATERAL (
-            SELECT left(c.relname, 30) || '_' || left(_pipeline.embedding_column, 25) || '_idx' AS name
-        ) AS k
-        WHERE c.oid = _vectors_table;
         -- No function can build an index concurrently.
         PERFORM autoembed._schedule_index(pipeline_id, format(
-            'CREATE INDEX CONCURRENTLY IF NOT EXISTS %I ON %s USING hnsw (%s)', _name, _vectors_table, _key.key
-        ));
+            'CREATE INDEX CONCURRENTLY IF NOT EXISTS %I ON %s USING hnsw (%s)', k.name, _vectors_table, _key.key
+        ))
+        FROM pg_class AS c
+        JOIN pg_namespace AS n ON n.oid = c.relnamespace
+        CROSS JOIN unnest(_names) WITH ORDINALITY AS k(name, number)
+        WHERE c.oid = _vectors_table
+          AND (to_regclass(format('%I.%I', n.nspname, k.name)) IS NULL OR k.number = cardinality(_names))
+        ORDER BY k.number
+        LIMIT 1;
     END IF;
     RETURN false;
 END;

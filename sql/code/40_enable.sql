@@ -452,8 +452,8 @@ BEGIN
         RAISE EXCEPTION USING
             ERRCODE = 'feature_not_supported',
             MESSAGE = format('cannot build an index concurrently on partitioned table %s', table_id),
-            HINT = 'Leave create_index out. Later, create an index concurrently on each partition, and then one on the '
-                'table, which takes over those of the partitions.';
+            HINT = 'Leave it out. Later, create an index concurrently on each partition, and then one on the table, '
+                'which takes over those of the partitions.';
     ELSIF _table.relispartition THEN
         RAISE EXCEPTION USING
             ERRCODE = 'wrong_object_type',
@@ -579,7 +579,6 @@ AS $plpgsql$
 DECLARE
     _dimensions integer;
     _pipeline autoembed.pipeline;
-    _index record;
     _embeddings_table regclass;
     _name text := concat_ws('.', table_name::text, quote_ident(embedding_column));
     _chunking CONSTANT record := autoembed._chunking(chunking);
@@ -676,21 +675,7 @@ BEGIN
            enable.chunk_prefix, coalesce(enable.binary_index, false)
     FROM autoembed._read_condition(enable.table_name, enable.condition) AS c
     RETURNING p.* INTO _pipeline;
-    SELECT k.* INTO _index FROM autoembed._index_key(_pipeline) AS k;
-    IF create_index AND _index.problem IS NOT NULL THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'object_not_in_prerequisite_state',
-            MESSAGE = _index.problem,
-            HINT = _index.hint;
-    ELSIF _index.key IS NULL THEN
-        RAISE WARNING USING MESSAGE = _index.problem, HINT = _index.hint;
-    ELSIF create_index AND NOT autoembed._cron_is_here() THEN
-        RAISE WARNING USING
-            ERRCODE = 'object_not_in_prerequisite_state',
-            MESSAGE = format('the index of %s cannot be built: pg_cron is not installed in this database', _name),
-            HINT = format('When the rows are embedded: CREATE INDEX CONCURRENTLY ON %s USING hnsw (%s);',
-                          coalesce(_embeddings_table, enable.table_name), _index.key);
-    END IF;
+    PERFORM autoembed._check_index(_pipeline, coalesce(create_index, false));
     -- The triggers are there, and no other session can write before this transaction ends. What comes is queued.
     _is_empty := autoembed._is_empty(enable.table_name);
     IF enqueue_existing AND NOT _is_empty OR create_index THEN
@@ -731,7 +716,8 @@ CREATE OR REPLACE FUNCTION autoembed.alter_pipeline(
     chunk_overlap integer DEFAULT NULL,
     text_config text DEFAULT NULL,
     storage text DEFAULT NULL,
-    chunk_prefix text DEFAULT NULL
+    chunk_prefix text DEFAULT NULL,
+    binary_index boolean DEFAULT NULL
 )
     RETURNS void
     LANGUAGE plpgsql
@@ -815,7 +801,8 @@ BEGIN
         text_config = CASE
             WHEN alter_pipeline.text_config IS NULL THEN p.text_config
             ELSE autoembed._full_text_config(alter_pipeline.text_config)
-        END
+        END,
+        binary_index = coalesce(alter_pipeline.binary_index, p.binary_index)
     WHERE p.id = _pipeline.id;
     IF _moves AND NOT _is_beside THEN
         EXECUTE format('DROP TABLE %s', _pipeline.embeddings_table);
@@ -826,12 +813,17 @@ BEGIN
     ) > 0 THEN
         PERFORM autoembed.resync(_pipeline.table_id, _pipeline.embedding_column);
     END IF;
+    IF alter_pipeline.binary_index <> _pipeline.binary_index THEN
+        PERFORM autoembed._replace_index(_pipeline.id);
+    END IF;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.alter_pipeline IS
     'Changes how a table is embedded, by the arguments that are not NULL, and embeds the rows to which that makes a '
     'difference. An empty model is the default model. An empty condition, text_config or chunk_prefix is none. '
-    'storage: beside or row, where the embeddings are to be. They go there without a request to the model.';
+    'storage: beside or row, where the embeddings are to be. They go there without a request to the model. '
+    'binary_index: the index has one bit for each dimension, or is one of numbers again; the new one is built '
+    'concurrently, and takes the place of the old one.';
 
 CREATE OR REPLACE FUNCTION autoembed._new_place(
     pipeline autoembed.pipeline,

@@ -778,3 +778,53 @@ def test_an_index_finds_a_name_where_the_obvious_one_is_taken(cron: Connection) 
 
     [definition] = cron.execute(HNSW).fetchone() or ("",)
     assert definition.startswith(f"CREATE INDEX autoembed_{number}_idx ON ")
+
+
+INDEXES = """
+    SELECT c.relname AS name, pg_get_indexdef(i.indexrelid) ~ 'bit_hamming_ops' AS is_binary
+    FROM pg_index AS i JOIN pg_class AS c ON c.oid = i.indexrelid
+    WHERE i.indrelid = %s::regclass AND NOT i.indisprimary ORDER BY 1"""
+
+
+@pytest.mark.parametrize("place", ["embedding", None])
+def test_an_index_gives_way_to_one_of_the_other_kind_when_that_is_complete(
+    cron: Connection, scheduled: Server, place: str | None
+) -> None:
+    table = "documents" if place else "documents_embeddings"
+    cron.execute("DROP ROLE IF EXISTS librarian; CREATE ROLE librarian LOGIN PASSWORD 'postgres'")
+    cron.execute("SELECT autoembed.grant_usage('librarian')")
+    cron.execute("GRANT USAGE, CREATE ON SCHEMA public TO librarian; ALTER TABLE documents OWNER TO librarian")
+    api = scheduled.fake_api("index")
+
+    def altered(*, binary: bool) -> list[tuple[str, bool]]:
+        owner.execute("SELECT autoembed.alter_pipeline('documents', binary_index => %s)", [binary])
+        owner.execute("SELECT autoembed.alter_pipeline('documents', binary_index => %s)", [binary])
+        wait_until_no_backfill(cron)
+        return [tuple(row) for row in cron.execute(INDEXES, [table]).fetchall()]
+
+    try:
+        with scheduled.connect(user="librarian") as owner:
+            owner.execute("SELECT autoembed.enable('documents', %s, content_columns => '{content}')", [place])
+            wait_until_no_backfill(cron)
+            [number] = cron.execute("SELECT max(id) FROM autoembed.pipeline").fetchone() or (0,)
+            sent = len(api.texts())
+
+            # There is no index to replace.
+            assert altered(binary=True) == [(f"{table}_embedding_idx", True)]
+            assert altered(binary=False) == [(f"autoembed_{number}_idx", False)]
+            # An index of another name is not dropped.
+            cron.execute(f"ALTER INDEX autoembed_{number}_idx RENAME TO mine")
+            assert altered(binary=True) == [(f"{table}_embedding_idx", True), ("mine", False)]
+            assert len(api.texts()) == sent
+    finally:
+        cron.execute("DROP OWNED BY librarian CASCADE; DROP ROLE librarian; CREATE TABLE IF NOT EXISTS documents ()")
+
+
+def test_an_index_that_is_not_there_is_not_built_as_one_of_numbers(documents: Connection) -> None:
+    documents.execute("DROP INDEX documents_embedding_idx")
+    pipeline = "UPDATE autoembed.pipeline SET binary_index = true"
+    documents.execute(pipeline)
+    documents.execute("SELECT autoembed.alter_pipeline('documents', binary_index => false)")
+
+    assert documents.execute("SELECT count(*) FROM autoembed.backfill WHERE create_index").fetchone() == (0,)
+    assert documents.execute("SELECT binary_index FROM autoembed.pipeline").fetchone() == (False,)

@@ -58,6 +58,7 @@ _check_content_function - - - x
 _check_embedding_column - - - x
 _check_everything - - - x
 _check_function_owner - - - x
+_check_index - x - x
 _check_model - - - x
 _check_on_change - x - x
 _check_options - - - x
@@ -152,6 +153,7 @@ _index_job - - - x
 _index_key - x - x
 _index_may_be_built - - - x
 _index_texts - - - x
+_is_binary - x - x
 _is_chosen - - - x
 _is_empty - x - x
 _is_key - - - x
@@ -238,6 +240,7 @@ _release - - - x
 _remove_retired_job - - - x
 _renamed - - - x
 _renamed_template - - - x
+_replace_index - x - x
 _replace_segments - - - x
 _requeue - - - x
 _rerank - x - x
@@ -293,6 +296,7 @@ _vault_key - - - x
 _vector_digest_expression - x - x
 _vector_faults - - - x
 _vector_index - x - x
+_vector_indexes - x - x
 _vector_types - - - x
 _vector_version - - - x
 _waits_for_commit - x - x
@@ -355,7 +359,7 @@ _row_state - r - rawd
 _this_lane - - - rawd
 backfill - r - rawd
 backfill.condition - raw - raw
-backfill.create_index - ra - raw
+backfill.create_index - raw - raw
 backfill.force - raw - raw
 backfill.index_problem - rw - raw
 backfill.pipeline_id - ra - raw
@@ -374,7 +378,7 @@ paid_chunk - - - rawd
 permit - - - rawd
 pipeline - r - rawd
 pipeline.adopts - ra - raw
-pipeline.binary_index - ra - raw
+pipeline.binary_index - raw - raw
 pipeline.chunk_function - raw - raw
 pipeline.chunk_overlap - raw - raw
 pipeline.chunk_prefix - raw - raw
