@@ -154,6 +154,13 @@ class Job:
         return self.row is not None and self.row.vector_digest is not None
 
     @property
+    def first_number(self) -> int:
+        """The number of the first chunk: as it is to be written, or as the row has it."""
+        if self.chunks:
+            return self.chunks[0].number
+        return self.row.numbers[0] if self.row and self.row.numbers else 1
+
+    @property
     def vector_count(self) -> int:
         """The number of vectors that are written for the row."""
         return sum(not chunk.is_kept for chunk in self.chunks) if self.pipeline.is_beside else 1

@@ -198,17 +198,20 @@ class Chunk:
     source: int | None = None
 
 
-def first_number(row: Row, digests: Sequence[bytes], most: int) -> int:
-    """The number that the first chunk of a long text gets, if its chunks are written in parts.
+def changes(row: Row, digests: Sequence[bytes]) -> int:
+    """The number of places at which a row has another chunk than these, or none."""
+    return sum(one != other for one, other in zip_longest(row.digests, digests))
 
-    Few chunks (at most so many) take the places of others. More get new numbers, so that those that the row has stay
-    until the last part is there. A lane that goes on finds the chunks that were written as the last ones of the row.
+
+def first_number(row: Row, digests: Sequence[bytes]) -> int:
+    """The number that the first chunk of a text gets, if its chunks are written in parts.
+
+    The chunks that the row has keep their numbers, so that they stay until the last part is there. Where the last ones
+    are the first ones of the text, a lane has written them, or the text goes on where it ended.
     """
     old = list(row.digests)
     if not old:
         return 1
-    if sum(one != other for one, other in zip_longest(old, digests)) <= most:
-        return row.numbers[0]
     begun = (place for place, digest in enumerate(old) if digest == digests[0])
     for place in islice(begun, TRIED_PLACES):
         if old[place:] == list(digests[: len(old) - place]):

@@ -18,7 +18,7 @@ from autoembed.cutting import Cutter, limit_of
 from autoembed.errors import Fault, PassEnded, RowError
 from autoembed.jobs import CHANGES, MAX_ATTEMPTS, REFUSED, Job, Ledger
 from autoembed.providers import COMPUTED_HERE, most_tokens_of
-from autoembed.records import MAX_TEXT_BYTES, Chunk, Written, digest_of_chunks, first_number
+from autoembed.records import MAX_TEXT_BYTES, Chunk, Written, changes, digest_of_chunks, first_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,10 +31,10 @@ READ_BYTES = 8 << 20
 OWNER_READ_BYTES = 1 << 20
 # A text of more characters is cut into chunks in a thread: that takes a second for a million of them.
 LONG_CHARACTERS = 50_000
-# A text with so many chunks without vectors is embedded and written in parts.
+# A text is written in parts if so many of its chunks are not those that the row has in their places.
 KEPT_CHUNKS = 300
-# The texts of the parts of a row that are asked for at a time.
-SENT_CHUNKS = 400
+# The first of its texts that are sent.
+FIRST_SENT_CHUNKS = 100
 # The most chunks of a long text in one statement.
 MAX_STATEMENT_CHUNKS = 500
 # The rows of one statement are this many at first, and at most.
@@ -280,6 +280,10 @@ class Rows:
         with self._clock(pipeline):
             return self._database.split(pipeline, content)
 
+    def long_jobs(self) -> list[Job]:
+        """The long texts whose vectors are being written."""
+        return [job for write in self._writes if write.left for job in write.jobs]
+
     def owners_behind(self) -> set[int]:
         """The owners with vectors that wait because the time of their code was up, and not for a lock."""
         return {write.pipeline.owner for write in self._writes if write.until is None}
@@ -472,22 +476,26 @@ class Rows:
             chunk.is_kept = chunk.source is not None
             job.chunks.append(chunk)
         new = [chunk for chunk in job.chunks if not chunk.is_kept]
-        job.is_long = len(new) >= KEPT_CHUNKS
+        digests = [chunk.digest for chunk in job.chunks]
+        job.is_long = job.row is not None and changes(job.row, digests) >= KEPT_CHUNKS
         job.wanted = defaultdict(list)
         if job.is_long:
             paid = self._database.paid_chunks(pipeline, job.key)
             unpaid = {chunk.digest: chunk for chunk in reversed(new) if chunk.digest not in paid}
             job.unsent = list(unpaid.values())
-            return self.next_texts(job)
+            first = first_number(job.row, digests) if job.row else 1
+            for number, chunk in enumerate(job.chunks, first):
+                chunk.number = number
+            return self.next_texts(job, FIRST_SENT_CHUNKS)
         for chunk in new:
             job.wanted[job.prefix + content[chunk.start : chunk.end]].append(chunk)
         return list(job.wanted)
 
-    def next_texts(self, job: Job) -> list[str]:
-        """The next texts to send for a long text. A part of its chunks is under way at a time."""
-        texts = []
+    def next_texts(self, job: Job, count: int) -> list[str]:
+        """The next texts to send for a long text. Few of its chunks are under way at a time."""
+        texts: list[str] = []
         content = job.content or ""
-        while job.unsent and len(job.wanted) < SENT_CHUNKS:
+        while job.unsent and len(texts) < count:
             chunk = job.unsent.pop()
             texts.append(job.prefix + content[chunk.start : chunk.end])
             job.wanted[texts[-1]].append(chunk)
@@ -574,7 +582,7 @@ class Rows:
 
         for job in jobs:
             if job.is_long:
-                self._writes.append(Write(pipeline, [job], None, left=self._in_order(job)))
+                self._writes.append(Write(pipeline, [job], None, left=job.chunks))
         jobs = [job for job in jobs if not job.is_long]
         if not jobs:
             return
@@ -591,7 +599,11 @@ class Rows:
         What the time of an owner's code does not suffice for is left to write_some().
         """
         self._writes.append(Write(pipeline, jobs, vectors))
-        while self._writes and self._writes[-1].due_at == 0.0 and self._owners.has_time(pipeline):
+        while self._owners.has_time(pipeline) and self._writes:
+            last = self._writes[-1]
+            # What was left of other pipelines is not written in the time of this one.
+            if last.due_at > 0.0 or last.pipeline.id != pipeline.id:
+                return
             self._write_part(self._writes.pop())
 
     def write_some(self) -> None:
@@ -656,21 +668,6 @@ class Rows:
         self.written += len(jobs)
         self._owners.took(pipeline, len(jobs), seconds)
         self._settle_written(write, outcomes)
-
-    @staticmethod
-    def _in_order(job: Job) -> list[Chunk]:
-        """The chunks of a long text, numbered, in the order in which they are written.
-
-        Those that take the place of others come first, in one part: chunks that the row keeps may stand there.
-        """
-        row = job.row
-        if row is None:
-            return job.chunks
-        first = first_number(row, [chunk.digest for chunk in job.chunks], KEPT_CHUNKS)
-        there = dict(zip(row.numbers, row.digests, strict=True))
-        for number, chunk in enumerate(job.chunks, first):
-            chunk.number = number
-        return sorted(job.chunks, key=lambda chunk: there.get(chunk.number) == chunk.digest)
 
     def _write_chunks(self, write: Write) -> None:
         """Writes a part of the chunks of a long text. The others stay, and other rows have their turn first."""
@@ -785,7 +782,7 @@ class Rows:
         size, first = 0, 0
         for end, job in enumerate(jobs, 1):
             room = MAX_CHARACTERS
-            for number, text in enumerate(self._texts_of(pipeline, job), job.chunks[0].number if job.chunks else 1):
+            for number, text in enumerate(self._texts_of(pipeline, job), job.first_number):
                 texts += [(end - first, number, part) for part in parts(text[:room])]
                 room = max(0, room - len(text))
             size += MAX_CHARACTERS - room

@@ -259,12 +259,14 @@ class Outbox:
     jobs: the open ones, by text. unsent: texts that no request holds yet. accepted: the model has answered in this
     pass. suspended: requests that failed, until it is known whether the model answers others.
     too_long: texts that were refused for their length, and wait for the outcome of a trial, each with its trouble.
+    long: long texts with chunks that no request holds yet: they take turns, behind all that waits.
     waiting: requests that the model's limits do not allow yet. permit: that of the first. slots: all that are held.
     """
 
     limiter: Limiter
     jobs: dict[str, list[Job]] = field(default_factory=lambda: defaultdict(list))
     unsent: list[str] = field(default_factory=list)
+    long: deque[Job] = field(default_factory=deque)
     accepted: bool = False
     trouble: ProviderTrouble | None = None
     suspended: list[tuple[Request, Trouble]] = field(default_factory=list)
@@ -291,7 +293,7 @@ class Outbox:
     @property
     def is_idle(self) -> bool:
         """Whether nothing of the model is open."""
-        return not (self.jobs or self.in_flight or self.waiting or self.suspended or self.unsent)
+        return not (self.jobs or self.in_flight or self.waiting or self.suspended or self.unsent or self.long)
 
 
 @dataclass(eq=False)
@@ -409,7 +411,7 @@ class _Pass:
         for outbox in self._outboxes.values():
             for text, jobs in outbox.jobs.items():
                 held[jobs[0].pipeline.owner] += len(text) + sum(len(job.key) for job in jobs)
-        for job in [*self._rows.uncut, *([self._cut.job] if self._cut else [])]:
+        for job in self._long_jobs():
             held[job.pipeline.owner] += len(job.content or "") + len(job.key)
         return max(READ_BYTES - held.total(), OWNER_READ_BYTES - held[owner])
 
@@ -423,6 +425,8 @@ class _Pass:
             if text not in outbox.jobs:
                 outbox.unsent.append(text)
             outbox.jobs[text].append(job)
+            if job.unsent and job not in outbox.long:
+                outbox.long.append(job)
 
     def _cut_next(self, flight: _Flight) -> None:
         """Has the shortest of the long texts cut into chunks. Several at a time would leave the lane little time."""
@@ -508,9 +512,16 @@ class _Pass:
         for outbox in self._outboxes.values():
             for jobs in outbox.jobs.values():
                 yield from jobs
+        yield from self._long_jobs()
+
+    def _long_jobs(self) -> Iterator[Job]:
+        """The jobs with long texts that wait to be cut, sent or written."""
         yield from self._rows.uncut
         if self._cut is not None:
             yield self._cut.job
+        for outbox in self._outboxes.values():
+            yield from outbox.long
+        yield from self._rows.long_jobs()
 
     # Embed ---------------------------------------------------------------------------------------
 
@@ -545,13 +556,13 @@ class _Pass:
         return Request(model, texts, model.timeout_seconds or usual, probe=probe)
 
     def _waiting(self) -> int:
-        return sum(len(outbox.waiting) for outbox in self._outboxes.values())
+        return sum(len(outbox.waiting) + len(outbox.long) for outbox in self._outboxes.values())
 
     def _launch(self, flight: _Flight) -> None:
         """Sends the requests that the limits of their models allow by now."""
         for model, outbox in self._outboxes.items():
             provider = provider_of(model)
-            while outbox.waiting and self._is_its_turn(flight, model, outbox):
+            while self._has_next(model, outbox) and self._is_its_turn(flight, model, outbox):
                 request = outbox.waiting.popleft()
                 if outbox.permit is not None:
                     request.slot, outbox.permit = outbox.permit.slot, None
@@ -563,6 +574,19 @@ class _Pass:
                     self._leaving.append(request)
                 call = partial(providers.embed, request, self._network, self._database.call_embedder)
                 flight.submit(request, call, here=provider.RUNS_IN_BACKEND)
+
+    def _has_next(self, model: Model, outbox: Outbox) -> bool:
+        """Whether a request waits. If none does, the next chunks of a long text become one."""
+        while not outbox.waiting and outbox.long and outbox.in_flight < self._options.max_requests:
+            job = outbox.long[0]
+            if job.outcome is None:
+                self._put([(job, text) for text in self._rows.next_texts(job, self._options.batch_size)])
+                unsent, outbox.unsent = outbox.unsent, []
+                self._submit(model, unsent)
+            outbox.long.popleft()
+            if job.outcome is None and job.unsent:
+                outbox.long.append(job)
+        return bool(outbox.waiting)
 
     def _wait_until_sent(self) -> None:
         """Gives requests a moment to be sent: their threads need the interpreter, which a statement keeps."""
@@ -586,8 +610,7 @@ class _Pass:
             return True
         if outbox.permit is None:
             if elapsed > PATIENCE_SECONDS:
-                self._release(outbox, outbox.waiting, "the model's limits allow no request yet")
-                outbox.waiting.clear()
+                self._release_waiting(outbox, [], "the model's limits allow no request yet")
                 return False
             self._ask_for_permit(flight, outbox)
         return outbox.permit is not None and outbox.permit.at is not None and time.monotonic() >= outbox.permit.at
@@ -735,11 +758,8 @@ class _Pass:
                 for job in outbox.jobs[request.texts[number]]:
                     self._rows.note_cut(job)
             self._apply(request, vectors)
-            jobs = dict.fromkeys(job for text in request.texts for job in outbox.jobs.pop(text))
-            # A long text goes on with its next chunks.
-            self._put([(job, text) for job in jobs if job.outcome is None for text in self._rows.next_texts(job)])
-            unsent, outbox.unsent = outbox.unsent, []
-            self._submit(request.model, unsent)
+            for text in request.texts:
+                del outbox.jobs[text]
         suspended, outbox.suspended = outbox.suspended, []
         for failed, trouble in suspended:
             self._split(failed, trouble)
@@ -826,20 +846,23 @@ class _Pass:
                 self._database.warn_of_blocked_pipelines([name])
         unsent = self._withdraw(flight, request.model, outbox)
         suspended = [refused for refused, _ in outbox.suspended]
-        self._release(outbox, [request, *unsent, *suspended, *outbox.waiting], str(trouble))
+        self._release_waiting(outbox, [request, *unsent, *suspended], str(trouble))
         outbox.suspended = []
-        outbox.waiting.clear()
         for text in outbox.too_long:
             for job in outbox.jobs.pop(text):
                 self._ledger.release(job, str(trouble))
         outbox.too_long.clear()
 
-    def _release(self, outbox: Outbox, requests: Iterable[Request], reason: str) -> None:
-        """Gives the jobs of requests back to the queue unchanged."""
-        for request in requests:
+    def _release_waiting(self, outbox: Outbox, requests: Iterable[Request], reason: str) -> None:
+        """Gives the jobs of these requests, and of all that waits, back to the queue unchanged."""
+        for request in [*requests, *outbox.waiting]:
             for text in [] if request.probe or request.trial else request.texts:
                 for job in outbox.jobs.pop(text):
                     self._ledger.release(job, reason)
+        for job in outbox.long:
+            self._ledger.release(job, reason)
+        outbox.waiting.clear()
+        outbox.long.clear()
 
     # Apply ---------------------------------------------------------------------------------------
 

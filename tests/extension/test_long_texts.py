@@ -9,7 +9,7 @@ import pytest
 
 from fake_api import FakeApi
 from harness import Connection, waiting
-from lanes import Lane, running_lanes
+from lanes import Lane, running_lanes, stop_lanes
 from waiting import wait_until
 
 PIECES = 700
@@ -181,6 +181,24 @@ def test_an_edit_of_a_long_text_writes_few_chunks_and_the_offsets_of_the_others(
     assert books.execute("SELECT count(*) FROM books_chunks WHERE chunk IS NULL").fetchone() == (0,)
 
 
+def test_chunks_that_move_keep_their_vectors_and_are_not_sent(
+    books: Connection, api: FakeApi, connect: Callable[..., Connection]
+) -> None:
+    vectors = "SELECT digest, embedding::text AS vector FROM books_embeddings ORDER BY chunk_number"
+    with running_lanes(books, connect):
+        wait_until(lambda: waiting(books) == 0)
+    before = books.execute(vectors).fetchall()
+    sent = len(api.texts())
+
+    books.execute("UPDATE books SET body = 'new---' || body")
+    with running_lanes(books, connect):
+        wait_until(lambda: waiting(books) == 0)
+
+    assert books.execute(vectors).fetchall()[1:] == before
+    assert api.texts()[sent:] == ["new"]
+    assert paid(books) == 0
+
+
 def megabytes(db: Connection, pid: int) -> int:
     """The memory of a backend that is its own. Pages of shared memory that nobody else has touched do not count."""
     query = (
@@ -213,3 +231,25 @@ def test_the_memory_of_a_lane_is_bounded_by_the_text_and_not_by_its_vectors(
     [row] = db.execute("SELECT count(*) * 4 * 3072 >> 20 AS megabytes FROM books_embeddings").fetchall()
     assert row.megabytes > 80
     assert max(used) < row.megabytes / 2
+
+
+def test_a_short_text_of_another_owner_waits_for_few_chunks_of_a_long_one(
+    books: Connection, api: FakeApi, connect: Callable[..., Connection], role: Callable[[str], str]
+) -> None:
+    books.execute(f"CREATE TABLE notes (id int PRIMARY KEY, body text); ALTER TABLE notes OWNER TO {role('poet')}")
+    books.execute("SELECT autoembed.enable('notes', content_columns => '{body}')")
+    books.execute("INSERT INTO books SELECT 2, replace(body, 'piece', 'part') FROM books")
+    api.behave(delay_seconds=0.1)
+    lane = Lane(connect(), "batch_size => 20, max_requests => 1")
+    wait_until(lambda: len(api.texts()) > 40)
+
+    books.execute("INSERT INTO notes VALUES (1, 'a note')")
+    wait_until(lambda: "a note" in api.texts())
+
+    assert len(api.texts()) < PIECES
+    api.behave()
+    wait_until(lambda: waiting(books) == 0, seconds=60)
+    assert max(Counter(api.texts()).values()) == 1
+    assert books.execute("SELECT count(*) FROM books_embeddings").fetchone() == (2 * PIECES,)
+    stop_lanes(books)
+    lane.join()
