@@ -15,7 +15,11 @@ from harness import GUIDE_TABLE, GUIDE_TRIGGERS, PASSWORD, Connection, Server, r
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     with ExitStack() as stack:
-        yield run_server(stack, AUTOEMBED_LANES="0")
+        server = run_server(stack, AUTOEMBED_LANES="0")
+        with server.connect() as connection:
+            # A lane keeps the Python modules compiled, for the sessions of all tests.
+            connection.execute("CALL autoembed.work(0)")
+        yield server
 
 
 @pytest.fixture(scope="session")

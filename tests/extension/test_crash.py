@@ -24,7 +24,7 @@ from harness import (
     run_server,
     waiting,
 )
-from waiting import wait_until
+from waiting import PAUSE_SECONDS, wait_until
 
 ROWS = 5000
 KILLS = 10
@@ -59,6 +59,8 @@ class Updates(threading.Thread):
                     "UPDATE documents SET content = content || '.' WHERE id = 1 + (random() * %s)::integer", [ROWS - 1]
                 )
                 self.done += 1
+                # The lanes are to be in the midst of writing too, not always behind.
+                self._ended.wait(PAUSE_SECONDS)
 
     def end(self) -> None:
         self._ended.set()

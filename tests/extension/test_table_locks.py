@@ -62,12 +62,15 @@ def test_a_change_stops_nobody_behind_a_long_transaction(notes: Connection, conn
     holder.execute(holds.replace("id = 1", "id = 2"))
 
     call = Call(connect(), f"SELECT autoembed.{change}")
-    looks = 0
-    while call.thread.is_alive():
-        neighbour.execute(goes_on)
-        looks += 1
+    looks: list[int] = []
 
-    assert looks > 1
+    def has_ended_meanwhile() -> bool:
+        looks.append(neighbour.execute(goes_on).rowcount)
+        return not call.thread.is_alive()
+
+    wait_until(has_ended_meanwhile, 60)
+
+    assert len(looks) > 1
     assert isinstance(call.error, psycopg.errors.LockNotAvailable), call.error
     assert call.error.diag.message_primary == "table public.notes is in use by another transaction"
     assert f"process {holder.info.backend_pid}" in (call.error.diag.message_detail or "")
