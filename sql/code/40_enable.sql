@@ -739,7 +739,8 @@ BEGIN
             ERRCODE = 'object_not_in_prerequisite_state',
             MESSAGE = format('cannot alter %s.%I, whose triggers were made by hand',
                              _pipeline.table_id, _pipeline.embedding_column),
-            HINT = 'Detach it with autoembed.disable(), and attach it with autoembed.enable() and the new arguments.';
+            HINT = 'Detach it with autoembed.disable(), and attach it with autoembed.enable() and the new arguments. '
+                'With adopt => true the vectors stay, if they are of the present texts.';
     END IF;
     IF alter_pipeline.on_change IS NOT NULL THEN
         PERFORM autoembed._check_on_change(alter_pipeline.on_change);
