@@ -28,13 +28,15 @@ BEGIN
     IF NOT FOUND THEN
         RAISE EXCEPTION USING
             ERRCODE = 'undefined_object',
-            MESSAGE = format('model "%s" does not exist', _name),
+            MESSAGE = format('%smodel "%s" does not exist', CASE WHEN reranks THEN 'rerank ' END, _name),
             DETAIL = (
-                SELECT format('The %smodels are: %s.', CASE WHEN reranks THEN 'rerank ' END,
-                              string_agg(m.name, ', ' ORDER BY m.name))
+                SELECT coalesce(
+                    format('The %smodels are: ', CASE WHEN reranks THEN 'rerank ' END)
+                        || string_agg(m.name, ', ' ORDER BY m.name) || '.',
+                    'There is none yet.'
+                )
                 FROM autoembed.model AS m
                 WHERE (m.dimensions IS NULL) = coalesce(reranks, m.dimensions IS NULL)
-                HAVING count(*) > 0
             ),
             HINT = CASE
                 WHEN reranks THEN 'Create it with autoembed.create_rerank_model().'

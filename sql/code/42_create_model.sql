@@ -76,6 +76,44 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._check_budget IS 'Fails if a budget in money comes without a price.';
 
+CREATE OR REPLACE FUNCTION autoembed._check_numbers(numbers jsonb)
+    RETURNS void
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _wrong record;
+BEGIN
+    SELECT n.key, n.value, r.range INTO _wrong
+    FROM jsonb_each_text(numbers) AS n
+    CROSS JOIN LATERAL (
+        SELECT CASE
+            WHEN n.key = 'dimensions' THEN 'from 1 to 16000'
+            WHEN n.key IN ('price_per_million_tokens', 'daily_token_budget', 'daily_cost_budget') THEN '0 or more'
+            ELSE 'above 0'
+        END AS range
+    ) AS r
+    WHERE NOT CASE r.range
+        WHEN 'from 1 to 16000' THEN n.value::numeric BETWEEN 1 AND 16000
+        WHEN '0 or more' THEN n.value::numeric >= 0
+        ELSE n.value::numeric > 0
+    END
+    ORDER BY n.key
+    LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = format('%s must be %s, not %s', _wrong.key, _wrong.range, _wrong.value),
+            HINT = CASE _wrong.key
+                WHEN 'dimensions' THEN 'Give the length of the vectors that the model returns.'
+                ELSE 'Leave it out for the default.'
+            END;
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._check_numbers IS 'Fails if an argument of a model that is a number is out of its range.';
+
 CREATE OR REPLACE FUNCTION autoembed._add_model(
     name text,
     provider text,
@@ -101,7 +139,26 @@ CREATE OR REPLACE FUNCTION autoembed._add_model(
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
+    IF _add_model.name IS NULL OR _add_model.provider IS NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'null_value_not_allowed',
+            MESSAGE = 'a model needs a name and a provider, and one of them is NULL',
+            HINT = 'For example: autoembed.create_model(''large'', ''openai'', 3072, ...).';
+    END IF;
     PERFORM autoembed._check_api_key(_add_model.api_key);
+    PERFORM autoembed._check_numbers(jsonb_build_object(
+        'dimensions', _add_model.dimensions,
+        'max_inputs_per_request', _add_model.max_inputs_per_request,
+        'max_tokens_per_request', _add_model.max_tokens_per_request,
+        'max_tokens_per_input', _add_model.max_tokens_per_input,
+        'requests_per_minute', _add_model.requests_per_minute,
+        'tokens_per_minute', _add_model.tokens_per_minute,
+        'max_requests_in_flight', _add_model.max_requests_in_flight,
+        'price_per_million_tokens', _add_model.price_per_million_tokens,
+        'daily_token_budget', _add_model.daily_token_budget,
+        'daily_cost_budget', _add_model.daily_cost_budget,
+        'timeout_seconds', _add_model.timeout_seconds
+    ));
     PERFORM autoembed._check_budget(_add_model.daily_cost_budget, _add_model.price_per_million_tokens);
     IF EXISTS (SELECT FROM autoembed.model AS m WHERE m.name = _add_model.name) THEN
         RAISE EXCEPTION USING
@@ -248,13 +305,26 @@ DECLARE
     _before autoembed.model;
 BEGIN
     PERFORM autoembed._check_api_key(alter_model.api_key);
-    _before := autoembed._model(alter_model.name, NULL);
+    _before := autoembed._model(coalesce(alter_model.name, ''), NULL);
     IF _before.dimensions IS NULL AND alter_model.dimensions IS NOT NULL THEN
         RAISE EXCEPTION USING
             ERRCODE = 'wrong_object_type',
             MESSAGE = format('model "%s" reranks, and has no dimensions', alter_model.name),
             HINT = 'Leave dimensions out, or create another model with autoembed.create_model().';
     END IF;
+    PERFORM autoembed._check_numbers(jsonb_build_object(
+        'dimensions', alter_model.dimensions,
+        'max_inputs_per_request', alter_model.max_inputs_per_request,
+        'max_tokens_per_request', alter_model.max_tokens_per_request,
+        'max_tokens_per_input', alter_model.max_tokens_per_input,
+        'requests_per_minute', alter_model.requests_per_minute,
+        'tokens_per_minute', alter_model.tokens_per_minute,
+        'max_requests_in_flight', alter_model.max_requests_in_flight,
+        'price_per_million_tokens', alter_model.price_per_million_tokens,
+        'daily_token_budget', alter_model.daily_token_budget,
+        'daily_cost_budget', alter_model.daily_cost_budget,
+        'timeout_seconds', alter_model.timeout_seconds
+    ));
     PERFORM autoembed._check_budget(coalesce(alter_model.daily_cost_budget, _before.daily_cost_budget),
                                     coalesce(alter_model.price_per_million_tokens, _before.price_per_million_tokens));
     UPDATE autoembed.model AS m
@@ -298,7 +368,7 @@ AS $plpgsql$
 DECLARE
     _used_by text;
 BEGIN
-    PERFORM autoembed._model(drop_model.name, NULL);
+    PERFORM autoembed._model(coalesce(drop_model.name, ''), NULL);
     -- A table that is being given this model holds a lock of it until its transaction ends.
     PERFORM FROM autoembed.model AS m WHERE m.name = drop_model.name FOR UPDATE;
     SELECT string_agg(format('%s.%I', p.table_id, p.embedding_column), ', ' ORDER BY p.id)
@@ -327,7 +397,7 @@ CREATE OR REPLACE FUNCTION autoembed.set_default_model(name text)
 AS $plpgsql$
 BEGIN
     INSERT INTO autoembed.setting AS s (name, value)
-    VALUES ('default_model', (autoembed._model(set_default_model.name)).name)
+    VALUES ('default_model', (autoembed._model(coalesce(set_default_model.name, ''))).name)
     ON CONFLICT ON CONSTRAINT setting_pkey DO UPDATE SET value = excluded.value;
     PERFORM autoembed._check_model(set_default_model.name);
     PERFORM autoembed._warn_of_blocked_pipelines();
@@ -374,7 +444,7 @@ CREATE OR REPLACE FUNCTION autoembed.resume_model(name text)
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    PERFORM autoembed._model(resume_model.name, NULL);
+    PERFORM autoembed._model(coalesce(resume_model.name, ''), NULL);
     DELETE FROM autoembed.model_rest AS r WHERE r.model = resume_model.name;
     IF FOUND THEN
         -- It ends what the warning of the outage began. Of several lanes, one finds the rest.

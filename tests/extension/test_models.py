@@ -85,6 +85,31 @@ def test_limits_of_a_model_hold_below_the_providers(documents: Connection, api: 
         ("create_model('m', 'fake', 3, model_id => '')", 'model "m" has a blank model_id', "22023"),
         ("create_model('m', 'fake', 3, model_id => ' ')", 'model "m" has a blank model_id', "22023"),
         ("create_model(' ', 'fake', 3)", 'model " " has a blank model_id', "22023"),
+        ("create_model(NULL, 'fake', 3)", "needs a name and a provider", "22004"),
+        ("create_model('m', NULL, 3)", "needs a name and a provider", "22004"),
+        ("create_model('m', 'fake', 0)", "dimensions must be from 1 to 16000, not 0", "22023"),
+        ("create_model('m', 'fake', 16001)", "dimensions must be from 1 to 16000, not 16001", "22023"),
+        *(
+            (f"{call}, {argument} => {value})", f"{argument} must be {rule}, not {value}", "22023")
+            for call in ["create_model('m', 'fake', 3", "alter_model('all-MiniLM-L6-v2'"]
+            for argument, value, rule in [
+                ("max_inputs_per_request", 0, "above 0"),
+                ("max_tokens_per_request", -1, "above 0"),
+                ("max_tokens_per_input", 0, "above 0"),
+                ("requests_per_minute", 0, "above 0"),
+                ("tokens_per_minute", 0, "above 0"),
+                ("max_requests_in_flight", 0, "above 0"),
+                ("price_per_million_tokens", -0.5, "0 or more"),
+                ("daily_token_budget", -1, "0 or more"),
+                ("daily_cost_budget", -1, "0 or more"),
+                ("timeout_seconds", 0, "above 0"),
+            ]
+        ),
+        ("alter_model('all-MiniLM-L6-v2', dimensions => 0)", "dimensions must be from 1 to 16000, not 0", "22023"),
+        ("alter_model(NULL, timeout_seconds => 5)", 'model "" does not exist', "42704"),
+        ("drop_model(NULL)", 'model "" does not exist', "42704"),
+        ("set_default_model(NULL)", 'model "" does not exist', "42704"),
+        ("resume_model(NULL)", 'model "" does not exist', "42704"),
         ("alter_model('m')", 'model "m" does not exist', "42704"),
         ("drop_model('m')", 'model "m" does not exist', "42704"),
         ("drop_model('all-MiniLM-L6-v2')", "is in use", "2BP01"),

@@ -560,6 +560,15 @@ def test_a_mistake_is_one_sentence_with_a_hint(
     assert "sk-1234" not in str(refusal.value)
 
 
+def test_the_name_of_a_rerank_model_is_wrong_where_there_is_none(pages: Connection) -> None:
+    attach(pages)
+
+    with pytest.raises(psycopg.errors.UndefinedObject, match='rerank model "nosuch" does not exist') as refusal:
+        found(pages, rerank_model="nosuch")
+
+    assert refusal.value.diag.message_detail == "There is none yet."
+
+
 @pytest.mark.parametrize(
     "content",
     ["content_function => 'its_text'", "content_columns => '{body}', condition => 'id > 0'"],
