@@ -33,7 +33,7 @@ interop: image .interop/stamp ## test with Django, SQLAlchemy and an embedding s
 chaos: image .venv/stamp ## random work, kills and faults for MINUTES=10, then what it did and whether a promise broke
 	AUTOEMBED_TEST_IMAGE=$(IMAGE) TESTCONTAINERS_RYUK_DISABLED=true .venv/bin/pytest -s tests/extension/test_chaos.py --chaos-minutes=$(or $(MINUTES),10)
 
-bench: image .bench/stamp ## measure us and our rivals side by side, into docs/bench (ROWS=2000 RUNS=3)
+bench: image .bench/stamp ## measure autoembed and its rivals side by side, into docs/bench (ROWS=2000 RUNS=3)
 	.bench/venv/bin/python -m bench --rows $(or $(ROWS),2000) --runs $(or $(RUNS),3)
 
 docs: .docs/stamp ## build the site of docs/ into build/site, and check its links
@@ -72,7 +72,7 @@ lock: ## choose the tests' packages anew: requirements-dev.txt from requirements
 	.venv/lock/bin/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --generate-hashes --upgrade --custom-compile-command 'make lock' -o bench/requirements.txt bench/requirements.in
 	.venv/lock/bin/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --generate-hashes --upgrade --custom-compile-command 'make lock' --override bench/pgai/unused.txt -o bench/pgai/requirements.txt bench/pgai/requirements.in
 
-clean: ## remove the demo's container, our images and .venv
+clean: ## remove the demo's container, the images and .venv
 	docker rm --force --volumes autoembed-demo
 	-docker rmi $$(docker images --quiet --filter reference=autoembed --filter reference=autoembed-base | sort -u) --force
 	docker image prune --force --filter label=autoembed

@@ -10,7 +10,7 @@ DECLARE
     _root oid := coalesce(pg_partition_root(TG_RELID), TG_RELID);
     _key jsonb;
 BEGIN
-    -- Nothing has changed, or only the vector that we ourselves are writing.
+    -- Nothing has changed, or only the vector that a lane is writing.
     IF TG_OP = 'UPDATE' AND (
         NEW OPERATOR(pg_catalog.*=) OLD
         OR pg_trigger_depth() = 1 AND current_setting('autoembed.writing', true) = _root::text

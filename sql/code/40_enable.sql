@@ -822,7 +822,8 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed.alter_pipeline IS
     'Changes how a table is embedded, by the arguments that are not NULL, and embeds the rows to which that makes a '
     'difference. An empty model is the default model. An empty condition, text_config or chunk_prefix is none. '
-    'storage: beside or row, where the embeddings are to be. They go there without a request to the model. '
+    'storage: beside or row, where the embeddings are to be. They go there without a request to the model, and the '
+    'table is locked until the caller commits. '
     'binary_index: the index has one bit for each dimension, or is one of numbers again; the new one is built '
     'concurrently, and takes the place of the old one.';
 

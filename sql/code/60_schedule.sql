@@ -291,8 +291,9 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.schedule IS
-    'Has pg_cron run that many lanes in this database, and that many more for backfills, in place of those that it ran '
-    'before. Returns the number of lanes.';
+    'Has pg_cron run that many lanes in this database (1 to 32), and that many more for backfills (0 to 32), in place '
+    'of those that it ran before. role: whose rights they have; NULL: that of the lanes before, or the caller''s. '
+    'Returns the number of lanes, not counting those for backfills.';
 
 CREATE OR REPLACE FUNCTION autoembed._jobs_of_dropped_databases()
     RETURNS TABLE (jobid bigint, name text, database text)

@@ -29,7 +29,8 @@ COMMENT ON COLUMN autoembed.failed.key IS 'Key of the row, as a JSON array.';
 COMMENT ON COLUMN autoembed.failed.error_class IS
     'Cause of the failure. row: the row''s text or its table; message: the message itself.';
 COMMENT ON COLUMN autoembed.failed.reason IS
-    'Error of the last attempt. It may quote the text, so only the table''s owner sees it.';
+    'Error of the last attempt. It may quote the text, so only the table''s owner sees it. A message that names no row '
+    'has no owner: who sees its entry sees its reason.';
 COMMENT ON COLUMN autoembed.failed.attempts IS 'Number of attempts.';
 COMMENT ON COLUMN autoembed.failed.first_failed_at IS 'Time at which the row was first given up.';
 COMMENT ON COLUMN autoembed.failed.last_failed_at IS 'Time at which the row was last given up.';

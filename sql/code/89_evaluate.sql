@@ -156,4 +156,5 @@ COMMENT ON FUNCTION autoembed.evaluate_search IS
     'table or view with the columns query, key (of a row that answers it; of several columns: a JSON array) and grade '
     '(how well, above 0; without the column: 1). ndcg: the grades found, the sooner the better, as a share of the best '
     'order. mrr: one divided by the place of the first answer. recall: the share of the answers found. All of the '
-    'first max_rows rows, as the mean of the queries, with an interval of 95 %.';
+    'first max_rows rows, as the mean of the queries, with an interval of 95 %. A table without a text index has the '
+    'mode vector alone.';

@@ -73,8 +73,8 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.grant_usage IS
-    'Lets a role attach tables that it owns, see their state, and call embed(). The provider charges for its '
-    'embeddings.';
+    'Lets a role attach tables that it owns, see their state, call doctor() and retry_failed() for them, search, and '
+    'call embed(). The provider charges for its embeddings.';
 
 CREATE OR REPLACE FUNCTION autoembed.grant_monitor(role regrole)
     RETURNS void
