@@ -114,6 +114,23 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._check_numbers IS 'Fails if an argument of a model that is a number is out of its range.';
 
+CREATE OR REPLACE FUNCTION autoembed._check_model_options(options jsonb)
+    RETURNS void
+    LANGUAGE plpgsql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF jsonb_typeof(options) <> 'object' THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = format('options must be a JSON object, not %s', left(options::text, 100)),
+            HINT = 'For example: options => ''{"query_prefix": "query: "}''.';
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._check_model_options IS 'Fails if the options of a model are no JSON object.';
+
 CREATE OR REPLACE FUNCTION autoembed._add_model(
     name text,
     provider text,
@@ -146,6 +163,7 @@ BEGIN
             HINT = 'For example: autoembed.create_model(''large'', ''openai'', 3072, ...).';
     END IF;
     PERFORM autoembed._check_api_key(_add_model.api_key);
+    PERFORM autoembed._check_model_options(_add_model.options);
     PERFORM autoembed._check_numbers(jsonb_build_object(
         'dimensions', _add_model.dimensions,
         'max_inputs_per_request', _add_model.max_inputs_per_request,
@@ -305,6 +323,7 @@ DECLARE
     _before autoembed.model;
 BEGIN
     PERFORM autoembed._check_api_key(alter_model.api_key);
+    PERFORM autoembed._check_model_options(alter_model.options);
     _before := autoembed._model(coalesce(alter_model.name, ''), NULL);
     IF _before.dimensions IS NULL AND alter_model.dimensions IS NOT NULL THEN
         RAISE EXCEPTION USING

@@ -106,6 +106,8 @@ def test_limits_of_a_model_hold_below_the_providers(documents: Connection, api: 
             ]
         ),
         ("alter_model('all-MiniLM-L6-v2', dimensions => 0)", "dimensions must be from 1 to 16000, not 0", "22023"),
+        ("create_model('m', 'fake', 3, options => '3')", "options must be a JSON object, not 3", "22023"),
+        ("alter_model('all-MiniLM-L6-v2', options => 'null')", "options must be a JSON object, not null", "22023"),
         ("alter_model(NULL, timeout_seconds => 5)", 'model "" does not exist', "42704"),
         ("drop_model(NULL)", 'model "" does not exist', "42704"),
         ("set_default_model(NULL)", 'model "" does not exist', "42704"),

@@ -60,6 +60,7 @@ _check_everything - - - x
 _check_function_owner - - - x
 _check_index - x - x
 _check_model - - - x
+_check_model_options - - - x
 _check_numbers - - - x
 _check_on_change - x - x
 _check_options - - - x
