@@ -117,7 +117,7 @@ COMMENT ON FUNCTION autoembed._check_numbers IS 'Fails if an argument of a model
 CREATE OR REPLACE FUNCTION autoembed._check_model_options(options jsonb)
     RETURNS void
     LANGUAGE plpgsql
-    IMMUTABLE
+    STABLE
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
