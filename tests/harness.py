@@ -28,8 +28,9 @@ PASSWORD = "postgres"
 HOST = "127.0.0.1"
 FAKE_API_PORT = 8000
 
-# Databases come and go with each test: on a disk their many small files take most of its time.
-DATA_IN_MEMORY = "/pgdata"
+# Databases come and go with each test: on a disk their many small files take most of its time. The images of each
+# major take a mount there.
+DATA_IN_MEMORY = "/var/lib/postgresql/data/in_memory"
 
 # The stack removes what it started; the reaper is an image from a registry that may be out of reach.
 testcontainers_config.ryuk_disabled = True
