@@ -601,7 +601,7 @@ class Rows:
         self._writes.append(Write(pipeline, jobs, vectors))
         while self._owners.has_time(pipeline) and self._writes:
             last = self._writes[-1]
-            # What was left of other pipelines is not written in the time of this one.
+            # The time is that of this pipeline. The writes of others have their own.
             if last.due_at > 0.0 or last.pipeline.id != pipeline.id:
                 return
             self._write_part(self._writes.pop())

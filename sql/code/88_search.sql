@@ -314,12 +314,11 @@ COMMENT ON FUNCTION autoembed._search_target IS
     'chunks, nearest first, around a condition and before a limit. $1 is the vector. exact_end: the same without an '
     'index. is_binary: the index has bits, whose order is not that of the distances. match_start, near_end: that of '
     'rows and distances. has_index: whether an index may answer it. is_chunked: whether rows have several vectors. '
-    'has_few_chunks: few of them do. '
-    'has_texts: whether it may go by words. of_keys: that the row has one of the keys $2. rows_query: the rows with '
-    'keys $1 and their passages with numbers $2, by place. visible_query: which of the chunks with keys $1 and numbers '
-    '$2 the caller may read. matching_query, keys_query: which rows with keys $1, and which rows, fulfil the condition '
-    'behind it. has_plain_keys: no setting of the session changes how keys are written. ef_search: how many candidates '
-    'an index keeps.';
+    'has_few_chunks: few of them do. has_texts: whether it may go by words. of_keys: that the row has one of the keys '
+    '$2. rows_query: the rows with keys $1 and their passages with numbers $2, by place. visible_query: which of the '
+    'chunks with keys $1 and numbers $2 the caller may read. matching_query, keys_query: which rows with keys $1, and '
+    'which rows, fulfil the condition behind it. has_plain_keys: no setting of the session changes how keys are '
+    'written. ef_search: how many candidates an index keeps.';
 
 CREATE OR REPLACE FUNCTION autoembed._texts_query(pipeline_id integer)
     RETURNS text
