@@ -98,7 +98,7 @@ def test_after_ten_kills_of_the_server_every_row_is_fresh() -> None:
             api.behave(delay_seconds=0.2)
 
         with server.connect() as db:
-            # Jobs that no lane frees come back when their lease ends.
+            # Jobs that several lanes may have died of are claimed a few at a time.
             wait_until(lambda: is_settled(db), 300)
             assert_fresh(db)
             assert db.execute("SELECT count(*) FROM autoembed.failed").fetchone() == (0,)
