@@ -172,6 +172,9 @@ DECLARE
     _name name;
     _dropped integer := 0;
 BEGIN
+    IF EXISTS (SELECT FROM autoembed._stray_triggers(table_id)) THEN
+        PERFORM autoembed._lock_table(table_id, true);
+    END IF;
     FOR _name IN SELECT t.name FROM autoembed._stray_triggers(table_id) AS t LOOP
         EXECUTE format('DROP TRIGGER %I ON %s', _name, table_id);
         _dropped := _dropped + 1;

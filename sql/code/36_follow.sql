@@ -331,6 +331,7 @@ CREATE OR REPLACE FUNCTION autoembed._defined()
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE
+    _strays integer[];
     _plan record;
     _check record;
 BEGIN
@@ -338,11 +339,12 @@ BEGIN
         RETURN NULL;
     END IF;
     IF TG_OP = 'INSERT' THEN
+        _strays := ARRAY(SELECT DISTINCT t.pipeline_id FROM autoembed._stray_triggers(NEW.table_id) AS t);
+        PERFORM autoembed._drop_stray_triggers(NEW.table_id);
         -- A dump of the schema alone has brought them.
         PERFORM autoembed._drop_functions(s.pipeline_id, true)
-        FROM (SELECT DISTINCT t.pipeline_id FROM autoembed._stray_triggers(NEW.table_id) AS t) AS s
+        FROM unnest(_strays) AS s(pipeline_id)
         WHERE NOT EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.id = s.pipeline_id);
-        PERFORM autoembed._drop_stray_triggers(NEW.table_id);
     END IF;
     PERFORM autoembed._build_pipeline(NEW.id);
     -- PostgreSQL plans the statements of a lane, under the guards of a lane.

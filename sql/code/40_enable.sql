@@ -324,7 +324,8 @@ BEGIN
     IF _columns @> _key_columns AND _key_columns || '{chunk_number,chunk_start,chunk_end,digest,embedding}' @> _columns
        AND cardinality(_columns) = cardinality(_key_columns) + 5
        AND NOT EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.embeddings_table = to_regclass(_full_name)) THEN
-        -- A table that was attached before left it, or a dump brought it.
+        -- A table that was attached before left it, or a dump brought it. It gets a policy.
+        PERFORM autoembed._lock_table(to_regclass(_full_name), true);
         RAISE NOTICE 'the embeddings in table % are used', to_regclass(_full_name);
         RETURN to_regclass(_full_name);
     ELSIF to_regclass(_full_name) IS NOT NULL THEN
@@ -400,6 +401,7 @@ BEGIN
           AND a.attname = pipeline.embedding_column
           AND a.atttypmod NOT IN (-1, _dimensions)
     ) THEN
+        PERFORM autoembed._lock_table(pipeline.embeddings_table, true);
         -- Vectors of other dimensions are of no use to the model. Triggers of the owner may fire.
         PERFORM autoembed._alter_as_owner(
             pipeline.embeddings_table, format('TRUNCATE %s', pipeline.embeddings_table)
@@ -582,6 +584,7 @@ DECLARE
     _embeddings_table regclass;
     _name text := concat_ws('.', table_name::text, quote_ident(embedding_column));
     _chunking CONSTANT record := autoembed._chunking(chunking);
+    _adds_column boolean;
     _is_empty boolean;
 BEGIN
     IF table_name IS NULL THEN
@@ -636,24 +639,19 @@ BEGIN
     END IF;
 
     _dimensions := autoembed._dimensions(enable.model);
+    _adds_column := enable.embedding_column IS NOT NULL AND NOT EXISTS (
+        SELECT FROM pg_attribute AS a
+        WHERE a.attrelid = enable.table_name AND a.attname = enable.embedding_column AND NOT a.attisdropped
+    );
     -- Vectors are adopted before the table is locked.
-    IF adopt IS NOT TRUE THEN
-        PERFORM autoembed._lock_table(enable.table_name, enable.embedding_column IS NOT NULL AND NOT EXISTS (
-            SELECT FROM pg_attribute AS a
-            WHERE a.attrelid = enable.table_name AND a.attname = enable.embedding_column AND NOT a.attisdropped
-        ));
+    IF adopt IS NOT TRUE OR _adds_column THEN
+        PERFORM autoembed._lock_table(enable.table_name, _adds_column);
     END IF;
     IF enable.embedding_column IS NULL THEN
         _embeddings_table := autoembed._make_embeddings_table(
             enable.table_name, enable.embeddings_table, _dimensions
         );
-    ELSIF NOT EXISTS (
-        SELECT FROM pg_attribute AS a
-        WHERE a.attrelid = enable.table_name
-          AND a.attname = enable.embedding_column
-          AND a.attnum > 0
-          AND NOT a.attisdropped
-    ) THEN
+    ELSIF _adds_column THEN
         EXECUTE format(
             'ALTER TABLE %s ADD COLUMN %I @extschema:vector@.halfvec(%s)',
             enable.table_name, enable.embedding_column, _dimensions
@@ -959,6 +957,9 @@ DECLARE
     _pipeline autoembed.pipeline;
 BEGIN
     FOR _pipeline IN SELECT p.* FROM autoembed._owned_pipelines(table_name, embedding_column) AS p LOOP
+        IF _pipeline.managed AND EXISTS (SELECT FROM autoembed._trigger_problems(_pipeline)) THEN
+            PERFORM autoembed._lock_table(_pipeline.table_id, false);
+        END IF;
         -- This assignment fires the trigger that makes missing or disabled triggers again.
         UPDATE autoembed.pipeline AS p SET on_change = p.on_change WHERE p.id = _pipeline.id AND p.managed;
         PERFORM autoembed._look_through(_pipeline, NULL, false);

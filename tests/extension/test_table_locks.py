@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import NamedTuple
 
 import psycopg
 import pytest
@@ -15,15 +16,59 @@ from waiting import wait_until
 Connect = Callable[..., Connection]
 
 READS = "SELECT count(*) FROM notes"
+READS_VECTORS = "SELECT count(*) FROM notes_embeddings"
 WRITES = "UPDATE notes SET body = body WHERE id = 1"
-# The call, the statement that holds the table meanwhile, and the statement that others go on with.
+ATTACHED = "SELECT autoembed.enable('notes', 'embedding', content_columns => '{body}')"
+BESIDE = "SELECT autoembed.enable('notes', content_columns => '{body}')"
+# As a dump of the table alone brings one.
+STRAY = """
+    CREATE TABLE other (LIKE notes INCLUDING ALL);
+    SELECT autoembed.enable('other', 'embedding', content_columns => '{body}');
+    SET event_triggers = off;
+    DO $$ BEGIN EXECUTE format('CREATE TRIGGER autoembed_%1$s_insert AFTER INSERT ON notes FOR EACH ROW
+        EXECUTE FUNCTION autoembed._capture_%1$s()', (SELECT id FROM autoembed.pipeline)); END $$;
+    RESET event_triggers;
+"""
+
+
+class Change(NamedTuple):
+    """A call, what holds the table meanwhile, what others go on with, what comes before, and the table it waits for."""
+
+    call: str
+    holds: str = READS
+    goes_on: str = READS
+    before: str = ATTACHED
+    table: str = "notes"
+
+
 CHANGES = {
-    "enable in a new column": ("enable('notes', 'vector', content_columns => '{body}')", READS, READS),
-    "enable beside the rows": ("enable('notes', content_columns => '{body}')", WRITES, WRITES),
-    "alter_pipeline": ("alter_pipeline('notes', 'embedding', on_change => 'clear')", READS, READS),
-    "alter_pipeline to beside": ("alter_pipeline('notes', 'embedding', storage => 'beside')", READS, READS),
-    "disable": ("disable('notes')", READS, READS),
-    "disable with drop": ("disable('notes', drop => true)", READS, READS),
+    "enable in a new column": Change("enable('notes', 'vector', content_columns => '{body}')", before=""),
+    "enable beside the rows": Change("enable('notes', content_columns => '{body}')", WRITES, WRITES, ""),
+    "enable with adopt": Change(
+        "enable('notes', 'embedding', content_columns => '{body}', adopt => true)", WRITES, WRITES, ""
+    ),
+    "enable with adopt in a new column": Change(
+        "enable('notes', 'vector', content_columns => '{body}', adopt => true)", before=""
+    ),
+    "enable with embeddings that a table left": Change(
+        "enable('notes', content_columns => '{body}')",
+        READS_VECTORS,
+        READS_VECTORS,
+        f"{BESIDE}; SELECT autoembed.disable('notes')",
+        "notes_embeddings",
+    ),
+    "enable where a dump brought triggers": Change("enable('notes', content_columns => '{body}')", before=STRAY),
+    "alter_pipeline": Change("alter_pipeline('notes', 'embedding', on_change => 'clear')"),
+    "alter_pipeline to beside": Change("alter_pipeline('notes', 'embedding', storage => 'beside')"),
+    "alter_pipeline to another model": Change(
+        "alter_pipeline('notes', model => 'other')", READS_VECTORS, READS_VECTORS, BESIDE, "notes_embeddings"
+    ),
+    "resync of a disabled trigger": Change(
+        "resync('notes')", WRITES, WRITES, f"{ATTACHED}; ALTER TABLE notes DISABLE TRIGGER USER"
+    ),
+    "disable": Change("disable('notes')"),
+    "disable with drop": Change("disable('notes', drop => true)"),
+    "disable where a dump brought triggers": Change("disable('notes')", before=STRAY),
 }
 
 
@@ -48,14 +93,14 @@ class Call:
 def notes(db: Connection, api: FakeApi) -> Connection:
     db.execute("CREATE TABLE notes (id int PRIMARY KEY, body text, embedding halfvec(1536))")
     db.execute("INSERT INTO notes SELECT n, 'text ' || n FROM generate_series(1, 10) AS n")
+    db.execute("SELECT autoembed.create_model('other', 'fake', 8)")
     return db
 
 
 @pytest.mark.parametrize("case", CHANGES)
 def test_a_change_stops_nobody_behind_a_long_transaction(notes: Connection, connect: Connect, case: str) -> None:
-    change, holds, goes_on = CHANGES[case]
-    if not change.startswith("enable"):
-        notes.execute("SELECT autoembed.enable('notes', 'embedding', content_columns => '{body}')")
+    change, holds, goes_on, before, table = CHANGES[case]
+    notes.execute(before.encode())
     # Each statement of the neighbour has a fraction of the time that the change waits.
     holder, neighbour = connect(), connect(options="-c statement_timeout=2s")
     holder.execute("BEGIN")
@@ -72,7 +117,7 @@ def test_a_change_stops_nobody_behind_a_long_transaction(notes: Connection, conn
 
     assert len(looks) > 1
     assert isinstance(call.error, psycopg.errors.LockNotAvailable), call.error
-    assert call.error.diag.message_primary == "table public.notes is in use by another transaction"
+    assert call.error.diag.message_primary == f"table public.{table} is in use by another transaction"
     assert f"process {holder.info.backend_pid}" in (call.error.diag.message_detail or "")
     assert f"pg_terminate_backend({holder.info.backend_pid})" in (call.error.diag.message_hint or "")
 
@@ -82,9 +127,8 @@ def test_a_change_stops_nobody_behind_a_long_transaction(notes: Connection, conn
 
 @pytest.mark.parametrize("case", CHANGES)
 def test_a_change_waits_for_a_transaction_that_ends_soon(notes: Connection, connect: Connect, case: str) -> None:
-    change, holds, _ = CHANGES[case]
-    if not change.startswith("enable"):
-        notes.execute("SELECT autoembed.enable('notes', 'embedding', content_columns => '{body}')")
+    change, holds, _, before, _ = CHANGES[case]
+    notes.execute(before.encode())
     holder = connect()
     holder.execute("BEGIN")
     holder.execute(holds)
