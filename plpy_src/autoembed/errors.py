@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import email.utils
 import html
+import itertools
 import json
+import math
 import re
 import time
 import urllib.parse
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC
 from types import MappingProxyType
 
@@ -295,6 +298,9 @@ def retry_after_seconds(headers: Mapping[str, str], now: float | None = None) ->
 
 # A part of a secret that is shorter than this says nothing.
 MIN_SECRET_LENGTH = 4
+# So many letters and digits of a secret in its order are a part of it, whatever stands between them.
+PART_LETTERS = 8
+LETTER = re.compile(r"[0-9A-Za-z]")
 # How many layers of escapes are taken off in the search for secrets.
 ESCAPE_LAYERS = 4
 # The ways to write a character in JSON, Python and C.
@@ -303,31 +309,69 @@ BACKSLASHED = re.compile(r"\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|([^\w\s]))")
 CUT_ESCAPE = re.compile(r"(?:\\+(?:u[0-9a-fA-F]{0,3}|x[0-9a-fA-F]?)?|&#?\w{0,6}|%[0-9a-fA-F]?|\ufffd)\Z")
 
 
-def without_secrets(trouble: Trouble, secrets: Collection[str]) -> Trouble:
+def without_secrets(trouble: Trouble, secrets: Collection[str], values: Collection[str] = ()) -> Trouble:
     """The same trouble, its words on one line of at most 400 characters, without secrets that the provider may echo.
 
-    A secret is found in the escapes of JSON, Python, HTML and URLs, too, and where the end of the words has cut it.
+    A secret is found in the escapes of JSON, Python, HTML and URLs, in base64 and hexadecimal, in either case, broken
+    into lines, and in part.
+    values: further values that were sent. They stand in a table, and only the whole of one is hidden.
     """
-    words = plain = _masked(str(trouble), secrets)
+    wholes = sorted({w for w in (*secrets, *values) if len(w) >= MIN_SECRET_LENGTH}, key=len, reverse=True)
+    parts = _parts_of(secrets)
+    words = plain = _masked(str(trouble), wholes, parts)
     for _ in range(ESCAPE_LAYERS):
         unescaped = _unescaped(plain)
-        plain = _masked(unescaped, secrets)
+        plain = _masked(unescaped, wholes, parts)
         if plain != unescaped:
             words = plain
     trouble.args = (" ".join(words.split())[:400],)
     return trouble
 
 
-def _masked(words: str, secrets: Collection[str]) -> str:
-    longest_first = sorted((secret for secret in secrets if len(secret) >= MIN_SECRET_LENGTH), key=len, reverse=True)
+def _masked(words: str, longest_first: Sequence[str], parts: Collection[str]) -> str:
     for secret in longest_first:
         words = words.replace(secret, "***")
+    words = _without_parts(words, parts)
     end = CUT_ESCAPE.sub("", words)
     for secret in longest_first:
         for length in range(len(secret) - 1, MIN_SECRET_LENGTH - 1, -1):
             if end.endswith(secret[:length]):
                 return end[:-length] + "***"
     return words
+
+
+def _parts_of(secrets: Collection[str]) -> set[str]:
+    """The parts of secrets, and of their encodings, as _without_parts() looks for them."""
+    forms = [form for secret in secrets for form in (secret, _decoded(secret), *_encoded(secret.encode()))]
+    letters = ["".join(LETTER.findall(form)).lower() for form in forms]
+    return {form[n : n + PART_LETTERS] for form in letters for n in range(len(form) - PART_LETTERS + 1)}
+
+
+def _decoded(secret: str) -> str:
+    """What a secret says that is base64, as the name and the password of HTTP's Basic are; empty if it is none."""
+    try:
+        return base64.b64decode(secret, validate=True).decode("ascii")
+    except ValueError:
+        return ""
+
+
+def _encoded(secret: bytes) -> list[str]:
+    """A secret in hexadecimal, and in base64: alone, and behind one or two bytes more than a multiple of three."""
+    in_base64 = [base64.b64encode(bytes(before) + secret).decode()[math.ceil(before * 8 / 6) :] for before in range(3)]
+    return [secret.hex(), *in_base64]
+
+
+def _without_parts(words: str, parts: Collection[str]) -> str:
+    places = [letter.start() for letter in LETTER.finditer(words)]
+    letters = "".join(words[place] for place in places).lower()
+    hidden: set[int] = set()
+    for first in range(len(letters) - PART_LETTERS + 1):
+        if letters[first : first + PART_LETTERS] in parts:
+            hidden.update(range(places[first], places[first + PART_LETTERS - 1] + 1))
+    return "".join(
+        "***" if is_hidden else "".join(words[place] for place in run)
+        for is_hidden, run in itertools.groupby(range(len(words)), hidden.__contains__)
+    )
 
 
 def _unescaped(words: str) -> str:

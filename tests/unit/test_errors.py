@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import email.utils
 import html
 import json
@@ -208,6 +209,55 @@ def test_no_part_of_a_secret_is_shown_in_any_form(body: bytes, left: str) -> Non
 
     assert left in found
     assert "1234" not in found
+
+
+LONG_KEY = "sk-proj-Zq7Yw3_Rt9Lm2/Kx8Vb4+Nc6Hd1Fg5"
+PARTS = {
+    "beginning": LONG_KEY[:14] + "…",
+    "end": "…" + LONG_KEY[-14:],
+    "middle": f"{LONG_KEY[5:16]}***{LONG_KEY[20:30]}",
+    "upper case": LONG_KEY.upper(),
+    "lower case": LONG_KEY.lower(),
+    "lines": "\n".join(LONG_KEY[n : n + 6] for n in range(0, len(LONG_KEY), 6)),
+    "a list": json.dumps(list(LONG_KEY)),
+    "hexadecimal": LONG_KEY.encode().hex(),
+    "hexadecimal with colons": LONG_KEY.encode().hex(":").upper(),
+    "base64": base64.b64encode(LONG_KEY.encode()).decode(),
+    "base64 of a header": base64.b64encode(f"Bearer {LONG_KEY}".encode()).decode(),
+    "base64 of a name and a password": base64.b64encode(f"me:{LONG_KEY}!".encode()).decode(),
+    "base64 for URLs": base64.urlsafe_b64encode(f"{LONG_KEY}?".encode()).decode(),
+    "base64 in a URL": urllib.parse.quote(base64.b64encode(LONG_KEY.encode()).decode(), safe=""),
+}
+
+
+@pytest.mark.parametrize("form", PARTS)
+def test_no_part_of_a_secret_is_shown_in_an_encoding(form: str) -> None:
+    shown = PARTS[form]
+
+    trouble = ProviderTrouble(f"the key {shown} is not known here")
+    found = str(errors.without_secrets(trouble, [LONG_KEY, f"Bearer {LONG_KEY}"]))
+
+    letters = [letter for letter in shown if letter.isalnum()]
+    left = "".join(letter for letter in found if letter.isalnum())
+    assert found.startswith("the key ")
+    assert found.endswith(" is not known here")
+    assert [n for n in range(len(letters) - 8) if "".join(letters[n : n + 8]) in left] == []
+
+
+def test_the_password_in_a_secret_is_hidden() -> None:
+    secret = base64.b64encode(b"me:correct-horse-battery").decode()
+
+    found = errors.without_secrets(ProviderTrouble("no correct-horse-battery for me"), [secret, f"Basic {secret}"])
+
+    assert str(found) == "no *** for me"
+
+
+def test_a_value_that_is_no_secret_takes_no_words_away() -> None:
+    trouble = ProviderTrouble("the embedding for the header https://example.com/embeddings failed")
+
+    found = errors.without_secrets(trouble, ["sk-0123456789"], ["https://example.com/embeddings"])
+
+    assert str(found) == "the embedding for the header *** failed"
 
 
 @given(st.text(max_size=300), st.lists(st.text(min_size=4, max_size=30)))

@@ -120,8 +120,9 @@ def post(
         return _post(request, network, url, sent, body, answer_in, trouble_of)
     except Trouble as trouble:
         # The one place where an error becomes text that is stored and shown.
-        secrets = {part for value in sent.values() for part in (value, value.split(" ")[-1])}
-        raise without_secrets(trouble, secrets) from trouble.__cause__
+        stored = set(request.model.options.get("extra_headers", {}).values())
+        secrets = {part for value in set(sent.values()) - stored for part in (value, value.split(" ")[-1])}
+        raise without_secrets(trouble, secrets, stored) from trouble.__cause__
 
 
 def _post(

@@ -5,6 +5,7 @@ It runs beside the database, in the same container: http://127.0.0.1:8100/<case>
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import socket
@@ -83,6 +84,8 @@ ECHOES: dict[str, Case] = {
     ),
     "cut-in-the-key": refused(lambda secret: "x" + " " * (CUT - 30) + secret + " " * 100),
     "cut-in-many-keys": refused(lambda secret: f"{secret} " * 600),
+    "shortened": refused(lambda secret: f"no {secret[:30]}... here, nor ...{secret[-30:]}, nor {secret[15:45]}"),
+    "base64": refused(lambda secret: f"no {base64.b64encode(secret.encode()).decode()} here"),
     "object": json_of(lambda secret: {"error": {secret: secret}}, "403 Forbidden"),
     "number-of-an-item": json_of(lambda secret: item(index=secret)),
     "embedding": json_of(lambda secret: item(embedding=secret)),
