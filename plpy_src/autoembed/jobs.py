@@ -23,6 +23,9 @@ CHANGES = "the text is different each time"
 KILLS = "lanes ended while they worked on it"
 # A row fails after this many attempts.
 MAX_ATTEMPTS = 5
+# By how often messages were read: so many of them are tried together at first, and at most. Those that were read more
+# often are tried alone.
+TRIED_TOGETHER = {2: (100, 2000), 3: (10, 200), 4: (1, 20)}
 
 
 class Address(NamedTuple):
@@ -81,11 +84,12 @@ def _is_key(key: Any) -> bool:
     return isinstance(key, list) and len(key) > 0 and all(isinstance(value, str | int) for value in key)
 
 
-def isolate(messages: list[Message], fraction: float) -> tuple[list[Message], list[Message]]:
+def isolate(messages: list[Message], fraction: float, survived: int) -> tuple[list[Message], list[Message]]:
     """Separates the messages to work on now from those for later. fraction: random, from 0 to 1.
 
     A message that was read before was never settled: its lane died, perhaps because of it. The more often this has
     happened, the fewer other messages it is tried with. A message that kills its lane then takes few others with it.
+    After each group that the lane has survived, the next one has twice as many: most of them only died with others.
     Messages with the fewest deaths are tried first: restarts for other reasons then spread over all messages and do
     not exhaust one. Half the time, messages that were never read go first.
     """
@@ -96,8 +100,8 @@ def isolate(messages: list[Message], fraction: float) -> tuple[list[Message], li
         chosen = fresh
     else:
         least = min(message.read_count for message in messages if message.read_count > 1)
-        size = {2: 100, 3: 10}.get(least, 1)
-        chosen = [message for message in messages if message.read_count == least][:size]
+        first, most = TRIED_TOGETHER.get(least, (1, 1))
+        chosen = [message for message in messages if message.read_count == least][: min(first << survived, most)]
     taken = {message.id for message in chosen}
     return chosen, [message for message in messages if message.id not in taken]
 
@@ -172,12 +176,13 @@ def open_jobs(
     messages: list[Message],
     max_rows: int,
     texts_ahead: Callable[[Model], int | None] | None = None,
+    survived: int = 0,
 ) -> list[tuple[Pipeline, list[Job]]]:
     """The claimed messages as jobs, one for each row, by pipeline. Messages that cannot be jobs are settled here.
 
-    texts_ahead: the most rows for a model; None: max_rows.
+    texts_ahead: the most rows for a model; None: max_rows. survived: see isolate().
     """
-    chosen, others = isolate(messages, random.random())
+    chosen, others = isolate(messages, random.random(), survived)
     if others:
         ledger.release_messages(others)
     found = [(message, *one) for message in chosen if (one := _address_in(database, ledger, message)) is not None]

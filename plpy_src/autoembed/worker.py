@@ -141,6 +141,8 @@ class _Lane:
         self._look_around_at = 0.0
         self._scan_at = 0.0
         self._has_worked = False
+        # How often this lane has tried messages that other lanes may have died of.
+        self.survived = 0
         indexed = database.enter_lane(backfill=backfill)
         self.pace = Pace(options.batch_size, options.max_rows, indexed=indexed)
         self.owners = Owners()
@@ -171,6 +173,8 @@ class _Lane:
             return False
         self._has_worked = True
         _run(self._database, self._network, self._options, messages, self)
+        if any(message.read_count > 1 for message in messages):
+            self.survived += 1
         return True
 
     def claim(self, max_rows: int, held: list[int], busy_models: list[str], busy_owners: list[int]) -> list[Message]:
@@ -329,6 +333,7 @@ class _Pass:
         # None: nothing further is claimed in this pass.
         self._lane = lane
         self._in_lane = lane is not None
+        self._survived = lane.survived if lane else 0
         self._pace = lane.pace if lane else Pace(options.batch_size, options.max_rows, indexed=True)
         self._owners = lane.owners if lane else Owners(lasts=False)
         # Where no lane is held up, requests are small only once one has run too long.
@@ -387,7 +392,7 @@ class _Pass:
         began_at = time.monotonic()
         self._owners.begin_claim()
         most = self._texts_ahead if self._in_lane else None
-        work = open_jobs(self._database, self._ledger, messages, self._options.max_rows, most)
+        work = open_jobs(self._database, self._ledger, messages, self._options.max_rows, most, self._survived)
         for pipeline, jobs in self._owners.quickest_first(work):
             if time.monotonic() - began_at > POLL_SECONDS or self._owners.is_slow(pipeline):
                 # The texts of quick owners do not wait for those of slow ones.

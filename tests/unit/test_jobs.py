@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -100,25 +101,69 @@ def messages(*read_counts: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("read_counts", "fraction", "together"),
+    ("read_counts", "fraction", "survived", "together"),
     [
-        ([1] * 500, 0.9, list(range(1, 501))),
-        ([1, 2, 1, 2], 0.4, [1, 3]),
-        ([1, 2, 1, 2], 0.6, [2, 4]),
-        ([2] * 500, 0.4, list(range(1, 101))),
-        ([1, 3] + [3] * 20, 0.6, list(range(2, 12))),
-        ([1, 3, 2, 3], 0.6, [3]),
-        ([4, 3, 4], 0.4, [2]),
-        ([9, 5, 5], 0.6, [2]),
+        ([1] * 500, 0.9, 0, list(range(1, 501))),
+        ([1, 2, 1, 2], 0.4, 0, [1, 3]),
+        ([1, 2, 1, 2], 0.6, 0, [2, 4]),
+        ([2] * 500, 0.4, 0, list(range(1, 101))),
+        ([2] * 500, 0.4, 1, list(range(1, 201))),
+        ([2] * 3000, 0.4, 90, list(range(1, 2001))),
+        ([1, 3] + [3] * 20, 0.6, 0, list(range(2, 12))),
+        ([3] * 500, 0.6, 90, list(range(1, 201))),
+        ([1, 3, 2, 3], 0.6, 0, [3]),
+        ([4, 3, 4], 0.4, 0, [2]),
+        ([4] * 9, 0.4, 2, [1, 2, 3, 4]),
+        ([4] * 90, 0.4, 90, list(range(1, 21))),
+        ([9, 5, 5], 0.6, 90, [2]),
     ],
 )
 def test_the_oftener_a_message_was_read_the_fewer_it_is_tried_with(
-    read_counts: list[int], fraction: float, together: list[int]
+    read_counts: list[int], fraction: float, survived: int, together: list[int]
 ) -> None:
-    chosen, set_aside = isolate(messages(*read_counts), fraction)
+    chosen, set_aside = isolate(messages(*read_counts), fraction, survived)
 
     assert [message.id for message in chosen] == together
     assert sorted(message.id for message in chosen + set_aside) == list(range(1, len(read_counts) + 1))
+
+
+def run_lanes(deaths: dict[int, int], killers: set[int], restarts: set[int], seed: int) -> tuple[int, set[int]]:
+    """The passes until messages with so many deaths are done, and those that fail.
+
+    killers: messages that end each lane. restarts: passes in which the server is restarted for another reason.
+    """
+    chance = random.Random(seed)
+    failed: set[int] = set()
+    passes = survived = 0
+    while deaths:
+        passes += 1
+        claimed = [Message(number, count + 1, None) for number, count in deaths.items()]
+        chosen, _ = isolate(claimed, chance.random(), survived)
+        numbers = {message.id for message in chosen}
+        survived += any(message.read_count > 1 for message in chosen)
+        if not numbers & killers and passes not in restarts:
+            deaths = {number: count for number, count in deaths.items() if number not in numbers}
+            continue
+        survived = 0
+        deaths = {number: count + (number in numbers) for number, count in deaths.items()}
+        failed |= {number for number, count in deaths.items() if count == MAX_ATTEMPTS}
+        deaths = {number: count for number, count in deaths.items() if count < MAX_ATTEMPTS}
+    return passes, failed
+
+
+@pytest.mark.parametrize(("count", "passes"), [(0, 1), (1, 5), (2, 14), (3, 104)])
+def test_messages_whose_lanes_died_of_something_else_are_soon_done(count: int, passes: int) -> None:
+    assert run_lanes(dict.fromkeys(range(2000), count), set(), set(), 1) == (passes, set())
+
+
+@given(st.sets(st.integers(0, 1999), max_size=3), st.sets(st.integers(1, 60), max_size=8), st.integers(0, 2**32))
+def test_only_a_message_that_kills_its_lanes_fails(killers: set[int], restarts: set[int], seed: int) -> None:
+    passes, failed = run_lanes(dict.fromkeys(range(2000), 0), killers, restarts, seed)
+
+    assert killers <= failed
+    # A restart during the last try of a message cannot be told from a kill by it.
+    assert len(failed - killers) <= len(restarts)
+    assert passes < 100 + 10 * (len(killers) + len(restarts))
 
 
 # --- the ledger --------------------------------------------------------------------------------------
