@@ -44,6 +44,7 @@ SCENARIOS: dict[str, Callable[..., Measured]] = {
     "chunking": scenarios.chunks,
     "quality": scenarios.quality,
     "recall": scenarios.recall,
+    "search-speed": scenarios.search_speed,
     "fresh-idle": scenarios.fresh_when_idle,
     "fresh-steady": scenarios.fresh_when_steady,
     "fresh-backfill": scenarios.fresh_during_backfill,
@@ -54,7 +55,17 @@ SCENARIOS: dict[str, Callable[..., Measured]] = {
     "idle": scenarios.idle,
 }
 # The index would be the wall, or is of other dimensions.
-WITHOUT_INDEX = ("drain-no-index", "backfill", "local-model", "search", "chunking", "quality", "recall", "beside")
+WITHOUT_INDEX = (
+    "drain-no-index",
+    "backfill",
+    "local-model",
+    "search",
+    "chunking",
+    "quality",
+    "recall",
+    "search-speed",
+    "beside",
+)
 
 Measurement = Callable[[Server, Connection], Measured]
 
@@ -65,6 +76,7 @@ def main() -> None:
         rows=options.rows,
         rows_without_index=options.rows_without_index or 10 * options.rows,
         backfill_rows=options.backfill_rows or 50 * options.rows,
+        search_rows=options.search_rows,
         cost_rows=options.cost_rows,
         cost_rounds=9,
         freshness_seconds=options.freshness_seconds,
@@ -124,7 +136,7 @@ def _is_of_use(scenario: str, system: System) -> bool:
         return False
     if scenario in ("local-model", "quality") or system.settings == "local":
         return scenario in ("local-model", "search", "quality") and system.settings == "local"
-    if scenario in ("backfill", "search", "recall", "beside"):
+    if scenario in ("backfill", "search", "search-speed", "recall", "beside"):
         return system.name == "autoembed" and system.settings == "defaults"
     if scenario == "drain-no-index" and system.name != "autoembed":
         return system.settings == "best"  # a rival's defaults are its speed, with an index or without
@@ -145,6 +157,7 @@ def _options() -> argparse.Namespace:
     add("--request-seconds", type=float, default=0.1, help="what the fake API takes per request (%(default)s)")
     add("--input-seconds", type=float, default=0.002, help="and per input (%(default)s)")
     add("--backfill-rows", type=int, help="rows that wait while freshness is measured (50 times the rows)")
+    add("--search-rows", type=int, default=70_000, help="rows that are searched for speed (%(default)s)")
     add("--cost-rows", type=int, default=10_000, help="rows of the INSERT whose cost is measured (%(default)s)")
     add("--freshness-seconds", type=float, default=20, help="how long rows are inserted (%(default)s)")
     add("--idle-seconds", type=float, default=60, help="how long nothing happens (%(default)s)")

@@ -141,6 +141,16 @@ RECALL: Columns = {
     "worst query": ("worst", 1),
     "rows × those that match": ("share_of_rows", 1),
 }
+SEARCH_SPEED: Columns = {
+    "SQL alone, p50, ms": ("sql_seconds", 1000),
+    "by vector, ×": ("vector_ratio", 1),
+    "by text, ×": ("text_ratio", 1),
+    "hybrid, ×": ("hybrid_ratio", 1),
+    "hybrid, half of the rows, ×": ("filtered_ratio", 1),
+    "SQL alone, p95, ms": ("sql_p95_seconds", 1000),
+    "by vector, × of it": ("vector_p95_ratio", 1),
+    "hybrid, × of it": ("hybrid_p95_ratio", 1),
+}
 IDLE: Columns = {
     "CPU of the server, %": ("postgres_cpu_percent", 1),
     "of a lane, %": ("lane_cpu_percent", 1),
@@ -161,6 +171,7 @@ TABLES: list[tuple[str, str, Columns]] = [
     ("Chunks that are new after an edit of a text of 44 kB", "chunking", EDITS),
     ("search(): questions of FAQs, among 1,020 sections of the manuals of Perl and Python", "quality", QUALITY),
     ("search(): recall@10 of 20,000 rows with an HNSW index, by the filter", "recall", RECALL),
+    ("search(): {search_rows} rows with both indexes, over SQL alone by vector", "search-speed", SEARCH_SPEED),
     ("Freshness: single INSERTs, nothing else to do", "fresh-idle", FRESHNESS),
     ("Freshness: 50 rows/s", "fresh-steady", FRESHNESS),
     ("Freshness: during a backfill of {backfill_rows} rows", "fresh-backfill", FRESHNESS),
@@ -215,7 +226,9 @@ def write(folder: Path, results: Results, described: Mapping[str, str], sizes: M
 def _markdown(results: Results, described: Mapping[str, str], sizes: Mapping[str, float]) -> str:
     runs = Counter((result.scenario, result.system) for result in results).values()
     fewest, most = min(runs), max(runs)
-    shown = {name: f"{sizes[name]:,}" for name in ("rows", "rows_without_index", "backfill_rows", "cost_rows")}
+    shown = {
+        name: f"{sizes[name]:,}" for name in ("rows", "rows_without_index", "backfill_rows", "search_rows", "cost_rows")
+    }
     about = ABOUT.format(
         **shown,
         request_ms=1000 * sizes["request_seconds"],

@@ -15,6 +15,7 @@ from bench import beside as vectors_beside
 from bench import chunking, documents, limit, measure, neighbours
 from bench import quality as search_quality
 from bench import recall as search_recall
+from bench import search_speed as speed_of_search
 from bench.measure import Usage
 from bench.server import api, bare_model_seconds, log_bytes
 from bench.systems import System, Workers
@@ -46,6 +47,7 @@ class Sizes:
     rows: int
     rows_without_index: int
     backfill_rows: int
+    search_rows: int
     cost_rows: int
     cost_rounds: int
     freshness_seconds: float
@@ -256,6 +258,11 @@ def quality(server: Server, db: Connection, system: Autoembed, sizes: Sizes) -> 
 def recall(server: Server, db: Connection, system: Autoembed, sizes: Sizes) -> Measured:
     """How many of the nearest rows search() finds, whatever is left out."""
     return Measured(search_recall.measure(server, db, system))
+
+
+def search_speed(server: Server, db: Connection, system: Autoembed, sizes: Sizes) -> Measured:
+    """How long search() takes, by mode, over SQL alone."""
+    return Measured(speed_of_search.measure(server, db, system, sizes.search_rows))
 
 
 def fresh_when_idle(server: Server, db: Connection, system: System, sizes: Sizes) -> Measured:

@@ -26,7 +26,7 @@ def running_server(image: str, request_seconds: float, input_seconds: float) -> 
     port, api_port = free_port(), free_port()
     container = DockerContainer(image)
     # A look at its health every few seconds would be counted as the server's own work.
-    options: dict[str, Any] = {"network_mode": "host", "shm_size": "1g", "healthcheck": {"test": ["NONE"]}}
+    options: dict[str, Any] = {"network_mode": "host", "shm_size": "5g", "healthcheck": {"test": ["NONE"]}}
     container.with_kwargs(**options)
     environment = {
         "PGPORT": str(port),
