@@ -1313,7 +1313,10 @@ BEGIN
         JOIN autoembed.pipeline AS p
             ON f.oid IN (p.content_function_oid, p.chunk_function_oid)
             OR p.table_id = (SELECT t.typrelid FROM pg_type AS t WHERE t.oid = f.proargtypes[0])
-            OR strpos(p.chunk_function, f.proname) > 0
+            OR f.proretset AND f.pronargs = 1 AND f.proargtypes[0] = 'text'::regtype
+               AND strpos(p.chunk_function, f.proname) > 0
+               -- One whose function is there means that one.
+               AND NOT EXISTS (SELECT FROM pg_proc AS k WHERE k.oid = p.chunk_function_oid)
     );
     PERFORM autoembed._find_functions(_ids);
     PERFORM autoembed._follow_others(array_agg(p.id ORDER BY p.id), TG_TAG = 'CREATE FUNCTION')
@@ -1344,17 +1347,17 @@ BEGIN
        OR p.embeddings_table IN (
               SELECT d.objid FROM pg_event_trigger_dropped_objects() AS d WHERE d.classid = 'pg_class'::regclass
           )
-       -- It is not told whose index was dropped.
-       OR p.managed AND p.table_shape -> 'key' = 'true'
-          AND NOT autoembed._is_key(p.table_id, p.key_columns)
-          AND EXISTS (
+       -- It is not told whose index was dropped. The look at a key takes longest, so it comes last.
+       OR EXISTS (
               SELECT FROM pg_event_trigger_dropped_objects() AS d
               WHERE d.object_type = 'index' AND d.original
           )
+          AND p.managed AND p.table_shape -> 'key' = 'true'
           AND pg_has_role(
               coalesce(nullif(current_setting('role'), 'none'), session_user),
               (SELECT c.relowner FROM pg_class AS c WHERE c.oid = p.table_id), 'USAGE'
           )
+          AND NOT autoembed._is_key(p.table_id, p.key_columns)
     HAVING count(*) > 0;
     PERFORM autoembed._follow_others(array_agg(p.id ORDER BY p.id))
     FROM autoembed.pipeline AS p

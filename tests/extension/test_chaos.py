@@ -260,7 +260,8 @@ class Chaos(RuleBasedStateMachine):
 
     @invariant()
     def no_lane_has_broken(self) -> None:
-        assert [str(lane.error) for lane in self.lanes if lane.error] == []
+        broken = [str(lane.error) for lane in self.lanes if lane.error]
+        assert not broken, "\n".join(broken)
 
     def teardown(self) -> None:
         try:

@@ -340,6 +340,15 @@ UNUSED = {
     "type": ("CREATE TYPE unused AS ENUM ('a')", "ALTER TYPE unused ADD VALUE 'b'"),
     "composite type": ("CREATE TYPE unused AS (a int)", "ALTER TYPE unused ADD ATTRIBUTE b int"),
     "new function": ("SELECT", "CREATE FUNCTION unused(a int) RETURNS int LANGUAGE sql AS 'SELECT 1'"),
+    "new function of the same name": (
+        "SELECT",
+        "CREATE FUNCTION cut(a text) RETURNS SETOF text LANGUAGE sql AS 'SELECT $1'",
+    ),
+    "new trigger function": (
+        "SELECT",
+        "CREATE FUNCTION cut() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'",
+    ),
+    "temporary table": ("SELECT", "CREATE TEMPORARY TABLE unused (a int); DROP TABLE unused"),
     "function": (
         "CREATE FUNCTION unused(a text) RETURNS SETOF text LANGUAGE sql AS 'SELECT $1'",
         "ALTER FUNCTION unused RENAME TO unused_as_before",
@@ -367,10 +376,30 @@ def test_many_tables_of_another_owner_do_not_delay_a_change_of_what_they_do_not_
         db.execute("RESET ROLE")
         looked = db.execute(
             """SELECT funcname FROM pg_stat_xact_user_functions
-               WHERE funcname IN ('_labels', '_follow_one', '_content_function_of', '_chunk_function_of')"""
+               WHERE funcname IN ('_labels', '_follow_one', '_content_function_of', '_chunk_function_of', '_is_key')"""
         ).fetchall()
 
     assert looked == []
+
+
+# So many that a look at all of them takes seconds.
+MANY_PIPELINES = """
+    INSERT INTO autoembed.pipeline (table_id, embedding_column, key_columns, content_columns, built_from)
+    SELECT '{me}.notes'::regclass, 'embedding_' || n, '{id}', '{content}', 'stopped'
+    FROM generate_series(1, 2500) AS n
+"""
+
+
+def test_many_pipelines_that_are_stopped_do_not_keep_a_lane_from_its_work(db: Connection, mallory: Tenant) -> None:
+    mallory.run(NOTES)
+    db.execute(MANY_PIPELINES.replace("{me}", mallory.name).encode())
+
+    told = []
+    for _ in range(2):
+        db.execute("SELECT autoembed._warn_of_blocked_pipelines(true, '{}')")
+        told += [row.n for row in db.execute("SELECT count(warned_of) AS n FROM autoembed.pipeline")]
+
+    assert 0 < told[0] < told[1] < 2500
 
 
 def test_many_tables_that_are_dropped_at_once_do_not_hold_up_a_lane(db: Connection, mallory: Tenant) -> None:
