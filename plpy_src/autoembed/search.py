@@ -6,6 +6,7 @@ Conditions, policies and types run with the rights of the caller, and in the cal
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -113,8 +114,8 @@ class Search:
         ef_search: None: as suits the table.
         """
         target = self.target
+        estimated = self._estimated_matches() if by_index is None and target["has_index"] else None
         if by_index is None:
-            estimated = self._estimated_matches() if target["has_index"] else None
             by_index = estimated is None or estimated > FEW_ROWS
         by_index = by_index and target["has_index"]
         ef_search = ef_search or target["ef_search"]
@@ -125,7 +126,8 @@ class Search:
         if by_index:
             if at_least:
                 # An index that has to go on after its first candidates takes longer than one that keeps more.
-                ef_search = max(ef_search, min(limit, MAX_EF_SEARCH))
+                share = min(1.0, (estimated or math.inf) / max(1.0, target["row_count"]))
+                ef_search = max(ef_search, min(int(limit / share), MAX_EF_SEARCH))
             if ef_search != DEFAULT_EF_SEARCH:
                 self._here.set_ef_search(ef_search)
             if target["is_binary"]:
@@ -196,6 +198,14 @@ def fused(
     return [*hits, *(Hit(row.key, row.number, 0.0, row.similarity, None) for row in rest)]
 
 
+def tried_next(tried: int, found: int, wanted: int) -> int:
+    """How many of the best candidates to try, once so many of them are found to be rows that are wanted.
+
+    Half as many again as should do, and at most eight times as many.
+    """
+    return min(8 * tried, 3 * wanted * tried // (2 * max(1, found)) + 1)
+
+
 def _spread(values: Sequence[float]) -> Callable[[float | None], float]:
     """A function that spreads these values from 0, the least of them, to 1. 0 for None, and if all are equal."""
     least = min(values, default=0.0)
@@ -247,7 +257,7 @@ class TextMatches:
                 self._found.update(few)
             else:
                 best = scores.best(limit)
-                candidates, tried, limit = best[tried:], len(best), 8 * limit
+                candidates, tried = best[tried:], len(best)
             # One look for those of the rows that are known, too.
             self._visible([*candidates, *self._of_keys])
             passages = [one for one in self._visible(candidates) if one[0] not in found]
@@ -257,6 +267,7 @@ class TextMatches:
                 passages = [one for one in passages if one[0] in self._found or one[0] in matching]
             for key, number, score in passages:
                 found.setdefault(key, (number, score))
+            limit = tried_next(tried, len(found), wanted)
         return dict(list(found.items())[:wanted])
 
     def of_keys(self) -> dict[str, tuple[int, float]]:

@@ -110,6 +110,7 @@ CREATE OR REPLACE FUNCTION autoembed._search_target(
     OUT has_plain_keys boolean,
     OUT is_chunked boolean,
     OUT has_few_chunks boolean,
+    OUT row_count double precision,
     OUT ef_search integer,
     OUT is_binary boolean
 )
@@ -176,10 +177,10 @@ BEGIN
                              _pipeline.embeddings_table),
             HINT = 'Give them their types again, or attach the table again.';
     END IF;
-    has_few_chunks := EXISTS (
-        SELECT FROM pg_class AS t JOIN pg_class AS e ON e.oid = _pipeline.embeddings_table
-        WHERE t.oid = _pipeline.table_id AND e.reltuples BETWEEN 0 AND 1.05 * t.reltuples
-    );
+    SELECT t.reltuples, coalesce(e.reltuples BETWEEN 0 AND 1.05 * t.reltuples, false) INTO row_count, has_few_chunks
+    FROM pg_class AS t
+    LEFT JOIN pg_class AS e ON e.oid = _pipeline.embeddings_table
+    WHERE t.oid = _pipeline.table_id;
     has_texts := autoembed._text_config(_pipeline.id) IS NOT NULL;
     _vectors_table := coalesce(_pipeline.embeddings_table, _pipeline.table_id);
     model := coalesce(_pipeline.model, autoembed._default_model());
@@ -314,11 +315,12 @@ COMMENT ON FUNCTION autoembed._search_target IS
     'chunks, nearest first, around a condition and before a limit. $1 is the vector. exact_end: the same without an '
     'index. is_binary: the index has bits, whose order is not that of the distances. match_start, near_end: that of '
     'rows and distances. has_index: whether an index may answer it. is_chunked: whether rows have several vectors. '
-    'has_few_chunks: few of them do. has_texts: whether it may go by words. of_keys: that the row has one of the keys '
-    '$2. rows_query: the rows with keys $1 and their passages with numbers $2, by place. visible_query: which of the '
-    'chunks with keys $1 and numbers $2 the caller may read. matching_query, keys_query: which rows with keys $1, and '
-    'which rows, fulfil the condition behind it. has_plain_keys: no setting of the session changes how keys are '
-    'written. ef_search: how many candidates an index keeps.';
+    'has_few_chunks: few of them do. row_count: about how many rows there are; below 1: not known. has_texts: whether '
+    'it may go by words. of_keys: that the row has one of the keys $2. rows_query: the rows with keys $1 and their '
+    'passages with numbers $2, by place. visible_query: which of the chunks with keys $1 and numbers $2 the caller '
+    'may read. matching_query, keys_query: which rows with keys $1, and which rows, fulfil the condition behind it. '
+    'has_plain_keys: no setting of the session changes how keys are written. ef_search: how many candidates an index '
+    'keeps.';
 
 CREATE OR REPLACE FUNCTION autoembed._texts_query(pipeline_id integer)
     RETURNS text

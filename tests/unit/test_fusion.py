@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from autoembed.search import CANDIDATES, Near, fused, nearest_chunks
+from autoembed.search import CANDIDATES, Near, fused, nearest_chunks, tried_next
 
 
 def near(*distances: float) -> list[Near]:
@@ -73,3 +73,19 @@ def test_the_nearest_of_the_rest_follow_the_candidates() -> None:
     assert len(hits) == len({hit.key for hit in hits}) == CANDIDATES + 5
     assert [hit.key for hit in hits[-4:]] == [f"[{CANDIDATES + number}]" for number in (1, 3, 4, 5)]
     assert [(hit.score, hit.text_score) for hit in hits[-4:]] == [(0.0, None)] * 4
+
+
+@pytest.mark.parametrize(
+    ("tried", "found", "wanted", "expected"),
+    [
+        # Half of them are wanted: twice as many should do, and half of that again.
+        (120, 60, 100, 301),
+        (120, 99, 100, 182),
+        # Few are, or none.
+        (120, 1, 100, 960),
+        (120, 0, 100, 960),
+        (1, 0, 1, 2),
+    ],
+)
+def test_as_many_candidates_are_tried_as_should_do(tried: int, found: int, wanted: int, expected: int) -> None:
+    assert tried_next(tried, found, wanted) == expected
