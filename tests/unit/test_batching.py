@@ -88,6 +88,7 @@ def test_an_estimate_takes_a_time_that_grows_as_the_text_does() -> None:
 @example("a世" * 100, 11)
 @example("1 " * 1000, 40)
 @example("00\u094d\u0904", 7)
+@example("0000000000000A\x80\r\n", 19)
 def test_truncating_gives_the_longest_beginning_within_the_limit(text: str, max_tokens: int) -> None:
     cut = truncate(text, max_tokens)
 
@@ -105,6 +106,7 @@ def joins(text: str, end: int) -> bool:
         or unicodedata.combining(text[end - 1]) == 9
         or "\u200d" in text[end - 1 : end + 1]
         or text[end] in "🏻🏼🏽🏾🏿"
+        or text[end - 1 : end + 1] == "\r\n"
     )
 
 
