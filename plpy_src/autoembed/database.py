@@ -1302,6 +1302,12 @@ class Database:
         with row_errors():
             self._run("SELECT autoembed._forget_all($1)", ["pg_catalog.int4"], [pipeline_id])
 
+    def queue_recorded(self, pipeline_id: int, after: str) -> None:
+        """Queues the next rows of which something is recorded, behind this key."""
+        self._run(
+            "SELECT autoembed._queue_recorded($1, $2)", ["pg_catalog.int4", "pg_catalog.text"], [pipeline_id, after]
+        )
+
     @staticmethod
     def fault_of(error: Exception) -> Fault:
         """An error of a statement, Error, for SQL to raise."""

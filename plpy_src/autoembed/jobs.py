@@ -34,6 +34,8 @@ class Address(NamedTuple):
     truncated: the table was emptied, and there are no keys.
     moved: rows have changed their keys, so the digests known under these keys belong to other rows.
     replaced: somebody else has replaced the rows' vectors.
+    recorded_after: rows may have gone unseen. The rows with a record are to be queued, those behind this key, and there
+    are no other keys.
     """
 
     pipeline_id: int | None
@@ -42,6 +44,7 @@ class Address(NamedTuple):
     truncated: bool = False
     moved: bool = False
     replaced: bool = False
+    recorded_after: str | None = None
 
 
 def address_of(body: Any) -> Address:
@@ -54,6 +57,8 @@ def address_of(body: Any) -> Address:
     pipeline_id, keys, attempts = body.get("pipeline"), body.get("keys"), body.get("attempts", 0)
     if body.get("truncated") is True and isinstance(pipeline_id, int):
         return Address(pipeline_id, [], 0, truncated=True)
+    if isinstance(body.get("recorded_after"), str) and isinstance(pipeline_id, int):
+        return Address(pipeline_id, [], 0, recorded_after=body["recorded_after"])
     if keys is None:
         if body.get("id") is None:
             raise ValueError("the message lacks id")
@@ -192,7 +197,9 @@ def open_jobs(
         if pipeline_id in resting:
             ledger.release_messages([message])
             continue
-        if address.truncated:
+        if address.recorded_after is not None:
+            database.queue_recorded(pipeline_id, address.recorded_after)
+        if address.truncated or address.recorded_after is not None:
             ledger.settle(message)
             continue
         if message.read_count > 1 and len(address.keys) > 1:

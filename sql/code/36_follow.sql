@@ -1097,6 +1097,11 @@ BEGIN
        OR NOT _before.table_shape -> 'partitions' @> (_shape -> 'partitions') THEN
         PERFORM autoembed._backfill(ARRAY[_after.id]);
     END IF;
+    IF NOT _shape -> 'partitions' @> (_before.table_shape -> 'partitions') THEN
+        -- A partition has taken rows away. A lane finds the others.
+        INSERT INTO autoembed._job (due_at, message)
+        VALUES (clock_timestamp(), jsonb_build_object('pipeline', _after.id, 'recorded_after', ''));
+    END IF;
     -- A migration that replaces a key drops the old one first. Lanes tell of a key that stays away.
     IF _check.problem IS NULL OR (_shape -> 'key')::boolean OR _check.errcode = 'undefined_column' THEN
         PERFORM autoembed._warn_once(_after.id);
@@ -1361,7 +1366,11 @@ BEGIN
     HAVING count(*) > 0;
     PERFORM autoembed._follow_others(array_agg(p.id ORDER BY p.id))
     FROM autoembed.pipeline AS p
-    WHERE EXISTS (
+    WHERE p.table_shape -> 'partitions' <> '[]' AND EXISTS (
+              SELECT FROM pg_event_trigger_dropped_objects() AS d
+              WHERE d.object_type = 'table' AND p.table_shape -> 'partitions' @> to_jsonb(d.objid::bigint)
+          )
+       OR EXISTS (
               SELECT FROM pg_event_trigger_dropped_objects() AS d
               WHERE d.classid = 'pg_proc'::regclass AND d.objid IN (p.content_function_oid, p.chunk_function_oid)
           )
@@ -1373,7 +1382,8 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._follow_drops IS
-    'Stops the pipelines that have lost a column, a key or a function, however it was dropped.';
+    'Has pipelines follow that their tables have lost a column, a key, a function or a partition, however it was '
+    'dropped.';
 
 CREATE OR REPLACE FUNCTION autoembed._protect_functions()
     RETURNS event_trigger

@@ -304,6 +304,39 @@ $sql$;
 COMMENT ON FUNCTION autoembed._forget_all IS
     'Deletes all records of a table that was truncated. Rows that had failed are queued again.';
 
+CREATE OR REPLACE FUNCTION autoembed._queue_recorded(pipeline_id integer, after text)
+    RETURNS void
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    WITH next AS (
+        SELECT e.key, row_number() OVER (ORDER BY e.key) AS number
+        FROM autoembed.embedded AS e
+        WHERE e.pipeline_id = _queue_recorded.pipeline_id AND e.key > after
+        ORDER BY e.key
+        LIMIT 10000
+    )
+    INSERT INTO autoembed._job (due_at, message)
+    SELECT clock_timestamp(), jsonb_build_object(
+        'pipeline', _queue_recorded.pipeline_id, 'keys', jsonb_agg(n.key::jsonb ORDER BY n.number)
+    )
+    FROM next AS n
+    -- A long key is known by its hash alone.
+    WHERE n.key LIKE '[%'
+    GROUP BY (n.number - 1) / autoembed._keys_per_message()
+    UNION ALL
+    -- Lanes need about that time for these.
+    SELECT clock_timestamp() + interval '1 second', jsonb_build_object(
+        'pipeline', _queue_recorded.pipeline_id, 'recorded_after', max(n.key)
+    )
+    FROM next AS n
+    HAVING count(*) = 10000;
+$sql$;
+COMMENT ON FUNCTION autoembed._queue_recorded IS
+    'Queues the next rows of which a pipeline has records, in the order of their keys, and a message for those behind '
+    'them. Lanes delete the records and embeddings of those that are gone.';
+
 CREATE OR REPLACE FUNCTION autoembed._fail(pipeline_id integer, key text, reason text, attempts integer, excerpt text)
     RETURNS void
     LANGUAGE sql

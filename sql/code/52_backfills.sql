@@ -75,6 +75,12 @@ BEGIN
         scanned_at = CASE WHEN exhausted THEN _now END
     WHERE b.pipeline_id = _queue_backfill.pipeline_id
     RETURNING b.* INTO _backfill;
+    IF exhausted AND _backfill.condition IS NULL AND (
+        SELECT count(*) FROM autoembed.embedded AS e WHERE e.pipeline_id = _queue_backfill.pipeline_id
+    ) > _backfill.rows_queued THEN
+        -- Rows have gone that no trigger has seen.
+        PERFORM autoembed._queue_recorded(_queue_backfill.pipeline_id, '');
+    END IF;
     IF _backfill.force THEN
         -- No text has this digest.
         UPDATE autoembed.embedded AS e SET digest = ''

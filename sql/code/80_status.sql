@@ -32,7 +32,7 @@ SELECT s.table_id::text AS table_name,
             WHEN NOT s.sound THEN 'stopped'
             WHEN s.blocked IS NOT NULL THEN 'resting'
             WHEN w.is_scanned THEN 'backfilling'
-            WHEN q.waiting + q.in_flight > 0 THEN 'embedding'
+            WHEN q.oldest_at IS NOT NULL THEN 'embedding'
             WHEN b.create_index AND b.index_problem IS NULL THEN 'indexing'
             WHEN e.stale > 0 THEN 'stale'
             ELSE 'idle'
@@ -56,11 +56,15 @@ SELECT s.table_id::text AS table_name,
        f.failed,
        clock_timestamp() - q.oldest_at AS oldest_waiting,
        a.rows_per_second,
-       round(100 * (1 - w.left::numeric / greatest(r.rows, e.embedded, w.left, 1)), 1) AS percent_done,
+       -- Neither says that all is done before it is.
+       CASE WHEN w.left = 0 THEN 100.0
+            WHEN w.left > 0 THEN
+                least(round(100 * (1 - w.left::numeric / greatest(r.rows, e.embedded, w.left, 1)), 1), 99.9)
+       END AS percent_done,
        CASE WHEN w.left = 0 THEN interval '0'
             WHEN e.stale > 0 AND b.pipeline_id IS NULL THEN NULL
             WHEN t.rows_per_second > 0 THEN
-                make_interval(secs => round(w.left / t.rows_per_second)::double precision)
+                make_interval(secs => ceil(w.left / t.rows_per_second)::double precision)
        END AS time_left,
        s.embeddings_table::text AS embeddings_table
 FROM autoembed._pipeline_state AS s
@@ -130,14 +134,18 @@ CROSS JOIN LATERAL (
 ) AS a
 CROSS JOIN LATERAL (
     SELECT x.is_scanned,
-           -- It is not known how many rows the condition of a scan has still to find.
+           -- It is not known how many rows the condition of a scan has still to find. A scan finds more rows than are
+           -- estimated, and a message may outlast its rows.
            CASE
-               WHEN b.pipeline_id IS NULL THEN greatest(q.waiting + q.in_flight, e.stale)
-               WHEN NOT x.is_scanned THEN q.waiting + q.in_flight
+               WHEN b.pipeline_id IS NULL THEN greatest(q.waiting + q.in_flight, e.stale, x.least)
+               WHEN NOT x.is_scanned THEN greatest(q.waiting + q.in_flight, x.least)
                WHEN b.condition IS NULL THEN
-                   q.waiting + q.in_flight + greatest(coalesce(r.rows, 0) - b.rows_queued, 0)
+                   greatest(q.waiting + q.in_flight + coalesce(r.rows, 0) - b.rows_queued, q.waiting + q.in_flight, 1)
            END AS left
-    FROM (SELECT b.pipeline_id IS NOT NULL AND b.scanned_at IS NULL AS is_scanned) AS x
+    FROM (
+        SELECT b.pipeline_id IS NOT NULL AND b.scanned_at IS NULL AS is_scanned,
+               CASE WHEN q.oldest_at IS NULL THEN 0 ELSE 1 END AS least
+    ) AS x
 ) AS w
 CROSS JOIN LATERAL (
     -- Over five minutes, or since there is work. A scan passes rows that need nothing, too.

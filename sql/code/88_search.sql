@@ -144,7 +144,9 @@ DECLARE
     _from text;
     _bits integer;
 BEGIN
-    IF cardinality(_pipelines) = 0 THEN
+    IF table_name IS NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'null_value_not_allowed', MESSAGE = 'table_name must not be NULL';
+    ELSIF cardinality(_pipelines) = 0 THEN
         RAISE EXCEPTION USING
             ERRCODE = 'undefined_object',
             MESSAGE = CASE
@@ -993,6 +995,16 @@ CREATE OR REPLACE FUNCTION autoembed.search_rows(
     ROWS 10
 AS $plpgsql$
 BEGIN
+    IF pg_catalog.pg_typeof(like_row)::pg_catalog.oid OPERATOR(pg_catalog.=) ANY (
+        '{text,varchar,name,regclass}'::pg_catalog.regtype[]::pg_catalog.oid[]
+    ) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'datatype_mismatch',
+            MESSAGE = pg_catalog.format('search_rows() needs a row of a table, not a value of type %s',
+                                        pg_catalog.pg_typeof(like_row)),
+            HINT = 'For example: SELECT * FROM autoembed.search_rows(NULL::documents, ''words''). search() takes the '
+                'name of a table.';
+    END IF;
     RETURN QUERY
     SELECT (s.hit).*
     FROM autoembed.search(

@@ -41,12 +41,25 @@ DECLARE
               AND a.attname OPERATOR(pg_catalog.=) n.name
         )
     );
+    _left_out pg_catalog.int8;
 BEGIN
     IF _missing IS NOT NULL THEN
         RAISE EXCEPTION USING
             ERRCODE = 'undefined_column',
             MESSAGE = pg_catalog.format('the judgments %s have no column %s', judgments, _missing),
             HINT = 'They need query, a text; key, of a row that answers it; and may have grade, how well, above 0.';
+    END IF;
+    EXECUTE pg_catalog.format(
+        'SELECT pg_catalog.count(*) FROM (SELECT pg_catalog.to_jsonb(t.*) AS one FROM %s AS t) AS j '
+        'WHERE pg_catalog.num_nulls(j.one OPERATOR(pg_catalog.->>) ''query'', j.one OPERATOR(pg_catalog.->>) ''key'') '
+        'OPERATOR(pg_catalog.>) 0 '
+        'OR j.one OPERATOR(pg_catalog.->) ''grade'' OPERATOR(pg_catalog.=) ''null''::pg_catalog.jsonb',
+        judgments
+    ) INTO _left_out;
+    IF _left_out OPERATOR(pg_catalog.>) 0 THEN
+        RAISE NOTICE USING
+            MESSAGE = pg_catalog.format('%s of the judgments %s have no query, key or grade, and do not count',
+                                        _left_out, judgments);
     END IF;
     RETURN QUERY EXECUTE pg_catalog.format(
         'SELECT g.query, pg_catalog.jsonb_agg(g.key), pg_catalog.jsonb_agg(g.grade) FROM ('
@@ -68,6 +81,55 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._judgments IS
     'The queries of a table of judgments, each with the keys of the rows that answer it and their grades.';
+
+CREATE OR REPLACE FUNCTION autoembed._unknown_keys(table_name regclass, embedding_column name, keys jsonb)
+    RETURNS text[]
+    LANGUAGE plpgsql
+    STABLE
+AS $plpgsql$
+DECLARE
+    _query pg_catalog.text := (
+        SELECT pg_catalog.concat('SELECT FROM (', t.matching_query, 'true)) AS r')
+        FROM autoembed._search_target(table_name, embedding_column) AS t
+    );
+    _key record;
+    _found pg_catalog.int8;
+    _unknown pg_catalog.text[] := '{}'::pg_catalog.text[];
+BEGIN
+    FOR _key IN
+        -- A key of one column may be written as it is, or as search() writes it.
+        SELECT k.text,
+               CASE
+                   WHEN pg_catalog.pg_input_is_valid(k.text, 'pg_catalog.jsonb')
+                        AND pg_catalog.left(pg_catalog.ltrim(k.text), 1) OPERATOR(pg_catalog.=) '['::pg_catalog.text
+                       THEN ARRAY[k.text, pg_catalog.jsonb_build_array(k.text)::pg_catalog.text]
+                   ELSE ARRAY[pg_catalog.jsonb_build_array(k.text)::pg_catalog.text]
+               END AS candidates
+        FROM (
+            SELECT DISTINCT j.key OPERATOR(pg_catalog.#>>) '{}'::pg_catalog.text[] AS text
+            FROM pg_catalog.jsonb_array_elements(keys) AS j(key)
+        ) AS k
+        ORDER BY k.text
+    LOOP
+        FOR _number IN 1 .. pg_catalog.cardinality(_key.candidates) LOOP
+            BEGIN
+                EXECUTE _query USING _key.candidates[_number:_number];
+                GET DIAGNOSTICS _found = ROW_COUNT;
+            EXCEPTION WHEN data_exception THEN
+                -- It is no value of the key's type.
+                _found := 0;
+            END;
+            EXIT WHEN _found OPERATOR(pg_catalog.>) 0;
+        END LOOP;
+        IF _found OPERATOR(pg_catalog.=) 0 THEN
+            _unknown := _unknown OPERATOR(pg_catalog.||) _key.text;
+        END IF;
+    END LOOP;
+    RETURN _unknown;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._unknown_keys IS
+    'Those of these keys that are of no row of a table that the caller may read.';
 
 CREATE OR REPLACE FUNCTION autoembed.evaluate_search(
     table_name regclass,
@@ -92,6 +154,11 @@ CREATE OR REPLACE FUNCTION autoembed.evaluate_search(
     LANGUAGE plpgsql
 AS $plpgsql$
 #variable_conflict use_column
+DECLARE
+    _queries pg_catalog.text[];
+    _keys pg_catalog.jsonb;
+    _grades pg_catalog.jsonb;
+    _unknown pg_catalog.text[];
 BEGIN
     IF (max_rows OPERATOR(pg_catalog.>=) 1) IS NOT TRUE THEN
         RAISE EXCEPTION USING
@@ -100,9 +167,30 @@ BEGIN
                                         coalesce(max_rows::pg_catalog.text, 'NULL')),
             HINT = 'Leave it out for the ten best rows.';
     END IF;
+    SELECT pg_catalog.array_agg(j.query), pg_catalog.jsonb_agg(j.keys), pg_catalog.jsonb_agg(j.grades)
+    INTO _queries, _keys, _grades
+    FROM autoembed._judgments(judgments) AS j;
+    _unknown := autoembed._unknown_keys(
+        table_name, embedding_column, pg_catalog.jsonb_path_query_array(_keys, '$[*][*]')
+    );
+    IF pg_catalog.cardinality(_unknown) OPERATOR(pg_catalog.>) 0 THEN
+        RAISE NOTICE USING
+            MESSAGE = pg_catalog.format(
+                '%s of the keys in %s are of no row of table %s that you may read, and count as not found',
+                pg_catalog.cardinality(_unknown), judgments, table_name
+            ),
+            DETAIL = pg_catalog.format(
+                'They are %s%s.', pg_catalog.array_to_string(_unknown[1:5], ', '),
+                CASE WHEN pg_catalog.cardinality(_unknown) OPERATOR(pg_catalog.>) 5 THEN ', …' END
+            );
+    END IF;
     RETURN QUERY
     WITH judged AS MATERIALIZED (
-        SELECT j.* FROM autoembed._judgments(judgments) AS j
+        SELECT j.*
+        FROM ROWS FROM (
+            pg_catalog.unnest(_queries), pg_catalog.jsonb_array_elements(_keys),
+            pg_catalog.jsonb_array_elements(_grades)
+        ) AS j(query, keys, grades)
     ),
     way AS (
         SELECT w.*

@@ -10,7 +10,7 @@ import pytest
 
 from autoembed.quality import Quality, quality_of, summary
 from fake_api import FakeApi
-from harness import Connection
+from harness import Connection, warnings_of
 
 TEXTS = {1: "red apple pie", 2: "green apple", 3: "pear tart", 4: "plum", 5: "apple apple apple"}
 JUDGED = {"apple": {5: 2.0, 2: 1.0}, "a pear": {3: 1.0}, "plum": {4: 3.0, 1: 1.0}, "cherry": {2: 1.0}}
@@ -62,10 +62,15 @@ def test_each_mode_and_weight_is_measured_and_the_best_comes_first(pages: Connec
 @pytest.mark.parametrize("key", ["key", "key::text", "'[' || key || ']'", "jsonb_build_array(key)"])
 def test_a_key_may_be_written_as_the_row_or_as_search_has_it(pages: Connection, key: str) -> None:
     columns = "mode, vector_weight, ndcg, mrr, recall, queries"
+    pages.execute("DELETE FROM judged WHERE num_nulls(query, key) > 0")
     expected = pages.execute(f"SELECT {columns} FROM autoembed.evaluate_search('pages', 'judged')").fetchall()
     pages.execute(f"CREATE VIEW other AS SELECT query, {key} AS key, grade FROM judged WHERE key > 0".encode())
 
-    assert pages.execute(f"SELECT {columns} FROM autoembed.evaluate_search('pages', 'other')").fetchall() == expected
+    with warnings_of(pages) as heard:
+        found = pages.execute(f"SELECT {columns} FROM autoembed.evaluate_search('pages', 'other')").fetchall()
+
+    assert found == expected
+    assert heard == []
 
 
 def test_without_grades_and_without_a_text_index_and_with_two_columns_of_the_key(db: Connection, api: FakeApi) -> None:
@@ -78,9 +83,35 @@ def test_without_grades_and_without_a_text_index_and_with_two_columns_of_the_key
         INSERT INTO judged VALUES ('apple', '["2026-01-02", "a\\"b"]'), ('pear', '["2026-01-03","c"]');
     """)
 
-    rows = db.execute("SELECT mode, ndcg, mrr, recall FROM autoembed.evaluate_search('notes', 'judged')").fetchall()
+    with warnings_of(db) as heard:
+        rows = db.execute("SELECT mode, ndcg, mrr, recall FROM autoembed.evaluate_search('notes', 'judged')").fetchall()
 
+    assert heard == []
     assert rows == [("vector", 1, 1, 1)]
+
+
+def test_judgments_that_do_not_count_are_told(pages: Connection) -> None:
+    pages.execute("INSERT INTO judged VALUES ('plum', 4, NULL), ('plum', 77, 1), ('apple', 78, 1), ('apple', 77, 1)")
+
+    with warnings_of(pages) as heard:
+        pages.execute("SELECT * FROM autoembed.evaluate_search('pages', 'judged')")
+
+    assert heard == [
+        "3 of the judgments judged have no query, key or grade, and do not count",
+        "2 of the keys in judged are of no row of table pages that you may read, and count as not found",
+    ]
+
+
+def test_keys_that_are_no_values_of_the_keys_type_are_told(pages: Connection) -> None:
+    pages.execute(
+        "CREATE VIEW other AS SELECT query, key || '!' AS key FROM judged WHERE grade > 0 AND num_nulls(query, key) = 0"
+    )
+
+    with warnings_of(pages) as heard:
+        row = pages.execute("SELECT recall FROM autoembed.evaluate_search('pages', 'other') LIMIT 1").fetchone()
+
+    assert row == (0,)
+    assert [message[:24] for message in heard] == ["5 of the keys in other a"]
 
 
 def test_a_caller_needs_the_rights_to_the_rows_and_the_judgments(pages: Connection, role: Callable[[str], str]) -> None:

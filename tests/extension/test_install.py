@@ -150,6 +150,7 @@ def test_every_function_pins_its_search_path(documents: Connection) -> None:
         "autoembed._ranked(anyelement,regclass,text,integer,integer,text,name,text,double precision,text)",
         "autoembed._reranked(integer,text,text,text,integer,integer[],text[],integer[],double precision[])",
         "autoembed._search_page(regclass,name,text,text,text,double precision,integer,integer)",
+        "autoembed._unknown_keys(regclass,name,jsonb)",
         "autoembed._work(double precision,integer,integer,integer,boolean)",
         "autoembed.chunk_text(text,text,integer,integer,text)",
         "autoembed.evaluate_search(regclass,regclass,integer,name)",

@@ -234,6 +234,7 @@ _protect_functions - - - x
 _purposes - - - x
 _python_sources - x x x
 _queue_backfill - - - x
+_queue_recorded - - - x
 _ranked - x - x
 _read_condition - x - x
 _recall - x - x
@@ -291,6 +292,7 @@ _tokens_taken - - - x
 _trigger_name - x - x
 _trigger_problems - x - x
 _unindexed - - - x
+_unknown_keys - x - x
 _unschedule - - - x
 _updated - - - x
 _used_types - - - x

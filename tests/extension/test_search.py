@@ -119,6 +119,31 @@ def test_a_mistake_in_a_condition_is_one_sentence(
     assert "SELECT FROM" not in str(refusal.value.diag.context)
 
 
+@pytest.mark.parametrize(
+    ("call", "sqlstate", "message"),
+    [
+        (
+            "search_rows('pages'::text, 'words')",
+            "42804",
+            "search_rows() needs a row of a table, not a value of type text",
+        ),
+        (
+            "search_rows('pg_class'::regclass, 'words')",
+            "42804",
+            "search_rows() needs a row of a table, not a value of type regclass",
+        ),
+        ("search(NULL::regclass, 'words')", "22004", "table_name must not be NULL"),
+        ("search(NULL, 'words')", "22004", "table_name must not be NULL"),
+        ("embed_query(NULL, 'words')", "22004", "table_name must not be NULL"),
+    ],
+)
+def test_what_is_no_table_is_told(short: Connection, call: str, sqlstate: str, message: str) -> None:
+    with pytest.raises(psycopg.Error) as refusal:
+        short.execute(f"SELECT * FROM autoembed.{call}".encode())
+    assert refusal.value.sqlstate == sqlstate
+    assert refusal.value.diag.message_primary == message
+
+
 @STORAGES
 def test_an_error_while_the_condition_is_evaluated_is_postgresqls_own(short: Connection, column: str) -> None:
     attach(short, column, ["text"])

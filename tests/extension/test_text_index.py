@@ -471,3 +471,35 @@ def test_a_long_text_is_found_by_its_last_words(short: Connection) -> None:
     embed(short)
     assert short.execute("SELECT reason FROM autoembed.failed").fetchall() == []
     assert list(found(short, "apple")) == [1]
+
+
+GONE = {
+    "extension": "DROP EXTENSION autoembed CASCADE; CREATE EXTENSION autoembed CASCADE",
+    "pipeline": "SELECT autoembed.disable('pages', drop => true)",
+    "table": "DROP TABLE pages",
+}
+
+
+@STORAGES
+@pytest.mark.parametrize("gone", GONE)
+def test_what_a_session_keeps_of_an_index_is_not_used_for_the_next_one(
+    db: Connection, connect: Callable[..., Connection], column: str, gone: str
+) -> None:
+    searcher = connect()
+    define = "SELECT autoembed.create_model('test', 'fake', 16), autoembed.set_default_model('test')"
+    db.execute(define)
+    attach(db, column, ["red apple", "green apple", "pear"])
+    assert found(searcher, "apple").keys() == {1, 2}
+    before = segments(db)
+
+    for statement in GONE[gone].split("; "):
+        db.execute(statement.encode())
+    db.execute("DROP TABLE IF EXISTS pages, pages_embeddings CASCADE")
+    if gone == "extension":
+        db.execute(define)
+    attach(db, column, ["pear", "a plum", "red apple", "apple and apple", "nothing of it"])
+
+    if gone == "extension":
+        assert segments(db) == before
+    assert found(searcher, "apple") == pytest.approx(bm25(db, passages_of(db, column), "apple"))
+    assert found(searcher, "pear").keys() == {1}

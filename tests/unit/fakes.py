@@ -475,6 +475,11 @@ class FakeDatabase(Database):
         self.usage.extend(shares)
         self.slots_freed.extend([] if slot is None else [slot])
 
+    def queue_recorded(self, pipeline_id: int, after: str) -> None:
+        self._note("queue_recorded")
+        for key in sorted(key for key in self.embedded if key > after):
+            self.send({"pipeline": pipeline_id, "keys": [json.loads(key)]})
+
     def forget_all(self, pipeline_id: int) -> None:
         self._note("forget_all")
         self._raise_for(list(self.settle_errors))

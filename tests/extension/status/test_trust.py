@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 
 from extension.status.steps import Connect, add, one, process, status
@@ -82,6 +84,32 @@ def test_a_row_that_has_its_vector_is_not_in_flight(fake: Connection) -> None:
     fake.execute("UPDATE autoembed.embedded SET embedded_at = clock_timestamp() WHERE key IN ('[1]','[2]','[3]','[4]')")
 
     assert (status(fake).waiting, status(fake).in_flight, status(fake).percent_done) == (0, 6, 40)
+
+
+def test_nothing_is_said_to_be_done_before_it_is(fake: Connection, connect: Connect) -> None:
+    fake.execute("""SELECT autoembed.alter_model('one', options => '{"delay_seconds": 0.05}')""")
+    look = """
+        SELECT s.state, s.percent_done, s.time_left, (SELECT count(*) FROM autoembed._job AS j) AS messages
+        FROM autoembed.status AS s
+    """
+    with running_lanes(fake, connect):
+        for n in range(20):
+            fake.execute("UPDATE notes SET content = 'fast ' || %s || id", [n])
+            looks = [one(fake, look)]
+            while looks[-1].messages:
+                looks.append(one(fake, look))
+            for row in looks[:-1]:
+                assert row.time_left is None or row.time_left >= timedelta(seconds=1), row
+                assert row.percent_done < 100, row
+                assert row.state != "idle", row
+
+
+def test_a_scan_that_finds_more_rows_than_were_estimated_is_not_done(fake: Connection) -> None:
+    fake.execute("SELECT autoembed.pause('notes'); SELECT autoembed.resync('notes')")
+    fake.execute("UPDATE autoembed.backfill SET rows_queued = 1000")
+
+    assert status(fake).percent_done < 100
+    assert status(fake).time_left != timedelta(0)
 
 
 def test_a_scan_with_a_condition_claims_to_know_nothing(fake: Connection) -> None:
