@@ -403,7 +403,7 @@ def test_many_pipelines_that_are_stopped_do_not_keep_a_lane_from_its_work(db: Co
 
 
 def test_many_tables_that_are_dropped_at_once_do_not_hold_up_a_lane(db: Connection, mallory: Tenant) -> None:
-    tables = [f"notes_{number}" for number in range(60)]
+    tables = [f"notes_{number}" for number in range(200)]
     for table in tables:
         mallory.run(
             f"CREATE TABLE {table} (id int PRIMARY KEY, content text)",
