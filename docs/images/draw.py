@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from html import escape
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER.parent / "bench" / "results.json"
+ROOT = FOLDER.parents[1]
 
 # The picture follows the reader's light or dark scheme.
 STYLE = """
@@ -151,6 +153,26 @@ def speed() -> str:
     )
 
 
+def badges() -> str:
+    """What the project's own files say: the version, the majors that are tested, and the licence."""
+    control = (ROOT / "extension" / "autoembed.control").read_text(encoding="utf-8")
+    [version] = re.findall(r"default_version = '(.*)'", control)
+    majors = re.findall(r"^(\d+) ", (ROOT / "docker" / "majors").read_text(encoding="utf-8"), re.MULTILINE)
+    [licence] = re.findall(r"\A(.*) License", (ROOT / "LICENSE").read_text(encoding="utf-8"))
+    shapes, x = [], 1.0
+    for head, value in [("version", version), ("PostgreSQL", ", ".join(majors)), ("licence", licence)]:
+        left, right = 16 + 7 * len(head), 16 + 7 * len(value)
+        shapes += [
+            f'<rect x="{x:g}" y="1" width="{left + right}" height="22" rx="4" class="other"/>',
+            text(x + left / 2, 16, head, "small middle"),
+            f'<rect x="{x + left:g}" y="1" width="{right}" height="22" rx="4" class="box"/>',
+            text(x + left + right / 2, 16, value, "small middle"),
+        ]
+        x += left + right + 8
+    return svg(round(x), 24, f"autoembed {version}, for PostgreSQL {', '.join(majors)}", *shapes)
+
+
 if __name__ == "__main__":
+    (FOLDER / "badges.svg").write_text(badges(), encoding="utf-8")
     (FOLDER / "architecture.svg").write_text(architecture(), encoding="utf-8")
     (FOLDER / "speed.svg").write_text(speed(), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The pictures of the README are those that its command draws from the figures of docs/bench."""
+"""The pictures of the README are those that its command draws from the project's files and figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 IMAGES = Path(__file__).resolve().parents[2] / "docs" / "images"
 
 
-@pytest.mark.parametrize("picture", ["architecture", "speed"])
+@pytest.mark.parametrize("picture", ["architecture", "badges", "speed"])
 def test_a_picture_is_the_one_that_its_command_draws(picture: str) -> None:
     drawn = runpy.run_path(str(IMAGES / "draw.py"))[picture]()
 
