@@ -18,6 +18,8 @@ from autoembed.binary import copy_rows, literals
 from autoembed.bm25 import MAX_MERGED_POSTINGS, Posting, Segment, joined, merged, most_dead, parts, plain_words
 from autoembed.errors import (
     INSUFFICIENT_PRIVILEGE,
+    LOCK_NOT_AVAILABLE,
+    OBJECT_IN_USE,
     QUERY_CANCELED,
     Fault,
     PassEnded,
@@ -178,12 +180,8 @@ class Database:
 
         What another transaction has removed, or holds, is left for the next time.
         """
-        try:
-            with row_errors():
-                self._run("SELECT autoembed._clean_up()")
-        except RowError as error:
-            if not error.locked:
-                raise
+        with _left_if_locked():
+            self._run("SELECT autoembed._clean_up()")
 
     def lock_lanes(self) -> None:
         """Locks the table of lanes. A transaction that writes begins so, to avoid a deadlock with DROP EXTENSION."""
@@ -384,23 +382,28 @@ class Database:
 
     def rest_model(self, name: str, seconds: float, needs_attention: bool, trouble: Trouble) -> bool:
         """Lets a model rest; whether its trouble is new, and this the first lane to say so."""
-        row = self._run(
-            "SELECT autoembed._rest_model($1, $2, $3, $4, $5) AS is_new",
-            ["pg_catalog.text", "pg_catalog.float8", "pg_catalog.bool", "pg_catalog.text", "pg_catalog.text"],
-            [name, seconds, needs_attention, storable(str(trouble)), storable(trouble.summary)],
-        )[0]
-        return bool(row["is_new"])
+        is_new = False
+        with _left_if_locked():
+            [row] = self._run(
+                "SELECT autoembed._rest_model($1, $2, $3, $4, $5) AS is_new",
+                ["pg_catalog.text", "pg_catalog.float8", "pg_catalog.bool", "pg_catalog.text", "pg_catalog.text"],
+                [name, seconds, needs_attention, storable(str(trouble)), storable(trouble.summary)],
+            )
+            is_new = bool(row["is_new"])
+        return is_new
 
     def rest_pipelines(self, owner: int, pipeline_ids: Sequence[int], reason: str) -> None:
         """Lets pipelines of an owner rest after an error of its code; no ids: all of them."""
-        self._run(
-            "SELECT autoembed._rest_pipelines($1, $2, $3)",
-            ["pg_catalog.int8", "pg_catalog.int4[]", "pg_catalog.text"],
-            [owner, list(pipeline_ids), storable(reason)],
-        )
+        with _left_if_locked():
+            self._run(
+                "SELECT autoembed._rest_pipelines($1, $2, $3)",
+                ["pg_catalog.int8", "pg_catalog.int4[]", "pg_catalog.text"],
+                [owner, list(pipeline_ids), storable(reason)],
+            )
 
     def resume_model(self, name: str) -> None:
-        self._run("SELECT autoembed.resume_model($1)", ["pg_catalog.text"], [name])
+        with _left_if_locked():
+            self._run("SELECT autoembed.resume_model($1)", ["pg_catalog.text"], [name])
 
     def call_embedder(
         self, model: str, purpose: str, texts: Sequence[str], timeout_seconds: float
@@ -1371,6 +1374,16 @@ def row_errors() -> Iterator[None]:
         if is_nobodys(_sqlstate(error)):
             raise
         raise row_error(_sqlstate(error), str(error)) from error
+
+
+@contextmanager
+def _left_if_locked() -> Iterator[None]:
+    """Leaves out a statement that would wait for the transaction of another session. Nothing but a note is lost."""
+    try:
+        yield
+    except plpy.SPIError as error:
+        if _sqlstate(error) not in (LOCK_NOT_AVAILABLE, OBJECT_IN_USE):
+            raise
 
 
 def _sqlstate(error: Exception) -> str:

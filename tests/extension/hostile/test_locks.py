@@ -10,10 +10,13 @@ import pytest
 
 from extension.hostile.tenants import (
     ENABLE_COLUMNS,
+    ENABLE_FUNCTION,
     NOTES,
     WRITE_TIMEOUT,
     Tenant,
+    content_function,
     failures_of,
+    make_due,
     stays_fresh,
     trigger,
     waiting_of,
@@ -24,6 +27,7 @@ from lanes import Lane
 from waiting import wait_until
 
 StartLane = Callable[[], Lane]
+ENABLE_SLOW = ENABLE_COLUMNS.replace("'{content}'", "'{content}', model => 'slow'")
 
 # A table that is not embedded, and that has a trigger which may be deferred.
 DEFERRABLE = """
@@ -116,6 +120,53 @@ def test_a_pass_in_a_transaction_that_stays_open_ends_no_lane(
     for _ in range(2):
         stays_fresh(bob)
     session.execute("ROLLBACK")
+
+    assert lane.error is None
+
+
+# What a pass notes of a model or a pipeline, by the table of the tenant: whether the provider fails before it, and then.
+NOTED: dict[str, tuple[str, bool, bool]] = {
+    "that a model rests": (ENABLE_SLOW, False, True),
+    "that a model rests on": (ENABLE_SLOW, True, True),
+    "that a model works again": (ENABLE_SLOW, True, False),
+    "that a pipeline rests": (
+        content_function("RAISE 'feigned' USING ERRCODE = 'query_canceled';") + "; " + ENABLE_FUNCTION,
+        False,
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", NOTED)
+def test_what_a_pass_in_an_open_transaction_has_noted_ends_no_lane(
+    db: Connection,
+    mallory: Tenant,
+    bob: Tenant,
+    api: FakeApi,
+    connect: Callable[..., Connection],
+    start_lane: StartLane,
+    what: str,
+) -> None:
+    enable, fails_before, fails = NOTED[what]
+    fault = {"status": 500, "times": "forever"}
+    db.execute("SELECT autoembed.process()")
+    mallory.run(NOTES, enable)
+    if fails_before:
+        api.behave(faults=[fault])
+        mallory.run("INSERT INTO notes VALUES (1, 'a note')")
+        db.execute("SELECT autoembed.process()")
+        db.execute("UPDATE autoembed.model_rest SET until = now()")
+        make_due(db)
+    mallory.run("INSERT INTO notes VALUES (2, 'a note too')")
+    api.behave(faults=[fault] if fails else [])
+
+    with connect() as session:
+        session.execute("BEGIN; SELECT autoembed.process()")
+        mallory.run("INSERT INTO notes SELECT n, 'note ' || n FROM generate_series(3, 5) AS n")
+        lane = start_lane()
+        for _ in range(3):
+            stays_fresh(bob)
+        session.execute("ROLLBACK")
 
     assert lane.error is None
 
