@@ -382,15 +382,14 @@ class Database:
 
     def rest_model(self, name: str, seconds: float, needs_attention: bool, trouble: Trouble) -> bool:
         """Lets a model rest; whether its trouble is new, and this the first lane to say so."""
-        is_new = False
         with _left_if_locked():
             [row] = self._run(
                 "SELECT autoembed._rest_model($1, $2, $3, $4, $5) AS is_new",
                 ["pg_catalog.text", "pg_catalog.float8", "pg_catalog.bool", "pg_catalog.text", "pg_catalog.text"],
                 [name, seconds, needs_attention, storable(str(trouble)), storable(trouble.summary)],
             )
-            is_new = bool(row["is_new"])
-        return is_new
+            return bool(row["is_new"])
+        return False
 
     def rest_pipelines(self, owner: int, pipeline_ids: Sequence[int], reason: str) -> None:
         """Lets pipelines of an owner rest after an error of its code; no ids: all of them."""

@@ -124,7 +124,7 @@ def test_a_pass_in_a_transaction_that_stays_open_ends_no_lane(
     assert lane.error is None
 
 
-# What a pass notes of a model or a pipeline, by the table of the tenant: whether the provider fails before it, and then.
+# What a pass notes of a model or a pipeline: how the table is attached, whether the provider fails before, and then.
 NOTED: dict[str, tuple[str, bool, bool]] = {
     "that a model rests": (ENABLE_SLOW, False, True),
     "that a model rests on": (ENABLE_SLOW, True, True),
