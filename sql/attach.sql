@@ -98,6 +98,11 @@ CREATE EVENT TRIGGER autoembed_follow_tables
     WHEN TAG IN ('ALTER TABLE', 'ALTER TYPE', 'CREATE INDEX', 'ALTER INDEX')
     EXECUTE FUNCTION autoembed._follow_tables();
 
+DROP EVENT TRIGGER IF EXISTS autoembed_follow_rewrite;
+CREATE EVENT TRIGGER autoembed_follow_rewrite
+    ON table_rewrite
+    EXECUTE FUNCTION autoembed._follow_rewrite();
+
 DROP EVENT TRIGGER IF EXISTS autoembed_follow_functions;
 CREATE EVENT TRIGGER autoembed_follow_functions
     ON ddl_command_end

@@ -371,14 +371,16 @@ class Database:
         sql = "SELECT autoembed._model_facts(m) AS model FROM autoembed._model($1, NULL) AS m"
         return Model.from_row(json.loads(self._run(sql, ["pg_catalog.text"], [name])[0]["model"]))
 
-    def price_and_rate(self, model: Model) -> tuple[Any, Any]:
-        """The price of a model per million tokens, and its rows per second in the busiest recent minute."""
+    def price_and_rate(self, model: Model) -> tuple[Any, Any, float | None]:
+        """The price of a model per million tokens, its rows per second in the busiest recent minute, and the tokens of
+        its usual requests.
+        """
         row = self._run(
-            "SELECT p.price, p.rows_per_second FROM autoembed._price_and_rate($1) AS p",
+            "SELECT p.price, p.rows_per_second, p.tokens_per_request FROM autoembed._price_and_rate($1) AS p",
             ["pg_catalog.text"],
             [model.name],
         )[0]
-        return row["price"], row["rows_per_second"]
+        return row["price"], row["rows_per_second"], row["tokens_per_request"]
 
     def rest_model(self, name: str, seconds: float, needs_attention: bool, trouble: Trouble) -> bool:
         """Lets a model rest; whether its trouble is new, and this the first lane to say so."""

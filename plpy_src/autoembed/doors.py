@@ -18,16 +18,17 @@ from autoembed.chunks import FUNCTION, NONE, STRUCTURE, chunks_of, fitting, plac
 from autoembed.cutting import Cutter
 from autoembed.errors import Fault, OverBudget, ProviderTrouble, RowError, Trouble, advice_for
 from autoembed.flight import SLICE_SECONDS, Flight
+from autoembed.forecast import chunk_effort
 from autoembed.kept import KeptTexts
 from autoembed.limits import NOTHING_KNOWN, PATIENCE_SECONDS, Charge, Limiter
 from autoembed.model import Embedded, Model, Request, Reranked, Share
 from autoembed.network import Network
-from autoembed.providers import counter_of, most_tokens_of, provider_of, sizes_of
+from autoembed.providers import COMPUTED_HERE, counter_of, most_tokens_of, provider_of, sizes_of
 from autoembed.quality import quality_of, summary
 from autoembed.query_models import answers, stop_answering
 from autoembed.query_server import QueryServer
 from autoembed.records import Backfill, Chunk, Known, Pipeline, Row, sha256_of
-from autoembed.rows import READ_BYTES
+from autoembed.rows import FIRST_TEXTS, READ_BYTES
 from autoembed.search import MAX_QUERY_CHARACTERS, Hit, Search
 
 # A search waits for its vector for at most this long, in seconds.
@@ -338,23 +339,25 @@ def estimate(
     sizes = sizes_of(model, Limiter(model).learnt)
     limit, prefix = sizes.tokens_per_input, model.prefix("document")
     most = min(worker.DEFAULT_BATCH_SIZE, sizes.inputs_per_request)
+    price, rows_per_second, tokens_per_request = here.price_and_rate(model)
     chunk_tokens = None if chunking == NONE else chunk_size(chunking, size, overlap, model.name)["tokens"]
     if chunk_tokens is None:
         texts = [behind + text for behind, text in zip(prefixes, texts, strict=True)]
         distinct = list(dict.fromkeys(text if limit is None else truncate(text, limit, prefix) for text in texts))
         read = most_tokens_of(model) or sizes.tokens_per_request
-        tokens = [min(estimate_tokens(prefix + text), read) for text in distinct]
-        requests = len(pack(distinct, most, sizes.tokens_per_request, prefix))
+        tokens = sum(min(estimate_tokens(prefix + text), read) for text in distinct)
+        inputs, requests = len(distinct), len(pack(distinct, most, sizes.tokens_per_request, prefix))
     else:
-        tokens, inputs = [], 0
-        for behind, text in dict.fromkeys(zip(prefixes, texts, strict=True)):
-            of_prefix, of_text = estimate_tokens(behind) if behind else 0, estimate_tokens(prefix + text)
-            chunks = math.ceil(of_text / max(1, chunk_tokens - of_prefix))
-            tokens.append(of_text + chunks * of_prefix)
-            inputs += chunks
-        requests = math.ceil(max(inputs / most, sum(tokens) / sizes.tokens_per_request))
-    price, rows_per_second = here.price_and_rate(model)
-    return {"tokens": sum(tokens), "requests": requests, "price": price, "rows_per_second": rows_per_second}
+        behind_texts = list(dict.fromkeys(zip(prefixes, texts, strict=True)))
+        tokens, inputs = chunk_effort(
+            behind_texts, counter_of(model).count, chunk_tokens, chunking, overlap or 0, here.check_interrupts
+        )
+        requests = math.ceil(max(inputs / most, tokens / sizes.tokens_per_request))
+    if model.provider in COMPUTED_HERE:
+        # A lane sends as many texts as such a model embeds in a second.
+        usual = tokens / tokens_per_request if tokens_per_request else inputs / FIRST_TEXTS
+        requests = max(requests, math.ceil(usual))
+    return {"tokens": tokens, "requests": requests, "price": price, "rows_per_second": rows_per_second}
 
 
 def chunk_size(chunking: str | None, size: int | None, overlap: int | None, model_name: str) -> dict[str, Any]:

@@ -61,7 +61,12 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._fold_usage IS
     'Adds up the requests of each day, except those of the last minutes, and forgets their permits.';
 
-CREATE OR REPLACE FUNCTION autoembed._price_and_rate(model text, OUT price numeric, OUT rows_per_second numeric)
+CREATE OR REPLACE FUNCTION autoembed._price_and_rate(
+    model text,
+    OUT price numeric,
+    OUT rows_per_second numeric,
+    OUT tokens_per_request double precision
+)
     LANGUAGE sql
     STABLE
     SECURITY DEFINER
@@ -74,9 +79,17 @@ AS $sql$
                 FROM autoembed.usage_entry AS e
                 WHERE e.model = m.name
                 GROUP BY date_trunc('minute', e.at)
-            ) AS u)
+            ) AS u),
+           (SELECT sum(u.tokens::double precision * u.tokens / u.requests) / nullif(sum(u.tokens), 0)
+            FROM (
+                SELECT e.tokens, e.requests, e.pipeline_id FROM autoembed.usage_entry AS e WHERE e.model = m.name
+                UNION ALL
+                SELECT d.tokens, d.requests, d.pipeline_id FROM autoembed.usage_day AS d WHERE d.model = m.name
+            ) AS u
+            WHERE u.requests > 0 AND u.pipeline_id IS NOT NULL)
     FROM autoembed.model AS m
     WHERE m.name = _price_and_rate.model;
 $sql$;
 COMMENT ON FUNCTION autoembed._price_and_rate IS
-    'What a model costs, and the rows a second in its busiest recent minute; NULL: nothing known.';
+    'What a model costs, the rows a second in its busiest recent minute, and the tokens of a usual request; NULL: '
+    'nothing known.';

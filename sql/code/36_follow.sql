@@ -620,6 +620,8 @@ DECLARE
     _embeddings pg_class;
     _view regclass;
     _change text;
+    _name name;
+    _type text;
 BEGIN
     SELECT c.* INTO _table FROM pg_class AS c WHERE c.oid = pipeline.table_id;
     SELECT c.* INTO _embeddings FROM pg_class AS c WHERE c.oid = pipeline.embeddings_table;
@@ -650,26 +652,31 @@ BEGIN
         EXIT WHEN NOT FOUND;
         EXECUTE _change;
     END LOOP;
-    -- Between these types PostgreSQL converts by itself.
-    FOR _change IN
-        SELECT format('ALTER TABLE %s ALTER COLUMN %I TYPE %s', pipeline.embeddings_table, k.name,
-                      format_type(t.atttypid, t.atttypmod))
+    FOR _name, _type IN
+        SELECT k.name, format_type(t.atttypid, t.atttypmod)
         FROM unnest(pipeline.key_columns) AS k(name)
         JOIN pg_attribute AS t ON t.attrelid = pipeline.table_id AND t.attname = k.name
         JOIN pg_attribute AS a ON a.attrelid = pipeline.embeddings_table AND a.attname = k.name
         WHERE (a.atttypid, a.atttypmod) <> (t.atttypid, t.atttypmod)
-          AND a.atttypid IN ('smallint'::regtype, 'integer'::regtype, 'bigint'::regtype, 'text'::regtype,
-                             'varchar'::regtype)
-          AND t.atttypid IN ('smallint'::regtype, 'integer'::regtype, 'bigint'::regtype, 'text'::regtype,
-                             'varchar'::regtype)
     LOOP
         -- The functions of the pipeline are made again after this, the policy and the view with them.
         EXECUTE format('DROP POLICY IF EXISTS autoembed_readers ON %s', pipeline.embeddings_table);
         IF EXISTS (SELECT FROM pg_class AS c WHERE c.oid = _view) THEN
             EXECUTE format('DROP VIEW %s', _view);
         END IF;
-        -- PostgreSQL checks constraints again, and these call functions of the owner.
-        PERFORM autoembed._alter_as_owner(pipeline.embeddings_table, _change);
+        -- PostgreSQL checks constraints again, and these call functions of the owner, and so may a cast.
+        _change := format('ALTER TABLE %s ALTER COLUMN %I TYPE %s', pipeline.embeddings_table, _name, _type);
+        BEGIN
+            PERFORM autoembed._alter_as_owner(
+                pipeline.embeddings_table, format('%s USING %I::pg_catalog.text::%s', _change, _name, _type)
+            );
+        EXCEPTION WHEN OTHERS THEN
+            -- The values are no keys any more, or two of them are one. The rows are embedded again.
+            PERFORM autoembed._alter_as_owner(
+                pipeline.embeddings_table, format('TRUNCATE %s', pipeline.embeddings_table)
+            );
+            PERFORM autoembed._alter_as_owner(pipeline.embeddings_table, format('%s USING NULL', _change));
+        END;
     END LOOP;
 END;
 $plpgsql$;
@@ -989,11 +996,20 @@ BEGIN
         SELECT FROM autoembed.embedded AS e
         WHERE e.pipeline_id = pipeline.id AND e.key = autoembed._short_key(d.key)
     );
+    IF pipeline.embeddings_table IS NOT NULL AND max_seconds IS NULL THEN
+        PERFORM autoembed._alter_as_owner(pipeline.embeddings_table, (
+            SELECT format('DELETE FROM %s AS e WHERE NOT EXISTS (SELECT FROM %s AS t WHERE %s)',
+                          pipeline.embeddings_table, autoembed._rows_of(pipeline.table_id),
+                          string_agg(format('e.%1$I %2$s t.%1$I', k.name,
+                                            autoembed._operator(pipeline.embeddings_table, k.name, 3)), ' AND '))
+            FROM unnest(pipeline.key_columns) AS k(name)
+        ));
+    END IF;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._forget_old_keys IS
-    'Deletes the digests and the indexed texts of rows whose key is written in another way since the type of a key '
-    'column has changed.';
+    'Deletes the digests, the indexed texts and the embeddings of rows whose key is written in another way since the '
+    'type of a key column has changed.';
 
 CREATE OR REPLACE FUNCTION autoembed._follow_one(
     pipeline_id integer,
@@ -1272,6 +1288,29 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._follow_tables IS
     'Has pipelines follow changes of their tables, indexes and types. Warns of a table that takes the name of an '
     'attached one.';
+
+CREATE OR REPLACE FUNCTION autoembed._follow_rewrite()
+    RETURNS event_trigger
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    -- A new value of a column, by its type or by USING.
+    _new_values CONSTANT integer := 4;
+    _table CONSTANT oid := pg_event_trigger_table_rewrite_oid();
+BEGIN
+    IF pg_event_trigger_table_rewrite_reason() & _new_values > 0 THEN
+        PERFORM autoembed._backfill(ARRAY(
+            SELECT p.id
+            FROM autoembed.pipeline AS p
+            WHERE p.table_id = _table OR p.table_id IN (SELECT a.relid FROM pg_partition_ancestors(_table) AS a)
+        ));
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._follow_rewrite IS
+    'Has the rows of a table scanned when ALTER TABLE gives a column new values, perhaps of the same type.';
 
 CREATE OR REPLACE FUNCTION autoembed._follow_functions()
     RETURNS event_trigger

@@ -72,12 +72,18 @@ BEGIN
     UPDATE autoembed.backfill AS b
     SET position = coalesce(keys[cardinality(keys)], b.position),
         rows_queued = b.rows_queued + cardinality(keys),
+        rows_recorded = CASE WHEN b.position IS NULL THEN 0 ELSE b.rows_recorded END + (
+            SELECT count(*) FROM autoembed.embedded AS e
+            WHERE e.pipeline_id = b.pipeline_id AND e.key = ANY (autoembed._short_keys(keys))
+              AND (e.embedded_at >= b.started_at) IS NOT TRUE
+        ),
         scanned_at = CASE WHEN exhausted THEN _now END
     WHERE b.pipeline_id = _queue_backfill.pipeline_id
     RETURNING b.* INTO _backfill;
     IF exhausted AND _backfill.condition IS NULL AND (
-        SELECT count(*) FROM autoembed.embedded AS e WHERE e.pipeline_id = _queue_backfill.pipeline_id
-    ) > _backfill.rows_queued THEN
+        SELECT count(*) FROM autoembed.embedded AS e
+        WHERE e.pipeline_id = _queue_backfill.pipeline_id AND (e.embedded_at >= _backfill.started_at) IS NOT TRUE
+    ) > _backfill.rows_recorded THEN
         -- Rows have gone that no trigger has seen.
         PERFORM autoembed._queue_recorded(_queue_backfill.pipeline_id, '');
     END IF;

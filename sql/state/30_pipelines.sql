@@ -145,7 +145,8 @@ CREATE TABLE autoembed.backfill (
     started_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
     served_at timestamptz DEFAULT clock_timestamp(),
     scanned_at timestamptz,
-    index_problem text
+    index_problem text,
+    rows_recorded bigint NOT NULL DEFAULT 0
 );
 COMMENT ON TABLE autoembed.backfill IS
     'The tables that lanes scan, in the order of their keys, for embeddings that are missing or stale.';
@@ -160,6 +161,8 @@ COMMENT ON COLUMN autoembed.backfill.served_at IS 'When a lane last worked on it
 COMMENT ON COLUMN autoembed.backfill.scanned_at IS 'When the last row was queued; NULL: there are more.';
 COMMENT ON COLUMN autoembed.backfill.index_problem IS
     'The reason why the index could not be built. No lane tries again.';
+COMMENT ON COLUMN autoembed.backfill.rows_recorded IS
+    'The number of those rows that had an embedding when it was asked for. If there were more, rows have gone unseen.';
 
 SELECT pg_catalog.pg_extension_config_dump('autoembed.backfill', '');
 

@@ -36,6 +36,7 @@ DROP FUNCTION autoembed.disable;
 DROP FUNCTION autoembed._content_function;
 DROP FUNCTION autoembed._backfill;
 DROP FUNCTION autoembed._estimate_texts;
+DROP FUNCTION autoembed._price_and_rate;
 DROP FUNCTION autoembed.estimate;
 
 -- A parallel restore loads these tables in any order.
@@ -297,6 +298,9 @@ COMMENT ON COLUMN autoembed.backfill.served_at IS 'When a lane last worked on it
 ALTER TABLE autoembed.backfill ALTER COLUMN served_at SET DEFAULT clock_timestamp();
 COMMENT ON COLUMN autoembed.backfill.index_problem IS
     'The reason why the index could not be built. No lane tries again.';
+ALTER TABLE autoembed.backfill ADD COLUMN rows_recorded bigint NOT NULL DEFAULT 0;
+COMMENT ON COLUMN autoembed.backfill.rows_recorded IS
+    'The number of those rows that had an embedding when it was asked for. If there were more, rows have gone unseen.';
 COMMENT ON TABLE autoembed.embedded IS
     'The digest of the text from which each embedding was made. A text with the same digest is not sent again.';
 ALTER TABLE autoembed.embedded ADD COLUMN vector_digest bytea;

@@ -130,6 +130,7 @@ _follow_functions - - - x
 _follow_one - - - x
 _follow_others - - - x
 _follow_partitions - - - x
+_follow_rewrite - - - x
 _follow_tables - - - x
 _forget - - - x
 _forget_all - - - x

@@ -11,6 +11,7 @@ import pytest
 from extension.status.steps import MODEL, Connect, Role, add, one, process
 from fake_api import FakeApi
 from harness import Connection
+from lanes import running_lanes
 
 
 def preview(db: Connection, key: str, table: str = "notes") -> Any:
@@ -190,6 +191,28 @@ def articles(db: Connection, api: FakeApi) -> Connection:
     db.execute("INSERT INTO notes SELECT n, NULL, NULL FROM generate_series(251, 270) AS n")
     db.execute(f"UPDATE autoembed.model SET price_per_million_tokens = 20, builtin = false WHERE name = '{MODEL}'")
     return db
+
+
+@pytest.mark.parametrize("arguments", ["", ", chunk_size => 60, chunk_overlap => 10"], ids=["structure", "overlap"])
+def test_an_estimate_of_long_texts_has_the_requests_that_lanes_make_to_a_local_model(
+    db: Connection, connect: Connect, arguments: str
+) -> None:
+    db.execute("CREATE TABLE notes (id int PRIMARY KEY, content text)")
+    for row in range(8):
+        sections = [f"# Part {n} of {row}\n\n" + f"{row} {n} {PROSE}" * (1 + n % 4) for n in range(30)]
+        db.execute("INSERT INTO notes VALUES (%s, %s)", [row, "\n\n".join(sections)])
+    call = f"'notes', content_columns => '{{content}}', model => 'all-MiniLM-L6-v2'{arguments}"
+    before = one(db, f"SELECT * FROM autoembed.estimate({call})")
+
+    with running_lanes(db, connect):
+        db.execute(f"SELECT autoembed.enable({call})".encode())
+        db.execute("SELECT autoembed.wait_until_fresh('notes', 120)")
+
+    sent = one(db, "SELECT sum(requests)::int AS requests, sum(tokens)::int AS tokens FROM autoembed.usage")
+    assert 0.8 * sent.tokens <= before.tokens <= 1.3 * sent.tokens
+    assert sent.requests / 3 <= before.requests <= 3 * sent.requests
+    after = one(db, "SELECT * FROM autoembed.estimate('notes')")
+    assert sent.requests / 3 <= after.requests <= 3 * sent.requests
 
 
 def test_an_estimate_of_texts_that_are_cut_has_the_tokens_of_all_chunks(articles: Connection, api: FakeApi) -> None:
