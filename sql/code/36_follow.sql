@@ -14,6 +14,8 @@ AS $sql$
               JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = n.number
               WHERE n.position <= i.indnkeyatts AND NOT (a.attnotnull AND a.attname = ANY (columns))
           )
+    ) AND columns <@ ARRAY(
+        SELECT a.attname FROM pg_attribute AS a WHERE a.attrelid = table_id AND NOT a.attisdropped
     );
 $sql$;
 COMMENT ON FUNCTION autoembed._is_key IS
@@ -775,10 +777,10 @@ CREATE OR REPLACE FUNCTION autoembed._may_take_key(pipeline autoembed.pipeline, 
 AS $sql$
     SELECT pipeline.embeddings_table IS NULL
         OR NOT key_columns && '{chunk_number,chunk_start,chunk_end,digest,embedding}'
-           -- The rows tell which old key each new one had.
-           AND pipeline.key_columns <@ ARRAY(
+           -- The rows tell which old key each new one had, or a part of it is enough.
+           AND (key_columns <@ pipeline.key_columns OR pipeline.key_columns <@ ARRAY(
                SELECT a.attname FROM pg_attribute AS a WHERE a.attrelid = pipeline.table_id AND NOT a.attisdropped
-           )
+           ))
            AND EXISTS (
                SELECT FROM pg_class AS t
                JOIN pg_class AS e ON e.relowner = t.relowner AND e.oid = pipeline.embeddings_table

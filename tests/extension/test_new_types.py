@@ -108,3 +108,23 @@ def test_a_content_of_the_same_type_gets_other_values(db: Connection, column: st
     db.execute("ALTER TABLE notes ALTER content TYPE text USING upper(content) || id")
 
     assert_right(db, column, 5)
+
+
+@STORAGES
+def test_a_key_loses_a_column_that_it_can_do_without(db: Connection, column: str) -> None:
+    attach(db, column, "int", "n")
+    db.execute("SELECT autoembed.disable('notes', drop => true)")
+    db.execute("ALTER TABLE notes DROP CONSTRAINT notes_pkey, ADD COLUMN side int NOT NULL DEFAULT 0")
+    db.execute("CREATE UNIQUE INDEX both_columns ON notes (id, side)")
+    db.execute(
+        f"SELECT autoembed.enable('notes', {column}, content_columns => '{{content}}',"
+        " text_config => 'english')".encode()
+    )
+    settle(db)
+
+    db.execute("ALTER TABLE notes ADD PRIMARY KEY (id)")
+    db.execute("ALTER TABLE notes DROP COLUMN side")
+    db.execute("UPDATE notes SET content = 'other' WHERE id = 1")
+
+    assert_right(db, column, 5)
+    assert one(db, "SELECT key_columns FROM autoembed.pipeline").key_columns == ["id"]
