@@ -362,16 +362,19 @@ CREATE OR REPLACE FUNCTION autoembed._check_content_function(
 AS $plpgsql$
 DECLARE
     _function pg_proc;
+    -- The name that the owner gave, unless it was renamed since.
+    _name CONSTANT text := CASE
+        WHEN pipeline.content_function_id LIKE '%.' || pipeline.content_function THEN pipeline.content_function
+        ELSE coalesce(pipeline.content_function_id, pipeline.content_function)
+    END;
 BEGIN
     IF pipeline.content_function IS NULL THEN
         RETURN;
     END IF;
     SELECT p.* INTO _function FROM pg_proc AS p WHERE p.oid = autoembed._content_function_of(pipeline);
     IF NOT FOUND THEN
-        problem := format('there is no function "%s" of one row of %s',
-                          pipeline.content_function, pipeline.table_id);
-        hint := format('Create it: CREATE FUNCTION %s(%s) RETURNS text.',
-                       pipeline.content_function, pipeline.table_id);
+        problem := format('there is no function "%s" of one row of %s', _name, pipeline.table_id);
+        hint := format('Create it: CREATE FUNCTION %s(%s) RETURNS text.', _name, pipeline.table_id);
         errcode := 'undefined_function';
         RETURN;
     END IF;

@@ -301,6 +301,13 @@ STOPPED = {
         "CREATE FUNCTION f(public.t) RETURNS text LANGUAGE sql IMMUTABLE AS $$SELECT $1.a$$",
         "a",
     ),
+    "the content function is renamed and dropped": (
+        f"{F}; SELECT autoembed.alter_pipeline('t', content_function => 'f'); ALTER FUNCTION f RENAME TO g;"
+        " DROP FUNCTION g",
+        'there is no function "public.g" of one row of public.t',
+        "CREATE FUNCTION public.g(public.t) RETURNS text LANGUAGE sql IMMUTABLE AS $$SELECT $1.a$$",
+        "a",
+    ),
     "the schema of the content function is dropped": (
         f"CREATE SCHEMA s; {F.replace('FUNCTION f', 'FUNCTION s.f')};"
         " SELECT autoembed.alter_pipeline('t', content_function => 's.f'); DROP SCHEMA s CASCADE",
