@@ -31,6 +31,9 @@ MAX_ENDLESS = 20
 # A plain word has no more characters.
 PLAIN_WORD_CHARACTERS = 100
 
+# So many scores in a row are told by the greatest of them.
+BLOCK = 256
+
 # The documents of a merged segment, and its postings, unless one segment alone has more.
 MAX_MERGED = 50_000
 MAX_MERGED_POSTINGS = 200_000
@@ -45,11 +48,12 @@ class Posting(NamedTuple):
 
 @dataclass(frozen=True)
 class Segment:
-    """documents: their ids. lengths: the number of words in each."""
+    """documents: their ids. lengths: the number of words in each. starts: where the ids begin to ascend again."""
 
     documents: np.ndarray
     lengths: np.ndarray
     postings: Mapping[str, Posting] = field(default_factory=dict)
+    starts: Sequence[int] = (0,)
 
 
 def counted(texts: Sequence[tuple[int, Mapping[str, int]]]) -> Segment:
@@ -111,7 +115,9 @@ def joined(segments: Sequence[Segment]) -> Segment:
         return segments[0]
     documents = [np.empty(0, np.int64), *(segment.documents for segment in segments)]
     lengths = [np.empty(0, np.int32), *(segment.lengths for segment in segments)]
-    return Segment(np.concatenate(documents), np.concatenate(lengths))
+    offsets = itertools.accumulate((len(segment.documents) for segment in segments), initial=0)
+    starts = [offset + start for offset, segment in zip(offsets, segments, strict=False) for start in segment.starts]
+    return Segment(np.concatenate(documents), np.concatenate(lengths), starts=starts)
 
 
 def live(documents: np.ndarray, dead: np.ndarray) -> np.ndarray:
@@ -127,54 +133,92 @@ def live(documents: np.ndarray, dead: np.ndarray) -> np.ndarray:
 class Scores:
     """The documents that match a query, and their scores.
 
-    terms: each term of the query with the number of its occurrences.
+    terms: each term of the query with the number of its occurrences. dead: ids, ascending. count: how many match.
     """
 
     def __init__(self, segments: Sequence[Segment], terms: Mapping[str, int], dead: np.ndarray) -> None:
         import numpy as np
 
-        whole = joined(segments)
-        starts = [0, *itertools.accumulate(len(segment.documents) for segment in segments)]
-        count, words = len(whole.documents), int(whole.lengths.sum())
-        alive = live(whole.documents, dead) if len(dead) else None
-        if alive is not None:
-            count, words = int(alive.sum()), int(whole.lengths[alive].sum())
-        mean = words / count if count else 1.0
-        totals = np.zeros(len(whole.documents))
+        self._whole = whole = joined(segments)
+        offsets = list(itertools.accumulate((len(segment.documents) for segment in segments), initial=0))
+        gone = self._places(dead)
+        is_gone = np.zeros(len(whole.documents), bool)
+        is_gone[gone] = True
+        count = len(whole.documents) - len(gone)
+        words = int(whole.lengths.sum()) - int(whole.lengths[gone].sum())
+        # The average length may be 0: no document has a word.
+        mean = words / count if words else 1.0
+        self._totals = np.zeros(len(whole.documents))
         for term, occurrences in terms.items():
             found = [
-                (start + segment.postings[term].ordinals, segment.postings[term].frequencies)
-                for start, segment in zip(starts, segments, strict=False)
+                (offset + segment.postings[term].ordinals, segment.postings[term].frequencies)
+                for offset, segment in zip(offsets, segments, strict=False)
                 if term in segment.postings
             ]
             if not found:
                 continue
-            ordinals, frequencies = map(np.concatenate, zip(*found, strict=True))
-            matching = len(ordinals) if alive is None else int(alive[ordinals].sum())
+            # Of one array, this would be a copy.
+            ordinals, frequencies = found[0] if len(found) == 1 else map(np.concatenate, zip(*found, strict=True))
+            matching = len(ordinals) - (int(is_gone[ordinals].sum()) if len(gone) else 0)
             weight = occurrences * math.log(1 + (count - matching + 0.5) / (matching + 0.5))
-            norms = K1 * (1 - B + B * whole.lengths[ordinals] / mean)
+            # In place: a million new numbers take as long as what is done with them.
+            scores = whole.lengths[ordinals] * (K1 * B / mean)
+            scores += K1 * (1 - B)
+            scores += frequencies
+            np.divide(frequencies, scores, out=scores)
+            scores *= weight * (K1 + 1)
             # A document is once in the postings of a term.
-            totals[ordinals] += weight * frequencies * (K1 + 1) / (frequencies + norms)
-        at = np.flatnonzero(totals > 0 if alive is None else (totals > 0) & alive)
-        self.documents, self.scores = whole.documents[at], totals[at]
+            self._totals[ordinals] += scores
+        self._totals[gone] = 0
+        self.count = int(np.count_nonzero(self._totals))
 
     def best(self, count: int) -> list[tuple[int, float]]:
         """So many documents with the best scores, or a few more, best first; of equal ones, the older first."""
         import numpy as np
 
-        chosen = np.arange(len(self.scores))
+        documents, totals = self._whole.documents, self._totals
+        least = _at_least(totals, count) if count < self.count else 0.0
+        chosen = np.flatnonzero(totals >= least) if least else np.flatnonzero(totals)
         if count < len(chosen):
-            least = np.partition(self.scores, len(self.scores) - count)[len(self.scores) - count]
-            chosen = np.flatnonzero(self.scores >= least)
-        chosen = chosen[np.lexsort((self.documents[chosen], -self.scores[chosen]))]
-        return list(zip(self.documents[chosen].tolist(), self.scores[chosen].tolist(), strict=True))
+            chosen = chosen[totals[chosen] >= _greatest(totals[chosen], count)]
+        chosen = chosen[np.lexsort((documents[chosen], -totals[chosen]))]
+        return list(zip(documents[chosen].tolist(), totals[chosen].tolist(), strict=True))
 
     def of(self, documents: Collection[int]) -> dict[int, float]:
         """The scores of those of these documents that match."""
         import numpy as np
 
-        at = np.flatnonzero(np.isin(self.documents, np.fromiter(documents, np.int64, len(documents))))
-        return dict(zip(self.documents[at].tolist(), self.scores[at].tolist(), strict=True))
+        places = self._places(np.unique(np.fromiter(documents, np.int64, len(documents))))
+        found = zip(self._whole.documents[places].tolist(), self._totals[places].tolist(), strict=True)
+        return {document: score for document, score in found if score}
+
+    def _places(self, documents: np.ndarray) -> np.ndarray:
+        """The places of those of these documents that are there. documents: ids, ascending."""
+        import numpy as np
+
+        found = [np.empty(0, np.int64)]
+        for start, end in itertools.pairwise([*self._whole.starts, len(self._whole.documents)]):
+            part = self._whole.documents[start:end]
+            if len(part):
+                first, last = np.searchsorted(documents, (part[0], part[-1] + 1))
+                at = np.searchsorted(part, documents[first:last])
+                found.append(start + at[part[at] == documents[first:last]])
+        return np.concatenate(found)
+
+
+def _greatest(values: np.ndarray, count: int) -> float:
+    """The least of so many of the greatest of these."""
+    import numpy as np
+
+    return float(np.partition(values, len(values) - count)[len(values) - count])
+
+
+def _at_least(values: np.ndarray, count: int) -> float:
+    """A number that at least so many of these reach, and few others. 0: none is known without a look at all of them."""
+    import numpy as np
+
+    blocks = range(0, len(values), BLOCK)
+    return _greatest(np.maximum.reduceat(values, blocks), count) if count <= len(blocks) else 0.0
 
 
 def most_dead(segments: Mapping[int, Segment], dead: np.ndarray, postings: Mapping[int, int]) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import time
@@ -1071,10 +1070,9 @@ class Database:
             missing = [number for number in ids if (table, number) not in _segments]
             found = self._segments("s.id OPERATOR(pg_catalog.=) ANY ($1)", ["pg_catalog.int8[]"], [missing])
             _segments.update(((table, number), segment) for number, segment in found.items())
-            segments = [_segments[table, number] for number in ids]
-            starts = itertools.accumulate((len(segment.documents) for segment in segments), initial=0)
+            whole = joined([_segments[table, number] for number in ids])
             _joined.clear()
-            _joined[key] = joined(segments), dict(zip(ids, starts, strict=False))
+            _joined[key] = whole, dict(zip(ids, whole.starts, strict=True))
             _forget_segments(table, ids)
         return _joined[key]
 

@@ -249,7 +249,7 @@ class TextMatches:
         scores = self._scores
         found: dict[str, tuple[int, float]] = {}
         tried, limit, are_all_few = 0, wanted + SPARE_CANDIDATES, False
-        while len(found) < wanted and tried < len(scores.scores) and not are_all_few:
+        while len(found) < wanted and tried < scores.count and not are_all_few:
             few = self._few_rows(tried * (wanted / max(1, len(found)) - 1)) if tried else None
             if few is not None:
                 # Most candidates are not among the rows that match. These are fewer.
@@ -295,7 +295,7 @@ class TextMatches:
         """
         if not self._target["has_plain_keys"]:
             return None
-        candidates = min(candidates, len(self._scores.scores), FEW_ROWS)
+        candidates = min(candidates, self._scores.count, FEW_ROWS)
         estimated = self._here.estimated_matches(self._target["table_id"], self._condition)
         if estimated is None or estimated > candidates:
             return None

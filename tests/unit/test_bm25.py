@@ -88,6 +88,23 @@ def test_the_best_come_with_all_their_equals() -> None:
     assert set(scores.of([3, 99])) == {3}
 
 
+@pytest.mark.parametrize("count", [1, 3, 40, 5000])
+def test_the_best_of_many_are_those_of_all_of_them(count: int) -> None:
+    rng = random.Random(count)
+    texts = {
+        number: {"a": rng.randint(1, 9), "b": rng.randint(0, 1), "c": rng.randint(1, 99)} for number in range(4000)
+    }
+    odd, even = ({number: words for number, words in texts.items() if number % 2 == rest} for rest in (1, 0))
+    # The ids ascend in each segment alone.
+    scores = Scores([segment_of(odd), segment_of(even)], {"a": 1, "b": 2}, numbers(*range(0, 4000, 7)))
+
+    every = sorted(scores.of(range(4000)).items(), key=lambda one: (-one[1], one[0]))
+    assert len(every) == scores.count == 4000 - len(range(0, 4000, 7))
+    best = scores.best(count)
+    assert len(best) >= min(count, len(every))
+    assert best == every[: len(best)]
+
+
 @pytest.mark.parametrize("terms", [{}, {"nosuch": 1}])
 @pytest.mark.parametrize("documents", [{}, {1: {}}, {1: {"a": 1}}])
 def test_nothing_is_found_where_nothing_matches(documents: Documents, terms: dict[str, int]) -> None:
