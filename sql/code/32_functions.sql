@@ -326,7 +326,14 @@ BEGIN
             '_chunk_' || pipeline.id || '.digest'
         ),
         'managed', pipeline.managed,
-        'on_change', pipeline.on_change
+        'on_change', pipeline.on_change,
+        -- PL/pgSQL refuses a row whose columns have other types than at its first call in a session.
+        'column_types', (
+            SELECT jsonb_object_agg(a.attname, format_type(a.atttypid, a.atttypmod))
+            FROM pg_attribute AS a
+            WHERE a.attrelid = pipeline.table_id AND NOT a.attisdropped
+              AND a.attname = ANY (autoembed._needed_columns(pipeline) || pipeline.embedding_column)
+        )
     );
 END;
 $plpgsql$;

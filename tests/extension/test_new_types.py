@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from extension.status.steps import one, process, status
+from extension.status.steps import Connect, one, process, status
 from harness import Connection
 
 STORAGES = pytest.mark.parametrize("column", ["NULL", "'embedding'"], ids=["beside", "in the row"])
@@ -128,3 +128,30 @@ def test_a_key_loses_a_column_that_it_can_do_without(db: Connection, column: str
 
     assert_right(db, column, 5)
     assert one(db, "SELECT key_columns FROM autoembed.pipeline").key_columns == ["id"]
+
+
+@STORAGES
+@pytest.mark.parametrize("change", ["content TYPE bigint", "id TYPE bigint", "embedding TYPE vector(8)"])
+def test_a_session_that_has_written_before_goes_on_writing(
+    db: Connection, connect: Connect, column: str, change: str
+) -> None:
+    if change.startswith("embedding") and column == "NULL":
+        change = "side TYPE bigint"
+    db.execute("SELECT autoembed.create_model('test', 'fake', 8); SELECT autoembed.set_default_model('test')")
+    db.execute("CREATE TABLE notes (id int PRIMARY KEY, content int, side int)")
+    db.execute(f"SELECT autoembed.enable('notes', {column}, content_columns => '{{content}}')".encode())
+    application = connect()
+
+    def write() -> None:
+        application.execute("INSERT INTO notes (id, content) VALUES (1, 1), (2, 2)")
+        application.execute("UPDATE notes SET content = content + 1")
+        application.execute("UPDATE notes SET id = id + 2")
+        application.execute("DELETE FROM notes WHERE id = 3")
+
+    write()
+    application.execute("DELETE FROM notes")
+    db.execute(f"ALTER TABLE notes ALTER {change}".encode())
+    write()
+    settle(db)
+
+    assert (status(db).embedded, status(db).failed) == (1, 0)
