@@ -8,7 +8,8 @@ CREATE OR REPLACE FUNCTION autoembed.queue_embeddings()
 AS $plpgsql$
 DECLARE
     _root oid := coalesce(pg_partition_root(TG_RELID), TG_RELID);
-    _key jsonb;
+    _id text;
+    _type regtype;
 BEGIN
     -- Nothing has changed, or only the vector that a lane is writing.
     IF TG_OP = 'UPDATE' AND (
@@ -21,16 +22,21 @@ BEGIN
     BEGIN
         -- format() uses the type's output function. A cast, as in to_jsonb(), may be the owner's, and this function
         -- runs with more rights.
-        _key := to_jsonb(format('%s', NEW.id));
-        IF pg_typeof(NEW.id) IN ('bigint'::regtype, 'integer'::regtype, 'smallint'::regtype) THEN
-            _key := to_jsonb((_key #>> '{}')::bigint);
-        END IF;
-    EXCEPTION WHEN undefined_column THEN
-        RAISE WARNING USING
-            ERRCODE = 'undefined_column',
-            MESSAGE = format('a row of %s is not queued for embedding: the table has no column id', TG_RELID::regclass),
-            HINT = 'queue_embeddings() finds rows by a primary key column called id.';
-        RETURN NEW;
+        _id := format('%s', NEW.id);
+        _type := pg_typeof(NEW.id);
+    EXCEPTION
+        WHEN undefined_column THEN
+            RAISE WARNING USING
+                ERRCODE = 'undefined_column',
+                MESSAGE = format('a row of %s is not queued for embedding: the table has no column id',
+                                 TG_RELID::regclass),
+                HINT = 'queue_embeddings() finds rows by a primary key column called id.';
+            RETURN NEW;
+        WHEN datatype_mismatch THEN
+            -- The column had another type when this session planned these expressions.
+            EXECUTE 'SELECT pg_catalog.format(''%s'', ($1).id), pg_catalog.pg_typeof(($1).id)'
+            INTO _id, _type
+            USING NEW;
     END;
 
     -- The same INSERT as in pgmq.send(), whose dynamic SQL costs more than all the rest.
@@ -38,7 +44,10 @@ BEGIN
     VALUES (
         clock_timestamp(),
         jsonb_build_object(
-            'id', _key,
+            'id', CASE
+                WHEN _type IN ('bigint'::regtype, 'integer'::regtype, 'smallint'::regtype) THEN to_jsonb(_id::bigint)
+                ELSE to_jsonb(_id)
+            END,
             'schema', TG_TABLE_SCHEMA,
             'table', TG_TABLE_NAME,
             'contentFunction', TG_ARGV[0],

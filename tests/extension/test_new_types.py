@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from extension.status.steps import Connect, one, process, status
-from harness import Connection
+from harness import GUIDE_TABLE, GUIDE_TRIGGERS, Connection
 
 STORAGES = pytest.mark.parametrize("column", ["NULL", "'embedding'"], ids=["beside", "in the row"])
 WRONG = {
@@ -155,3 +155,26 @@ def test_a_session_that_has_written_before_goes_on_writing(
     settle(db)
 
     assert (status(db).embedded, status(db).failed) == (1, 0)
+
+
+@pytest.mark.parametrize("types", [["bigint"], ["bigint", "text"]])
+def test_a_session_that_has_fired_the_guides_triggers_goes_on_writing(
+    db: Connection, connect: Connect, types: list[str]
+) -> None:
+    db.execute("SELECT autoembed.create_model('test', 'fake', 8); SELECT autoembed.set_default_model('test')")
+    db.execute(GUIDE_TABLE.format(dimensions=8).replace("generated always as identity", ""))
+    db.execute(GUIDE_TRIGGERS)
+    application = connect()
+    application.execute("INSERT INTO documents (id, title, content) VALUES (1, 'a', 'b')")
+
+    for number, new_type in enumerate(types, 2):
+        db.execute(f"ALTER TABLE documents ALTER id TYPE {new_type}".encode())
+        application.execute("INSERT INTO documents (id, title, content) VALUES (%s, 'a', 'c')", [str(number)])
+        application.execute("UPDATE documents SET content = 'd'")
+    process(db)
+
+    wrong = (
+        "SELECT id FROM documents AS d WHERE embedding IS DISTINCT FROM"
+        " autoembed.embed(embedding_input(d), 'test')::halfvec"
+    )
+    assert db.execute(wrong).fetchall() == []
