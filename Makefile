@@ -25,7 +25,7 @@ capture: image ## run the demo, and draw what it prints into docs/images
 	$(PYTHON) demo/capture.py
 
 test: lint image ## run every check and test, on a major (PG=17), or some of the tests (TESTS=)
-	AUTOEMBED_TEST_IMAGE=$(IMAGE) TESTCONTAINERS_RYUK_DISABLED=true TESTCONTAINERS_CONNECTION_MODE=docker_host TESTCONTAINERS_HOST_OVERRIDE=127.0.0.1 .venv/bin/pytest --numprocesses=2 --dist=loadfile $(TESTS)
+	AUTOEMBED_TEST_IMAGE=$(IMAGE) TESTCONTAINERS_RYUK_DISABLED=true TESTCONTAINERS_CONNECTION_MODE=docker_host TESTCONTAINERS_HOST_OVERRIDE=127.0.0.1 .venv/bin/pytest --numprocesses=3 --dist=loadfile $(TESTS)
 
 interop: image .interop/stamp ## test with Django, SQLAlchemy and an embedding server, in a venv of its own
 	AUTOEMBED_TEST_IMAGE=$(IMAGE) TESTCONTAINERS_RYUK_DISABLED=true TESTCONTAINERS_CONNECTION_MODE=docker_host TESTCONTAINERS_HOST_OVERRIDE=127.0.0.1 .interop/bin/pytest tests/interop
