@@ -678,6 +678,7 @@ BEGIN
                 pipeline.embeddings_table, format('TRUNCATE %s', pipeline.embeddings_table)
             );
             PERFORM autoembed._alter_as_owner(pipeline.embeddings_table, format('%s USING NULL', _change));
+            PERFORM autoembed._backfill(ARRAY[pipeline.id]);
         END;
     END LOOP;
 END;

@@ -133,7 +133,6 @@ CAST = """
     CREATE CAST (number AS bytea) WITH FUNCTION bytea_of AS IMPLICIT;
 """
 COLUMNS = {
-    "id": "ROW(id)::number",
     "chunk_number": "ROW(chunk_number)::number",
     "chunk_start": "ROW(chunk_start)::number",
     "chunk_end": "ROW(chunk_end)::number",
@@ -162,4 +161,28 @@ def test_a_search_calls_no_cast_of_a_column_of_an_embeddings_table(
         with pytest.raises(psycopg.errors.DatatypeMismatch, match="have other types than"):
             found(db, mallory, search)
 
+    assert_nothing_gained(db, mallory)
+
+
+def test_a_key_of_an_embeddings_table_gets_its_type_again_and_the_rows_their_embeddings(
+    db: Connection, mallory: Tenant
+) -> None:
+    mallory.run(
+        ATTACK,
+        CAST,
+        "CREATE TABLE notes (id int PRIMARY KEY, content text)",
+        "SELECT autoembed.enable('notes', content_columns => '{content}', text_config => 'english')",
+        "INSERT INTO notes VALUES (1, 'word')",
+    )
+    db.execute("SELECT autoembed.process()")
+
+    mallory.run(
+        "DROP VIEW notes_chunks; DROP POLICY autoembed_readers ON notes_embeddings",
+        "ALTER TABLE notes_embeddings ALTER id TYPE number USING ROW(id)::number",
+    )
+    db.execute("SELECT autoembed.process()")
+
+    assert db.execute(f"SELECT id FROM {mallory.name}.notes_embeddings".encode()).fetchall() == [(1,)]
+    for search in SEARCHES:
+        assert found(db, mallory, search), search
     assert_nothing_gained(db, mallory)
