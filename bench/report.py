@@ -188,13 +188,15 @@ ABOUT = """# Bench
 1,536 dimensions; the fake API takes {request_ms:g} ms per request and {input_ms:g} ms per input. Each measurement has
 a fresh server; each figure is the median of {runs} of them.
 
-- Ours runs from the INSERT's COMMIT, a rival's from its first request: its start, or the wait for its next tick, is
-  not counted. Every system has embedded a row before, but for pgai's defaults, which look every five minutes.
+- The time of autoembed runs from the INSERT's COMMIT, that of a rival from its first request: the rival's start, or
+  the wait for its next tick, is not counted. Every system has embedded a row before, but for pgai's defaults, which
+  look every five minutes.
 - The limit: the same vectors, ready, written by UPDATEs of 100 rows with binary parameters.
 - Freshness is from COMMIT to the vector visible, less the API's time for one input; ∞: no vector {grace} s after the
   last INSERT. During a backfill, {backfill_rows} older rows wait.
 - Beside a hostile tenant, another inserts two rows a second, first alone, then while the attack goes on. Both have the
   same lane and model, unless the attack is a model of its own.
+- search() is compared with SQL alone for the same nearest rows, whose vector is known, with the same `ef_search`.
 - Cost is over the same table without triggers, in turns: {cost_rows} rows in one statement, 2,000 singly.
 - Chunks are found by the local model. A chunk is right if the shorter of it and the answer lies half within the other.
   The questions are taken out of the texts; an answer longer than 2,000 characters counts as 2,000.
