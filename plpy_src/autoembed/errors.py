@@ -31,7 +31,7 @@ class Trouble(Exception):
 
     headers: those of the HTTP answer that says so, in lower case; empty without an answer.
     summary: the same without words of the provider, which may quote texts: for every tenant.
-    may_be_a_texts: an answer came, and one of the texts may be the reason that it is no good.
+    may_be_a_texts: the texts were sent, and one of them may be the reason.
     status: that of the HTTP answer; None: there was none, or it was 200.
     """
 
@@ -202,8 +202,6 @@ def shorter_limit(trouble: Trouble, tokens: int) -> int | None:
 
 # Statuses that blame the request (RFC 9110, section 15).
 REFUSED_STATUSES = {400, 413, 414, 422}
-# Statuses that blame the key, the address or the limits, whatever the texts are.
-TEXTLESS_STATUSES = {401, 403, 404, 429}
 # Statuses that pass by themselves. 409, 423 and 425 come from busy gateways.
 PASSING_STATUSES = {408, 409, 423, 425, 429}
 
@@ -247,8 +245,11 @@ def advice_for(trouble: Trouble) -> str:
 
 
 def may_be_a_texts(status: int) -> bool:
-    """Whether a text may be to blame for an answer that is no good."""
-    return status not in TEXTLESS_STATUSES
+    """Whether a text may be to blame for an answer that is no good. A firewall answers 403 to texts that look like SQL.
+
+    A probe may pass a limit of tokens that texts exceed.
+    """
+    return status != 429
 
 
 def summary_of(status: int) -> str:

@@ -112,10 +112,10 @@ class Trial(NamedTuple):
 class Request:
     """Texts of one model that travel together, and how long the answer may take.
 
-    probe: the text is a harmless one, to see whether the model accepts any. trial: the text is the beginning of one
-    that was refused. tokens: the estimate that a permit was taken for. slot: the request's own, where the number of
-    requests in flight is limited. query: that with which the texts are compared, if they are to be reranked. sent: set
-    when only the answer is outstanding.
+    probe: the text is a harmless one, to see whether the model accepts any. suspect: one of the texts may be the reason
+    that a larger request failed. trial: the text is the beginning of one that was refused. tokens: the estimate that a
+    permit was taken for. slot: the request's own, where the number of requests in flight is limited. query: that with
+    which the texts are compared, if they are to be reranked. sent: set when only the answer is outstanding.
     """
 
     model: Model
@@ -123,6 +123,7 @@ class Request:
     timeout_seconds: float
     purpose: Purpose = "document"
     probe: bool = False
+    suspect: bool = False
     trial: Trial | None = None
     tokens: int = 0
     slot: int | None = None

@@ -555,10 +555,10 @@ class _Pass:
         ahead = [outbox.waiting.popleft()] if has_place else []
         outbox.waiting.extendleft(reversed([*ahead, *requests]))
 
-    def _request(self, model: Model, texts: Sequence[str], *, probe: bool = False) -> Request:
+    def _request(self, model: Model, texts: Sequence[str], *, probe: bool = False, suspect: bool = False) -> Request:
         holds_up = self._in_lane and provider_of(model).RUNS_IN_BACKEND
         usual = FUNCTION_SECONDS if holds_up else self._options.timeout_seconds
-        return Request(model, texts, model.timeout_seconds or usual, probe=probe)
+        return Request(model, texts, model.timeout_seconds or usual, probe=probe, suspect=suspect)
 
     def _waiting(self) -> int:
         return sum(len(outbox.waiting) + len(outbox.long) for outbox in self._outboxes.values())
@@ -740,7 +740,7 @@ class _Pass:
         """Whether a text may be to blame for trouble of a request. A wait that the provider asks for comes first."""
         if request.probe or outbox.trouble is not None or not trouble.may_be_a_texts:
             return False
-        return not trouble.retry_after_seconds or outbox.failures > 0
+        return request.suspect or outbox.failures > 0 or not trouble.retry_after_seconds
 
     def _suspend(self, request: Request, trouble: Trouble) -> None:
         """Keeps a request that failed until the model has answered another one. Sends a probe."""
@@ -774,7 +774,7 @@ class _Pass:
         outbox = self._outboxes[request.model]
         if len(request.texts) > 1:
             for half in batching.halves(list(request.texts)):
-                outbox.waiting.append(self._request(request.model, half))
+                outbox.waiting.append(self._request(request.model, half, suspect=True))
         elif request.trial is None:
             self._refuse_text(request.model, request.texts[0], trouble)
         elif not self._try_shorter(request.model, request.trial.text, request.texts[0], trouble):

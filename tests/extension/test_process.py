@@ -219,6 +219,37 @@ def test_one_row_that_is_refused_does_not_hold_up_the_others(documents: Connecti
     assert waiting(documents) == 0
 
 
+POISON: list[dict[str, Any]] = [
+    *({"status": status} for status in (401, 403, 404, 409, 451, 500, 502)),
+    {"redirect": "http://127.0.0.1:9/elsewhere"},
+    {"close": True},
+    {"cut_off": True},
+    {"hang": 2},
+]
+
+
+@pytest.mark.parametrize("fault", POISON, ids=str)
+def test_one_row_whose_text_its_provider_cannot_answer_does_not_hold_up_the_others(
+    documents: Connection, api: FakeApi, fault: dict[str, Any]
+) -> None:
+    api.behave(faults=[{**fault, "match": "poison", "times": "forever"}])
+    insert(documents, *[f"text {n}" for n in range(31)], "poison")
+
+    passes = 0
+    while documents.execute("SELECT count(*) FROM documents WHERE embedding IS NULL").fetchone() != (1,):
+        process(documents, timeout_milliseconds=500)
+        documents.execute("UPDATE autoembed.model_rest SET until = clock_timestamp()")
+        passes += 1
+    assert passes <= 2
+    while documents.execute("SELECT count(*) FROM autoembed.failed").fetchone() == (0,):
+        documents.execute("UPDATE autoembed.model_rest SET until = clock_timestamp()")
+        documents.execute("UPDATE pgmq.q_embedding_jobs SET vt = clock_timestamp()")
+        process(documents, timeout_milliseconds=500)
+
+    assert documents.execute("SELECT key, attempts FROM autoembed.failed").fetchall() == [("[32]", 5)]
+    assert waiting(documents) == 0
+
+
 def test_a_model_that_refuses_everything_rests_and_fails_no_row(documents: Connection, api: FakeApi) -> None:
     """Without the probe every row fails; if jobs of a resting model are claimed, the second pass reads them."""
     api.behave(faults=[{"status": 400, "times": "forever"}])

@@ -52,8 +52,8 @@ def test_a_status_means_its_kind_of_trouble(status: int) -> None:
 
     assert kind_of(trouble) == expected
     assert f"the provider answered {status}" in str(trouble)
-    # A wrong key, address or limit is no text's fault.
-    assert trouble.may_be_a_texts == (status not in (401, 403, 404, 429))
+    # A limit is no text's fault.
+    assert trouble.may_be_a_texts == (status != 429)
 
 
 def test_a_used_up_quota_does_not_pass_by_itself() -> None:

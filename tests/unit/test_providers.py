@@ -674,6 +674,19 @@ def test_a_fault_of_the_api_is_its_kind_of_trouble(
     assert embed(model, TEXTS, network).vectors.shape == (3, 256)
 
 
+@pytest.mark.parametrize("fault", [{"hang": True}, {"slow_body": 30}, {"close": True}, {"cut_off": True}], ids=str)
+def test_a_text_may_be_the_reason_of_silence(
+    api: FakeApi, model: Model, network: Network, fault: dict[str, Any]
+) -> None:
+    api.behave(faults=[fault])
+
+    assert trouble(model, TEXTS, network, timeout_seconds=0.5).may_be_a_texts
+
+
+def test_no_text_is_the_reason_of_a_server_that_is_not_there(model: Model, network: Network) -> None:
+    assert not trouble(replace(model, base_url="http://127.0.0.1:9"), TEXTS, network).may_be_a_texts
+
+
 @pytest.mark.parametrize(
     ("case", "status", "body", "kind"),
     [

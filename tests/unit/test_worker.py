@@ -272,16 +272,30 @@ def test_a_wait_that_the_provider_asks_for_comes_before_a_probe(
     assert len(database.rests) == 1 - len(probes)
 
 
-def test_trouble_without_an_answer_is_no_texts_fault(
+def test_after_the_wait_the_text_at_fault_is_looked_for_without_further_waits(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider
+) -> None:
+    for row_id in range(64):
+        database.put(row_id, "poison" if row_id == 21 else f"text {row_id}")
+    database.defined[1] = replace(PIPELINE, failures=1)
+    lane.stumble(lambda: answered(retry_after_seconds=7), "poison")
+
+    report = lane.run()
+
+    assert (report.completed, report.failed, report.retried) == (63, 0, 1)
+    assert database.rests == []
+
+
+def test_trouble_before_a_text_is_sent_is_no_texts_fault(
     lane: Lane, database: FakeDatabase, provider: FakeProvider
 ) -> None:
     database.put(1, "poison")
-    lane.stumble(lambda: ProviderTrouble("no answer"), "poison")
+    lane.stumble(lambda: ProviderTrouble("no connection"), "poison")
 
     lane.run()
 
     assert provider.requests == [["poison"]]
-    assert [rest.reason for rest in database.rests] == ["no answer"]
+    assert [rest.reason for rest in database.rests] == ["no connection"]
 
 
 # --- a provider in trouble --------------------------------------------------------------------------

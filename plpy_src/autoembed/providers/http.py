@@ -138,15 +138,20 @@ def _post(
     fault = endpoints.fault_of(url, request.model.http_hosts)
     if fault is not None:
         raise ProviderTrouble(fault.problem, permanent=True)
-    answer = network.post(
-        url,
-        {"Content-Type": "application/json", "Accept": "application/json", **headers},
-        encode({**body, **request.model.extra_body(request.purpose)}),
-        timeout_seconds=request.timeout_seconds,
-        max_answer_bytes=_most_bytes(request),
-        ca_file=request.model.options.get("ca_file"),
-        sent=request.sent.set,
-    )
+    try:
+        answer = network.post(
+            url,
+            {"Content-Type": "application/json", "Accept": "application/json", **headers},
+            encode({**body, **request.model.extra_body(request.purpose)}),
+            timeout_seconds=request.timeout_seconds,
+            max_answer_bytes=_most_bytes(request),
+            ca_file=request.model.options.get("ca_file"),
+            sent=request.sent.set,
+        )
+    except ProviderTrouble as trouble:
+        # A text may have stopped the server, or may keep it busy for too long.
+        trouble.may_be_a_texts = request.sent.is_set() and not trouble.permanent
+        raise
     try:
         if answer.status != 200:
             refusal = trouble_of(answer.status, answer.headers, answer.body)
