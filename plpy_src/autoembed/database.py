@@ -63,8 +63,10 @@ CANCEL_REST_SECONDS = 60.0
 MAX_KEY_BYTES = 1_000_000
 # A lane does not wait longer for a lock, in milliseconds.
 LOCK_TIMEOUT_MILLISECONDS = 500
-# The functions of a pipeline are looked at so often, in seconds. Event triggers keep them current.
+# The functions of a pipeline are looked at so often, in seconds, and those of all so many times a second. Event
+# triggers keep them current. A look takes a millisecond.
 CHECK_SECONDS = 1.0
+CHECKS_PER_SECOND = 20
 # A wait looks for a cancel so often, in seconds.
 SLICE_SECONDS = 0.1
 # The types of the arguments that describe chunks: prefixes, versions, first and last numbers of rows; keys, numbers,
@@ -329,7 +331,7 @@ class Database:
             )
 
     def pipelines(self, ids: Sequence[int], *, after_error: bool = False) -> dict[int, Pipeline]:
-        """The facts of pipelines. Their functions are looked at once a second, or after an error."""
+        """The facts of pipelines. Their functions are looked at now and then, and after an error."""
         now = time.monotonic()
         unchecked = [number for number in ids if after_error or now > self._check_at.get(number, 0.0)]
         rows = self._run(
@@ -337,9 +339,10 @@ class Database:
             ["pg_catalog.int4[]", "pg_catalog.int4[]"],
             [list(ids), unchecked],
         )
+        seconds = max(CHECK_SECONDS, len(self._check_at) / CHECKS_PER_SECOND)
         for row in rows:
             if row["id"] in unchecked and row["blocked"] is None:
-                self._check_at[row["id"]] = now + CHECK_SECONDS
+                self._check_at[row["id"]] = now + seconds
         return {
             row["id"]: Pipeline(
                 id=row["id"],

@@ -10,7 +10,7 @@ import sys
 import time
 import types
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any, Generic, Protocol, TypeVar
@@ -95,12 +95,20 @@ class Flight(Generic[Tag, Result]):
 
     between_waits: is called between two waits for outcomes; a cancel comes out of it.
     abort: is called to end the calls that still run when the context is left.
+    preferred: those of several tags whose outcomes come before the others.
     """
 
-    def __init__(self, max_calls: int, between_waits: Callable[[], None], abort: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        max_calls: int,
+        between_waits: Callable[[], None],
+        abort: Callable[[], None],
+        preferred: Callable[[Sequence[Tag]], Sequence[Tag]] = lambda tags: tags,
+    ) -> None:
         self._executor = ThreadPoolExecutor(max_calls, thread_name_prefix="autoembed")
         self._between_waits = between_waits
         self._abort = abort
+        self._preferred = preferred
         self._tags: dict[Future[Result], Tag] = {}
         self._here: deque[tuple[Tag, Callable[[], Result]]] = deque()
 
@@ -148,7 +156,8 @@ class Flight(Generic[Tag, Result]):
     def landed(self) -> Iterator[tuple[Tag, Result | BaseException]]:
         """The outcome of each call as it comes, including calls that are submitted meanwhile.
 
-        Where several outcomes are there, that of the newest call comes first, unless another has waited for a while.
+        Where several outcomes are there, those preferred come first, and that of the newest call, unless another has
+        waited for a while.
         between_waits() runs before each.
         """
         seen_at: dict[Future[Result], float] = {}
@@ -162,6 +171,9 @@ class Flight(Generic[Tag, Result]):
                 seen_at.setdefault(future, now)
             # One at a time: the others may wait while something newer is sent.
             if landed := [future for future in reversed(self._tags) if future in seen_at]:
+                if len(landed) > 1:
+                    preferred = self._preferred([self._tags[future] for future in landed])
+                    landed = [future for future in landed if self._tags[future] in preferred] or landed
                 oldest = min(landed, key=lambda future: seen_at[future])
                 future = oldest if now - seen_at[oldest] > PATIENCE_SECONDS else landed[0]
                 del seen_at[future]

@@ -79,6 +79,11 @@ def is_long(pipeline: Pipeline, content: str) -> bool:
     return pipeline.is_beside and pipeline.chunking != NONE and len(content) > LONG_CHARACTERS
 
 
+def owners_of_few(held: Mapping[int, int]) -> set[int]:
+    """The owners who hold less than half of an equal share of the rows that are held, by owner."""
+    return {owner for owner, rows in held.items() if 2 * rows * len(held) < sum(held.values())}
+
+
 class Pace:
     """The speed at which a lane writes. A lane holds few rows, so that a new change does not wait behind them.
 

@@ -32,7 +32,7 @@ from autoembed.jobs import Job, Ledger, Report, are_keys, open_jobs
 from autoembed.limits import FIRST_ANSWER_SECONDS, NOTHING_KNOWN, PATIENCE_SECONDS, Limiter, Permit
 from autoembed.model import Embedded, Model, Request, Share, Trial
 from autoembed.providers import PROVIDERS, provider_of, sizes_of
-from autoembed.rows import OWNER_READ_BYTES, READ_BYTES, Owners, Pace, Rows, Speeds
+from autoembed.rows import OWNER_READ_BYTES, READ_BYTES, Owners, Pace, Rows, Speeds, owners_of_few
 
 if TYPE_CHECKING:
     import numpy as np
@@ -356,7 +356,7 @@ class _Pass:
             # Lanes died, perhaps because of these: nothing else is to be in flight beside them.
             self._lane = None
         threads = THREADS_PER_REQUEST * self._options.max_requests
-        with _Flight(threads, self._between_waits, self._abort) as flight:
+        with _Flight(threads, self._between_waits, self._abort, self._of_few) as flight:
             try:
                 self._flight = flight
                 self._load(flight, messages)
@@ -463,11 +463,32 @@ class _Pass:
             raise _Stopped
 
     def _send(self, flight: _Flight, *, first: bool = False) -> None:
+        few = self._owners_of_few()
         for model, outbox in self._outboxes.items():
             unsent, outbox.unsent = outbox.unsent, []
-            self._submit(model, unsent, first=first)
+            # In requests of their own, so that their answers do not wait until those of others are written.
+            of_few = dict.fromkeys(text for text in unsent if self._owners_of(outbox, [text]) <= few)
+            self._submit(model, [text for text in unsent if text not in of_few], first=first)
+            self._submit(model, list(of_few), first=True)
         self._launch(flight)
         self._cut_next(flight)
+
+    def _owners_of_few(self) -> set[int]:
+        """The owners of few of the rows that the lane holds. They do not wait for those of many."""
+        return owners_of_few(Counter(job.pipeline.owner for job in self._held_jobs()))
+
+    @staticmethod
+    def _owners_of(outbox: Outbox, texts: Iterable[str]) -> set[int]:
+        return {job.pipeline.owner for text in texts for job in outbox.jobs.get(text, ())}
+
+    def _of_few(self, landed: Sequence[Request | Cut]) -> Sequence[Request | Cut]:
+        """Those of these requests whose rows, if there are any, are all of owners of few."""
+        few = self._owners_of_few()
+        return [
+            one
+            for one in landed
+            if isinstance(one, Request) and self._owners_of(self._outboxes[one.model], one.texts) <= few
+        ]
 
     def _outbox(self, pipeline: Pipeline) -> Outbox:
         outbox = self._outboxes.get(pipeline.model)

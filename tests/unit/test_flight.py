@@ -121,6 +121,20 @@ def test_an_outcome_that_has_waited_for_a_while_comes_before_newer_ones(monkeypa
     assert len(landed) == 41
 
 
+def test_preferred_outcomes_come_before_newer_ones_and_before_those_that_have_waited(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(flight_module, "PATIENCE_SECONDS", 0.0)
+    with Flight[int, None](6, nothing, nothing, lambda tags: [tag for tag in tags if tag in (2, 3)]) as flight:
+        for number in range(6):
+            flight.submit(number, nothing)
+        wait_until(lambda: all(future.done() for future in flight._tags))
+        landing = flight.landed()
+
+        assert {next(landing)[0], next(landing)[0]} == {2, 3}
+        assert len(list(landing)) == 4
+
+
 def test_calls_submitted_while_landing_are_landed_too() -> None:
     landed = []
     with Flight[int, int](2, nothing, nothing) as flight:

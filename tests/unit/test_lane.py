@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import replace
 from itertools import count
@@ -11,9 +12,10 @@ import pytest
 
 from autoembed import heap, worker
 from autoembed.errors import ProviderTrouble, Refused, RowError
+from autoembed.flight import _threads as flights
 from autoembed.jobs import Report
 from autoembed.limits import Limiter, Permit
-from autoembed.records import Backfill
+from autoembed.records import Backfill, Pipeline, Written
 from autoembed.rows import Pace
 from autoembed.worker import Outbox
 from unit.fakes import (
@@ -627,6 +629,40 @@ def test_a_full_lane_sends_the_texts_of_other_owners_first(
 
     assert provider.requests[:3] == [["text 0"], ["another's"], ["text 1"]]
     assert all(database.is_fresh(row_id) for row_id in [*range(200), 1000])
+
+
+def test_the_texts_of_an_owner_of_few_rows_are_sent_alone_and_written_first(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database.defined[2] = replace(PIPELINE, id=2, owner=20)
+    for row_id in range(20):
+        database.put(row_id, f"text {row_id}")
+    database.put(1000, "another's", pipeline_id=2)
+    all_are_sent = threading.Event()
+    written: list[int] = []
+
+    def answer(texts: list[str]) -> Vector:
+        all_are_sent.wait(20)
+        return vectors_of(texts)
+
+    def look() -> None:
+        if sum(map(len, provider.requests)) == 21 and not all_are_sent.is_set():
+            all_are_sent.set()
+            wait_until(lambda: all(call.done() for flight in flights() for call in vars(flight)["_tags"]))
+
+    def write(pipeline: Pipeline, *arguments: Any) -> dict[str, Written]:
+        written.append(pipeline.id)
+        return FakeDatabase.write(database, pipeline, *arguments)
+
+    provider.answer = answer
+    monkeypatch.setattr(database, "check_interrupts", look)
+    monkeypatch.setattr(database, "write", write)
+
+    lane.run(batch_size=10, max_requests=4)
+
+    assert ["another's"] in provider.requests
+    assert written[0] == 2
+    assert all(database.is_fresh(row_id) for row_id in [*range(20), 1000])
 
 
 def test_the_texts_that_an_owner_fills_a_lane_with_leave_room_for_others(

@@ -14,7 +14,7 @@ from autoembed import rows
 from autoembed.errors import PassEnded, RowError
 from autoembed.jobs import MAX_ATTEMPTS, Job, Ledger, Outcome, Report
 from autoembed.records import Known, Pipeline, Row, first_number
-from autoembed.rows import Owners, Pace, Rows, Speeds
+from autoembed.rows import Owners, Pace, Rows, Speeds, owners_of_few
 from unit.fakes import (
     MODEL,
     PIPELINE,
@@ -1304,3 +1304,21 @@ def test_the_chunks_of_a_long_text_leave_those_before_them_in_place(old: str, ne
     row = Row("text", None, digests=digests, numbers=range(5, 5 + len(digests)))
 
     assert first_number(row, [digest.encode() for digest in new]) == first
+
+
+@pytest.mark.parametrize(
+    ("held", "few"),
+    [
+        ({}, set()),
+        ({1: 5}, set()),
+        ({1: 5, 2: 5}, set()),
+        ({1: 25, 2: 75}, set()),
+        ({1: 24, 2: 75}, {1}),
+        ({1: 1, 2: 2, 3: 1000}, {1, 2}),
+        ({1: 400, 2: 500, 3: 1}, {3}),
+        ({**dict.fromkeys(range(200), 5), 200: 1000}, set()),
+        ({**dict.fromkeys(range(200), 4), 200: 1000}, set(range(200))),
+    ],
+)
+def test_an_owner_of_few_rows_holds_less_than_half_of_an_equal_share(held: dict[int, int], few: set[int]) -> None:
+    assert owners_of_few(held) == few
