@@ -305,12 +305,17 @@ class Database:
         lease_seconds: float,
         held: Sequence[int],
     ) -> list[Message]:
-        """Moves a backfill behind these keys. Returns the message for them, which is claimed already."""
-        rows = self._run(
-            "SELECT c.message_id, c.read_count, c.message FROM autoembed._queue_backfill($1, $2, $3, $4, $5) AS c",
-            ["pg_catalog.int4", "pg_catalog.text[]", "pg_catalog.bool", "pg_catalog.float8", "pg_catalog.int8[]"],
-            [backfill.pipeline_id, list(keys), exhausted, lease_seconds, list(held)],
-        )
+        """Moves a backfill behind these keys. Returns the message for them, which is claimed already.
+
+        Raises RowError if the owner has written figures that cannot be counted on.
+        """
+        rows: Any = []
+        with row_errors():
+            rows = self._run(
+                "SELECT c.message_id, c.read_count, c.message FROM autoembed._queue_backfill($1, $2, $3, $4, $5) AS c",
+                ["pg_catalog.int4", "pg_catalog.text[]", "pg_catalog.bool", "pg_catalog.float8", "pg_catalog.int8[]"],
+                [backfill.pipeline_id, list(keys), exhausted, lease_seconds, list(held)],
+            )
         return [Message(row["message_id"], row["read_count"], _body(row["message"])) for row in rows]
 
     def fail_backfill(self, backfill: Backfill, reason: str) -> None:

@@ -244,16 +244,17 @@ def _claim_backfill(
         max_rows = 1
     try:
         keys, exhausted = database.scan(backfill, max_rows)
+        if are_keys(keys):
+            return database.queue_backfill(
+                backfill, keys, exhausted=exhausted, lease_seconds=options.lease_seconds, held=held
+            )
+        database.fail_backfill(backfill, "the scan with its condition returned something that is not a key")
     except RowError as error:
         if error.cancels or error.slow:
             database.rest_pipelines(backfill.owner, [backfill.pipeline_id], str(error))
         elif not error.locked:
             database.fail_backfill(backfill, str(error))
-        return []
-    if not are_keys(keys):
-        database.fail_backfill(backfill, "the scan with its condition returned something that is not a key")
-        return []
-    return database.queue_backfill(backfill, keys, exhausted=exhausted, lease_seconds=options.lease_seconds, held=held)
+    return []
 
 
 @dataclass

@@ -139,6 +139,7 @@ BEGIN
     DELETE FROM autoembed.backfill AS b WHERE b.pipeline_id = _fail_backfill.pipeline_id RETURNING b.* INTO _backfill;
     _backfill.condition := left(_backfill.condition, 1000);
     _backfill.position := left(_backfill.position, 1000);
+    _backfill.index_problem := left(_backfill.index_problem, 1000);
     PERFORM autoembed._fail_message(jsonb_build_object('backfill', to_jsonb(_backfill)), reason, 1);
 END;
 $plpgsql$;

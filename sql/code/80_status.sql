@@ -40,7 +40,8 @@ SELECT s.table_id::text AS table_name,
        coalesce(
            s.blocked,
            CASE WHEN e.stale > 0 AND b.pipeline_id IS NULL THEN 'its model or its content has changed since' END,
-           'the index could not be built: ' || b.index_problem
+           -- The owner may have written anything into the record of a scan.
+           'the index could not be built: ' || left(b.index_problem, 1000)
        ) AS reason,
        CASE WHEN s.blocked IS NOT NULL THEN s.hint
             WHEN e.stale > 0 AND b.pipeline_id IS NULL THEN
@@ -64,7 +65,7 @@ SELECT s.table_id::text AS table_name,
        CASE WHEN w.left = 0 THEN interval '0'
             WHEN e.stale > 0 AND b.pipeline_id IS NULL THEN NULL
             WHEN t.rows_per_second > 0 THEN
-                make_interval(secs => ceil(w.left / t.rows_per_second)::double precision)
+                make_interval(secs => least(ceil(w.left / t.rows_per_second), 1e10)::double precision)
        END AS time_left,
        s.embeddings_table::text AS embeddings_table
 FROM autoembed._pipeline_state AS s
@@ -140,7 +141,10 @@ CROSS JOIN LATERAL (
                WHEN b.pipeline_id IS NULL THEN greatest(q.waiting + q.in_flight, e.stale, x.least)
                WHEN NOT x.is_scanned THEN greatest(q.waiting + q.in_flight, x.least)
                WHEN b.condition IS NULL THEN
-                   greatest(q.waiting + q.in_flight + coalesce(r.rows, 0) - b.rows_queued, q.waiting + q.in_flight, 1)
+                   greatest(
+                       q.waiting + q.in_flight + coalesce(r.rows, 0) - b.rows_queued::numeric,
+                       q.waiting + q.in_flight, 1
+                   )
            END AS left
     FROM (
         SELECT b.pipeline_id IS NOT NULL AND b.scanned_at IS NULL AS is_scanned,
@@ -155,7 +159,8 @@ CROSS JOIN LATERAL (
         )), 1),
         CASE
             WHEN w.is_scanned THEN
-                (b.rows_queued - q.in_flight) / greatest(extract(epoch FROM clock_timestamp() - b.started_at), 1)
+                (b.rows_queued::numeric - q.in_flight)
+                / greatest(extract(epoch FROM clock_timestamp() - b.started_at), 1)
         END
     ), a.rows_per_second) AS rows_per_second
     FROM autoembed.usage_entry AS u

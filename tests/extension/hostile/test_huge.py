@@ -51,6 +51,40 @@ def test_a_huge_position_of_a_scan_ends_that_scan(mallory: Tenant, bob: Tenant, 
     assert row is not None and row.size < 10_000
 
 
+# What the owner writes into the record of a scan, and what no sum or time can hold.
+FIGURES = {
+    "most rows": "rows_queued = 9223372036854775807",
+    "fewest rows": "rows_queued = -9223372036854775808",
+    "a row since long ago": "rows_queued = 1, started_at = '4713-01-02 BC'",
+    "a row since ever": "rows_queued = 1, started_at = '-infinity'",
+    "a row in the end": "rows_queued = -1, started_at = 'infinity'",
+    "a long problem": "index_problem = repeat('x', 300000000), rows_queued = 9223372036854775807",
+}
+
+
+@pytest.mark.parametrize("figures", FIGURES)
+def test_no_figures_of_a_scan_end_a_lane_or_hide_the_state_of_others(
+    mallory: Tenant, bob: Tenant, db: Connection, lane: Lane, figures: str
+) -> None:
+    mallory.run("CREATE TABLE notes (id int PRIMARY KEY, content text)", ENABLE)
+    mallory.run("INSERT INTO notes SELECT n, 'a note' FROM generate_series(1, 1000) AS n")
+    wait_until(lambda: waiting_of(db, mallory) == 0)
+    mallory.run(
+        "SELECT autoembed.pause('notes'); SELECT autoembed.reembed('notes')",
+        f"UPDATE autoembed.backfill SET {FIGURES[figures]}",
+    )
+
+    for reader in (db, mallory.session):
+        shown = reader.execute("SELECT octet_length(s::text) AS size FROM autoembed.status AS s").fetchall()
+        assert shown and max(row.size for row in shown) < 10_000
+        assert reader.execute("SELECT FROM autoembed.doctor()").rowcount > 0
+
+    mallory.run("SELECT autoembed.resume('notes')")
+    wait_until(lambda: lane.error or db.execute("SELECT FROM autoembed.backfill").rowcount == 0, 30)
+    stays_fresh(bob)
+    assert lane.error is None
+
+
 # PostgreSQL's parser goes over these again and again. Each is 30,000 characters.
 SLOW_TEXTS = {"one word": "repeat('a_', 15000)", "comments": "repeat('<!-- ', 6000)", "tags": "repeat('<? ', 10000)"}
 
