@@ -125,7 +125,7 @@ CREATE EVENT TRIGGER autoembed_check_trigger
 DROP EVENT TRIGGER IF EXISTS autoembed_protect_functions;
 CREATE EVENT TRIGGER autoembed_protect_functions
     ON ddl_command_end
-    WHEN TAG IN ('ALTER FUNCTION', 'ALTER ROUTINE')
+    WHEN TAG IN ('ALTER FUNCTION', 'ALTER ROUTINE', 'ALTER SCHEMA')
     EXECUTE FUNCTION autoembed._protect_functions();
 
 DROP EVENT TRIGGER IF EXISTS autoembed_before_drop;

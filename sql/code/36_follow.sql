@@ -1442,6 +1442,16 @@ BEGIN
             MESSAGE = 'the functions in schema autoembed cannot be altered',
             HINT = 'They are made again when their table changes.';
     END IF;
+    -- The owner of the database owns the schema public. A new schema of that name could hold other types and operators,
+    -- which would run with the rights of each caller.
+    IF to_regnamespace('@extschema:vector@') IS DISTINCT FROM (
+        SELECT e.extnamespace::regnamespace FROM pg_extension AS e WHERE e.extname = 'vector'
+    ) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = 'schema @extschema:vector@ cannot be renamed: autoembed finds pgvector in it by this name';
+    END IF;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._protect_functions IS 'Keeps table owners from altering the functions made for them.';
+COMMENT ON FUNCTION autoembed._protect_functions IS
+    'Keeps table owners from altering the functions made for them, and everybody from renaming the schema of pgvector.';

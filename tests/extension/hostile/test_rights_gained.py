@@ -547,3 +547,16 @@ def test_an_administrator_plans_nothing_of_an_owner(db: Connection, mallory: Ten
         assert ran_as(db, mallory) <= {mallory.name}, statement
 
     assert_nothing_gained(db, mallory)
+
+
+def test_the_owner_of_the_database_cannot_put_another_schema_in_the_place_of_pgvectors(
+    db: Connection, dbname: str, mallory: Tenant
+) -> None:
+    """It owns the schema public. Types and operators in a new one of that name would run as each caller."""
+    db.execute(f"ALTER DATABASE {dbname} OWNER TO {mallory.name}")
+    try:
+        with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="pgvector"):
+            mallory.run("ALTER SCHEMA public RENAME TO old")
+        mallory.run("CREATE SCHEMA mine", "ALTER SCHEMA mine RENAME TO own", "DROP SCHEMA own")
+    finally:
+        db.execute(f"ALTER DATABASE {dbname} OWNER TO CURRENT_USER")
