@@ -1308,9 +1308,12 @@ class Database:
             [model, *(list(column) for column in zip(*shares, strict=True)), slot],
         )
 
-    def forget_all(self, pipeline_id: int) -> None:
+    def forget_all(self, pipeline_id: int) -> bool:
+        """Forgets some records of the rows that a truncated table had; whether none are left."""
+        rows: Any = []
         with row_errors():
-            self._run("SELECT autoembed._forget_all($1)", ["pg_catalog.int4"], [pipeline_id])
+            rows = self._run("SELECT autoembed._forget_all($1) AS done", ["pg_catalog.int4"], [pipeline_id])
+        return bool(rows[0]["done"])
 
     def queue_recorded(self, pipeline_id: int, after: str) -> None:
         """Queues the next rows of which something is recorded, behind this key."""

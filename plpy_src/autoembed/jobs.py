@@ -191,10 +191,10 @@ def open_jobs(
     if others:
         ledger.release_messages(others)
     found = [(message, *one) for message in chosen if (one := _address_in(database, ledger, message)) is not None]
-    resting = _forget_changed(database, [(pipeline_id, address) for _, pipeline_id, address in found])
+    resting, unfinished = _forget_changed(database, [(pipeline_id, address) for _, pipeline_id, address in found])
     addressed: dict[int, list[tuple[Message, Address]]] = defaultdict(list)
     for message, pipeline_id, address in found:
-        if pipeline_id in resting:
+        if pipeline_id in resting or address.truncated and pipeline_id in unfinished:
             ledger.release_messages([message])
             continue
         if address.recorded_after is not None:
@@ -237,24 +237,25 @@ def _address_in(database: Database, ledger: Ledger, message: Message) -> tuple[i
     return pipeline_id, address
 
 
-def _forget_changed(database: Database, found: list[tuple[int, Address]]) -> set[int]:
+def _forget_changed(database: Database, found: list[tuple[int, Address]]) -> tuple[set[int], set[int]]:
     """Forgets the digests that messages say are no longer those of their rows.
 
-    Returns the pipelines where that is not possible now. They rest, and their messages keep what they say.
+    Returns the pipelines where that is not possible now, and those of truncated tables of which more is to be forgotten
+    by the next claims. The former rest, and their messages keep what they say.
     """
     changed: dict[int, list[Address]] = defaultdict(list)
     for pipeline_id, address in found:
         if address.truncated or address.moved or address.replaced:
             changed[pipeline_id].append(address)
     pipelines = database.pipelines(sorted(changed)) if changed else {}
-    resting = set()
+    resting, unfinished = set(), set()
     for pipeline_id, pipeline in pipelines.items():
         addresses = changed[pipeline_id]
         moved = [key for address in addresses if address.moved for key in address.keys]
         replaced = [key for address in addresses if address.replaced for key in address.keys]
         try:
-            if any(address.truncated for address in addresses):
-                database.forget_all(pipeline_id)
+            if any(address.truncated for address in addresses) and not database.forget_all(pipeline_id):
+                unfinished.add(pipeline_id)
             if moved:
                 database.forget(pipeline, moved)
             if replaced:
@@ -262,7 +263,7 @@ def _forget_changed(database: Database, found: list[tuple[int, Address]]) -> set
         except RowError as error:
             database.rest_pipelines(pipeline.owner, [pipeline_id], str(error))
             resting.add(pipeline_id)
-    return resting
+    return resting, unfinished
 
 
 def _rows_of(

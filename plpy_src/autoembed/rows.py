@@ -84,6 +84,14 @@ def owners_of_few(held: Mapping[int, int]) -> set[int]:
     return {owner for owner, rows in held.items() if 2 * rows * len(held) < sum(held.values())}
 
 
+def _indexed_rows(pipeline: Pipeline, jobs: Sequence[Job]) -> int:
+    """The number of the first jobs whose texts one statement puts into the text index, at least one."""
+    if pipeline.text_config is None:
+        return len(jobs)
+    sizes = accumulate(min(len(job.content or ""), MAX_CHARACTERS) for job in jobs)
+    return max(1, sum(size <= STATEMENT_CHARACTERS for size in sizes))
+
+
 class Pace:
     """The speed at which a lane writes. A lane holds few rows, so that a new change does not wait behind them.
 
@@ -328,6 +336,18 @@ class Rows:
             waiting = left + waiting[count:]
         return found
 
+    def _record_unchanged(self, pipeline: Pipeline, jobs: list[Job]) -> None:
+        """Settles rows that have the vector of their text. Those beyond the owner's time go back to the queue."""
+        while jobs:
+            count = _indexed_rows(pipeline, jobs)
+            with self._clock(pipeline):
+                self._record(pipeline, jobs[:count], written=False)
+            jobs = jobs[count:]
+            if not self._owners.has_time(pipeline):
+                for job in jobs:
+                    self._ledger.release(job)
+                return
+
     def _statement_rows(self, pipeline: Pipeline, jobs: list[Job]) -> int:
         """The number of the first jobs that go into one statement. A row that was to blame before stands alone."""
         blameless = next((number for number, job in enumerate(jobs) if job.attempts), len(jobs))
@@ -438,8 +458,7 @@ class Rows:
                 chosen += [(job, text) for text in texts]
             else:
                 rearranged.append(job)
-        if unchanged:
-            self._record(pipeline, unchanged, written=False)
+        self._record_unchanged(pipeline, unchanged)
         if rearranged:
             self.write_complete(pipeline, rearranged)
         if blank:
@@ -632,7 +651,7 @@ class Rows:
             with self._clock(write.pipeline):
                 self._write_chunks(write)
             return
-        count = self._statement_rows(write.pipeline, write.jobs)
+        count = min(self._statement_rows(write.pipeline, write.jobs), _indexed_rows(write.pipeline, write.jobs))
         if len(write.jobs) > count:
             self._writes.append(write.part(range(count, len(write.jobs))))
             write = write.part(range(count))
@@ -669,10 +688,9 @@ class Rows:
         except self._database.Error as error:
             self.blame(pipeline, jobs, error)
             return
-        seconds = time.monotonic() - began_at
         self.written += len(jobs)
-        self._owners.took(pipeline, len(jobs), seconds)
         self._settle_written(write, outcomes)
+        self._owners.took(pipeline, len(jobs), time.monotonic() - began_at)
 
     def _write_chunks(self, write: Write) -> None:
         """Writes a part of the chunks of a long text. The others stay, and other rows have their turn first."""

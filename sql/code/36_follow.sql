@@ -578,7 +578,7 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._end IS 'Deletes a pipeline that is marked as ended.';
 
-CREATE OR REPLACE FUNCTION autoembed._drop_orphaned_pipelines()
+CREATE OR REPLACE FUNCTION autoembed._drop_orphaned_pipelines(embeddings_table regclass DEFAULT NULL)
     RETURNS void
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -588,7 +588,9 @@ CREATE OR REPLACE FUNCTION autoembed._drop_orphaned_pipelines()
 AS $plpgsql$
 DECLARE
     _id integer;
-    -- A tenant may drop thousands of tables at once. The next second goes on.
+    -- Whether the records that take long to delete are gone.
+    _is_bare boolean;
+    -- A tenant may drop thousands of tables at once, or a large one. The next second goes on.
     _until CONSTANT timestamptz := clock_timestamp() + interval '200 milliseconds';
 BEGIN
     FOR _id IN
@@ -596,12 +598,20 @@ BEGIN
         SELECT o.id
         FROM autoembed.pipeline AS o
         WHERE (SELECT c.oid FROM pg_class AS c WHERE c.oid = o.table_id) IS NULL
+          AND (_drop_orphaned_pipelines.embeddings_table IS NULL
+               OR o.embeddings_table = _drop_orphaned_pipelines.embeddings_table)
         -- One that cannot go does not keep the others for ever.
         ORDER BY random()
         FOR UPDATE SKIP LOCKED
     LOOP
         EXIT WHEN clock_timestamp() > _until;
         BEGIN
+            LOOP
+                _is_bare := embeddings_table IS NOT NULL
+                    OR autoembed._forget_part(_id, 'infinity') AND autoembed._drop_part(_id);
+                EXIT WHEN _is_bare OR clock_timestamp() > _until;
+            END LOOP;
+            EXIT WHEN NOT _is_bare;
             DELETE FROM autoembed.pipeline AS p WHERE p.id = _id;
         EXCEPTION WHEN OTHERS THEN
             EXIT;
@@ -610,7 +620,8 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._drop_orphaned_pipelines IS
-    'Ends the pipelines whose table was dropped, with their jobs: as many as it can in a fifth of a second.';
+    'Ends the pipelines whose table was dropped, with their jobs and records: as many as it can in a fifth of a '
+    'second. embeddings_table: only the one that has this table, however long it takes; NULL: all.';
 
 CREATE OR REPLACE FUNCTION autoembed._follow_embeddings_table(pipeline autoembed.pipeline, renames jsonb)
     RETURNS void

@@ -315,7 +315,7 @@ BEGIN
             HINT = 'Keep the embeddings in the rows: embedding_column => ''embedding''.';
     END IF;
     -- A table that was dropped a moment ago may have left its own.
-    PERFORM autoembed._drop_orphaned_pipelines();
+    PERFORM autoembed._drop_orphaned_pipelines(to_regclass(_full_name));
     _columns := ARRAY(
         SELECT a.attname FROM pg_attribute AS a
         WHERE a.attrelid = to_regclass(_full_name) AND a.attnum > 0 AND NOT a.attisdropped

@@ -264,15 +264,71 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._forget IS 'Deletes all records of rows that were deleted.';
 
-CREATE OR REPLACE FUNCTION autoembed._forget_all(pipeline_id integer)
-    RETURNS void
-    LANGUAGE sql
+CREATE OR REPLACE FUNCTION autoembed._forget_part(pipeline_id integer, until timestamptz)
+    RETURNS boolean
+    LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-AS $sql$
-    DELETE FROM autoembed.embedded AS e WHERE e.pipeline_id = _forget_all.pipeline_id;
-    DELETE FROM autoembed.paid_chunk AS c WHERE c.pipeline_id = _forget_all.pipeline_id;
-    -- A failure may belong to a row inserted since, because the newest messages are read first.
+AS $plpgsql$
+#variable_conflict use_column
+DECLARE
+    -- Lanes do nothing else meanwhile.
+    _most CONSTANT integer := 5000;
+    _count bigint;
+    _is_all boolean;
+BEGIN
+    DELETE FROM autoembed.embedded AS e
+    WHERE e.ctid = ANY (ARRAY(
+        SELECT o.ctid FROM autoembed.embedded AS o
+        WHERE o.pipeline_id = _forget_part.pipeline_id AND (o.embedded_at > until) IS NOT TRUE
+        LIMIT _most
+    ));
+    GET DIAGNOSTICS _count = ROW_COUNT;
+    _is_all := _count < _most;
+    DELETE FROM autoembed.failure AS f
+    WHERE f.ctid = ANY (ARRAY(
+        SELECT o.ctid FROM autoembed.failure AS o
+        WHERE o.pipeline_id = _forget_part.pipeline_id AND o.last_failed_at <= until
+        LIMIT _most
+    ));
+    GET DIAGNOSTICS _count = ROW_COUNT;
+    _is_all := _is_all AND _count < _most;
+    DELETE FROM autoembed.paid_chunk AS c
+    WHERE c.ctid = ANY (ARRAY(
+        SELECT o.ctid FROM autoembed.paid_chunk AS o WHERE o.pipeline_id = _forget_part.pipeline_id LIMIT _most
+    ));
+    GET DIAGNOSTICS _count = ROW_COUNT;
+    _is_all := _is_all AND _count < _most;
+    UPDATE autoembed.text_document AS d
+    SET is_live = false
+    WHERE d.ctid = ANY (ARRAY(
+        SELECT o.ctid FROM autoembed.text_document AS o
+        WHERE o.pipeline_id = _forget_part.pipeline_id AND o.is_live AND o.indexed_at <= until
+        LIMIT _most
+    ));
+    GET DIAGNOSTICS _count = ROW_COUNT;
+    RETURN _is_all AND _count < _most;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._forget_part IS
+    'Deletes some records of a pipeline that were made until then, and takes the texts out of the text index. Returns '
+    'whether none are left.';
+
+CREATE OR REPLACE FUNCTION autoembed._forget_all(pipeline_id integer)
+    RETURNS boolean
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF NOT autoembed._forget_part(pipeline_id, (
+        SELECT max(j.enqueued_at)
+        FROM autoembed._job AS j
+        WHERE j.pipeline = _forget_all.pipeline_id::text AND j.message ? 'truncated'
+    )) THEN
+        RETURN false;
+    END IF;
+    -- A row that has failed since may have been read before. If it is there, it was inserted since.
     WITH failed AS (
         DELETE FROM autoembed.failure AS f WHERE f.pipeline_id = _forget_all.pipeline_id RETURNING f.key
     )
@@ -280,29 +336,12 @@ AS $sql$
     SELECT clock_timestamp(), jsonb_build_object('pipeline', _forget_all.pipeline_id, 'keys', jsonb_agg(k.key::jsonb))
     FROM (SELECT f.key, (row_number() OVER () - 1) / autoembed._keys_per_message() AS number FROM failed AS f) AS k
     GROUP BY k.number;
-    -- The same holds for the texts that were indexed since.
-    WITH dropped AS (
-        UPDATE autoembed.text_document AS d
-        SET is_live = false
-        WHERE d.pipeline_id = _forget_all.pipeline_id AND d.is_live
-        RETURNING d.key, d.indexed_at
-    )
-    INSERT INTO autoembed._job (due_at, message)
-    SELECT clock_timestamp(), jsonb_build_object('pipeline', _forget_all.pipeline_id, 'keys', jsonb_agg(k.key::jsonb))
-    FROM (
-        SELECT d.key, (row_number() OVER () - 1) / autoembed._keys_per_message() AS number
-        FROM dropped AS d
-        WHERE d.indexed_at > (
-            SELECT min(j.enqueued_at)
-            FROM autoembed._job AS j
-            WHERE j.pipeline = _forget_all.pipeline_id::text AND j.message ? 'truncated'
-        )
-        GROUP BY d.key
-    ) AS k
-    GROUP BY k.number;
-$sql$;
+    RETURN true;
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._forget_all IS
-    'Deletes all records of a table that was truncated. Rows that had failed are queued again.';
+    'Deletes some records of the rows that a table had when it was truncated. Returns whether none are left. Rows that '
+    'have failed since are queued again.';
 
 CREATE OR REPLACE FUNCTION autoembed._queue_recorded(pipeline_id integer, after text)
     RETURNS void

@@ -174,6 +174,41 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._forget_texts IS
     'Empties the text index of a pipeline that gets another text search configuration.';
 
+CREATE OR REPLACE FUNCTION autoembed._drop_part(pipeline_id integer)
+    RETURNS boolean
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+#variable_conflict use_column
+DECLARE
+    -- Lanes do nothing else meanwhile.
+    _most CONSTANT integer := 10000;
+    _count bigint;
+    _is_all boolean;
+BEGIN
+    DELETE FROM autoembed.text_document AS d
+    WHERE d.ctid = ANY (ARRAY(
+        SELECT o.ctid FROM autoembed.text_document AS o
+        WHERE o.pipeline_id = _drop_part.pipeline_id AND NOT o.is_live
+        LIMIT _most
+    ));
+    GET DIAGNOSTICS _count = ROW_COUNT;
+    _is_all := _count < _most;
+    DELETE FROM autoembed.text_posting AS p
+    WHERE p.ctid = ANY (ARRAY(
+        SELECT o.ctid FROM autoembed.text_segment AS s
+        JOIN autoembed.text_posting AS o ON o.segment_id = s.id
+        WHERE s.pipeline_id = _drop_part.pipeline_id
+        LIMIT _most
+    ));
+    GET DIAGNOSTICS _count = ROW_COUNT;
+    RETURN _is_all AND _count < _most;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._drop_part IS
+    'Deletes some of what the text index has of a pipeline that is ending. Returns whether little is left.';
+
 CREATE OR REPLACE FUNCTION autoembed._segments_to_merge(
     dedicated boolean,
     most_postings integer,

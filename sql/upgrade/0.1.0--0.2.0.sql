@@ -168,6 +168,8 @@ DROP FUNCTION autoembed._rest_model;
 -- A long key does not fit into an index entry. An index on a digest of the key replaces this constraint.
 ALTER TABLE autoembed.failure DROP CONSTRAINT failure_pipeline_id_key_key;
 DROP FUNCTION autoembed._next_backfill;
+DROP FUNCTION autoembed._drop_orphaned_pipelines;
+DROP FUNCTION autoembed._forget_all;
 DROP FUNCTION autoembed.schedule;
 
 ALTER TABLE autoembed.model ADD COLUMN timeout_seconds double precision CHECK (timeout_seconds > 0);

@@ -101,6 +101,7 @@ _dimensions - x - x
 _distances - x - x
 _drop_functions - - - x
 _drop_orphaned_pipelines - x - x
+_drop_part - - - x
 _drop_readers - - - x
 _drop_stray_triggers - x - x
 _drop_texts - - - x
@@ -135,6 +136,7 @@ _follow_tables - - - x
 _forget - - - x
 _forget_all - - - x
 _forget_old_keys - - - x
+_forget_part - - - x
 _forget_permits - - - x
 _forget_postings - - - x
 _forget_runs - - - x

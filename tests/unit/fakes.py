@@ -480,11 +480,20 @@ class FakeDatabase(Database):
         for key in sorted(key for key in self.embedded if key > after):
             self.send({"pipeline": pipeline_id, "keys": [json.loads(key)]})
 
-    def forget_all(self, pipeline_id: int) -> None:
+    def unindexed(self, pipeline: Pipeline, keys: Sequence[str]) -> set[str]:
+        return set(keys)
+
+    def index_texts(
+        self, pipeline: Pipeline, keys: Sequence[str], digests: Sequence[bytes], texts: Sequence[tuple[int, int, str]]
+    ) -> None:
+        self._note("index_texts")
+
+    def forget_all(self, pipeline_id: int) -> bool:
         self._note("forget_all")
         self._raise_for(list(self.settle_errors))
         self.embedded.clear()
         self.failures.clear()
+        return True
 
     def fail(self, pipeline: Pipeline, key: str, reason: str, attempts: int, excerpt: str | None) -> None:
         self._note("fail")

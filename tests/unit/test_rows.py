@@ -22,6 +22,7 @@ from unit.fakes import (
     FakeDatabase,
     FakeProvider,
     StatementError,
+    digest_of,
     identified,
     key_of,
     vector_of,
@@ -690,6 +691,35 @@ def test_the_code_of_one_owner_reads_for_its_time_and_the_rest_goes_back(
 
     assert desk.sizes == ([100, 200, 150] if seconds == 0 else [100] * statements)
     assert outcomes_of(jobs) == ["open"] * len(found) + ["released"] * (450 - len(found))
+
+
+INDEXED = replace(PIPELINE, text_config="english")
+
+
+@pytest.mark.parametrize(("seconds", "rows_written"), [(0.1, [1, 1, 1, 1, 1]), (0.6, [1, 1]), (1.1, [1])])
+def test_the_text_index_takes_the_time_of_the_owner(desk: Desk, seconds: float, rows_written: list[int]) -> None:
+    jobs = desk.put(*["x" * 200_000] * 5)
+    desk.takes(seconds, "index_texts")
+
+    desk.write(jobs, INDEXED)
+
+    assert desk.sizes == rows_written
+    assert outcomes_of(jobs).count("done") == len(rows_written)
+
+
+@pytest.mark.parametrize(("seconds", "settled"), [(0.1, 5), (0.6, 2), (1.1, 1)])
+def test_rows_that_are_indexed_again_take_the_time_of_the_owner(desk: Desk, seconds: float, settled: int) -> None:
+    jobs = desk.put(*["x" * 200_000] * 5)
+    desk.write(jobs)
+    for job in jobs:
+        job.outcome = None
+        job.row = Row(job.content, digest_of(desk.database.vectors[job.key]))
+        desk.database.embedded[job.key] = INDEXED.digest(job.content or ""), False
+    desk.takes(seconds, "index_texts")
+
+    assert desk.rows.to_embed(INDEXED, jobs) == []
+
+    assert outcomes_of(jobs) == ["done"] * settled + ["released"] * (5 - settled)
 
 
 def test_all_tables_of_an_owner_share_its_time(desk: Desk) -> None:

@@ -167,3 +167,48 @@ def test_passages_beyond_those_of_a_search_are_not_reranked(db: Connection, mall
 
     with pytest.raises(psycopg.errors.ProgramLimitExceeded):
         mallory.run("SELECT autoembed._rerank('rerank', 'a question', array_fill('a word'::text, ARRAY[1000000]))")
+
+
+# What lanes have recorded of so many rows of the last pipeline.
+RECORDS = """
+    INSERT INTO autoembed.embedded (pipeline_id, key, digest, truncated)
+    SELECT p.id, '[' || n || ']', '', false FROM autoembed.pipeline AS p, generate_series(1, {rows}) AS n;
+    INSERT INTO autoembed.text_document (pipeline_id, key, chunk_number)
+    SELECT p.id, '[' || n || ']', 1 FROM autoembed.pipeline AS p, generate_series(1, {rows}) AS n
+"""
+LEFT = """SELECT (SELECT count(*) FROM autoembed.embedded WHERE key <> '[0]')
+                 + (SELECT count(*) FROM autoembed.text_document WHERE key <> '[0]' AND is_live) AS left"""
+
+
+def test_the_records_of_a_large_table_that_is_truncated_are_forgotten_in_parts(db: Connection, mallory: Tenant) -> None:
+    mallory.run("CREATE TABLE notes (id int PRIMARY KEY, content text)", ENABLE)
+    db.execute(RECORDS.format(rows=12_000))
+    mallory.run("TRUNCATE notes; INSERT INTO notes VALUES (0, 'new')")
+
+    left = [24_000]
+    while left[-1]:
+        db.execute("SELECT autoembed.process()")
+        left += [row.left for row in db.execute(LEFT)]
+
+    assert left == [24_000, 14_000, 4_000, 0]
+    assert waiting_of(db, mallory) == 0
+    # Another part forgets nothing of a row that is there.
+    assert db.execute("SELECT key FROM autoembed.embedded").fetchall() == [("[0]",)]
+    assert db.execute("SELECT key FROM autoembed.text_document WHERE is_live").fetchall() == [("[0]",)]
+
+
+def test_the_records_of_a_large_table_that_is_dropped_are_forgotten_in_parts(db: Connection, mallory: Tenant) -> None:
+    mallory.run("CREATE TABLE notes (id int PRIMARY KEY, content text)", ENABLE)
+    db.execute(RECORDS.format(rows=100_000))
+    mallory.run("DROP TABLE notes")
+
+    left = [200_000]
+    while left[-1]:
+        db.execute("SELECT autoembed._clean_up()")
+        left += [row.left for row in db.execute(LEFT)]
+
+    assert len(left) > 3
+    while db.execute("SELECT FROM autoembed.pipeline").rowcount:
+        db.execute("SELECT autoembed._clean_up()")
+    assert db.execute("SELECT FROM autoembed.text_document").rowcount == 0
+    mallory.run("CREATE TABLE notes (id int PRIMARY KEY, content text)", ENABLE)
