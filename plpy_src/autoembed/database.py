@@ -693,14 +693,15 @@ class Database:
         self,
         pipeline: Pipeline,
         keys: Sequence[str],
-        contents: Sequence[str | None],
+        text_digests: Sequence[bytes | None],
         vectors: np.ndarray | None,
     ) -> dict[str, Written]:
         """Writes the vectors (None: NULLs) of the rows whose text is still the same.
 
-        Returns what became of each key. RowError if a row does not take its vector; then none was written.
+        text_digests: SHA-256 of the texts. Returns what became of each key. RowError if a row does not take its
+        vector; then none was written.
         """
-        rows = self._write(pipeline, keys, contents, (), (), [None] * len(keys) if vectors is None else vectors)
+        rows = self._write(pipeline, keys, text_digests, (), (), [None] * len(keys) if vectors is None else vectors)
         return {row["key"]: Written(row["outcome"], row["vector_digest"]) for row in rows}
 
     def write_chunks(
@@ -718,7 +719,7 @@ class Database:
     ) -> dict[str, Written]:
         """The same where embeddings are beside the rows. vectors: those of the chunks that are not kept, in order.
 
-        text_digests: SHA-256 of the texts. prefixes: what the chunks of each row are embedded behind.
+        prefixes: what the chunks of each row are embedded behind.
         version: the only row is known to have its text in this version. numbers: its chunks then have these; None: the
         chunks of each row count from 1. is_last: no further part of its chunks is to come.
 
@@ -749,12 +750,12 @@ class Database:
         self,
         pipeline: Pipeline,
         keys: Sequence[str],
-        contents: Sequence[str | bytes | None],
+        text_digests: Sequence[bytes | None],
         types: Sequence[str],
         columns: Sequence[Sequence[Any] | None],
         vectors: np.ndarray | list[None],
     ) -> Any:
-        """Calls a pipeline's function that writes. contents: the texts, or beside the rows their digests.
+        """Calls a pipeline's function that writes.
 
         types, columns: its arguments between the model and the vectors.
         """
@@ -766,7 +767,6 @@ class Database:
             embeddings = f"${len(types) + 4}::{pipeline.vector_type}[]"
             arguments = [vectors if isinstance(vectors, list) else literals(vectors)]
         placeholders = ", ".join(f"${number}" for number in range(1, len(types) + 4))
-        contents_type = "pg_catalog.bytea[]" if pipeline.is_beside else "pg_catalog.text[]"
 
         def write(seconds: float) -> Any:
             with self._owners_code(seconds=seconds):
@@ -774,12 +774,12 @@ class Database:
                     f"SELECT w.* FROM autoembed._write_{pipeline.id}({placeholders}, {embeddings}) AS w",
                     [
                         "pg_catalog.text[]",
-                        contents_type,
+                        "pg_catalog.bytea[]",
                         "pg_catalog.text",
                         *types,
                         *["pg_catalog.text[]"] * len(arguments),
                     ],
-                    [list(keys), list(contents), pipeline.model.identity, *columns, *arguments],
+                    [list(keys), list(text_digests), pipeline.model.identity, *columns, *arguments],
                 )
 
         return self._in_time(pipeline, keys, write)
@@ -830,7 +830,9 @@ class Database:
         )
         return {row["digest"]: np.frombuffer(row["vector"], "<f4") for row in rows}
 
-    def try_write(self, pipeline: Pipeline, keys: Sequence[str], contents: Sequence[str | None]) -> dict[str, str]:
+    def try_write(
+        self, pipeline: Pipeline, keys: Sequence[str], text_digests: Sequence[bytes | None]
+    ) -> dict[str, str]:
         """Writes a vector of no meaning into these rows, and undoes that.
 
         Returns what would become of each key. RowError if a row would not take a vector.
@@ -841,8 +843,8 @@ class Database:
             rows = self._run(
                 f"SELECT w.key, w.outcome FROM autoembed._write_{pipeline.id}($1, $2, $3, pg_catalog.array_fill("
                 f"$4::{pipeline.vector_type}, ARRAY[pg_catalog.cardinality($1)])) AS w",
-                [*["pg_catalog.text[]"] * 2, *["pg_catalog.text"] * 2],
-                [list(keys), list(contents), pipeline.model.identity, vector],
+                ["pg_catalog.text[]", "pg_catalog.bytea[]", *["pg_catalog.text"] * 2],
+                [list(keys), list(text_digests), pipeline.model.identity, vector],
             )
         return {row["key"]: row["outcome"] for row in rows}
 

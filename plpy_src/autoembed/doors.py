@@ -255,10 +255,11 @@ def _copy(
     if not keys:
         return
     vectors = np.array([json.loads(found[key]["vector"]) for key in keys], np.float32)
+    digests = [*map(sha256_of, contents)]
     if pipeline.is_beside:
-        outcomes = here.write_chunks(pipeline, keys, [*map(sha256_of, contents)], [""] * len(keys), chunks, vectors)
+        outcomes = here.write_chunks(pipeline, keys, digests, [""] * len(keys), chunks, vectors)
     else:
-        outcomes = here.write(pipeline, keys, contents, vectors)
+        outcomes = here.write(pipeline, keys, digests, vectors)
     written = [place for place, key in enumerate(keys) if outcomes[key].outcome == "written"]
     here.record_embedded(
         pipeline,

@@ -111,6 +111,8 @@ class Flight(Generic[Tag, Result]):
         self._preferred = preferred
         self._tags: dict[Future[Result], Tag] = {}
         self._here: deque[tuple[Tag, Callable[[], Result]]] = deque()
+        # Until then, the calls in threads come first.
+        self._here_at = 0.0
 
     def __enter__(self) -> Flight[Tag, Result]:
         _threads().add(self)
@@ -158,13 +160,13 @@ class Flight(Generic[Tag, Result]):
 
         Where several outcomes are there, those preferred come first, and that of the newest call, unless another has
         waited for a while.
-        between_waits() runs before each.
+        between_waits() runs before each. A call here holds up all others: they have as much time as the last one took,
+        before the next one.
         """
         seen_at: dict[Future[Result], float] = {}
         while self._tags or self._here:
-            if self._here:
-                yield self._make_here()
-            done = wait(self._tags, timeout=0 if self._here else SLICE_SECONDS, return_when=FIRST_COMPLETED).done
+            pause = 0 if self._is_time_for_here() else SLICE_SECONDS
+            done = wait(self._tags, timeout=pause, return_when=FIRST_COMPLETED).done
             self._between_waits()
             now = time.monotonic()
             for future in done:
@@ -180,11 +182,20 @@ class Flight(Generic[Tag, Result]):
                 tag = self._tags.pop(future)
                 error = future.exception()
                 yield tag, future.result() if error is None else error
+            if self._is_time_for_here():
+                yield self._make_here()
+
+    def _is_time_for_here(self) -> bool:
+        return bool(self._here) and (not self._tags or time.monotonic() >= self._here_at)
 
     def _make_here(self) -> tuple[Tag, Result | BaseException]:
         """Makes the next call in the backend's own thread. An error that is no Trouble, such as a cancel, is raised."""
         tag, call = self._here.popleft()
+        began_at = time.monotonic()
         try:
             return tag, call()
         except Trouble as trouble:
             return tag, trouble
+        finally:
+            now = time.monotonic()
+            self._here_at = now + now - began_at

@@ -155,6 +155,10 @@ class Job:
         return self.row.content if self.row else None
 
     @property
+    def text_digest(self) -> bytes | None:
+        return self.row.text_digest if self.row else None
+
+    @property
     def prefix(self) -> str:
         return self.row.prefix if self.row else ""
 

@@ -568,7 +568,7 @@ class Rows:
     def _try_part(self, pipeline: Pipeline, jobs: list[Job]) -> list[list[Job]]:
         """Decides on rows in one statement. Returns the parts to try of those that it does not suffice for."""
         try:
-            outcomes = self._database.try_write(pipeline, [job.key for job in jobs], [job.content for job in jobs])
+            outcomes = self._database.try_write(pipeline, [job.key for job in jobs], [job.text_digest for job in jobs])
         except RowError as error:
             if self._blame_others(pipeline, jobs, error):
                 return []
@@ -663,14 +663,13 @@ class Rows:
         pipeline, jobs, vectors = write.pipeline, write.jobs, write.vectors
         began_at = time.monotonic()
         try:
-            keys = [job.key for job in jobs]
+            keys, digests = [job.key for job in jobs], [job.text_digest for job in jobs]
             if pipeline.is_beside:
                 chunks = [job.chunks if vectors is not None else [] for job in jobs]
                 prefixes = [job.prefix for job in jobs]
-                digests = [job.row.text_digest if job.row else None for job in jobs]
                 outcomes = self._database.write_chunks(pipeline, keys, digests, prefixes, chunks, vectors)
             else:
-                outcomes = self._database.write(pipeline, keys, [job.content for job in jobs], vectors)
+                outcomes = self._database.write(pipeline, keys, digests, vectors)
         except RowError as error:
             if self._blame_others(pipeline, jobs, error):
                 return
@@ -714,7 +713,7 @@ class Rows:
             outcomes = self._database.write_chunks(
                 pipeline,
                 [job.key],
-                [job.row.text_digest if job.row else None],
+                [job.text_digest],
                 [job.prefix],
                 [part],
                 vectors,

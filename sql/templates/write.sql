@@ -1,5 +1,6 @@
 -- Writes vectors into the rows that still have the text that was sent. Runs as the table's owner, in lanes.
-CREATE FUNCTION autoembed._write_{{id}}(keys text[], contents text[], model text, embeddings {{vector_type}}[])
+-- contents: the digests of the texts that were sent. A long text itself would be copied several times.
+CREATE FUNCTION autoembed._write_{{id}}(keys text[], contents bytea[], model text, embeddings {{vector_type}}[])
     RETURNS TABLE (key text, outcome text, vector_digest bytea)
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -25,7 +26,7 @@ BEGIN
     ),
     -- Rows that another session has locked are left out. A lane waits for no application and for no other lane.
     locked AS MATERIALIZED (
-        SELECT s.*, {{content}} COLLATE "C" IS NOT DISTINCT FROM s.content AS unchanged
+        SELECT s.*, {{content_digest}} IS NOT DISTINCT FROM s.content AS unchanged
         FROM sent AS s
         JOIN {{table}} AS t ON {{same_key}}
         ORDER BY {{keys}}
@@ -36,7 +37,7 @@ BEGIN
         SET {{embedding_column}} = s.embedding
         FROM locked AS s
         WHERE {{same_key}} AND s.unchanged
-        RETURNING s.key, {{content}} COLLATE "C" IS NOT DISTINCT FROM s.content AS unchanged,
+        RETURNING s.key, {{content_digest}} IS NOT DISTINCT FROM s.content AS unchanged,
                   -- A trigger of the table may have changed the vector.
                   {{vector_digest}} AS vector_digest
     )

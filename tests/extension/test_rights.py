@@ -335,8 +335,8 @@ def test_an_error_of_any_class_in_a_content_function_fails_its_row_alone(documen
 
 OWN_FUNCTIONS = {
     "ALTER FUNCTION autoembed._content_{id}(text[], int8, int8) SECURITY INVOKER": "cannot be altered",
-    "ALTER ROUTINE autoembed._write_{id}(text[], text[], text, halfvec[]) SECURITY INVOKER": "cannot be altered",
-    "ALTER FUNCTION autoembed._write_{id}(text[], text[], text, halfvec[]) RESET ALL": "cannot be altered",
+    "ALTER ROUTINE autoembed._write_{id}(text[], bytea[], text, halfvec[]) SECURITY INVOKER": "cannot be altered",
+    "ALTER FUNCTION autoembed._write_{id}(text[], bytea[], text, halfvec[]) RESET ALL": "cannot be altered",
     "ALTER FUNCTION autoembed._content_{id}(text[], int8, int8) RENAME TO mine": "permission denied|cannot be altered",
     "ALTER FUNCTION autoembed._content_{id}(text[], int8, int8) OWNER TO postgres": "must be able to SET ROLE",
     "CREATE OR REPLACE FUNCTION autoembed._content_{id}(keys text[]) RETURNS TABLE (key text, content text,"

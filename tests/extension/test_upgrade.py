@@ -727,7 +727,7 @@ def test_an_update_while_lanes_run_and_rows_are_written_loses_no_row(
         [now] = db.execute("SELECT clock_timestamp() AS time").fetchall()
         new = "SELECT count(*), count(*) FILTER (WHERE backend_start > %s) AS new FROM autoembed.lane"
         wait_until(lambda: db.execute(new, [now.time]).fetchone() == (2, 2), 90)
-        written = load.written
+        errors, written = len(load.errors), load.written
         wait_until(lambda: load.written > written + 30, 90)
     finally:
         load.ended.set()
@@ -737,8 +737,8 @@ def test_an_update_while_lanes_run_and_rows_are_written_loses_no_row(
     process(db)
     assert not_fresh(db) == NOT_FRESH
     assert failed(db) == ["# t\n\npoison"]
-    # Each lane of the version before may end with an error, once.
-    assert len(load.errors) <= 2, load.errors
+    # A lane of the version before may end with an error, and so may one that begins during the update.
+    assert load.errors[errors:] == []
 
 
 @every_update

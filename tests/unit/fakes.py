@@ -375,7 +375,9 @@ class FakeDatabase(Database):
         for key in keys:
             self.vector_digests.setdefault(key, b"")
 
-    def try_write(self, pipeline: Pipeline, keys: Sequence[str], contents: Sequence[str | None]) -> dict[str, str]:
+    def try_write(
+        self, pipeline: Pipeline, keys: Sequence[str], text_digests: Sequence[bytes | None]
+    ) -> dict[str, str]:
         self._note("try_write")
         self.tried_keys.append(list(keys))
         for key in keys:
@@ -384,7 +386,7 @@ class FakeDatabase(Database):
         return {key: "skipped" if key in self.skipped else "written" for key in keys}
 
     def write(
-        self, pipeline: Pipeline, keys: Sequence[str], contents: Sequence[str | None], vectors: Vector | None
+        self, pipeline: Pipeline, keys: Sequence[str], text_digests: Sequence[bytes | None], vectors: Vector | None
     ) -> dict[str, Written]:
         self._note("write")
         self.written_keys.append(list(keys))
@@ -393,13 +395,13 @@ class FakeDatabase(Database):
             if key in self.write_errors:
                 raise self.write_errors[key]
         outcomes = {}
-        for index, (key, content) in enumerate(zip(keys, contents, strict=True)):
+        for index, (key, text_digest) in enumerate(zip(keys, text_digests, strict=True)):
             if key not in self.texts:
                 outcomes[key] = "gone"
             elif self.locked.get(key, 0) > 0:
                 self.locked[key] -= 1
                 outcomes[key] = "locked"
-            elif self.texts[key] != content:
+            elif Row(self.texts[key], None).text_digest != text_digest:
                 outcomes[key] = "changed"
             elif key in self.skipped:
                 outcomes[key] = "skipped"

@@ -332,7 +332,46 @@ def test_breathing_goes_on_between_calls_in_the_backends_thread() -> None:
             flight.submit(number, lambda: order.append("call"), here=True)
         list(flight.landed())
 
-    assert order == ["call", "breath", "call", "breath"]
+    assert order == ["breath", "call", "breath", "call"]
+
+
+def test_a_call_in_the_backends_thread_leaves_the_others_as_much_time_as_the_last_one_took(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Clock:
+        now = 0.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(flight_module, "time", clock)
+    gate = Gate()
+
+    def breathe() -> None:
+        # Whatever came while the call before held up all. One ends soon, and one never.
+        if clock.now == 10 and not gate.inside:
+            flight.submit("never", gate.wait)
+            wait_until(lambda: gate.inside == 1)
+            flight.submit("soon", lambda: "")
+            wait_until(lambda: [future.done() for future in flight._tags] == [False, True])
+        elif clock.now >= 10:
+            clock.now += 1
+
+    def take_ten_seconds() -> str:
+        clock.now += 10
+        return ""
+
+    with Flight[str, str](2, breathe, gate.abort) as flight:
+        for tag in ("first", "second", "third"):
+            flight.submit(tag, take_ten_seconds, here=True)
+        landing = flight.landed()
+
+        assert [next(landing)[0], next(landing)[0]] == ["first", "soon"]
+        assert next(landing)[0] == "second"
+        assert clock.now == 30
+        gate.opened.set()
+        assert {tag for tag, _ in landing} == {"never", "third"}
 
 
 def test_withdrawing_takes_calls_of_the_backends_thread_too() -> None:
