@@ -383,6 +383,8 @@ CREATE OR REPLACE FUNCTION autoembed.drop_model(name text)
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
+    -- The transaction of a tenant may stay open, or be prepared for ever.
+    SET lock_timeout = '5s'
 AS $plpgsql$
 DECLARE
     _used_by text;

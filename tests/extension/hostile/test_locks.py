@@ -469,3 +469,12 @@ def test_many_tables_that_are_dropped_at_once_do_not_hold_up_a_lane(db: Connecti
 
     assert left == sorted(set(left), reverse=True)
     assert len(left) > 2
+
+
+def test_a_model_that_an_open_transaction_uses_keeps_nobody_waiting_for_ever(db: Connection, mallory: Tenant) -> None:
+    db.execute("SELECT autoembed.create_model('other', 'fake', 8)")
+    mallory.run("BEGIN", NOTES, ENABLE_COLUMNS.replace("'{content}'", "'{content}', model => 'other'"))
+    db.execute("SET statement_timeout = '30s'")
+
+    with pytest.raises(psycopg.errors.LockNotAvailable):
+        db.execute("SELECT autoembed.drop_model('other')")
