@@ -1,5 +1,25 @@
 -- Pipelines: the keys of their rows, and their texts.
 
+CREATE OR REPLACE FUNCTION autoembed._partition_tree(table_id oid)
+    RETURNS TABLE (relid regclass, level integer, isleaf boolean)
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    WITH RECURSIVE tree AS (
+        SELECT c.oid, 0 AS level FROM pg_class AS c
+        WHERE c.oid = table_id AND (c.relkind = 'p' OR c.relispartition)
+        UNION ALL
+        SELECT i.inhrelid, t.level + 1
+        FROM tree AS t
+        JOIN pg_inherits AS i ON i.inhparent = t.oid AND NOT i.inhdetachpending
+    )
+    SELECT t.oid, t.level, c.relkind <> 'p' FROM tree AS t JOIN pg_class AS c ON c.oid = t.oid;
+$sql$;
+COMMENT ON FUNCTION autoembed._partition_tree IS
+    'The partitions of a table, as pg_partition_tree() returns them. Locks none of them: a lock that an event trigger '
+    'waits for can be a deadlock.';
+
 CREATE OR REPLACE FUNCTION autoembed._owns(table_id regclass)
     RETURNS boolean
     LANGUAGE sql
@@ -18,7 +38,7 @@ CREATE OR REPLACE FUNCTION autoembed._is_empty(table_id regclass)
     SET search_path = pg_catalog, pg_temp
 AS $sql$
     SELECT coalesce(bool_and(c.relkind = 'r' AND pg_relation_size(c.oid) = 0), true)
-    FROM (SELECT t.relid FROM pg_partition_tree(table_id) AS t WHERE t.isleaf UNION SELECT table_id) AS r
+    FROM (SELECT t.relid FROM autoembed._partition_tree(table_id) AS t WHERE t.isleaf UNION SELECT table_id) AS r
     JOIN pg_class AS c ON c.oid = r.relid AND c.relkind <> 'p';
 $sql$;
 COMMENT ON FUNCTION autoembed._is_empty IS

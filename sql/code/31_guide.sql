@@ -106,7 +106,7 @@ AS $sql$
     SELECT t.*
     FROM pg_trigger AS t
     WHERE t.tgrelid IN (
-              SELECT r.relid FROM pg_partition_tree(pipeline.table_id) AS r UNION ALL SELECT pipeline.table_id
+              SELECT r.relid FROM autoembed._partition_tree(pipeline.table_id) AS r UNION ALL SELECT pipeline.table_id
           )
       AND pipeline.embedding_column = CASE t.tgfoid
               WHEN 'autoembed.queue_embeddings()'::regprocedure THEN (autoembed._arguments(t))[2]

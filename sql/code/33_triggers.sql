@@ -32,7 +32,7 @@ AS $plpgsql$
 BEGIN
     RETURN EXISTS (
         SELECT FROM pg_subscription_rel AS s
-        WHERE s.srrelid IN (SELECT t.relid FROM pg_partition_tree(table_id) AS t UNION ALL SELECT table_id)
+        WHERE s.srrelid IN (SELECT t.relid FROM autoembed._partition_tree(table_id) AS t UNION ALL SELECT table_id)
     );
 END;
 $plpgsql$;
@@ -100,7 +100,7 @@ AS $sql$
         JOIN pg_trigger AS t ON t.tgname = autoembed._trigger_name(pipeline.id, e.event)
         WHERE pipeline.managed
           AND t.tgrelid IN (
-              SELECT r.relid FROM pg_partition_tree(pipeline.table_id) AS r
+              SELECT r.relid FROM autoembed._partition_tree(pipeline.table_id) AS r
               UNION ALL
               SELECT pipeline.table_id
           )

@@ -63,7 +63,7 @@ CREATE OR REPLACE FUNCTION autoembed._bits_indexed(table_id regclass, embedding_
 AS $sql$
     SELECT max(a.atttypmod)
     FROM (
-        SELECT t.relid FROM pg_partition_tree(table_id) AS t WHERE t.isleaf UNION SELECT table_id
+        SELECT t.relid FROM autoembed._partition_tree(table_id) AS t WHERE t.isleaf UNION SELECT table_id
     ) AS r
     CROSS JOIN LATERAL autoembed._vector_indexes(r.relid, embedding_column) AS i
     JOIN pg_attribute AS a ON a.attrelid = i.indexrelid AND a.attnum = 1

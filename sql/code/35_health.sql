@@ -62,7 +62,7 @@ BEGIN
     END IF;
     RETURN (
         SELECT c.oid
-        FROM (SELECT t.relid FROM pg_partition_tree(table_id) AS t WHERE t.isleaf UNION SELECT table_id) AS r
+        FROM (SELECT t.relid FROM autoembed._partition_tree(table_id) AS t WHERE t.isleaf UNION SELECT table_id) AS r
         JOIN pg_class AS c ON c.oid = r.relid AND c.relkind = 'r' AND c.relpersistence = 'p'
         WHERE c.relreplident <> 'f'
           AND NOT EXISTS (
@@ -167,7 +167,9 @@ BEGIN
         RETURN;
     END IF;
 
-    IF pipeline.managed AND pipeline.table_shape -> 'key' = 'false' THEN
+    -- A parallel restore may bring the key at the same time as the pipeline, and neither sees the other.
+    IF pipeline.managed AND pipeline.table_shape -> 'key' = 'false'
+       AND NOT autoembed._is_key(pipeline.table_id, pipeline.key_columns) THEN
         problem := format('column %s of table %s is no longer a key',
                           array_to_string(pipeline.key_columns, ', '), pipeline.table_id);
         hint := format('Make it one again: ALTER TABLE %s ADD PRIMARY KEY (%s); or give the table another key.',
@@ -495,6 +497,17 @@ BEGIN
         RETURN;
     END IF;
     SELECT c.* INTO problem, hint, errcode FROM autoembed._check_chunk_function(pipeline) AS c;
+    IF problem IS NOT NULL THEN
+        RETURN;
+    END IF;
+
+    SELECT format('role %I, the owner of table %s, has no right to use its schema', r.name, c.oid::regclass),
+           format('GRANT USAGE ON SCHEMA %s TO %I.', c.relnamespace::regnamespace, r.name),
+           'waits'
+    INTO problem, hint, errcode
+    FROM pg_class AS c
+    CROSS JOIN pg_get_userbyid(c.relowner) AS r(name)
+    WHERE c.oid = pipeline.table_id AND NOT has_schema_privilege(c.relowner, c.relnamespace, 'USAGE');
     IF problem IS NOT NULL THEN
         RETURN;
     END IF;

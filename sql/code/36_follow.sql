@@ -79,7 +79,7 @@ AS $sql$
                      WHERE a.attrelid = pipeline.table_id AND a.attnum > 0 AND NOT a.attisdropped
                        AND (a.attname <> pipeline.embedding_column OR pipeline.embeddings_table IS NOT NULL)),
         'partitions', (SELECT coalesce(jsonb_agg(t.relid::oid::bigint ORDER BY t.relid::oid), '[]')
-                       FROM pg_partition_tree(pipeline.table_id) AS t
+                       FROM autoembed._partition_tree(pipeline.table_id) AS t
                        WHERE t.isleaf),
         'owner', (SELECT c.relowner::bigint FROM pg_class AS c WHERE c.oid = pipeline.table_id)
     );
@@ -258,7 +258,10 @@ BEGIN
     IF _check.errcode <> 'waits' THEN
         RAISE EXCEPTION USING MESSAGE = _check.problem, HINT = _check.hint, ERRCODE = _check.errcode;
     END IF;
-    NEW.table_shape := autoembed._table_shape(NEW);
+    -- What a table has changed without an event trigger is for _follow_one() to see.
+    IF TG_OP = 'INSERT' OR NEW.embeddings_table IS DISTINCT FROM OLD.embeddings_table THEN
+        NEW.table_shape := autoembed._table_shape(NEW);
+    END IF;
     IF TG_OP = 'UPDATE' AND (
         NEW.model, NEW.content_columns, NEW.content_template, NEW.content_function, NEW.condition, NEW.chunk_prefix
     ) IS DISTINCT FROM (
@@ -1080,7 +1083,8 @@ BEGIN
             content_columns = _after.content_columns, content_template = _after.content_template,
             chunk_prefix = _after.chunk_prefix,
             condition_columns = _after.condition_columns, table_shape = _shape
-        WHERE p.id = _before.id;
+        -- A statement for the embeddings table may have followed it already.
+        WHERE p.id = _before.id AND p.table_shape IS DISTINCT FROM _shape;
     END IF;
     -- A type or a function that changes takes no key away.
     _key := CASE
@@ -1207,7 +1211,7 @@ AS $plpgsql$
 BEGIN
     PERFORM autoembed._follow(ARRAY(
         SELECT p.id
-        FROM pg_partition_tree(table_id) AS t
+        FROM autoembed._partition_tree(table_id) AS t
         JOIN autoembed.pipeline AS p ON p.table_id = t.relid AND t.level > 0
     ));
 END;
@@ -1292,7 +1296,7 @@ BEGIN
                 ERRCODE = 'object_not_in_prerequisite_state',
                 MESSAGE = format('%s is not attached to autoembed: it has the name of a table that is',
                                  _rename.new_table),
-                DETAIL = coalesce(format('The attached table is %s now.', _rename.old_table),
+                DETAIL = coalesce('The attached table is ' || _rename.old_table || ' now.',
                                   'The attached table was dropped.'),
                 HINT = format('Attach it: SELECT autoembed.enable(%L, …).', _rename.new_table);
         END LOOP;

@@ -491,7 +491,7 @@ AS $sql$
     LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
     WHERE l.locktype = 'relation' AND l.granted AND l.pid <> pg_backend_pid() AND l.mode = ANY (modes)
       AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
-      AND l.relation IN (SELECT t.relid FROM pg_partition_tree(table_id) AS t UNION ALL SELECT table_id)
+      AND l.relation IN (SELECT t.relid FROM autoembed._partition_tree(table_id) AS t UNION ALL SELECT table_id)
     ORDER BY a.xact_start
     LIMIT 1;
 $sql$;
@@ -810,7 +810,7 @@ BEGIN
         alter_pipeline.model, alter_pipeline.condition, alter_pipeline.chunking, alter_pipeline.chunk_size,
         alter_pipeline.chunk_overlap, alter_pipeline.chunk_prefix, nullif(alter_pipeline.text_config, '')
     ) > 0 THEN
-        PERFORM autoembed.resync(_pipeline.table_id, _pipeline.embedding_column);
+        PERFORM autoembed._look_through(_pipeline, NULL, false);
     END IF;
     IF alter_pipeline.binary_index <> _pipeline.binary_index THEN
         PERFORM autoembed._replace_index(_pipeline.id);

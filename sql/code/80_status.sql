@@ -12,7 +12,7 @@ AS $sql$
         nullif(c.reltuples, -1)::bigint,
         CASE WHEN pg_relation_size(c.oid) = 0 THEN 0 END
     ))::bigint
-    FROM (SELECT t.relid FROM pg_partition_tree(table_id) AS t WHERE t.isleaf UNION SELECT table_id) AS r
+    FROM (SELECT t.relid FROM autoembed._partition_tree(table_id) AS t WHERE t.isleaf UNION SELECT table_id) AS r
     JOIN pg_class AS c ON c.oid = r.relid AND c.relkind = 'r';
 $sql$;
 COMMENT ON FUNCTION autoembed._estimated_rows IS

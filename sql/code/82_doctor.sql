@@ -66,7 +66,7 @@ BEGIN
                )
         INTO finding, advice
         FROM (
-            SELECT t.relid FROM pg_partition_tree(_state.vectors_table) AS t WHERE t.isleaf
+            SELECT t.relid FROM autoembed._partition_tree(_state.vectors_table) AS t WHERE t.isleaf
             UNION
             SELECT _state.vectors_table WHERE NOT _state.partitioned
         ) AS r

@@ -201,7 +201,7 @@ BEGIN
         SELECT FROM autoembed._vector_index(_vectors_table, _pipeline.embedding_column) AS i WHERE i.indisvalid
     ) OR EXISTS (
         SELECT FROM pg_class AS c
-        CROSS JOIN LATERAL pg_partition_tree(_vectors_table) AS t
+        CROSS JOIN LATERAL autoembed._partition_tree(_vectors_table) AS t
         CROSS JOIN LATERAL autoembed._vector_index(t.relid, _pipeline.embedding_column) AS i
         WHERE c.oid = _vectors_table AND c.relkind = 'p' AND i.indisvalid
     );

@@ -571,6 +571,24 @@ def test_messages_wait_for_pipelines_that_a_restore_brings_later(db: Connection,
     assert db.execute("SELECT count(embedding) FROM notes").fetchone() == (1,)
 
 
+def test_a_key_that_a_parallel_restore_brings_beside_its_pipeline_is_seen(db: Connection, connect: Connect) -> None:
+    db.execute("SELECT autoembed.create_model('test', 'fake', 8)")
+    db.execute("CREATE TABLE notes (id int NOT NULL, body text, CONSTRAINT notes_key PRIMARY KEY (id))")
+    db.execute("SELECT autoembed.enable('notes', content_columns => '{body}', model => 'test')")
+    db.execute("CREATE TABLE dump AS SELECT * FROM autoembed.pipeline")
+    db.execute("ALTER TABLE notes DROP CONSTRAINT notes_key; DELETE FROM autoembed.pipeline")
+    other = connect()
+
+    with other.transaction():
+        other.execute("ALTER TABLE notes ADD PRIMARY KEY (id)")
+        db.execute("INSERT INTO autoembed.pipeline OVERRIDING SYSTEM VALUE SELECT * FROM dump")
+    with connect() as lane:
+        lane.execute("SELECT autoembed.resync('notes'); INSERT INTO notes VALUES (1, 'one')")
+        lane.execute("SELECT autoembed.process(); SELECT autoembed.process()")
+
+    assert db.execute("SELECT state, reason, embedded FROM autoembed.status").fetchall() == [("idle", None, 1)]
+
+
 def test_lanes_that_run_while_a_restore_loads_in_parallel_lose_no_row(
     db: Connection, api: FakeApi, restored: Restore, server: Server
 ) -> None:

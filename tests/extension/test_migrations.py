@@ -361,6 +361,39 @@ def test_a_stopped_pipeline_is_said_once_in_the_log(t: Connection) -> None:
     assert len(told.warnings) == 1
 
 
+@pytest.mark.parametrize("column", ["NULL", "'embedding'"], ids=["beside", "in the row"])
+def test_a_table_whose_new_owner_may_not_use_its_schema_waits(
+    t: Connection, role: Callable[[str], str], column: str
+) -> None:
+    owner = role("owner")
+    t.execute("CREATE SCHEMA s; CREATE TABLE s.n (id int PRIMARY KEY, a text)")
+    t.execute(f"SELECT autoembed.enable('s.n', {column}, content_columns => '{{a}}', model => 'test')".encode())
+    told = Told.by(t)
+
+    t.execute(f"ALTER TABLE s.n OWNER TO {owner}")
+    t.execute("INSERT INTO s.n VALUES (1, 'one')")
+    process(t)
+
+    state = "SELECT state, reason, hint FROM autoembed.status WHERE table_name = 's.n'"
+    reason = f"role {owner}, the owner of table s.n, has no right to use its schema"
+    assert one(t, state) == ("stopped", reason, f"GRANT USAGE ON SCHEMA s TO {owner}.")
+    assert told.warnings[:1] == [(f"s.n.embedding is not being embedded: {reason}", one(t, state).hint)]
+    assert t.execute("SELECT reason FROM autoembed.failed").fetchall() == []
+
+    t.execute(one(t, state).hint.rstrip("."))
+    process(t)
+
+    assert one(t, state) == ("idle", None, None)
+    assert (
+        one(
+            t,
+            "SELECT count(*) FROM autoembed.embedded AS e JOIN autoembed.pipeline AS p ON p.id = e.pipeline_id"
+            " WHERE p.table_id = 's.n'::regclass",
+        ).count
+        == 1
+    )
+
+
 def test_a_dropped_embedding_column_can_be_enabled_again(t: Connection) -> None:
     t.execute("ALTER TABLE t DROP COLUMN embedding")
 
@@ -404,6 +437,8 @@ def test_a_column_that_takes_the_place_of_a_dropped_one_keeps_its_pipeline(t: Co
 def test_a_table_that_is_swapped_in_is_said_to_be_without_embeddings(t: Connection, statements: str) -> None:
     t.execute("CREATE TABLE t_new (LIKE t INCLUDING ALL); INSERT INTO t_new SELECT * FROM t")
     told = Told.by(t)
+    details: list[str | None] = []
+    t.add_notice_handler(lambda diagnostic: details.append(diagnostic.message_detail))
 
     with t.transaction():
         for statement in statements.split("; "):
@@ -412,6 +447,8 @@ def test_a_table_that_is_swapped_in_is_said_to_be_without_embeddings(t: Connecti
     [(message, hint)] = told.warnings
     assert message == "public.t is not attached to autoembed: it has the name of a table that is"
     assert hint == "Attach it: SELECT autoembed.enable('public.t', ...)."
+    is_dropped_before = statements.startswith("DROP")
+    assert f"The attached table {'was dropped' if is_dropped_before else 'is public.t_old now'}." in details
 
 
 # Refused -----------------------------------------------------------------------------------------

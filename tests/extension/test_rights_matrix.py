@@ -221,6 +221,7 @@ _owned_pipelines - x - x
 _owns - x x x
 _paid_chunks - - - x
 _paid_vectors - - - x
+_partition_tree - x x x
 _passage_expression - - - x
 _pay_chunks - - - x
 _pipeline_checks - x - x

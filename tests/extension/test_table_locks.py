@@ -153,3 +153,34 @@ def test_vectors_beside_the_rows_are_attached_while_others_read(notes: Connectio
         owner.execute("SELECT autoembed.alter_pipeline('notes', content_template => 'a {body}')")
         owner.execute("SELECT autoembed.pause('notes'), autoembed.resume('notes')")
     reader.rollback()
+
+
+@pytest.mark.parametrize("column", ["NULL", "'embedding'"], ids=["beside", "in the row"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "ALTER TABLE ONLY notes ADD PRIMARY KEY (id)",
+        "ALTER TABLE ONLY notes ALTER body SET DEFAULT 'new'",
+        "CREATE INDEX ON ONLY notes (body)",
+        "ALTER TABLE even SET (fillfactor = 70)",
+    ],
+)
+def test_a_partition_that_another_session_holds_stops_no_change_of_the_others(
+    db: Connection, connect: Connect, column: str, statement: str
+) -> None:
+    """A parallel restore loads one partition, and gives the table its key at the same time: it was a deadlock."""
+    db.execute("SELECT autoembed.create_model('test', 'fake', 8)")
+    db.execute(
+        "CREATE TABLE notes (id int NOT NULL, body text, CONSTRAINT key PRIMARY KEY (id)) PARTITION BY HASH (id)"
+    )
+    db.execute("CREATE TABLE even PARTITION OF notes FOR VALUES WITH (MODULUS 2, REMAINDER 0)")
+    db.execute("CREATE TABLE odd PARTITION OF notes FOR VALUES WITH (MODULUS 2, REMAINDER 1)")
+    db.execute(f"SELECT autoembed.enable('notes', {column}, content_columns => '{{body}}', model => 'test')".encode())
+    if "PRIMARY KEY" in statement:
+        db.execute("ALTER TABLE notes DROP CONSTRAINT key")
+    other = connect()
+
+    with other.transaction():
+        other.execute("LOCK TABLE odd IN ACCESS EXCLUSIVE MODE")
+        db.execute("SET lock_timeout = '1s'")
+        db.execute(statement.encode())

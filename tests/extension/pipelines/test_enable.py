@@ -120,7 +120,8 @@ def test_another_model_embeds_all_rows_anew(db: Connection, api: FakeApi) -> Non
 
     with warnings_of(db) as warnings:
         db.execute("SELECT autoembed.alter_pipeline('documents', model => 'small')")
-    assert any('has 1536 dimensions, model "small" has 256' in warning for warning in warnings)
+    [warning] = warnings
+    assert 'has 1536 dimensions, model "small" has 256' in warning
     assert db.execute("SELECT read FROM autoembed.process()").fetchone() == (0,)
     assert set(vectors(db).values()) == {True}
 
