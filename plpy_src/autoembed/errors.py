@@ -64,6 +64,10 @@ class OverBudget(ProviderTrouble):
     summary = "its daily budget is used up"
 
 
+class CameLate(ProviderTrouble):
+    """No whole answer came in time."""
+
+
 class RanTooLong(ProviderTrouble):
     """A model's SQL function was cancelled when its time was up."""
 

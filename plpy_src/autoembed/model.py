@@ -115,7 +115,8 @@ class Request:
     probe: the text is a harmless one, to see whether the model accepts any. suspect: one of the texts may be the reason
     that a larger request failed. trial: the text is the beginning of one that was refused. tokens: the estimate that a
     permit was taken for. slot: the request's own, where the number of requests in flight is limited. query: that with
-    which the texts are compared, if they are to be reranked. sent: set when only the answer is outstanding.
+    which the texts are compared, if they are to be reranked. sent_at: as time.monotonic() has it. sent: set when only
+    the answer is outstanding.
     """
 
     model: Model
@@ -128,6 +129,7 @@ class Request:
     tokens: int = 0
     slot: int | None = None
     query: str | None = None
+    sent_at: float = 0.0
     sent: threading.Event = field(default_factory=threading.Event, repr=False)
 
 

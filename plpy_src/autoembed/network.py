@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from autoembed import endpoints
-from autoembed.errors import ProviderTrouble
+from autoembed.errors import CameLate, ProviderTrouble
 
 if TYPE_CHECKING:
     import requests
@@ -92,7 +92,7 @@ class Network:
                     chunk = response.raw.read1(1 << 16, decode_content=False)
                     # An answer that expire() has ended among its headers looks like one without a body.
                     if time.monotonic() > deadline:
-                        raise ProviderTrouble(f"the provider's answer was not complete after {timeout_seconds:g} s")
+                        raise CameLate(f"the provider's answer was not complete after {timeout_seconds:g} s")
                     if not chunk:
                         break
                     received += plain(chunk, max_answer_bytes + 1 - len(received))
@@ -103,7 +103,7 @@ class Network:
         except requests.exceptions.SSLError as error:
             raise ProviderTrouble(f"no trusted connection to {_host(url)}: {_cause(error)}", permanent=True) from error
         except (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError) as error:
-            raise ProviderTrouble(f"{_host(url)} did not answer within {timeout_seconds:g} s") from error
+            raise CameLate(f"{_host(url)} did not answer within {timeout_seconds:g} s") from error
         except (
             requests.exceptions.InvalidURL,
             requests.exceptions.InvalidSchema,
@@ -113,7 +113,7 @@ class Network:
             raise ProviderTrouble(f"{url} is not a URL that can be called", permanent=True) from error
         except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, zlib.error) as error:
             if time.monotonic() > deadline:
-                raise ProviderTrouble(f"{_host(url)} did not answer within {timeout_seconds:g} s") from error
+                raise CameLate(f"{_host(url)} did not answer within {timeout_seconds:g} s") from error
             raise ProviderTrouble(f"no answer from {_host(url)}: {_cause(error)}") from error
         except OSError as error:
             # Nothing was sent: requests checks first that the file exists.

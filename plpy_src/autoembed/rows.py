@@ -122,12 +122,39 @@ class Pace:
         return min(self._max_rows, requests * self._batch_size)
 
 
+# No request has more texts.
+MOST_TEXTS = 2048
+
+
 class Speeds:
-    """The speeds of models that run in this process, one request at a time. first_texts: the most in the first one."""
+    """The speeds of models that run in this process, one request at a time, and the sizes that others answer in time.
+
+    first_texts: the most in the first request.
+    """
 
     def __init__(self, first_texts: int = FIRST_TEXTS) -> None:
         self._first_texts = first_texts
         self._texts_per_second: dict[str, float] = {}
+        self._most_texts: dict[str, int] = {}
+
+    def came_late(self, model: str, texts: int) -> None:
+        """Takes note of a request without an answer in time. The next ones have at most half as many texts."""
+        self._most_texts[model] = max(1, texts // 2)
+
+    def came_early(self, model: str) -> None:
+        """Takes note of an answer after a small part of the time. The next requests may have twice as many texts."""
+        if model in self._most_texts:
+            self._most_texts[model] *= 2
+            if self._most_texts[model] > MOST_TEXTS:
+                del self._most_texts[model]
+
+    def is_late(self, model: str) -> bool:
+        """Whether answers came late, and not quickly since. Requests beside others would only wait in its server."""
+        return model in self._most_texts
+
+    def most_texts(self, model: str, most: int) -> int:
+        """The texts of one request, at most."""
+        return min(most, self._most_texts.get(model, most))
 
     def embedded(self, model: str, texts: int, seconds: float) -> None:
         """Takes note of a request. It counts as much as all those before it."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from autoembed import batching, heap, providers
 from autoembed.cutting import Cutter
 from autoembed.errors import (
+    CameLate,
     Fault,
     OverBudget,
     PassEnded,
@@ -564,7 +565,7 @@ class _Pass:
         """Packs texts into requests, which are sent when the limits of their model allow. first: before others."""
         outbox = self._outboxes[model]
         sizes = sizes_of(model, outbox.limiter.learnt)
-        most = min(self._options.batch_size, sizes.inputs_per_request)
+        most = self._speeds.most_texts(model.name, min(self._options.batch_size, sizes.inputs_per_request))
         # A new change waits behind the request that is being worked on.
         most = min(most, self._texts_ahead(model) or most)
         packed = batching.pack(texts, most, sizes.tokens_per_request, model.prefix("document"))
@@ -597,6 +598,7 @@ class _Pass:
                 if outbox.in_flight == 0:
                     outbox.heard_at = time.monotonic()
                 outbox.in_flight += 1
+                request.sent_at = time.monotonic()
                 if not provider.RUNS_IN_BACKEND:
                     self._leaving.append(request)
                 call = partial(providers.embed, request, self._network, self._database.call_embedder)
@@ -631,6 +633,8 @@ class _Pass:
             return False
         if outbox.in_flight >= REQUESTS_HERE and self._texts_ahead(model) is not None:
             return False
+        if outbox.in_flight and self._speeds.is_late(model.name):
+            return False
         if outbox.in_flight and outbox.limiter.learnt is None and elapsed < FIRST_ANSWER_SECONDS:
             return False
         if not outbox.limiter.needs_permits:
@@ -661,6 +665,7 @@ class _Pass:
     def _land(self, flight: _Flight, request: Request, outcome: _Outcome) -> None:
         outbox = self._outboxes[request.model]
         self._note_limits(outbox, request, outcome)
+        self._note_time(request, outcome)
         if isinstance(outcome, Refused) and request.probe:
             outcome = ProviderTrouble(f"every request is refused: {outcome}", permanent=True)
         elif isinstance(outcome, Refused) and outbox.trouble is not None:
@@ -687,6 +692,15 @@ class _Pass:
                     self._speeds.embedded(request.model.name, len(request.texts), outcome.seconds)
                 self._database.note_usage(request.model.name, self._shares(request, tokens), request.slot)
                 self._accept(request, vectors, outcome.cut)
+
+    def _note_time(self, request: Request, outcome: _Outcome) -> None:
+        """Has a slow server be sent fewer texts at a time, and more once it answers quickly."""
+        if request.probe:
+            return
+        if isinstance(outcome, CameLate):
+            self._speeds.came_late(request.model.name, len(request.texts))
+        elif isinstance(outcome, Embedded) and 4 * (time.monotonic() - request.sent_at) < request.timeout_seconds:
+            self._speeds.came_early(request.model.name)
 
     def _note_limits(self, outbox: Outbox, request: Request, outcome: _Outcome) -> None:
         """Takes the model's limits from an answer. A request that failed frees its slot."""

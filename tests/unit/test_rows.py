@@ -1230,6 +1230,18 @@ def test_a_request_that_ran_too_long_is_followed_by_smaller_ones(texts: int, sec
     assert speeds.texts_ahead("model", "function") == fewer
 
 
+def test_a_server_gets_more_texts_again_when_it_answers_quickly() -> None:
+    speeds = Speeds()
+    speeds.came_late("model", 100)
+    speeds.came_late("model", 50)
+    assert (speeds.most_texts("model", 100), speeds.most_texts("other", 100)) == (25, 100)
+
+    for _ in range(1000):
+        speeds.came_early("model")
+
+    assert (speeds.most_texts("model", 100), speeds.is_late("model")) == (100, False)
+
+
 def test_the_first_request_of_a_model_in_this_process_has_as_many_texts_as_it_may() -> None:
     assert [Speeds(most).texts_ahead("model", "local") for most in (1, 100)] == [1, 100]
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from autoembed import rows, worker
-from autoembed.errors import PassEnded, ProviderTrouble, Refused, RowError
+from autoembed.errors import CameLate, PassEnded, ProviderTrouble, Refused, RowError
 from autoembed.jobs import MAX_ATTEMPTS
 from autoembed.model import Embedded, Request
 from autoembed.worker import PROBE
@@ -284,6 +284,29 @@ def test_after_the_wait_the_text_at_fault_is_looked_for_without_further_waits(
 
     assert (report.completed, report.failed, report.retried) == (63, 0, 1)
     assert database.rests == []
+
+
+def test_a_server_that_is_too_slow_for_a_full_request_is_sent_fewer_texts(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider
+) -> None:
+    for row_id in range(100):
+        database.put(row_id, f"text {row_id}")
+
+    def answer(texts: list[str]) -> Vector:
+        # The server is busy with the request that came too late, and the probe waits behind it.
+        if len(texts) > 20 or texts == [PROBE]:
+            late = CameLate("no answer in time")
+            late.may_be_a_texts = True
+            raise late
+        return vectors_of(texts)
+
+    provider.answer = answer
+    lane.stop_when(lambda: not database.queue)
+
+    lane.work(20)
+
+    assert all(database.is_fresh(row_id) for row_id in range(100))
+    assert [len(texts) for texts in provider.requests if texts != [PROBE]][:4] == [100, 50, 25, 12]
 
 
 def test_trouble_before_a_text_is_sent_is_no_texts_fault(
