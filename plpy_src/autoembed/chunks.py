@@ -44,6 +44,10 @@ LONGEST_LINE = 1 << 14
 LONGEST_PARAGRAPH = 1 << 16
 # The white space before a line, or between two tags, that is looked at.
 WIDEST_INDENT = 80
+# A chunk is filled so far before a cut is chosen. With more, chunks are fewer, and more of them new after an edit.
+LEAST_FILLED = 0.55
+# The characters at the end of a paragraph in which a sentence ends, and all that closes behind it.
+LONGEST_CLOSING = 80
 # Lines that are read without a look at interrupts.
 LINES_PER_STEP = 1000
 
@@ -142,7 +146,7 @@ def chunks_of(
     if chunking == TOKENS:
         start, end = trimmed(text, 0, len(text))
         return splitter.split(iter([Block(start, end, WORDS)] if start < end else []), greedy=True)
-    return splitter.split(paragraphs(text, between_steps))
+    return splitter.split(introduced(text, paragraphs(text, between_steps)))
 
 
 def places(text: str, pieces: Sequence[str | None]) -> list[tuple[int, int]]:
@@ -327,15 +331,15 @@ class Splitter:
         )
 
     def _best_cut(self, pack: list[Block], following: Block) -> int:
-        """How many pieces of a full pack are a chunk: at least half of it.
+        """How many pieces of a full pack are a chunk: at least LEAST_FILLED of it.
 
         The cut is where the text has the strongest one, and among equals where the hash of a piece is least. So an edit
         moves few cuts: behind it, the same pieces are soon the ends of chunks again.
         """
-        half, tokens, best = self._packed_tokens / 2, 0, (following.depth, 1 << 32, len(pack))
+        least, tokens, best = LEAST_FILLED * self._packed_tokens, 0, (following.depth, 1 << 32, len(pack))
         for number, (piece, after) in enumerate(zip(pack, [*pack[1:], following], strict=True), 1):
             tokens += piece.tokens + self._between
-            if tokens >= half:
+            if tokens >= least:
                 digest = zlib.crc32(self.text[piece.start : piece.end].encode())
                 best = min(best, (after.depth, digest, number))
         return best[2]
@@ -488,6 +492,12 @@ _HTML_BLOCK = re.compile(
     re.IGNORECASE,
 )
 
+# With quotes, brackets and tags that close behind it.
+_LAST_SENTENCE_END = re.compile(
+    r"[.!?…。！？｡⁇⁈⁉‼।॥؟۔።፧។៕။།]"
+    r"[\"'”’»)\]」』）】》〉]*+(?:\s*+<[^<>]*+>)*+$"
+)
+
 
 class _Line(NamedTuple):
     """A line that is not blank, or a part of one. joins: it goes on with a line that is too long to be read at once."""
@@ -567,6 +577,19 @@ def paragraphs(text: str, between_steps: Callable[[], None] = lambda: None) -> I
             fence = opening[0]
     if paragraph:
         yield paragraph.block()
+
+
+def introduced(text: str, blocks: Iterable[Block]) -> Iterator[Block]:
+    """The blocks, with a weaker cut behind prose that ends no sentence: it introduces what follows."""
+    before: Block | None = None
+    for block in blocks:
+        is_introduced = before is not None and before.cutters is PROSE and not _ends_sentence(text, before)
+        yield block._replace(depth=1) if is_introduced else block
+        before = block
+
+
+def _ends_sentence(text: str, block: Block) -> bool:
+    return bool(_LAST_SENTENCE_END.search(text, max(block.start, block.end - LONGEST_CLOSING), block.end))
 
 
 def _is_underline(line: str, paragraph: _Paragraph) -> bool:

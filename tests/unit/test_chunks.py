@@ -161,6 +161,29 @@ def test_a_heading_stays_with_the_beginning_of_its_paragraph() -> None:
     assert texts_of(f"# Title\n\n{sentences(3)}", 36) == [f"# Title\n\n{sentences(2)}", sentences(1, 3)]
 
 
+@pytest.mark.parametrize("lead", ["These are its parts:", "<p>These are its parts:</p>", "这些是它的部分："])
+def test_what_introduces_stays_with_what_follows(lead: str) -> None:
+    parts = [f"{sentences(1 + n % 3, 10 * n)}\n\n{lead}\n\n* the part {n}." for n in range(40)]
+
+    found = texts_of("\n\n".join(parts), 60)
+
+    assert len(found) > 20
+    assert not [piece for piece in found if piece.endswith(lead)]
+
+
+@pytest.mark.parametrize("end", ["It ends.", "(It ends.)", 'It "ends!"', "<p>It ends.</p>", "结束。」", "यह है।"])
+def test_a_paragraph_that_ends_a_sentence_introduces_nothing(end: str) -> None:
+    blocks = list(chunks.introduced(f"{end}\n\nMore.", chunks.paragraphs(f"{end}\n\nMore.")))
+
+    assert [block.depth for block in blocks] == [0, 0]
+
+
+def test_a_chunk_is_more_than_half_full_before_it_is_cut() -> None:
+    found = texts_of("\n\n".join(sentences(1, n) for n in range(300)), 102)
+
+    assert min(count_words([piece])[0] for piece in found[:-1]) > 57
+
+
 def test_code_stays_whole_where_it_fits() -> None:
     code = "```python\n" + "".join(f"def f{n}():\n    return {n}\n\n" for n in range(3)) + "```"
 
