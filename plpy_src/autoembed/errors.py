@@ -68,6 +68,10 @@ class CameLate(ProviderTrouble):
     """No whole answer came in time."""
 
 
+class FellOver(ProviderTrouble):
+    """The connection ended without a whole answer, or there was none."""
+
+
 class RanTooLong(ProviderTrouble):
     """A model's SQL function was cancelled when its time was up."""
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from autoembed import endpoints
-from autoembed.errors import CameLate, ProviderTrouble
+from autoembed.errors import CameLate, FellOver, ProviderTrouble
 
 if TYPE_CHECKING:
     import requests
@@ -114,7 +114,7 @@ class Network:
         except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, zlib.error) as error:
             if time.monotonic() > deadline:
                 raise CameLate(f"{_host(url)} did not answer within {timeout_seconds:g} s") from error
-            raise ProviderTrouble(f"no answer from {_host(url)}: {_cause(error)}") from error
+            raise FellOver(f"no answer from {_host(url)}: {_cause(error)}") from error
         except OSError as error:
             # Nothing was sent: requests checks first that the file exists.
             raise ProviderTrouble(f"the certificate authorities cannot be read: {error}", permanent=True) from error

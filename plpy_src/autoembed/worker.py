@@ -18,6 +18,7 @@ from autoembed.cutting import Cutter
 from autoembed.errors import (
     CameLate,
     Fault,
+    FellOver,
     OverBudget,
     PassEnded,
     ProviderTrouble,
@@ -64,6 +65,10 @@ REQUESTS_HERE = 2
 FUNCTION_SECONDS = 1.5
 # A lane whose time is up waits so long for its answers, in seconds.
 ENDING_SECONDS = 2.0
+# A server that has ended a connection without an answer may start again for so long, in seconds.
+RESTART_SECONDS = 10.0
+# The pause between two tries to reach it, in seconds.
+RESTART_POLL_SECONDS = 0.5
 # A text that no model refuses. It shows whether a text or the whole request is to blame.
 PROBE = "autoembed"
 
@@ -267,6 +272,8 @@ class Outbox:
     too_long: texts that were refused for their length, and wait for the outcome of a trial, each with its trouble.
     long: long texts with chunks that no request holds yet: they take turns, behind all that waits.
     waiting: requests that the model's limits do not allow yet. permit: that of the first. slots: all that are held.
+    fell_at: when its server last ended a connection without an answer; None: not since a text was last looked for.
+    again_at: until then, nothing is sent.
     """
 
     limiter: Limiter
@@ -282,6 +289,8 @@ class Outbox:
     in_flight: int = 0
     permit: Permit | None = None
     slots: set[int] = field(default_factory=set)
+    fell_at: float | None = None
+    again_at: float = 0.0
     began_at: float = field(default_factory=time.monotonic)
     # When the model last answered, or was first asked while nothing was in flight.
     heard_at: float = field(default_factory=time.monotonic)
@@ -629,11 +638,12 @@ class _Pass:
         elapsed = time.monotonic() - outbox.began_at
         if outbox.in_flight >= min(self._options.max_requests, model.max_requests_in_flight or math.inf):
             return False
-        if outbox.suspended and not outbox.waiting[0].probe:
+        if outbox.suspended and not outbox.waiting[0].probe or time.monotonic() < outbox.again_at:
             return False
         if outbox.in_flight >= REQUESTS_HERE and self._texts_ahead(model) is not None:
             return False
-        if outbox.in_flight and self._speeds.is_late(model.name):
+        # A text that a server falls over must not take the answers to others with it.
+        if outbox.in_flight and (outbox.fell_at is not None or self._speeds.is_late(model.name)):
             return False
         if outbox.in_flight and outbox.limiter.learnt is None and elapsed < FIRST_ANSWER_SECONDS:
             return False
@@ -675,6 +685,8 @@ class _Pass:
                 self._send_fewer(flight, request, outbox)
             case ProviderTrouble() if self._may_be_a_texts(outbox, request, outcome):
                 self._suspend(request, outcome)
+            case ProviderTrouble() if self._may_be_starting(outbox, request, outcome):
+                self._send_later(request)
             case ProviderTrouble():
                 self._give_up_model(flight, request, outcome)
             case Refused():
@@ -778,9 +790,32 @@ class _Pass:
             return False
         return request.suspect or outbox.failures > 0 or not trouble.retry_after_seconds
 
+    @staticmethod
+    def _may_be_starting(outbox: Outbox, request: Request, trouble: ProviderTrouble) -> bool:
+        """Whether the reason may be that a server that fell over a text is not there again yet."""
+        if outbox.trouble is not None or not (isinstance(trouble, FellOver) or request.probe and not trouble.permanent):
+            return False
+        # The request that the server fell over may still be in flight.
+        return outbox.in_flight > 0 or (
+            outbox.fell_at is not None and time.monotonic() < outbox.fell_at + RESTART_SECONDS
+        )
+
+    def _send_later(self, request: Request) -> None:
+        """Sends a request again after a pause, a probe before all others."""
+        outbox = self._outboxes[request.model]
+        again = self._request(request.model, request.texts, probe=request.probe, suspect=request.suspect)
+        again.trial = request.trial
+        if request.probe:
+            outbox.waiting.appendleft(again)
+        else:
+            outbox.waiting.append(again)
+        outbox.again_at = time.monotonic() + RESTART_POLL_SECONDS
+
     def _suspend(self, request: Request, trouble: Trouble) -> None:
         """Keeps a request that failed until the model has answered another one. Sends a probe."""
         outbox = self._outboxes[request.model]
+        if isinstance(trouble, FellOver):
+            outbox.fell_at = time.monotonic()
         outbox.suspended.append((request, trouble))
         if len(outbox.suspended) == 1:
             probe = self._request(request.model, [PROBE], probe=True)
@@ -804,6 +839,8 @@ class _Pass:
         suspended, outbox.suspended = outbox.suspended, []
         for failed, trouble in suspended:
             self._split(failed, trouble)
+        if not any(other.suspect for other in outbox.waiting):
+            outbox.fell_at = None
 
     def _split(self, request: Request, trouble: Trouble) -> None:
         """Halves a request that failed until the text to blame stands alone."""

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from autoembed import rows, worker
-from autoembed.errors import CameLate, PassEnded, ProviderTrouble, Refused, RowError
+from autoembed.errors import CameLate, FellOver, PassEnded, ProviderTrouble, Refused, RowError
 from autoembed.jobs import MAX_ATTEMPTS
 from autoembed.model import Embedded, Request
 from autoembed.worker import PROBE
@@ -307,6 +307,68 @@ def test_a_server_that_is_too_slow_for_a_full_request_is_sent_fewer_texts(
 
     assert all(database.is_fresh(row_id) for row_id in range(100))
     assert [len(texts) for texts in provider.requests if texts != [PROBE]][:4] == [100, 50, 25, 12]
+
+
+@pytest.fixture
+def falling(provider: FakeProvider, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Has the server fall over "poison", with all that is in flight, and refuse so many connections afterwards."""
+    monkeypatch.setattr(worker, "RESTART_POLL_SECONDS", 0.0)
+    refused_after_a_fall = [3]
+    falls, refused = [threading.Event()], [0]
+
+    def answer(texts: list[str]) -> Vector:
+        if refused[0] > 0:
+            refused[0] -= 1
+            raise FellOver("no connection")
+        fall = falls[-1]
+        if "poison" in texts:
+            falls.append(threading.Event())
+            refused[0] = refused_after_a_fall[0]
+            fall.set()
+        elif texts != [PROBE]:
+            # An answer takes a while.
+            fall.wait(0.01)
+        if fall.is_set():
+            trouble = FellOver("no answer")
+            trouble.may_be_a_texts = True
+            raise trouble
+        return vectors_of(texts)
+
+    provider.answer = answer
+    return refused_after_a_fall
+
+
+def test_a_text_that_its_server_falls_over_spends_its_attempts_and_no_other_text_does(
+    lane: Lane, database: FakeDatabase, falling: list[int]
+) -> None:
+    for row_id in range(60):
+        database.put(row_id, "poison" if row_id == 17 else f"text {row_id}")
+    lane.limit_inputs(20)
+
+    report = lane.run(max_requests=4)
+
+    assert (report.completed, report.failed, report.retried) == (59, 0, 1)
+    assert [again.body["attempts"] for again in database.waiting()] == [1]
+    assert database.rests == []
+    while database.queue:
+        lane.run()
+    assert [failure.attempts for failure in database.failures.values()] == [MAX_ATTEMPTS]
+    assert database.rests == []
+
+
+def test_a_server_that_does_not_start_again_rests_and_no_text_is_blamed(
+    lane: Lane, database: FakeDatabase, falling: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "RESTART_SECONDS", 0.1)
+    falling[0] = 1_000_000_000
+    for row_id in range(5):
+        database.put(row_id, "poison" if row_id == 3 else f"text {row_id}")
+
+    report = lane.run()
+
+    assert (report.completed, report.failed, report.retried) == (0, 0, 5)
+    assert all("attempts" not in message.body for message in database.waiting())
+    assert [rest.reason for rest in database.rests] == ["no connection"]
 
 
 def test_trouble_before_a_text_is_sent_is_no_texts_fault(
