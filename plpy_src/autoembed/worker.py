@@ -795,6 +795,9 @@ class _Pass:
         """Whether the reason may be that a server that fell over a text is not there again yet."""
         if outbox.trouble is not None or not (isinstance(trouble, FellOver) or request.probe and not trouble.permanent):
             return False
+        if trouble.may_be_a_texts and outbox.failures > 0:
+            # Something is there, and fails each time.
+            return False
         # The request that the server fell over may still be in flight.
         return outbox.in_flight > 0 or (
             outbox.fell_at is not None and time.monotonic() < outbox.fell_at + RESTART_SECONDS

@@ -67,7 +67,7 @@ def test_an_endless_answer_ends_in_a_clear_error_and_little_memory(
     documents: Connection, api: FakeApi, server: Server, fault: str
 ) -> None:
     insert(documents, "one", "two")
-    api.behave(faults=[{fault: GIGABYTE}])
+    api.behave(faults=[{fault: GIGABYTE, "times": "forever"}])
 
     counts, errors = process(documents)
 
