@@ -69,7 +69,7 @@ class CameLate(ProviderTrouble):
 
 
 class FellOver(ProviderTrouble):
-    """The connection ended without a whole answer, or there was none."""
+    """The connection ended without an answer, or there was none."""
 
 
 class RanTooLong(ProviderTrouble):

@@ -101,7 +101,8 @@ class Network:
                 lower = {name.lower(): value for name, value in response.headers.items()}
                 return Answer(response.status_code, lower, received)
         except requests.exceptions.SSLError as error:
-            raise ProviderTrouble(f"no trusted connection to {_host(url)}: {_cause(error)}", permanent=True) from error
+            words = _words_of(_innermost(error))
+            raise ProviderTrouble(f"no trusted connection to {_host(url)}: {words}", permanent=True) from error
         except (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError) as error:
             raise CameLate(f"{_host(url)} did not answer within {timeout_seconds:g} s") from error
         except (
@@ -114,7 +115,9 @@ class Network:
         except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, zlib.error) as error:
             if time.monotonic() > deadline:
                 raise CameLate(f"{_host(url)} did not answer within {timeout_seconds:g} s") from error
-            raise FellOver(f"no answer from {_host(url)}: {_cause(error)}") from error
+            cause = _innermost(error)
+            kind = FellOver if _is_of_connection(cause) else ProviderTrouble
+            raise kind(f"no answer from {_host(url)}: {_words_of(cause)}") from error
         except OSError as error:
             # Nothing was sent: requests checks first that the file exists.
             raise ProviderTrouble(f"the certificate authorities cannot be read: {error}", permanent=True) from error
@@ -260,17 +263,25 @@ def _host(url: str) -> str:
     return url.split("://", 1)[-1].split("/", 1)[0].rsplit("@", 1)[-1]
 
 
-def _cause(error: BaseException) -> str:
-    """The innermost reason, in one line: requests wraps it three times over. Bytes of the answer are never quoted."""
+def _innermost(error: BaseException) -> BaseException:
+    """The reason of an error: requests wraps it three times over."""
     cause: BaseException = error
     while True:
         inner = getattr(cause, "reason", None) or cause.__cause__ or cause.__context__
         if not isinstance(inner, BaseException) or inner is cause:
-            break
+            return cause
         cause = inner
+
+
+def _is_of_connection(cause: BaseException) -> bool:
     from urllib3.exceptions import NewConnectionError
 
-    if isinstance(cause, OSError | NewConnectionError):
+    return isinstance(cause, OSError | NewConnectionError)
+
+
+def _words_of(cause: BaseException) -> str:
+    """The reason in one line. Bytes of the answer are never quoted."""
+    if _is_of_connection(cause):
         return " ".join(str(cause).split())[:200] or type(cause).__name__
     return f"what came is not a whole HTTP answer ({type(cause).__name__})"
 

@@ -165,7 +165,7 @@ def test_only_a_message_that_kills_its_lanes_fails(killers: set[int], restarts: 
     assert killers <= failed
     # A restart during the last try of a message cannot be told from a kill by it.
     assert len(failed - killers) <= len(restarts)
-    assert passes < 100 + 10 * (len(killers) + len(restarts))
+    assert passes < 150 + 25 * (len(killers) + len(restarts))
 
 
 # --- the ledger --------------------------------------------------------------------------------------

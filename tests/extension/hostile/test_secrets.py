@@ -95,7 +95,7 @@ def test_a_tenant_reads_no_words_of_a_provider_that_quote_anothers_text(
     fault: dict[str, Any],
 ) -> None:
     db.execute("SELECT autoembed.grant_monitor(%s)", [nobody.info.user])
-    api.behave(faults=[{**fault, "match": "diagnosis", "times": "forever"}])
+    api.behave(faults=[{**fault, "times": "forever"}])
     bob.run("SELECT autoembed.alter_pipeline('letters', model => 'slow')")
     bob.run("UPDATE letters SET content = 'bob''s diagnosis'")
     mallory.run(NOTES, ENABLE_COLUMNS.replace("'{content}'", "'{content}', model => 'slow'"))

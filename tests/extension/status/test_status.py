@@ -140,7 +140,7 @@ def test_a_stopped_table_says_why_and_its_hint_mends_it(notes: Connection) -> No
 def test_a_table_whose_model_rests_says_why_and_whether_to_act(
     notes: Connection, api: FakeApi, fault: int, hint: str | None
 ) -> None:
-    api.behave(faults=[{"status": fault, "retry_after": 60}])
+    api.behave(faults=[{"status": fault, "retry_after": 60, "times": "forever"}])
     add(notes, 1, 2)
     notes.execute("SELECT autoembed.process()")
 
@@ -150,6 +150,7 @@ def test_a_table_whose_model_rests_says_why_and_whether_to_act(
     assert (row.waiting, row.in_flight) == (2, 0)
     assert (row.hint is None) if hint is None else (hint in row.hint)
 
+    api.behave()
     notes.execute(f"SELECT autoembed.resume_model('{MODEL}')")
     process(notes)
     assert status(notes).state == "idle"
