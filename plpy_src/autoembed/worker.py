@@ -478,7 +478,7 @@ class _Pass:
         for model, outbox in self._outboxes.items():
             unsent, outbox.unsent = outbox.unsent, []
             # In requests of their own, so that their answers do not wait until those of others are written.
-            of_few = dict.fromkeys(text for text in unsent if self._owners_of(outbox, [text]) <= few)
+            of_few = dict.fromkeys(text for text in unsent if few and self._owners_of(outbox, [text]) <= few)
             self._submit(model, [text for text in unsent if text not in of_few], first=first)
             self._submit(model, list(of_few), first=True)
         self._launch(flight)
@@ -498,7 +498,7 @@ class _Pass:
         return [
             one
             for one in landed
-            if isinstance(one, Request) and self._owners_of(self._outboxes[one.model], one.texts) <= few
+            if few and isinstance(one, Request) and self._owners_of(self._outboxes[one.model], one.texts) <= few
         ]
 
     def _outbox(self, pipeline: Pipeline) -> Outbox:
