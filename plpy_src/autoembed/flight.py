@@ -95,7 +95,7 @@ class Flight(Generic[Tag, Result]):
 
     between_waits: is called between two waits for outcomes; a cancel comes out of it.
     abort: is called to end the calls that still run when the context is left.
-    preferred: those of several tags whose outcomes come before the others.
+    preferred: those of several tags whose outcomes come first, each second time.
     """
 
     def __init__(
@@ -109,6 +109,7 @@ class Flight(Generic[Tag, Result]):
         self._between_waits = between_waits
         self._abort = abort
         self._preferred = preferred
+        self._is_turn_of_preferred = False
         self._tags: dict[Future[Result], Tag] = {}
         self._here: deque[tuple[Tag, Callable[[], Result]]] = deque()
         # Until then, the calls in threads come first.
@@ -158,8 +159,8 @@ class Flight(Generic[Tag, Result]):
     def landed(self) -> Iterator[tuple[Tag, Result | BaseException]]:
         """The outcome of each call as it comes, including calls that are submitted meanwhile.
 
-        Where several outcomes are there, those preferred come first, and that of the newest call, unless another has
-        waited for a while.
+        Where several outcomes are there, each second time a preferred one comes first. Among equals it is that of the
+        newest call, unless another has waited for a while.
         between_waits() runs before each. A call here holds up all others: they have as much time as the last one took,
         before the next one.
         """
@@ -173,9 +174,7 @@ class Flight(Generic[Tag, Result]):
                 seen_at.setdefault(future, now)
             # One at a time: the others may wait while something newer is sent.
             if landed := [future for future in reversed(self._tags) if future in seen_at]:
-                if len(landed) > 1:
-                    preferred = self._preferred([self._tags[future] for future in landed])
-                    landed = [future for future in landed if self._tags[future] in preferred] or landed
+                landed = self._in_turn(landed)
                 oldest = min(landed, key=lambda future: seen_at[future])
                 future = oldest if now - seen_at[oldest] > PATIENCE_SECONDS else landed[0]
                 del seen_at[future]
@@ -184,6 +183,14 @@ class Flight(Generic[Tag, Result]):
                 yield tag, future.result() if error is None else error
             if self._is_time_for_here():
                 yield self._make_here()
+
+    def _in_turn(self, landed: list[Future[Result]]) -> list[Future[Result]]:
+        """Those of these calls that may come next. The others have each second turn, so that none waits for ever."""
+        self._is_turn_of_preferred = not self._is_turn_of_preferred
+        if len(landed) == 1 or not self._is_turn_of_preferred:
+            return landed
+        preferred = self._preferred([self._tags[future] for future in landed])
+        return [future for future in landed if self._tags[future] in preferred] or landed
 
     def _is_time_for_here(self) -> bool:
         return bool(self._here) and (not self._tags or time.monotonic() >= self._here_at)

@@ -477,8 +477,10 @@ class _Pass:
         few = self._owners_of_few()
         for model, outbox in self._outboxes.items():
             unsent, outbox.unsent = outbox.unsent, []
-            # In requests of their own, so that their answers do not wait until those of others are written.
-            of_few = dict.fromkeys(text for text in unsent if few and self._owners_of(outbox, [text]) <= few)
+            # In requests of their own, so that their answers do not wait until those of others are written. If limits
+            # allow few requests, all travel together.
+            apart = set() if outbox.limiter.needs_permits else few
+            of_few = dict.fromkeys(text for text in unsent if apart and self._owners_of(outbox, [text]) <= apart)
             self._submit(model, [text for text in unsent if text not in of_few], first=first)
             self._submit(model, list(of_few), first=True)
         self._launch(flight)

@@ -258,7 +258,7 @@ BEGIN
     IF _check.errcode <> 'waits' THEN
         RAISE EXCEPTION USING MESSAGE = _check.problem, HINT = _check.hint, ERRCODE = _check.errcode;
     END IF;
-    -- What a table has changed without an event trigger is for _follow_one() to see.
+    -- The former shape stays, because _follow_one() finds changes by it.
     IF TG_OP = 'INSERT' OR NEW.embeddings_table IS DISTINCT FROM OLD.embeddings_table THEN
         NEW.table_shape := autoembed._table_shape(NEW);
     END IF;

@@ -121,18 +121,16 @@ def test_an_outcome_that_has_waited_for_a_while_comes_before_newer_ones(monkeypa
     assert len(landed) == 41
 
 
-def test_preferred_outcomes_come_before_newer_ones_and_before_those_that_have_waited(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(flight_module, "PATIENCE_SECONDS", 0.0)
-    with Flight[int, None](6, nothing, nothing, lambda tags: [tag for tag in tags if tag in (2, 3)]) as flight:
+def test_each_second_outcome_is_a_preferred_one_and_the_others_have_their_turns_between() -> None:
+    with Flight[int, None](6, nothing, nothing, lambda tags: [tag for tag in tags if tag < 3]) as flight:
         for number in range(6):
             flight.submit(number, nothing)
         wait_until(lambda: all(future.done() for future in flight._tags))
-        landing = flight.landed()
 
-        assert {next(landing)[0], next(landing)[0]} == {2, 3}
-        assert len(list(landing)) == 4
+        landed = [tag for tag, _ in flight.landed()]
+
+    assert [tag < 3 for tag in landed[:3]] == [True, False, True]
+    assert sorted(landed) == list(range(6))
 
 
 def test_calls_submitted_while_landing_are_landed_too() -> None:

@@ -665,6 +665,21 @@ def test_the_texts_of_an_owner_of_few_rows_are_sent_alone_and_written_first(
     assert all(database.is_fresh(row_id) for row_id in [*range(20), 1000])
 
 
+def test_the_texts_of_all_owners_travel_together_where_limits_allow_few_requests(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider
+) -> None:
+    limited = replace(MODEL, requests_per_minute=60)
+    database.defined[1] = replace(PIPELINE, model=limited)
+    database.defined[2] = replace(PIPELINE, id=2, owner=20, model=limited)
+    for row_id in range(20):
+        database.put(row_id, f"text {row_id}")
+    database.put(1000, "another's", pipeline_id=2)
+
+    lane.run()
+
+    assert [len(texts) for texts in provider.requests] == [21]
+
+
 def test_the_texts_that_an_owner_fills_a_lane_with_leave_room_for_others(
     lane: Lane, database: FakeDatabase, provider: FakeProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
