@@ -37,12 +37,16 @@ CREATE OR REPLACE FUNCTION autoembed._is_empty(table_id regclass)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    SELECT coalesce(bool_and(c.relkind = 'r' AND pg_relation_size(c.oid) = 0), true)
+    -- pg_relation_size() would wait for the lock of whoever alters the table.
+    SELECT coalesce(
+        bool_and(c.relkind = 'r' AND (pg_stat_file(pg_relation_filepath(c.oid), true)).size = 0), true
+    )
     FROM (SELECT t.relid FROM autoembed._partition_tree(table_id) AS t WHERE t.isleaf UNION SELECT table_id) AS r
     JOIN pg_class AS c ON c.oid = r.relid AND c.relkind <> 'p';
 $sql$;
 COMMENT ON FUNCTION autoembed._is_empty IS
-    'Whether a table has no page, and so no row. Reads nothing. A table whose rows were deleted may have pages.';
+    'Whether a table has no page, and so no row. Reads and locks nothing. A table whose rows were deleted may have '
+    'pages.';
 
 CREATE OR REPLACE FUNCTION autoembed._may_see(table_id regclass)
     RETURNS boolean

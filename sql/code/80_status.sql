@@ -4,19 +4,20 @@ CREATE OR REPLACE FUNCTION autoembed._estimated_rows(table_id regclass)
     RETURNS bigint
     LANGUAGE sql
     STABLE
+    SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
     -- The activity statistics are newer than the last ANALYZE.
     SELECT sum(coalesce(
         nullif(pg_stat_get_live_tuples(c.oid), 0),
         nullif(c.reltuples, -1)::bigint,
-        CASE WHEN pg_relation_size(c.oid) = 0 THEN 0 END
+        CASE WHEN autoembed._is_empty(c.oid) THEN 0 END
     ))::bigint
     FROM (SELECT t.relid FROM autoembed._partition_tree(table_id) AS t WHERE t.isleaf UNION SELECT table_id) AS r
     JOIN pg_class AS c ON c.oid = r.relid AND c.relkind = 'r';
 $sql$;
 COMMENT ON FUNCTION autoembed._estimated_rows IS
-    'The estimated number of rows of a table, without reading it. NULL if the table was never analysed.';
+    'The estimated number of rows of a table, without reading or locking it. NULL if the table was never analysed.';
 
 CREATE OR REPLACE VIEW autoembed.status WITH (security_barrier) AS
 WITH held AS MATERIALIZED (

@@ -184,3 +184,47 @@ def test_a_partition_that_another_session_holds_stops_no_change_of_the_others(
         other.execute("LOCK TABLE odd IN ACCESS EXCLUSIVE MODE")
         db.execute("SET lock_timeout = '1s'")
         db.execute(statement.encode())
+
+
+# Tables that say little of themselves: never analysed, perhaps with an index or a policy to be read.
+SEEN = {
+    "in the row": ATTACHED,
+    "beside": BESIDE,
+    "with a binary index": f"""
+        {BESIDE};
+        CREATE INDEX ON notes_embeddings USING hnsw ((binary_quantize(embedding)::bit(1536)) bit_hamming_ops);
+    """,
+    "with policies": f"""
+        {BESIDE};
+        ALTER TABLE notes ENABLE ROW LEVEL SECURITY;
+        ALTER TABLE notes FORCE ROW LEVEL SECURITY;
+        CREATE POLICY own ON notes USING (body = current_user OR id > 0);
+    """,
+    "with partitions": """
+        DROP TABLE notes;
+        CREATE TABLE notes (id int PRIMARY KEY, body text, embedding halfvec(1536)) PARTITION BY HASH (id);
+        CREATE TABLE all_notes PARTITION OF notes FOR VALUES WITH (MODULUS 1, REMAINDER 0);
+        SELECT autoembed.enable('notes', 'embedding', content_columns => '{body}');
+    """,
+}
+
+
+@pytest.mark.parametrize("case", SEEN)
+def test_what_there_is_to_see_is_seen_while_others_hold_the_table(
+    notes: Connection, connect: Connect, case: str
+) -> None:
+    notes.execute("TRUNCATE notes")
+    notes.execute(SEEN[case].encode())
+    tables = notes.execute(
+        "SELECT string_agg(oid::regclass::text, ', ') FROM pg_class WHERE relname ~ 'notes' AND relkind IN ('r', 'p')"
+    ).fetchall()[0][0]
+    holder = connect()
+
+    with holder.transaction(), connect(options="-c lock_timeout=1s") as seer:
+        holder.execute(f"LOCK TABLE {tables} IN ACCESS EXCLUSIVE MODE".encode())
+
+        for view in ("status", "progress", "failed", "usage", "search_stats", "doctor()"):
+            seer.execute(f"SELECT * FROM autoembed.{view}".encode())
+        [row] = seer.execute("SELECT estimated_rows FROM autoembed.status").fetchall()
+
+    assert row.estimated_rows == 0
