@@ -373,6 +373,24 @@ class Database:
             for row in rows
         }
 
+    def own_pipeline(self, pipeline_id: int) -> Pipeline:
+        """The facts of a pipeline. Fails unless the caller has the rights of its table's owner."""
+        with as_role(self._texts_table()[1]):
+            pipelines = self.pipelines([pipeline_id])
+            tables = self._run(
+                "SELECT p.table_id::pg_catalog.oid::pg_catalog.int8 AS id FROM autoembed.pipeline AS p"
+                " WHERE p.id OPERATOR(pg_catalog.=) $1",
+                ["pg_catalog.int4"],
+                [pipeline_id],
+            )
+        for table in tables:
+            self._run(
+                "SELECT autoembed._check_owner($1::pg_catalog.oid::pg_catalog.regclass)",
+                ["pg_catalog.int8"],
+                [table["id"]],
+            )
+        return pipelines[pipeline_id]
+
     def model(self, name: str | None) -> Model:
         """The model of that name, which may be a rerank model; None: the default one."""
         sql = "SELECT autoembed._model_facts(m) AS model FROM autoembed._model($1, NULL) AS m"

@@ -282,7 +282,7 @@ def preview(
 ) -> Iterator[dict[str, Any]]:
     """The chunks of a row with this text, and its state: the rows of autoembed._preview()."""
     here = database.Database(commits=False)
-    pipeline = here.pipelines([pipeline_id])[pipeline_id]
+    pipeline = here.own_pipeline(pipeline_id)
     if content is None or not content.strip():
         state = "not wanted" if vector_digest is None else outstanding or "stale"
         place = dict.fromkeys(("chunk_number", "chunk_start", "chunk_end", "problem", "errcode"))

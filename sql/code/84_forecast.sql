@@ -120,7 +120,7 @@ CREATE OR REPLACE FUNCTION autoembed._preview(
         errcode text
     )
     LANGUAGE plpython3u
-    SECURITY DEFINER
+    -- Not SECURITY DEFINER: the caller has to be known.
     SET search_path = pg_catalog, pg_temp
 AS $python$
     if GD.get("autoembed") != "@BUILD@":
@@ -130,7 +130,8 @@ AS $python$
 $python$;
 COMMENT ON FUNCTION autoembed._preview IS
     'The rows of preview(), from a row''s text and the digest of its vector, and the digests that are recorded. '
-    'outstanding: waiting or failed, if the row is. problem: why the text cannot be cut.';
+    'outstanding: waiting or failed, if the row is. problem: why the text cannot be cut. Fails unless the caller has '
+    'the rights of the table''s owner.';
 
 CREATE OR REPLACE FUNCTION autoembed.estimate(
     table_name regclass,

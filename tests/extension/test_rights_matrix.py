@@ -637,6 +637,7 @@ FOREIGN_CALLS = [
     "SELECT autoembed.resync('{table}')",
     "SELECT autoembed.reembed('{table}')",
     "SELECT autoembed.preview('{table}', '1')",
+    "SELECT autoembed._preview(2, 'a text', NULL, NULL, NULL, NULL, NULL)",
     "SELECT autoembed.estimate('{table}')",
     "SELECT autoembed.estimate('{table}', content_columns => '{{content}}')",
     "SELECT autoembed.wait_until_fresh('{table}')",
