@@ -197,13 +197,17 @@ def open_jobs(
     found = [(message, *one) for message in chosen if (one := _address_in(database, ledger, message)) is not None]
     resting, unfinished = _forget_changed(database, [(pipeline_id, address) for _, pipeline_id, address in found])
     addressed: dict[int, list[tuple[Message, Address]]] = defaultdict(list)
+    looked_after: set[tuple[int, str]] = set()
     for message, pipeline_id, address in found:
-        if pipeline_id in resting or address.truncated and pipeline_id in unfinished:
+        of_all_rows = address.truncated or address.recorded_after is not None
+        if pipeline_id in resting or of_all_rows and pipeline_id in unfinished:
             ledger.release_messages([message])
             continue
-        if address.recorded_after is not None:
+        if address.recorded_after is not None and (pipeline_id, address.recorded_after) not in looked_after:
+            # Each partition of a table that is truncated gives one such message.
+            looked_after.add((pipeline_id, address.recorded_after))
             database.queue_recorded(pipeline_id, address.recorded_after)
-        if address.truncated or address.recorded_after is not None:
+        if of_all_rows:
             ledger.settle(message)
             continue
         if message.read_count > 1 and len(address.keys) > 1:

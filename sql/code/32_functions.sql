@@ -163,6 +163,7 @@ AS $sql$
         ),
         'same_key', string_agg(format('t.%I %s s.k%s', k.name, k.equal, k.number), ' AND ' ORDER BY k.number),
         'same_embeddings', string_agg(format('e.%I %s s.k%s', k.name, k.equal, k.number), ' AND ' ORDER BY k.number),
+        'same_row', string_agg(format('e.%1$I %2$s t.%1$I', k.name, k.equal), ' AND ' ORDER BY k.number),
         'key_names', string_agg(quote_ident(k.name), ', ' ORDER BY k.number),
         'key_types', string_agg(k.type, ', ' ORDER BY k.number),
         'is_key', string_agg(format('t.%I %s $%s', k.name, k.equal, k.number), ' AND ' ORDER BY k.number),
@@ -506,7 +507,10 @@ BEGIN
         ELSE
             PERFORM autoembed._create_function('content_beside', slots, _owner);
             PERFORM autoembed._create_function('write_beside', slots, _owner);
-            PERFORM autoembed._create_function('erase', slots, _owner);
+            PERFORM autoembed._create_function('erase', slots || jsonb_build_object('erase_part', quote_literal(format(
+                'DELETE FROM %s AS e USING ONLY %%s AS t WHERE %s',
+                replace(slots ->> 'embeddings_table', '%', '%%'), replace(slots ->> 'same_row', '%', '%%')
+            ))), _owner);
             IF slots ->> 'chunk_call' IS NOT NULL THEN
                 PERFORM autoembed._create_function('split', slots, _owner);
             END IF;

@@ -48,8 +48,8 @@ CREATE OR REPLACE FUNCTION autoembed._build_triggers(pipeline autoembed.pipeline
 AS $plpgsql$
 DECLARE
     -- A write to a partition fires no statement trigger of the root. Logical replication of rows fires none either.
-    _by_row boolean := pipeline.replicated
-        OR (SELECT c.relkind = 'p' FROM pg_class AS c WHERE c.oid = pipeline.table_id);
+    _is_parted boolean := (SELECT c.relkind = 'p' FROM pg_class AS c WHERE c.oid = pipeline.table_id);
+    _by_row boolean := pipeline.replicated OR _is_parted;
     _name text;
     _definition text;
 BEGIN
@@ -65,7 +65,11 @@ BEGIN
                 ELSE ' REFERENCING OLD TABLE AS old_rows'
             END),
             ('update', 'AFTER UPDATE ON %s FOR EACH ROW'),
-            ('truncate', 'AFTER TRUNCATE ON %s'),
+            -- The embeddings are to be gone before the triggers of the partitions look for theirs.
+            ('truncate', CASE
+                WHEN _is_parted AND pipeline.embeddings_table IS NOT NULL THEN 'BEFORE TRUNCATE ON %s'
+                ELSE 'AFTER TRUNCATE ON %s'
+            END),
             -- Its name makes it the last of the BEFORE triggers, so it sees the text that the others leave.
             ('clear', CASE WHEN autoembed._clears(pipeline) THEN 'BEFORE UPDATE ON %s FOR EACH ROW' END)
         ) AS t(name, definition)
@@ -84,9 +88,83 @@ BEGIN
                            pipeline.table_id, autoembed._trigger_name(pipeline.id, _name));
         END IF;
     END LOOP;
+    PERFORM autoembed._build_partition_triggers(pipeline);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._build_triggers IS 'Makes the triggers of a pipeline. Replaces those that exist.';
+
+CREATE OR REPLACE FUNCTION autoembed._follow_truncate()
+    RETURNS trigger
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _pipeline record;
+BEGIN
+    FOR _pipeline IN
+        SELECT p.id, to_regprocedure(format('autoembed._erase_%s(text[], regclass)', p.id)) IS NOT NULL AS is_beside
+        FROM pg_partition_ancestors(TG_RELID) AS a(relid)
+        JOIN autoembed.pipeline AS p ON p.table_id = a.relid AND p.managed
+        WHERE a.relid <> TG_RELID
+        ORDER BY p.id
+    LOOP
+        IF _pipeline.is_beside THEN
+            EXECUTE format('SELECT autoembed._erase_%s(NULL, $1)', _pipeline.id) USING TG_RELID::regclass;
+        END IF;
+        INSERT INTO autoembed._job (due_at, message)
+        VALUES (clock_timestamp(), jsonb_build_object('pipeline', _pipeline.id, 'recorded_after', ''));
+    END LOOP;
+    RETURN NULL;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._follow_truncate IS
+    'Deletes the embeddings beside the rows of a partition that is truncated, and has a lane find which of the rows '
+    'with records are gone.';
+
+CREATE OR REPLACE FUNCTION autoembed._partition_triggers(pipeline autoembed.pipeline)
+    RETURNS TABLE (relid regclass, state "char")
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT r.relid, t.tgenabled
+    FROM autoembed._partition_tree(pipeline.table_id) AS r
+    JOIN pg_class AS c ON c.oid = r.relid AND c.relkind = 'r'
+    LEFT JOIN pg_trigger AS t ON t.tgrelid = r.relid AND t.tgname = 'autoembed_truncate'
+    WHERE r.level > 0;
+$sql$;
+COMMENT ON FUNCTION autoembed._partition_triggers IS
+    'The partitions that need a trigger of their own, as a TRUNCATE of one fires none of the whole table. state: that '
+    'of the trigger; NULL: it is missing.';
+
+CREATE OR REPLACE FUNCTION autoembed._build_partition_triggers(pipeline autoembed.pipeline)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _partition record;
+BEGIN
+    FOR _partition IN
+        SELECT t.* FROM autoembed._partition_triggers(pipeline) AS t
+        WHERE pipeline.managed AND t.state IS DISTINCT FROM 'A'
+          AND (t.state IS DISTINCT FROM 'O' OR pipeline.replicated)
+    LOOP
+        IF _partition.state IS NULL THEN
+            EXECUTE format('CREATE TRIGGER autoembed_truncate BEFORE TRUNCATE ON %s '
+                           'EXECUTE FUNCTION autoembed._follow_truncate()', _partition.relid);
+        END IF;
+        IF _partition.state IS NOT NULL OR pipeline.replicated THEN
+            EXECUTE format('ALTER TABLE %s ENABLE %s TRIGGER autoembed_truncate',
+                           _partition.relid, CASE WHEN pipeline.replicated THEN 'ALWAYS' END);
+        END IF;
+    END LOOP;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._build_partition_triggers IS
+    'Makes or enables the triggers of a pipeline on the partitions of its table. All pipelines share them.';
 
 CREATE OR REPLACE FUNCTION autoembed._trigger_problems(pipeline autoembed.pipeline)
     RETURNS TABLE (problem text, cure text)
@@ -105,6 +183,10 @@ AS $sql$
               SELECT pipeline.table_id
           )
         UNION ALL
+        SELECT t.relid, 'autoembed_truncate', t.state
+        FROM autoembed._partition_triggers(pipeline) AS t
+        WHERE pipeline.managed AND t.state IS NOT NULL
+        UNION ALL
         SELECT t.tgrelid, t.tgname, t.tgenabled FROM autoembed._guide_triggers(pipeline) AS t WHERE NOT pipeline.managed
     )
     SELECT format('no trigger for %s', e.event), NULL
@@ -115,6 +197,10 @@ AS $sql$
           SELECT FROM found AS f
           WHERE f.tgrelid = pipeline.table_id AND f.tgname = autoembed._trigger_name(pipeline.id, e.event)
       )
+    UNION ALL
+    SELECT format('no trigger for truncate on partition %s', t.relid), NULL
+    FROM autoembed._partition_triggers(pipeline) AS t
+    WHERE pipeline.managed AND t.state IS NULL
     UNION ALL
     SELECT m.problem, m.cure FROM autoembed._missing_guide_triggers(pipeline) AS m WHERE NOT pipeline.managed
     UNION ALL
@@ -157,11 +243,21 @@ AS $sql$
     JOIN pg_trigger AS t ON t.tgfoid = f.oid AND t.tgparentid = 0
     WHERE (_stray_triggers.table_id IS NULL OR t.tgrelid = _stray_triggers.table_id)
       AND NOT EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.id = f.id AND p.table_id = t.tgrelid)
-    ORDER BY t.tgrelid, t.tgname;
+    UNION ALL
+    SELECT t.tgrelid, t.tgname, NULL
+    FROM pg_trigger AS t
+    WHERE t.tgfoid = 'autoembed._follow_truncate()'::regprocedure
+      AND (_stray_triggers.table_id IS NULL OR t.tgrelid = _stray_triggers.table_id)
+      AND NOT EXISTS (
+          SELECT FROM pg_partition_ancestors(t.tgrelid) AS a(relid)
+          JOIN autoembed.pipeline AS p ON p.table_id = a.relid AND p.managed
+          WHERE a.relid <> t.tgrelid
+      )
+    ORDER BY 1, 2;
 $sql$;
 COMMENT ON FUNCTION autoembed._stray_triggers IS
-    'The triggers that a dump of a table or of a schema alone has brought without their pipeline: those of a table, or '
-    'all.';
+    'The triggers that have no pipeline: a dump of a table or of a schema alone has brought them, or a partition has '
+    'left. Those of a table, or all.';
 
 CREATE OR REPLACE FUNCTION autoembed._drop_stray_triggers(table_id regclass)
     RETURNS integer

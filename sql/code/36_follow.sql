@@ -369,6 +369,7 @@ BEGIN
         TG_OP = 'INSERT'
         OR autoembed._clears(NEW) <> autoembed._clears(OLD)
         OR NEW.on_change <> OLD.on_change
+        OR NEW.embeddings_table IS DISTINCT FROM OLD.embeddings_table
         OR EXISTS (SELECT FROM autoembed._trigger_problems(NEW))
     ) THEN
         PERFORM autoembed._build_triggers(NEW);
@@ -496,6 +497,9 @@ BEGIN
     DELETE FROM autoembed.text_document AS d WHERE d.pipeline_id = OLD.id;
     DELETE FROM autoembed.text_segment AS s WHERE s.pipeline_id = OLD.id;
     PERFORM autoembed._drop_functions(OLD.id, true);
+    PERFORM autoembed._drop_stray_triggers(t.relid)
+    FROM autoembed._partition_tree(OLD.table_id) AS t
+    WHERE t.level > 0;
     PERFORM autoembed._unschedule('index-' || OLD.id);
     FOR _trigger IN
         SELECT t.tgname FROM autoembed._guide_triggers(OLD) AS t WHERE t.tgrelid = OLD.table_id
@@ -1128,10 +1132,21 @@ BEGIN
     -- sees such a change.
     IF text_changed OR _changed <> '{}'
        OR _before.table_shape ->> 'type' <> _shape ->> 'type'
-       OR NOT _before.table_shape -> 'partitions' @> (_shape -> 'partitions') THEN
+       OR EXISTS (
+           SELECT FROM jsonb_array_elements(_shape -> 'partitions') AS n(id)
+           WHERE NOT _before.table_shape -> 'partitions' @> n.id
+             AND NOT autoembed._is_empty(n.id::bigint::oid::regclass)
+       ) THEN
         PERFORM autoembed._backfill(ARRAY[_after.id]);
     END IF;
+    IF _shape -> 'partitions' <> _before.table_shape -> 'partitions' AND _after.built_from IS DISTINCT FROM 'stopped' THEN
+        PERFORM autoembed._build_partition_triggers(_after);
+    END IF;
     IF NOT _shape -> 'partitions' @> (_before.table_shape -> 'partitions') THEN
+        PERFORM autoembed._drop_stray_triggers(c.oid)
+        FROM jsonb_array_elements(_before.table_shape -> 'partitions') AS o(id)
+        JOIN pg_class AS c ON c.oid = o.id::bigint::oid
+        WHERE NOT _shape -> 'partitions' @> o.id;
         -- A partition has taken rows away. A lane finds the others.
         INSERT INTO autoembed._job (due_at, message)
         VALUES (clock_timestamp(), jsonb_build_object('pipeline', _after.id, 'recorded_after', ''));

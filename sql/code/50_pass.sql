@@ -370,11 +370,22 @@ AS $sql$
         'pipeline', _queue_recorded.pipeline_id, 'recorded_after', max(n.key)
     )
     FROM next AS n
-    HAVING count(*) = 10000;
+    HAVING count(*) = 10000
+    UNION ALL
+    -- Those that are there have one more try.
+    SELECT clock_timestamp(), jsonb_build_object(
+        'pipeline', _queue_recorded.pipeline_id, 'keys', jsonb_agg(n.key::jsonb), 'attempts', 4
+    )
+    FROM (
+        SELECT f.key, row_number() OVER () AS number
+        FROM autoembed.failure AS f
+        WHERE f.pipeline_id = _queue_recorded.pipeline_id AND f.key IS NOT NULL AND after = ''
+    ) AS n
+    GROUP BY (n.number - 1) / autoembed._keys_per_message();
 $sql$;
 COMMENT ON FUNCTION autoembed._queue_recorded IS
     'Queues the next rows of which a pipeline has records, in the order of their keys, and a message for those behind '
-    'them. Lanes delete the records and embeddings of those that are gone.';
+    'them; first of all the rows that have failed. Lanes delete the records and embeddings of those that are gone.';
 
 CREATE OR REPLACE FUNCTION autoembed._fail(pipeline_id integer, key text, reason text, attempts integer, excerpt text)
     RETURNS void

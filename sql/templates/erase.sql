@@ -1,6 +1,6 @@
--- Deletes the embeddings of rows by key; NULL: of all rows. Runs as the table's owner, in the statement that deletes
--- the rows or changes their keys.
-CREATE FUNCTION autoembed._erase_{{id}}(keys text[])
+-- Deletes the embeddings of rows by key; NULL: of all rows, or of those of a partition. Runs as the table's owner, in the
+-- statement that deletes the rows or changes their keys.
+CREATE FUNCTION autoembed._erase_{{id}}(keys text[], part pg_catalog.regclass DEFAULT NULL)
     RETURNS void
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -10,7 +10,9 @@ CREATE FUNCTION autoembed._erase_{{id}}(keys text[])
 AS $body$
 #variable_conflict use_column
 BEGIN
-    IF keys IS NULL THEN
+    IF part IS NOT NULL THEN
+        EXECUTE pg_catalog.format({{erase_part}}, part);
+    ELSIF keys IS NULL THEN
         BEGIN
             LOCK TABLE {{embeddings_table}} IN ACCESS EXCLUSIVE MODE NOWAIT;
             TRUNCATE {{embeddings_table}};

@@ -656,7 +656,8 @@ def test_truncate_queues_that_the_table_was_emptied(table: Table, changes: Conne
     """If the rows' digests outlive them, rows that come again with the same keys and texts are not embedded."""
     table.run("TRUNCATE {table}")
     messages = changes.execute("SELECT message - 'pipeline' AS rest FROM pgmq.q_embedding_jobs").fetchall()
-    assert messages == [({"truncated": True},)]
+    # Each partition has a look for itself, too.
+    assert [row.rest for row in messages if "recorded_after" not in row.rest] == [{"truncated": True}]
 
     keys = change(table, changes, lambda table: table.insert((0, "red"), (2, "blue")))
 

@@ -14,7 +14,7 @@ import psycopg
 import pytest
 
 from fake_api import FakeApi, embedding_of
-from harness import GUIDE_TABLE, GUIDE_TRIGGERS, Connection, Server, insert, is_settled
+from harness import GUIDE_TABLE, GUIDE_TRIGGERS, Connection, Server, insert, is_settled, waiting
 from waiting import wait_until
 
 Connect = Callable[..., Connection]
@@ -617,3 +617,28 @@ def test_lanes_that_run_while_a_restore_loads_in_parallel_lose_no_row(
 
     assert calls
     assert copy.execute("SELECT count(*) AS rows, count(embedding) AS vectors FROM notes").fetchone() == (3000, 3000)
+
+
+@pytest.mark.parametrize("jobs", ["", "--jobs=4"])
+def test_a_restored_table_follows_the_truncate_of_a_partition(db: Connection, restored: Restore, jobs: str) -> None:
+    db.execute("SELECT autoembed.create_model('test', 'fake', 8), autoembed.set_default_model('test')")
+    for table in ("notes", "pages"):
+        db.execute(f"CREATE TABLE {table} (id int PRIMARY KEY, body text) PARTITION BY RANGE (id)")
+        for number in range(8):
+            part = f"{table}_{number} PARTITION OF {table} FOR VALUES FROM ({10 * number}) TO ({10 * number + 10})"
+            db.execute(f"CREATE TABLE {part}")
+        db.execute(f"SELECT autoembed.enable('{table}', content_columns => '{{body}}')")
+        db.execute(f"INSERT INTO {table} SELECT n, 'word ' || n FROM generate_series(0, 79) AS n")
+    while db.execute("SELECT read FROM autoembed.process()").fetchone() != (0,):
+        pass
+
+    copy = restored("-Fd", jobs)
+    copy.execute("TRUNCATE notes_1, pages_7")
+
+    problems = "SELECT FROM autoembed.pipeline AS p CROSS JOIN LATERAL autoembed._trigger_problems(p) AS t"
+    assert copy.execute(problems).fetchall() == []
+    for table in ("notes", "pages"):
+        assert copy.execute(f"SELECT count(*) FROM {table}_embeddings").fetchone() == (70,)
+    while waiting(copy):
+        copy.execute("SELECT autoembed.process()")
+    assert copy.execute("SELECT count(*) FROM autoembed.embedded").fetchone() == (140,)

@@ -13,7 +13,8 @@ LEAVE = {
     "DETACH CONCURRENTLY": "ALTER TABLE notes DETACH PARTITION odd CONCURRENTLY",
     "DROP": "DROP TABLE odd",
     "DROP of a subtree": "ALTER TABLE notes DETACH PARTITION odd; DROP TABLE odd",
-    "TRUNCATE": "TRUNCATE odd; SELECT autoembed.resync('notes')",
+    "TRUNCATE": "TRUNCATE odd",
+    "TRUNCATE and DROP": "BEGIN; TRUNCATE odd; DROP TABLE odd; COMMIT",
     "DELETE without triggers": (
         "SET session_replication_role = replica; DELETE FROM odd; RESET session_replication_role;"
         " SELECT autoembed.resync('notes')"
@@ -75,3 +76,94 @@ def test_more_records_than_a_lane_looks_at_in_one_step(notes: Connection) -> Non
         process(notes)
 
     assert status(notes).embedded == ROWS
+
+
+LATER = {
+    "created": "CREATE TABLE later PARTITION OF notes FOR VALUES IN (2)",
+    "created in a schema": "CREATE SCHEMA later CREATE TABLE later PARTITION OF public.notes FOR VALUES IN (2)",
+    "attached": (
+        "CREATE TABLE later (id int, side int, content text, embedding halfvec(8), PRIMARY KEY (id, side));"
+        " ALTER TABLE notes ATTACH PARTITION later FOR VALUES IN (2)"
+    ),
+    "in a subtree": (
+        "CREATE TABLE more PARTITION OF notes FOR VALUES IN (2, 3) PARTITION BY LIST (side);"
+        " CREATE TABLE later PARTITION OF more FOR VALUES IN (2)"
+    ),
+    "attached in a subtree": (
+        "CREATE TABLE more (id int, side int, content text, embedding halfvec(8), PRIMARY KEY (id, side))"
+        " PARTITION BY LIST (side); CREATE TABLE later PARTITION OF more FOR VALUES IN (2);"
+        " ALTER TABLE notes ATTACH PARTITION more FOR VALUES IN (2, 3)"
+    ),
+}
+LATER_LEAVES = {
+    "TRUNCATE": "TRUNCATE {later}",
+    "DETACH": "ALTER TABLE {parent} DETACH PARTITION {later}",
+    "DROP": "DROP TABLE {later}",
+}
+
+
+@pytest.mark.parametrize("way", LATER_LEAVES)
+@pytest.mark.parametrize("comes", LATER)
+def test_a_partition_that_comes_later_is_followed_like_the_others(notes: Connection, comes: str, way: str) -> None:
+    has_column = status(notes).embeddings_table is None
+    statement = LATER[comes] if has_column else LATER[comes].replace(" embedding halfvec(8),", "")
+    notes.execute(statement.encode())
+    notes.execute("INSERT INTO notes SELECT n, 2, 'word ' || n FROM generate_series(101, 105) AS n")
+    while status(notes).state != "idle":
+        process(notes)
+    assert status(notes).embedded == ROWS + 5
+
+    later = "later.later" if "schema" in comes else "later"
+    parent = "more" if "subtree" in comes else "notes"
+    notes.execute(LATER_LEAVES[way].format(later=later, parent=parent).encode())
+    while status(notes).state != "idle":
+        process(notes)
+
+    assert status(notes).embedded == ROWS
+    if status(notes).embeddings_table:
+        assert one(notes, "SELECT count(*) AS n FROM notes_embeddings").n == ROWS
+
+
+def truncating_triggers(db: Connection) -> list[str]:
+    rows = db.execute(
+        "SELECT t.tgrelid::regclass::text AS name FROM pg_trigger AS t WHERE t.tgname = 'autoembed_truncate' ORDER BY 1"
+    )
+    return [row.name for row in rows]
+
+
+def test_a_partition_that_has_left_keeps_no_trigger(notes: Connection) -> None:
+    notes.execute("ALTER TABLE notes DETACH PARTITION odd")
+    assert truncating_triggers(notes) == ["even"]
+
+    notes.execute("SELECT autoembed.disable('notes')")
+    assert truncating_triggers(notes) == []
+
+
+def test_a_partition_that_is_truncated_loses_its_embeddings_at_once(notes: Connection) -> None:
+    notes.execute("TRUNCATE odd")
+
+    if status(notes).embeddings_table:
+        assert one(notes, "SELECT count(*) AS n, min(side) AS side FROM notes_embeddings") == (ROWS / 2, 0)
+    notes.execute("TRUNCATE notes")
+    process(notes)
+    assert (status(notes).embedded, status(notes).state) == (0, "idle")
+
+
+def test_a_failed_row_of_a_partition_that_is_truncated_is_off_the_list(notes: Connection) -> None:
+    notes.execute(
+        "INSERT INTO autoembed.failure (pipeline_id, key, error_class, reason, attempts)"
+        " SELECT p.id, '[101,1]', 'row', 'too long', 5 FROM autoembed.pipeline AS p"
+    )
+    notes.execute("TRUNCATE odd")
+    process(notes)
+
+    assert notes.execute("SELECT key FROM autoembed.failed").fetchall() == []
+
+
+def test_a_lost_trigger_of_a_partition_is_named_and_made_again(notes: Connection) -> None:
+    notes.execute("DROP TRIGGER autoembed_truncate ON odd")
+
+    triggers = "SELECT ok, finding FROM autoembed.doctor() WHERE subject LIKE 'triggers of%'"
+    assert one(notes, triggers) == (False, "no trigger for truncate on partition public.odd")
+    notes.execute("SELECT autoembed.resync('notes')")
+    assert one(notes, triggers).ok

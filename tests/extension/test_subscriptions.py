@@ -91,3 +91,25 @@ def test_a_subscription_that_comes_later_is_named_and_followed(publisher: Connec
     wait_for(subscriber, ["before", "after"])
     assert embedded(subscriber) == [1, 2]
     assert triggers(subscriber) == (True, "in place", None)
+
+
+def test_a_subscription_truncates_a_partition(publisher: Connection, subscriber: Connection) -> None:
+    for db in (publisher, subscriber):
+        db.execute("CREATE TABLE parts (id int PRIMARY KEY, body text) PARTITION BY RANGE (id)")
+        db.execute("CREATE TABLE low PARTITION OF parts FOR VALUES FROM (0) TO (100)")
+        db.execute("CREATE TABLE high PARTITION OF parts FOR VALUES FROM (100) TO (200)")
+    publisher.execute("ALTER PUBLICATION notes ADD TABLE parts")
+    subscribe(subscriber)
+    subscriber.execute("SELECT autoembed.enable('parts', content_columns => '{body}')")
+    publisher.execute("INSERT INTO parts SELECT n, 'part ' || n FROM generate_series(98, 101) AS n")
+    count = "SELECT count(*) AS n FROM parts_embeddings"
+
+    def embedded_parts() -> tuple[int, ...] | None:
+        subscriber.execute("SELECT autoembed.process()")
+        return subscriber.execute(count).fetchone()
+
+    wait_until(lambda: embedded_parts() == (4,), 30)
+    publisher.execute("TRUNCATE high")
+
+    wait_until(lambda: subscriber.execute(count).fetchone() == (2,), 30)
+    wait_until(lambda: embedded_parts() and subscriber.execute("SELECT FROM autoembed.embedded").rowcount == 2, 30)
