@@ -691,10 +691,34 @@ class Database:
         with self._owners_code(user=table["owner"], seconds=CALLER_SECONDS):
             plpy.execute(statement)
 
-    def plan(self, pipeline_id: int) -> None:
+    def plan(self, pipeline_id: int, max_seconds: float | None) -> None:
         """Has PostgreSQL plan the reading of a pipeline's texts; RowError if that fails."""
-        with self._owners_code(undone=True, seconds=CALLER_SECONDS):
+        with self._owners_code(undone=True, seconds=CALLER_SECONDS if max_seconds is None else max_seconds):
             self._run(f"SELECT FROM autoembed._content_{pipeline_id}('{{}}', 0, 0)")
+
+    def plan_again(self, pipeline_id: int) -> RowError | None:
+        """Notes whether PostgreSQL still plans the reading of a pipeline's texts. Returns a cancel that came meanwhile.
+
+        If it does not, the pipeline is blocked.
+        """
+        problem = None
+        try:
+            self.plan(pipeline_id, OWNER_SECONDS)
+        except RowError as error:
+            if error.cancels:
+                return error
+            if error.locked or error.slow:
+                return None
+            problem = storable(str(error))
+        with _left_if_locked():
+            [row] = self._run(
+                "SELECT autoembed._note_plan($1, $2) AS is_new",
+                ["pg_catalog.int4", "pg_catalog.text"],
+                [pipeline_id, problem],
+            )
+            if row["is_new"] and self._commits:
+                self.warn_of_blocked_pipelines([])
+        return None
 
     def digests(self, pipeline: Pipeline, keys: Sequence[str]) -> dict[str, Known]:
         """The records of these rows, by key."""

@@ -125,12 +125,12 @@ def scores(query: str, passages: list[str], model_name: str, definition: str) ->
     return {"scores": json.loads(kept), "trouble": None}
 
 
-def plan(pipeline_id: int) -> dict[str, Any]:
+def plan(pipeline_id: int, max_seconds: float | None) -> dict[str, Any]:
     """The faults of the SQL by which a pipeline's texts are read: the columns of autoembed._plan()."""
     try:
-        database.Database(commits=False).plan(pipeline_id)
+        database.Database(commits=False).plan(pipeline_id, max_seconds)
     except RowError as error:
-        return {"problem": None if error.locked else str(error), "errcode": error.sqlstate}
+        return {"problem": None if error.locked or error.slow else str(error), "errcode": error.sqlstate}
     return {"problem": None, "errcode": None}
 
 

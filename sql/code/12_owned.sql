@@ -13,7 +13,12 @@ COMMENT ON FUNCTION autoembed._output_settings IS
     'The settings under which texts and keys are written and conditions are read, so that they do not depend on the '
     'session.';
 
-CREATE OR REPLACE FUNCTION autoembed._plan(pipeline_id integer, OUT problem text, OUT errcode text)
+CREATE OR REPLACE FUNCTION autoembed._plan(
+    pipeline_id integer,
+    max_seconds double precision,
+    OUT problem text,
+    OUT errcode text
+)
     LANGUAGE plpython3u
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
@@ -21,10 +26,11 @@ AS $python$
     if GD.get("autoembed") != "@BUILD@":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import doors
-    return doors.plan(pipeline_id)
+    return doors.plan(pipeline_id, max_seconds)
 $python$;
 COMMENT ON FUNCTION autoembed._plan IS
-    'Plans the reading of a pipeline''s texts with its owner''s rights. problem: why that fails; NULL if it does not.';
+    'Plans the reading of a pipeline''s texts with its owner''s rights. problem: why that fails; NULL if it does not, '
+    'or if a lock or the time does not let it be known: then errcode says so. max_seconds: NULL: as long as it takes.';
 
 CREATE OR REPLACE FUNCTION autoembed._as_owner(table_id regclass, query text)
     RETURNS jsonb

@@ -328,6 +328,8 @@ BEGIN
         ),
         'managed', pipeline.managed,
         'on_change', pipeline.on_change,
+        -- A plan that a session keeps knows the old names of enum values, and hides that the condition has them.
+        'labels', CASE WHEN _runs_owners_code THEN pipeline.table_shape -> 'labels' END,
         -- PL/pgSQL refuses a row whose columns have other types than at its first call in a session.
         'column_types', (
             SELECT jsonb_object_agg(a.attname, format_type(a.atttypid, a.atttypmod))

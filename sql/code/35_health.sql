@@ -19,7 +19,15 @@ DECLARE
         ORDER BY c.position
     );
 BEGIN
-    IF missing = ANY (pipeline.key_columns) AND pipeline.embeddings_table IS NOT NULL THEN
+    IF missing IS NULL AND pipeline.condition IS NOT NULL THEN
+        RETURN format('Give the condition again: SELECT autoembed.alter_pipeline(%s%s, condition => …); or undo the '
+                      'change that it does not fit.', _table, _column);
+    ELSIF missing IS NULL AND pipeline.content_function IS NOT NULL THEN
+        RETURN format('Give the function another body: CREATE OR REPLACE FUNCTION %s(%s) RETURNS text …; or undo the '
+                      'change that it does not fit.', pipeline.content_function_id, pipeline.table_id);
+    ELSIF missing IS NULL THEN
+        RETURN 'Undo the change that has caused it. Lanes go on within ten seconds.';
+    ELSIF missing = ANY (pipeline.key_columns) AND pipeline.embeddings_table IS NOT NULL THEN
         RETURN format('Attach the table by its new key, which embeds all rows again: '
                       'SELECT autoembed.disable(%s%s, drop => true); SELECT autoembed.enable(%s, …);',
                       _table, _column, _table);
@@ -46,7 +54,7 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._continue_advice IS
-    'The advice on how a pipeline goes on that has lost a column.';
+    'The advice on how a pipeline goes on that has lost a column; missing NULL: whose texts cannot be read.';
 
 CREATE OR REPLACE FUNCTION autoembed._without_replica_identity(table_id regclass)
     RETURNS regclass
@@ -526,9 +534,14 @@ BEGIN
     IF _missing IS NOT NULL THEN
         problem := format('the condition on table %s uses %s, which is gone or has another name',
                           pipeline.table_id, _missing);
-        hint := format('Bring it back, or give the condition again: '
-                       'SELECT autoembed.alter_pipeline(%L, condition => …).',
-                       pipeline.table_id);
+        hint := autoembed._continue_advice(pipeline, NULL);
+        errcode := 'waits';
+        RETURN;
+    END IF;
+
+    IF pipeline.plan_problem IS NOT NULL THEN
+        problem := format('the texts of table %s cannot be read: %s', pipeline.table_id, pipeline.plan_problem);
+        hint := autoembed._continue_advice(pipeline, NULL);
         errcode := 'waits';
         RETURN;
     END IF;

@@ -258,6 +258,8 @@ BEGIN
     IF _check.errcode <> 'waits' THEN
         RAISE EXCEPTION USING MESSAGE = _check.problem, HINT = _check.hint, ERRCODE = _check.errcode;
     END IF;
+    -- _defined() plans it again.
+    NEW.plan_problem := NULL;
     -- The former shape stays, because _follow_one() finds changes by it.
     IF TG_OP = 'INSERT' OR NEW.embeddings_table IS DISTINCT FROM OLD.embeddings_table THEN
         NEW.table_shape := autoembed._table_shape(NEW);
@@ -354,10 +356,14 @@ BEGIN
     PERFORM autoembed._build_pipeline(NEW.id);
     -- PostgreSQL plans the statements of a lane, under the guards of a lane.
     IF autoembed._missing_object(NEW) IS NULL THEN
-        SELECT p.* INTO _plan FROM autoembed._plan(NEW.id) AS p;
+        SELECT p.* INTO _plan FROM autoembed._plan(NEW.id, NULL) AS p;
         IF _plan.problem IS NOT NULL THEN
             RAISE EXCEPTION USING MESSAGE = _plan.problem, ERRCODE = _plan.errcode;
         END IF;
+    END IF;
+    IF TG_OP = 'UPDATE' AND OLD.plan_problem IS NOT NULL THEN
+        -- It goes on. Rows may fulfil the condition by now that did not, and the other way round.
+        PERFORM autoembed._backfill(ARRAY[NEW.id]);
     END IF;
     IF TG_OP = 'INSERT' AND NEW.adopts THEN
         -- The rows are read before the triggers lock the table against writes. What changes meanwhile has another
@@ -1032,6 +1038,87 @@ COMMENT ON FUNCTION autoembed._forget_old_keys IS
     'Deletes the digests, the indexed texts and the embeddings of rows whose key is written in another way since the '
     'type of a key column has changed.';
 
+CREATE OR REPLACE FUNCTION autoembed._note_plan(pipeline_id integer, problem text)
+    RETURNS boolean
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _before text;
+BEGIN
+    SELECT p.plan_problem INTO _before
+    FROM autoembed.pipeline AS p
+    WHERE p.id = _note_plan.pipeline_id AND (p.plan_problem IS NOT NULL OR problem IS NOT NULL)
+    -- A tenant may have locked the row. Another look comes.
+    FOR NO KEY UPDATE SKIP LOCKED;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    UPDATE autoembed.pipeline AS p
+    SET plan_problem = left(problem, 1000), planned_at = clock_timestamp(),
+        -- The same problem is told again when it comes again.
+        warned_of = CASE WHEN problem IS NOT NULL THEN p.warned_of END
+    WHERE p.id = _note_plan.pipeline_id;
+    IF problem IS NULL THEN
+        -- Rows may fulfil the condition by now that did not, and the other way round.
+        PERFORM autoembed._backfill(ARRAY[_note_plan.pipeline_id]);
+    END IF;
+    RETURN left(problem, 1000) IS DISTINCT FROM _before;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._note_plan IS
+    'Notes why PostgreSQL refuses to plan the reading of a pipeline''s texts, which stops it; NULL: it does not, and '
+    'its rows are scanned if it did. Returns whether that is new.';
+
+CREATE OR REPLACE FUNCTION autoembed._plan_again(pipeline_id integer, max_seconds double precision)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _plan record;
+BEGIN
+    SELECT p.* INTO _plan FROM autoembed._plan(pipeline_id, max_seconds) AS p;
+    -- A lock, a cancel, or code that takes too long tells nothing.
+    IF _plan.errcode IS NULL OR _plan.problem IS NOT NULL AND _plan.errcode <> '57014' THEN
+        PERFORM autoembed._note_plan(pipeline_id, _plan.problem);
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._plan_again IS
+    'Stops a pipeline whose texts PostgreSQL cannot plan to read, and has it go on once it can.';
+
+CREATE OR REPLACE FUNCTION autoembed._plan_stopped()
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _id integer;
+BEGIN
+    -- One at a time, and briefly: the code of its owner holds up the lane.
+    UPDATE autoembed.pipeline AS p
+    SET planned_at = clock_timestamp()
+    WHERE p.id = (
+        SELECT q.id FROM autoembed.pipeline AS q
+        WHERE q.plan_problem IS NOT NULL AND q.planned_at < clock_timestamp() - interval '10 seconds'
+        ORDER BY q.planned_at
+        LIMIT 1
+        FOR NO KEY UPDATE SKIP LOCKED
+    )
+    RETURNING p.id INTO _id;
+    IF FOUND THEN
+        PERFORM autoembed._plan_again(_id, 0.1);
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._plan_stopped IS
+    'Looks whether a pipeline whose texts could not be read can go on: a change of rights, a cast or an operator tells '
+    'no trigger.';
+
 CREATE OR REPLACE FUNCTION autoembed._follow_one(
     pipeline_id integer,
     text_changed boolean,
@@ -1100,6 +1187,8 @@ BEGIN
         _after.id := autoembed._take_key(_after, _key);
         SELECT p.* INTO STRICT _after FROM autoembed.pipeline AS p WHERE p.id = _after.id;
     END IF;
+    -- It is planned again below.
+    _after.plan_problem := NULL;
     SELECT c.* INTO _check FROM autoembed._check_pipeline(_after) AS c;
     IF _check.errcode IN ('undefined_column', 'duplicate_object') THEN
         -- The trigger of a lost column would refuse writes.
@@ -1114,6 +1203,12 @@ BEGIN
     ELSE
         -- A trigger made for other names would refuse writes. Its function is made even if the pipeline waits.
         PERFORM autoembed._build_pipeline(_after.id);
+    END IF;
+    -- In a restore, what the owner's code needs may be yet to come.
+    IF _check.problem IS NULL AND num_nonnulls(_after.condition, _after.content_function) > 0
+       AND current_setting('check_function_bodies')::boolean THEN
+        -- An owner's code holds up nobody's migration.
+        PERFORM autoembed._plan_again(_after.id, coalesce(max_seconds, 5));
     END IF;
     SELECT coalesce(array_agg(coalesce(_shape -> 'columns' ->> a.key, a.key)), '{}') INTO _changed
     FROM (VALUES ('contents'), ('labels')) AS f(fact)
@@ -1159,8 +1254,8 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._follow_one IS
     'Has a pipeline follow what has changed of its table: names, owner, types, key and partitions. One that has lost a '
-    'column is stopped, and goes on when it can. text_changed: texts may have changed, so rows are scanned. '
-    'max_seconds: for a statement that reads the table; NULL: as long as it takes.';
+    'column, or whose texts cannot be read any more, is stopped, and goes on when it can. text_changed: texts may have '
+    'changed, so rows are scanned. max_seconds: for a statement that reads the table; NULL: as long as it takes.';
 
 CREATE OR REPLACE FUNCTION autoembed._follow(ids integer[], text_changed boolean DEFAULT false)
     RETURNS void
@@ -1350,6 +1445,7 @@ CREATE OR REPLACE FUNCTION autoembed._follow_functions()
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
+    SET quote_all_identifiers = off
 AS $plpgsql$
 DECLARE
     _ids integer[];
@@ -1403,10 +1499,22 @@ BEGIN
     ) AS f
     WHERE p.id = ANY (_ids) AND f.objid IN (autoembed._content_function_of(p), autoembed._chunk_function_of(p))
     HAVING count(*) > 0;
+    -- PostgreSQL may choose a function of other arguments in a condition than before.
+    PERFORM autoembed._follow_others(array_agg(w.id ORDER BY w.id), TG_TAG = 'CREATE FUNCTION' AND w.is_it)
+    FROM (
+        SELECT p.id, bool_or(d.object_identity = o.key OR d.objid::text = o.value ->> 'oid') AS is_it
+        FROM pg_event_trigger_ddl_commands() AS d
+        JOIN autoembed.pipeline AS p ON d.classid = 'pg_proc'::regclass AND p.condition_objects <> '{}'
+        CROSS JOIN LATERAL jsonb_each(p.condition_objects) AS o
+        WHERE split_part(o.key, '(', 1) = split_part(d.object_identity, '(', 1) OR d.objid::text = o.value ->> 'oid'
+        GROUP BY p.id
+    ) AS w
+    GROUP BY w.is_it;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._follow_functions IS
-    'Has pipelines follow changes of the functions that give and cut their texts. A new body may give other texts.';
+    'Has pipelines follow changes of the functions that give and cut their texts, and of those in their conditions. A '
+    'new body may give other texts.';
 
 CREATE OR REPLACE FUNCTION autoembed._follow_drops()
     RETURNS event_trigger

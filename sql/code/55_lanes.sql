@@ -103,6 +103,7 @@ AS $plpgsql$
 BEGIN
     PERFORM autoembed._drop_orphaned_pipelines();
     PERFORM autoembed._finish_backfills();
+    PERFORM autoembed._plan_stopped();
     PERFORM autoembed._fold_usage();
     WITH dead AS (
         DELETE FROM autoembed.lane AS l

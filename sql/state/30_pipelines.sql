@@ -39,6 +39,8 @@ CREATE TABLE autoembed.pipeline (
     chunk_function_oid oid,
     chunk_prefix text,
     binary_index boolean NOT NULL DEFAULT false,
+    plan_problem text,
+    planned_at timestamptz,
     CONSTRAINT pipeline_embedding_column_key UNIQUE NULLS NOT DISTINCT (table_id, embeddings_table, embedding_column),
     CHECK (num_nonnulls(content_columns, content_template, content_function) = 1),
     CHECK ((chunking = 'function') = (chunk_function IS NOT NULL))
@@ -113,6 +115,9 @@ COMMENT ON COLUMN autoembed.pipeline.chunk_prefix IS
     'The text with columns in braces that each chunk is embedded behind; NULL: none.';
 COMMENT ON COLUMN autoembed.pipeline.binary_index IS
     'Whether the index that create_index builds has one bit for each dimension.';
+COMMENT ON COLUMN autoembed.pipeline.plan_problem IS
+    'The error with which PostgreSQL refuses to plan the reading of its rows; NULL: none is known.';
+COMMENT ON COLUMN autoembed.pipeline.planned_at IS 'When that was last looked at.';
 
 -- Lanes read a definition in each pass, and nothing interrupts that. Older definitions are not looked at: none keeps a
 -- database from its update.

@@ -76,6 +76,8 @@ ALTER TABLE autoembed.pipeline ADD COLUMN chunk_function text;
 ALTER TABLE autoembed.pipeline ADD COLUMN chunk_function_oid oid;
 ALTER TABLE autoembed.pipeline ADD COLUMN chunk_prefix text;
 ALTER TABLE autoembed.pipeline ADD COLUMN binary_index boolean NOT NULL DEFAULT false;
+ALTER TABLE autoembed.pipeline ADD COLUMN plan_problem text;
+ALTER TABLE autoembed.pipeline ADD COLUMN planned_at timestamptz;
 ALTER TABLE autoembed.pipeline ADD CHECK ((chunking = 'function') = (chunk_function IS NOT NULL));
 -- Lanes read a definition in each pass, and nothing interrupts that. Older definitions are not looked at: none keeps a
 -- database from its update.
@@ -87,6 +89,9 @@ ALTER TABLE autoembed.pipeline ADD CONSTRAINT pipeline_definition_is_short CHECK
     AND octet_length(condition_columns::text) <= 100000
     AND octet_length(condition_objects::text) <= 100000
 ) NOT VALID;
+COMMENT ON COLUMN autoembed.pipeline.plan_problem IS
+    'The error with which PostgreSQL refuses to plan the reading of its rows; NULL: none is known.';
+COMMENT ON COLUMN autoembed.pipeline.planned_at IS 'When that was last looked at.';
 COMMENT ON COLUMN autoembed.pipeline.warned_of IS
     'The problem that the server''s log was last told of. NULL: none since the last one was over.';
 COMMENT ON COLUMN autoembed.pipeline.stale_since IS

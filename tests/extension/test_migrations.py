@@ -322,6 +322,32 @@ STOPPED = {
         "SELECT autoembed.alter_pipeline('public.t', condition => '')",
         TEXT,
     ),
+    "a column of the condition gets another type": (
+        "SELECT autoembed.alter_pipeline('t', condition => 'c > 0'); ALTER TABLE t ALTER c TYPE text",
+        "the texts of table public.t cannot be read: operator does not exist: text > integer",
+        "SELECT autoembed.alter_pipeline('public.t', condition => 'c <> ''''')",
+        TEXT,
+    ),
+    "a column of the condition gets another type for a while": (
+        "SELECT autoembed.alter_pipeline('t', condition => 'c > 0'); ALTER TABLE t ALTER c TYPE text",
+        "the texts of table public.t cannot be read: operator does not exist: text > integer",
+        "ALTER TABLE t ALTER c TYPE int USING c::int",
+        TEXT,
+    ),
+    "a value of an enum in the condition is renamed": (
+        "CREATE TYPE mood AS ENUM ('sad', 'glad'); ALTER TABLE t ADD m mood DEFAULT 'glad';"
+        " SELECT autoembed.alter_pipeline('t', condition => 'm = ''glad''');"
+        " ALTER TYPE mood RENAME VALUE 'glad' TO 'happy'",
+        'the texts of table public.t cannot be read: invalid input value for enum mood: "glad"',
+        "SELECT autoembed.alter_pipeline('public.t', condition => 'm = ''happy''')",
+        TEXT,
+    ),
+    "a content function in SQL names a column that is renamed": (
+        f"{F}; SELECT autoembed.alter_pipeline('t', content_function => 'f'); ALTER TABLE t RENAME a TO aa",
+        'the texts of table public.t cannot be read: column "a" not found in data type t',
+        "CREATE OR REPLACE FUNCTION f(t) RETURNS text LANGUAGE sql IMMUTABLE AS $$SELECT $1.aa$$",
+        "aa",
+    ),
 }
 
 
@@ -348,6 +374,98 @@ def test_what_a_pipeline_cannot_do_without_stops_it_and_the_hint_goes_on(t: Conn
 
     assert (status(t).state, status(t).reason) == ("idle", None)
     assert wrong(t, text=text) == []
+
+
+OK = "CREATE OR REPLACE FUNCTION ok(int) RETURNS {} LANGUAGE sql IMMUTABLE AS 'SELECT {}'"
+WITH_VECTOR = "SELECT array_agg(id ORDER BY id) AS ids FROM t WHERE embedding IS NOT NULL"
+
+
+def test_a_function_of_the_condition_that_comes_back_with_another_type_stops_it(t: Connection) -> None:
+    t.execute(OK.format("boolean", "$1 > 5").encode())
+    t.execute("SELECT autoembed.alter_pipeline('t', condition => 'ok(c)')")
+    process(t)
+
+    t.execute("DROP FUNCTION ok")
+    t.execute(OK.format("int", "$1").encode())
+    process(t)
+
+    assert status(t).state == "stopped"
+    assert status(t).reason.endswith("must be type boolean, not type integer")
+    assert t.execute("SELECT reason FROM autoembed.failed").fetchall() == []
+
+    t.execute("DROP FUNCTION ok")
+    t.execute(OK.format("boolean", "$1 > 3").encode())
+    process(t)
+
+    assert (status(t).state, status(t).reason) == ("idle", None)
+    assert one(t, WITH_VECTOR).ids == [*range(4, 11)]
+
+
+def test_another_body_of_a_function_of_the_condition_is_followed(t: Connection) -> None:
+    t.execute(OK.format("boolean", "$1 > 5").encode())
+    t.execute("SELECT autoembed.alter_pipeline('t', condition => 'ok(c)')")
+    process(t)
+
+    t.execute(OK.format("boolean", "$1 > 3").encode())
+    process(t)
+
+    assert one(t, WITH_VECTOR).ids == [*range(4, 11)]
+
+
+UNSEEN = {
+    # A change that no event trigger sees: (what comes before, the change, the reason, the way back).
+    "a right to a function of the condition is taken": (
+        "CREATE SCHEMA s; CREATE FUNCTION s.ok(int) RETURNS boolean LANGUAGE sql IMMUTABLE AS 'SELECT true';"
+        " GRANT USAGE ON SCHEMA s TO {owner}; SELECT autoembed.alter_pipeline('t', condition => 's.ok(c)')",
+        "REVOKE USAGE ON SCHEMA s FROM {owner}",
+        "permission denied for schema s",
+        "GRANT USAGE ON SCHEMA s TO {owner}",
+    ),
+    "a cast in the condition is dropped": (
+        "CREATE TYPE pair AS (x int, y int);"
+        " CREATE FUNCTION pair(int) RETURNS pair LANGUAGE sql IMMUTABLE AS 'SELECT ROW($1, $1)::pair';"
+        " CREATE CAST (int AS pair) WITH FUNCTION pair(int);"
+        " SELECT autoembed.alter_pipeline('t', condition => '(c::pair) IS NOT NULL')",
+        # A session that has a plan goes on with it.
+        "DROP CAST (int AS pair); DISCARD PLANS",
+        "cannot cast type integer to pair",
+        "CREATE CAST (int AS pair) WITH FUNCTION pair(int)",
+    ),
+    "the owner may not read the table": (
+        "SELECT",
+        "REVOKE SELECT ON t FROM {owner}",
+        "permission denied for table t",
+        "GRANT SELECT ON t TO {owner}",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNSEEN)
+def test_a_change_that_nothing_tells_stops_a_pipeline_once_a_row_meets_it(
+    t: Connection, role: Callable[[str], str], case: str
+) -> None:
+    owner = role("owner")
+    before, change, reason, back = (text.format(owner=owner) for text in UNSEEN[case])
+    t.execute(f"ALTER TABLE t OWNER TO {owner}; GRANT USAGE ON SCHEMA public TO {owner}".encode())
+    t.execute(before.encode())
+    process(t)
+    told = Told.by(t)
+
+    t.execute(change.encode())
+    t.execute("UPDATE t SET a = 'changed' WHERE id < 3; INSERT INTO t VALUES (11, 'new', NULL, 11)")
+    process(t)
+    now = status(t)
+
+    assert (now.state, now.reason) == ("stopped", f"the texts of table public.t cannot be read: {reason}")
+    assert t.execute("SELECT reason FROM autoembed.failed").fetchall() == []
+    assert told.warnings[:1] == [(f"public.t.embedding is not being embedded: {now.reason}", now.hint)]
+
+    t.execute(back.encode())
+    t.execute("UPDATE autoembed.pipeline SET planned_at = planned_at - interval '10 seconds'")
+    process(t)
+
+    assert (status(t).state, status(t).reason) == ("idle", None)
+    assert wrong(t) == []
 
 
 def test_a_stopped_pipeline_is_said_once_in_the_log(t: Connection) -> None:

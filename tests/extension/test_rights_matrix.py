@@ -211,6 +211,7 @@ _needed_columns - x - x
 _never - - - x
 _new_place - x - x
 _next_backfill - - - x
+_note_plan - - - x
 _note_replaced - - - x
 _note_search - x - x
 _note_usage - - - x
@@ -227,6 +228,8 @@ _pay_chunks - - - x
 _pipeline_checks - x - x
 _pipelines - - - x
 _plan - - - x
+_plan_again - - - x
+_plan_stopped - - - x
 _prefix_expression - x - x
 _prefix_of - x - x
 _present_text - x - x

@@ -337,6 +337,10 @@ class FakeDatabase(Database):
         self._note("rest_pipelines")
         self.rested_pipelines.append((owner, list(pipeline_ids), reason))
 
+    def plan_again(self, pipeline_id: int) -> RowError | None:
+        self._note("plan_again")
+        return None
+
     @staticmethod
     def is_nobodys(error: Exception) -> bool:
         return isinstance(error, StatementError) and error.nobodys
