@@ -90,12 +90,25 @@ def _end_before_exit(every: set[Threads]) -> Any:
     return callback
 
 
+class Turns:
+    """The turns of calls in the backend's own thread, which hold up those in threads, from one flight to the next."""
+
+    def __init__(self) -> None:
+        # The time that calls in threads have before the next one.
+        self.seconds = 0.0
+
+    def took(self, seconds: float) -> None:
+        """Takes note of a call in the backend's own thread. A quick one does not make the next one quick."""
+        self.seconds = max(seconds, self.seconds / 2)
+
+
 class Flight(Generic[Tag, Result]):
     """Up to max_calls calls at a time, in threads. Calls for the backend's own thread are made in landed(), one by one.
 
     between_waits: is called between two waits for outcomes; a cancel comes out of it.
     abort: is called to end the calls that still run when the context is left.
     preferred: those of several tags whose outcomes come first, each second time.
+    turns: those of flights before.
     """
 
     def __init__(
@@ -104,6 +117,7 @@ class Flight(Generic[Tag, Result]):
         between_waits: Callable[[], None],
         abort: Callable[[], None],
         preferred: Callable[[Sequence[Tag]], Sequence[Tag]] = lambda tags: tags,
+        turns: Turns | None = None,
     ) -> None:
         self._executor = ThreadPoolExecutor(max_calls, thread_name_prefix="autoembed")
         self._between_waits = between_waits
@@ -112,8 +126,9 @@ class Flight(Generic[Tag, Result]):
         self._is_turn_of_preferred = False
         self._tags: dict[Future[Result], Tag] = {}
         self._here: deque[tuple[Tag, Callable[[], Result]]] = deque()
-        # Until then, the calls in threads come first.
-        self._here_at = 0.0
+        self._turns = turns or Turns()
+        # When it became the turn of calls in threads; None: none was in flight since the last call here.
+        self._turn_began_at: float | None = None
 
     def __enter__(self) -> Flight[Tag, Result]:
         _threads().add(self)
@@ -161,8 +176,8 @@ class Flight(Generic[Tag, Result]):
 
         Where several outcomes are there, each second time a preferred one comes first. Among equals it is that of the
         newest call, unless another has waited for a while.
-        between_waits() runs before each. A call here holds up all others: they have as much time as the last one took,
-        before the next one.
+        between_waits() runs before each. A call here holds up all others: those that are in flight have as much time as
+        the last one took, before the next one.
         """
         seen_at: dict[Future[Result], float] = {}
         while self._tags or self._here:
@@ -193,7 +208,11 @@ class Flight(Generic[Tag, Result]):
         return [future for future in landed if self._tags[future] in preferred] or landed
 
     def _is_time_for_here(self) -> bool:
-        return bool(self._here) and (not self._tags or time.monotonic() >= self._here_at)
+        if not self._here or not self._tags:
+            return bool(self._here)
+        if self._turn_began_at is None:
+            self._turn_began_at = time.monotonic()
+        return time.monotonic() >= self._turn_began_at + self._turns.seconds
 
     def _make_here(self) -> tuple[Tag, Result | BaseException]:
         """Makes the next call in the backend's own thread. An error that is no Trouble, such as a cancel, is raised."""
@@ -204,5 +223,5 @@ class Flight(Generic[Tag, Result]):
         except Trouble as trouble:
             return tag, trouble
         finally:
-            now = time.monotonic()
-            self._here_at = now + now - began_at
+            self._turns.took(time.monotonic() - began_at)
+            self._turn_began_at = None

@@ -53,6 +53,8 @@ OVERRUN_SECONDS = 4.0
 
 # A lane claims no more rows than it can write in this time, in seconds.
 AHEAD_SECONDS = 1.0
+# The same for an SQL function, which holds up the lane. A call has twice as long.
+FUNCTION_AHEAD_SECONDS = 0.5
 # The texts of the first request to a model that embeds in the lane's own process.
 FIRST_TEXTS = 10
 # The fixed cost of a write statement, in seconds.
@@ -162,15 +164,16 @@ class Speeds:
         self._texts_per_second[model] = (self._texts_per_second.get(model, speed) + speed) / 2
 
     def ran_too_long(self, model: str, texts: int, seconds: float) -> None:
-        """Takes note of a request that was cancelled. The next ones have at most half as many texts."""
-        self._texts_per_second[model] = texts / (2 * max(seconds, AHEAD_SECONDS))
+        """Takes note of a call that was cancelled. The next ones have at most half as many texts."""
+        self._texts_per_second[model] = texts / max(seconds, 2 * FUNCTION_AHEAD_SECONDS)
 
     def texts_ahead(self, model: str, provider: str) -> int | None:
-        """The texts that a model embeds in AHEAD_SECONDS, at least one. None: its provider is another process."""
+        """The texts that a model embeds while a lane may wait, at least one. None: its provider is another process."""
         if provider not in COMPUTED_HERE:
             return None
         speed = self._texts_per_second.get(model)
-        return self._first_texts if speed is None else max(1, int(speed * AHEAD_SECONDS))
+        seconds = FUNCTION_AHEAD_SECONDS if provider == "function" else AHEAD_SECONDS
+        return self._first_texts if speed is None else max(1, int(speed * seconds))
 
 
 class Owners:

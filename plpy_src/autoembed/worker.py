@@ -29,7 +29,7 @@ from autoembed.errors import (
     rest_seconds,
     shorter_limit,
 )
-from autoembed.flight import SLICE_SECONDS, Flight
+from autoembed.flight import SLICE_SECONDS, Flight, Turns
 from autoembed.jobs import Job, Ledger, Report, are_keys, open_jobs
 from autoembed.limits import FIRST_ANSWER_SECONDS, NOTHING_KNOWN, PATIENCE_SECONDS, Limiter, Permit
 from autoembed.model import Embedded, Model, Request, Share, Trial
@@ -62,7 +62,7 @@ THREADS_PER_REQUEST = 4
 # Requests to a model that embeds in this process: one is worked on, the next one waits.
 REQUESTS_HERE = 2
 # A call of an SQL function holds up its lane, so it may take so long, in seconds, unless its model says otherwise.
-FUNCTION_SECONDS = 1.5
+FUNCTION_SECONDS = 1.0
 # A lane whose time is up waits so long for its answers, in seconds.
 ENDING_SECONDS = 2.0
 # A server that has ended a connection without an answer may start again for so long, in seconds.
@@ -153,6 +153,7 @@ class _Lane:
         self.pace = Pace(options.batch_size, options.max_rows, indexed=indexed)
         self.owners = Owners()
         self.speeds = Speeds()
+        self.turns = Turns()
 
     def goes_on(self) -> bool:
         """Whether the lane's time is not up and nobody has told it to end. Cleans up now and then."""
@@ -349,6 +350,7 @@ class _Pass:
         self._owners = lane.owners if lane else Owners(lasts=False)
         # Where no lane is held up, requests are small only once one has run too long.
         self._speeds = lane.speeds if lane else Speeds(options.batch_size)
+        self._turns = lane.turns if lane else Turns()
         self._rows = Rows(database, ledger, self._owners)
         self._outboxes: dict[Model, Outbox] = {}
         # Requests that are handed to threads and may not be sent yet.
@@ -367,7 +369,7 @@ class _Pass:
             # Lanes died, perhaps because of these: nothing else is to be in flight beside them.
             self._lane = None
         threads = THREADS_PER_REQUEST * self._options.max_requests
-        with _Flight(threads, self._between_waits, self._abort, self._of_few) as flight:
+        with _Flight(threads, self._between_waits, self._abort, self._of_few, self._turns) as flight:
             try:
                 self._flight = flight
                 self._load(flight, messages)

@@ -13,7 +13,7 @@ import pytest
 
 from autoembed import flight as flight_module
 from autoembed.errors import Trouble
-from autoembed.flight import Flight, signals_blocked
+from autoembed.flight import Flight, Turns, signals_blocked
 from waiting import wait_until
 
 
@@ -333,17 +333,21 @@ def test_breathing_goes_on_between_calls_in_the_backends_thread() -> None:
     assert order == ["breath", "call", "breath", "call"]
 
 
-def test_a_call_in_the_backends_thread_leaves_the_others_as_much_time_as_the_last_one_took(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class Clock:
-        now = 0.0
+class Clock:
+    now = 0.0
 
-        def monotonic(self) -> float:
-            return self.now
+    def monotonic(self) -> float:
+        return self.now
 
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(flight_module, "time", clock)
+    return clock
+
+
+def test_a_call_in_the_backends_thread_leaves_the_others_as_much_time_as_the_last_one_took(clock: Clock) -> None:
     gate = Gate()
 
     def breathe() -> None:
@@ -370,6 +374,32 @@ def test_a_call_in_the_backends_thread_leaves_the_others_as_much_time_as_the_las
         assert clock.now == 30
         gate.opened.set()
         assert {tag for tag, _ in landing} == {"never", "third"}
+
+
+def test_calls_that_start_later_have_that_time_too_and_in_the_next_flight(clock: Clock) -> None:
+    gate = Gate()
+    turns = Turns()
+
+    def take(seconds: float) -> str:
+        clock.now += seconds
+        return ""
+
+    for seconds in (10.0, 0.0):
+        # A quick call makes others wait less, but not no more.
+        with Flight[str, str](1, nothing, nothing, turns=turns) as flight:
+            flight.submit("here", lambda: take(seconds), here=True)  # noqa: B023
+            assert [tag for tag, _ in flight.landed()] == ["here"]
+    clock.now = 1000.0
+
+    with Flight[str, str](2, lambda: clock.__setattr__("now", clock.now + 1), gate.abort, turns=turns) as flight:
+        flight.submit("here", lambda: "", here=True)
+        flight.submit("thread", gate.wait)
+        landing = flight.landed()
+
+        assert next(landing)[0] == "here"
+        assert clock.now == 1005.0
+        gate.opened.set()
+        assert [tag for tag, _ in landing] == ["thread"]
 
 
 def test_withdrawing_takes_calls_of_the_backends_thread_too() -> None:

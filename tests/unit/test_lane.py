@@ -702,7 +702,7 @@ def test_the_texts_that_an_owner_fills_a_lane_with_leave_room_for_others(
     assert database.is_fresh(2)
 
 
-@pytest.mark.parametrize(("own", "seconds"), [(None, 1.5), (8, 8)])
+@pytest.mark.parametrize(("own", "seconds"), [(None, 1.0), (8, 8)])
 def test_an_sql_function_holds_up_its_lane_for_a_short_time(
     lane: Lane, database: FakeDatabase, own: float | None, seconds: float
 ) -> None:

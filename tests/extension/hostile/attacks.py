@@ -174,6 +174,17 @@ ATTACKS = {
         "SELECT autoembed.create_model('its', 'function', 8, '{me}.vectors')",
         ENABLE_COLUMNS.replace("'{content}'", "'{content}', model => 'its'"),
     ),
+    "neighbour-slow-embeddings": Attack(
+        "an embedding function that takes almost all of its time",
+        f"""{COUNTED};
+            CREATE FUNCTION vectors(texts text[]) RETURNS public.vector[] LANGUAGE plpgsql AS $$BEGIN
+                PERFORM pg_sleep(0.9);
+                RETURN array_fill('[1,2,3,4,5,6,7,8]'::public.vector, ARRAY[cardinality(texts)]);
+            END$$""",
+        (ADD,),
+        "SELECT autoembed.create_model('its', 'function', 8, '{me}.vectors')",
+        ENABLE_COLUMNS.replace("'{content}'", "'{content}', model => 'its'"),
+    ),
     "neighbour-flood": Attack(
         "20,000 rows in one statement, and 1,000 one by one, without end",
         COUNTED,
