@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
@@ -608,7 +609,7 @@ def _embed_query(
     provider = provider_of(model)
     call = partial(providers.embed, request, _network, here.call_embedder)
     end = time.monotonic() + PATIENCE_SECONDS
-    answer = _answer(here, model, call, provider.abort, end, in_backend=provider.RUNS_IN_BACKEND)
+    answer = _answer(here, model, call, request.stopped, provider.abort, end, in_backend=provider.RUNS_IN_BACKEND)
     tokens = estimate_tokens(content) if answer.tokens is None else answer.tokens
     here.note_usage(model.name, [Share(None, 1, 1, tokens, 0)], None)
     return literals(answer.vectors)[0]
@@ -624,14 +625,16 @@ def _rerank(here: database.Database, model: Model, query: str, passages: Sequenc
     if limiter.needs_permits:
         _wait_for_permit(here, model, limiter.charge(tokens, time.monotonic()), end)
 
+    stopped = threading.Event()
+
     def call() -> Reranked:
         # It may stand in an error.
         seconds = max(round(end - time.monotonic(), 1), 0.1)
-        request = Request(model, texts, seconds, purpose="rerank", query=query)
+        request = Request(model, texts, seconds, purpose="rerank", query=query, stopped=stopped)
         return rerankers.rerank(request, _network, here.call_reranker)
 
     in_backend = rerankers.reranker_of(model).RUNS_IN_BACKEND
-    answer = _answer(here, model, call, lambda: None, end, in_backend=in_backend)
+    answer = _answer(here, model, call, stopped, lambda: None, end, in_backend=in_backend)
     tokens = tokens if answer.tokens is None else answer.tokens
     here.note_usage(model.name, [Share(None, 1, len(texts), tokens, 0)], None)
     return list(answer.scores)
@@ -641,6 +644,7 @@ def _answer(
     here: database.Database,
     model: Model,
     call: Callable[[], Answer],
+    stopped: threading.Event,
     abort_call: Callable[[], None],
     end: float,
     *,
@@ -648,10 +652,12 @@ def _answer(
 ) -> Answer:
     """The answer to a request, which is sent as soon as one more may be in flight. Learns the model's limits from it.
 
-    abort_call: ends what the call does without the network. end: the moment until which it waits to send.
+    stopped: that of the request. abort_call: ends what the call does without the network. end: the moment until which
+    it waits to send.
     """
 
     def abort() -> None:
+        stopped.set()
         _network.abort()
         abort_call()
 

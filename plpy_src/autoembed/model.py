@@ -116,7 +116,7 @@ class Request:
     that a larger request failed. trial: the text is the beginning of one that was refused. tokens: the estimate that a
     permit was taken for. slot: the request's own, where the number of requests in flight is limited. query: that with
     which the texts are compared, if they are to be reranked. sent_at: as time.monotonic() has it. sent: set when only
-    the answer is outstanding.
+    the answer is outstanding. stopped: set when nobody waits for the answer any more.
     """
 
     model: Model
@@ -131,6 +131,7 @@ class Request:
     query: str | None = None
     sent_at: float = 0.0
     sent: threading.Event = field(default_factory=threading.Event, repr=False)
+    stopped: threading.Event = field(default_factory=threading.Event, repr=False)
 
 
 def prefixed(request: Request) -> list[str]:

@@ -35,13 +35,14 @@ class Answer:
 
 
 class Network:
-    """Connections, kept from one request to the next. Threads may share them. abort() ends their requests at once."""
+    """Connections, kept from one request to the next. Threads may share them. abort() ends requests at once."""
 
     def __init__(self, max_connections: int) -> None:
         self._max_connections = max_connections
         self._session: requests.Session | None = None
         self._sockets: dict[int, socket.socket] = {}
         self._deadlines: dict[int, float] = {}
+        self._stopped: dict[int, threading.Event] = {}
         self._thread = threading.local()
         self._lock = threading.Lock()
 
@@ -55,13 +56,14 @@ class Network:
         max_answer_bytes: int,
         ca_file: str | None = None,
         sent: Callable[[], None] = lambda: None,
+        stopped: threading.Event | None = None,
     ) -> Answer:
         """The answer to a POST, whatever its status. Raises ProviderTrouble if it is late or too large.
 
         Redirects are not followed. Certificates are verified. Link-local addresses and metadata services are never
         called.
         ca_file: the certificate authorities to trust, in place of those of the environment and the system.
-        sent: is called when only the answer is outstanding.
+        sent: is called when only the answer is outstanding. stopped: has abort() end the request, once it is set.
         """
         # The import takes 0.2 to 0.3 s in a new backend, so it waits until there is something to send.
         import requests
@@ -70,6 +72,7 @@ class Network:
         deadline = time.monotonic() + timeout_seconds
         with self._lock:
             self._deadlines[threading.get_ident()] = deadline
+            self._stopped[threading.get_ident()] = stopped or threading.Event()
         timeouts = (min(CONNECT_TIMEOUT_SECONDS, timeout_seconds), timeout_seconds)
         self._thread.sent = sent
         try:
@@ -124,11 +127,14 @@ class Network:
         finally:
             self._watch(None)
             with self._lock:
-                del self._deadlines[threading.get_ident()]
+                del self._deadlines[threading.get_ident()], self._stopped[threading.get_ident()]
 
     def abort(self) -> None:
-        """Ends every request that is under way; its thread sees a broken connection."""
-        self._end(lambda thread: True)
+        """Ends the requests that are stopped; their threads see a broken connection.
+
+        Others go on: an owner's code may call embed() while a lane has requests in flight.
+        """
+        self._end(lambda thread: thread in self._stopped and self._stopped[thread].is_set())
 
     def expire(self) -> None:
         """Ends the requests whose time is up, however slowly their answers trickle in."""

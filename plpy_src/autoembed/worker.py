@@ -594,7 +594,8 @@ class _Pass:
     def _request(self, model: Model, texts: Sequence[str], *, probe: bool = False, suspect: bool = False) -> Request:
         holds_up = self._in_lane and provider_of(model).RUNS_IN_BACKEND
         usual = FUNCTION_SECONDS if holds_up else self._options.timeout_seconds
-        return Request(model, texts, model.timeout_seconds or usual, probe=probe, suspect=suspect)
+        seconds = model.timeout_seconds or usual
+        return Request(model, texts, seconds, probe=probe, suspect=suspect, stopped=self._stopped)
 
     def _waiting(self) -> int:
         return sum(len(outbox.waiting) + len(outbox.long) for outbox in self._outboxes.values())

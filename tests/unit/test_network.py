@@ -56,6 +56,7 @@ def post(
     headers: dict[str, str] | None = None,
     ca_file: str | None = None,
     sent: Callable[[], None] = lambda: None,
+    stopped: threading.Event | None = None,
 ) -> Answer:
     return network.post(
         f"{url}/embeddings",
@@ -65,6 +66,7 @@ def post(
         max_answer_bytes=2 << 20,
         ca_file=ca_file,
         sent=sent,
+        stopped=stopped,
     )
 
 
@@ -576,12 +578,13 @@ class Asking:
     def __init__(self, network: Network, url: str, timeout_seconds: float = 3) -> None:
         self.network = network
         self.outcome: object = None
+        self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._ask, args=(url, timeout_seconds), daemon=True)
         self.thread.start()
 
     def _ask(self, url: str, timeout_seconds: float) -> None:
         try:
-            self.outcome = post(self.network, url, timeout_seconds)
+            self.outcome = post(self.network, url, timeout_seconds, stopped=self.stopped)
         except BaseException as error:
             self.outcome = error
 
@@ -591,6 +594,7 @@ class Asking:
 
     def seconds_to_let_go(self) -> float:
         """Calls abort() again and again until the thread has ended, like Flight."""
+        self.stopped.set()
         started = time.monotonic()
         while self.thread.is_alive():
             self.network.abort()
@@ -630,6 +634,17 @@ def test_abort_ends_the_requests_of_all_threads(network: Network, api: FakeApi) 
     api.wait_for(in_flight=4)
 
     assert [one.seconds_to_let_go() < 0.5 for one in asking] == [True] * 4
+
+
+def test_abort_ends_no_request_that_is_not_stopped(network: Network, api: FakeApi) -> None:
+    api.behave(hold=True)
+    others, own = Asking(network, api.base_url), Asking(network, api.base_url)
+    api.wait_for(in_flight=2)
+
+    assert own.seconds_to_let_go() < 0.5
+    api.release()
+    others.thread.join()
+    assert isinstance(others.outcome, Answer)
 
 
 def test_the_next_request_after_an_abort_is_answered(network: Network, api: FakeApi) -> None:

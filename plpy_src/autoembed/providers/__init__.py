@@ -39,7 +39,7 @@ class Provider(Protocol):
         """
 
     def abort(self) -> None:
-        """Ends what embed() is doing without the network."""
+        """Ends what embed() is doing without the network for requests that are stopped."""
 
 
 PROVIDERS: dict[str, Provider] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +24,6 @@ RUNS_IN_BACKEND = False
 
 OPTIONS = frozenset({"delay_seconds", "faults"})
 FAULT = frozenset({"match", "status", "message", "retry_after_seconds"})
-
-_stopping = threading.Event()
 
 
 def check(model: Model) -> None:
@@ -63,8 +60,7 @@ def _wrong(model: Model, option: str, problem: str) -> Fault:
 def embed(request: Request, network: Network) -> Embedded:
     options = request.model.options
     delay = options.get("delay_seconds", 0)
-    _stopping.clear()
-    if _stopping.wait(min(delay, request.timeout_seconds)):
+    if request.stopped.wait(min(delay, request.timeout_seconds)):
         raise ProviderTrouble("the request was stopped")
     if delay > request.timeout_seconds:
         raise ProviderTrouble(f"the fake provider did not answer within {request.timeout_seconds:g} s")
@@ -78,7 +74,7 @@ def embed(request: Request, network: Network) -> Embedded:
 
 
 def abort() -> None:
-    _stopping.set()
+    """Does nothing: a request that is stopped ends by itself."""
 
 
 def vector_of(text: str, dimensions: int) -> np.ndarray:

@@ -147,6 +147,7 @@ def _post(
             max_answer_bytes=_most_bytes(request),
             ca_file=request.model.options.get("ca_file"),
             sent=request.sent.set,
+            stopped=request.stopped,
         )
     except ProviderTrouble as trouble:
         # A text may have stopped the server, or may keep it busy for too long.

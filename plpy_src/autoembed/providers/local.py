@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from autoembed.errors import ProviderTrouble
+from autoembed.flight import SLICE_SECONDS
 from autoembed.local_models import folder_of, max_tokens_of
 from autoembed.model import PREFIXES, Embedded, Model, Request, prefixed
 from autoembed.providers.definition import check_options, check_without
@@ -28,7 +29,8 @@ RUNS_IN_BACKEND = False
 _loaded: dict[tuple[str, int], OnnxModel] = {}
 # One batch of texts at a time, because it uses all cores.
 _running = threading.Lock()
-_stopping = threading.Event()
+# Whose texts these are.
+_at_work: Request | None = None
 
 
 def check(model: Model) -> None:
@@ -41,13 +43,19 @@ def check(model: Model) -> None:
 
 
 def embed(request: Request, network: Network) -> Embedded:
+    global _at_work
     request.sent.set()
-    with _running:
-        _stopping.clear()
+    while not _running.acquire(timeout=SLICE_SECONDS):
+        _stop_if_told(request)
+    try:
+        _at_work = request
         model = _onnx_model(request.model)
         began_at = time.monotonic()
-        vectors, tokens, cut = model.embed(prefixed(request), _stop_if_told)
+        vectors, tokens, cut = model.embed(prefixed(request), partial(_stop_if_told, request))
         seconds = time.monotonic() - began_at
+    finally:
+        _at_work = None
+        _running.release()
     if vectors.shape[1] != request.model.dimensions:
         raise ProviderTrouble(
             f"the model's vectors have {vectors.shape[1]} dimensions, it is defined with {request.model.dimensions}",
@@ -57,13 +65,14 @@ def embed(request: Request, network: Network) -> Embedded:
 
 
 def abort() -> None:
-    _stopping.set()
-    for onnx_model in list(_loaded.values()):
-        onnx_model.stop()
+    request = _at_work
+    if request is not None and request.stopped.is_set():
+        for onnx_model in list(_loaded.values()):
+            onnx_model.stop()
 
 
-def _stop_if_told() -> None:
-    if _stopping.is_set():
+def _stop_if_told(request: Request) -> None:
+    if request.stopped.is_set():
         raise ProviderTrouble("the local model was stopped")
 
 

@@ -15,6 +15,7 @@ from extension.hostile.tenants import (
     ENABLE_FUNCTION,
     NOTES,
     Tenant,
+    content_function,
     failures_of,
     has_vector_of,
     make_due,
@@ -147,6 +148,39 @@ def test_a_slow_embedding_function_holds_up_its_own_tables_alone(
 
     for _ in range(2):
         stays_fresh(bob)
+
+    assert lane.error is None
+
+
+@pytest.mark.parametrize("asked", ["slow", "all-MiniLM-L6-v2", "delayed"])
+def test_an_owners_code_that_asks_a_model_ends_no_request_of_others(
+    db: Connection, mallory: Tenant, bob: Tenant, api: FakeApi, start_lane: StartLane, asked: str
+) -> None:
+    """Its own request is cancelled again and again, while those of the lane are in flight."""
+    api.behave(delay_seconds=0.5, faults=[{"hang": True, "match": "mallory", "times": "forever"}])
+    db.execute("SELECT autoembed.create_model('delayed', 'fake', 8, options => '{\"delay_seconds\": 0.5}')")
+    bob.run(
+        "SELECT autoembed.disable('letters'); ALTER TABLE letters DROP embedding",
+        f"SELECT autoembed.enable('letters', 'embedding', content_columns => '{{content}}', model => '{asked}')",
+    )
+    mallory.run(
+        NOTES,
+        content_function(
+            f"""PERFORM autoembed._run_as_owner(
+                    '{{me}}.notes', 'SELECT autoembed.embed(repeat(''mallory '' || random(), 5000), ''{asked}'')', 0.05
+                );"""
+        ),
+        ENABLE_FUNCTION,
+    )
+
+    fresh = "SELECT FROM autoembed.status WHERE embedded = 1 AND waiting + in_flight = 0"
+    lane = start_lane()
+    for n in range(5):
+        mallory.run(f"INSERT INTO notes SELECT n, 'note ' || n FROM generate_series({100 * n}, {100 * n + 20}) AS n")
+        bob.run(f"UPDATE letters SET content = repeat('letter {n} ', 100)")
+        wait_until(lambda: bob.session.execute(fresh).fetchone() is not None)
+        # A provider that seems to be down makes its model rest.
+        assert db.execute("TABLE autoembed.model_rest").fetchall() == []
 
     assert lane.error is None
 
