@@ -140,6 +140,8 @@ def chunks_of(
     chunk_size: the most tokens of a chunk, as `count` counts them. chunk_overlap: the tokens of the chunk before with
     which a chunk begins. between_steps: is called before each count, and may raise.
     """
+    if chunking != NONE and (chunk := _only_chunk(text, count, chunk_size, chunking, between_steps)):
+        return iter([chunk])
     splitter = Splitter(text, count, chunk_size, chunk_overlap, between_steps)
     if chunking == NONE:
         return splitter.whole()
@@ -147,6 +149,20 @@ def chunks_of(
         start, end = trimmed(text, 0, len(text))
         return splitter.split(iter([Block(start, end, WORDS)] if start < end else []), greedy=True)
     return splitter.split(introduced(text, paragraphs(text, between_steps)))
+
+
+def _only_chunk(
+    text: str, count: Count, chunk_size: int, chunking: str, between_steps: Callable[[], None]
+) -> Chunk | None:
+    """The chunk of a text that is one as a whole: most texts are short. None: it is several, or none, or not known."""
+    if len(text) > min(COUNTED_CHARACTERS, COUNTED_CHARACTERS_PER_TOKEN * chunk_size):
+        return None
+    start, end = trimmed(text, 0, len(text))
+    if start == end or chunking == STRUCTURE and _MAY_HAVE_HEADINGS.search(text):
+        return None
+    between_steps()
+    [tokens] = count([text[start:end]])
+    return Chunk(start, end, tokens) if tokens <= chunk_size else None
 
 
 def places(text: str, pieces: Sequence[str | None]) -> list[tuple[int, int]]:
@@ -485,6 +501,8 @@ LINES: tuple[Cutter, ...] = (_blank_lines, _lines, *WORDS)
 _ATX_HEADING = re.compile(r"#{1,6}(?:\s|$)")
 _FENCE = re.compile(r"`{3,}+(?=[^`]*+$)|~{3,}+")
 _UNDERLINE = re.compile(r"([=\-~^\"'`#*+.:_<>])\1{2,}+$")
+# What begins or ends the line of a heading, or the line below it.
+_MAY_HAVE_HEADINGS = re.compile(r"</?+h|^[^\S\n]*+(?:#|([=\-~^\"'`*+.:_<>])\1\1)", re.MULTILINE | re.IGNORECASE)
 # The underlines that Markdown has. They may be shorter than the heading.
 _SHORT_UNDERLINES = "=-"
 _HTML_BLOCK = re.compile(

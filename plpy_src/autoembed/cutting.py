@@ -29,17 +29,17 @@ def limit_of(pipeline: Pipeline) -> int | None:
 
 
 class Cutter:
-    """Cuts texts. check_interrupts: called between the steps of a long text.
+    """Cuts texts. between_steps: called between the steps of a text, and may raise.
 
     split: gives the pieces that a pipeline's function makes of a text. It is called in the backend's own thread alone.
     """
 
     def __init__(
         self,
-        check_interrupts: Callable[[], None],
+        between_steps: Callable[[], None],
         split: Callable[[Pipeline, str], Sequence[str | None]] | None = None,
     ) -> None:
-        self._check_interrupts = check_interrupts
+        self._between_steps = between_steps
         self._split = split
         # How the tokens of chunks are counted, and the most of them, by the way in which texts are cut.
         self._known: dict[tuple[Model, int | None, str, int | None, int], tuple[Counter, int]] = {}
@@ -86,12 +86,12 @@ class Cutter:
                     raise _no_room(prefix, size)
                 size -= behind - bare
             if parts is not None:
-                found = fitting(content, parts, counter.count, size, self._check_interrupts)
+                found = fitting(content, parts, counter.count, size, self._between_steps)
             elif len(content) <= size and batching.most_tokens(content) <= size:
                 return [trimmed(content, 0, len(content))]
             else:
                 found = chunks_of(
-                    content, counter.count, size, pipeline.chunking, pipeline.chunk_overlap, self._check_interrupts
+                    content, counter.count, size, pipeline.chunking, pipeline.chunk_overlap, self._between_steps
                 )
             return [(chunk.start, chunk.end) for chunk in found]
         except Trouble:

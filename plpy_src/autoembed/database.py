@@ -122,6 +122,8 @@ class Database:
         self._filled: set[str] = set()
         # When the functions of a pipeline are due to be looked at again.
         self._check_at: dict[int, float] = {}
+        # When the time was last looked at between two steps.
+        self._looked_at = 0.0
         self._has_written = False
         self._in_pass = commits
         # The pipelines of whose texts PostgreSQL did not tell the words in time.
@@ -149,6 +151,13 @@ class Database:
         """Lets a cancel, a timeout or a shutdown take effect, and keeps a lane's transactions short."""
         self._run("SELECT 1")
         self.commit()
+
+    def between_steps(self) -> None:
+        """The same between steps that may be short: at once if an interrupt is pending, and else ten times a second."""
+        now = time.monotonic()
+        if interrupt_is_pending() or now - self._looked_at > SLICE_SECONDS:
+            self._looked_at = now
+            self.check_interrupts()
 
     def sleep(self, seconds: float) -> None:
         """Waits, while other threads may run. A cancel, a timeout or a shutdown ends the wait."""

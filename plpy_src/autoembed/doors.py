@@ -215,7 +215,7 @@ def copy_embeddings(
     if FUNCTION in (old.chunking, pipeline.chunking) or old.chunk_prefix or pipeline.chunk_prefix:
         # A piece is not the whole text, and a prefix is not in the text.
         return {"problem": None, "errcode": None}
-    cutter = Cutter(here.check_interrupts)
+    cutter = Cutter(here.between_steps)
     try:
         for keys in _scanned(here, pipeline, COPIED_ROWS):
             while keys:
@@ -299,7 +299,7 @@ def preview(
             state = "fresh"
     problem = errcode = None
     try:
-        ranges = Cutter(here.check_interrupts, here.split).ranges(pipeline, content, prefix=prefix or "")
+        ranges = Cutter(here.between_steps, here.split).ranges(pipeline, content, prefix=prefix or "")
     except Fault as fault:
         ranges = [(0, len(content))]
         if pipeline.chunking == FUNCTION or prefix:

@@ -297,7 +297,7 @@ class Rows:
         self._writes: deque[Write] = deque()
         # The rows of the last statement of several that failed, of which one is to blame.
         self._suspects: dict[Job, RowError] = {}
-        self._cutter = Cutter(database.check_interrupts, self._split)
+        self._cutter = Cutter(database.between_steps, self._split)
 
     @property
     def some_are_unwritten(self) -> bool:

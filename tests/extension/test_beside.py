@@ -979,3 +979,22 @@ def test_triggers_call_nothing_that_a_writer_has_in_its_search_path(pages: Conne
     assert pages.execute("SELECT pg_catalog.count(*) FROM pgmq.q_embedding_jobs").fetchone() == (8,)
     pages.execute("TRUNCATE pages")
     pages.execute("RESET search_path")
+
+
+def test_a_lane_commits_seldom_while_it_cuts_texts(db: Connection, connect: Callable[..., Connection]) -> None:
+    db.execute("SELECT autoembed.create_model('test', 'fake', 8), autoembed.set_default_model('test')")
+    db.execute("CREATE TABLE letters (id int PRIMARY KEY, body text)")
+    db.execute("SELECT autoembed.enable('letters', content_columns => '{body}')")
+    db.execute(
+        "INSERT INTO letters SELECT n, repeat('a letter of ' || n || ' words ', 40) FROM generate_series(1, 500) AS n"
+    )
+    commits = "SELECT xact_commit AS n FROM pg_stat_database WHERE datname = current_database()"
+    session = connect()
+    session.execute("SELECT pg_stat_force_next_flush()")
+    [before] = db.execute(commits).fetchall()
+    session.execute("CALL autoembed.work(1)")
+    session.execute("SELECT pg_stat_force_next_flush()")
+
+    [after] = db.execute(commits).fetchall()
+    assert db.execute("SELECT count(*) FROM letters_embeddings").fetchone() == (500,)
+    assert after.n - before.n < 250

@@ -203,6 +203,9 @@ class FakeDatabase(Database):
     def check_interrupts(self) -> None:
         self._note("check_interrupts")
 
+    def between_steps(self) -> None:
+        self.check_interrupts()
+
     def sleep(self, seconds: float) -> None:
         self._note("sleep")
 

@@ -87,6 +87,27 @@ def test_chunks_hold_every_visible_character_once_and_in_order(
         assert len(piece) <= max(1, CHARACTERS_PER_TOKEN * chunk_size)
 
 
+@given(text=TEXTS)
+def test_a_section_begins_a_chunk_however_short_the_text_is(text: str) -> None:
+    starts = {chunk.start for chunk in chunks_of(text, count_words, 400)}
+
+    for before, after in pairwise(chunks.paragraphs(text)):
+        assert not after.opens or before.heading or after.start in starts
+
+
+@pytest.mark.parametrize("chunking", ["structure", "tokens"])
+def test_a_text_that_is_one_chunk_is_counted_once(chunking: str) -> None:
+    text = f"{sentences(1)}\n\n{sentences(5)}\n\n* {sentences(2)}"
+    counted: list[str] = []
+
+    def count(texts: Sequence[str]) -> list[int]:
+        counted.extend(texts)
+        return count_words(texts)
+
+    assert list(chunks_of(text, count, 200, chunking)) == [Chunk(0, len(text), count_words([text])[0])]
+    assert counted == [text]
+
+
 @given(text=TEXTS, chunk_size=st.integers(40, 80), chunk_overlap=st.integers(1, 20))
 def test_chunks_that_overlap_go_forwards_and_keep_the_limit(text: str, chunk_size: int, chunk_overlap: int) -> None:
     plain = list(chunks_of(text, count_words, chunk_size, "tokens"))
