@@ -39,8 +39,9 @@ CREATE OR REPLACE FUNCTION autoembed._as_owner(table_id regclass, query text)
 AS $plpgsql$
 DECLARE
     _answer record;
+    _void text;
 BEGIN
-    PERFORM autoembed._check_owner(table_id);
+    _void := autoembed._check_owner(table_id);
     SELECT a.* INTO _answer FROM autoembed._run_as_owner(table_id, query) AS a;
     IF _answer.problem IS NOT NULL THEN
         RAISE EXCEPTION USING MESSAGE = _answer.problem, ERRCODE = _answer.errcode;

@@ -178,6 +178,7 @@ DECLARE
     _arguments text[];
     _id integer;
     _stray record;
+    _void text;
 BEGIN
     -- It would read columns of another table, and queue its rows for that one.
     FOR _stray IN
@@ -223,9 +224,14 @@ BEGIN
                            'autoembed.queue_embeddings(''embedding_input'', ''embedding'').';
             END IF;
             _id := autoembed._adopt(_trigger.tgrelid, _arguments[2], _arguments[1]);
-            UPDATE autoembed.pipeline AS p
-            SET content_function = _arguments[1]
-            WHERE p.id = _id AND p.content_function IS DISTINCT FROM _arguments[1] AND NOT p.managed;
+            -- The loop keeps this statement out of the CONTEXT of a refusal.
+            FOR _void IN
+                UPDATE autoembed.pipeline AS p
+                SET content_function = _arguments[1]
+                WHERE p.id = _id AND p.content_function IS DISTINCT FROM _arguments[1] AND NOT p.managed
+                RETURNING p.id
+            LOOP
+            END LOOP;
             IF EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.id = _id AND p.managed) THEN
                 RAISE EXCEPTION USING
                     ERRCODE = 'duplicate_object',

@@ -267,9 +267,10 @@ AS $plpgsql$
 DECLARE
     _name name;
     _dropped integer := 0;
+    _void text;
 BEGIN
     IF EXISTS (SELECT FROM autoembed._stray_triggers(table_id)) THEN
-        PERFORM autoembed._lock_table(table_id, true);
+        _void := autoembed._lock_table(table_id, true);
     END IF;
     FOR _name IN SELECT t.name FROM autoembed._stray_triggers(table_id) AS t LOOP
         EXECUTE format('DROP TRIGGER %I ON %s', _name, table_id);

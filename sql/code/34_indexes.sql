@@ -160,6 +160,7 @@ AS $plpgsql$
 DECLARE
     _pipeline autoembed.pipeline;
     _vectors_table regclass;
+    _void text;
 BEGIN
     SELECT p.* INTO STRICT _pipeline FROM autoembed.pipeline AS p WHERE p.id = _replace_index.pipeline_id;
     _vectors_table := coalesce(_pipeline.embeddings_table, _pipeline.table_id);
@@ -168,8 +169,8 @@ BEGIN
     ) THEN
         RETURN;
     END IF;
-    PERFORM autoembed._check_attachable(_vectors_table, true);
-    PERFORM autoembed._check_index(_pipeline, true);
+    _void := autoembed._check_attachable(_vectors_table, true);
+    _void := autoembed._check_index(_pipeline, true);
     -- Nothing is scanned for it.
     INSERT INTO autoembed.backfill AS b (pipeline_id, condition, create_index)
     VALUES (_pipeline.id, 'false', true)

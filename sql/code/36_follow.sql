@@ -341,6 +341,7 @@ DECLARE
     _strays integer[];
     _plan record;
     _check record;
+    _void text;
 BEGIN
     IF TG_OP = 'INSERT' AND NEW.built_from IS NOT NULL THEN
         RETURN NULL;
@@ -368,8 +369,8 @@ BEGIN
     IF TG_OP = 'INSERT' AND NEW.adopts THEN
         -- The rows are read before the triggers lock the table against writes. What changes meanwhile has another
         -- digest, which the backfill sees.
-        PERFORM autoembed._adopt_vectors(NEW);
-        PERFORM autoembed._lock_table(NEW.table_id, false);
+        _void := autoembed._adopt_vectors(NEW);
+        _void := autoembed._lock_table(NEW.table_id, false);
     END IF;
     IF NEW.managed AND (
         TG_OP = 'INSERT'

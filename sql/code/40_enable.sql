@@ -1,24 +1,27 @@
 -- The owner of a table attaches, changes, pauses and detaches it. These functions run with the caller's rights.
 
 CREATE OR REPLACE FUNCTION autoembed._owned_pipelines(table_name regclass, embedding_column name)
-    RETURNS SETOF autoembed.pipeline
+    RETURNS autoembed.pipeline[]
     LANGUAGE plpgsql
     STABLE
     SET search_path = pg_catalog, pg_temp
     SET row_security = on
 AS $plpgsql$
+DECLARE
+    _found CONSTANT autoembed.pipeline[] := ARRAY(
+        SELECT p
+        FROM autoembed.pipeline AS p
+        -- Several embeddings tables of one table are told apart by their own names.
+        WHERE _owned_pipelines.table_name IN (p.table_id, p.embeddings_table)
+          AND (_owned_pipelines.embedding_column IS NULL OR p.embedding_column = _owned_pipelines.embedding_column)
+        ORDER BY p.id
+    );
+    _void text;
 BEGIN
-    RETURN QUERY
-    SELECT p.*
-    FROM autoembed.pipeline AS p
-    -- Several embeddings tables of one table are told apart by their own names.
-    WHERE _owned_pipelines.table_name IN (p.table_id, p.embeddings_table)
-      AND (_owned_pipelines.embedding_column IS NULL OR p.embedding_column = _owned_pipelines.embedding_column)
-    ORDER BY p.id;
     IF table_name IS NULL THEN
         RAISE EXCEPTION USING ERRCODE = 'null_value_not_allowed', MESSAGE = 'table_name must not be NULL';
-    ELSIF NOT FOUND THEN
-        PERFORM autoembed._check_owner(table_name);
+    ELSIF _found = '{}' THEN
+        _void := autoembed._check_owner(table_name);
         RAISE EXCEPTION USING
             ERRCODE = 'undefined_object',
             MESSAGE = CASE
@@ -27,6 +30,7 @@ BEGIN
             END,
             HINT = format('Attach it: SELECT autoembed.enable(%L, …).', table_name);
     END IF;
+    RETURN _found;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._owned_pipelines IS
@@ -39,7 +43,7 @@ CREATE OR REPLACE FUNCTION autoembed._owned_pipeline(table_name regclass, embedd
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE
-    _found autoembed.pipeline[] := ARRAY(SELECT p FROM autoembed._owned_pipelines(table_name, embedding_column) AS p);
+    _found CONSTANT autoembed.pipeline[] := autoembed._owned_pipelines(table_name, embedding_column);
 BEGIN
     IF cardinality(_found) > 1 THEN
         RAISE EXCEPTION USING
@@ -113,6 +117,8 @@ CREATE OR REPLACE FUNCTION autoembed._check_content(
     STABLE
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    _void text;
 BEGIN
     IF num_nonnulls(content_columns, content_function, content_template) NOT IN (required::integer, 1) THEN
         RAISE EXCEPTION USING
@@ -126,7 +132,7 @@ BEGIN
             MESSAGE = 'content_columns names no column or contains NULL',
             HINT = 'For example: content_columns => ''{title,content}''.';
     END IF;
-    PERFORM autoembed._check_template('content_template', content_template, E'# {title}\\n\\n{content}');
+    _void := autoembed._check_template('content_template', content_template, E'# {title}\\n\\n{content}');
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._check_content IS
@@ -165,11 +171,11 @@ CREATE OR REPLACE FUNCTION autoembed._check_chunking(
 AS $plpgsql$
 DECLARE
     _check record;
+    _void text;
 BEGIN
-    PERFORM autoembed._check_template('chunk_prefix', chunk_prefix, '{title}');
+    _void := autoembed._check_template('chunk_prefix', chunk_prefix, '{title}');
     IF is_beside THEN
-        SELECT c.* INTO _check
-        FROM autoembed._chunk_size(chunking, chunk_size, chunk_overlap, (autoembed._model(model)).name) AS c;
+        _check := autoembed._chunk_size(chunking, chunk_size, chunk_overlap, (autoembed._model(model)).name);
         IF _check.problem IS NOT NULL THEN
             RAISE EXCEPTION USING MESSAGE = _check.problem, HINT = _check.hint, ERRCODE = _check.errcode;
         END IF;
@@ -296,6 +302,7 @@ DECLARE
     _full_name text;
     _columns name[];
     _comment text;
+    _void text;
 BEGIN
     SELECT n.nspname, c.relname, c.relowner INTO STRICT _table
     FROM pg_class AS c
@@ -325,7 +332,7 @@ BEGIN
        AND cardinality(_columns) = cardinality(_key_columns) + 5
        AND NOT EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.embeddings_table = to_regclass(_full_name)) THEN
         -- A table that was attached before left it, or a dump brought it. It gets a policy.
-        PERFORM autoembed._lock_table(to_regclass(_full_name), true);
+        _void := autoembed._lock_table(to_regclass(_full_name), true);
         RAISE NOTICE 'the embeddings in table % are used', to_regclass(_full_name);
         RETURN to_regclass(_full_name);
     ELSIF to_regclass(_full_name) IS NOT NULL THEN
@@ -391,6 +398,7 @@ CREATE OR REPLACE FUNCTION autoembed._fit_embeddings_table(pipeline autoembed.pi
 AS $plpgsql$
 DECLARE
     _dimensions integer := autoembed._dimensions(pipeline.model);
+    _void text;
 BEGIN
     IF EXISTS (
         SELECT FROM pg_attribute AS a
@@ -401,7 +409,7 @@ BEGIN
           AND a.attname = pipeline.embedding_column
           AND a.atttypmod NOT IN (-1, _dimensions)
     ) THEN
-        PERFORM autoembed._lock_table(pipeline.embeddings_table, true);
+        _void := autoembed._lock_table(pipeline.embeddings_table, true);
         -- Vectors of other dimensions are of no use to the model. Triggers of the owner may fire.
         PERFORM autoembed._alter_as_owner(
             pipeline.embeddings_table, format('TRUNCATE %s', pipeline.embeddings_table)
@@ -584,8 +592,11 @@ DECLARE
     _embeddings_table regclass;
     _name text := concat_ws('.', table_name::text, quote_ident(embedding_column));
     _chunking CONSTANT record := autoembed._chunking(chunking);
+    _text_config CONSTANT text := autoembed._full_text_config(text_config);
     _adds_column boolean;
     _is_empty boolean;
+    _condition record;
+    _void text;
 BEGIN
     IF table_name IS NULL THEN
         RAISE EXCEPTION USING ERRCODE = 'null_value_not_allowed', MESSAGE = 'table_name must not be NULL';
@@ -596,13 +607,13 @@ BEGIN
             HINT = 'embedding_column keeps the embeddings in the rows, embeddings_table beside them.';
     END IF;
     chunk_prefix := nullif(chunk_prefix, '');
-    PERFORM autoembed._check_chunking(
+    _void := autoembed._check_chunking(
         embedding_column IS NULL, _chunking.way, chunk_size, chunk_overlap, model, chunk_prefix
     );
-    PERFORM autoembed._check_attachable(enable.table_name, create_index AND embedding_column IS NOT NULL);
-    PERFORM autoembed._check_owner(enable.table_name);
-    PERFORM autoembed._check_content(content_columns, content_function, content_template, true);
-    PERFORM autoembed._check_on_change(on_change);
+    _void := autoembed._check_attachable(enable.table_name, create_index AND embedding_column IS NOT NULL);
+    _void := autoembed._check_owner(enable.table_name);
+    _void := autoembed._check_content(content_columns, content_function, content_template, true);
+    _void := autoembed._check_on_change(on_change);
     IF EXISTS (
         SELECT FROM autoembed.pipeline AS p
         WHERE p.table_id = enable.table_name
@@ -620,7 +631,7 @@ BEGIN
             WHERE a.attrelid = enable.table_name AND a.attname = enable.embedding_column AND NOT a.attisdropped
         ) THEN
             -- The column was dropped, and is now added with a new definition.
-            PERFORM autoembed.disable(enable.table_name, enable.embedding_column);
+            _void := autoembed.disable(enable.table_name, enable.embedding_column);
         ELSIF if_not_exists THEN
             RAISE NOTICE '% is already attached, skipping', _name;
             RETURN;
@@ -645,7 +656,7 @@ BEGIN
     );
     -- Vectors are adopted before the table is locked.
     IF adopt IS NOT TRUE OR _adds_column THEN
-        PERFORM autoembed._lock_table(enable.table_name, _adds_column);
+        _void := autoembed._lock_table(enable.table_name, _adds_column);
     END IF;
     IF enable.embedding_column IS NULL THEN
         _embeddings_table := autoembed._make_embeddings_table(
@@ -657,23 +668,29 @@ BEGIN
             enable.table_name, enable.embedding_column, _dimensions
         );
     END IF;
-    INSERT INTO autoembed.pipeline AS p (
-        table_id, embedding_column, content_columns, content_function, content_template,
-        condition, condition_columns, condition_objects, model, on_change, truncate, replicated, embeddings_table,
-        chunking, chunk_function, chunk_size, chunk_overlap, text_config, adopts, chunk_prefix,
-        binary_index
-    )
-    SELECT enable.table_name, coalesce(enable.embedding_column, 'embedding'),
-           enable.content_columns, enable.content_function, enable.content_template,
-           c.condition, c.columns, c.objects, enable.model, enable.on_change,
-           coalesce(enable.truncate, true), coalesce(enable.replicated, false), _embeddings_table,
-           coalesce(_chunking.way, CASE WHEN enable.embedding_column IS NULL THEN 'structure' ELSE 'none' END),
-           _chunking.chunk_function, enable.chunk_size, coalesce(enable.chunk_overlap, 0),
-           autoembed._full_text_config(enable.text_config), coalesce(enable.adopt, false),
-           enable.chunk_prefix, coalesce(enable.binary_index, false)
-    FROM autoembed._read_condition(enable.table_name, enable.condition) AS c
-    RETURNING p.* INTO _pipeline;
-    PERFORM autoembed._check_index(_pipeline, coalesce(create_index, false));
+    _condition := autoembed._read_condition(enable.table_name, enable.condition);
+    -- The loop keeps this statement out of the CONTEXT of a refusal.
+    FOR _pipeline IN
+        INSERT INTO autoembed.pipeline AS p (
+            table_id, embedding_column, content_columns, content_function, content_template,
+            condition, condition_columns, condition_objects, model, on_change, truncate, replicated, embeddings_table,
+            chunking, chunk_function, chunk_size, chunk_overlap, text_config, adopts, chunk_prefix,
+            binary_index
+        )
+        VALUES (
+            enable.table_name, coalesce(enable.embedding_column, 'embedding'),
+            enable.content_columns, enable.content_function, enable.content_template,
+            _condition.condition, _condition.columns, _condition.objects, enable.model, enable.on_change,
+            coalesce(enable.truncate, true), coalesce(enable.replicated, false), _embeddings_table,
+            coalesce(_chunking.way, CASE WHEN enable.embedding_column IS NULL THEN 'structure' ELSE 'none' END),
+            _chunking.chunk_function, enable.chunk_size, coalesce(enable.chunk_overlap, 0),
+            _text_config, coalesce(enable.adopt, false),
+            enable.chunk_prefix, coalesce(enable.binary_index, false)
+        )
+        RETURNING p.*
+    LOOP
+    END LOOP;
+    _void := autoembed._check_index(_pipeline, coalesce(create_index, false));
     -- The triggers are there, and no other session can write before this transaction ends. What comes is queued.
     _is_empty := autoembed._is_empty(enable.table_name);
     IF enqueue_existing AND NOT _is_empty OR create_index THEN
@@ -729,9 +746,13 @@ DECLARE
     _is_beside CONSTANT boolean := coalesce(storage = 'beside', _pipeline.embeddings_table IS NOT NULL);
     _moves CONSTANT boolean := _is_beside <> (_pipeline.embeddings_table IS NOT NULL);
     _chunking CONSTANT record := autoembed._chunking(chunking);
+    _text_config CONSTANT text := autoembed._full_text_config(text_config);
     _new_place record;
+    _new_table regclass;
+    _new_column name;
+    _void text;
 BEGIN
-    PERFORM autoembed._check_content(content_columns, content_function, content_template, false);
+    _void := autoembed._check_content(content_columns, content_function, content_template, false);
     IF NOT _pipeline.managed AND (_new_content OR _moves OR num_nonnulls(condition, on_change) > 0) THEN
         RAISE EXCEPTION USING
             ERRCODE = 'object_not_in_prerequisite_state',
@@ -741,10 +762,10 @@ BEGIN
                 'With adopt => true the vectors stay, if they are of the present texts.';
     END IF;
     IF alter_pipeline.on_change IS NOT NULL THEN
-        PERFORM autoembed._check_on_change(alter_pipeline.on_change);
+        _void := autoembed._check_on_change(alter_pipeline.on_change);
     END IF;
     IF num_nonnulls(chunking, chunk_size, chunk_overlap, nullif(chunk_prefix, '')) > 0 THEN
-        PERFORM autoembed._check_chunking(
+        _void := autoembed._check_chunking(
             _is_beside, coalesce(_chunking.way, _pipeline.chunking),
             coalesce(alter_pipeline.chunk_size, _pipeline.chunk_size),
             coalesce(alter_pipeline.chunk_overlap, _pipeline.chunk_overlap),
@@ -758,51 +779,60 @@ BEGIN
             HINT = 'beside keeps embeddings in a table beside the rows, row in a column of the rows.';
     END IF;
     IF _moves OR alter_pipeline.on_change IS NOT NULL THEN
-        PERFORM autoembed._lock_table(_pipeline.table_id, true);
+        _void := autoembed._lock_table(_pipeline.table_id, true);
     END IF;
     IF _moves AND NOT _is_beside THEN
-        PERFORM autoembed._lock_table(_pipeline.embeddings_table, true);
+        _void := autoembed._lock_table(_pipeline.embeddings_table, true);
     END IF;
-    SELECT n.* INTO _new_place
-    FROM autoembed._new_place(_pipeline, coalesce(nullif(alter_pipeline.model, ''), _pipeline.model)) AS n
-    WHERE _moves;
-    SELECT c.* INTO _condition
-    FROM autoembed._read_condition(_pipeline.table_id, nullif(alter_pipeline.condition, '')) AS c;
-    UPDATE autoembed.pipeline AS p
-    SET content_columns = CASE WHEN _new_content THEN alter_pipeline.content_columns ELSE p.content_columns END,
-        content_function = CASE WHEN _new_content THEN alter_pipeline.content_function ELSE p.content_function END,
-        content_template = CASE WHEN _new_content THEN alter_pipeline.content_template ELSE p.content_template END,
-        model = CASE WHEN alter_pipeline.model IS NULL THEN p.model ELSE nullif(alter_pipeline.model, '') END,
-        condition = CASE WHEN alter_pipeline.condition IS NULL THEN p.condition ELSE _condition.condition END,
-        condition_columns = CASE
-            WHEN alter_pipeline.condition IS NULL THEN p.condition_columns
-            ELSE _condition.columns
-        END,
-        condition_objects = CASE
-            WHEN alter_pipeline.condition IS NULL THEN p.condition_objects
-            ELSE _condition.objects
-        END,
-        on_change = coalesce(alter_pipeline.on_change, p.on_change),
-        truncate = coalesce(alter_pipeline.truncate, p.truncate),
-        embeddings_table = CASE WHEN _moves THEN _new_place.embeddings_table ELSE p.embeddings_table END,
-        embedding_column = CASE WHEN _moves THEN _new_place.embedding_column ELSE p.embedding_column END,
-        chunking = CASE WHEN _is_beside THEN coalesce(_chunking.way, p.chunking) ELSE 'none' END,
-        chunk_function = CASE
-            WHEN NOT _is_beside THEN NULL
-            WHEN alter_pipeline.chunking IS NULL THEN p.chunk_function
-            ELSE _chunking.chunk_function
-        END,
-        chunk_prefix = CASE
-            WHEN _is_beside THEN nullif(coalesce(alter_pipeline.chunk_prefix, p.chunk_prefix), '')
-        END,
-        chunk_size = CASE WHEN _is_beside THEN coalesce(alter_pipeline.chunk_size, p.chunk_size) END,
-        chunk_overlap = CASE WHEN _is_beside THEN coalesce(alter_pipeline.chunk_overlap, p.chunk_overlap) ELSE 0 END,
-        text_config = CASE
-            WHEN alter_pipeline.text_config IS NULL THEN p.text_config
-            ELSE autoembed._full_text_config(alter_pipeline.text_config)
-        END,
-        binary_index = coalesce(alter_pipeline.binary_index, p.binary_index)
-    WHERE p.id = _pipeline.id;
+    IF _moves THEN
+        _new_place := autoembed._new_place(_pipeline, coalesce(nullif(alter_pipeline.model, ''), _pipeline.model));
+        _new_table := _new_place.embeddings_table;
+        _new_column := _new_place.embedding_column;
+    END IF;
+    _condition := autoembed._read_condition(_pipeline.table_id, nullif(alter_pipeline.condition, ''));
+    -- The loop keeps this statement out of the CONTEXT of a refusal.
+    FOR _void IN
+        UPDATE autoembed.pipeline AS p
+        SET content_columns = CASE WHEN _new_content THEN alter_pipeline.content_columns ELSE p.content_columns END,
+            content_function = CASE WHEN _new_content THEN alter_pipeline.content_function ELSE p.content_function END,
+            content_template = CASE WHEN _new_content THEN alter_pipeline.content_template ELSE p.content_template END,
+            model = CASE WHEN alter_pipeline.model IS NULL THEN p.model ELSE nullif(alter_pipeline.model, '') END,
+            condition = CASE WHEN alter_pipeline.condition IS NULL THEN p.condition ELSE _condition.condition END,
+            condition_columns = CASE
+                WHEN alter_pipeline.condition IS NULL THEN p.condition_columns
+                ELSE _condition.columns
+            END,
+            condition_objects = CASE
+                WHEN alter_pipeline.condition IS NULL THEN p.condition_objects
+                ELSE _condition.objects
+            END,
+            on_change = coalesce(alter_pipeline.on_change, p.on_change),
+            truncate = coalesce(alter_pipeline.truncate, p.truncate),
+            embeddings_table = CASE WHEN _moves THEN _new_table ELSE p.embeddings_table END,
+            embedding_column = CASE WHEN _moves THEN _new_column ELSE p.embedding_column END,
+            chunking = CASE WHEN _is_beside THEN coalesce(_chunking.way, p.chunking) ELSE 'none' END,
+            chunk_function = CASE
+                WHEN NOT _is_beside THEN NULL
+                WHEN alter_pipeline.chunking IS NULL THEN p.chunk_function
+                ELSE _chunking.chunk_function
+            END,
+            chunk_prefix = CASE
+                WHEN _is_beside THEN nullif(coalesce(alter_pipeline.chunk_prefix, p.chunk_prefix), '')
+            END,
+            chunk_size = CASE WHEN _is_beside THEN coalesce(alter_pipeline.chunk_size, p.chunk_size) END,
+            chunk_overlap = CASE
+                WHEN _is_beside THEN coalesce(alter_pipeline.chunk_overlap, p.chunk_overlap)
+                ELSE 0
+            END,
+            text_config = CASE
+                WHEN alter_pipeline.text_config IS NULL THEN p.text_config
+                ELSE _text_config
+            END,
+            binary_index = coalesce(alter_pipeline.binary_index, p.binary_index)
+        WHERE p.id = _pipeline.id
+        RETURNING p.id
+    LOOP
+    END LOOP;
     IF _moves AND NOT _is_beside THEN
         EXECUTE format('DROP TABLE %s', _pipeline.embeddings_table);
     END IF;
@@ -866,13 +896,14 @@ AS $plpgsql$
 DECLARE
     _pipeline autoembed.pipeline;
     _ended text[] := '{}'::text[];
+    _void text;
 BEGIN
     IF NOT EXISTS (
         SELECT FROM autoembed.pipeline AS p
         WHERE disable.table_name IN (p.table_id, p.embeddings_table)
           AND (disable.embedding_column IS NULL OR p.embedding_column = disable.embedding_column)
     ) THEN
-        PERFORM autoembed._check_owner(table_name);
+        _void := autoembed._check_owner(table_name);
         IF autoembed._drop_stray_triggers(table_name) > 0 THEN
             RETURN;
         ELSIF if_exists THEN
@@ -880,10 +911,10 @@ BEGIN
             RETURN;
         END IF;
     END IF;
-    FOR _pipeline IN SELECT p.* FROM autoembed._owned_pipelines(table_name, embedding_column) AS p LOOP
-        PERFORM autoembed._lock_table(_pipeline.table_id, true);
+    FOREACH _pipeline IN ARRAY autoembed._owned_pipelines(table_name, embedding_column) LOOP
+        _void := autoembed._lock_table(_pipeline.table_id, true);
         IF disable.drop AND _pipeline.embeddings_table IS NOT NULL THEN
-            PERFORM autoembed._lock_table(_pipeline.embeddings_table, true);
+            _void := autoembed._lock_table(_pipeline.embeddings_table, true);
         END IF;
         _ended := _ended || coalesce(
             _pipeline.embeddings_table::text, format('column "%s"', _pipeline.embedding_column)
@@ -915,7 +946,7 @@ AS $plpgsql$
 DECLARE
     _pipeline autoembed.pipeline;
 BEGIN
-    FOR _pipeline IN SELECT p.* FROM autoembed._owned_pipelines(table_name, embedding_column) AS p LOOP
+    FOREACH _pipeline IN ARRAY autoembed._owned_pipelines(table_name, embedding_column) LOOP
         UPDATE autoembed.pipeline AS p SET paused = _set_paused.paused WHERE p.id = _pipeline.id;
     END LOOP;
 END;
@@ -928,8 +959,10 @@ CREATE OR REPLACE FUNCTION autoembed.pause(table_name regclass, embedding_column
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    _void text;
 BEGIN
-    PERFORM autoembed._set_paused(table_name, embedding_column, true);
+    _void := autoembed._set_paused(table_name, embedding_column, true);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.pause IS
@@ -941,8 +974,10 @@ CREATE OR REPLACE FUNCTION autoembed.resume(table_name regclass, embedding_colum
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    _void text;
 BEGIN
-    PERFORM autoembed._set_paused(table_name, embedding_column, false);
+    _void := autoembed._set_paused(table_name, embedding_column, false);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.resume IS 'Ends a pause of a table that the caller owns, or of one column of it.';
@@ -955,10 +990,11 @@ CREATE OR REPLACE FUNCTION autoembed.resync(table_name regclass, embedding_colum
 AS $plpgsql$
 DECLARE
     _pipeline autoembed.pipeline;
+    _void text;
 BEGIN
-    FOR _pipeline IN SELECT p.* FROM autoembed._owned_pipelines(table_name, embedding_column) AS p LOOP
+    FOREACH _pipeline IN ARRAY autoembed._owned_pipelines(table_name, embedding_column) LOOP
         IF _pipeline.managed AND EXISTS (SELECT FROM autoembed._trigger_problems(_pipeline)) THEN
-            PERFORM autoembed._lock_table(_pipeline.table_id, false);
+            _void := autoembed._lock_table(_pipeline.table_id, false);
         END IF;
         -- This assignment fires the trigger that makes missing or disabled triggers again.
         UPDATE autoembed.pipeline AS p SET on_change = p.on_change WHERE p.id = _pipeline.id AND p.managed;
@@ -981,11 +1017,10 @@ CREATE OR REPLACE FUNCTION autoembed.reembed(
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE
-    _pipeline autoembed.pipeline := autoembed._owned_pipeline(table_name, embedding_column);
+    _pipeline CONSTANT autoembed.pipeline := autoembed._owned_pipeline(table_name, embedding_column);
+    _condition CONSTANT record := autoembed._read_condition(_pipeline.table_id, reembed.condition);
 BEGIN
-    PERFORM autoembed._look_through(
-        _pipeline, (autoembed._read_condition(_pipeline.table_id, reembed.condition)).condition, true
-    );
+    PERFORM autoembed._look_through(_pipeline, _condition.condition, true);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.reembed IS

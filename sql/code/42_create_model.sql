@@ -155,6 +155,8 @@ CREATE OR REPLACE FUNCTION autoembed._add_model(
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    _void text;
 BEGIN
     IF _add_model.name IS NULL OR _add_model.provider IS NULL THEN
         RAISE EXCEPTION USING
@@ -162,9 +164,9 @@ BEGIN
             MESSAGE = 'a model needs a name and a provider, and one of them is NULL',
             HINT = 'For example: autoembed.create_model(''large'', ''openai'', 3072, ...).';
     END IF;
-    PERFORM autoembed._check_api_key(_add_model.api_key);
-    PERFORM autoembed._check_model_options(_add_model.options);
-    PERFORM autoembed._check_numbers(jsonb_build_object(
+    _void := autoembed._check_api_key(_add_model.api_key);
+    _void := autoembed._check_model_options(_add_model.options);
+    _void := autoembed._check_numbers(jsonb_build_object(
         'dimensions', _add_model.dimensions,
         'max_inputs_per_request', _add_model.max_inputs_per_request,
         'max_tokens_per_request', _add_model.max_tokens_per_request,
@@ -177,7 +179,7 @@ BEGIN
         'daily_cost_budget', _add_model.daily_cost_budget,
         'timeout_seconds', _add_model.timeout_seconds
     ));
-    PERFORM autoembed._check_budget(_add_model.daily_cost_budget, _add_model.price_per_million_tokens);
+    _void := autoembed._check_budget(_add_model.daily_cost_budget, _add_model.price_per_million_tokens);
     IF EXISTS (SELECT FROM autoembed.model AS m WHERE m.name = _add_model.name) THEN
         RAISE EXCEPTION USING
             ERRCODE = 'duplicate_object',
@@ -195,8 +197,8 @@ BEGIN
             _add_model.requests_per_minute, _add_model.tokens_per_minute, _add_model.max_requests_in_flight,
             _add_model.price_per_million_tokens, _add_model.daily_token_budget, _add_model.daily_cost_budget,
             coalesce(_add_model.options, '{}'), _add_model.timeout_seconds);
-    PERFORM autoembed._check_model(_add_model.name);
-    PERFORM autoembed._build_embedders(_add_model.name);
+    _void := autoembed._check_model(_add_model.name);
+    _void := autoembed._build_embedders(_add_model.name);
     PERFORM autoembed._make_slots(_add_model.name);
 END;
 $plpgsql$;
@@ -226,6 +228,8 @@ CREATE OR REPLACE FUNCTION autoembed.create_model(
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    _void text;
 BEGIN
     IF create_model.dimensions IS NULL THEN
         RAISE EXCEPTION USING
@@ -233,7 +237,7 @@ BEGIN
             MESSAGE = format('model "%s" needs dimensions, the length of its vectors', create_model.name),
             HINT = 'A rerank model, which makes no vectors, is created with autoembed.create_rerank_model().';
     END IF;
-    PERFORM autoembed._add_model(
+    _void := autoembed._add_model(
         create_model.name, create_model.provider, create_model.dimensions, create_model.model_id,
         create_model.base_url, create_model.api_key, create_model.max_inputs_per_request,
         create_model.max_tokens_per_request, create_model.max_tokens_per_input, create_model.requests_per_minute,
@@ -276,8 +280,10 @@ CREATE OR REPLACE FUNCTION autoembed.create_rerank_model(
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    _void text;
 BEGIN
-    PERFORM autoembed._add_model(
+    _void := autoembed._add_model(
         create_rerank_model.name, create_rerank_model.provider, NULL, create_rerank_model.model_id,
         create_rerank_model.base_url, create_rerank_model.api_key, create_rerank_model.max_inputs_per_request,
         create_rerank_model.max_tokens_per_request, create_rerank_model.max_tokens_per_input,
@@ -321,9 +327,10 @@ CREATE OR REPLACE FUNCTION autoembed.alter_model(
 AS $plpgsql$
 DECLARE
     _before autoembed.model;
+    _void text;
 BEGIN
-    PERFORM autoembed._check_api_key(alter_model.api_key);
-    PERFORM autoembed._check_model_options(alter_model.options);
+    _void := autoembed._check_api_key(alter_model.api_key);
+    _void := autoembed._check_model_options(alter_model.options);
     _before := autoembed._model(coalesce(alter_model.name, ''), NULL);
     IF _before.dimensions IS NULL AND alter_model.dimensions IS NOT NULL THEN
         RAISE EXCEPTION USING
@@ -331,7 +338,7 @@ BEGIN
             MESSAGE = format('model "%s" reranks, and has no dimensions', alter_model.name),
             HINT = 'Leave dimensions out, or create another model with autoembed.create_model().';
     END IF;
-    PERFORM autoembed._check_numbers(jsonb_build_object(
+    _void := autoembed._check_numbers(jsonb_build_object(
         'dimensions', alter_model.dimensions,
         'max_inputs_per_request', alter_model.max_inputs_per_request,
         'max_tokens_per_request', alter_model.max_tokens_per_request,
@@ -344,7 +351,7 @@ BEGIN
         'daily_cost_budget', alter_model.daily_cost_budget,
         'timeout_seconds', alter_model.timeout_seconds
     ));
-    PERFORM autoembed._check_budget(coalesce(alter_model.daily_cost_budget, _before.daily_cost_budget),
+    _void := autoembed._check_budget(coalesce(alter_model.daily_cost_budget, _before.daily_cost_budget),
                                     coalesce(alter_model.price_per_million_tokens, _before.price_per_million_tokens));
     UPDATE autoembed.model AS m
     SET provider = coalesce(alter_model.provider, m.provider),
@@ -367,8 +374,8 @@ BEGIN
     WHERE m.name = alter_model.name;
     -- Another address or key may have other limits.
     DELETE FROM autoembed.model_limit AS l WHERE l.model = alter_model.name;
-    PERFORM autoembed._check_model(alter_model.name);
-    PERFORM autoembed._build_embedders(alter_model.name);
+    _void := autoembed._check_model(alter_model.name);
+    _void := autoembed._build_embedders(alter_model.name);
     PERFORM autoembed._make_slots(alter_model.name);
     PERFORM autoembed.resume_model(alter_model.name);
     PERFORM autoembed._warn_of_blocked_pipelines();
@@ -388,8 +395,9 @@ CREATE OR REPLACE FUNCTION autoembed.drop_model(name text)
 AS $plpgsql$
 DECLARE
     _used_by text;
+    _void text;
 BEGIN
-    PERFORM autoembed._model(coalesce(drop_model.name, ''), NULL);
+    _void := (autoembed._model(coalesce(drop_model.name, ''), NULL)).name;
     -- A table that is being given this model holds a lock of it until its transaction ends.
     PERFORM FROM autoembed.model AS m WHERE m.name = drop_model.name FOR UPDATE;
     SELECT string_agg(format('%s.%I', p.table_id, p.embedding_column), ', ' ORDER BY p.id)
@@ -405,7 +413,7 @@ BEGIN
                 'model, choose another one with autoembed.set_default_model().';
     END IF;
     DELETE FROM autoembed.model AS m WHERE m.name = drop_model.name;
-    PERFORM autoembed._build_embedders(drop_model.name);
+    _void := autoembed._build_embedders(drop_model.name);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.drop_model IS 'Drops a model that nothing uses.';
@@ -416,11 +424,14 @@ CREATE OR REPLACE FUNCTION autoembed.set_default_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    _name CONSTANT text := (autoembed._model(coalesce(set_default_model.name, ''))).name;
+    _void text;
 BEGIN
     INSERT INTO autoembed.setting AS s (name, value)
-    VALUES ('default_model', (autoembed._model(coalesce(set_default_model.name, ''))).name)
+    VALUES ('default_model', _name)
     ON CONFLICT ON CONSTRAINT setting_pkey DO UPDATE SET value = excluded.value;
-    PERFORM autoembed._check_model(set_default_model.name);
+    _void := autoembed._check_model(set_default_model.name);
     PERFORM autoembed._warn_of_blocked_pipelines();
 END;
 $plpgsql$;
@@ -464,8 +475,10 @@ CREATE OR REPLACE FUNCTION autoembed.resume_model(name text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    _void text;
 BEGIN
-    PERFORM autoembed._model(coalesce(resume_model.name, ''), NULL);
+    _void := (autoembed._model(coalesce(resume_model.name, ''), NULL)).name;
     DELETE FROM autoembed.model_rest AS r WHERE r.model = resume_model.name;
     IF FOUND THEN
         -- It ends what the warning of the outage began. Of several lanes, one finds the rest.

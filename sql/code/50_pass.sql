@@ -491,8 +491,10 @@ CREATE OR REPLACE FUNCTION autoembed.process(
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    _void text;
 BEGIN
-    PERFORM autoembed._check_options(batch_size, max_requests, timeout_milliseconds);
+    _void := autoembed._check_options(batch_size, max_requests, timeout_milliseconds);
     IF EXISTS (SELECT FROM pg_cursors AS c WHERE c.statement <> current_query()) THEN
         RAISE WARNING USING
             ERRCODE = 'invalid_cursor_state',
@@ -537,8 +539,10 @@ CREATE OR REPLACE PROCEDURE autoembed.work(
 )
     LANGUAGE plpgsql
 AS $plpgsql$
+DECLARE
+    _void text;
 BEGIN
-    PERFORM autoembed._check_options(batch_size, max_requests, timeout_milliseconds);
+    _void := autoembed._check_options(batch_size, max_requests, timeout_milliseconds);
     -- In a transaction block, where a lane cannot commit, this fails in PostgreSQL's own words.
     COMMIT;
     CALL autoembed._work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill);

@@ -300,7 +300,8 @@ CREATE OR REPLACE FUNCTION autoembed.wait_until_fresh(table_name regclass, timeo
 AS $plpgsql$
 DECLARE
     _end timestamptz := clock_timestamp() + make_interval(secs => timeout_seconds);
-    _pipelines integer[] := ARRAY(SELECT p.id FROM autoembed._owned_pipelines(table_name, NULL) AS p);
+    _owned CONSTANT autoembed.pipeline[] := autoembed._owned_pipelines(table_name, NULL);
+    _pipelines CONSTANT integer[] := ARRAY(SELECT p.id FROM unnest(_owned) AS p);
     _failed bigint;
 BEGIN
     IF current_setting('transaction_isolation') <> 'read committed' THEN

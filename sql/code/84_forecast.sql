@@ -165,12 +165,14 @@ DECLARE
     _answer jsonb;
     _found record;
     _chunking CONSTANT record := autoembed._chunking(chunking);
+    _condition record;
+    _void text;
 BEGIN
     IF num_nonnulls(content_columns, content_function, content_template) = 0 THEN
         _pipeline := autoembed._owned_pipeline(table_name, embedding_column);
     ELSE
-        PERFORM autoembed._check_owner(table_name);
-        PERFORM autoembed._check_content(content_columns, content_function, content_template, true);
+        _void := autoembed._check_owner(table_name);
+        _void := autoembed._check_content(content_columns, content_function, content_template, true);
         _pipeline.table_id := table_name;
         _pipeline.content_columns := estimate.content_columns;
         _pipeline.content_function := estimate.content_function;
@@ -188,16 +190,17 @@ BEGIN
     _pipeline.chunk_overlap := coalesce(estimate.chunk_overlap, _pipeline.chunk_overlap, 0);
     _pipeline.chunk_prefix := nullif(coalesce(estimate.chunk_prefix, _pipeline.chunk_prefix), '');
     IF num_nonnulls(chunking, chunk_size, chunk_overlap, chunk_prefix) > 0 THEN
-        PERFORM autoembed._check_chunking(
+        _void := autoembed._check_chunking(
             true, _pipeline.chunking, _pipeline.chunk_size, _pipeline.chunk_overlap, _pipeline.model,
             _pipeline.chunk_prefix
         );
     END IF;
     -- An unknown model is an error here, in PostgreSQL's form.
-    PERFORM autoembed._dimensions(_pipeline.model);
+    _void := autoembed._dimensions(_pipeline.model);
     IF estimate.condition IS NOT NULL THEN
-        SELECT c.condition, c.columns INTO _pipeline.condition, _pipeline.condition_columns
-        FROM autoembed._read_condition(table_name, estimate.condition) AS c;
+        _condition := autoembed._read_condition(table_name, estimate.condition);
+        _pipeline.condition := _condition.condition;
+        _pipeline.condition_columns := _condition.columns;
     END IF;
     rows := coalesce(autoembed._estimated_rows(table_name), 0);
     -- About 10,000 rows are a large enough sample of a large table.

@@ -88,10 +88,8 @@ CREATE OR REPLACE FUNCTION autoembed._unknown_keys(table_name regclass, embeddin
     STABLE
 AS $plpgsql$
 DECLARE
-    _query pg_catalog.text := (
-        SELECT pg_catalog.concat('SELECT FROM (', t.matching_query, 'true)) AS r')
-        FROM autoembed._search_target(table_name, embedding_column) AS t
-    );
+    _target CONSTANT record := autoembed._search_target(table_name, embedding_column);
+    _query CONSTANT pg_catalog.text := pg_catalog.concat('SELECT FROM (', _target.matching_query, 'true)) AS r');
     _key record;
     _found pg_catalog.int8;
     _unknown pg_catalog.text[] := '{}'::pg_catalog.text[];
@@ -167,9 +165,12 @@ BEGIN
                                         coalesce(max_rows::pg_catalog.text, 'NULL')),
             HINT = 'Leave it out for the ten best rows.';
     END IF;
-    SELECT pg_catalog.array_agg(j.query), pg_catalog.jsonb_agg(j.keys), pg_catalog.jsonb_agg(j.grades)
-    INTO _queries, _keys, _grades
-    FROM autoembed._judgments(judgments) AS j;
+    -- The loop keeps this statement out of the CONTEXT of a refusal.
+    FOR _queries, _keys, _grades IN
+        SELECT pg_catalog.array_agg(j.query), pg_catalog.jsonb_agg(j.keys), pg_catalog.jsonb_agg(j.grades)
+        FROM autoembed._judgments(judgments) AS j
+    LOOP
+    END LOOP;
     _unknown := autoembed._unknown_keys(
         table_name, embedding_column, pg_catalog.jsonb_path_query_array(_keys, '$[*][*]')
     );

@@ -69,9 +69,11 @@ CREATE OR REPLACE FUNCTION autoembed.reset_search_stats(table_name regclass DEFA
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    _void text;
 BEGIN
     IF table_name IS NOT NULL THEN
-        PERFORM autoembed._check_owner(table_name);
+        _void := autoembed._check_owner(table_name);
     END IF;
     PERFORM autoembed._reset_search_stats(table_name);
 END;

@@ -19,6 +19,8 @@ DROP FUNCTION autoembed._forget_prepared;
 DROP FUNCTION autoembed._end_broken CASCADE;
 DROP FUNCTION autoembed._pipelines;
 DROP FUNCTION autoembed._probe;
+-- It returns an array.
+DROP FUNCTION autoembed._owned_pipelines;
 -- table_name is text in these views, and can be compared with a name.
 DROP VIEW autoembed.status;
 DROP VIEW autoembed.progress;

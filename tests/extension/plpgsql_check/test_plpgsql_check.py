@@ -24,6 +24,8 @@ ACCEPTED = {
     ("embed", VOLATILE): "It notes what was used.",
     ("_text_3", VOLATILE): "Calls the owner's function, and the owner may have marked it as anything.",
 }
+# The result of a call that is an expression, so that the CONTEXT of its errors has no SQL.
+UNREAD = 'never read variable "_void"'
 # Their queries are made of the names of a table, and the type of its rows is known when they run.
 DYNAMIC = {"search", "_judgments", "_ranked", "_reranked"}
 # Functions name these, which are not there during the check: Supabase's Vault, and a table that one of them makes.
@@ -104,5 +106,5 @@ def test_nothing_is_found_but_what_is_accepted(db: Connection) -> None:
     assert [
         f"{row.level} in {row.place}: {row.message}"
         for row in found
-        if (row.name, row.message) not in ACCEPTED and row.name not in DYNAMIC
+        if (row.name, row.message) not in ACCEPTED and row.message != UNREAD and row.name not in DYNAMIC
     ] == []
