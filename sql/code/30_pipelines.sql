@@ -632,6 +632,21 @@ COMMENT ON FUNCTION autoembed._vector_digest_expression IS
     'The SQL expression that gives the digest of the vector of the row of that alias, or of its chunks; NULL if the '
     'row has none. NULL if the column holds no vectors.';
 
+CREATE OR REPLACE FUNCTION autoembed._beginning(name text, bytes integer)
+    RETURNS text
+    LANGUAGE sql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT left(_beginning.name, l.length)
+    FROM generate_series(0, length(_beginning.name)) AS l(length)
+    WHERE octet_length(left(_beginning.name, l.length)) <= bytes
+    ORDER BY l.length DESC
+    LIMIT 1;
+$sql$;
+COMMENT ON FUNCTION autoembed._beginning IS
+    'As much of a name as has at most so many bytes. PostgreSQL cuts names of more than 63 bytes.';
+
 CREATE OR REPLACE FUNCTION autoembed._short_key(key text)
     RETURNS text
     LANGUAGE sql

@@ -416,7 +416,9 @@ BEGIN
         FROM pg_class AS c
         JOIN pg_namespace AS n ON n.oid = c.relnamespace
         CROSS JOIN LATERAL (
-            SELECT format('%I.%I', n.nspname, left(regexp_replace(c.relname, '_embeddings$', ''), 56) || '_chunks')
+            SELECT format('%I.%I', n.nspname, autoembed._beginning(
+                regexp_replace(c.relname, '_embeddings$', ''), 56
+            ) || '_chunks')
         ) AS v(name)
         WHERE c.oid = (slots ->> 'embeddings_table')::regclass;
         EXECUTE format(

@@ -203,7 +203,7 @@ BEGIN
     SELECT p.* INTO STRICT _pipeline FROM autoembed.pipeline AS p WHERE p.id = pipeline_id;
     _vectors_table := coalesce(_pipeline.embeddings_table, _pipeline.table_id);
     SELECT ARRAY[
-        left(c.relname, 30) || '_' || left(_pipeline.embedding_column, 25) || '_idx',
+        autoembed._beginning(c.relname, 30) || '_' || autoembed._beginning(_pipeline.embedding_column, 25) || '_idx',
         format('autoembed_%s_idx', pipeline_id), format('autoembed_%s_other_idx', pipeline_id)
     ]
     INTO STRICT _names

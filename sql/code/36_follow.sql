@@ -1235,7 +1235,8 @@ BEGIN
        ) THEN
         PERFORM autoembed._backfill(ARRAY[_after.id]);
     END IF;
-    IF _shape -> 'partitions' <> _before.table_shape -> 'partitions' AND _after.built_from IS DISTINCT FROM 'stopped' THEN
+    IF _shape -> 'partitions' <> _before.table_shape -> 'partitions'
+       AND _after.built_from IS DISTINCT FROM 'stopped' THEN
         PERFORM autoembed._build_partition_triggers(_after);
     END IF;
     IF NOT _shape -> 'partitions' @> (_before.table_shape -> 'partitions') THEN

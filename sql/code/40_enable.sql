@@ -63,6 +63,27 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._owned_pipeline IS
     'The pipeline of a table that the caller owns. Fails if there is none, or several and no column is given.';
 
+CREATE OR REPLACE FUNCTION autoembed._execute(statement text)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _hint text;
+BEGIN
+    EXECUTE statement;
+EXCEPTION WHEN syntax_error_or_access_rule_violation OR feature_not_supported OR program_limit_exceeded THEN
+    GET STACKED DIAGNOSTICS _hint = PG_EXCEPTION_HINT;
+    IF _hint = '' THEN
+        RAISE EXCEPTION USING ERRCODE = SQLSTATE, MESSAGE = SQLERRM;
+    END IF;
+    RAISE EXCEPTION USING ERRCODE = SQLSTATE, MESSAGE = SQLERRM, HINT = _hint;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._execute IS
+    'Runs a statement that makes something for the caller, with the rights of the caller. If PostgreSQL refuses it, '
+    'the CONTEXT of the error does not show it.';
+
 CREATE OR REPLACE FUNCTION autoembed._check_owner(table_name regclass)
     RETURNS void
     LANGUAGE plpgsql
@@ -308,7 +329,16 @@ BEGIN
     FROM pg_class AS c
     JOIN pg_namespace AS n ON n.oid = c.relnamespace
     WHERE c.oid = table_name;
-    _full_name := format('%I.%I', _table.nspname, coalesce(name, left(_table.relname, 52) || '_embeddings'));
+    -- A name that is cut off may be that of another table.
+    IF octet_length(name) NOT BETWEEN 1 AND 63 THEN
+        RAISE EXCEPTION USING
+            ERRCODE = CASE WHEN name = '' THEN 'invalid_name' ELSE 'name_too_long' END,
+            MESSAGE = format('the embeddings table''s name "%s" must have from 1 to 63 bytes', name),
+            HINT = 'Leave embeddings_table out for the name of the table with _embeddings.';
+    END IF;
+    _full_name := format(
+        '%I.%I', _table.nspname, coalesce(name, autoembed._beginning(_table.relname, 52) || '_embeddings')
+    );
     IF _key_columns IS NULL THEN
         -- The check of the pipeline says so.
         RETURN NULL;
@@ -340,7 +370,8 @@ BEGIN
             ERRCODE = 'duplicate_table',
             MESSAGE = format('relation %s exists and is no embeddings table of %s', _full_name, table_name),
             HINT = format(
-                'Give the embeddings table another name: embeddings_table => %L.', _table.relname || '_vectors'
+                'Give the embeddings table another name: embeddings_table => %L.',
+                autoembed._beginning(_table.relname, 55) || '_vectors'
             );
     END IF;
     IF NOT has_schema_privilege(_table.nspname, 'CREATE') THEN
@@ -360,13 +391,13 @@ BEGIN
     INTO _keys
     FROM unnest(_key_columns) WITH ORDINALITY AS k(name, number)
     JOIN pg_attribute AS a ON a.attrelid = table_name AND a.attname = k.name;
-    EXECUTE format(
+    _void := autoembed._execute(format(
         'CREATE TABLE %s (%s, chunk_number integer, chunk_start integer NOT NULL, chunk_end integer NOT NULL, '
         'digest bytea NOT NULL, embedding @extschema:vector@.halfvec(%s) NOT NULL, PRIMARY KEY (%s, chunk_number))',
         _full_name, _keys, dimensions,
         (SELECT string_agg(quote_ident(k.name), ', ' ORDER BY k.number)
          FROM unnest(_key_columns) WITH ORDINALITY AS k(name, number))
-    );
+    ));
     EXECUTE format('ALTER TABLE %s OWNER TO %I', _full_name, pg_get_userbyid(_table.relowner));
     -- A policy shows a role the embeddings of the rows that it may read.
     EXECUTE format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY', _full_name);
@@ -652,7 +683,7 @@ BEGIN
     _dimensions := autoembed._dimensions(enable.model);
     _adds_column := enable.embedding_column IS NOT NULL AND NOT EXISTS (
         SELECT FROM pg_attribute AS a
-        WHERE a.attrelid = enable.table_name AND a.attname = enable.embedding_column AND NOT a.attisdropped
+        WHERE a.attrelid = enable.table_name AND a.attname = enable.embedding_column AND a.attnum > 0
     );
     -- Vectors are adopted before the table is locked.
     IF adopt IS NOT TRUE OR _adds_column THEN
@@ -663,10 +694,10 @@ BEGIN
             enable.table_name, enable.embeddings_table, _dimensions
         );
     ELSIF _adds_column THEN
-        EXECUTE format(
+        _void := autoembed._execute(format(
             'ALTER TABLE %s ADD COLUMN %I @extschema:vector@.halfvec(%s)',
             enable.table_name, enable.embedding_column, _dimensions
-        );
+        ));
     END IF;
     _condition := autoembed._read_condition(enable.table_name, enable.condition);
     -- The loop keeps this statement out of the CONTEXT of a refusal.
@@ -864,6 +895,8 @@ CREATE OR REPLACE FUNCTION autoembed._new_place(
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    _void text;
 BEGIN
     IF pipeline.embeddings_table IS NULL THEN
         embeddings_table := autoembed._make_embeddings_table(
@@ -872,10 +905,10 @@ BEGIN
         embedding_column := 'embedding';
     ELSE
         embedding_column := pipeline.embedding_column;
-        EXECUTE format(
+        _void := autoembed._execute(format(
             'ALTER TABLE %s ADD COLUMN IF NOT EXISTS %I @extschema:vector@.halfvec(%s)',
             pipeline.table_id, embedding_column, autoembed._dimensions(_new_place.model)
-        );
+        ));
     END IF;
 END;
 $plpgsql$;

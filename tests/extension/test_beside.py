@@ -998,3 +998,18 @@ def test_a_lane_commits_seldom_while_it_cuts_texts(db: Connection, connect: Call
     [after] = db.execute(commits).fetchall()
     assert db.execute("SELECT count(*) FROM letters_embeddings").fetchone() == (500,)
     assert after.n - before.n < 250
+
+
+def test_a_name_of_63_bytes_gets_an_embeddings_table_and_a_view_of_its_own(db: Connection) -> None:
+    """A name is cut after so many bytes, not characters: the embeddings table would have the name of the table."""
+    table = "文" * 21
+    db.execute(f"CREATE TABLE {table} (id int PRIMARY KEY, body text)".encode())
+
+    db.execute(f"SELECT autoembed.enable('{table}', content_columns => '{{body}}')".encode())
+
+    names = db.execute(
+        "SELECT c.relname FROM autoembed.pipeline AS p, "
+        "LATERAL (VALUES (p.embeddings_table), (autoembed._chunks_view(p.id, p.embeddings_table))) AS r(id) "
+        "JOIN pg_class AS c ON c.oid = r.id"
+    ).fetchall()
+    assert [row.relname for row in names] == ["文" * 17 + "_embeddings", "文" * 17 + "_chunks"]

@@ -38,10 +38,12 @@ _as_owner - x - x
 _backfill - - - x
 _backfill_lane_is_scheduled - - - x
 _before_drop - - - x
+_beginning - x - x
 _bits - x - x
 _bits_indexed - - - x
 _build_embedders - - - x
 _build_index - - - x
+_build_partition_triggers - - - x
 _build_pipeline - - - x
 _build_triggers - - - x
 _build_without_workers - - - x
@@ -115,6 +117,7 @@ _estimate_texts - x - x
 _estimated_matches - x - x
 _estimated_rows - x x x
 _exact_answers - x - x
+_execute - x - x
 _extend - - - x
 _fail - - - x
 _fail_backfill - - - x
@@ -133,6 +136,7 @@ _follow_others - - - x
 _follow_partitions - - - x
 _follow_rewrite - - - x
 _follow_tables - - - x
+_follow_truncate - - - x
 _forget - - - x
 _forget_all - - - x
 _forget_old_keys - - - x
@@ -223,6 +227,7 @@ _owns - x x x
 _paid_chunks - - - x
 _paid_vectors - - - x
 _partition_tree - x x x
+_partition_triggers - x - x
 _passage_expression - - - x
 _pay_chunks - - - x
 _pipeline_checks - x - x

@@ -50,6 +50,20 @@ REFUSALS = {
         "is a TOAST table, which",
         "holds the rows",
     ),
+    "a typed table without its column": Refusal(
+        "enable('a_typed_table', 'embedding', content_columns => '{title}')",
+        "42809",
+        "cannot add column to typed table",
+    ),
+    "a system column for embeddings": Refusal(
+        f"enable('documents', 'ctid', {COLUMNS})", "42701", "conflicts with a system column"
+    ),
+    "an embeddings table without a name": Refusal(
+        f"enable('documents', {COLUMNS}, embeddings_table => '')", "42602", 'name "" must have', "Leave"
+    ),
+    "an embeddings table with a long name": Refusal(
+        f"enable('documents', {COLUMNS}, embeddings_table => repeat('ä', 32))", "42622", "from 1 to 63 bytes", "Leave"
+    ),
     "a temporary table": Refusal(f"enable('a_temporary_table', {COLUMNS})", "42809", "temporary", "permanent table"),
     "a partition": Refusal(
         f"enable('a_partition', {COLUMNS})", "42809", "app.a_partition is a partition", "enable('app.parts'"
@@ -237,6 +251,7 @@ def unfit(server: Server, template: str) -> Iterator[Connection]:
             CREATE FOREIGN TABLE a_foreign_table (id int, title text, content text)
                 SERVER files OPTIONS (filename '/dev/null');
             CREATE SEQUENCE a_sequence; CREATE TYPE a_type AS (id int, title text, content text);
+            CREATE TYPE a_row AS (id int, title text); CREATE TABLE a_typed_table OF a_row (PRIMARY KEY (id));
             CREATE TEMP TABLE a_temporary_table (id int PRIMARY KEY, title text, content text);
             CREATE TABLE parts (id int PRIMARY KEY, title text, content text) PARTITION BY HASH (id);
             CREATE TABLE a_partition PARTITION OF parts FOR VALUES WITH (MODULUS 1, REMAINDER 0);
