@@ -1468,7 +1468,13 @@ def _numbers(data: bytes, form: str) -> np.ndarray:
 
 def _row(row: dict[str, Any]) -> Row:
     if "digests" not in row:
-        return Row(row["content"], row["vector_digest"], row["bytes"] or 0, is_locked=bool(row["is_locked"]))
+        return Row(
+            row["content"],
+            row["vector_digest"],
+            row["bytes"] or 0,
+            is_locked=bool(row["is_locked"]),
+            own_key=row["own_key"],
+        )
     digests = row["digests"] or ()
     return Row(
         row["content"],
@@ -1477,6 +1483,7 @@ def _row(row: dict[str, Any]) -> Row:
         digests,
         row["numbers"] or (),
         prefix=row["prefix"] or "",
+        own_key=row["own_key"],
     )
 
 

@@ -112,7 +112,7 @@ class Row:
 
     A text of more than MAX_TEXT_BYTES is not read: it is None then. is_locked: another session has locked the row.
     digests, numbers: those of the chunks that have an embedding beside the row. prefix: what its chunks are embedded
-    behind.
+    behind. own_key: its key as the row has it, if the message has an equal one that is written in another way.
     """
 
     content: str | None
@@ -122,6 +122,7 @@ class Row:
     numbers: Sequence[int] = ()
     is_locked: bool = False
     prefix: str = ""
+    own_key: str | None = None
 
     @cached_property
     def text_digest(self) -> bytes | None:

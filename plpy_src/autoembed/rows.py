@@ -404,6 +404,9 @@ class Rows:
             job.row = rows.get(job.key)
         found = [job for job in jobs if job.row is not None]
         missing = [job for job in jobs if job.row is None]
+        if respelled := [job for job in found if job.row and job.row.own_key]:
+            found = [job for job in found if job not in respelled]
+            self._take_own_keys(pipeline, respelled)
         if complete:
             if pipeline.is_beside and missing:
                 # A lane may have written embeddings while the row was deleted.
@@ -412,6 +415,18 @@ class Rows:
                 self._forget(pipeline, missing)
             return found, []
         return found, missing
+
+    def _take_own_keys(self, pipeline: Pipeline, jobs: list[Job]) -> None:
+        """Settles jobs whose key is written in another way than that of their row, which is queued by its own key."""
+        keys: dict[int, list[str]] = defaultdict(list)
+        for job in jobs:
+            if job.row and job.row.own_key:
+                # A type that writes a key in another way each time it reads it ends here.
+                keys[job.attempts + 1].append(job.row.own_key)
+        for attempts, own in keys.items():
+            if attempts < MAX_ATTEMPTS:
+                self._database.requeue(pipeline.id, own, attempts)
+        self._forget(pipeline, jobs)
 
     def to_embed(self, pipeline: Pipeline, jobs: list[Job]) -> list[tuple[Job, str]]:
         """The jobs that need vectors, once with each text to send. All others are settled here.

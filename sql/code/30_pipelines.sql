@@ -416,6 +416,34 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._operator IS
     'The operator by which a key column is compared: 3 for equal, 5 for greater, as B-tree strategies are numbered.';
 
+CREATE OR REPLACE FUNCTION autoembed._is_spelled_one_way(pipeline autoembed.pipeline)
+    RETURNS boolean
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    -- A B-tree index whose operator class promises that equal values are the same bytes merges its duplicates.
+    SELECT NOT EXISTS (
+        SELECT FROM unnest(pipeline.key_columns) AS k(name)
+        WHERE NOT EXISTS (
+            SELECT FROM pg_index AS i
+            CROSS JOIN LATERAL unnest(i.indkey::smallint[], i.indclass::oid[], i.indcollation::oid[])
+                AS n(number, class, collation_id)
+            JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = n.number AND a.attname = k.name
+            JOIN pg_opclass AS c ON c.oid = n.class
+            JOIN pg_amproc AS p
+                ON p.amprocfamily = c.opcfamily AND p.amproclefttype = c.opcintype AND p.amprocrighttype = c.opcintype
+               AND p.amprocnum = 4
+            LEFT JOIN pg_collation AS l ON l.oid = n.collation_id
+            WHERE i.indrelid = pipeline.table_id AND i.indisunique
+              AND (p.amproc = 'btequalimage(oid)'::regprocedure
+                   OR p.amproc = 'btvarstrequalimage(oid)'::regprocedure AND l.collisdeterministic IS NOT FALSE)
+        )
+    );
+$sql$;
+COMMENT ON FUNCTION autoembed._is_spelled_one_way IS
+    'Whether equal keys are always written in the same way. 1.0 and 1.00 are equal, and so are ways to write a citext.';
+
 CREATE OR REPLACE FUNCTION autoembed._content_expression(pipeline autoembed.pipeline, alias text)
     RETURNS text
     LANGUAGE plpgsql

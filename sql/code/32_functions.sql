@@ -289,6 +289,11 @@ BEGIN
         'key', autoembed._key_expression(pipeline, 't'),
         'old_key', autoembed._key_expression(pipeline, 'OLD'),
         'new_key', autoembed._key_expression(pipeline, 'NEW'),
+        -- The key as the row has it, where that is not how the message has it.
+        'own_key', CASE
+            WHEN autoembed._is_spelled_one_way(pipeline) THEN 'NULL::pg_catalog.text'
+            ELSE format('nullif(%s, s.key)', autoembed._key_expression(pipeline, 't'))
+        END,
         'has_old_key', autoembed._has_key_expression(pipeline, 'OLD'),
         'has_new_key', autoembed._has_key_expression(pipeline, 'NEW'),
         'old_rows', format('SELECT %s AS key FROM old_rows AS o WHERE %s',

@@ -1,6 +1,6 @@
 -- Reads the texts of rows by key, up to about max_bytes. Runs as the table's owner, in lanes.
 CREATE FUNCTION autoembed._content_{{id}}(keys text[], max_bytes bigint, max_text_bytes bigint)
-    RETURNS TABLE (key text, content text, vector_digest bytea, bytes bigint, is_locked boolean)
+    RETURNS TABLE (key text, content text, vector_digest bytea, bytes bigint, own_key text, is_locked boolean)
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = {{search_path}}
@@ -14,6 +14,7 @@ DECLARE
                CASE WHEN {{content_bytes}} OPERATOR(pg_catalog.<=) max_text_bytes THEN {{content}} END,
                {{vector_digest}},
                {{content_bytes}},
+               {{own_key}},
                t.xmax, t.tableoid, t.ctid
         FROM (SELECT s.key, {{sent_keys}} FROM pg_catalog.unnest(keys) AS s(key)) AS s
         JOIN {{table}} AS t ON {{same_key}};
@@ -28,7 +29,7 @@ BEGIN
     LOCK TABLE {{table}} IN ROW EXCLUSIVE MODE NOWAIT;
     OPEN _rows;
     LOOP
-        FETCH _rows INTO key, content, vector_digest, bytes, _locked_by, _table, _place;
+        FETCH _rows INTO key, content, vector_digest, bytes, own_key, _locked_by, _table, _place;
         EXIT WHEN NOT FOUND;
         bytes := GREATEST(bytes, pg_catalog.octet_length(content));
         IF bytes OPERATOR(pg_catalog.>) max_text_bytes THEN

@@ -1,7 +1,7 @@
 -- Does the same as content.sql where the embeddings are in a table beside the rows. digests, numbers: those of a
 -- row's chunks that have an embedding.
 CREATE FUNCTION autoembed._content_{{id}}(keys text[], max_bytes bigint, max_text_bytes bigint)
-    RETURNS TABLE (key text, content text, bytes bigint, digests bytea[], numbers integer[], prefix text)
+    RETURNS TABLE (key text, content text, bytes bigint, own_key text, digests bytea[], numbers integer[], prefix text)
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = {{search_path}}
@@ -16,6 +16,7 @@ DECLARE
         SELECT s.key,
                CASE WHEN {{content_bytes}} OPERATOR(pg_catalog.<=) max_text_bytes THEN {{content}} END,
                {{content_bytes}},
+               {{own_key}},
                d.digests,
                d.numbers,
                {{prefix}}
@@ -35,7 +36,7 @@ BEGIN
     LOCK TABLE {{embeddings_table}} IN ROW EXCLUSIVE MODE NOWAIT;
     OPEN _rows;
     LOOP
-        FETCH _rows INTO key, content, bytes, digests, numbers, prefix;
+        FETCH _rows INTO key, content, bytes, own_key, digests, numbers, prefix;
         EXIT WHEN NOT FOUND;
         bytes := GREATEST(bytes, pg_catalog.octet_length(content));
         IF bytes OPERATOR(pg_catalog.>) max_text_bytes THEN

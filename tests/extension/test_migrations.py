@@ -660,3 +660,47 @@ def test_the_owner_of_a_stopped_table_can_do_all_that_the_hint_says(
 
     assert len(told.warnings) == 1
     assert (status(t).state, wrong(t, text="a")) == ("idle", [])
+
+
+# Keys that are spelled in another way ------------------------------------------------------------------
+
+RESPELLED = {
+    # The type of a key, and two spellings of the same key.
+    "citext": ("citext", "ABC", "abc"),
+    "numeric of another scale": ("numeric", "1.0", "1.00"),
+    "interval": ("interval", "1 day", "24:00:00"),
+    "text of a collation without case": ('text COLLATE "no_case"', "ABC", "abc"),
+    "two columns": ("citext, k2 numeric DEFAULT 1", "ABC", "abc"),
+}
+RESPELLS = {
+    "deleted and inserted": "DELETE FROM keyed WHERE k = '{0}'; INSERT INTO keyed (k, a) VALUES ('{1}', 'text')",
+    "updated": "UPDATE keyed SET k = '{1}' WHERE k = '{0}'",
+    "updated with another text": "UPDATE keyed SET k = '{1}', a = 'another' WHERE k = '{0}'",
+}
+
+
+@pytest.mark.parametrize("change", RESPELLS)
+@pytest.mark.parametrize("column", ["NULL", "'embedding'"], ids=["beside", "in the row"])
+@pytest.mark.parametrize("case", RESPELLED)
+def test_a_row_whose_key_is_spelled_in_another_way_counts_once(
+    t: Connection, case: str, column: str, change: str
+) -> None:
+    kind, old, new = RESPELLED[case]
+    t.execute("CREATE EXTENSION citext")
+    t.execute("CREATE COLLATION no_case (provider = icu, locale = 'und-u-ks-level2', deterministic = false)")
+    key = "k, k2" if "k2" in kind else "k"
+    t.execute(f"CREATE TABLE keyed (k {kind}, a text, PRIMARY KEY ({key}))".encode())
+    t.execute(f"SELECT autoembed.enable('keyed', {column}, content_columns => '{{a}}', model => 'test')".encode())
+    t.execute(f"INSERT INTO keyed (k, a) VALUES ('{old}', 'text'), ('7', 'other')".encode())
+    process(t)
+
+    with t.transaction():
+        for statement in RESPELLS[change].format(old, new).split("; "):
+            t.execute(statement.encode())
+    process(t)
+
+    state = one(t, "SELECT state, embedded, waiting FROM autoembed.status WHERE table_name = 'keyed'")
+    assert state == ("idle", 2, 0)
+    assert t.execute("SELECT reason FROM autoembed.failed").fetchall() == []
+    found = "SELECT count(*) FROM autoembed.search(NULL::keyed, 'text', mode => 'vector', max_rows => 9)"
+    assert one(t, found).count == 2

@@ -168,6 +168,7 @@ _is_empty - x - x
 _is_key - - - x
 _is_pipeline_of - x x x
 _is_retired - - - x
+_is_spelled_one_way - - - x
 _is_subscribed - x - x
 _is_superusers - - - x
 _is_uncommitted - - - x
