@@ -257,8 +257,13 @@ def _forget_changed(database: Database, found: list[tuple[int, Address]]) -> tup
             changed[pipeline_id].append(address)
     pipelines = database.pipelines(sorted(changed)) if changed else {}
     resting, unfinished = set(), set()
-    for pipeline_id, pipeline in pipelines.items():
-        addresses = changed[pipeline_id]
+    for pipeline_id, addresses in changed.items():
+        pipeline = pipelines.get(pipeline_id)
+        if pipeline is None:
+            # It has ended, and left records.
+            if any(address.truncated for address in addresses) and not database.forget_all(pipeline_id):
+                unfinished.add(pipeline_id)
+            continue
         moved = [key for address in addresses if address.moved for key in address.keys]
         replaced = [key for address in addresses if address.replaced for key in address.keys]
         try:

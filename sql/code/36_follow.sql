@@ -496,13 +496,16 @@ AS $plpgsql$
 DECLARE
     _trigger name;
 BEGIN
-    DELETE FROM autoembed._job AS q WHERE q.pipeline = OLD.id::text;
-    DELETE FROM autoembed.backfill AS b WHERE b.pipeline_id = OLD.id;
-    DELETE FROM autoembed.embedded AS e WHERE e.pipeline_id = OLD.id;
-    DELETE FROM autoembed.failure AS f WHERE f.pipeline_id = OLD.id;
-    DELETE FROM autoembed.paid_chunk AS c WHERE c.pipeline_id = OLD.id;
-    DELETE FROM autoembed.text_document AS d WHERE d.pipeline_id = OLD.id;
-    DELETE FROM autoembed.text_segment AS s WHERE s.pipeline_id = OLD.id;
+    -- Lanes drop the jobs that they hold themselves. Nobody waits for their locks here.
+    DELETE FROM autoembed._job AS q
+    WHERE q.message_id = ANY (ARRAY(
+        SELECT o.message_id FROM autoembed._job AS o WHERE o.pipeline = OLD.id::text LIMIT 5000 FOR UPDATE SKIP LOCKED
+    ));
+    IF NOT autoembed._forget_ended(OLD.id) THEN
+        -- Lanes delete the rest, part by part.
+        INSERT INTO autoembed._job (due_at, message)
+        VALUES (clock_timestamp(), jsonb_build_object('pipeline', OLD.id, 'truncated', true));
+    END IF;
     PERFORM autoembed._drop_functions(OLD.id, true);
     PERFORM autoembed._drop_stray_triggers(t.relid)
     FROM autoembed._partition_tree(OLD.table_id) AS t
@@ -531,7 +534,7 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._ended IS
-    'Removes the jobs, records, functions and triggers of a pipeline that has ended.';
+    'Removes the jobs, records, functions and triggers of a pipeline that has ended. Waits for no lock of a record.';
 
 CREATE OR REPLACE FUNCTION autoembed._model_changed()
     RETURNS trigger
@@ -584,6 +587,8 @@ CREATE OR REPLACE FUNCTION autoembed._end()
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
+    -- The table is locked meanwhile.
+    SET lock_timeout = '5s'
 AS $plpgsql$
 BEGIN
     DELETE FROM autoembed.pipeline AS p WHERE p.id = NEW.id;

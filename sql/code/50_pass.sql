@@ -275,44 +275,99 @@ DECLARE
     -- Lanes do nothing else meanwhile.
     _most CONSTANT integer := 5000;
     _count bigint;
+    _deleted bigint := 0;
     _is_all boolean;
 BEGIN
+    -- Whoever has locked a record is not waited for.
     DELETE FROM autoembed.embedded AS e
     WHERE e.ctid = ANY (ARRAY(
         SELECT o.ctid FROM autoembed.embedded AS o
         WHERE o.pipeline_id = _forget_part.pipeline_id AND (o.embedded_at > until) IS NOT TRUE
         LIMIT _most
+        FOR UPDATE SKIP LOCKED
     ));
     GET DIAGNOSTICS _count = ROW_COUNT;
-    _is_all := _count < _most;
+    _deleted := _deleted + _count;
     DELETE FROM autoembed.failure AS f
     WHERE f.ctid = ANY (ARRAY(
         SELECT o.ctid FROM autoembed.failure AS o
         WHERE o.pipeline_id = _forget_part.pipeline_id AND o.last_failed_at <= until
         LIMIT _most
+        FOR UPDATE SKIP LOCKED
     ));
     GET DIAGNOSTICS _count = ROW_COUNT;
-    _is_all := _is_all AND _count < _most;
+    _deleted := _deleted + _count;
     DELETE FROM autoembed.paid_chunk AS c
     WHERE c.ctid = ANY (ARRAY(
-        SELECT o.ctid FROM autoembed.paid_chunk AS o WHERE o.pipeline_id = _forget_part.pipeline_id LIMIT _most
+        SELECT o.ctid FROM autoembed.paid_chunk AS o
+        WHERE o.pipeline_id = _forget_part.pipeline_id
+        LIMIT _most
+        FOR UPDATE SKIP LOCKED
     ));
     GET DIAGNOSTICS _count = ROW_COUNT;
-    _is_all := _is_all AND _count < _most;
+    _deleted := _deleted + _count;
     UPDATE autoembed.text_document AS d
     SET is_live = false
     WHERE d.ctid = ANY (ARRAY(
         SELECT o.ctid FROM autoembed.text_document AS o
         WHERE o.pipeline_id = _forget_part.pipeline_id AND o.is_live AND o.indexed_at <= until
         LIMIT _most
+        FOR UPDATE SKIP LOCKED
     ));
     GET DIAGNOSTICS _count = ROW_COUNT;
-    RETURN _is_all AND _count < _most;
+    _deleted := _deleted + _count;
+    _is_all := NOT EXISTS (
+            SELECT FROM autoembed.embedded AS o
+            WHERE o.pipeline_id = _forget_part.pipeline_id AND (o.embedded_at > until) IS NOT TRUE
+        )
+        AND NOT EXISTS (
+            SELECT FROM autoembed.failure AS o
+            WHERE o.pipeline_id = _forget_part.pipeline_id AND o.last_failed_at <= until
+        )
+        AND NOT EXISTS (SELECT FROM autoembed.paid_chunk AS o WHERE o.pipeline_id = _forget_part.pipeline_id)
+        AND NOT EXISTS (
+            SELECT FROM autoembed.text_document AS o
+            WHERE o.pipeline_id = _forget_part.pipeline_id AND o.is_live AND o.indexed_at <= until
+        );
+    IF _deleted = 0 AND NOT _is_all AND until <> 'infinity' THEN
+        RAISE EXCEPTION 'another transaction has locked records of the table' USING ERRCODE = 'lock_not_available';
+    END IF;
+    RETURN _is_all;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._forget_part IS
     'Deletes some records of a pipeline that were made until then, and takes the texts out of the text index. Returns '
     'whether none are left.';
+
+CREATE OR REPLACE FUNCTION autoembed._forget_ended(pipeline_id integer)
+    RETURNS boolean
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    -- Both delete a part.
+    IF (autoembed._forget_part(pipeline_id, 'infinity') AND autoembed._drop_part(pipeline_id)) IS NOT TRUE THEN
+        RETURN false;
+    END IF;
+    DELETE FROM autoembed.backfill AS b
+    WHERE b.pipeline_id = (
+        SELECT o.pipeline_id FROM autoembed.backfill AS o
+        WHERE o.pipeline_id = _forget_ended.pipeline_id
+        FOR UPDATE SKIP LOCKED
+    );
+    DELETE FROM autoembed.text_segment AS s WHERE s.id IN (
+        SELECT o.id FROM autoembed.text_segment AS o
+        WHERE o.pipeline_id = _forget_ended.pipeline_id
+        FOR UPDATE SKIP LOCKED
+    );
+    RETURN NOT EXISTS (SELECT FROM autoembed.backfill AS b WHERE b.pipeline_id = _forget_ended.pipeline_id)
+        AND NOT EXISTS (SELECT FROM autoembed.text_segment AS s WHERE s.pipeline_id = _forget_ended.pipeline_id)
+        AND NOT EXISTS (SELECT FROM autoembed.text_document AS d WHERE d.pipeline_id = _forget_ended.pipeline_id);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._forget_ended IS
+    'Deletes some records of a pipeline that has ended, and waits for no lock of one. Returns whether none are left.';
 
 CREATE OR REPLACE FUNCTION autoembed._forget_all(pipeline_id integer)
     RETURNS boolean
@@ -321,6 +376,15 @@ CREATE OR REPLACE FUNCTION autoembed._forget_all(pipeline_id integer)
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
+    IF NOT EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.id = _forget_all.pipeline_id) THEN
+        IF NOT autoembed._forget_ended(pipeline_id) THEN
+            -- The rest may be locked. A lane does not try it without a pause.
+            INSERT INTO autoembed._job (due_at, message)
+            VALUES (clock_timestamp() + interval '100 milliseconds',
+                    jsonb_build_object('pipeline', pipeline_id, 'truncated', true));
+        END IF;
+        RETURN true;
+    END IF;
     IF NOT autoembed._forget_part(pipeline_id, (
         SELECT max(j.enqueued_at)
         FROM autoembed._job AS j
@@ -340,8 +404,8 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._forget_all IS
-    'Deletes some records of the rows that a table had when it was truncated. Returns whether none are left. Rows that '
-    'have failed since are queued again.';
+    'Deletes some records of the rows that a table had when it was truncated, or its pipeline ended. Returns whether '
+    'none are left, or another message stands for these. Rows that have failed since are queued again.';
 
 CREATE OR REPLACE FUNCTION autoembed._queue_recorded(pipeline_id integer, after text)
     RETURNS void

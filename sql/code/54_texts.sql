@@ -192,6 +192,7 @@ BEGIN
         SELECT o.ctid FROM autoembed.text_document AS o
         WHERE o.pipeline_id = _drop_part.pipeline_id AND NOT o.is_live
         LIMIT _most
+        FOR UPDATE SKIP LOCKED
     ));
     GET DIAGNOSTICS _count = ROW_COUNT;
     _is_all := _count < _most;
@@ -201,6 +202,7 @@ BEGIN
         JOIN autoembed.text_posting AS o ON o.segment_id = s.id
         WHERE s.pipeline_id = _drop_part.pipeline_id
         LIMIT _most
+        FOR UPDATE OF o SKIP LOCKED
     ));
     GET DIAGNOSTICS _count = ROW_COUNT;
     RETURN _is_all AND _count < _most;

@@ -18,7 +18,8 @@ LEFT JOIN autoembed.pipeline AS p
     ON p.id = coalesce(
         f.pipeline_id, (jsonb_populate_record(NULL::autoembed.backfill, f.message -> 'backfill')).pipeline_id
     )
-WHERE autoembed._may_see(p.table_id);
+-- Lanes delete the failures of a pipeline that has ended.
+WHERE autoembed._may_see(p.table_id) AND (f.pipeline_id IS NULL OR p.id IS NOT NULL);
 COMMENT ON VIEW autoembed.failed IS
     'The rows that could not be embedded and are not tried again, each with the reason. retry_failed() tries them '
     'again.';
@@ -48,7 +49,7 @@ LEFT JOIN autoembed.pipeline AS p
         f.pipeline_id, (jsonb_populate_record(NULL::autoembed.backfill, f.message -> 'backfill')).pipeline_id
     )
 WHERE autoembed._owns(p.table_id)
-   OR p.id IS NULL AND (SELECT r.rolsuper FROM pg_roles AS r WHERE r.rolname = current_user);
+   OR f.pipeline_id IS NULL AND p.id IS NULL AND (SELECT r.rolsuper FROM pg_roles AS r WHERE r.rolname = current_user);
 COMMENT ON VIEW autoembed._own_failure IS
     'The failures that the reader may have tried again: UPDATE … SET retried = true. A right to DELETE would include '
     'one to LOCK TABLE.';

@@ -139,6 +139,7 @@ _follow_tables - - - x
 _follow_truncate - - - x
 _forget - - - x
 _forget_all - - - x
+_forget_ended - - - x
 _forget_old_keys - - - x
 _forget_part - - - x
 _forget_permits - - - x

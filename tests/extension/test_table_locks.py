@@ -228,3 +228,51 @@ def test_what_there_is_to_see_is_seen_while_others_hold_the_table(
         [row] = seer.execute("SELECT estimated_rows FROM autoembed.status").fetchall()
 
     assert row.estimated_rows == 0
+
+
+MANY = 12_000
+
+
+@pytest.mark.parametrize("drop", ["false", "true"])
+def test_the_end_of_a_large_table_waits_for_no_lane_and_leaves_nothing(
+    notes: Connection, connect: Connect, drop: str
+) -> None:
+    notes.execute("SELECT autoembed.enable('notes', content_columns => '{body}', text_config => 'english')")
+    notes.execute("SELECT autoembed.process()")
+    notes.execute(
+        "INSERT INTO autoembed.embedded (pipeline_id, key, digest, truncated)"
+        " SELECT p.id, format('[%%s]', 100 + n), '', false FROM autoembed.pipeline AS p, generate_series(1, %s) AS n",
+        [MANY],
+    )
+    notes.execute(
+        "INSERT INTO autoembed.failure (pipeline_id, key, error_class, reason, attempts)"
+        " SELECT p.id, '[1]', 'row', 'no', 5 FROM autoembed.pipeline AS p"
+    )
+    notes.execute("UPDATE notes SET body = 'changed'")
+    # A lane that is in the midst of a transaction.
+    lane = connect()
+    lane.execute("BEGIN")
+    lane.execute("SELECT FROM autoembed.embedded WHERE key IN ('[1]', '[101]') FOR UPDATE")
+    lane.execute("SELECT FROM autoembed.failure FOR UPDATE")
+    lane.execute("SELECT FROM autoembed.text_document FOR UPDATE")
+    lane.execute("SELECT FROM pgmq.q_embedding_jobs FOR UPDATE")
+
+    with connect(options="-c statement_timeout=4s") as owner:
+        owner.execute(f"SELECT autoembed.disable('notes', drop => {drop})".encode())
+
+        assert owner.execute("SELECT FROM autoembed.pipeline").rowcount == 0
+        assert owner.execute("SELECT FROM autoembed.failed").rowcount == 0
+        assert owner.execute("SELECT FROM pg_trigger WHERE tgrelid = 'notes'::regclass").rowcount == 0
+        # The table can be attached again at once.
+        owner.execute("SELECT autoembed.enable('notes', content_columns => '{body}')")
+        owner.execute("SELECT autoembed.disable('notes')")
+    lane.rollback()
+
+    def left() -> list[str]:
+        notes.execute("UPDATE pgmq.q_embedding_jobs SET vt = clock_timestamp()")
+        notes.execute("SELECT autoembed.process()")
+        tables = ("embedded", "failure", "text_document", "text_segment", "text_posting", "paid_chunk", "backfill")
+        found = [name for name in tables if notes.execute(f"SELECT FROM autoembed.{name} LIMIT 1".encode()).rowcount]
+        return found + ["queue"] * notes.execute("SELECT FROM pgmq.q_embedding_jobs").rowcount
+
+    wait_until(lambda: not left(), 30)
