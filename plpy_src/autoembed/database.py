@@ -249,13 +249,26 @@ class Database:
         self._run("SELECT autoembed._release($1)", ["pg_catalog.int8[]"], [list(message_ids)])
 
     def requeue(
-        self, pipeline_id: int, keys: Sequence[str], attempts: int, *, read_count: int = 0, delay_seconds: float = 0.0
+        self,
+        pipeline_id: int,
+        keys: Sequence[str],
+        attempts: int,
+        *,
+        read_count: int = 0,
+        delay_seconds: float = 0.0,
+        suspect: bool = False,
     ) -> None:
-        """Queues rows in one message. read_count: how often it counts as read before."""
+        """Queues rows in one message. read_count: how often it counts as read before. suspect: see Address."""
         self._run(
-            "SELECT autoembed._requeue($1, $2, $3, $4, $5)",
-            ["pg_catalog.int4", "pg_catalog.jsonb", "pg_catalog.int4", "pg_catalog.int4", "pg_catalog.float8"],
-            [pipeline_id, f"[{','.join(keys)}]", attempts, read_count, delay_seconds],
+            "SELECT autoembed._requeue($1, $2, $3, $4, $5, $6)",
+            [
+                "pg_catalog.int4",
+                "pg_catalog.jsonb",
+                *["pg_catalog.int4"] * 2,
+                "pg_catalog.float8",
+                "pg_catalog.bool",
+            ],
+            [pipeline_id, f"[{','.join(keys)}]", attempts, read_count, delay_seconds, suspect],
         )
 
     # Backfills -----------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ class Address(NamedTuple):
     truncated: the table was emptied, and there are no keys.
     moved: rows have changed their keys, so the digests known under these keys belong to other rows.
     replaced: somebody else has replaced the rows' vectors.
+    suspect: a server may have fallen over one of the texts, which travel without others.
     recorded_after: rows may have gone unseen. The rows with a record are to be queued, those behind this key, and there
     are no other keys.
     """
@@ -45,6 +46,7 @@ class Address(NamedTuple):
     moved: bool = False
     replaced: bool = False
     recorded_after: str | None = None
+    suspect: bool = False
 
 
 def address_of(body: Any) -> Address:
@@ -74,6 +76,7 @@ def address_of(body: Any) -> Address:
         attempts,
         moved=body.get("moved") is True,
         replaced=body.get("replaced") is True,
+        suspect=body.get("suspect") is True,
     )
 
 
@@ -113,11 +116,15 @@ def isolate(messages: list[Message], fraction: float, survived: int) -> tuple[li
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a job. again_in_seconds: it goes back to the queue; released: unchanged, as if never read."""
+    """The outcome of a job. again_in_seconds: it goes back to the queue; released: unchanged, as if never read.
+
+    suspects: the number of those that share a message because the reason may be one of them; 0: of none.
+    """
 
     again_in_seconds: float | None = None
     attempts: int = 0
     released: bool = False
+    suspects: int = 0
 
 
 DONE = Outcome()
@@ -132,6 +139,7 @@ class Job:
     is_long: their vectors gather in the database, and they are written in parts. unsent: those that are not asked for
     yet, one of each digest, the last one first.
     parts: where the pieces of an owner's function start and end, and ranges: chunks, once that is known.
+    suspects: the message of the rows with which alone its text travels; 0: it travels with any.
     """
 
     pipeline: Any  # Pipeline; None if it was dropped after the row was queued
@@ -149,6 +157,7 @@ class Job:
     unsent: list[Chunk] = field(default_factory=list)
     parts: list[tuple[int, int]] | None = None
     ranges: list[tuple[int, int]] | None = None
+    suspects: int = 0
 
     @property
     def content(self) -> str | None:
@@ -213,7 +222,13 @@ def open_jobs(
         if message.read_count > 1 and len(address.keys) > 1:
             # A lane died, perhaps because of one of these rows: from now on each row has its own message.
             for key in address.keys:
-                database.requeue(pipeline_id, [key], address.attempts, read_count=message.read_count - 1)
+                database.requeue(
+                    pipeline_id,
+                    [key],
+                    address.attempts,
+                    read_count=message.read_count - 1,
+                    suspect=address.suspect,
+                )
             ledger.settle(message)
         else:
             addressed[pipeline_id].append((message, address))
@@ -224,10 +239,13 @@ def open_jobs(
         number: min(share, texts_ahead and texts_ahead(pipeline.model) or share)
         for number, pipeline in pipelines.items()
     }
+    suspects = {message.id for of_pipeline in addressed.values() for message, address in of_pipeline if address.suspect}
     rows = _rows_of(database, ledger, addressed, defaultdict(lambda: share, room))
     by_pipeline: dict[int, list[Job]] = defaultdict(list)
     for (pipeline_id, key), (attempts, holders) in rows.items():
-        job = Job(pipelines.get(pipeline_id), key, attempts, [message.id for message in holders])
+        message_ids = [message.id for message in holders]
+        job = Job(pipelines.get(pipeline_id), key, attempts, message_ids)
+        job.suspects = next((number for number in message_ids if number in suspects), 0)
         ledger.open(job)
         if _can_begin(ledger, job, holders):
             by_pipeline[pipeline_id].append(job)
@@ -298,7 +316,7 @@ def _rows_of(
                 ledger.release_messages([message])
                 continue
             if len(address.keys) > room:
-                database.requeue(pipeline_id, address.keys[room:], address.attempts)
+                database.requeue(pipeline_id, address.keys[room:], address.attempts, suspect=address.suspect)
             keys = address.keys[:room]
             room -= len(keys)
             for key in keys:
@@ -348,10 +366,11 @@ class Ledger:
         # Messages whose jobs are not known yet, and the jobs of the others.
         self._unread = {message.id for message in messages}
         self._messages: dict[int, list[Job]] = defaultdict(list)
-        # Decided, and written by flush(): messages, and rows by pipeline, attempts and delay.
+        # Decided, and written by flush(): messages, and rows by pipeline, attempts, delay and number of suspects.
         self._released: list[int] = []
         self._settled: list[int] = []
-        self._again: dict[tuple[int, int, float], dict[str, None]] = defaultdict(dict)
+        self._again: dict[tuple[int, int, float, int], dict[str, None]] = defaultdict(dict)
+        self._suspects = 0
         # Rows that were given up, for the server's log, by pipeline and kind of reason.
         self._given_up: Counter[tuple[str, str]] = Counter()
         self.report = Report()
@@ -386,6 +405,15 @@ class Ledger:
         self.report.retried += 1
         if error is not None:
             self._note(job, error)
+
+    def suspect(self, jobs: Sequence[Job], error: str, delay_seconds: float = 0.0, *, counts: bool = False) -> None:
+        """Gives jobs back to the queue whose texts are to travel together, and without others."""
+        self._suspects += 1
+        for job in jobs:
+            if job.outcome is None:
+                job.outcome = Outcome(delay_seconds, job.attempts + counts, suspects=self._suspects)
+                self.report.retried += 1
+                self._note(job, error)
 
     def release(self, job: Job, error: str | None = None) -> None:
         """Gives a job back to the queue unchanged: its row is not to blame."""
@@ -444,12 +472,16 @@ class Ledger:
             for job in jobs:
                 outcome = job.outcome
                 if outcome is RELEASED:
-                    self._again[job.pipeline.id, job.attempts, 0.0][job.key] = None
-                elif outcome is not None and outcome.again_in_seconds is not None:
-                    self._again[job.pipeline.id, outcome.attempts, outcome.again_in_seconds][job.key] = None
-        for (pipeline_id, attempts, delay_seconds), keys in list(self._again.items()):
-            self._database.requeue(pipeline_id, list(keys), attempts, delay_seconds=delay_seconds)
-            del self._again[pipeline_id, attempts, delay_seconds]
+                    outcome = Outcome(0.0, job.attempts, suspects=-job.suspects)
+                if outcome is not None and outcome.again_in_seconds is not None:
+                    group = (job.pipeline.id, outcome.attempts, outcome.again_in_seconds, outcome.suspects)
+                    self._again[group][job.key] = None
+        for group, keys in list(self._again.items()):
+            pipeline_id, attempts, delay_seconds, suspects = group
+            self._database.requeue(
+                pipeline_id, list(keys), attempts, delay_seconds=delay_seconds, suspect=suspects != 0
+            )
+            del self._again[group]
         if self._released:
             self._database.release(self._released)
             self._released = []

@@ -630,13 +630,16 @@ class Rows:
                 self._ledger.retry(job, LOCKED_DELAY_SECONDS, LOCKED)
         return []
 
-    def refuse(self, job: Job, reason: str, *, at_once: bool) -> None:
+    def refuse(self, job: Job, reason: str, *, at_once: bool, alone: bool = False) -> None:
         """Fails a row whose text the model does not take. A row that has another text by now is read again.
 
-        at_once: another try does not help. Otherwise the row has all its attempts.
+        at_once: another try does not help. Otherwise the row has all its attempts. alone: its text travels alone then.
         """
         if not at_once and job.attempts + 1 < MAX_ATTEMPTS:
-            self._ledger.retry(job, 2.0**job.attempts, reason, counts=True)
+            if alone:
+                self._ledger.suspect([job], reason, 2.0**job.attempts, counts=True)
+            else:
+                self._ledger.retry(job, 2.0**job.attempts, reason, counts=True)
             return
         content = job.content
         for existing in self.read(job.pipeline, [job]):

@@ -274,6 +274,8 @@ class Outbox:
     long: long texts with chunks that no request holds yet: they take turns, behind all that waits.
     waiting: requests that the model's limits do not allow yet. permit: that of the first. slots: all that are held.
     fell_at: when its server last ended a connection without an answer; None: not since a text was last looked for.
+    has_suspects: there are texts of which one may have felled the server before this pass.
+    asks_first: nothing is sent before a probe is answered.
     again_at: until then, nothing is sent.
     """
 
@@ -291,6 +293,8 @@ class Outbox:
     permit: Permit | None = None
     slots: set[int] = field(default_factory=set)
     fell_at: float | None = None
+    has_suspects: bool = False
+    asks_first: bool = False
     again_at: float = 0.0
     began_at: float = field(default_factory=time.monotonic)
     # When the model last answered, or was first asked while nothing was in flight.
@@ -389,7 +393,8 @@ class _Pass:
                         self._between_waits()
             except _TimeIsUp:
                 # The requests that are left are ended, and their jobs released.
-                pass
+                for outbox in self._outboxes.values():
+                    self._keep_suspects(outbox, "the lane's time was up")
             finally:
                 self._flight = None
                 for model, outbox in self._outboxes.items():
@@ -482,11 +487,33 @@ class _Pass:
             # In requests of their own, so that their answers do not wait until those of others are written. If limits
             # allow few requests, all travel together.
             apart = set() if outbox.limiter.needs_permits else few
+            suspects = self._suspects_in(outbox, unsent)
+            unsent = [text for text in unsent if not any(text in group for group in suspects)]
             of_few = dict.fromkeys(text for text in unsent if apart and self._owners_of(outbox, [text]) <= apart)
             self._submit(model, [text for text in unsent if text not in of_few], first=first)
             self._submit(model, list(of_few), first=True)
+            if (suspects or outbox.failures) and not (outbox.accepted or outbox.trouble or outbox.is_idle):
+                self._ask_first(model, outbox)
+            for group in suspects:
+                outbox.has_suspects = True
+                self._submit(model, list(group), suspect=True)
         self._launch(flight)
         self._cut_next(flight)
+
+    def _ask_first(self, model: Model, outbox: Outbox) -> None:
+        """Sends a probe before all others: a server that is not there does not fall over a text."""
+        if outbox.in_flight == 0 and outbox.permit is None and not any(other.probe for other in outbox.waiting):
+            outbox.waiting.appendleft(self._request(model, [PROBE], probe=True))
+            outbox.asks_first = True
+
+    @staticmethod
+    def _suspects_in(outbox: Outbox, texts: Iterable[str]) -> list[dict[str, None]]:
+        """Those of these texts of which one may have felled the server, in groups that travel apart."""
+        groups: dict[int, dict[str, None]] = defaultdict(dict)
+        for text in texts:
+            if number := next((job.suspects for job in outbox.jobs[text] if job.suspects), 0):
+                groups[number][text] = None
+        return list(groups.values())
 
     def _owners_of_few(self) -> set[int]:
         """The owners of few of the rows that the lane holds. They do not wait for those of many."""
@@ -574,7 +601,7 @@ class _Pass:
     def _texts_ahead(self, model: Model) -> int | None:
         return self._speeds.texts_ahead(model.name, model.provider)
 
-    def _submit(self, model: Model, texts: Sequence[str], *, first: bool = False) -> None:
+    def _submit(self, model: Model, texts: Sequence[str], *, first: bool = False, suspect: bool = False) -> None:
         """Packs texts into requests, which are sent when the limits of their model allow. first: before others."""
         outbox = self._outboxes[model]
         sizes = sizes_of(model, outbox.limiter.learnt)
@@ -582,7 +609,7 @@ class _Pass:
         # A new change waits behind the request that is being worked on.
         most = min(most, self._texts_ahead(model) or most)
         packed = batching.pack(texts, most, sizes.tokens_per_request, model.prefix("document"))
-        requests = [self._request(model, part) for part in packed]
+        requests = [self._request(model, part, suspect=suspect) for part in packed]
         if not first:
             outbox.waiting.extend(requests)
             return
@@ -643,12 +670,14 @@ class _Pass:
         elapsed = time.monotonic() - outbox.began_at
         if outbox.in_flight >= min(self._options.max_requests, model.max_requests_in_flight or math.inf):
             return False
-        if outbox.suspended and not outbox.waiting[0].probe or time.monotonic() < outbox.again_at:
+        is_asked = bool(outbox.suspended or outbox.asks_first)
+        if is_asked and not outbox.waiting[0].probe or time.monotonic() < outbox.again_at:
             return False
         if outbox.in_flight >= REQUESTS_HERE and self._texts_ahead(model) is not None:
             return False
         # A text that a server falls over must not take the answers to others with it.
-        if outbox.in_flight and (outbox.fell_at is not None or self._speeds.is_late(model.name)):
+        careful = outbox.fell_at is not None or outbox.has_suspects
+        if outbox.in_flight and (careful or self._speeds.is_late(model.name)):
             return False
         if outbox.in_flight and outbox.limiter.learnt is None and elapsed < FIRST_ANSWER_SECONDS:
             return False
@@ -736,11 +765,12 @@ class _Pass:
     def _pack_again(self, model: Model, outbox: Outbox, texts: Sequence[str]) -> None:
         """Packs the texts of requests that wait, and these, by what is known now.
 
-        A probe, a trial and a permit keep theirs.
+        A probe, a trial, suspects and a permit keep theirs.
         """
-        waiting: deque[Request] = deque()
+        waiting: list[Request] = []
         if outbox.permit is None and not any(other.probe or other.trial for other in outbox.waiting):
-            waiting, outbox.waiting = outbox.waiting, waiting
+            waiting = [other for other in outbox.waiting if not other.suspect]
+            outbox.waiting = deque(other for other in outbox.waiting if other.suspect)
         self._submit(model, [*texts, *(text for other in waiting for text in other.texts)])
 
     def _send_fewer(self, flight: _Flight, request: Request, outbox: Outbox) -> None:
@@ -832,9 +862,11 @@ class _Pass:
     def _accept(self, request: Request, vectors: np.ndarray, cut: Iterable[int]) -> None:
         outbox = self._outboxes[request.model]
         outbox.accepted = True
-        if outbox.failures:
+        # A probe that went first says little of texts: it passes limits that they exceed.
+        if outbox.failures and not outbox.asks_first:
             self._database.resume_model(request.model.name)
             outbox.failures = 0
+        outbox.asks_first = False
         if request.trial is not None:
             self._learn_tokens_taken(request.model, request.trial)
         elif not request.probe:
@@ -849,6 +881,7 @@ class _Pass:
             self._split(failed, trouble)
         if not any(other.suspect for other in outbox.waiting):
             outbox.fell_at = None
+            outbox.has_suspects = False
 
     def _split(self, request: Request, trouble: Trouble) -> None:
         """Halves a request that failed until the text to blame stands alone."""
@@ -911,7 +944,8 @@ class _Pass:
         for job in outbox.jobs.pop(text):
             # Another chunk of the row may have been refused before.
             if job.outcome is None:
-                self._rows.refuse(job, str(trouble), at_once=isinstance(trouble, Refused))
+                is_fall = isinstance(trouble, FellOver)
+                self._rows.refuse(job, str(trouble), at_once=isinstance(trouble, Refused), alone=is_fall)
 
     @staticmethod
     def _tokens(model: Model, text: str) -> int:
@@ -931,6 +965,10 @@ class _Pass:
                 # The server's log has one warning for each outage.
                 self._database.warn_of_blocked_pipelines([name])
         unsent = self._withdraw(flight, request.model, outbox)
+        for failed, reason in outbox.suspended:
+            self._blame_texts(outbox, failed, reason, str(trouble))
+        self._keep_suspects(outbox, str(trouble))
+        outbox.accepted = outbox.asks_first = False
         suspended = [refused for refused, _ in outbox.suspended]
         self._release_waiting(outbox, [request, *unsent, *suspended], str(trouble))
         outbox.suspended = []
@@ -938,6 +976,39 @@ class _Pass:
             for job in outbox.jobs.pop(text):
                 self._ledger.release(job, str(trouble))
         outbox.too_long.clear()
+
+    def _blame_texts(self, outbox: Outbox, request: Request, trouble: Trouble, rests_for: str) -> None:
+        """Has the text be looked for that has felled a server for longer than a pass waits.
+
+        The texts of the request travel without others from now on. If they did so already, and the model had answered
+        before, each half of them goes on without the other, until the row to blame stands alone. rests_for: why the
+        model rests.
+        """
+        if request.trial or not isinstance(trouble, ProviderTrouble) or isinstance(trouble, CameLate):
+            return
+        # In an outage, no text is to blame. It may be one that began just now.
+        may_be = outbox.accepted or not (request.suspect or outbox.failures or trouble.permanent)
+        jobs = self._open_jobs(outbox, request) if may_be else []
+        if not request.suspect:
+            self._ledger.suspect(jobs, rests_for)
+        elif len(jobs) == 1 or len(request.texts) == 1:
+            for job in jobs:
+                self._rows.refuse(job, str(trouble), at_once=False, alone=True)
+        else:
+            for half in batching.halves(jobs):
+                self._ledger.suspect(half, rests_for)
+
+    def _keep_suspects(self, outbox: Outbox, reason: str) -> None:
+        """Gives suspects of which nothing is known yet back to the queue, as they would have been sent."""
+        for request in [*(failed for failed, _ in outbox.suspended), *outbox.waiting]:
+            if request.suspect:
+                self._ledger.suspect(self._open_jobs(outbox, request), reason)
+
+    @staticmethod
+    def _open_jobs(outbox: Outbox, request: Request) -> list[Job]:
+        """The jobs of a request's texts that have no outcome."""
+        jobs = dict.fromkeys(job for text in request.texts for job in outbox.jobs.get(text, ()))
+        return [job for job in jobs if job.outcome is None]
 
     def _release_waiting(self, outbox: Outbox, requests: Iterable[Request], reason: str) -> None:
         """Gives the jobs of these requests, and of all that waits, back to the queue unchanged."""

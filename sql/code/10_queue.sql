@@ -297,7 +297,8 @@ CREATE OR REPLACE FUNCTION autoembed._requeue(
     keys jsonb,
     attempts integer,
     read_count integer,
-    delay_seconds double precision
+    delay_seconds double precision,
+    suspect boolean
 )
     RETURNS void
     LANGUAGE sql
@@ -307,7 +308,9 @@ AS $sql$
     INSERT INTO autoembed._job (due_at, read_count, message)
     VALUES (clock_timestamp() + make_interval(secs => delay_seconds),
             read_count,
-            jsonb_build_object('pipeline', pipeline_id, 'keys', keys, 'attempts', attempts));
+            jsonb_build_object('pipeline', pipeline_id, 'keys', keys, 'attempts', attempts)
+                || CASE WHEN suspect THEN '{"suspect": true}'::jsonb ELSE '{}'::jsonb END);
 $sql$;
 COMMENT ON FUNCTION autoembed._requeue IS
-    'Queues rows again, due after the delay. read_count: the number of lanes that died while they held these rows.';
+    'Queues rows again, due after the delay. read_count: the number of lanes that died while they held these rows. '
+    'suspect: a server may have fallen over one of them.';

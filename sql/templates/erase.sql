@@ -1,5 +1,5 @@
--- Deletes the embeddings of rows by key; NULL: of all rows, or of those of a partition. Runs as the table's owner, in the
--- statement that deletes the rows or changes their keys.
+-- Deletes the embeddings of rows by key; NULL: of all rows, or of those of a partition. Runs as the table's owner, in
+-- the statement that deletes the rows or changes their keys.
 CREATE FUNCTION autoembed._erase_{{id}}(keys text[], part pg_catalog.regclass DEFAULT NULL)
     RETURNS void
     LANGUAGE plpgsql

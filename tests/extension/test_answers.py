@@ -222,7 +222,8 @@ def test_a_key_is_never_seen(
 
     assert SECRET[:16] not in said
     assert base64.b64encode(SECRET.encode()).decode()[:16] not in said
-    assert waiting(documents) == 2
+    # Rows of a request that failed may share a message.
+    assert waiting(documents) in (1, 2)
 
 
 @pytest.mark.parametrize("fault", ["nan", "infinity"])
@@ -269,7 +270,10 @@ def test_trouble_of_the_provider_rests_the_model_and_spends_no_attempt(
 ) -> None:
     insert(documents, "one", "two")
     api.behave(faults=[{**fault, "times": "forever"}])
-    queue = "SELECT read_ct, coalesce(message ->> 'attempts', '0') AS attempts FROM pgmq.q_embedding_jobs"
+    queue = (
+        "SELECT read_ct, coalesce(message ->> 'attempts', '0') AS attempts FROM pgmq.q_embedding_jobs,"
+        " jsonb_array_elements(coalesce(message -> 'keys', '[1]'))"
+    )
 
     # More often than a row has attempts.
     for failures in range(1, 8):

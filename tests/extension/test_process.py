@@ -250,6 +250,32 @@ def test_one_row_whose_text_its_provider_cannot_answer_does_not_hold_up_the_othe
     assert waiting(documents) == 0
 
 
+def test_a_text_that_fells_its_server_for_longer_than_a_pass_waits_is_found_and_the_others_are_embedded(
+    documents: Connection, api: FakeApi
+) -> None:
+    """If each pass begins with the same rows, the server falls for ever, and nothing is embedded."""
+    process(documents)
+    documents.execute(
+        "DO LANGUAGE plpython3u $$ from autoembed import worker; worker.RESTART_SECONDS = 0.1;"
+        " worker.RESTART_POLL_SECONDS = 0.02 $$"
+    )
+    api.behave(faults=[{"fall": 0.5, "match": "poison", "times": "forever"}])
+    insert(documents, *[f"text {n}" for n in range(40)], "poison", *[f"text {n}" for n in range(41, 100)])
+
+    def missing() -> list[int]:
+        return [row.id for row in documents.execute("SELECT id FROM documents WHERE embedding IS NULL").fetchall()]
+
+    while waiting(documents):
+        documents.execute("UPDATE autoembed.model_rest SET until = clock_timestamp()")
+        documents.execute("UPDATE pgmq.q_embedding_jobs SET vt = clock_timestamp()")
+        process(documents)
+
+    falls = sum(request["fault"] == "fall" for request in api.log())
+    assert missing() == [41]
+    assert documents.execute("SELECT key, attempts FROM autoembed.failed").fetchall() == [("[41]", 5)]
+    assert falls <= 2 + 7 + 5
+
+
 def test_a_model_that_refuses_everything_rests_and_fails_no_row(documents: Connection, api: FakeApi) -> None:
     """Without the probe every row fails; if jobs of a resting model are claimed, the second pass reads them."""
     api.behave(faults=[{"status": 400, "times": "forever"}])

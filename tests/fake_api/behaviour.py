@@ -109,6 +109,7 @@ class Fault(FromJson):
 
     hang: Annotated[bool | float | None, _true_or(_number)] = None  # answer after N seconds; true: never
     close: Annotated[bool | None, _true] = None  # no answer at all
+    fall: Annotated[float | None, _number] = None  # no answer at all, to nobody for N seconds
     cut_off: Annotated[bool | int | None, _true_or(is_count)] = None  # ends after N bytes; true: halfway
     slow_body: Annotated[float | None, _number] = None  # the body takes N seconds, a few bytes at a time
     big_body: Annotated[int | None, is_count] = None  # N bytes, their number not announced

@@ -45,6 +45,10 @@ def _close(exchange: Exchange, fault: Fault) -> None:
     return None
 
 
+def _fall(exchange: Exchange, fault: Fault) -> None:
+    exchange.tenant.down_until = time.monotonic() + (fault.fall or 0)
+
+
 def _cut_off(exchange: Exchange, fault: Fault) -> Reply:
     reply = exchange.reply(exchange.items())
     reply.cut_off_at = len(reply.body) // 2 if fault.cut_off is True else fault.cut_off
@@ -123,6 +127,7 @@ FAULTS: dict[str, Callable[[Exchange, Fault], Reply | None]] = {
     "status": _status,
     "hang": _hang,
     "close": _close,
+    "fall": _fall,
     "cut_off": _cut_off,
     "slow_body": _slow_body,
     "big_body": _big_body,

@@ -24,6 +24,7 @@ class Tenant:
         self.distinct: set[int] = set()
         self.inputs = self.tokens = self.in_flight = self.max_in_flight = self.held = self.connections = 0
         self.gone = False
+        self.down_until = 0.0
         self.order: dict[str, Any] = {}
         self.behave({}, amend=False)
 
@@ -37,6 +38,8 @@ class Tenant:
             self.limiter = RateLimiter(self.behaviour.rate_limit or RateLimit())
 
     def next_fault(self, texts: list[str]) -> Fault | None:
+        if time.monotonic() < self.down_until:
+            return Fault(close=True)
         for left in self.faults:
             fault: Fault = left[0]
             if left[1] > 0 and (not fault.match or any(fault.match in text for text in texts)):

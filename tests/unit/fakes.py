@@ -276,11 +276,18 @@ class FakeDatabase(Database):
             self.claimed.discard(message_id)
 
     def requeue(
-        self, pipeline_id: int, keys: Sequence[str], attempts: int, *, read_count: int = 0, delay_seconds: float = 0.0
+        self,
+        pipeline_id: int,
+        keys: Sequence[str],
+        attempts: int,
+        *,
+        read_count: int = 0,
+        delay_seconds: float = 0.0,
+        suspect: bool = False,
     ) -> None:
         self._note("requeue")
         body = {"pipeline": pipeline_id, "keys": [json.loads(key) for key in keys], "attempts": attempts}
-        message_id = self.send(body)
+        message_id = self.send(body | ({"suspect": True} if suspect else {}))
         self.queue[message_id] = replace(self.queue[message_id], read_count=read_count)
         self.delays[message_id] = delay_seconds
 

@@ -86,6 +86,16 @@ def test_closed_connection_is_an_error_and_the_next_request_works(session: reque
     assert api.counters()["statuses"] == {"none": 1, "200": 1}
 
 
+def test_a_fall_is_an_error_and_so_are_requests_until_it_is_over(session: requests.Session, api: FakeApi) -> None:
+    api.behave(faults=[{"fall": 0.2, "match": "poison"}])
+
+    for text in ("poison", "harmless"):
+        with pytest.raises(requests.ConnectionError):
+            ask(session, api, text)
+    time.sleep(0.2)
+    assert ask(session, api, "harmless").status_code == 200
+
+
 @pytest.mark.parametrize("bytes_sent", [True, 10])
 def test_body_that_is_cut_off_ends_before_its_announced_length(
     session: requests.Session, api: FakeApi, bytes_sent: bool | int

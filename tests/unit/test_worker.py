@@ -8,7 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -255,7 +255,29 @@ def test_a_provider_that_answers_nothing_well_rests_after_a_probe(
     assert provider.requests[1:] == [[PROBE]]
     assert [rest.reason for rest in database.rests] == ["the provider answered 500: no"]
     assert (report.completed, report.failed, report.retried) == (0, 0, 20)
-    assert [(message.id, message.read_count) for message in database.waiting()] == [(number, 0) for number in sent]
+    *others, suspects = database.waiting()
+    assert [(message.id, message.read_count) for message in others] == [(number, 0) for number in sent[2:]]
+    assert suspects.body == {"pipeline": 1, "keys": [[0], [1]], "attempts": 0, "suspect": True}
+
+
+def test_an_outage_blames_no_text_however_long_it_is(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider
+) -> None:
+    for row_id in range(100):
+        database.put(row_id, f"text {row_id}")
+    lane.limit_inputs(10)
+    lane.stumble(answered, "")
+    for failures in range(50):
+        database.defined[1] = replace(database.defined[1], failures=failures)
+        lane.run()
+
+    # Those of the first request share a message.
+    assert [message.body.get("attempts", 0) for message in database.waiting()] == [0] * (100 - 10 + 1)
+
+    lane.stumble(answered, "poison")
+    lane.run()
+
+    assert all(database.is_fresh(row_id) for row_id in range(100))
 
 
 @pytest.mark.parametrize(("failures", "probes"), [(0, []), (1, [[PROBE]])])
@@ -268,7 +290,8 @@ def test_a_wait_that_the_provider_asks_for_comes_before_a_probe(
 
     lane.run()
 
-    assert provider.requests == [["poison"], *probes]
+    # A provider that has failed is asked first whether it is there.
+    assert provider.requests == [*probes, ["poison"], *probes]
     assert len(database.rests) == 1 - len(probes)
 
 
@@ -309,11 +332,19 @@ def test_a_server_that_is_too_slow_for_a_full_request_is_sent_fewer_texts(
     assert [len(texts) for texts in provider.requests if texts != [PROBE]][:4] == [100, 50, 25, 12]
 
 
+@dataclass
+class Falling:
+    """A server that has fallen so often, and refuses so many connections after each fall."""
+
+    refuses: int = 3
+    falls: int = 0
+
+
 @pytest.fixture
-def falling(provider: FakeProvider, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Has the server fall over "poison", with all that is in flight, and refuse so many connections afterwards."""
+def falling(provider: FakeProvider, monkeypatch: pytest.MonkeyPatch) -> Falling:
+    """Has the server fall over "poison", with all that is in flight."""
     monkeypatch.setattr(worker, "RESTART_POLL_SECONDS", 0.0)
-    refused_after_a_fall = [3]
+    server = Falling()
     falls, refused = [threading.Event()], [0]
 
     def answer(texts: list[str]) -> Vector:
@@ -323,7 +354,8 @@ def falling(provider: FakeProvider, monkeypatch: pytest.MonkeyPatch) -> list[int
         fall = falls[-1]
         if "poison" in texts:
             falls.append(threading.Event())
-            refused[0] = refused_after_a_fall[0]
+            server.falls += 1
+            refused[0] = server.refuses
             fall.set()
         elif texts != [PROBE]:
             # An answer takes a while.
@@ -335,11 +367,11 @@ def falling(provider: FakeProvider, monkeypatch: pytest.MonkeyPatch) -> list[int
         return vectors_of(texts)
 
     provider.answer = answer
-    return refused_after_a_fall
+    return server
 
 
 def test_a_text_that_its_server_falls_over_spends_its_attempts_and_no_other_text_does(
-    lane: Lane, database: FakeDatabase, falling: list[int]
+    lane: Lane, database: FakeDatabase, falling: Falling
 ) -> None:
     for row_id in range(60):
         database.put(row_id, "poison" if row_id == 17 else f"text {row_id}")
@@ -356,18 +388,46 @@ def test_a_text_that_its_server_falls_over_spends_its_attempts_and_no_other_text
     assert database.rests == []
 
 
+@pytest.mark.parametrize("poison", [0, 17, 99])
+def test_a_text_that_fells_a_server_for_longer_than_a_pass_waits_is_found_in_few_falls(
+    lane: Lane,
+    database: FakeDatabase,
+    falling: Falling,
+    monkeypatch: pytest.MonkeyPatch,
+    poison: int,
+) -> None:
+    monkeypatch.setattr(worker, "RESTART_SECONDS", 0.0)
+    falling.refuses = 25
+    for row_id in range(100):
+        database.put(row_id, "poison" if row_id == poison else f"text {row_id}")
+    innocent = set(range(100)) - {poison}
+
+    passes = 0
+    while database.queue:
+        passes += 1
+        assert passes < 1000
+        database.rests.clear()
+        lane.run()
+        database.defined[1] = replace(PIPELINE, failures=len(database.rests))
+
+    assert all(database.is_fresh(row_id) for row_id in innocent)
+    assert [(key, failure.attempts) for key, failure in database.failures.items()] == [(key_of(poison), MAX_ATTEMPTS)]
+    # The requests with others, the halves, and the attempts of the text alone.
+    assert falling.falls <= 2 + 7 + MAX_ATTEMPTS
+
+
 def test_a_server_that_does_not_start_again_rests_and_no_text_is_blamed(
-    lane: Lane, database: FakeDatabase, falling: list[int], monkeypatch: pytest.MonkeyPatch
+    lane: Lane, database: FakeDatabase, falling: Falling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "RESTART_SECONDS", 0.1)
-    falling[0] = 1_000_000_000
+    falling.refuses = 1_000_000_000
     for row_id in range(5):
         database.put(row_id, "poison" if row_id == 3 else f"text {row_id}")
 
     report = lane.run()
 
     assert (report.completed, report.failed, report.retried) == (0, 0, 5)
-    assert all("attempts" not in message.body for message in database.waiting())
+    assert all(message.body.get("attempts", 0) == 0 for message in database.waiting())
     assert [rest.reason for rest in database.rests] == ["no connection"]
 
 
