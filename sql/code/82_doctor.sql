@@ -126,7 +126,26 @@ $sql$;
 COMMENT ON FUNCTION autoembed._running_lanes IS
     'The number of lanes that run and are not asked to stop. backfill: those for backfills alone.';
 
-CREATE OR REPLACE FUNCTION autoembed._lane_checks(frozen_after interval DEFAULT '1 minute')
+CREATE OR REPLACE FUNCTION autoembed._lanes_are_starting(within interval DEFAULT '30 seconds')
+    RETURNS boolean
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    -- The launcher starts again after a crash, too.
+    SELECT EXISTS (
+        SELECT FROM pg_stat_activity AS a
+        WHERE a.backend_type = 'pg_cron launcher' AND a.backend_start > clock_timestamp() - within
+    );
+$sql$;
+COMMENT ON FUNCTION autoembed._lanes_are_starting IS
+    'Whether pg_cron itself has started so lately that its lanes may be yet to come.';
+
+CREATE OR REPLACE FUNCTION autoembed._lane_checks(
+    frozen_after interval DEFAULT '1 minute',
+    starts_within interval DEFAULT '30 seconds'
+)
     RETURNS TABLE (subject text, ok boolean, finding text, advice text)
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -138,6 +157,7 @@ DECLARE
     _jobs record;
     _running bigint;
     _full record;
+    _are_starting boolean;
 BEGIN
     IF pg_is_in_recovery() THEN
         -- A standby shows the lanes of its primary, and runs none.
@@ -149,13 +169,17 @@ BEGIN
         _running := autoembed._running_lanes(_kind.backfill);
         SELECT j.* INTO _jobs FROM autoembed._lane_jobs(_kind.backfill) AS j;
         subject := _kind.name;
+        _are_starting := _jobs.scheduled > _running AND num_nonnulls(_full.name, _jobs.last_message) = 0
+            AND autoembed._lanes_are_starting(starts_within);
         -- Without a lane for backfills, the others do them.
         ok := (_running > 0 OR _kind.backfill AND coalesce(_jobs.scheduled, 0) = 0)
-            AND (_full.name IS NULL OR _running >= coalesce(_jobs.scheduled, 0));
+            AND (_full.name IS NULL OR _running >= coalesce(_jobs.scheduled, 0))
+            OR coalesce(_are_starting, false);
         finding := concat_ws(
             ', ',
             _running || ' running',
             _jobs.scheduled || ' scheduled',
+            CASE WHEN _are_starting THEN 'pg_cron has just started' END,
             CASE WHEN NOT ok AND _running < _jobs.scheduled THEN _full.problem END,
             CASE WHEN NOT ok THEN 'the last one ended with: ' || _jobs.last_message END
         );
@@ -189,7 +213,7 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._lane_checks IS
     'The checks of doctor() of lanes: how many run of those that are scheduled, those for backfills apart, and lanes '
-    'that do not go on.';
+    'that do not go on. starts_within: after the start of pg_cron, none has to run for so long.';
 
 CREATE OR REPLACE FUNCTION autoembed._check_everything()
     RETURNS TABLE (subject text, ok boolean, finding text, advice text)
@@ -329,7 +353,7 @@ DECLARE
     _pipeline autoembed.pipeline;
 BEGIN
     subject := 'lanes';
-    ok := autoembed._running_lanes(false) > 0 OR pg_is_in_recovery();
+    ok := autoembed._running_lanes(false) > 0 OR pg_is_in_recovery() OR autoembed._lanes_are_starting();
     finding := format('%s running', autoembed._running_lanes(false));
     advice := CASE WHEN NOT ok THEN 'Ask a superuser for the lines on lanes of SELECT * FROM autoembed.doctor().' END;
     RETURN NEXT;

@@ -118,6 +118,19 @@ def test_a_dead_provider_is_said_in_the_log_when_it_dies_and_only_then(cron: Con
         api.behave()
 
 
+def test_lanes_that_pg_cron_has_yet_to_start_are_not_said_to_be_missing(cron: Connection) -> None:
+    lanes = "SELECT ok, finding, advice FROM autoembed._lane_checks(starts_within => %s) WHERE subject = 'lanes'"
+    with cron.transaction(force_rollback=True):
+        cron.execute("UPDATE autoembed.lane SET stop = true")
+
+        [late] = cron.execute(lanes, ["0"]).fetchall()
+        [early] = cron.execute(lanes, ["1 day"]).fetchall()
+
+    assert (late.ok, late.finding) == (False, "0 running, 1 scheduled")
+    assert (early.ok, early.finding) == (True, "0 running, 1 scheduled, pg_cron has just started")
+    assert early.advice is None
+
+
 def test_missing_lanes_are_found_and_the_advice_starts_them(cron: Connection) -> None:
     cron.execute("SELECT autoembed.unschedule()")
     row = wait_until(lambda: next((r for r in [doctor(cron)["lanes"]] if r.finding.startswith("0 running")), None))
