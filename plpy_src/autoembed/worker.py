@@ -67,6 +67,8 @@ FUNCTION_SECONDS = 1.0
 ENDING_SECONDS = 2.0
 # A server that has ended a connection without an answer may start again for so long, in seconds.
 RESTART_SECONDS = 10.0
+# A model that has failed so often is asked by a probe before it is sent texts.
+ASKED_AFTER_FAILURES = 2
 # The pause between two tries to reach it, in seconds.
 RESTART_POLL_SECONDS = 0.5
 # A text that no model refuses. It shows whether a text or the whole request is to blame.
@@ -492,7 +494,8 @@ class _Pass:
             of_few = dict.fromkeys(text for text in unsent if apart and self._owners_of(outbox, [text]) <= apart)
             self._submit(model, [text for text in unsent if text not in of_few], first=first)
             self._submit(model, list(of_few), first=True)
-            if (suspects or outbox.failures) and not (outbox.accepted or outbox.trouble or outbox.is_idle):
+            asks = suspects or outbox.failures >= ASKED_AFTER_FAILURES
+            if asks and not (outbox.accepted or outbox.trouble or outbox.is_idle):
                 self._ask_first(model, outbox)
             for group in suspects:
                 outbox.has_suspects = True

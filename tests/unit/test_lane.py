@@ -17,7 +17,7 @@ from autoembed.jobs import Report
 from autoembed.limits import Limiter, Permit
 from autoembed.records import Backfill, Pipeline, Written
 from autoembed.rows import Pace
-from autoembed.worker import PROBE, Outbox
+from autoembed.worker import Outbox
 from unit.fakes import (
     MODEL,
     PIPELINE,
@@ -480,7 +480,7 @@ def test_a_provider_that_failed_is_tried_with_one_request(
 
     lane.work(run_seconds=20, max_requests=4)
 
-    assert waited == [[[PROBE], ["text 1"]]]
+    assert waited == [[["text 1"]]]
     assert database.is_fresh(2)
 
 
