@@ -368,7 +368,7 @@ class Database:
         )
         seconds = max(CHECK_SECONDS, len(self._check_at) / CHECKS_PER_SECOND)
         for row in rows:
-            if row["id"] in unchecked and row["blocked"] is None:
+            if row["was_checked"] and row["blocked"] is None:
                 self._check_at[row["id"]] = now + seconds
         return {
             row["id"]: Pipeline(

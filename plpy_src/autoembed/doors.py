@@ -283,7 +283,21 @@ def preview(
 ) -> Iterator[dict[str, Any]]:
     """The chunks of a row with this text, and its state: the rows of autoembed._preview()."""
     here = database.Database(commits=False)
+    # Not while the rows are read: PostgreSQL would not show the words of the error.
     pipeline = here.own_pipeline(pipeline_id)
+    return _preview(here, pipeline, content, prefix, vector_digest, known_digest, known_vector_digest, outstanding)
+
+
+def _preview(
+    here: database.Database,
+    pipeline: Pipeline,
+    content: str | None,
+    prefix: str | None,
+    vector_digest: str | None,
+    known_digest: str | None,
+    known_vector_digest: str | None,
+    outstanding: str | None,
+) -> Iterator[dict[str, Any]]:
     if content is None or not content.strip():
         state = "not wanted" if vector_digest is None else outstanding or "stale"
         place = dict.fromkeys(("chunk_number", "chunk_start", "chunk_end", "problem", "errcode"))

@@ -572,14 +572,11 @@ BEGIN
         SELECT string_agg(format('coalesce(pg_catalog.%s(%s.%I), 0)::pg_catalog.int8', CASE
                    WHEN a.atttypid IN ('text'::regtype, 'varchar'::regtype) THEN 'octet_length'
                    ELSE 'pg_column_size'
-               END, alias, c.name), ' OPERATOR(pg_catalog.+) ')
-        FROM (
-            SELECT DISTINCT n.name
-            FROM unnest(
-                autoembed._columns_of(pipeline) || autoembed._columns_of(autoembed._prefix_of(pipeline))
-            ) AS n(name)
-        ) AS c
-        JOIN pg_attribute AS a ON a.attrelid = pipeline.table_id AND a.attname = c.name AND a.attlen = -1
+               END, alias, a.attname), ' OPERATOR(pg_catalog.+) ' ORDER BY a.attnum)
+        FROM pg_attribute AS a
+        WHERE a.attrelid = pipeline.table_id AND a.attlen = -1 AND a.attname = ANY ((
+            SELECT autoembed._columns_of(pipeline) || autoembed._columns_of(autoembed._prefix_of(pipeline))
+        )::name[])
     ), '0::pg_catalog.int8');
 END;
 $plpgsql$;

@@ -144,7 +144,11 @@ AS $sql$
     JOIN pg_attrdef AS e ON e.adrelid = a.attrelid AND e.adnum = a.attnum
     WHERE a.attrelid = pipeline.table_id AND a.attgenerated = 'v'
       -- A content function may read any column.
-      AND (pipeline.content_function IS NOT NULL OR a.attname = ANY (autoembed._needed_columns(pipeline)));
+      AND (
+          pipeline.content_function IS NOT NULL
+          -- The subquery computes them once, not for each column of the table.
+          OR a.attname = ANY ((SELECT autoembed._needed_columns(pipeline))::name[])
+      );
 $sql$;
 COMMENT ON FUNCTION autoembed._compute_virtual IS
     'The block that puts the virtual columns that a pipeline needs into the row r of a trigger, which has NULL there.';
@@ -231,6 +235,7 @@ DECLARE
     ) ELSE 'false' END;
     _runs_owners_code boolean := num_nonnulls(pipeline.content_function, pipeline.condition) > 0;
     _prefix_columns CONSTANT name[] := autoembed._columns_of(autoembed._prefix_of(pipeline));
+    _needed_columns CONSTANT name[] := autoembed._needed_columns(pipeline);
 BEGIN
     SELECT jsonb_build_object(
         'table_id', c.oid,
@@ -325,7 +330,7 @@ BEGIN
             -- A content function may read any column.
             WHEN pipeline.content_function IS NOT NULL THEN 't.*'
             ELSE (SELECT string_agg(DISTINCT format('t.%I', c.name), ', ')
-                  FROM unnest(autoembed._needed_columns(pipeline)) AS c(name))
+                  FROM unnest(_needed_columns) AS c(name))
         END,
         'passage', autoembed._passage_expression(
             pipeline, 't', '_chunk_' || pipeline.id || '.chunk_start', '_chunk_' || pipeline.id || '.chunk_end',
@@ -340,7 +345,7 @@ BEGIN
             SELECT jsonb_object_agg(a.attname, format_type(a.atttypid, a.atttypmod))
             FROM pg_attribute AS a
             WHERE a.attrelid = pipeline.table_id AND NOT a.attisdropped
-              AND a.attname = ANY (autoembed._needed_columns(pipeline) || pipeline.embedding_column)
+              AND a.attname = ANY (_needed_columns || pipeline.embedding_column)
         )
     );
 END;

@@ -114,6 +114,7 @@ DECLARE
     _table pg_class;
     _root regclass;
     _missing name;
+    _needed CONSTANT name[] := autoembed._needed_columns(pipeline);
 BEGIN
     SELECT c.* INTO _table FROM pg_class AS c WHERE c.oid = pipeline.table_id;
     IF NOT FOUND THEN
@@ -152,13 +153,14 @@ BEGIN
             RETURN;
         END IF;
     END IF;
+    -- EXCEPT compares them by a hash. A join would compare each with each.
     SELECT k.name INTO _missing
-    FROM unnest(autoembed._needed_columns(pipeline)) WITH ORDINALITY AS k(name, position)
-    WHERE NOT EXISTS (
-        SELECT FROM pg_attribute AS a
-        WHERE a.attrelid = _table.oid AND a.attname = k.name AND a.attnum > 0 AND NOT a.attisdropped
-    )
-    ORDER BY k.position
+    FROM (
+        SELECT unnest(_needed)
+        EXCEPT
+        SELECT a.attname FROM pg_attribute AS a WHERE a.attrelid = _table.oid AND a.attnum > 0 AND NOT a.attisdropped
+    ) AS k(name)
+    ORDER BY array_position(_needed, k.name)
     LIMIT 1;
     IF FOUND THEN
         problem := format('table %s has no column "%s"', pipeline.table_id, _missing);
@@ -320,7 +322,10 @@ BEGIN
     IF autoembed._clears(pipeline) AND EXISTS (
         SELECT FROM pg_attribute AS a
         WHERE a.attrelid = pipeline.table_id AND a.attgenerated <> '' AND NOT a.attisdropped
-          AND (a.attname = ANY (autoembed._needed_columns(pipeline)) OR pipeline.content_function IS NOT NULL)
+          AND (
+              pipeline.content_function IS NOT NULL
+              OR a.attname = ANY ((SELECT autoembed._needed_columns(pipeline))::name[])
+          )
     ) THEN
         problem := format('on_change => ''clear'' does not work with the generated columns of table %s',
                           pipeline.table_id);

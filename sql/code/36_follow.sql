@@ -680,6 +680,8 @@ BEGIN
             WHERE r.value = ANY (pipeline.key_columns)
         ) AS s
         WHERE c.oid IN (pipeline.embeddings_table, _view)
+        -- A view of another owner is not known as the one of the table, and would be made again.
+        ORDER BY c.relkind = 'v' DESC
         LIMIT 1;
         EXIT WHEN NOT FOUND;
         EXECUTE _change;

@@ -697,6 +697,20 @@ def test_the_view_of_chunks_follows_the_owner(pages: Connection, role: Callable[
     pages.execute("RESET ROLE")
 
 
+def test_a_table_may_change_hands_again_and_has_one_view_of_chunks(
+    pages: Connection, role: Callable[[str], str]
+) -> None:
+    owners = [role("first_owner"), role("second_owner")]
+    for owner in [*owners, owners[0]]:
+        pages.execute(f"ALTER TABLE pages OWNER TO {owner}")
+
+        assert pages.execute(
+            "SELECT relname, pg_get_userbyid(relowner) FROM pg_class"
+            " WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'v') AND relname ~ '^pages|chunks$'"
+            " ORDER BY relname"
+        ).fetchall() == [("pages", owner), ("pages_chunks", owner), ("pages_embeddings", owner)]
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -230,6 +230,25 @@ def test_many_tables_of_a_tenant_hold_up_no_other_tenant(
     assert lane.error is None
 
 
+def test_many_wide_tables_of_a_tenant_hold_up_no_other_tenant(
+    db: Connection, mallory: Tenant, bob: Tenant, start_lane: StartLane
+) -> None:
+    """What a lane looks at in a claim grew with the square of the columns, for each table."""
+    columns = [f"c{n}" for n in range(1500)]
+    for n in range(15):
+        mallory.run(
+            f"CREATE TABLE wide_{n} (id int PRIMARY KEY, {' text, '.join(columns)} text)",
+            f"SELECT autoembed.enable('wide_{n}', 'embedding', content_columns => '{{{','.join(columns)}}}')",
+            f"INSERT INTO wide_{n} (id, c1) VALUES (1, 'a note')",
+        )
+
+    lane = start_lane()
+    for _ in range(4):
+        stays_fresh(bob)
+
+    assert lane.error is None
+
+
 def test_a_long_text_is_cut_into_chunks_while_others_are_embedded(
     mallory: Tenant, bob: Tenant, start_lane: StartLane
 ) -> None:
