@@ -1120,21 +1120,22 @@ class Database:
         ids = row["ids"] or []
         whole, starts = self._joined_segments(table, ids)
         rows = self._run(
-            "SELECT p.term, pg_catalog.array_agg(p.segment_id) AS segments,"
-            " pg_catalog.array_agg(pg_catalog.length(p.ordinals)) AS sizes,"
-            " pg_catalog.string_agg(p.ordinals, '') AS ordinals,"
-            " pg_catalog.string_agg(p.frequencies, '') AS frequencies"
-            " FROM (SELECT p.* FROM autoembed.text_posting AS p WHERE p.segment_id OPERATOR(pg_catalog.=) ANY ($1)"
-            " AND p.term OPERATOR(pg_catalog.=) ANY ($2) ORDER BY p.term, p.segment_id) AS p GROUP BY p.term",
+            "SELECT p.segment_id, p.term, p.ordinals, p.frequencies FROM autoembed.text_posting AS p"
+            " WHERE p.segment_id OPERATOR(pg_catalog.=) ANY ($1) AND p.term OPERATOR(pg_catalog.=) ANY ($2)",
             ["pg_catalog.int8[]", "pg_catalog.text[]"],
             [ids, terms],
         )
-        postings = {}
+        sizes: dict[str, int] = {}
         for row in rows:
-            first = np.repeat([starts[number] for number in row["segments"]], np.array(row["sizes"]) // 4)
-            postings[row["term"]] = Posting(
-                first + _numbers(row["ordinals"], ">i4"), _numbers(row["frequencies"], ">i4")
-            )
+            sizes[row["term"]] = sizes.get(row["term"], 0) + len(row["ordinals"]) // 4
+        # Filled in place: to join arrays copies them.
+        postings = {term: Posting(np.empty(size, np.int64), np.empty(size, np.float32)) for term, size in sizes.items()}
+        ends = dict.fromkeys(sizes, 0)
+        for row in rows:
+            term, first = row["term"], starts[row["segment_id"]]
+            begin, ends[term] = ends[term], ends[term] + len(row["ordinals"]) // 4
+            np.add(np.frombuffer(row["ordinals"], ">i4"), first, out=postings[term].ordinals[begin : ends[term]])
+            postings[term].frequencies[begin : ends[term]] = np.frombuffer(row["frequencies"], ">i4")
         return replace(whole, postings=postings)
 
     def _joined_segments(self, table: int, ids: Sequence[int]) -> tuple[Segment, dict[int, int]]:
