@@ -80,9 +80,9 @@ CHUNK_COLUMNS = [
 ]
 
 _plans: dict[str, Any] = {}
-# Plans of the queries for the nearest rows, which have conditions and limits of callers.
-_near_plans: dict[str, Any] = {}
-MAX_NEAR_PLANS = 50
+# Plans of the queries of searches, which name tables, and have conditions and limits of callers.
+_kept_plans: dict[str, Any] = {}
+MAX_KEPT_PLANS = 50
 # The segments that searches of this session have read, without postings, by the OID of their table and their ids. A
 # segment is never changed.
 _segments: dict[tuple[int, int], Segment] = {}
@@ -97,14 +97,14 @@ class TextIndex(NamedTuple):
 
     terms: those of the query, and the number of their occurrences. segment: all documents, and the postings of the
     terms. dead: ids of documents that count no more, ascending. messages: of rows that have changed since. documents:
-    of the rows that were asked for.
+    of the rows that were asked for, as documents() tells them.
     """
 
     terms: dict[str, int]
     segment: Segment
     dead: np.ndarray
     messages: list[Any]
-    documents: list[int]
+    documents: dict[int, tuple[str, int]]
 
 
 class _Undo(Exception):
@@ -1209,16 +1209,16 @@ class Database:
             )
         return {row["id"]: (row["key"], row["chunk_number"]) for row in rows}
 
-    def documents_of(self, pipeline_id: int, keys: Sequence[str]) -> list[int]:
-        """The documents of rows. The caller's rights are not asked for."""
+    def documents_of(self, pipeline_id: int, keys: Sequence[str]) -> dict[int, tuple[str, int]]:
+        """The same of the documents of these rows."""
         with as_role(self._texts_table()[1]):
             return self._documents_of(pipeline_id, keys)
 
-    def _documents_of(self, pipeline_id: int, keys: Sequence[str]) -> list[int]:
+    def _documents_of(self, pipeline_id: int, keys: Sequence[str]) -> dict[int, tuple[str, int]]:
         if not keys:
-            return []
+            return {}
         rows = self._run(
-            "SELECT d.id FROM autoembed.text_document AS d"
+            "SELECT d.id, d.key, d.chunk_number FROM autoembed.text_document AS d"
             " WHERE d.pipeline_id OPERATOR(pg_catalog.=) $1 AND d.is_live"
             " AND d.key OPERATOR(pg_catalog.=) ANY ($2)"
             " AND pg_catalog.hashtextextended(d.key, 0) OPERATOR(pg_catalog.=) ANY (ARRAY("
@@ -1227,25 +1227,33 @@ class Database:
             ["pg_catalog.int4", "pg_catalog.text[]"],
             [pipeline_id, list(keys)],
         )
-        return [row["id"] for row in rows]
+        return {row["id"]: (row["key"], row["chunk_number"]) for row in rows}
 
     def search_target(self, table_id: str, embedding_column: str | None) -> dict[str, Any]:
-        """The facts that a search needs: the columns of autoembed._search_target()."""
-        [row] = self._run(
-            "SELECT s.* FROM autoembed._search_target($1::pg_catalog.regclass, $2) AS s",
+        """The facts that a search needs: the columns of autoembed._search_target(), and pipeline_id."""
+        [searched] = self._run(
+            "SELECT s.*, pg_catalog.current_setting('transaction_isolation') AS isolation"
+            " FROM autoembed._searched($1::pg_catalog.regclass, $2) AS s",
             ["pg_catalog.text", "pg_catalog.name"],
             [table_id, embedding_column],
         )
-        return dict(row)
+        query = (
+            f"SELECT autoembed._lasting_target({searched['pipeline_id']}, {plpy.quote_literal(searched['version'])})"
+            f" AS facts FROM (SELECT) AS one LEFT JOIN ONLY {searched['table_id']} AS t ON false"
+            f" LEFT JOIN ONLY {searched['vectors_table']} AS e ON false"
+        )
+        # An older snapshot has facts of before a change that PostgreSQL has told of already.
+        lasts = searched["isolation"] == "read committed"
+        [row] = plpy.execute(_kept_plan(query, []) if lasts else query)
+        facts: dict[str, Any] = json.loads(row["facts"])
+        if lasts and not facts["lasts"]:
+            del _kept_plans[query]
+        return {**facts, "pipeline_id": searched["pipeline_id"]}
 
     def near(self, query: str, vector_type: str, vector: str) -> list[tuple[str, float, int | None]]:
         """The keys, distances and chunks of a query that a search asks. It runs with the rights of the caller."""
-        plan = _near_plans.pop(query, None) or plpy.prepare(query, [vector_type])
-        # The last one is the one that was used last.
-        _near_plans[query] = plan
-        if len(_near_plans) > MAX_NEAR_PLANS:
-            del _near_plans[next(iter(_near_plans))]
-        return [(row["key"], row["distance"], row["number"]) for row in plpy.execute(plan, [vector])]
+        rows = plpy.execute(_kept_plan(query, [vector_type]), [vector])
+        return [(row["key"], row["distance"], row["number"]) for row in rows]
 
     def distances(
         self, query: str, vector_type: str, vector: str, keys: Sequence[str]
@@ -1274,10 +1282,16 @@ class Database:
         [row] = self._run("SELECT autoembed._texts_query($1) AS query", ["pg_catalog.int4"], [pipeline_id])
         return row["query"]  # type: ignore[no-any-return]
 
-    def visible(self, query: str, keys: Sequence[str], numbers: Sequence[int]) -> dict[int, str]:
-        """Which of these chunks the caller may read: by their places from 0, the keys as search() writes them."""
-        rows = self._run(query, ["pg_catalog.text[]", "pg_catalog.int4[]"], [list(keys), list(numbers)])
-        return {row["place"] - 1: row["key"] for row in rows}
+    def visible(
+        self, query: str, vector_type: str, keys: Sequence[str], numbers: Sequence[int], vector: str | None
+    ) -> dict[int, tuple[str, float | None]]:
+        """Which of these chunks the caller may read: by their places from 0, the keys as search() writes them.
+
+        With their distances to the vector, if there is one.
+        """
+        types = ["pg_catalog.text[]", "pg_catalog.int4[]", vector_type]
+        rows = self._run(query, types, [list(keys), list(numbers), vector])
+        return {row["place"] - 1: (row["key"], row["distance"]) for row in rows}
 
     def matching(self, query: str, keys: Sequence[str]) -> set[str]:
         """Which of these rows fulfil the condition of a search. It runs with the rights of the caller."""
@@ -1425,6 +1439,16 @@ class Database:
         if plan is None:
             plan = _plans[sql] = plpy.prepare(sql, list(types))
         return plpy.execute(plan, list(arguments))
+
+
+def _kept_plan(query: str, types: Sequence[str]) -> Any:
+    """The plan of one of the queries that the session has used last."""
+    plan = _kept_plans.pop(query, None) or plpy.prepare(query, list(types))
+    # The last one is the one that was used last.
+    _kept_plans[query] = plan
+    if len(_kept_plans) > MAX_KEPT_PLANS:
+        del _kept_plans[next(iter(_kept_plans))]
+    return plan
 
 
 def _forget_segments(table: int, ids: Collection[int]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from autoembed.bm25 import Scores, counted, merged_ids
@@ -91,7 +91,7 @@ class Search:
         if self._condition is not None:
             self._estimated_matches()
         if mode == TEXT:
-            matches = TextMatches(self._here, self.target, query, self._condition, [])
+            matches = TextMatches(self._here, self.target, query, self._condition)
             found = matches.best(wanted)
             return [Hit(key, number, score, None, score) for key, (number, score) in found.items()], None
         vector = self._here.embed(query, self.target["model"])
@@ -99,9 +99,12 @@ class Search:
         if mode == VECTOR:
             return [Hit(row.key, row.number, row.similarity, row.similarity, None) for row in near], by_index
         keys = [row.key for row in near[:CANDIDATES]]
-        matches = TextMatches(self._here, self.target, query, self._condition, keys)
+        matches = TextMatches(self._here, self.target, query, self._condition, keys, vector)
         matched = {**matches.best(CANDIDATES), **matches.of_keys()}
-        others = self._nearness_of(vector, [key for key in matched if key not in set(keys)])
+        # Of several chunks of a row, one that does not have the words may be nearer.
+        known = {} if self.target["is_chunked"] else matches.near
+        others = {key: known.get(key) for key in matched if key not in set(keys)}
+        others.update(self._nearness_of(vector, [key for key, row in others.items() if row is None]))
         scores = {key: score for key, (_, score) in matched.items()}
         return fused(near, others, scores, vector_weight), by_index
 
@@ -167,14 +170,18 @@ class Search:
             ) from error
 
 
+def near_of(key: str, distance: float, number: int | None) -> Near:
+    # A vector of zeros has no angle to another.
+    return Near(key, distance if distance == distance else 1.0, number)  # noqa: PLR0124
+
+
 def nearest_chunks(found: Iterable[tuple[str, float, int | None]]) -> list[Near]:
     """The rows of these chunks, each with the nearest of them, nearest first."""
     rows: dict[str, Near] = {}
-    for key, distance, number in found:
-        # A vector of zeros has no angle to another.
-        far = distance if distance == distance else 1.0  # noqa: PLR0124
-        if key not in rows or far < rows[key].distance:
-            rows[key] = Near(key, far, number)
+    for one in found:
+        row = near_of(*one)
+        if row.key not in rows or row.distance < rows[row.key].distance:
+            rows[row.key] = row
     return sorted(rows.values(), key=lambda row: (row.distance, row.key))
 
 
@@ -186,13 +193,13 @@ def fused(
     near: nearest first. others: rows with good words that are not among the first CANDIDATES of near.
     """
     candidates = {**{row.key: row for row in near[:CANDIDATES]}, **others}
-    by_vector = _spread([row.similarity for row in candidates.values() if row])
-    by_text = _spread([text_scores.get(key, 0.0) for key in candidates])
+    similarities = {key: row.similarity for key, row in candidates.items() if row}
+    texts = {key: text_scores.get(key, 0.0) for key in candidates}
+    by_vector, by_text = _spread(similarities), _spread(texts)
     hits = []
     for key, row in candidates.items():
-        alike, text_score = row and row.similarity, text_scores.get(key, 0.0)
-        score = vector_weight * by_vector(alike) + (1 - vector_weight) * by_text(text_score)
-        hits.append(Hit(key, (row and row.number) or 0, score, alike, text_score))
+        score = vector_weight * by_vector.get(key, 0.0) + (1 - vector_weight) * by_text[key]
+        hits.append(Hit(key, (row and row.number) or 0, score, similarities.get(key), texts[key]))
     hits.sort(key=lambda hit: (-hit.score, hit.similarity is None, -(hit.similarity or 0.0), hit.key))
     rest = [row for row in near[CANDIDATES:] if row.key not in candidates]
     return [*hits, *(Hit(row.key, row.number, 0.0, row.similarity, None) for row in rest)]
@@ -206,11 +213,11 @@ def tried_next(tried: int, found: int, wanted: int) -> int:
     return min(8 * tried, 3 * wanted * tried // (2 * max(1, found)) + 1)
 
 
-def _spread(values: Sequence[float]) -> Callable[[float | None], float]:
-    """A function that spreads these values from 0, the least of them, to 1. 0 for None, and if all are equal."""
-    least = min(values, default=0.0)
-    width = max(values, default=0.0) - least
-    return lambda value: 0.0 if value is None or not width else (value - least) / width
+def _spread(values: Mapping[str, float]) -> dict[str, float]:
+    """These values, from 0 for the least of them to 1. 0 if all are equal."""
+    least = min(values.values(), default=0.0)
+    width = max(values.values(), default=0.0) - least
+    return {key: (value - least) / width if width else 0.0 for key, value in values.items()}
 
 
 class TextMatches:
@@ -220,9 +227,18 @@ class TextMatches:
     """
 
     def __init__(
-        self, here: database.Database, target: dict[str, Any], words: str, condition: str | None, keys: Sequence[str]
+        self,
+        here: database.Database,
+        target: dict[str, Any],
+        words: str,
+        condition: str | None,
+        keys: Sequence[str] = (),
+        vector: str | None = None,
     ) -> None:
-        """keys: of rows that fulfil the condition, and that the caller may read. Their scores are wanted, too."""
+        """keys: of rows that fulfil the condition, and that the caller may read. Their scores are wanted, too.
+
+        vector: one whose distances to other rows are wanted.
+        """
         self._here = here
         self._target = target
         self._pipeline_id: int = target["pipeline_id"]
@@ -240,6 +256,10 @@ class TextMatches:
             segments.append(counted(counts))
             dead = merged_ids(dead, here.documents_of(self._pipeline_id, changed))
         self._scores = Scores(segments, self._terms, dead)
+        self._vector = vector
+        # The rows of the documents that have been read, but for those of keys.
+        self.near: dict[str, Near] = {}
+        self._documents = dict(index.documents)
         # The key and the chunk number of each document of the index; None: the caller may not read it.
         self._read: dict[int, tuple[str, int] | None] = {}
         self._of_keys = self._scored(keys, index.documents)
@@ -253,7 +273,9 @@ class TextMatches:
             few = self._few_rows(tried * (wanted / max(1, len(found)) - 1)) if tried else None
             if few is not None:
                 # Most candidates are not among the rows that match. These are fewer.
-                candidates, are_all_few = self._scored(few, self._here.documents_of(self._pipeline_id, few)), True
+                documents = self._here.documents_of(self._pipeline_id, few)
+                self._documents.update(documents)
+                candidates, are_all_few = self._scored(few, documents), True
                 self._found.update(few)
             else:
                 best = scores.best(limit)
@@ -282,7 +304,7 @@ class TextMatches:
         query = self._here.texts_query(self._pipeline_id)
         return None if query is None else self._here.present_texts(query, keys, MAX_CHANGED_BYTES)
 
-    def _scored(self, keys: Sequence[str], documents: Sequence[int]) -> list[tuple[int, float]]:
+    def _scored(self, keys: Sequence[str], documents: Iterable[int]) -> list[tuple[int, float]]:
         """Those of these rows' documents that match, with their scores, best first."""
         of_rows = set(keys)
         changed = [document for document, key in self._changed.items() if key in of_rows]
@@ -309,13 +331,19 @@ class TextMatches:
         """
         unread = list(dict.fromkeys(one for one, _ in candidates if one >= 0 and one not in self._read))
         self._read.update(dict.fromkeys(unread))
-        documents = self._here.documents(unread)
+        self._documents.update(self._here.documents([one for one in unread if one not in self._documents]))
+        documents = {one: self._documents[one] for one in unread if one in self._documents}
         read = {document: one for document, one in documents.items() if one[0] in self._found}
         others = [document for document in documents if document not in read]
         if others:
             keys, numbers = zip(*(documents[document] for document in others), strict=True)
-            visible = self._here.visible(self._target["visible_query"], keys, numbers)
-            read.update((others[place], (key, numbers[place])) for place, key in visible.items())
+            distance = "NULL::pg_catalog.float8" if self._vector is None else self._target["visible_distance"]
+            query = f"{self._target['visible_start']}{distance}{self._target['visible_end']}"
+            visible = self._here.visible(query, self._target["vector_type"], keys, numbers, self._vector)
+            for place, (key, distance) in visible.items():
+                read[others[place]] = key, numbers[place]
+                if distance is not None:
+                    self.near[key] = near_of(key, distance, numbers[place])
         if not self._all_known:
             matching = self._still_match(list({key for key, _ in read.values()}))
             read = {document: one for document, one in read.items() if one[0] in matching}

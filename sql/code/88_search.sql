@@ -88,61 +88,31 @@ COMMENT ON FUNCTION autoembed._sent_key_expressions IS
     'For each alias the SQL expression that tells whether its row has the key s.key. It runs no code of the owner of '
     'the table or of a type: the caller of a search may have more rights.';
 
-CREATE OR REPLACE FUNCTION autoembed._search_target(
+CREATE OR REPLACE FUNCTION autoembed._searched(
     table_name regclass,
     embedding_column name,
     OUT table_id regclass,
+    OUT vectors_table regclass,
     OUT model text,
-    OUT vector_type text,
-    OUT is_beside boolean,
-    OUT has_index boolean,
-    OUT has_texts boolean,
-    OUT near_start text,
-    OUT near_end text,
-    OUT exact_end text,
-    OUT match_start text,
-    OUT rows_query text,
     OUT pipeline_id integer,
-    OUT of_keys text,
-    OUT visible_query text,
-    OUT matching_query text,
-    OUT keys_query text,
-    OUT has_plain_keys boolean,
-    OUT is_chunked boolean,
-    OUT has_few_chunks boolean,
-    OUT row_count double precision,
-    OUT ef_search integer,
-    OUT is_binary boolean
+    OUT version text
 )
     LANGUAGE plpgsql
     STABLE
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-    SET quote_all_identifiers = off
-    -- Its statements, and those of what it calls, would be planned again for each search: half a millisecond.
-    SET plan_cache_mode = force_generic_plan
 AS $plpgsql$
 DECLARE
     _pipelines autoembed.pipeline[] := ARRAY(
         SELECT p
         FROM autoembed.pipeline AS p
-        WHERE _search_target.table_name IN (p.table_id, p.embeddings_table)
-          AND coalesce(_search_target.embedding_column, p.embedding_column) IN (
+        WHERE _searched.table_name IN (p.table_id, p.embeddings_table)
+          AND coalesce(_searched.embedding_column, p.embedding_column) IN (
               p.embedding_column, (SELECT c.relname FROM pg_class AS c WHERE c.oid = p.embeddings_table)
           )
         ORDER BY p.id
     );
     _pipeline autoembed.pipeline;
-    _vectors_table regclass;
-    _expression text;
-    _operator text;
-    _key text;
-    _same_key text;
-    _passage text;
-    _sent_key text;
-    _sent_keys text[];
-    _from text;
-    _bits integer;
 BEGIN
     IF table_name IS NULL THEN
         RAISE EXCEPTION USING ERRCODE = 'null_value_not_allowed', MESSAGE = 'table_name must not be NULL';
@@ -169,6 +139,78 @@ BEGIN
             );
     END IF;
     _pipeline := _pipelines[1];
+    table_id := _pipeline.table_id;
+    vectors_table := coalesce(_pipeline.embeddings_table, _pipeline.table_id);
+    model := coalesce(_pipeline.model, autoembed._default_model());
+    pipeline_id := _pipeline.id;
+    SELECT concat_ws(' ', p.xmin, p.ctid, m.xmin, m.ctid, autoembed._text_config(p.id)::oid) INTO version
+    FROM autoembed.pipeline AS p
+    LEFT JOIN autoembed.model AS m ON m.name = _searched.model
+    WHERE p.id = _pipeline.id;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._searched IS
+    'The table whose rows a search finds, the table with their embeddings, their model, and their pipeline. version: '
+    'another one once the pipeline, its model or its text search configuration is changed.';
+
+CREATE OR REPLACE FUNCTION autoembed._search_target(
+    pipeline_id integer,
+    OUT table_id regclass,
+    OUT model text,
+    OUT vector_type text,
+    OUT is_beside boolean,
+    OUT has_index boolean,
+    OUT has_texts boolean,
+    OUT near_start text,
+    OUT near_end text,
+    OUT exact_end text,
+    OUT match_start text,
+    OUT rows_query text,
+    OUT of_keys text,
+    OUT visible_start text,
+    OUT visible_distance text,
+    OUT visible_end text,
+    OUT matching_query text,
+    OUT keys_query text,
+    OUT has_plain_keys boolean,
+    OUT is_chunked boolean,
+    OUT has_few_chunks boolean,
+    OUT row_count double precision,
+    OUT ef_search integer,
+    OUT is_binary boolean,
+    OUT lasts boolean
+)
+    LANGUAGE plpgsql
+    -- It sees what was committed before the tables were locked, and not before the statement began.
+    VOLATILE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+    SET quote_all_identifiers = off
+    -- Its statements, and those of what it calls, would be planned again for each search: half a millisecond.
+    SET plan_cache_mode = force_generic_plan
+AS $plpgsql$
+DECLARE
+    _pipeline autoembed.pipeline;
+    _vectors_table regclass;
+    _expression text;
+    _operator text;
+    _key text;
+    _same_key text;
+    _passage text;
+    _sent_key text;
+    _sent_keys text[];
+    _from text;
+    _bits integer;
+    _hits CONSTANT text :=
+        'ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3), pg_catalog.unnest($4), '
+        'pg_catalog.unnest($5), pg_catalog.unnest($6)) AS s(rank, key, chunk_number, score, similarity, text_score)';
+BEGIN
+    SELECT p.* INTO _pipeline FROM autoembed.pipeline AS p WHERE p.id = _search_target.pipeline_id;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'undefined_object',
+            MESSAGE = 'the table of the search is not attached to autoembed any more';
+    END IF;
     table_id := _pipeline.table_id;
     is_beside := _pipeline.embeddings_table IS NOT NULL;
     is_chunked := is_beside AND _pipeline.chunking <> 'none';
@@ -206,7 +248,6 @@ BEGIN
         WHERE c.oid = _vectors_table AND c.relkind = 'p' AND i.indisvalid
     );
     _key := autoembed._key_expression(_pipeline, 't');
-    pipeline_id := _pipeline.id;
     _sent_keys := autoembed._sent_key_expressions(_pipeline, '{t,e}');
     _sent_key := _sent_keys[1];
     has_plain_keys := NOT EXISTS (
@@ -217,24 +258,33 @@ BEGIN
             'text'::regtype, 'varchar'::regtype, 'bpchar'::regtype, 'name'::regtype, 'uuid'::regtype
         )
     );
+    -- The types that initdb made stay as they are. The indexes of partitions come and go without their table.
+    lasts := NOT EXISTS (
+        SELECT FROM pg_attribute AS a
+        WHERE (a.attrelid = _pipeline.table_id AND a.attname = ANY (_pipeline.key_columns)
+               OR a.attrelid = _pipeline.embeddings_table AND a.attname <> _pipeline.embedding_column)
+          AND a.atttypid >= 16384
+    ) AND EXISTS (SELECT FROM pg_class AS c WHERE c.oid = _vectors_table AND c.relkind <> 'p');
     of_keys := format('EXISTS (SELECT FROM pg_catalog.unnest($2) AS s(key) WHERE %s)', _sent_key);
     matching_query := format(
         'SELECT %s AS key FROM %s AS t WHERE EXISTS (SELECT FROM pg_catalog.unnest($1) AS s(key) WHERE %s) AND (',
         _key, _pipeline.table_id, _sent_key
     );
     keys_query := format('SELECT %s AS key FROM %s AS t WHERE (', _key, _pipeline.table_id);
-    visible_query := format(
+    visible_start := format('SELECT s.place, %s AS key, ', _key);
+    visible_distance := format(
+        '%s %s $3::%s', CASE WHEN is_beside THEN 'e.' ELSE 't.' END || _expression, _operator, vector_type
+    );
+    visible_end := format(
         -- The caller needs the rights to all columns, as for the rows of a search.
-        'SELECT s.place, %s AS key, ROW(t.*) IS NULL AS is_null '
+        ' AS distance, ROW(t.*) IS NULL AS is_null '
         'FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2)) WITH ORDINALITY AS s(key, number, place) '
-        'JOIN %s AS t ON %s WHERE %s',
-        _key, _pipeline.table_id, _sent_key,
-        CASE
+        'JOIN %s AS t ON %s %s',
+        _pipeline.table_id, _sent_key, CASE
             WHEN is_beside THEN format(
-                'EXISTS (SELECT FROM %s AS e WHERE %s AND e.chunk_number OPERATOR(pg_catalog.=) s.number)',
-                _vectors_table, _sent_keys[2]
+                'JOIN %s AS e ON %s AND e.chunk_number OPERATOR(pg_catalog.=) s.number', _vectors_table, _sent_keys[2]
             )
-            ELSE format('t.%I IS NOT NULL', _pipeline.embedding_column)
+            ELSE format('WHERE t.%I IS NOT NULL', _pipeline.embedding_column)
         END
     );
 
@@ -264,11 +314,10 @@ BEGIN
             );
         END IF;
         rows_query := format(
-            'SELECT s.place::pg_catalog.int4, ROW(t.*)::%1$s, NULL::pg_catalog.text, NULL::pg_catalog.int4, '
-            'NULL::pg_catalog.int4, NULL::pg_catalog.int4 '
-            'FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2)) WITH ORDINALITY AS s(key, number, place) '
-            'JOIN %1$s AS t ON %2$s',
-            _pipeline.table_id, _sent_key
+            'SELECT s.rank, ROW(t.*)::%1$s, s.key, s.score, NULL::pg_catalog.text, NULL::pg_catalog.int4, '
+            'NULL::pg_catalog.int4, NULL::pg_catalog.int4, s.similarity, s.text_score '
+            'FROM %2$s JOIN %1$s AS t ON %3$s ORDER BY s.rank',
+            _pipeline.table_id, _hits, _sent_key
         );
         RETURN;
     END IF;
@@ -303,12 +352,11 @@ BEGIN
     END IF;
     _passage := autoembed._passage_expression(_pipeline, '(h.hit)', 'h.start', 'h.stop', 'h.digest');
     rows_query := format(
-        'SELECT h.place::pg_catalog.int4, h.hit, %s, h.number, h.start, h.stop FROM ('
-        'SELECT s.place, ROW(t.*)::%s AS hit, e.chunk_number AS number, e.chunk_start AS start, e.chunk_end AS stop, '
-        'e.digest FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2)) '
-        'WITH ORDINALITY AS s(key, number, place) JOIN %2$s AS t ON %3$s '
-        'LEFT JOIN %4$s AS e ON e.chunk_number OPERATOR(pg_catalog.=) s.number AND %5$s) AS h',
-        _passage, _pipeline.table_id, _sent_key, _vectors_table, _sent_keys[2]
+        'SELECT h.rank, h.hit, h.key, h.score, %s, h.number, h.start, h.stop, h.similarity, h.text_score FROM ('
+        'SELECT s.*, ROW(t.*)::%s AS hit, e.chunk_number AS number, e.chunk_start AS start, e.chunk_end AS stop, '
+        'e.digest FROM %s JOIN %2$s AS t ON %4$s '
+        'LEFT JOIN %5$s AS e ON e.chunk_number OPERATOR(pg_catalog.=) s.chunk_number AND %6$s ORDER BY s.rank) AS h',
+        _passage, _pipeline.table_id, _hits, _sent_key, _vectors_table, _sent_keys[2]
     );
 END;
 $plpgsql$;
@@ -318,11 +366,28 @@ COMMENT ON FUNCTION autoembed._search_target IS
     'index. is_binary: the index has bits, whose order is not that of the distances. match_start, near_end: that of '
     'rows and distances. has_index: whether an index may answer it. is_chunked: whether rows have several vectors. '
     'has_few_chunks: few of them do. row_count: about how many rows there are; below 1: not known. has_texts: whether '
-    'it may go by words. of_keys: that the row has one of the keys $2. rows_query: the rows with keys $1 and their '
-    'passages with numbers $2, by place. visible_query: which of the chunks with keys $1 and numbers $2 the caller '
-    'may read. matching_query, keys_query: which rows with keys $1, and which rows, fulfil the condition behind it. '
+    'it may go by words. of_keys: that the row has one of the keys $2. rows_query: the rows of search() with the ranks '
+    '$1, keys $2, numbers of passages $3, and scores $4 to $6. visible_start, visible_end: which of the chunks with '
+    'keys $1 and numbers $2 the caller may read, around visible_distance, which is that to the vector $3, or a NULL. '
+    'matching_query, keys_query: which rows with keys $1, and which rows, fulfil the condition behind it. '
     'has_plain_keys: no setting of the session changes how keys are written. ef_search: how many candidates an index '
-    'keeps.';
+    'keeps. lasts: this is true until _searched() gives another version, the table or that of the embeddings is '
+    'altered, or PostgreSQL makes all plans again.';
+
+CREATE OR REPLACE FUNCTION autoembed._lasting_target(pipeline_id integer, version text)
+    RETURNS json
+    LANGUAGE plpgsql
+    -- PostgreSQL keeps the answer in the plan of a query, and asks again when it has to make another plan.
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    RETURN (SELECT to_json(t) FROM autoembed._search_target(pipeline_id) AS t);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._lasting_target IS
+    'The facts of _search_target() for a query that names the table and that of the embeddings, so that a change of '
+    'either, or another version, has it planned again. It is not for other queries: the facts change.';
 
 CREATE OR REPLACE FUNCTION autoembed._texts_query(pipeline_id integer)
     RETURNS text
@@ -374,41 +439,6 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._sample_query IS
     'The query of $1 embeddings at random, with the keys of their rows.';
-
-CREATE OR REPLACE FUNCTION autoembed._searched(
-    table_name regclass,
-    embedding_column name,
-    OUT table_id regclass,
-    OUT model text
-)
-    LANGUAGE plpgsql
-    STABLE
-    SECURITY DEFINER
-    SET search_path = pg_catalog, pg_temp
-AS $plpgsql$
-DECLARE
-    _pipelines autoembed.pipeline[] := ARRAY(
-        SELECT p
-        FROM autoembed.pipeline AS p
-        WHERE _searched.table_name IN (p.table_id, p.embeddings_table)
-          AND coalesce(_searched.embedding_column, p.embedding_column) IN (
-              p.embedding_column, (SELECT c.relname FROM pg_class AS c WHERE c.oid = p.embeddings_table)
-          )
-    );
-BEGIN
-    IF cardinality(_pipelines) = 1 THEN
-        table_id := _pipelines[1].table_id;
-        model := coalesce(_pipelines[1].model, autoembed._default_model());
-    ELSE
-        -- This raises the error.
-        SELECT s.table_id, s.model INTO table_id, model
-        FROM autoembed._search_target(table_name, embedding_column) AS s;
-    END IF;
-END;
-$plpgsql$;
-COMMENT ON FUNCTION autoembed._searched IS
-    'The table whose rows a search finds, and the model of their embeddings: two facts of _search_target() in less '
-    'time.';
 
 CREATE OR REPLACE FUNCTION autoembed._estimated_matches(table_id regclass, condition text)
     RETURNS double precision
@@ -504,8 +534,8 @@ $python$;
 COMMENT ON FUNCTION autoembed._search_page IS
     'The rows that a search finds behind rank after, up to rank last, by their keys, or the fault that SQL is to raise.'
     ' They are rows that the caller may read. numbers: of their passages; 0 or NULL: none is known. by_index: whether '
-    'an index has found the nearest, NULL if they were not asked for. rows_query: the rows with keys $1 and their '
-    'passages with numbers $2, by place.';
+    'an index has found the nearest, NULL if they were not asked for. rows_query: the rows with the ranks $1, keys $2, '
+    'numbers of passages $3, and scores $4 to $6.';
 
 CREATE OR REPLACE FUNCTION autoembed._rerank_candidates(model text, skip_rows integer)
     RETURNS integer
@@ -628,24 +658,19 @@ AS $plpgsql$
 DECLARE
     -- More of a passage is not read, in characters.
     _most_characters CONSTANT integer := 10000;
-    _keys pg_catalog.text[];
-    _numbers integer[];
     _places integer[];
     _passages pg_catalog.text[];
     _answer record;
 BEGIN
-    SELECT pg_catalog.array_agg(c.key ORDER BY c.rank), pg_catalog.array_agg(c.number ORDER BY c.rank)
-    INTO _keys, _numbers
-    FROM ROWS FROM (
-        pg_catalog.unnest(ranks), pg_catalog.unnest(keys), pg_catalog.unnest(chunk_numbers)
-    ) AS c(rank, key, number)
-    WHERE c.rank OPERATOR(pg_catalog.<=) candidates;
     EXECUTE pg_catalog.concat(
         'SELECT pg_catalog.array_agg(p.place), pg_catalog.array_agg(p.passage) FROM ('
-        'SELECT r.place, pg_catalog.left(coalesce(r.chunk, ', autoembed._present_text(pipeline_id), '), $3) '
-        'AS passage FROM (', rows_query, ') AS r(place, hit, chunk, number, start, stop) ORDER BY r.place) AS p '
-        'WHERE pg_catalog.btrim(p.passage, $4) OPERATOR(pg_catalog.<>) ''''::pg_catalog.text'
-    ) INTO _places, _passages USING _keys, _numbers, _most_characters, E' \t\r\n'::pg_catalog.text;
+        'SELECT r.place, pg_catalog.left(coalesce(r.chunk, ', autoembed._present_text(pipeline_id), '), $7) '
+        'AS passage FROM (', rows_query, ') AS r(place, hit, key, score, chunk) ORDER BY r.place) AS p '
+        'WHERE pg_catalog.btrim(p.passage, $8) OPERATOR(pg_catalog.<>) ''''::pg_catalog.text'
+    )
+    INTO _places, _passages
+    USING ranks[:candidates], keys[:candidates], chunk_numbers[:candidates], scores[:candidates],
+          scores[:candidates], scores[:candidates], _most_characters, E' \t\r\n'::pg_catalog.text;
     IF _passages IS NULL THEN
         RETURN;
     END IF;
@@ -823,14 +848,8 @@ BEGIN
     END IF;
 
     IF pg_catalog.cardinality(_keys) OPERATOR(pg_catalog.>) 0 THEN
-        RETURN QUERY EXECUTE pg_catalog.concat(
-            'SELECT p.rank, r.hit, p.key, p.score, r.chunk, r.number, r.start, r.stop, p.similarity, p.text_score '
-            'FROM ROWS FROM (pg_catalog.unnest($3), pg_catalog.unnest($1), pg_catalog.unnest($4), '
-            'pg_catalog.unnest($5), pg_catalog.unnest($6)) WITH ORDINALITY '
-            'AS p(rank, key, score, similarity, text_score, place) '
-            'JOIN (', _page.rows_query, ') AS r(place, hit, chunk, number, start, stop) '
-            'ON r.place OPERATOR(pg_catalog.=) p.place ORDER BY p.rank'
-        ) USING _keys, _numbers, _ranks, _scores, _similarities, _text_scores;
+        RETURN QUERY EXECUTE _page.rows_query
+        USING _ranks, _keys, _numbers, _scores, _similarities, _text_scores;
         GET DIAGNOSTICS _found = ROW_COUNT;
     END IF;
     PERFORM autoembed._note_search(
@@ -1060,7 +1079,7 @@ DECLARE
     _template text[] := string_to_array(autoembed._function_template('match'), '$body$');
     _slots jsonb;
 BEGIN
-    SELECT s.* INTO _target FROM autoembed._search_target(table_name, embedding_column) AS s;
+    _target := autoembed._search_target((autoembed._searched(table_name, embedding_column)).pipeline_id);
     SELECT n.nspname, c.relname INTO _schema, _table
     FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
     WHERE c.oid = _target.table_id;

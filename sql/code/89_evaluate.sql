@@ -88,7 +88,9 @@ CREATE OR REPLACE FUNCTION autoembed._unknown_keys(table_name regclass, embeddin
     STABLE
 AS $plpgsql$
 DECLARE
-    _target CONSTANT record := autoembed._search_target(table_name, embedding_column);
+    _target CONSTANT record := autoembed._search_target(
+        (autoembed._searched(table_name, embedding_column)).pipeline_id
+    );
     _query CONSTANT pg_catalog.text := pg_catalog.concat('SELECT FROM (', _target.matching_query, 'true)) AS r');
     _key record;
     _found pg_catalog.int8;
@@ -200,7 +202,8 @@ BEGIN
             ('hybrid', 0.9)
         ) AS w(mode, vector_weight)
         WHERE w.mode OPERATOR(pg_catalog.=) 'vector'::pg_catalog.text
-           OR (SELECT t.has_texts FROM autoembed._search_target(table_name, embedding_column) AS t)
+           OR (SELECT t.has_texts FROM autoembed._searched(table_name, embedding_column) AS s,
+                                       autoembed._search_target(s.pipeline_id) AS t)
     ),
     answered AS (
         SELECT w.mode, w.vector_weight, pg_catalog.count(*)::integer AS queries,

@@ -59,7 +59,7 @@ BEGIN
                                         coalesce(sample_rows::pg_catalog.text, 'NULL')),
             HINT = 'Leave them out for the ten nearest rows of a hundred.';
     END IF;
-    _target := autoembed._search_target(table_name, embedding_column);
+    _target := autoembed._searched(table_name, embedding_column);
     IF queries IS NULL THEN
         FOR vector, key IN EXECUTE autoembed._sample_query(_target.pipeline_id) USING sample_rows LOOP
             -- A question is seldom as near to a row as rows are to each other, and then an index loses more.

@@ -320,6 +320,118 @@ def test_who_may_not_read_a_row_finds_neither_it_nor_its_embedding(
     assert seen() == [[2], ["[2]"]]
 
 
+def change_of_names(db: Connection, column: str) -> None:
+    db.execute("ALTER TABLE pages RENAME COLUMN id TO number")
+    db.execute("ALTER TABLE pages RENAME COLUMN body TO words")
+    db.execute("ALTER TABLE pages RENAME TO sheets")
+    if column == "NULL":
+        db.execute("ALTER TABLE pages_embeddings RENAME TO vectors")
+    db.execute("CREATE SCHEMA moved")
+    db.execute("ALTER TABLE sheets SET SCHEMA moved")
+    db.execute("ALTER SCHEMA moved RENAME TO gone")
+    db.execute("ALTER TABLE gone.sheets SET SCHEMA public")
+    db.execute("ALTER TABLE sheets RENAME TO pages")
+    db.execute("ALTER TABLE pages RENAME COLUMN number TO id")
+    db.execute("ALTER TABLE pages RENAME COLUMN words TO body")
+
+
+def other_types(db: Connection, column: str) -> None:
+    db.execute("ALTER TABLE pages ALTER COLUMN body TYPE varchar")
+    if column != "NULL":
+        db.execute("ALTER TABLE pages ALTER COLUMN id TYPE bigint")
+        db.execute("UPDATE pages SET id = 5000000000 WHERE id = 8")
+        db.execute("SELECT autoembed.process()")
+        db.execute("UPDATE pages SET id = 8 WHERE id = 5000000000")
+
+
+def another_index(db: Connection, column: str) -> None:
+    table = "pages_embeddings" if column == "NULL" else "pages"
+    db.execute(f"CREATE INDEX near ON {table} USING hnsw (embedding halfvec_cosine_ops)")
+
+
+CHANGES = [change_of_names, other_types, another_index]
+
+
+@STORAGES
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("isolation", ["read committed", "repeatable read"])
+def test_what_a_session_knows_of_a_table_does_not_outlive_a_change(
+    short: Connection, connect: Callable[..., Connection], column: str, change: Callable[..., None], isolation: str
+) -> None:
+    texts = [f"text {n}" for n in range(20)]
+    attach(short, column, texts)
+    short.execute("SELECT autoembed.alter_pipeline('pages', text_config => 'simple')")
+    short.execute("SELECT autoembed.process()")
+    other = connect()
+    other.execute(f"SET default_transaction_isolation = '{isolation}'")
+    forms = [
+        f"SELECT (s.hit).id FROM autoembed.search(NULL::pages, 'text 7', mode => '{mode}', max_rows => 20) AS s"
+        for mode in ("vector", "text", "hybrid")
+    ]
+    before = [other.execute(form.encode()).fetchall() for form in forms]
+    assert [len(found) for found in before] == [20, 20, 20]
+
+    change(short, column)
+
+    for _ in range(2):
+        assert [sorted(other.execute(form.encode()).fetchall()) for form in forms] == [sorted(one) for one in before]
+
+
+@STORAGES
+def test_what_an_older_snapshot_shows_of_a_table_is_not_kept(
+    short: Connection, connect: Callable[..., Connection], column: str
+) -> None:
+    attach(short, column, ["one", "two"])
+    other = connect()
+    search = "SELECT key FROM autoembed.search('pages', 'x') ORDER BY key"
+    assert other.execute(search).fetchall() == [("[1]",), ("[2]",)]
+    other.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+    other.execute("SELECT count(*) FROM autoembed.pipeline")
+
+    short.execute("ALTER TABLE pages RENAME COLUMN id TO number")
+
+    with pytest.raises(psycopg.errors.UndefinedColumn):
+        other.execute(search)
+    other.execute("ROLLBACK")
+    assert other.execute(search).fetchall() == [("[1]",), ("[2]",)]
+
+
+@STORAGES
+def test_what_is_rolled_back_is_not_kept(short: Connection, column: str) -> None:
+    attach(short, column, ["one", "two"])
+    search = "SELECT key FROM autoembed.search('pages', 'x') ORDER BY key"
+    for _ in range(2):
+        assert short.execute(search).fetchall() == [("[1]",), ("[2]",)]
+        short.execute("BEGIN; ALTER TABLE pages RENAME COLUMN id TO number")
+        assert short.execute(search).fetchall() == [("[1]",), ("[2]",)]
+        short.execute("ROLLBACK")
+    assert short.execute(search).fetchall() == [("[1]",), ("[2]",)]
+
+
+@pytest.mark.parametrize("mode", ["vector", "text", "hybrid"])
+def test_a_right_that_is_revoked_is_gone_in_a_session_that_has_searched(
+    short: Connection, connect: Callable[..., Connection], role: Callable[[str], str], mode: str
+) -> None:
+    attach(short, "NULL", ["one", "two"])
+    short.execute("SELECT autoembed.alter_pipeline('pages', text_config => 'simple')")
+    short.execute("SELECT autoembed.process()")
+    reader = role("reader")
+    short.execute(f"SELECT autoembed.grant_usage('{reader}')")
+    short.execute(f"GRANT SELECT ON pages TO {reader}")
+    other = connect()
+    other.execute(f"SET ROLE {reader}")
+    search = f"SELECT key FROM autoembed.search('pages', 'one two', mode => '{mode}') ORDER BY key".encode()
+    assert other.execute(search).fetchall() == [("[1]",), ("[2]",)]
+
+    short.execute("ALTER TABLE pages ENABLE ROW LEVEL SECURITY")
+    assert other.execute(search).fetchall() == []
+    short.execute(f"CREATE POLICY two ON pages TO {reader} USING (id = 2)")
+    assert other.execute(search).fetchall() == [("[2]",)]
+    short.execute(f"REVOKE SELECT ON pages FROM {reader}; GRANT SELECT (id) ON pages TO {reader}")
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        other.execute(search)
+
+
 @pytest.mark.parametrize(
     ("call", "sqlstate", "message"),
     [

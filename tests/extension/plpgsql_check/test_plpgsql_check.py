@@ -19,8 +19,11 @@ ACCEPTED = {
     ("_check_table", VOLATILE): "pg_partition_ancestors() is marked as VOLATILE, and reads the catalog alone.",
     ("_without_replica_identity", VOLATILE): "pg_partition_tree() and pg_partition_ancestors(), too.",
     ("_is_subscribed", VOLATILE): "pg_partition_tree(), too.",
+    ("_match_function", VOLATILE): "_search_target() looks at what was committed last, and changes nothing.",
+    ("_unknown_keys", VOLATILE): "The same.",
+    ("_lasting_target", VOLATILE.replace("STABLE", "IMMUTABLE")): "Its query is planned again after a change.",
+    ("_lasting_target", 'unused parameter "version"'): "With another version, it is another query.",
     ("_ranked", VOLATILE): "clock_timestamp() tells how long the search took, and nothing that it gives.",
-    ("_search_target", VOLATILE): "pg_partition_tree(), too.",
     ("embed", VOLATILE): "It notes what was used.",
     ("_text_3", VOLATILE): "Calls the owner's function, and the owner may have marked it as anything.",
 }
