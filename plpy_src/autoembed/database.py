@@ -622,6 +622,12 @@ class Database:
             [model, *limits.requests, *limits.tokens],
         )
 
+    def learn_inputs_taken(self, model: str, inputs: int | None) -> None:
+        """Notes how many texts a request of a model may have to be answered in time; None: any number."""
+        self._run(
+            "SELECT autoembed._learn_inputs_taken($1, $2)", ["pg_catalog.text", "pg_catalog.int4"], [model, inputs]
+        )
+
     def learn_tokens_taken(self, model: str, tokens: int) -> bool:
         """Notes that a model takes texts of so many tokens and refused a longer one. Returns whether that is new."""
         [row] = self._run(

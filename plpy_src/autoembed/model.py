@@ -74,6 +74,11 @@ class Model:
         """The tokens of a text that the provider is known to take, since it refused a longer one."""
         return (self.learnt or {}).get("tokens_per_input")
 
+    @property
+    def inputs_taken(self) -> int | None:
+        """The texts of a request that the provider is sent, since it did not answer more in time."""
+        return (self.learnt or {}).get("inputs_per_request")
+
     def prefix(self, purpose: Purpose) -> str:
         """The text that goes before each text; see prefixed()."""
         return str(self.options.get(f"{purpose}_prefix", ""))

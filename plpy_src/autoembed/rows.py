@@ -150,6 +150,15 @@ class Speeds:
             if self._most_texts[model] > MOST_TEXTS:
                 del self._most_texts[model]
 
+    def recall(self, model: str, texts: int | None) -> None:
+        """Takes over what another pass has learnt, where nothing is known."""
+        if texts is not None:
+            self._most_texts.setdefault(model, texts)
+
+    def inputs_taken(self, model: str) -> int | None:
+        """The texts of one request that answers came late for no longer; None: any number."""
+        return self._most_texts.get(model)
+
     def is_late(self, model: str) -> bool:
         """Whether answers came late, and not quickly since. Requests beside others would only wait in its server."""
         return model in self._most_texts

@@ -538,6 +538,7 @@ class _Pass:
     def _outbox(self, pipeline: Pipeline) -> Outbox:
         outbox = self._outboxes.get(pipeline.model)
         if outbox is None or outbox.is_idle:
+            self._speeds.recall(pipeline.model.name, pipeline.model.inputs_taken)
             outbox = self._outboxes[pipeline.model] = Outbox(Limiter(pipeline.model), failures=pipeline.failures)
         return outbox
 
@@ -746,10 +747,15 @@ class _Pass:
         """Has a slow server be sent fewer texts at a time, and more once it answers quickly."""
         if request.probe:
             return
+        name = request.model.name
+        before = self._speeds.inputs_taken(name)
         if isinstance(outcome, CameLate):
-            self._speeds.came_late(request.model.name, len(request.texts))
+            self._speeds.came_late(name, len(request.texts))
         elif isinstance(outcome, Embedded) and 4 * (time.monotonic() - request.sent_at) < request.timeout_seconds:
-            self._speeds.came_early(request.model.name)
+            self._speeds.came_early(name)
+        if self._speeds.inputs_taken(name) != before:
+            # The next lane, or the next call of process(), does not begin with a request that is too large.
+            self._database.learn_inputs_taken(name, self._speeds.inputs_taken(name))
 
     def _note_limits(self, outbox: Outbox, request: Request, outcome: _Outcome) -> None:
         """Takes the model's limits from an answer. A request that failed frees its slot."""

@@ -205,8 +205,10 @@ BEGIN
         RETURN false;
     END IF;
     INSERT INTO autoembed.model_limit
-        (model, requests_per_minute, requests_at_once, tokens_per_minute, tokens_at_once, tokens_per_input)
-    SELECT m.name, l.requests_per_minute, l.requests_at_once, l.tokens_per_minute, l.tokens_at_once, tokens
+        (model, requests_per_minute, requests_at_once, tokens_per_minute, tokens_at_once, tokens_per_input,
+         inputs_per_request)
+    SELECT m.name, l.requests_per_minute, l.requests_at_once, l.tokens_per_minute, l.tokens_at_once, tokens,
+           l.inputs_per_request
     FROM autoembed.model AS m
     LEFT JOIN LATERAL (
         SELECT n.* FROM autoembed.model_limit AS n WHERE n.model = m.name ORDER BY n.at DESC LIMIT 1
@@ -235,16 +237,42 @@ BEGIN
     IF NOT current_setting('transaction_read_only')::boolean THEN
         -- Unless it was dropped meanwhile.
         INSERT INTO autoembed.model_limit
-            (model, requests_per_minute, requests_at_once, tokens_per_minute, tokens_at_once, tokens_per_input)
+            (model, requests_per_minute, requests_at_once, tokens_per_minute, tokens_at_once, tokens_per_input,
+             inputs_per_request)
         SELECT m.name, _learn_limits.requests_per_minute, _learn_limits.requests_at_once,
-               _learn_limits.tokens_per_minute, _learn_limits.tokens_at_once, autoembed._tokens_taken(m.name)
+               _learn_limits.tokens_per_minute, _learn_limits.tokens_at_once, l.tokens_per_input, l.inputs_per_request
         FROM autoembed.model AS m
+        LEFT JOIN LATERAL (
+            SELECT n.* FROM autoembed.model_limit AS n WHERE n.model = m.name ORDER BY n.at DESC LIMIT 1
+        ) AS l ON true
         WHERE m.name = _learn_limits.model;
     END IF;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._learn_limits IS
     'Notes the limits that an answer told; NULLs: it told none.';
+
+CREATE OR REPLACE FUNCTION autoembed._learn_inputs_taken(model text, inputs integer)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    INSERT INTO autoembed.model_limit
+        (model, requests_per_minute, requests_at_once, tokens_per_minute, tokens_at_once, tokens_per_input,
+         inputs_per_request)
+    SELECT m.name, l.requests_per_minute, l.requests_at_once, l.tokens_per_minute, l.tokens_at_once,
+           l.tokens_per_input, inputs
+    FROM autoembed.model AS m
+    LEFT JOIN LATERAL (
+        SELECT n.* FROM autoembed.model_limit AS n WHERE n.model = m.name ORDER BY n.at DESC LIMIT 1
+    ) AS l ON true
+    WHERE m.name = _learn_inputs_taken.model;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._learn_inputs_taken IS
+    'Notes how many texts a request of a model may have to be answered in time; NULL: any number.';
 
 CREATE OR REPLACE FUNCTION autoembed._forget_permits()
     RETURNS void

@@ -104,7 +104,8 @@ CREATE TABLE autoembed.model_limit (
     requests_at_once integer,
     tokens_per_minute integer,
     tokens_at_once integer,
-    tokens_per_input integer
+    tokens_per_input integer,
+    inputs_per_request integer
 );
 -- A publication of all tables would refuse each UPDATE and DELETE of a table without a replica identity.
 ALTER TABLE autoembed.model_limit REPLICA IDENTITY FULL;
@@ -119,6 +120,8 @@ COMMENT ON COLUMN autoembed.model_limit.tokens_per_minute IS 'Tokens a minute; N
 COMMENT ON COLUMN autoembed.model_limit.tokens_at_once IS 'The most tokens that were left after a request.';
 COMMENT ON COLUMN autoembed.model_limit.tokens_per_input IS
     'Tokens of a text that it took after it had refused a longer one, by estimate; NULL: it has refused none.';
+COMMENT ON COLUMN autoembed.model_limit.inputs_per_request IS
+    'Texts of one request that it is sent since it did not answer more in time; NULL: any number.';
 
 -- The table is not logged. A crash forgets the last minute's requests, and the provider itself refuses excess ones.
 CREATE UNLOGGED TABLE autoembed.permit (

@@ -177,6 +177,7 @@ ALTER TABLE autoembed.failure DROP CONSTRAINT failure_pipeline_id_key_key;
 DROP FUNCTION autoembed._next_backfill;
 DROP FUNCTION autoembed._drop_orphaned_pipelines;
 DROP FUNCTION autoembed._forget_all;
+DROP FUNCTION autoembed._requeue;
 DROP FUNCTION autoembed.schedule;
 
 ALTER TABLE autoembed.model ADD COLUMN timeout_seconds double precision CHECK (timeout_seconds > 0);
@@ -356,6 +357,9 @@ ALTER TABLE pgmq.meta REPLICA IDENTITY FULL;
 ALTER TABLE pgmq.topic_bindings REPLICA IDENTITY USING INDEX topic_bindings_unique_pattern_queue;
 ALTER TABLE autoembed.model_limit REPLICA IDENTITY FULL;
 ALTER TABLE autoembed.model_limit ADD COLUMN tokens_per_input integer;
+ALTER TABLE autoembed.model_limit ADD COLUMN inputs_per_request integer;
+COMMENT ON COLUMN autoembed.model_limit.inputs_per_request IS
+    'Texts of one request that it is sent since it did not answer more in time; NULL: any number.';
 COMMENT ON COLUMN autoembed.model_limit.tokens_per_input IS
     'Tokens of a text that it took after it had refused a longer one, by estimate; NULL: it has refused none.';
 ALTER TABLE autoembed.usage_entry REPLICA IDENTITY FULL;

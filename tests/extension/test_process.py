@@ -250,6 +250,19 @@ def test_one_row_whose_text_its_provider_cannot_answer_does_not_hold_up_the_othe
     assert waiting(documents) == 0
 
 
+def test_calls_learn_how_many_texts_a_slow_server_takes(documents: Connection, api: FakeApi, connect: Any) -> None:
+    """If each call begins with a full request, none of its answers ever comes in time."""
+    api.behave(delay_seconds_per_input=0.02)
+    insert(documents, *[f"text {n}" for n in range(40)])
+
+    for _ in range(6):
+        # Each call is in a session of its own.
+        connect().execute("SELECT autoembed.process(timeout_milliseconds => 400)")
+        documents.execute("UPDATE autoembed.model_rest SET until = clock_timestamp()")
+
+    assert_fresh(documents)
+
+
 def test_a_text_that_fells_its_server_for_longer_than_a_pass_waits_is_found_and_the_others_are_embedded(
     documents: Connection, api: FakeApi
 ) -> None:

@@ -192,6 +192,7 @@ _lane_lives - x x x
 _lane_roles - - - x
 _lanes_are_starting - x - x
 _lasting_target - x - x
+_learn_inputs_taken - - - x
 _learn_limits - - - x
 _learn_tokens_taken - - - x
 _leave_lane - - - x

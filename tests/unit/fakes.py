@@ -479,6 +479,13 @@ class FakeDatabase(Database):
         self._note("learn_limits")
         self.limits_learnt.append(limits)
 
+    def learn_inputs_taken(self, model: str, inputs: int | None) -> None:
+        self._note("learn_inputs_taken")
+        for number, pipeline in self.defined.items():
+            if pipeline.model.name == model:
+                learnt = {**(pipeline.model.learnt or {}), "inputs_per_request": inputs}
+                self.defined[number] = replace(pipeline, model=replace(pipeline.model, learnt=learnt))
+
     def learn_tokens_taken(self, model: str, tokens: int) -> bool:
         self.tokens_taken.append(tokens)
         for number, pipeline in self.defined.items():

@@ -331,6 +331,27 @@ def test_a_server_that_is_too_slow_for_a_full_request_is_sent_fewer_texts(
     assert [len(texts) for texts in provider.requests if texts != [PROBE]][:4] == [100, 50, 25, 12]
 
 
+def test_calls_of_process_learn_one_after_the_other_how_many_texts_a_slow_server_takes(
+    lane: Lane, database: FakeDatabase, provider: FakeProvider
+) -> None:
+    for row_id in range(100):
+        database.put(row_id, f"text {row_id}")
+
+    def answer(texts: list[str]) -> Vector:
+        if len(texts) > 20 or texts == [PROBE]:
+            late = CameLate("no answer in time")
+            late.may_be_a_texts = True
+            raise late
+        return vectors_of(texts)
+
+    provider.answer = answer
+    for _ in range(4):
+        lane.run()
+
+    assert [len(texts) for texts in provider.requests if texts != [PROBE]][:4] == [100, 50, 25, 12]
+    assert all(database.is_fresh(row_id) for row_id in range(100))
+
+
 @dataclass
 class Falling:
     """A server that has fallen so often, and refuses so many connections after each fall."""
