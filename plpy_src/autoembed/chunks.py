@@ -17,6 +17,7 @@ from typing import NamedTuple
 from autoembed.batching import halves
 from autoembed.errors import Fault
 from autoembed.graphemes import MAX_JOINED, is_boundary
+from autoembed.long_text import LongText, Text
 
 # The number of tokens of each of these texts, with what the model puts around each: marks, a prefix.
 Count = Callable[[Sequence[str]], list[int]]
@@ -39,6 +40,8 @@ COUNTED_TEXTS = 64
 COUNTED_CHARACTERS = 1 << 15
 # A text without paragraphs and sentences is taken apart into runs of so many parts of a chunk.
 RUNS_PER_CHUNK = 16
+# The characters of a long text whose lines are read at once.
+READ_CHARACTERS = 1 << 18
 # A longer line is read as several, and a longer paragraph is taken for several.
 LONGEST_LINE = 1 << 14
 LONGEST_PARAGRAPH = 1 << 16
@@ -128,7 +131,7 @@ def size_of(
 
 
 def chunks_of(
-    text: str,
+    text: Text,
     count: Count,
     chunk_size: int,
     chunking: str = STRUCTURE,
@@ -152,10 +155,10 @@ def chunks_of(
 
 
 def _only_chunk(
-    text: str, count: Count, chunk_size: int, chunking: str, between_steps: Callable[[], None]
+    text: Text, count: Count, chunk_size: int, chunking: str, between_steps: Callable[[], None]
 ) -> Chunk | None:
     """The chunk of a text that is one as a whole: most texts are short. None: it is several, or none, or not known."""
-    if len(text) > min(COUNTED_CHARACTERS, COUNTED_CHARACTERS_PER_TOKEN * chunk_size):
+    if isinstance(text, LongText) or len(text) > min(COUNTED_CHARACTERS, COUNTED_CHARACTERS_PER_TOKEN * chunk_size):
         return None
     start, end = trimmed(text, 0, len(text))
     if start == end or chunking == STRUCTURE and _MAY_HAVE_HEADINGS.search(text):
@@ -228,7 +231,7 @@ def fitting(
 
 class Splitter:
     def __init__(
-        self, text: str, count: Count, chunk_size: int, chunk_overlap: int, between_steps: Callable[[], None]
+        self, text: Text, count: Count, chunk_size: int, chunk_overlap: int, between_steps: Callable[[], None]
     ) -> None:
         self.text = text
         self._count = count
@@ -242,6 +245,13 @@ class Splitter:
         self._packed_characters = CHARACTERS_PER_TOKEN * self._packed_tokens
         self._counted_characters = COUNTED_CHARACTERS_PER_TOKEN * self._packed_tokens
         self.run = max(1, self._packed_tokens // RUNS_PER_CHUNK)
+
+    def around(self, start: int, end: int) -> tuple[str, int]:
+        """A part of the text with these characters, and those before that a cut depends on; and where it starts."""
+        if isinstance(self.text, str):
+            return self.text, 0
+        low = max(0, start - MAX_JOINED)
+        return self.text[low:end], low
 
     def split(self, blocks: Iterator[Block], greedy: bool = False) -> Iterator[Chunk]:
         """The chunks that blocks are packed into. greedy: each is as long as may be."""
@@ -404,15 +414,23 @@ def _all_of(pack: list[Block], following: Block) -> int:
     return len(pack)
 
 
-def trimmed(text: str, start: int, end: int) -> tuple[int, int]:
+def _first(pattern: re.Pattern[str], text: Text, start: int, end: int) -> int | None:
+    """The position of the first character in text[start:end] that a pattern of one character matches."""
+    if isinstance(text, LongText):
+        return text.search(pattern, start, end)
+    found = pattern.search(text, start, end)
+    return found.start() if found else None
+
+
+def trimmed(text: Text, start: int, end: int) -> tuple[int, int]:
     """The range without the white space at its ends."""
-    found = _VISIBLE.search(text, start, end)
-    if found is None:
+    first = _first(_VISIBLE, text, start, end)
+    if first is None:
         return end, end
     while text[end - 1].isspace():
         last = text[max(start, end - LONGEST_LINE) : end]
         end -= len(last) - len(last.rstrip())
-    return found.start(), end
+    return first, end
 
 
 _VISIBLE = re.compile(r"\S")
@@ -425,22 +443,24 @@ _BLANK_LINES = re.compile(r"\n(?:[^\S\n]*+\n)++")
 
 
 def _blank_lines(splitter: Splitter, start: int, end: int) -> Iterator[int]:
-    return (found.end() for found in _BLANK_LINES.finditer(splitter.text, start, end))
+    text, low = splitter.around(start, end)
+    return (low + found.end() for found in _BLANK_LINES.finditer(text, start - low, end - low))
 
 
 def _lines(splitter: Splitter, start: int, end: int) -> Iterator[int]:
-    text = splitter.text
-    at = text.find("\n", start, end) + 1
-    while 0 < at < end:
-        yield at
-        at = text.find("\n", at, end) + 1
+    text, low = splitter.around(start, end)
+    at = text.find("\n", start - low, end - low) + 1
+    while 0 < at < end - low:
+        yield low + at
+        at = text.find("\n", at, end - low) + 1
 
 
 _ITEM = re.compile(r"\n(?=[^\S\n]*+(?:[-*+•·–—|]|\d{1,3}[.)]|\(?[A-Za-z\d][.)])[^\S\n])")
 
 
 def _items(splitter: Splitter, start: int, end: int) -> Iterator[int]:
-    return (found.end() for found in _ITEM.finditer(splitter.text, start, end))
+    text, low = splitter.around(start, end)
+    return (low + found.end() for found in _ITEM.finditer(text, start - low, end - low))
 
 
 _SENTENCE_END = re.compile(
@@ -451,21 +471,22 @@ _SENTENCE_END = re.compile(
 
 
 def _sentences(splitter: Splitter, start: int, end: int) -> Iterator[int]:
-    text = splitter.text
-    for found in _SENTENCE_END.finditer(text, start, end):
-        following = _VISIBLE.search(text, found.end(), end)
+    text, low = splitter.around(start, end)
+    for found in _SENTENCE_END.finditer(text, start - low, end - low):
+        following = _VISIBLE.search(text, found.end(), end - low)
         if following is not None and not following[0].islower():
-            yield following.start()
+            yield low + following.start()
 
 
 def _words(splitter: Splitter, start: int, end: int) -> Iterator[int]:
     """Before a word, but not one of the first characters."""
     text = splitter.text
-    while (space := _SPACE.search(text, start + splitter.run, end)) and (
-        word := _VISIBLE.search(text, space.end(), end)
-    ):
-        start = word.start()
-        yield start
+    while (space := _first(_SPACE, text, start + splitter.run, end)) is not None:
+        word = _first(_VISIBLE, text, space + 1, end)
+        if word is None:
+            return
+        yield word
+        start = word
 
 
 def _clusters(splitter: Splitter, start: int, end: int) -> Iterator[int]:
@@ -529,6 +550,19 @@ class _Line(NamedTuple):
 
 
 @dataclass
+class _Reading:
+    """How far lines were read. joins: the line before was too long to be read as a whole.
+
+    is_blank: the white space before `at` has a line end.
+    """
+
+    stop: int
+    at: int = 0
+    joins: bool = False
+    is_blank: bool = False
+
+
+@dataclass
 class _Paragraph:
     """The paragraph that is being read, and its first line. is_code: its lines so far are indented."""
 
@@ -544,7 +578,7 @@ class _Paragraph:
         return Block(self.start, self.end, self.cutters, 0, self.is_heading, self.is_heading)
 
 
-def paragraphs(text: str, between_steps: Callable[[], None] = lambda: None) -> Iterator[Block]:
+def paragraphs(text: Text, between_steps: Callable[[], None] = lambda: None) -> Iterator[Block]:
     """The headings, paragraphs, blocks of code and tables of a text, as Markdown, reStructuredText and HTML have them.
 
     A heading is a block of its own. So is all between two fences, and so are indented lines with blank lines between.
@@ -597,7 +631,7 @@ def paragraphs(text: str, between_steps: Callable[[], None] = lambda: None) -> I
         yield paragraph.block()
 
 
-def introduced(text: str, blocks: Iterable[Block]) -> Iterator[Block]:
+def introduced(text: Text, blocks: Iterable[Block]) -> Iterator[Block]:
     """The blocks, with a weaker cut behind prose that ends no sentence: it introduces what follows."""
     before: Block | None = None
     for block in blocks:
@@ -606,8 +640,8 @@ def introduced(text: str, blocks: Iterable[Block]) -> Iterator[Block]:
         before = block
 
 
-def _ends_sentence(text: str, block: Block) -> bool:
-    return bool(_LAST_SENTENCE_END.search(text, max(block.start, block.end - LONGEST_CLOSING), block.end))
+def _ends_sentence(text: Text, block: Block) -> bool:
+    return bool(_LAST_SENTENCE_END.search(text[max(block.start, block.end - LONGEST_CLOSING) : block.end]))
 
 
 def _is_underline(line: str, paragraph: _Paragraph) -> bool:
@@ -626,23 +660,44 @@ def _is_underline(line: str, paragraph: _Paragraph) -> bool:
     )
 
 
-def _parts_of_lines(text: str) -> Iterator[_Line]:
+def _parts_of_lines(text: Text) -> Iterator[_Line]:
     """The lines of a text; where HTML begins or ends a block within a line, the line is cut."""
-    at, joins = 0, False
-    while visible := _VISIBLE.search(text, at):
+    if isinstance(text, str):
+        yield from _parts_of_window(text, _Reading(len(text)))
+        return
+    reading = _Reading(0)
+    while reading.at < len(text):
+        low = reading.at
+        window = text[low : low + READ_CHARACTERS]
+        is_last = low + len(window) == len(text)
+        reading.at, reading.stop = 0, len(window) if is_last else len(window) - LONGEST_LINE
+        for line in _parts_of_window(window, reading):
+            yield line._replace(start=low + line.start)
+        reading.at = len(text) if is_last else low + reading.at
+
+
+def _parts_of_window(text: str, reading: _Reading) -> Iterator[_Line]:
+    """The lines of a part of a text, from the one at `at` to the last one that begins before `stop`."""
+    while visible := _VISIBLE.search(text, reading.at, reading.stop):
+        at = reading.at
         start = text.rfind("\n", at, visible.start()) + 1
-        after_blank = start > at
+        after_blank = start > at or reading.is_blank
         start = max(start, at, visible.start() - WIDEST_INDENT)
         stop = text.find("\n", visible.start(), start + LONGEST_LINE) + 1
         is_whole = stop > 0
         stop = stop or _end_of_part(text, start)
         line = text[start:stop]
-        joins = joins and not after_blank
+        joins = reading.joins and not after_blank
         if "<" in line and (found := _HTML_BLOCK.search(line)):
             yield from _parts_of_html(_Line(start, line, after_blank, joins), found)
         else:
             yield _Line(start, line, after_blank, joins)
-        at, joins = stop, not is_whole
+        reading.at, reading.joins, reading.is_blank = stop, not is_whole, False
+    # White space goes on in the next part.
+    if reading.at < reading.stop:
+        at = max(reading.at, reading.stop - WIDEST_INDENT)
+        reading.is_blank |= "\n" in text[reading.at : at]
+        reading.at = at
 
 
 def _end_of_part(text: str, start: int) -> int:

@@ -11,6 +11,7 @@ from autoembed.errors import Fault, Trouble
 from autoembed.providers import counter_of, own_tokens_per_input, sizes_of
 
 if TYPE_CHECKING:
+    from autoembed.long_text import Text
     from autoembed.model import Model
     from autoembed.providers import Counter
     from autoembed.records import Pipeline
@@ -44,17 +45,18 @@ class Cutter:
         # How the tokens of chunks are counted, and the most of them, by the way in which texts are cut.
         self._known: dict[tuple[Model, int | None, str, int | None, int], tuple[Counter, int]] = {}
 
-    def parts(self, pipeline: Pipeline, content: str) -> list[Range] | None:
+    def parts(self, pipeline: Pipeline, content: Text) -> list[Range] | None:
         """The start and the end of each piece that the pipeline's function gives; None: it has none.
 
         Raises RowError if the function fails, and Fault if a piece is not in the text.
         """
         if pipeline.chunking != FUNCTION or self._split is None:
             return None
-        return places(content, self._split(pipeline, content))
+        whole = str(content)
+        return places(whole, self._split(pipeline, whole))
 
     def ranges(
-        self, pipeline: Pipeline, content: str, parts: Sequence[Range] | None = None, prefix: str = ""
+        self, pipeline: Pipeline, content: Text, parts: Sequence[Range] | None = None, prefix: str = ""
     ) -> list[Range]:
         """The start and the end of each chunk of a text. Raises as parts(), and Fault if no text can be cut like that.
 
@@ -64,7 +66,7 @@ class Cutter:
             limit = limit_of(pipeline)
             if limit is None:
                 return [(0, len(content))]
-            whole = batching.truncate(prefix + content, limit, pipeline.model.prefix("document"))
+            whole = batching.truncate(f"{prefix}{content}", limit, pipeline.model.prefix("document"))
             if len(whole) <= len(prefix):
                 raise _no_room(prefix, limit)
             return [(0, len(whole) - len(prefix))]
@@ -86,8 +88,8 @@ class Cutter:
                     raise _no_room(prefix, size)
                 size -= behind - bare
             if parts is not None:
-                found = fitting(content, parts, counter.count, size, self._between_steps)
-            elif len(content) <= size and batching.most_tokens(content) <= size:
+                found = fitting(str(content), parts, counter.count, size, self._between_steps)
+            elif len(content) <= size and batching.most_tokens(str(content)) <= size:
                 return [trimmed(content, 0, len(content))]
             else:
                 found = chunks_of(

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +16,7 @@ import plpy  # type: ignore[import-not-found]
 
 from autoembed.binary import copy_rows, literals
 from autoembed.bm25 import MAX_MERGED_POSTINGS, Posting, Segment, joined, merged, most_dead, parts, plain_words
+from autoembed.chunks import STRUCTURE, TOKENS
 from autoembed.errors import (
     INSUFFICIENT_PRIVILEGE,
     LOCK_NOT_AVAILABLE,
@@ -30,8 +32,10 @@ from autoembed.errors import (
     trouble_of_function,
 )
 from autoembed.limits import Charge, Limits, Permit
+from autoembed.long_text import LongText, Text
 from autoembed.model import Model, Share
 from autoembed.records import (
+    LONG_TEXT_BYTES,
     MAX_PIECES,
     MAX_TEXT_BYTES,
     Backfill,
@@ -656,16 +660,29 @@ class Database:
         RowError if the content function fails for one of them.
         """
 
+        types = ["pg_catalog.text[]", "pg_catalog.int8", "pg_catalog.int8"]
+        arguments: list[Any] = [list(keys), max_bytes, MAX_TEXT_BYTES]
+        if pipeline.is_beside and pipeline.chunking in (STRUCTURE, TOKENS):
+            types.append("pg_catalog.int8")
+            arguments.append(LONG_TEXT_BYTES)
+        placeholders = ", ".join(f"${number}" for number in range(1, len(types) + 1))
+
         def read(seconds: float) -> Any:
             with self._owners_code(undone=True, seconds=seconds):
                 return self._run(
-                    f"SELECT c.* FROM autoembed._content_{pipeline.id}($1, $2, $3) AS c",
-                    ["pg_catalog.text[]", "pg_catalog.int8", "pg_catalog.int8"],
-                    [list(keys), max_bytes, MAX_TEXT_BYTES],
+                    f"SELECT c.* FROM autoembed._content_{pipeline.id}({placeholders}) AS c", types, arguments
                 )
 
         rows = self._in_time(pipeline, keys, read)
-        found = {row["key"]: _row(row) for row in rows}
+        parts: dict[str, list[bytes]] = defaultdict(list)
+        found: dict[Any, Row] = {}
+        for row in rows:
+            if row["key"] not in found:
+                found[row["key"]] = _row(row)
+            if row.get("encoded") is not None:
+                parts[row["key"]].append(row["encoded"])
+        for key, encoded in parts.items():
+            found[key] = replace(found[key], content=LongText(b"".join(encoded)))
         # A row without a key is the mark that rows are left.
         return found, found.pop(None, None) is None
 
@@ -1420,7 +1437,7 @@ class Database:
         """Whether an error of a statement, Error, is a cancel, a shutdown or a shortage of the server."""
         return is_nobodys(_sqlstate(error))
 
-    def fail(self, pipeline: Pipeline, key: str, reason: str, attempts: int, excerpt: str | None) -> None:
+    def fail(self, pipeline: Pipeline, key: str, reason: str, attempts: int, excerpt: Text | None) -> None:
         with row_errors():
             self._run(
                 "SELECT autoembed._fail($1, $2, $3, $4, $5)",

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from autoembed import database, heap, providers, rerankers, tally, worker
 from autoembed.batching import estimate_tokens, halves, pack, truncate
 from autoembed.binary import literals
-from autoembed.chunks import FUNCTION, NONE, STRUCTURE, chunks_of, fitting, places, size_of
+from autoembed.chunks import FUNCTION, NONE, STRUCTURE, chunks_of, fitting, places, size_of, trimmed
 from autoembed.cutting import Cutter
 from autoembed.errors import Fault, OverBudget, ProviderTrouble, RowError, Trouble, advice_for
 from autoembed.flight import SLICE_SECONDS, Flight
@@ -148,7 +148,7 @@ def adopt_rows(pipeline_id: int) -> int:
             found = {
                 key: (pipeline.digest(row.content), row.vector_digest)
                 for key, row in rows.items()
-                if row.vector_digest is not None and row.content and row.content.strip()
+                if row.vector_digest is not None and row.content and not row.content.isspace()
             }
             if found:
                 digests, vector_digests = zip(*found.values(), strict=True)
@@ -267,7 +267,7 @@ def _copy(
         [keys[place] for place in written],
         [pipeline.digest(contents[place]) for place in written],
         [outcomes[keys[place]].vector_digest for place in written],
-        [chunks[place][0].end < len(contents[place].rstrip()) for place in written],
+        [chunks[place][0].end < trimmed(contents[place], 0, len(contents[place]))[1] for place in written],
         written=True,
     )
 

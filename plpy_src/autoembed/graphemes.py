@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import unicodedata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from autoembed.long_text import Text
 
 # The most code points that are kept together. More accents on one letter are not a real text.
 MAX_JOINED = 32
@@ -16,7 +20,7 @@ _PREPENDED = frozenset("\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u
 _LINKERS = frozenset("\u094d\u09cd\u0acd\u0b4d\u0c4d\u0d4d")
 
 
-def is_boundary(text: str, at: int, since: int = 0) -> bool:
+def is_boundary(text: Text, at: int, since: int = 0) -> bool:
     """Whether a text may be cut before the character at this position, by the main rules of Unicode's UAX 29.
 
     since: a boundary before it. The time that the letters of flags take grows with the distance.
@@ -48,7 +52,7 @@ def _is_flag_letter(character: str) -> bool:
     return "\U0001f1e6" <= character <= "\U0001f1ff"
 
 
-def _flag_letters_before(text: str, at: int, since: int) -> int:
+def _flag_letters_before(text: Text, at: int, since: int) -> int:
     """Two letters are a flag, so their number tells whether one is open."""
     first = at
     while first > since and _is_flag_letter(text[first - 1]):

@@ -13,6 +13,7 @@ from autoembed.errors import RowError
 
 if TYPE_CHECKING:
     from autoembed.database import Database
+    from autoembed.long_text import Text
     from autoembed.model import Model
     from autoembed.records import Chunk, Message, Pipeline, Row
 
@@ -160,7 +161,7 @@ class Job:
     suspects: int = 0
 
     @property
-    def content(self) -> str | None:
+    def content(self) -> Text | None:
         return self.row.content if self.row else None
 
     @property

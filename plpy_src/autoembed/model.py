@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 if TYPE_CHECKING:
     import numpy as np
 
+    from autoembed.long_text import Text
+
 # The role of a text. Many models embed a question and the document that answers it in two ways. rerank: a passage that
 # is compared with a query.
 Purpose = Literal["document", "query", "rerank"]
@@ -22,7 +24,7 @@ HASHED_CHARACTERS = 1 << 20
 PREFIXES = frozenset({"document_prefix", "query_prefix"})
 
 
-def add_text(update: Callable[[bytes], None], text: str) -> None:
+def add_text(update: Callable[[bytes], None], text: Text) -> None:
     """Adds a text to a digest, without a copy of the whole."""
     for start in range(0, len(text), HASHED_CHARACTERS):
         update(text[start : start + HASHED_CHARACTERS].encode("utf-8", "surrogatepass"))
@@ -87,7 +89,7 @@ class Model:
         """The fields that the options add to a request: to each one, and to those of documents or of queries."""
         return {**self.options.get("extra_body", {}), **self.options.get(f"{purpose}_body", {})}
 
-    def digest(self, content: str, way: str = "") -> bytes:
+    def digest(self, content: Text, way: str = "") -> bytes:
         """16 bytes that tell whether this model has embedded this text in this way before."""
         digest = hashlib.blake2b((self._salt + way).encode("utf-8", "surrogatepass"), digest_size=16)
         add_text(digest.update, content)

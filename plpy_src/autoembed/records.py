@@ -14,8 +14,12 @@ from autoembed.model import Model, add_text
 if TYPE_CHECKING:
     import numpy as np
 
+    from autoembed.long_text import Text
+
 # A lane reads no longer text, in bytes.
 MAX_TEXT_BYTES = 64 << 20
+# A text of more bytes is kept as UTF-8 where it is cut into chunks.
+LONG_TEXT_BYTES = 1 << 20
 # An owner's function cuts a text into no more pieces.
 MAX_PIECES = 100_000
 # A text may begin with many equal chunks. So many of them may be the first one of those that were written.
@@ -79,7 +83,7 @@ class Pipeline:
         """Whether a text that is too long for the model is made shorter: cut, or cut into more chunks."""
         return self.truncate or self.chunking != "none"
 
-    def digest(self, content: str, prefix: str = "") -> bytes:
+    def digest(self, content: Text, prefix: str = "") -> bytes:
         """16 bytes that tell whether a row's embeddings were made of this text, behind this prefix, in this way."""
         if self.chunking == "none" and not prefix:
             return self.model.digest(content)
@@ -115,7 +119,7 @@ class Row:
     behind. own_key: its key as the row has it, if the message has an equal one that is written in another way.
     """
 
-    content: str | None
+    content: Text | None
     vector_digest: bytes | None
     size: int = 0
     digests: Sequence[bytes] = ()
@@ -175,7 +179,7 @@ def digest_of_chunks(digests: Iterable[bytes]) -> bytes | None:
     return hashlib.sha256(together).digest()[:8] if together else None
 
 
-def sha256_of(text: str) -> bytes:
+def sha256_of(text: Text) -> bytes:
     """SHA-256 of a text, as SQL computes it of the text of a row."""
     digest = hashlib.sha256()
     add_text(digest.update, text)

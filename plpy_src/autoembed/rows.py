@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from autoembed.database import Database
+    from autoembed.long_text import Text
     from autoembed.records import Pipeline
 
 # A lane holds about so many bytes of texts, and so many of each owner's where others fill the room.
@@ -76,7 +77,7 @@ LOCKED = "the row or its table is locked by another transaction"
 SKIPPED = "a trigger or a policy of the table leaves the row out of the write"
 
 
-def is_long(pipeline: Pipeline, content: str) -> bool:
+def is_long(pipeline: Pipeline, content: Text) -> bool:
     """Whether cutting the text into chunks takes so long that nothing else can wait for it."""
     return pipeline.is_beside and pipeline.chunking != NONE and len(content) > LONG_CHARACTERS
 
@@ -502,8 +503,9 @@ class Rows:
                 finally:
                     cutting_seconds += time.monotonic() - began_at
             else:
-                texts = [job.content if limit is None else batching.truncate(job.content, limit, prefix)]
-                job.truncated = texts[0] is not job.content
+                content = str(job.content)
+                texts = [content if limit is None else batching.truncate(content, limit, prefix)]
+                job.truncated = texts[0] is not content
             if job.truncated:
                 self.note_cut(job)
             if job.outcome is not None:
@@ -875,11 +877,11 @@ class Rows:
         """The texts of a row that have a vector each, without what they are embedded behind."""
         content = job.content or ""
         if not pipeline.is_beside:
-            return [content]
+            return [str(content)]
         ranges = [(chunk.start, chunk.end) for chunk in job.chunks]
         if not ranges:
             if pipeline.chunking == NONE:
-                return [content]
+                return [str(content)]
             try:
                 ranges = job.ranges or self._cutter.ranges(pipeline, content, job.parts, job.prefix)
             except Fault as fault:

@@ -1,7 +1,22 @@
 -- Does the same as content.sql where the embeddings are in a table beside the rows. digests, numbers: those of a
--- row's chunks that have an embedding.
-CREATE FUNCTION autoembed._content_{{id}}(keys text[], max_bytes bigint, max_text_bytes bigint)
-    RETURNS TABLE (key text, content text, bytes bigint, own_key text, digests bytea[], numbers integer[], prefix text)
+-- row's chunks that have an embedding. encoded: a text of more than encoded_bytes, in UTF-8, in place of content. It
+-- comes in parts, as a row is held in memory several times at once. Only the first row of a key has the rest.
+CREATE FUNCTION autoembed._content_{{id}}(
+    keys text[],
+    max_bytes bigint,
+    max_text_bytes bigint,
+    encoded_bytes bigint DEFAULT NULL
+)
+    RETURNS TABLE (
+        key text,
+        content text,
+        encoded bytea,
+        bytes bigint,
+        own_key text,
+        digests bytea[],
+        numbers integer[],
+        prefix text
+    )
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = {{search_path}}
@@ -28,6 +43,8 @@ DECLARE
             FROM {{embeddings_table}} AS e
             WHERE {{same_embeddings}}
         ) AS d;
+    _encoded bytea;
+    _part_bytes CONSTANT integer := 4194304;
     _context text;
 BEGIN
     {{content_guard}}
@@ -43,7 +60,23 @@ BEGIN
             content := NULL;
             prefix := NULL;
         END IF;
+        encoded := NULL;
+        IF bytes OPERATOR(pg_catalog.>) encoded_bytes AND content IS NOT NULL THEN
+            _encoded := pg_catalog.convert_to(content, 'UTF8');
+            content := NULL;
+            encoded := pg_catalog.substring(_encoded, 1, _part_bytes);
+        END IF;
         RETURN NEXT;
+        IF encoded IS NOT NULL THEN
+            digests := NULL;
+            numbers := NULL;
+            FOR _before IN _part_bytes .. pg_catalog.octet_length(_encoded) OPERATOR(pg_catalog.-) 1 BY _part_bytes LOOP
+                encoded := pg_catalog.substring(_encoded, _before OPERATOR(pg_catalog.+) 1, _part_bytes);
+                RETURN NEXT;
+            END LOOP;
+            _encoded := NULL;
+            encoded := NULL;
+        END IF;
         max_bytes := max_bytes - bytes;
         IF max_bytes < 0 THEN
             -- A NULL key tells that rows are left.

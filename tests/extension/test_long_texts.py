@@ -233,6 +233,33 @@ def test_the_memory_of_a_lane_is_bounded_by_the_text_and_not_by_its_vectors(
     assert max(used) < row.megabytes / 2
 
 
+def test_one_emoji_does_not_multiply_the_memory_of_a_long_text(
+    db: Connection, connect: Callable[..., Connection]
+) -> None:
+    db.execute("SELECT autoembed.create_model('fake', 'fake', 8)")
+    db.execute("CREATE TABLE books (id int PRIMARY KEY, body text)")
+    db.execute("SELECT autoembed.enable('books', content_columns => '{body}', model => 'fake')")
+    db.execute("INSERT INTO books VALUES (1, 'short')")
+    text = "'😀 字' || string_agg('The sentence with the number ' || n || '.', ' ' ORDER BY n)"
+    with running_lanes(db, connect) as [lane]:
+        wait_until(lambda: waiting(db) == 0)
+        before = megabytes(db, lane.pid)
+        db.execute(f"UPDATE books SET body = (SELECT {text} FROM generate_series(1, 450000) AS n)")
+        used: list[int] = []
+
+        def is_done() -> bool:
+            used.append(megabytes(db, lane.pid) - before)
+            return waiting(db) == 0
+
+        wait_until(is_done, seconds=120)
+
+    [row] = db.execute("SELECT octet_length(body) >> 20 AS megabytes FROM books").fetchall()
+    assert row.megabytes >= 15
+    assert max(used) < 5 * row.megabytes
+    [ends] = db.execute("SELECT min(chunk_start) AS first, max(chunk_end) AS last FROM books_embeddings").fetchall()
+    assert db.execute("SELECT 0, length(body) FROM books").fetchone() == (ends.first, ends.last)
+
+
 def test_a_short_text_of_another_owner_waits_for_few_chunks_of_a_long_one(
     books: Connection, api: FakeApi, connect: Callable[..., Connection], role: Callable[[str], str]
 ) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from autoembed.errors import RanTooLong, Refused, RowError, Trouble
 from autoembed.limits import Charge, Limits, Permit
+from autoembed.long_text import Text
 from autoembed.model import Embedded, Model, Request, Share
 from autoembed.network import Network
 from autoembed.records import MAX_TEXT_BYTES, Backfill, Known, Message, Pipeline, Row, Written
@@ -518,11 +519,11 @@ class FakeDatabase(Database):
         self.failures.clear()
         return True
 
-    def fail(self, pipeline: Pipeline, key: str, reason: str, attempts: int, excerpt: str | None) -> None:
+    def fail(self, pipeline: Pipeline, key: str, reason: str, attempts: int, excerpt: Text | None) -> None:
         self._note("fail")
         if self.fail_error is not None:
             raise self.fail_error
-        self.failures[key] = Failure(reason, attempts, excerpt)
+        self.failures[key] = Failure(reason, attempts, None if excerpt is None else str(excerpt))
 
     def log(self, line: str) -> None:  # type: ignore[override]
         self.logged.append(line)

@@ -14,6 +14,7 @@ from autoembed import chunks
 from autoembed.batching import estimate_tokens
 from autoembed.chunks import CHARACTERS_PER_TOKEN, Chunk, chunks_of, fitting, places, size_of
 from autoembed.errors import Fault
+from autoembed.long_text import LongText
 
 
 def count_words(texts: Sequence[str]) -> list[int]:
@@ -85,6 +86,25 @@ def test_chunks_hold_every_visible_character_once_and_in_order(
         assert chunk.tokens == count([piece])[0]
         assert chunk.tokens <= chunk_size or len(piece) == 1
         assert len(piece) <= max(1, CHARACTERS_PER_TOKEN * chunk_size)
+
+
+@given(
+    text=st.lists(TEXTS, max_size=12).map(" \n ".join)
+    | st.lists(st.sampled_from(" \n\ta字😀."), max_size=900).map("".join),
+    chunk_size=st.integers(16, 80),
+    chunking=st.sampled_from(["structure", "tokens", "none"]),
+    window_bytes=st.integers(1, 300),
+)
+def test_a_text_that_is_kept_as_bytes_has_the_same_chunks(
+    text: str, chunk_size: int, chunking: str, window_bytes: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks, "LONGEST_LINE", 100)
+        patch.setattr(chunks, "READ_CHARACTERS", 300)
+        expected = list(chunks_of(text, count_words, chunk_size, chunking))
+        found = list(chunks_of(LongText(text.encode(), window_bytes), count_words, chunk_size, chunking))
+
+    assert found == expected
 
 
 @given(text=TEXTS)

@@ -607,7 +607,7 @@ class Desk:
     def write(self, jobs: list[Job], pipeline: Pipeline = PIPELINE) -> None:
         for job in jobs:
             job.row = Row(self.database.texts[job.key], None)
-        self.rows.write(pipeline, jobs, vectors_of([job.content or "" for job in jobs]))
+        self.rows.write(pipeline, jobs, vectors_of([str(job.content or "") for job in jobs]))
 
     def takes(self, seconds: float, statement: str) -> None:
         """Lets such statements take so long from now on."""
