@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 
+from autoembed import bm25
 from autoembed.bm25 import (
     MAX_CHARACTERS,
     MAX_MERGED_POSTINGS,
@@ -103,6 +104,15 @@ def test_the_best_of_many_are_those_of_all_of_them(count: int) -> None:
     best = scores.best(count)
     assert len(best) >= min(count, len(every))
     assert best == every[: len(best)]
+
+
+def test_scores_do_not_depend_on_the_parts_that_are_scored_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = [segment_of({number: {"a": 1 + number % 3, "b": number % 2} for number in range(50)})]
+    whole = Scores(segments, {"a": 1, "b": 2}, numbers(4)).best(50)
+
+    monkeypatch.setattr(bm25, "PART_POSTINGS", 7)
+
+    assert Scores(segments, {"a": 1, "b": 2}, numbers(4)).best(50) == whole
 
 
 @pytest.mark.parametrize("terms", [{}, {"nosuch": 1}])
