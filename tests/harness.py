@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import psycopg
@@ -36,6 +37,28 @@ DATA_IN_MEMORY = "/var/lib/postgresql/data/in_memory"
 testcontainers_config.ryuk_disabled = True
 
 Connection = psycopg.Connection[Any]
+# SQL in a line of CONTEXT, and behind it the line of the function of autoembed that it is a part of. A call that has
+# failed before in the same transaction is named.
+SQL_OF_AUTOEMBED = re.compile(
+    r'^(?:SQL statement "|PL/pgSQL expression "(?!\(*autoembed\.))(?:(?!^PL/)[\s\S])*?"\n'
+    r'PL/(?:pgSQL|Python) function "?autoembed\.',
+    re.MULTILINE,
+)
+# PostgreSQL's functions in which RAISE and plpy.error() end.
+RAISED_IN = {"exec_stmt_raise", "PLy_output"}
+
+
+class Cursor(psycopg.Cursor[Any]):
+    """A cursor that fails the test if a refusal of autoembed's shows SQL that its user has not written."""
+
+    def execute(self, *arguments: Any, **options: Any) -> Self:
+        try:
+            return super().execute(*arguments, **options)
+        except psycopg.Error as error:
+            if error.diag.source_function in RAISED_IN and SQL_OF_AUTOEMBED.search(error.diag.context or ""):
+                error.add_note(error.diag.context or "")
+                raise AssertionError("CONTEXT shows SQL of autoembed") from error
+            raise
 
 GUIDE_TABLE = """
 create table documents (
@@ -133,6 +156,7 @@ class Server:
             dbname=dbname,
             autocommit=True,
             row_factory=namedtuple_row,
+            cursor_factory=Cursor,
             **options,
         )
 

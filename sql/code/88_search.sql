@@ -737,8 +737,7 @@ $python$;
 COMMENT ON FUNCTION autoembed._note_search IS
     'Counts a search for search_stats, if the caller may read the table. Runs as the caller, and writes no table.';
 
-CREATE OR REPLACE FUNCTION autoembed._ranked(
-    like_row anyelement,
+CREATE OR REPLACE FUNCTION autoembed._hits(
     table_name regclass,
     query text,
     max_rows integer,
@@ -747,26 +746,23 @@ CREATE OR REPLACE FUNCTION autoembed._ranked(
     embedding_column name,
     mode text,
     vector_weight double precision,
-    rerank_model text
+    rerank_model text,
+    OUT ranks integer[],
+    OUT keys text[],
+    OUT chunk_numbers integer[],
+    OUT scores double precision[],
+    OUT similarities double precision[],
+    OUT text_scores double precision[],
+    OUT rows_query text,
+    OUT pipeline_id integer,
+    OUT table_id regclass,
+    OUT by_index boolean,
+    OUT fell_back boolean
 )
-    RETURNS TABLE (
-        rank integer,
-        hit anyelement,
-        key text,
-        score double precision,
-        chunk text,
-        chunk_number integer,
-        chunk_start integer,
-        chunk_end integer,
-        similarity double precision,
-        text_score double precision
-    )
     LANGUAGE plpgsql
     STABLE
 AS $plpgsql$
-#variable_conflict use_column
 DECLARE
-    _began_at CONSTANT timestamptz := pg_catalog.clock_timestamp();
     _wanted integer := max_rows OPERATOR(pg_catalog.+) skip_rows;
     -- So many of the best rows are reranked.
     _reranked integer := CASE
@@ -780,15 +776,7 @@ DECLARE
         ELSE 0
     END;
     _page record;
-    _ranks integer[];
-    _keys pg_catalog.text[];
-    _numbers integer[];
-    _scores double precision[];
-    _similarities double precision[];
-    _text_scores double precision[];
-    -- The counts of the search.
-    _found integer := 0;
-    _fell_back boolean := false;
+    _order record;
 BEGIN
     IF max_rows IS NULL OR skip_rows IS NULL OR max_rows OPERATOR(pg_catalog.<) 0
        OR skip_rows OPERATOR(pg_catalog.<) 0 THEN
@@ -822,45 +810,40 @@ BEGIN
     ELSIF _page.pipeline_id IS NULL THEN
         RETURN;
     END IF;
-    _keys := _page.keys;
-    _numbers := _page.numbers;
-    _scores := _page.scores;
-    _similarities := _page.similarities;
-    _text_scores := _page.text_scores;
-    _ranks := ARRAY(
+    keys := _page.keys;
+    chunk_numbers := _page.numbers;
+    scores := _page.scores;
+    similarities := _page.similarities;
+    text_scores := _page.text_scores;
+    rows_query := _page.rows_query;
+    pipeline_id := _page.pipeline_id;
+    table_id := _page.table_id;
+    by_index := _page.by_index;
+    fell_back := false;
+    ranks := ARRAY(
         SELECT g.rank FROM pg_catalog.generate_series(
-            _after OPERATOR(pg_catalog.+) 1, _after OPERATOR(pg_catalog.+) pg_catalog.cardinality(_keys)
+            _after OPERATOR(pg_catalog.+) 1, _after OPERATOR(pg_catalog.+) pg_catalog.cardinality(keys)
         ) AS g(rank)
     );
     IF _reranked OPERATOR(pg_catalog.>) 0 THEN
-        SELECT r.ranks, r.scores, coalesce(r.fell_back, false) INTO _ranks, _scores, _fell_back
-        FROM autoembed._reranked(
-            _page.pipeline_id, _page.rows_query, rerank_model, query, _reranked, _ranks, _keys, _numbers, _scores
-        ) AS r;
+        _order := autoembed._reranked(
+            pipeline_id, rows_query, rerank_model, query, _reranked, ranks, keys, chunk_numbers, scores
+        );
+        fell_back := coalesce(_order.fell_back, false);
         SELECT pg_catalog.array_agg(l.rank), pg_catalog.array_agg(l.key), pg_catalog.array_agg(l.chunk_number),
                pg_catalog.array_agg(l.score), pg_catalog.array_agg(l.similarity), pg_catalog.array_agg(l.text_score)
-        INTO _ranks, _keys, _numbers, _scores, _similarities, _text_scores
+        INTO ranks, keys, chunk_numbers, scores, similarities, text_scores
         FROM ROWS FROM (
-            pg_catalog.unnest(_ranks), pg_catalog.unnest(_keys), pg_catalog.unnest(_numbers),
-            pg_catalog.unnest(_scores), pg_catalog.unnest(_similarities), pg_catalog.unnest(_text_scores)
+            pg_catalog.unnest(_order.ranks), pg_catalog.unnest(keys), pg_catalog.unnest(chunk_numbers),
+            pg_catalog.unnest(_order.scores), pg_catalog.unnest(similarities), pg_catalog.unnest(text_scores)
         ) AS l(rank, key, chunk_number, score, similarity, text_score)
         WHERE l.rank OPERATOR(pg_catalog.>) skip_rows AND l.rank OPERATOR(pg_catalog.<=) _wanted;
     END IF;
-
-    IF pg_catalog.cardinality(_keys) OPERATOR(pg_catalog.>) 0 THEN
-        RETURN QUERY EXECUTE _page.rows_query
-        USING _ranks, _keys, _numbers, _scores, _similarities, _text_scores;
-        GET DIAGNOSTICS _found = ROW_COUNT;
-    END IF;
-    PERFORM autoembed._note_search(
-        _page.pipeline_id, _page.table_id::pg_catalog.oid, (extract(
-            epoch FROM pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) _began_at
-        ) OPERATOR(pg_catalog.*) 1000::numeric)::double precision, _page.by_index, max_rows, _found, _fell_back
-    );
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._ranked IS
-    'Does the work of search(). like_row: NULL with the type of the table''s rows.';
+COMMENT ON FUNCTION autoembed._hits IS
+    'The rows of a page of search(), best first: ranks, keys, numbers of passages and scores, each as an array, and '
+    'the query that gives the rows for these arrays. pipeline_id: NULL if nothing was looked for.';
 
 CREATE OR REPLACE FUNCTION autoembed.search(
     like_row anyelement,
@@ -890,10 +873,14 @@ CREATE OR REPLACE FUNCTION autoembed.search(
 AS $plpgsql$
 #variable_conflict use_column
 DECLARE
+    _began_at CONSTANT timestamptz := pg_catalog.clock_timestamp();
     _table pg_catalog.regclass := (
         SELECT t.typrelid FROM pg_catalog.pg_type AS t
         WHERE t.oid OPERATOR(pg_catalog.=) pg_catalog.pg_typeof(like_row)
     );
+    _hits record;
+    _found integer := 0;
+    _void text;
 BEGIN
     IF coalesce(_table::pg_catalog.oid, 0::pg_catalog.oid) OPERATOR(pg_catalog.=) 0::pg_catalog.oid THEN
         RAISE EXCEPTION USING
@@ -902,11 +889,23 @@ BEGIN
                                         pg_catalog.pg_typeof(like_row)),
             HINT = 'For example: SELECT * FROM autoembed.search(NULL::documents, ''words'').';
     END IF;
-    RETURN QUERY
-    SELECT r.*
-    FROM autoembed._ranked(
-        like_row, _table, query, max_rows, skip_rows, condition, embedding_column, mode, vector_weight, rerank_model
-    ) AS r;
+    -- An assignment runs no statement, and shows none in the CONTEXT of a refusal.
+    _hits := autoembed._hits(
+        _table, query, max_rows, skip_rows, condition, embedding_column, mode, vector_weight, rerank_model
+    );
+    IF pg_catalog.cardinality(_hits.keys) OPERATOR(pg_catalog.>) 0 THEN
+        RETURN QUERY EXECUTE _hits.rows_query
+        USING _hits.ranks, _hits.keys, _hits.chunk_numbers, _hits.scores, _hits.similarities, _hits.text_scores;
+        GET DIAGNOSTICS _found = ROW_COUNT;
+    END IF;
+    IF _hits.pipeline_id IS NOT NULL THEN
+        _void := autoembed._note_search(
+            _hits.pipeline_id, _hits.table_id::pg_catalog.oid, (extract(
+                epoch FROM pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) _began_at
+            ) OPERATOR(pg_catalog.*) 1000::numeric)::double precision, _hits.by_index, max_rows, _found,
+            _hits.fell_back
+        );
+    END IF;
 END;
 $plpgsql$;
 
@@ -937,12 +936,30 @@ CREATE OR REPLACE FUNCTION autoembed.search(
 AS $plpgsql$
 #variable_conflict use_column
 DECLARE
-    _table pg_catalog.regclass := (SELECT s.table_id FROM autoembed._searched(table_name, embedding_column) AS s);
+    _began_at CONSTANT timestamptz := pg_catalog.clock_timestamp();
+    _hits CONSTANT record := autoembed._hits(
+        table_name, query, max_rows, skip_rows, condition, embedding_column, mode, vector_weight, rerank_model
+    );
+    _found integer := 0;
+    _void text;
 BEGIN
-    RETURN QUERY EXECUTE pg_catalog.format(
-        'SELECT s.rank, s.key, s.score, s.chunk, s.chunk_number, s.chunk_start, s.chunk_end, s.similarity, '
-        's.text_score FROM autoembed._ranked(NULL::%s, $1, $2, $3, $4, $5, $6, $7, $8, $9) AS s', _table
-    ) USING table_name, query, max_rows, skip_rows, condition, embedding_column, mode, vector_weight, rerank_model;
+    IF pg_catalog.cardinality(_hits.keys) OPERATOR(pg_catalog.>) 0 THEN
+        RETURN QUERY EXECUTE pg_catalog.concat(
+            'SELECT r.rank, r.key, r.score, r.chunk, r.chunk_number, r.chunk_start, r.chunk_end, r.similarity, '
+            'r.text_score FROM (', _hits.rows_query, ') AS r(rank, hit, key, score, chunk, chunk_number, '
+            'chunk_start, chunk_end, similarity, text_score)'
+        )
+        USING _hits.ranks, _hits.keys, _hits.chunk_numbers, _hits.scores, _hits.similarities, _hits.text_scores;
+        GET DIAGNOSTICS _found = ROW_COUNT;
+    END IF;
+    IF _hits.pipeline_id IS NOT NULL THEN
+        _void := autoembed._note_search(
+            _hits.pipeline_id, _hits.table_id::pg_catalog.oid, (extract(
+                epoch FROM pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) _began_at
+            ) OPERATOR(pg_catalog.*) 1000::numeric)::double precision, _hits.by_index, max_rows, _found,
+            _hits.fell_back
+        );
+    END IF;
 END;
 $plpgsql$;
 
@@ -1013,6 +1030,8 @@ CREATE OR REPLACE FUNCTION autoembed.search_rows(
     STABLE
     ROWS 10
 AS $plpgsql$
+DECLARE
+    _hit like_row%TYPE;
 BEGIN
     IF pg_catalog.pg_typeof(like_row)::pg_catalog.oid OPERATOR(pg_catalog.=) ANY (
         '{text,varchar,name,regclass}'::pg_catalog.regtype[]::pg_catalog.oid[]
@@ -1024,12 +1043,16 @@ BEGIN
             HINT = 'For example: SELECT * FROM autoembed.search_rows(NULL::documents, ''words''). search() takes the '
                 'name of a table.';
     END IF;
-    RETURN QUERY
-    SELECT (s.hit).*
-    FROM autoembed.search(
-        like_row, query, max_rows, skip_rows, condition, embedding_column, mode, vector_weight, rerank_model
-    ) AS s
-    ORDER BY s.rank;
+    -- The loop keeps this statement out of the CONTEXT of a refusal.
+    FOR _hit IN
+        SELECT (s.hit).*
+        FROM autoembed.search(
+            like_row, query, max_rows, skip_rows, condition, embedding_column, mode, vector_weight, rerank_model
+        ) AS s
+        ORDER BY s.rank
+    LOOP
+        RETURN NEXT _hit;
+    END LOOP;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.search_rows IS 'The rows that search() finds, in its order.';
@@ -1161,13 +1184,13 @@ CREATE OR REPLACE FUNCTION autoembed.create_match_function(
 AS $plpgsql$
 DECLARE
     _made record;
+    _void text;
 BEGIN
-    PERFORM autoembed._check_owner(table_name);
-    SELECT m.* INTO _made
-    FROM autoembed._match_function(
+    _void := autoembed._check_owner(table_name);
+    _made := autoembed._match_function(
         table_name, create_match_function.name, create_match_function.embedding_column
-    ) AS m;
-    EXECUTE _made.statement;
+    );
+    _void := autoembed._execute(_made.statement);
     EXECUTE format(
         'COMMENT ON FUNCTION %s IS %L', _made.signature,
         format('The rows of %s that are nearest to a vector, with the rights of the caller. '

@@ -157,6 +157,7 @@ _grant - - - x
 _guide_triggers - x - x
 _has_foreign_types - - - x
 _has_key_expression - - - x
+_hits - x - x
 _hold_index_job - - - x
 _http_hosts - - - x
 _index_job - - - x
@@ -252,7 +253,6 @@ _purposes - - - x
 _python_sources - x x x
 _queue_backfill - - - x
 _queue_recorded - - - x
-_ranked - x - x
 _read_condition - x - x
 _recall - x - x
 _record_embedded - - - x

@@ -23,14 +23,14 @@ ACCEPTED = {
     ("_unknown_keys", VOLATILE): "The same.",
     ("_lasting_target", VOLATILE.replace("STABLE", "IMMUTABLE")): "Its query is planned again after a change.",
     ("_lasting_target", 'unused parameter "version"'): "With another version, it is another query.",
-    ("_ranked", VOLATILE): "clock_timestamp() tells how long the search took, and nothing that it gives.",
+    ("search", VOLATILE): "clock_timestamp() tells how long the search took, and nothing that it gives.",
     ("embed", VOLATILE): "It notes what was used.",
     ("_text_3", VOLATILE): "Calls the owner's function, and the owner may have marked it as anything.",
 }
 # The result of a call that is an expression, so that the CONTEXT of its errors has no SQL.
 UNREAD = 'never read variable "_void"'
 # Their queries are made of the names of a table, and the type of its rows is known when they run.
-DYNAMIC = {"search", "_judgments", "_ranked", "_reranked"}
+DYNAMIC = {"search", "_judgments", "_reranked"}
 # Functions name these, which are not there during the check: Supabase's Vault, and a table that one of them makes.
 ABSENT = """
 CREATE SCHEMA vault;
