@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -59,6 +60,14 @@ Error = plpy.SPIError
 OWNER_SECONDS = 1.0
 # The same where the statement runs no code of the owner, but has a long text, or many chunks beside an index.
 OWN_SECONDS = 10.0
+# The code of an owner is at fault if it fails alike for so many rows, and gives no text of those that are tried.
+ALIKE_ROWS = 2
+# So many rows are tried of those that fail, and of those that a lane comes by.
+TRIED_ROWS = 10
+# A longer text tells nothing of the code, in bytes.
+TRIED_BYTES = 1 << 20
+# A lane looks for so long whether the code or the row is at fault, in seconds.
+LOOK_SECONDS = 0.5
 # The same where only the caller waits.
 CALLER_SECONDS = 3600.0
 # A model whose function was cancelled rests for so long, in seconds.
@@ -736,19 +745,85 @@ class Database:
         with self._owners_code(user=table["owner"], seconds=CALLER_SECONDS):
             plpy.execute(statement)
 
-    def plan(self, pipeline_id: int, max_seconds: float | None) -> None:
-        """Has PostgreSQL plan the reading of a pipeline's texts; RowError if that fails."""
-        with self._owners_code(undone=True, seconds=CALLER_SECONDS if max_seconds is None else max_seconds):
+    def plan(self, pipeline_id: int, max_seconds: float | None, failing: Sequence[str] = ()) -> None:
+        """Has PostgreSQL plan the reading of a pipeline's texts; RowError if that fails.
+
+        failing: rows for which the owner's code fails. If there are any, or if the pipeline is stopped, rows are read:
+        RowError if it is the code that is at fault.
+        """
+        until = time.monotonic() + (CALLER_SECONDS if max_seconds is None else max_seconds)
+        with self._owners_code(undone=True, seconds=_seconds_left(until)):
             self._run(f"SELECT FROM autoembed._content_{pipeline_id}('{{}}', 0, 0)")
+        [tried] = self._run("SELECT t.* FROM autoembed._rows_to_try($1) AS t", ["pg_catalog.int4"], [pipeline_id])
+        if failing or tried["is_stopped"]:
+            others = [*tried["keys"], *self._some_keys(pipeline_id, until)]
+            random.shuffle(others)
+            least = 1 if tried["is_stopped"] else ALIKE_ROWS
+            self._find_fault(pipeline_id, [*failing[:TRIED_ROWS], *others], tried["cuts"], least, until)
 
-    def plan_again(self, pipeline_id: int) -> RowError | None:
-        """Notes whether PostgreSQL still plans the reading of a pipeline's texts. Returns a cancel that came meanwhile.
+    def _some_keys(self, pipeline_id: int, until: float) -> list[str]:
+        """The keys of a few rows, others each time."""
+        condition = f"pg_catalog.random() OPERATOR(pg_catalog.<) {10.0 ** -random.randrange(4)}::pg_catalog.float8"
+        rows: Any = []
+        try:
+            with self._owners_code(undone=True, seconds=_seconds_left(until)):
+                rows = self._run(
+                    f"SELECT s.key FROM autoembed._scan_{pipeline_id}(NULL, $1, $2, $3) AS s WHERE s.key IS NOT NULL",
+                    ["pg_catalog.text", "pg_catalog.int4", "pg_catalog.int8"],
+                    [condition, TRIED_ROWS, MAX_KEY_BYTES],
+                )
+        except RowError as error:
+            if error.cancels:
+                raise
+        return [row["key"] for row in rows]
 
-        If it does not, the pipeline is blocked.
+    def _find_fault(self, pipeline_id: int, keys: Sequence[str], cuts: bool, least: int, until: float) -> None:
+        """RowError if the owner's code fails alike for so many of the rows, each read alone, and gives no text of any.
+
+        cuts: the code cuts texts into chunks, too.
+        """
+        faults: dict[str, list[RowError]] = defaultdict(list)
+        for key in dict.fromkeys(keys):
+            try:
+                if self._gives_text(pipeline_id, key, cuts, _seconds_left(until)):
+                    return
+            except RowError as error:
+                if error.cancels or error.locked or error.slow and not faults:
+                    raise
+                if error.slow:
+                    break
+                if error.is_of_code:
+                    faults[str(error)].append(error)
+        most = max(faults.values(), key=len, default=[])
+        if len(most) >= least:
+            raise most[0]
+
+    def _gives_text(self, pipeline_id: int, key: str, cuts: bool, seconds: float) -> bool:
+        """Whether a row has a text; RowError if the owner's code fails for it, or runs too long."""
+        texts: list[str] = []
+        with self._owners_code(undone=True, seconds=seconds):
+            rows = self._run(
+                f"SELECT c.content FROM autoembed._content_{pipeline_id}($1, 0, $2) AS c",
+                ["pg_catalog.text[]", "pg_catalog.int8"],
+                [[key], TRIED_BYTES],
+            )
+            texts = [row["content"] for row in rows if row["content"]]
+            if texts and cuts:
+                self._run(
+                    f"SELECT FROM autoembed._split_{pipeline_id}($1, $2, $3)",
+                    ["pg_catalog.text", "pg_catalog.int4", "pg_catalog.int8"],
+                    [texts[0], MAX_PIECES, MAX_TEXT_BYTES],
+                )
+        return bool(texts)
+
+    def plan_again(self, pipeline_id: int, failing: Sequence[str] = ()) -> RowError | None:
+        """Notes whether a pipeline's texts can still be read, as plan() finds. Returns a cancel that came meanwhile.
+
+        If they cannot, the pipeline is blocked.
         """
         problem = None
         try:
-            self.plan(pipeline_id, OWNER_SECONDS)
+            self.plan(pipeline_id, LOOK_SECONDS, failing)
         except RowError as error:
             if error.cancels:
                 return error
@@ -1508,6 +1583,11 @@ def _left_if_locked() -> Iterator[None]:
     except plpy.SPIError as error:
         if _sqlstate(error) not in (LOCK_NOT_AVAILABLE, OBJECT_IN_USE):
             raise
+
+
+def _seconds_left(until: float) -> float:
+    """The time until then for an owner's code, which a timer can measure."""
+    return max(0.001, until - time.monotonic())
 
 
 def _sqlstate(error: Exception) -> str:

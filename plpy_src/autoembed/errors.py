@@ -107,6 +107,11 @@ class RowError(Exception):
         """Whether another try of a write may do."""
         return self.slow or self.sqlstate.startswith(CONFLICT)
 
+    @property
+    def is_of_code(self) -> bool:
+        """Whether it may be the code that is at fault, and not the row."""
+        return self.sqlstate.startswith(CODE)
+
 
 # SQLSTATEs (PostgreSQL manual, appendix A).
 LOCK_NOT_AVAILABLE = "55P03"
@@ -115,6 +120,8 @@ QUERY_CANCELED = "57014"
 INSUFFICIENT_PRIVILEGE = "42501"
 # A deadlock or a serialization failure, by its beginning: another try may do.
 CONFLICT = "40"
+# By their beginnings: the code names something that is gone, or that it may not use.
+CODE = ("42", "3F")
 # By their beginnings: the statement may work at another time.
 PASSING = ("08", "40", "53", "55", "57P03", "58000", "58030")
 # Raised by a statement without an owner's code, by nobody's fault: no memory or disk, a cancel, a shutdown.

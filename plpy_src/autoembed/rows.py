@@ -927,11 +927,13 @@ class Rows:
         """Decides on jobs whose rows are not to blame for an error. Returns whether that is so.
 
         The table may have become unusable since the claim, or have been dropped, or its embeddings have moved, or its
-        functions were not there, or PostgreSQL may refuse the statement for any row. A cancel is counted, since the
-        code of the owner may have raised it, and ends the pass, since it may be a real one.
+        functions were not there, or PostgreSQL may refuse the statement for any row, or the owner's code fails for all
+        of them. A cancel is counted, since the code of the owner may have raised it, and ends the pass, since it may be
+        a real one.
         """
         if not (error.cancels or error.locked or error.slow):
-            error = self._database.plan_again(pipeline.id) or error
+            keys = [job.key for job in jobs] if error.is_of_code else []
+            error = self._database.plan_again(pipeline.id, keys) or error
         if error.cancels:
             for job in jobs:
                 self.retry_or_fail(job, error)

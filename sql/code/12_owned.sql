@@ -29,8 +29,9 @@ AS $python$
     return doors.plan(pipeline_id, max_seconds)
 $python$;
 COMMENT ON FUNCTION autoembed._plan IS
-    'Plans the reading of a pipeline''s texts with its owner''s rights. problem: why that fails; NULL if it does not, '
-    'or if a lock or the time does not let it be known: then errcode says so. max_seconds: NULL: as long as it takes.';
+    'Plans the reading of a pipeline''s texts with its owner''s rights, and reads some if it is stopped. problem: why '
+    'that fails; NULL if it does not, or if a lock or the time does not let it be known: then errcode says so. '
+    'max_seconds: NULL: as long as it takes.';
 
 CREATE OR REPLACE FUNCTION autoembed._as_owner(table_id regclass, query text)
     RETURNS jsonb

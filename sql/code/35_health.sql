@@ -19,12 +19,21 @@ DECLARE
         ORDER BY c.position
     );
 BEGIN
-    IF missing IS NULL AND pipeline.condition IS NOT NULL THEN
-        RETURN format('Give the condition again: SELECT autoembed.alter_pipeline(%s%s, condition => …); or undo the '
-                      'change that it does not fit.', _table, _column);
-    ELSIF missing IS NULL AND pipeline.content_function IS NOT NULL THEN
-        RETURN format('Give the function another body: CREATE OR REPLACE FUNCTION %s(%s) RETURNS text …; or undo the '
-                      'change that it does not fit.', pipeline.content_function_id, pipeline.table_id);
+    IF missing IS NULL AND num_nonnulls(pipeline.condition, pipeline.content_function, pipeline.chunk_function) > 0 THEN
+        RETURN 'Give ' || concat_ws(
+            '; or give ',
+            CASE WHEN pipeline.condition IS NOT NULL THEN
+                format('the condition again: SELECT autoembed.alter_pipeline(%s%s, condition => …)', _table, _column)
+            END,
+            CASE WHEN pipeline.content_function IS NOT NULL THEN
+                format('the function another body: CREATE OR REPLACE FUNCTION %s(%s) RETURNS text …',
+                       pipeline.content_function_id, pipeline.table_id)
+            END,
+            CASE WHEN pipeline.chunk_function IS NOT NULL THEN
+                format('the function another body: CREATE OR REPLACE FUNCTION %s(text) RETURNS SETOF text …',
+                       pipeline.chunk_function)
+            END
+        ) || '; or undo the change that it does not fit.';
     ELSIF missing IS NULL THEN
         RETURN 'Undo the change that has caused it. Lanes go on within ten seconds.';
     ELSIF missing = ANY (pipeline.key_columns) AND pipeline.embeddings_table IS NOT NULL THEN

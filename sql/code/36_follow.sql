@@ -1076,8 +1076,45 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._note_plan IS
-    'Notes why PostgreSQL refuses to plan the reading of a pipeline''s texts, which stops it; NULL: it does not, and '
-    'its rows are scanned if it did. Returns whether that is new.';
+    'Notes why a pipeline''s texts cannot be read, which stops it; NULL: they can, and its rows are scanned if they '
+    'could not. Returns whether that is new.';
+
+CREATE OR REPLACE FUNCTION autoembed._rows_to_try(
+    pipeline_id integer,
+    OUT is_stopped boolean,
+    OUT cuts boolean,
+    OUT keys text[]
+)
+    LANGUAGE sql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT p.plan_problem IS NOT NULL, p.chunk_function IS NOT NULL, ARRAY(
+        (SELECT k.key
+         FROM (
+             SELECT e.key FROM autoembed.embedded AS e
+             WHERE e.pipeline_id = p.id AND left(e.key, 1) = '['
+             LIMIT 200
+         ) AS k
+         ORDER BY random()
+         LIMIT 10)
+        UNION ALL
+        (SELECT k.key::text
+         FROM (
+             SELECT q.message -> 'keys' AS keys FROM autoembed._job AS q
+             WHERE q.pipeline = p.id::text AND jsonb_typeof(q.message -> 'keys') = 'array'
+             ORDER BY q.due_at DESC
+             LIMIT 10
+         ) AS m
+         CROSS JOIN LATERAL jsonb_array_elements(m.keys) AS k(key)
+         LIMIT 10)
+    )
+    FROM autoembed.pipeline AS p
+    WHERE p.id = _rows_to_try.pipeline_id;
+$sql$;
+COMMENT ON FUNCTION autoembed._rows_to_try IS
+    'Some rows of a pipeline that tell whether its texts can be read: those that had a text, and those that wait. '
+    'is_stopped: the texts could not be read. cuts: its owner''s function cuts them.';
 
 CREATE OR REPLACE FUNCTION autoembed._plan_again(pipeline_id integer, max_seconds double precision)
     RETURNS void
@@ -1096,7 +1133,8 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._plan_again IS
-    'Stops a pipeline whose texts PostgreSQL cannot plan to read, and has it go on once it can.';
+    'Stops a pipeline whose texts PostgreSQL cannot plan to read, and has one that is stopped go on once its texts can '
+    'be read.';
 
 CREATE OR REPLACE FUNCTION autoembed._plan_stopped()
     RETURNS void
@@ -1119,7 +1157,8 @@ BEGIN
     )
     RETURNING p.id INTO _id;
     IF FOUND THEN
-        PERFORM autoembed._plan_again(_id, 0.1);
+        -- Code that is slow has its time now and then.
+        PERFORM autoembed._plan_again(_id, CASE WHEN random() < 0.05 THEN 1 ELSE 0.1 END);
     END IF;
 END;
 $plpgsql$;
@@ -1213,7 +1252,8 @@ BEGIN
         PERFORM autoembed._build_pipeline(_after.id);
     END IF;
     -- In a restore, what the owner's code needs may be yet to come.
-    IF _check.problem IS NULL AND num_nonnulls(_after.condition, _after.content_function) > 0
+    IF _check.problem IS NULL
+       AND num_nonnulls(_after.condition, _after.content_function, _after.chunk_function) > 0
        AND current_setting('check_function_bodies')::boolean THEN
         -- An owner's code holds up nobody's migration.
         PERFORM autoembed._plan_again(_after.id, coalesce(max_seconds, 5));

@@ -111,8 +111,9 @@ BEGIN
                    _lane_is_wanted, _learn_inputs_taken, _learn_limits, _learn_tokens_taken, _leave_lane, _load_python,
                    _next_backfill, _note_plan, _note_replaced, _note_usage, _paid_chunks, _paid_vectors, _pay_chunks,
                    _pipelines, _python_sources, _queue_backfill, _record_embedded, _release, _replace_segments,
-                   _requeue, _resolve, _rest_model, _rest_pipelines, _runs_owners_code, _segments_to_merge, _settle,
-                   _stage, _take_permit, _unindexed, _warn_of_blocked_pipelines, resume_model
+                   _requeue, _resolve, _rest_model, _rest_pipelines, _rows_to_try, _runs_owners_code,
+                   _segments_to_merge, _settle, _stage, _take_permit, _unindexed, _warn_of_blocked_pipelines,
+                   resume_model
                }'::text[])
                OR p.proname ~ '^_(content|write|scan|split)_[0-9]+$')
     LOOP

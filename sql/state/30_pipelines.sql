@@ -116,7 +116,7 @@ COMMENT ON COLUMN autoembed.pipeline.chunk_prefix IS
 COMMENT ON COLUMN autoembed.pipeline.binary_index IS
     'Whether the index that create_index builds has one bit for each dimension.';
 COMMENT ON COLUMN autoembed.pipeline.plan_problem IS
-    'The error with which PostgreSQL refuses to plan the reading of its rows; NULL: none is known.';
+    'The error for which no text of its rows can be read, which stops it; NULL: none is known.';
 COMMENT ON COLUMN autoembed.pipeline.planned_at IS 'When that was last looked at.';
 
 -- Lanes read a definition in each pass, and nothing interrupts that. Older definitions are not looked at: none keeps a

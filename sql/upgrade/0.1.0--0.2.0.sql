@@ -92,7 +92,7 @@ ALTER TABLE autoembed.pipeline ADD CONSTRAINT pipeline_definition_is_short CHECK
     AND octet_length(condition_objects::text) <= 100000
 ) NOT VALID;
 COMMENT ON COLUMN autoembed.pipeline.plan_problem IS
-    'The error with which PostgreSQL refuses to plan the reading of its rows; NULL: none is known.';
+    'The error for which no text of its rows can be read, which stops it; NULL: none is known.';
 COMMENT ON COLUMN autoembed.pipeline.planned_at IS 'When that was last looked at.';
 COMMENT ON COLUMN autoembed.pipeline.warned_of IS
     'The problem that the server''s log was last told of. NULL: none since the last one was over.';

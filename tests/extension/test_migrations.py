@@ -412,6 +412,9 @@ def test_another_body_of_a_function_of_the_condition_is_followed(t: Connection) 
     assert one(t, WITH_VECTOR).ids == [*range(4, 11)]
 
 
+OF_ROW = TEXT.replace("(a,", "(r.a,").replace("(b,", "(r.b,")
+BODY = "CREATE OR REPLACE FUNCTION public.f(r public.t) RETURNS text LANGUAGE plpgsql AS $f$BEGIN {}; END$f$"
+
 UNSEEN = {
     # A change that no event trigger sees: (what comes before, the change, the reason, the way back).
     "a right to a function of the condition is taken": (
@@ -430,6 +433,22 @@ UNSEEN = {
         "DROP CAST (int AS pair); DISCARD PLANS",
         "cannot cast type integer to pair",
         "CREATE CAST (int AS pair) WITH FUNCTION pair(int)",
+    ),
+    "a table that the content function reads is dropped": (
+        "CREATE TABLE public.labels (x int); ALTER TABLE public.labels OWNER TO {owner};"
+        + BODY.format("IF EXISTS (SELECT FROM public.labels) THEN RETURN NULL; END IF; RETURN " + OF_ROW)
+        + "; ALTER FUNCTION public.f OWNER TO {owner}; SELECT autoembed.alter_pipeline('t', content_function => 'f')",
+        "DROP TABLE public.labels",
+        'relation "public.labels" does not exist',
+        "CREATE TABLE public.labels (x int); ALTER TABLE public.labels OWNER TO {owner}",
+    ),
+    "a right to what the function of the condition calls is taken": (
+        "CREATE SCHEMA s; CREATE FUNCTION s.true() RETURNS boolean LANGUAGE sql AS 'SELECT true';"
+        " GRANT USAGE ON SCHEMA s TO {owner}; CREATE FUNCTION ok(int) RETURNS boolean LANGUAGE plpgsql IMMUTABLE"
+        " AS 'BEGIN RETURN s.true(); END'; SELECT autoembed.alter_pipeline('t', condition => 'ok(c)')",
+        "REVOKE USAGE ON SCHEMA s FROM {owner}",
+        "permission denied for schema s",
+        "GRANT USAGE ON SCHEMA s TO {owner}",
     ),
     "the owner may not read the table": (
         "SELECT",
@@ -466,6 +485,106 @@ def test_a_change_that_nothing_tells_stops_a_pipeline_once_a_row_meets_it(
 
     assert (status(t).state, status(t).reason) == ("idle", None)
     assert wrong(t) == []
+
+
+@pytest.mark.parametrize("storage", ["embedding", None])
+def test_a_body_that_names_a_renamed_column_stops_a_pipeline_and_no_row_fails(
+    db: Connection, storage: str | None
+) -> None:
+    db.execute("SELECT autoembed.create_model('test', 'fake', 8)")
+    db.execute("CREATE TABLE t (id int PRIMARY KEY, a text, b text, c int)")
+    db.execute(BODY.format("RETURN r.a").encode())
+    db.execute("SELECT autoembed.enable('t', %s, content_function => 'f', model => 'test')", [storage])
+    db.execute("INSERT INTO t SELECT n, 'a' || n FROM generate_series(1, 10) AS n")
+    process(db)
+    told = Told.by(db)
+
+    db.execute("ALTER TABLE t RENAME a TO aa")
+    # One row a time, as an application writes.
+    for number in range(11, 17):
+        db.execute("INSERT INTO t VALUES (%s, 'new')", [number])
+        process(db)
+        process(db)
+    now = status(db)
+
+    assert (now.state, now.reason) == (
+        "stopped",
+        'the texts of table public.t cannot be read: record "r" has no field "a"',
+    )
+    assert now.hint.startswith("Give the function another body: CREATE OR REPLACE FUNCTION public.f(public.t)")
+    assert {message for message, _ in told.warnings} == {f"public.t.embedding is not being embedded: {now.reason}"}
+    assert db.execute("SELECT reason FROM autoembed.failed").fetchall() == []
+
+    db.execute("UPDATE autoembed.pipeline SET planned_at = planned_at - interval '10 seconds'")
+    process(db)
+    assert status(db).state == "stopped"
+
+    db.execute(BODY.format("RETURN r.aa").encode())
+    process(db)
+
+    assert (status(db).state, status(db).reason) == ("idle", None)
+    assert one(db, "SELECT embedded FROM autoembed.status").embedded == 16
+    assert db.execute("SELECT reason FROM autoembed.failed").fetchall() == []
+
+
+def test_a_body_that_is_broken_from_the_beginning_stops_a_pipeline(db: Connection) -> None:
+    db.execute("SELECT autoembed.create_model('test', 'fake', 8)")
+    db.execute("CREATE TABLE t (id int PRIMARY KEY, a text)")
+    db.execute("INSERT INTO t SELECT n, 'a' || n FROM generate_series(1, 300) AS n")
+    db.execute(BODY.format("RETURN nothing(r.a)").encode())
+    db.execute("SELECT autoembed.enable('t', content_function => 'f', model => 'test')")
+    process(db)
+
+    assert status(db).state == "stopped"
+    assert db.execute("SELECT reason FROM autoembed.failed").fetchall() == []
+
+    db.execute("CREATE FUNCTION nothing(text) RETURNS text LANGUAGE sql AS 'SELECT $1'")
+    db.execute("UPDATE autoembed.pipeline SET planned_at = planned_at - interval '10 seconds'")
+    process(db)
+
+    assert one(db, "SELECT embedded, state FROM autoembed.status") == (300, "idle")
+
+
+def test_a_function_that_cuts_texts_and_calls_what_is_gone_stops_a_pipeline(db: Connection) -> None:
+    db.execute("SELECT autoembed.create_model('test', 'fake', 8)")
+    db.execute("CREATE TABLE t (id int PRIMARY KEY, a text)")
+    db.execute("CREATE FUNCTION whole(text) RETURNS text LANGUAGE sql AS 'SELECT $1'")
+    db.execute("CREATE FUNCTION pieces(text) RETURNS SETOF text LANGUAGE plpgsql AS 'BEGIN RETURN NEXT whole($1); END'")
+    db.execute("SELECT autoembed.enable('t', content_columns => '{a}', chunking => 'pieces', model => 'test')")
+    db.execute("INSERT INTO t SELECT n, 'a' || n FROM generate_series(1, 10) AS n")
+    process(db)
+    assert one(db, "SELECT embedded FROM autoembed.status").embedded == 10
+
+    db.execute("DROP FUNCTION whole")
+    db.execute("UPDATE t SET a = a || '!'")
+    process(db)
+
+    assert status(db).state == "stopped"
+    assert "function whole(text) does not exist" in status(db).reason
+    assert db.execute("SELECT reason FROM autoembed.failed").fetchall() == []
+
+    db.execute("CREATE FUNCTION whole(text) RETURNS text LANGUAGE sql AS 'SELECT $1'")
+    db.execute("UPDATE autoembed.pipeline SET planned_at = planned_at - interval '10 seconds'")
+    process(db)
+
+    assert one(db, "SELECT embedded, state FROM autoembed.status") == (10, "idle")
+
+
+@pytest.mark.parametrize("bad", ["id = 3", "id < 4", "id > 7"])
+def test_rows_of_which_the_code_makes_wrong_sql_fail_and_the_others_go_on(t: Connection, bad: str) -> None:
+    t.execute(BODY.format("EXECUTE 'SELECT ' || r.a INTO r.a; RETURN r.a").encode())
+    t.execute(f"UPDATE t SET a = CASE WHEN {bad} THEN 'gone()' ELSE 'version()' END".encode())
+    t.execute("SELECT autoembed.alter_pipeline('t', content_function => 'f')")
+    for _ in range(5):
+        process(t)
+
+    assert one(t, "SELECT state, reason FROM autoembed.status").reason is None
+    assert (
+        t.execute("SELECT key FROM autoembed.failed ORDER BY 1").fetchall()
+        == t.execute(f"SELECT format('[%s]', id) FROM t WHERE {bad} ORDER BY 1".encode()).fetchall()
+    )
+    others = t.execute(f"SELECT * FROM t WHERE {bad}".encode()).fetchall()
+    assert sorted(wrong(t, text="version()")) == sorted(others)
 
 
 def test_a_stopped_pipeline_is_said_once_in_the_log(t: Connection) -> None:

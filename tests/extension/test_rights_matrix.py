@@ -273,6 +273,7 @@ _rest_pipelines - - - x
 _restore_advisory_locks - x - x
 _retry_failure - - - x
 _rows_of - - - x
+_rows_to_try - - - x
 _run_as_owner - x - x
 _run_statement_as_owner - x - x
 _running_lanes - x - x

@@ -348,7 +348,7 @@ class FakeDatabase(Database):
         self._note("rest_pipelines")
         self.rested_pipelines.append((owner, list(pipeline_ids), reason))
 
-    def plan_again(self, pipeline_id: int) -> RowError | None:
+    def plan_again(self, pipeline_id: int, failing: Sequence[str] = ()) -> RowError | None:
         self._note("plan_again")
         return None
 
