@@ -65,6 +65,8 @@ AS $sql$
                  JOIN pg_namespace AS n ON n.oid = c.relnamespace
                  WHERE c.oid = pipeline.table_id),
         'key', autoembed._is_key(pipeline.table_id, pipeline.key_columns),
+        'key_numbers', (SELECT jsonb_agg(a.attnum ORDER BY a.attnum) FROM pg_attribute AS a
+                        WHERE a.attrelid = pipeline.table_id AND a.attname = ANY (pipeline.key_columns)),
         'labels', autoembed._labels(pipeline.table_id),
         'columns', (SELECT jsonb_object_agg(a.attnum, a.attname) FROM pg_attribute AS a
                     WHERE a.attrelid = pipeline.table_id AND a.attnum > 0 AND NOT a.attisdropped),
@@ -86,7 +88,7 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._table_shape IS
     'The facts of a table that its pipeline follows. name: the name of the table. key: whether the key columns are a '
-    'key. labels: the names of enum values and attributes by type. columns: the names by number. type: the number and '
+    'key. key_numbers: the numbers of the columns that were one last. labels: the names of enum values and attributes by type. columns: the names by number. type: the number and '
     'the type of the embedding column. contents: the types and expressions of the other columns. partitions: the OIDs '
     'of the leaves. owner: the OID of the owner.';
 
@@ -750,6 +752,8 @@ BEGIN
     _followed.table_shape := _shape || jsonb_strip_nulls(jsonb_build_object('former_name', pipeline.table_shape -> CASE
         WHEN _shape ->> 'name' = pipeline.table_shape ->> 'name' THEN 'former_name'
         ELSE 'name'
+    END, 'key_numbers', CASE
+        WHEN NOT (_shape -> 'key')::boolean THEN pipeline.table_shape -> 'key_numbers'
     END));
     RETURN _followed;
 END;
@@ -843,14 +847,18 @@ BEGIN
     FOR _statement IN
         SELECT s.statement
         FROM (
-            SELECT 1 AS step, format(
+            -- The same names are those of other columns, which do not tell the rows.
+            SELECT 0 AS step, format('TRUNCATE %s', pipeline.embeddings_table) AS statement
+            WHERE key_columns = pipeline.key_columns
+            UNION ALL
+            SELECT 1, format(
                 'ALTER TABLE %s ADD COLUMN %I %s%s', pipeline.embeddings_table, a.attname,
                 format_type(a.atttypid, a.atttypmod),
                 (SELECT format(' COLLATE %I.%I', n.nspname, l.collname)
                  FROM pg_collation AS l
                  JOIN pg_namespace AS n ON n.oid = l.collnamespace
                  WHERE l.oid = a.attcollation AND l.collname <> 'default')
-            ) AS statement
+            )
             FROM pg_attribute AS a
             WHERE a.attrelid = pipeline.table_id AND a.attname = ANY (key_columns)
               AND a.attname <> ALL (pipeline.key_columns)
@@ -1226,8 +1234,10 @@ BEGIN
     END IF;
     -- A type or a function that changes takes no key away.
     _key := CASE
-        WHEN _after.managed AND NOT (_shape -> 'key')::boolean AND max_seconds IS NULL THEN
-            autoembed._key_columns(_after.table_id)
+        WHEN NOT _after.managed OR max_seconds IS NOT NULL THEN NULL
+        WHEN NOT (_shape -> 'key')::boolean THEN autoembed._key_columns(_after.table_id)
+        -- Another column has the name of one that was dropped.
+        WHEN _shape -> 'key_numbers' <> _before.table_shape -> 'key_numbers' THEN _after.key_columns
     END;
     _key := CASE WHEN autoembed._may_take_key(_after, _key) THEN _key END;
     IF _key IS NOT NULL THEN

@@ -487,6 +487,48 @@ def test_a_change_that_nothing_tells_stops_a_pipeline_once_a_row_meets_it(
     assert wrong(t) == []
 
 
+ANOTHER_KEY = {
+    "by another type at once": ["DROP id, ADD id uuid NOT NULL DEFAULT gen_random_uuid() PRIMARY KEY"],
+    "by another type": ["DROP id", "ADD id uuid NOT NULL DEFAULT gen_random_uuid() PRIMARY KEY"],
+    "by the same type": ["DROP id", "ADD id serial PRIMARY KEY"],
+    "by the same type, step by step": ["DROP id", "ADD id serial", "ADD PRIMARY KEY (id)"],
+}
+
+
+@pytest.mark.parametrize("case", ANOTHER_KEY)
+@pytest.mark.parametrize("storage", ["embedding", None])
+def test_a_key_column_that_is_replaced_by_one_of_the_same_name_is_another_key(
+    db: Connection, storage: str | None, case: str
+) -> None:
+    db.execute("SELECT autoembed.create_model('test', 'fake', 8)")
+    db.execute("CREATE TABLE t (id int PRIMARY KEY, a text, b text, c int)")
+    db.execute("SELECT autoembed.enable('t', %s, content_columns => '{a,b}', model => 'test')", [storage])
+    # The new numbers are those of other rows.
+    db.execute("INSERT INTO t SELECT 11 - n, 'a' || n FROM generate_series(1, 10) AS n")
+    process(db)
+    # A job with an old key waits.
+    db.execute("UPDATE t SET a = 'changed' WHERE id = 5")
+
+    for change in ANOTHER_KEY[case]:
+        db.execute(f"ALTER TABLE t {change}".encode())
+    if storage is None:
+        stale = (
+            "SELECT FROM t JOIN t_embeddings AS e USING (id)"
+            " WHERE (e.embedding <=> autoembed.embed({}, model => 'test')::halfvec(8) < 0.001) IS NOT TRUE"
+        )
+        assert db.execute(stale.format(TEXT).encode()).fetchall() == []
+    process(db)
+
+    assert (status(db).state, status(db).reason) == ("idle", None)
+    assert db.execute("SELECT reason FROM autoembed.failed").fetchall() == []
+    assert one(db, "SELECT embedded FROM autoembed.status").embedded == 10
+    if storage is None:
+        assert one(db, "SELECT count(*) FROM t_embeddings").count == 10
+        assert db.execute(stale.format(TEXT).encode()).fetchall() == []
+    else:
+        assert wrong(db) == []
+
+
 @pytest.mark.parametrize("storage", ["embedding", None])
 def test_a_body_that_names_a_renamed_column_stops_a_pipeline_and_no_row_fails(
     db: Connection, storage: str | None
