@@ -60,6 +60,7 @@ class Cursor(psycopg.Cursor[Any]):
                 raise AssertionError("CONTEXT shows SQL of autoembed") from error
             raise
 
+
 GUIDE_TABLE = """
 create table documents (
   id integer primary key generated always as identity,

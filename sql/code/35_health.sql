@@ -224,6 +224,71 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._check_table IS
     'The reason why a pipeline cannot read the rows of its table, and the cure, as _check_pipeline() returns them.';
 
+CREATE OR REPLACE FUNCTION autoembed._check_embeddings_table(
+    pipeline autoembed.pipeline,
+    OUT problem text,
+    OUT hint text
+)
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _key CONSTANT name[] := pipeline.key_columns || 'chunk_number'::name;
+    _columns CONSTANT name[] := _key || '{chunk_start,chunk_end,digest}'::name[];
+    _column name;
+BEGIN
+    IF pipeline.embeddings_table IS NULL THEN
+        RETURN;
+    END IF;
+    _column := (
+        SELECT n.name
+        FROM unnest(_columns) WITH ORDINALITY AS n(name, position)
+        WHERE NOT EXISTS (
+            SELECT FROM pg_attribute AS a
+            WHERE a.attrelid = pipeline.embeddings_table AND a.attname = n.name AND a.attnum > 0 AND NOT a.attisdropped
+        )
+        ORDER BY n.position
+        LIMIT 1
+    );
+    IF _column IS NOT NULL THEN
+        problem := format('table %s has no column "%s"', pipeline.embeddings_table, _column);
+        hint := format('Give the column its name again; or attach the table again: SELECT autoembed.disable(%L, '
+                       'drop => true); then SELECT autoembed.enable(%L, …).', pipeline.table_id, pipeline.table_id);
+        RETURN;
+    END IF;
+    IF NOT EXISTS (
+        SELECT FROM pg_index AS i
+        WHERE i.indrelid = pipeline.embeddings_table AND i.indisunique AND i.indisvalid AND i.indimmediate
+          AND i.indpred IS NULL AND i.indexprs IS NULL AND i.indnkeyatts = cardinality(_key)
+          AND NOT EXISTS (
+              SELECT FROM unnest(i.indkey::smallint[]) WITH ORDINALITY AS n(number, position)
+              JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = n.number
+              WHERE n.position <= i.indnkeyatts AND a.attname <> ALL (_key)
+          )
+    ) THEN
+        problem := format('table %s has lost its primary key', pipeline.embeddings_table);
+        hint := format('Add it: ALTER TABLE %s ADD PRIMARY KEY (%s);', pipeline.embeddings_table,
+                       (SELECT string_agg(quote_ident(k.name), ', ') FROM unnest(_key) AS k(name)));
+        RETURN;
+    END IF;
+    SELECT a.attname INTO _column
+    FROM pg_attribute AS a
+    WHERE a.attrelid = pipeline.embeddings_table AND a.attnum > 0 AND NOT a.attisdropped AND a.attnotnull
+      AND NOT a.atthasdef AND a.attidentity = '' AND a.attname <> ALL (_columns || pipeline.embedding_column)
+    LIMIT 1;
+    IF FOUND THEN
+        problem := format('column "%s" of table %s is NOT NULL, and has no default', _column,
+                          pipeline.embeddings_table);
+        hint := format('Give it a default, or: ALTER TABLE %s ALTER COLUMN %I DROP NOT NULL;',
+                       pipeline.embeddings_table, _column);
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._check_embeddings_table IS
+    'The reason why no embedding can be written into the embeddings table of a pipeline, and the cure: somebody has '
+    'altered it. NULLs if there is none.';
+
 CREATE OR REPLACE FUNCTION autoembed._check_embedding_column(
     pipeline autoembed.pipeline,
     OUT problem text,
@@ -255,6 +320,11 @@ BEGIN
         END;
         hint := format('Attach the table again: SELECT autoembed.disable(%L); then SELECT autoembed.enable(%L, …).',
                        pipeline.table_id, pipeline.table_id);
+        errcode := 'waits';
+        RETURN;
+    END IF;
+    SELECT c.* INTO problem, hint FROM autoembed._check_embeddings_table(pipeline) AS c;
+    IF problem IS NOT NULL THEN
         errcode := 'waits';
         RETURN;
     END IF;

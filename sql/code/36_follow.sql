@@ -88,9 +88,9 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._table_shape IS
     'The facts of a table that its pipeline follows. name: the name of the table. key: whether the key columns are a '
-    'key. key_numbers: the numbers of the columns that were one last. labels: the names of enum values and attributes by type. columns: the names by number. type: the number and '
-    'the type of the embedding column. contents: the types and expressions of the other columns. partitions: the OIDs '
-    'of the leaves. owner: the OID of the owner.';
+    'key. key_numbers: the numbers of the columns that were one last. labels: the names of enum values and attributes '
+    'by type. columns: the names by number. type: the number and the type of the embedding column. contents: the types '
+    'and expressions of the other columns. partitions: the OIDs of the leaves. owner: the OID of the owner.';
 
 CREATE OR REPLACE FUNCTION autoembed._renamed(names name[], renames jsonb)
     RETURNS name[]
@@ -358,7 +358,10 @@ BEGIN
     END IF;
     PERFORM autoembed._build_pipeline(NEW.id);
     -- PostgreSQL plans the statements of a lane, under the guards of a lane.
-    IF autoembed._missing_object(NEW) IS NULL THEN
+    IF autoembed._missing_object(NEW) IS NULL AND EXISTS (
+        SELECT FROM pg_proc AS p
+        WHERE p.pronamespace = 'autoembed'::regnamespace AND p.proname = '_content_' || NEW.id
+    ) THEN
         SELECT p.* INTO _plan FROM autoembed._plan(NEW.id, NULL) AS p;
         IF _plan.problem IS NOT NULL THEN
             RAISE EXCEPTION USING MESSAGE = _plan.problem, ERRCODE = _plan.errcode;
@@ -707,11 +710,26 @@ BEGIN
                 pipeline.embeddings_table, format('%s USING %I::pg_catalog.text::%s', _change, _name, _type)
             );
         EXCEPTION WHEN OTHERS THEN
+            _change := _change || ' USING NULL';
+            SELECT r.ev_class INTO _view
+            FROM pg_depend AS d
+            JOIN pg_rewrite AS r ON r.oid = d.objid
+            JOIN pg_attribute AS a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid AND a.attname = _name
+            WHERE d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass
+              AND d.refobjid = pipeline.embeddings_table AND r.ev_class <> pipeline.embeddings_table
+            LIMIT 1;
+            IF FOUND THEN
+                RAISE EXCEPTION USING
+                    ERRCODE = 'feature_not_supported',
+                    MESSAGE = format('column "%s" of table %s cannot get another type: view %s uses this column of its '
+                                     'embeddings table %s', _name, pipeline.table_id, _view, pipeline.embeddings_table),
+                    HINT = 'Drop the view, and create it again after the change.';
+            END IF;
             -- The values are no keys any more, or two of them are one. The rows are embedded again.
             PERFORM autoembed._alter_as_owner(
                 pipeline.embeddings_table, format('TRUNCATE %s', pipeline.embeddings_table)
             );
-            PERFORM autoembed._alter_as_owner(pipeline.embeddings_table, format('%s USING NULL', _change));
+            PERFORM autoembed._alter_as_owner(pipeline.embeddings_table, _change);
             PERFORM autoembed._backfill(ARRAY[pipeline.id]);
         END;
     END LOOP;
@@ -729,6 +747,7 @@ DECLARE
     _followed autoembed.pipeline := pipeline;
     _shape jsonb;
     _renames jsonb;
+    _void text;
 BEGIN
     SELECT coalesce(jsonb_object_agg(b.value, a.value), '{}') INTO _renames
     FROM jsonb_each_text(pipeline.table_shape -> 'columns') AS b
@@ -747,7 +766,7 @@ BEGIN
         INTO _followed.condition_columns
         FROM jsonb_each_text(pipeline.condition_columns) AS c;
     END IF;
-    PERFORM autoembed._follow_embeddings_table(_followed, _renames);
+    _void := autoembed._follow_embeddings_table(_followed, _renames);
     _shape := autoembed._table_shape(_followed);
     _followed.table_shape := _shape || jsonb_strip_nulls(jsonb_build_object('former_name', pipeline.table_shape -> CASE
         WHEN _shape ->> 'name' = pipeline.table_shape ->> 'name' THEN 'former_name'
@@ -1277,6 +1296,15 @@ BEGIN
     ) THEN
         PERFORM autoembed._forget_old_keys(_after, max_seconds);
     END IF;
+    IF _after.managed AND _key IS NULL AND _changed && _after.key_columns::text[] THEN
+        -- The scan finds the rows of these jobs. A key of theirs may be no value of the new type.
+        DELETE FROM autoembed._job AS q
+        WHERE q.message_id = ANY (ARRAY(
+            SELECT o.message_id FROM autoembed._job AS o
+            WHERE o.pipeline = _after.id::text AND o.message ? 'keys'
+            FOR UPDATE SKIP LOCKED
+        ));
+    END IF;
     IF _before.table_shape ->> 'type' <> _shape ->> 'type' THEN
         -- The bytes of the vectors are others.
         UPDATE autoembed.embedded AS e SET vector_digest = NULL WHERE e.pipeline_id = _after.id;
@@ -1397,6 +1425,7 @@ AS $plpgsql$
 DECLARE
     _ids integer[];
     _rename record;
+    _void text;
 BEGIN
     WITH RECURSIVE altered AS (
         SELECT coalesce(i.indrelid, d.objid) AS id, d.command_tag
@@ -1427,7 +1456,7 @@ BEGIN
         JOIN autoembed.pipeline AS q ON q.table_id = w.relid
         WHERE q.table_shape -> 'partitions' @> (p.table_shape -> 'partitions')
     );
-    PERFORM autoembed._follow(_ids);
+    _void := autoembed._follow(_ids);
     IF TG_TAG = 'ALTER TYPE' THEN
         -- The text of a value may depend on its type.
         PERFORM autoembed._follow_others(ARRAY(

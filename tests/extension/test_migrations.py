@@ -529,6 +529,99 @@ def test_a_key_column_that_is_replaced_by_one_of_the_same_name_is_another_key(
         assert wrong(db) == []
 
 
+@pytest.mark.parametrize(
+    ("old", "change"),
+    [("int", "uuid USING gen_random_uuid()"), ("text", "int USING 7 + length(id)"), ("int", "text USING 'k' || id")],
+)
+@pytest.mark.parametrize("storage", ["embedding", None])
+def test_a_job_that_waits_while_its_key_gets_another_type_fails_no_row(
+    db: Connection, storage: str | None, old: str, change: str
+) -> None:
+    db.execute("SELECT autoembed.create_model('test', 'fake', 8)")
+    db.execute(f"CREATE TABLE t (id {old} PRIMARY KEY, a text, b text)".encode())
+    db.execute("SELECT autoembed.enable('t', %s, content_columns => '{a,b}', model => 'test')", [storage])
+    value = "n" if old == "int" else "repeat('k', n)"
+    db.execute(f"INSERT INTO t SELECT {value}, 'a' || n FROM generate_series(1, 10) AS n".encode())
+    process(db)
+    db.execute("UPDATE t SET a = a || '!'")
+
+    db.execute(f"ALTER TABLE t ALTER id TYPE {change}".encode())
+    for _ in range(5):
+        process(db)
+
+    assert db.execute("SELECT reason FROM autoembed.failed").fetchall() == []
+    assert one(db, "SELECT embedded, waiting, state FROM autoembed.status") == (10, 0, "idle")
+
+
+@pytest.fixture
+def beside(db: Connection) -> Connection:
+    """A table of ten rows, whose embeddings are beside it."""
+    db.execute("SELECT autoembed.create_model('test', 'fake', 8)")
+    db.execute("CREATE TABLE t (id int PRIMARY KEY, a text, b text)")
+    db.execute("SELECT autoembed.enable('t', content_columns => '{a,b}', model => 'test')")
+    db.execute("INSERT INTO t SELECT n, 'a' || n FROM generate_series(1, 10) AS n")
+    process(db)
+    return db
+
+
+ALTERED = {
+    # A change of an embeddings table: (the change, the reason, the way back).
+    "DROP CONSTRAINT t_embeddings_pkey": ("has lost its primary key", "ADD PRIMARY KEY (id, chunk_number)"),
+    "RENAME id TO ident": ('has no column "id"', "RENAME ident TO id"),
+    "RENAME digest TO hash": ('has no column "digest"', "RENAME hash TO digest"),
+    "ADD note text NOT NULL DEFAULT '', ALTER note DROP DEFAULT": (
+        "is NOT NULL, and has no default",
+        "ALTER note DROP NOT NULL",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", ALTERED)
+def test_an_embeddings_table_that_takes_no_embeddings_stops_its_pipeline(beside: Connection, change: str) -> None:
+    reason, back = ALTERED[change]
+    if change.startswith("ADD"):
+        added, dropped = change.split(", ")
+        beside.execute(f"ALTER TABLE t_embeddings {added}".encode())
+        change = dropped
+    beside.execute(f"ALTER TABLE t_embeddings {change}".encode())
+    beside.execute(
+        "INSERT INTO t VALUES (11, 'new'); UPDATE t SET a = 'changed' WHERE id < 3; DELETE FROM t WHERE id = 4"
+    )
+    process(beside)
+
+    assert status(beside).state == "stopped"
+    assert reason in status(beside).reason
+    assert beside.execute("SELECT reason FROM autoembed.failed").fetchall() == []
+
+    beside.execute(f"ALTER TABLE t_embeddings {back}".encode())
+    process(beside)
+
+    assert (status(beside).state, status(beside).reason) == ("idle", None)
+    assert one(beside, "SELECT embedded FROM autoembed.status").embedded == 10
+    assert one(beside, "SELECT array_agg(id ORDER BY id) AS ids FROM t_embeddings").ids == [1, 2, 3, *range(5, 12)]
+
+
+def test_resync_without_the_embeddings_table_says_what_is_missing(beside: Connection) -> None:
+    beside.execute("DROP TABLE t_embeddings CASCADE")
+    told = Told.by(beside)
+
+    beside.execute("SELECT autoembed.resync('t')")
+
+    assert told.warnings[0][0].endswith("the embeddings table of table public.t was dropped")
+    assert status(beside).state == "stopped"
+
+
+def test_a_view_that_keeps_the_key_of_an_embeddings_table_from_changing_is_named(beside: Connection) -> None:
+    beside.execute("CREATE VIEW v AS SELECT * FROM t_embeddings")
+
+    with pytest.raises(psycopg.errors.FeatureNotSupported, match="view public.v uses this column of its embeddings table"):
+        beside.execute("ALTER TABLE t ALTER id TYPE bigint")
+
+    beside.execute("DROP VIEW v; ALTER TABLE t ALTER id TYPE bigint")
+    process(beside)
+    assert one(beside, "SELECT count(*) FROM t_embeddings").count == 10
+
+
 @pytest.mark.parametrize("storage", ["embedding", None])
 def test_a_body_that_names_a_renamed_column_stops_a_pipeline_and_no_row_fails(
     db: Connection, storage: str | None

@@ -58,6 +58,7 @@ _check_chunking - x - x
 _check_content - x - x
 _check_content_function - - - x
 _check_embedding_column - - - x
+_check_embeddings_table - - - x
 _check_everything - - - x
 _check_function_owner - - - x
 _check_index - x - x
