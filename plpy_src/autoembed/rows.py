@@ -931,9 +931,18 @@ class Rows:
         of them. A cancel is counted, since the code of the owner may have raised it, and ends the pass, since it may be
         a real one.
         """
+
+        def look() -> Pipeline | None:
+            return self._database.pipelines([pipeline.id], after_error=True).get(pipeline.id)
+
+        now = None
         if not (error.cancels or error.locked or error.slow):
-            keys = [job.key for job in jobs] if error.is_of_code else []
-            error = self._database.plan_again(pipeline.id, keys) or error
+            # A dump of an older version brings its functions, which are made again now.
+            now = look()
+            if now is not None and now.blocked is None and not now.was_rebuilt:
+                keys = [job.key for job in jobs] if error.is_of_code else []
+                error = self._database.plan_again(pipeline.id, keys) or error
+                now = look()
         if error.cancels:
             for job in jobs:
                 self.retry_or_fail(job, error)
@@ -941,7 +950,6 @@ class Rows:
             raise PassEnded(str(error))
         if error.locked or error.slow:
             return False
-        now = self._database.pipelines([pipeline.id], after_error=True).get(pipeline.id)
         is_as_before = now is not None and now.is_beside == pipeline.is_beside and not now.was_rebuilt
         if now is not None and now.blocked is None and is_as_before:
             return False

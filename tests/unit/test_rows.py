@@ -1068,6 +1068,8 @@ def test_rows_whose_embeddings_have_moved_or_whose_functions_were_gone_go_back_u
     desk.write(jobs)
 
     assert outcomes_of(jobs) == ["released", "released"]
+    # What PostgreSQL refuses to plan is stopped. A function that was made again is no longer refused.
+    assert ("plan_again" in desk.database.statements) == (not now.was_rebuilt)
 
 
 def test_an_error_that_nobody_expected_rests_its_pipeline_and_its_rows_are_counted(desk: Desk) -> None:
