@@ -161,11 +161,17 @@ def _only_chunk(
     if isinstance(text, LongText) or len(text) > min(COUNTED_CHARACTERS, COUNTED_CHARACTERS_PER_TOKEN * chunk_size):
         return None
     start, end = trimmed(text, 0, len(text))
-    if start == end or chunking == STRUCTURE and _MAY_HAVE_HEADINGS.search(text):
+    if start == end or chunking == STRUCTURE and _may_have_headings(text):
         return None
     between_steps()
     [tokens] = count([text[start:end]])
     return Chunk(start, end, tokens) if tokens <= chunk_size else None
+
+
+def _may_have_headings(text: str) -> bool:
+    # Most short texts are one line of prose.
+    search = _MAY_HAVE_HEADINGS.search if "\n" in text or "<" in text else _MAY_HAVE_HEADINGS.match
+    return search(text) is not None
 
 
 def places(text: str, pieces: Sequence[str | None]) -> list[tuple[int, int]]:
