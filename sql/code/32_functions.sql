@@ -336,6 +336,10 @@ BEGIN
             pipeline, 't', '_chunk_' || pipeline.id || '.chunk_start', '_chunk_' || pipeline.id || '.chunk_end',
             '_chunk_' || pipeline.id || '.digest'
         ),
+        'long_passage', autoembed._passage_expression(
+            pipeline, 't', '_chunk_' || pipeline.id || '.chunk_start', '_chunk_' || pipeline.id || '.chunk_end',
+            '_chunk_' || pipeline.id || '.digest', '_version'
+        ),
         'managed', pipeline.managed,
         'on_change', pipeline.on_change,
         -- A plan that a session keeps knows the old names of enum values, and hides that the condition has them.

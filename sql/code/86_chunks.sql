@@ -54,6 +54,37 @@ COMMENT ON FUNCTION autoembed._chunks IS
     'The chunks of a text in their order, or why it cannot be cut. The arguments are those that _chunk_size() has '
     'checked, and the pieces that a function gives.';
 
+CREATE OR REPLACE FUNCTION autoembed._kept_part(version text, chunk_start integer, chunk_end integer)
+    RETURNS text
+    LANGUAGE plpython3u
+    STABLE
+    PARALLEL RESTRICTED
+    SET search_path = pg_catalog, pg_temp
+AS $python$
+    if GD.get("autoembed") != "@BUILD@":
+        plpy.execute("SELECT autoembed._load_python()")
+    from autoembed import doors
+    return doors.kept_part(version, chunk_start, chunk_end)
+$python$;
+COMMENT ON FUNCTION autoembed._kept_part IS
+    'A part of the text that _keep_text() has kept in the same statement for the same role. NULL: there is none.';
+
+CREATE OR REPLACE FUNCTION autoembed._keep_text(version text, content text, chunk_start integer, chunk_end integer)
+    RETURNS text
+    LANGUAGE plpython3u
+    STABLE
+    PARALLEL RESTRICTED
+    SET search_path = pg_catalog, pg_temp
+AS $python$
+    if GD.get("autoembed") != "@BUILD@":
+        plpy.execute("SELECT autoembed._load_python()")
+    from autoembed import doors
+    return doors.keep_text(version, content, chunk_start, chunk_end)
+$python$;
+COMMENT ON FUNCTION autoembed._keep_text IS
+    'A part of a long text, which is kept for its other chunks until the next long text. version: tells the row in its '
+    'present version from others.';
+
 CREATE OR REPLACE FUNCTION autoembed._chunk_text(
     content text,
     chunking text,

@@ -644,6 +644,69 @@ def test_the_end_of_several_sets_is_told(pages: Connection, drop: bool, what: st
     assert notices == [f"table public.pages had several embeddings, and all of them are {what}: {names}"]
 
 
+LONG_TEXT = "(SELECT string_agg('Sentence ' || n || ' of 字.', ' ' ORDER BY n) FROM generate_series(1, 120000) AS n)"
+
+
+@pytest.fixture
+def long_page(db: Connection) -> Connection:
+    """An attached table with a row whose text has some megabytes, and a short one."""
+    db.execute("SELECT autoembed.create_model('fake', 'fake', 8)")
+    db.execute("CREATE TABLE pages (id int PRIMARY KEY, body text)")
+    db.execute("SELECT autoembed.enable('pages', content_columns => '{body}', model => 'fake')")
+    db.execute(f"INSERT INTO pages VALUES (1, {LONG_TEXT}), (2, 'short')")
+    while waiting(db):
+        db.execute("SELECT autoembed.process()")
+    return db
+
+
+def test_the_chunks_of_a_long_text_are_read_with_the_text_once(
+    long_page: Connection, connect: Callable[..., Connection], role: Callable[[str], str]
+) -> None:
+    reader, granted = role("long_reader"), role("long_granted")
+    long_page.execute(f"GRANT SELECT ON pages TO {reader}, {granted}")
+    long_page.execute("SELECT autoembed.grant_usage(%s::regrole)", [granted])
+    text = long_page.execute("SELECT body FROM pages WHERE id = 1").fetchone().body  # type: ignore[union-attr]
+
+    for name in (None, granted):
+        session = connect() if name is None else connect(user=name)
+        session.execute("SET statement_timeout = '60s'")
+        found = session.execute("SELECT * FROM pages_chunks ORDER BY id, chunk_number").fetchall()
+        assert len(found) > 1000
+        assert all(row.chunk == text[row.chunk_start : row.chunk_end] for row in found[:-1])
+        assert found[-1].chunk == "short"
+        # A statement that changes the text sees the new one.
+        query = "SELECT count(chunk) FROM pages_chunks WHERE id = 1 AND chunk_number < 5"
+        assert session.execute(query).fetchone() == (4,)
+    long_page.execute("UPDATE pages SET body = '字' || body WHERE id = 1")
+    assert long_page.execute(query).fetchone() == (0,)
+    # Without a right to call functions of autoembed, a reader gets each chunk, too.
+    assert connect(user=reader).execute("SELECT chunk FROM pages_chunks WHERE id = 2").fetchone() == ("short",)
+    long_page.execute("UPDATE pages SET body = substr(body, 2) WHERE id = 1")
+    assert connect(user=reader).execute(query).fetchone() == (4,)
+
+
+def test_a_long_text_that_is_kept_is_given_to_no_other_statement_and_to_no_other_role(
+    long_page: Connection, connect: Callable[..., Connection], role: Callable[[str], str]
+) -> None:
+    owner, thief = role("long_owner"), role("long_thief")
+    for name in (owner, thief):
+        long_page.execute("SELECT autoembed.grant_usage(%s::regrole)", [name])
+    long_page.execute(f"GRANT {owner}, {thief} TO CURRENT_USER")
+    call = "SELECT autoembed._kept_part('v', 0, 5)"
+    keep = "SELECT autoembed._keep_text('v', 'a text', 0, 1)"
+
+    long_page.execute(f"SET ROLE {owner}")
+    assert long_page.execute(f"SELECT ({keep}), ({call})").fetchone() == ("a", "a tex")
+    assert long_page.execute(call).fetchone() == (None,)
+    long_page.execute("RESET ROLE")
+    long_page.execute(
+        f"CREATE FUNCTION seen() RETURNS text LANGUAGE plpgsql AS $$ BEGIN EXECUTE 'SET ROLE {owner}';"
+        f" PERFORM ({keep}); EXECUTE 'SET ROLE {thief}'; RETURN ({call}); END $$"
+    )
+    assert long_page.execute("SELECT seen()").fetchone() == (None,)
+    long_page.execute("RESET ROLE")
+
+
 def test_no_code_of_the_owner_runs_for_a_reader_of_chunks(pages: Connection) -> None:
     pages.execute("CREATE FUNCTION said(p pages) RETURNS text LANGUAGE sql STABLE AS 'SELECT p.body'")
     pages.execute("SELECT autoembed.enable('pages', content_function => 'said', embeddings_table => 'others')")

@@ -181,6 +181,8 @@ _jobs_of_dropped_databases - - - x
 _judgments - x - x
 _keep_restored_model - - - x
 _keep_restored_queue - - - x
+_keep_text - x x x
+_kept_part - x x x
 _key_columns - x - x
 _key_expression - x - x
 _key_slots - - - x
