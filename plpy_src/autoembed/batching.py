@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import string
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from autoembed.graphemes import MAX_JOINED, is_boundary
+
+if TYPE_CHECKING:
+    from autoembed.long_text import Text
 
 Item = TypeVar("Item")
 
@@ -78,21 +81,21 @@ def most_tokens(text: str) -> int:
     return len(text.encode("utf-8", "replace")) + MARKS
 
 
-def truncate(text: str, max_tokens: int, prefix: str = "") -> str:
+def truncate(text: Text, max_tokens: int, prefix: str = "") -> str:
     """The longest beginning of a text that has at most max_tokens behind a prefix.
 
     What is read as one character is not cut, and at least one character is left of every text.
     """
     max_tokens = max(0, max_tokens - _before(prefix))
-    if len(text) <= max_tokens and most_tokens(text) <= max_tokens:
-        return text
+    if len(text) <= max_tokens and most_tokens(str(text)) <= max_tokens:
+        return str(text)
     # The search begins at the front, because a text may be far too long.
     low, high = 1, 1 + 4 * max_tokens
     while high < len(text) and estimate_tokens(text[:high]) <= max_tokens:
         low, high = high, 2 * high
     if high >= len(text):
-        if estimate_tokens(text) <= max_tokens:
-            return text
+        if estimate_tokens(str(text)) <= max_tokens:
+            return str(text)
         high = len(text)
     while high - low > 1:
         middle = (low + high) // 2

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from autoembed import batching
 from autoembed.chunks import FEWEST_TOKENS, FUNCTION, NONE, chunks_of, fitting, places, size_of, trimmed
 from autoembed.errors import Fault, Trouble
-from autoembed.providers import counter_of, own_tokens_per_input, sizes_of
+from autoembed.providers import counter_of, most_characters_of, own_tokens_per_input, sizes_of
 
 if TYPE_CHECKING:
     from autoembed.long_text import Text
@@ -27,6 +27,14 @@ def limit_of(pipeline: Pipeline) -> int | None:
     if pipeline.truncate:
         return sizes_of(pipeline.model).tokens_per_input
     return own_tokens_per_input(pipeline.model)
+
+
+def sent_of(pipeline: Pipeline, content: Text, prefix: str = "") -> str:
+    """The beginning of a text that a model is sent, if it is not cut into chunks. prefix: what goes before it."""
+    limit = limit_of(pipeline)
+    if limit is None:
+        return content[: most_characters_of(pipeline.model)]
+    return batching.truncate(content, limit, f"{pipeline.model.prefix('document')}{prefix}")
 
 
 class Cutter:
@@ -64,12 +72,10 @@ class Cutter:
         """
         if pipeline.chunking == NONE:
             limit = limit_of(pipeline)
-            if limit is None:
-                return [(0, len(content))]
-            whole = batching.truncate(f"{prefix}{content}", limit, pipeline.model.prefix("document"))
-            if len(whole) <= len(prefix):
+            before = f"{pipeline.model.prefix('document')}{prefix}"
+            if prefix and limit is not None and batching.estimate_tokens(before) >= limit:
                 raise _no_room(prefix, limit)
-            return [(0, len(whole) - len(prefix))]
+            return [(0, len(sent_of(pipeline, content, prefix)))]
         if parts is None:
             parts = self.parts(pipeline, content)
         # Two models are equal whatever they have learnt, so the limit is named apart.

@@ -17,7 +17,6 @@ import plpy  # type: ignore[import-not-found]
 
 from autoembed.binary import copy_rows, literals
 from autoembed.bm25 import MAX_MERGED_POSTINGS, Posting, Segment, joined, merged, most_dead, parts, plain_words
-from autoembed.chunks import STRUCTURE, TOKENS
 from autoembed.errors import (
     INSUFFICIENT_PRIVILEGE,
     LOCK_NOT_AVAILABLE,
@@ -669,29 +668,26 @@ class Database:
         RowError if the content function fails for one of them.
         """
 
-        types = ["pg_catalog.text[]", "pg_catalog.int8", "pg_catalog.int8"]
-        arguments: list[Any] = [list(keys), max_bytes, MAX_TEXT_BYTES]
-        if pipeline.is_beside and pipeline.chunking in (STRUCTURE, TOKENS):
-            types.append("pg_catalog.int8")
-            arguments.append(LONG_TEXT_BYTES)
-        placeholders = ", ".join(f"${number}" for number in range(1, len(types) + 1))
-
         def read(seconds: float) -> Any:
             with self._owners_code(undone=True, seconds=seconds):
                 return self._run(
-                    f"SELECT c.* FROM autoembed._content_{pipeline.id}({placeholders}) AS c", types, arguments
+                    f"SELECT c.* FROM autoembed._content_{pipeline.id}($1, $2, $3, $4) AS c",
+                    ["pg_catalog.text[]", *["pg_catalog.int8"] * 3],
+                    [list(keys), max_bytes, MAX_TEXT_BYTES, LONG_TEXT_BYTES],
                 )
 
-        rows = self._in_time(pipeline, keys, read)
-        parts: dict[str, list[bytes]] = defaultdict(list)
+        rows = self._in_time(pipeline, keys, read, writes=False)
+        texts: dict[str, bytearray] = defaultdict(bytearray)
         found: dict[Any, Row] = {}
         for row in rows:
             if row["key"] not in found:
                 found[row["key"]] = _row(row)
-            if row.get("encoded") is not None:
-                parts[row["key"]].append(row["encoded"])
-        for key, encoded in parts.items():
-            found[key] = replace(found[key], content=LongText(b"".join(encoded)))
+            # A part is not held twice.
+            if (part := row.pop("encoded")) is not None:
+                texts[row["key"]] += part
+                del part
+        for key, encoded in texts.items():
+            found[key] = replace(found[key], content=LongText(encoded))
         # A row without a key is the mark that rows are left.
         return found, found.pop(None, None) is None
 
@@ -944,17 +940,17 @@ class Database:
                     [list(keys), list(text_digests), pipeline.model.identity, *columns, *arguments],
                 )
 
-        return self._in_time(pipeline, keys, write)
+        return self._in_time(pipeline, keys, write, writes=True)
 
-    def _in_time(self, pipeline: Pipeline, keys: Sequence[str], run: Callable[[float], Any]) -> Any:
+    def _in_time(self, pipeline: Pipeline, keys: Sequence[str], run: Callable[[float], Any], *, writes: bool) -> Any:
         """Runs a statement for rows in the seconds of an owner's code; or in more, for one row without such code."""
         try:
             return run(OWNER_SECONDS)
         except RowError as error:
             if not error.slow or len(keys) > 1:
                 raise
-            sql = "SELECT autoembed._runs_owners_code($1) AS runs"
-            if self._run(sql, ["pg_catalog.int4"], [pipeline.id])[0]["runs"]:
+            sql = "SELECT autoembed._runs_owners_code($1, $2) AS runs"
+            if self._run(sql, ["pg_catalog.int4", "pg_catalog.bool"], [pipeline.id, writes])[0]["runs"]:
                 raise
         return run(OWN_SECONDS)
 

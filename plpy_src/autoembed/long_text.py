@@ -13,7 +13,7 @@ WINDOW_BYTES = 1 << 16
 class LongText:
     """A text of which a window is decoded at a time. Positions are those of its characters."""
 
-    def __init__(self, encoded: bytes, window_bytes: int = WINDOW_BYTES) -> None:
+    def __init__(self, encoded: bytes | bytearray, window_bytes: int = WINDOW_BYTES) -> None:
         self._encoded = encoded
         # Where windows start: their bytes, and their characters. Both end with the end of the text.
         self._bytes, self._characters = array("Q", [0]), array("Q", [0])

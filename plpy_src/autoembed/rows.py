@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from autoembed import batching
 from autoembed.bm25 import MAX_CHARACTERS, STATEMENT_CHARACTERS, parts
 from autoembed.chunks import FUNCTION, NONE
-from autoembed.cutting import Cutter, limit_of
+from autoembed.cutting import Cutter, sent_of
 from autoembed.errors import Fault, PassEnded, RowError
 from autoembed.jobs import CHANGES, MAX_ATTEMPTS, REFUSED, Job, Ledger
 from autoembed.providers import COMPUTED_HERE, most_tokens_of
@@ -446,8 +446,6 @@ class Rows:
         if not jobs:
             return []
         known_rows = self._database.digests(pipeline, [job.key for job in jobs])
-        limit = limit_of(pipeline)
-        prefix = pipeline.model.prefix("document")
         chosen: list[tuple[Job, str]] = []
         blank: list[Job] = []
         empty: list[Job] = []
@@ -503,9 +501,9 @@ class Rows:
                 finally:
                     cutting_seconds += time.monotonic() - began_at
             else:
-                content = str(job.content)
-                texts = [content if limit is None else batching.truncate(content, limit, prefix)]
-                job.truncated = texts[0] is not content
+                content = job.content
+                texts = [sent_of(pipeline, content)]
+                job.truncated = len(texts[0]) < len(content)
             if job.truncated:
                 self.note_cut(job)
             if job.outcome is not None:
@@ -877,11 +875,11 @@ class Rows:
         """The texts of a row that have a vector each, without what they are embedded behind."""
         content = job.content or ""
         if not pipeline.is_beside:
-            return [str(content)]
+            return [content[:MAX_CHARACTERS]]
         ranges = [(chunk.start, chunk.end) for chunk in job.chunks]
         if not ranges:
             if pipeline.chunking == NONE:
-                return [str(content)]
+                return [content[:MAX_CHARACTERS]]
             try:
                 ranges = job.ranges or self._cutter.ranges(pipeline, content, job.parts, job.prefix)
             except Fault as fault:

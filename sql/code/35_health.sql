@@ -517,7 +517,7 @@ COMMENT ON FUNCTION autoembed._check_chunk_function IS
     'The reason why a pipeline cannot call the function that cuts its texts, and the cure, as _check_pipeline() '
     'returns them.';
 
-CREATE OR REPLACE FUNCTION autoembed._runs_owners_code(pipeline_id integer)
+CREATE OR REPLACE FUNCTION autoembed._runs_owners_code(pipeline_id integer, writes boolean)
     RETURNS boolean
     LANGUAGE sql
     STABLE
@@ -536,26 +536,28 @@ AS $sql$
             SELECT FROM unnest(p.key_columns) AS k(name)
             WHERE autoembed._operator(p.table_id, k.name, 3) NOT IN ('OPERATOR(pg_catalog.=)', '=')
         )
-        -- A write to the table itself meets its triggers, constraints and indexes.
-        OR p.embeddings_table IS NULL
-        OR EXISTS (
-            SELECT FROM pg_class AS e
-            WHERE e.oid = p.embeddings_table AND (e.relhastriggers OR e.relhasrules OR e.relforcerowsecurity)
-        )
-        OR EXISTS (
-            SELECT FROM pg_constraint AS c WHERE c.conrelid = p.embeddings_table AND c.contype NOT IN ('p', 'n')
-        )
-        OR EXISTS (SELECT FROM pg_attrdef AS d WHERE d.adrelid = p.embeddings_table)
-        OR EXISTS (
-            SELECT FROM pg_index AS i
-            WHERE i.indrelid = p.embeddings_table AND num_nonnulls(i.indpred, i.indexprs) > 0
+        OR writes AND (
+            -- A write to the table itself meets its triggers, constraints and indexes.
+            p.embeddings_table IS NULL
+            OR EXISTS (
+                SELECT FROM pg_class AS e
+                WHERE e.oid = p.embeddings_table AND (e.relhastriggers OR e.relhasrules OR e.relforcerowsecurity)
+            )
+            OR EXISTS (
+                SELECT FROM pg_constraint AS c WHERE c.conrelid = p.embeddings_table AND c.contype NOT IN ('p', 'n')
+            )
+            OR EXISTS (SELECT FROM pg_attrdef AS d WHERE d.adrelid = p.embeddings_table)
+            OR EXISTS (
+                SELECT FROM pg_index AS i
+                WHERE i.indrelid = p.embeddings_table AND num_nonnulls(i.indpred, i.indexprs) > 0
+            )
         )
     FROM autoembed.pipeline AS p
     JOIN pg_class AS t ON t.oid = p.table_id
     WHERE p.id = pipeline_id;
 $sql$;
 COMMENT ON FUNCTION autoembed._runs_owners_code IS
-    'Whether code of the owner may run when texts of a pipeline are read or its embeddings are written.';
+    'Whether code of the owner may run when texts of a pipeline are read, or its embeddings are written.';
 
 CREATE OR REPLACE FUNCTION autoembed._check_pipeline(
     pipeline autoembed.pipeline,

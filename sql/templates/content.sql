@@ -1,6 +1,21 @@
--- Reads the texts of rows by key, up to about max_bytes. Runs as the table's owner, in lanes.
-CREATE FUNCTION autoembed._content_{{id}}(keys text[], max_bytes bigint, max_text_bytes bigint)
-    RETURNS TABLE (key text, content text, vector_digest bytea, bytes bigint, own_key text, is_locked boolean)
+-- Reads the texts of rows by key, up to about max_bytes. Runs as the table's owner, in lanes. encoded: a text of more
+-- than encoded_bytes, in UTF-8, in place of content. It comes in parts, as a row is held in memory several times at
+-- once.
+CREATE FUNCTION autoembed._content_{{id}}(
+    keys text[],
+    max_bytes bigint,
+    max_text_bytes bigint,
+    encoded_bytes bigint DEFAULT NULL
+)
+    RETURNS TABLE (
+        key text,
+        content text,
+        encoded bytea,
+        vector_digest bytea,
+        bytes bigint,
+        own_key text,
+        is_locked boolean
+    )
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = {{search_path}}
@@ -21,6 +36,8 @@ DECLARE
     _locked_by xid;
     _table oid;
     _place tid;
+    _encoded bytea;
+    _part_bytes CONSTANT integer := 4194304;
     _context text;
 BEGIN
     {{content_guard}}
@@ -41,7 +58,21 @@ BEGIN
             PERFORM FROM {{table}} AS t WHERE t.ctid = _place AND t.tableoid = _table FOR NO KEY UPDATE SKIP LOCKED;
             is_locked := NOT FOUND;
         END IF;
+        encoded := NULL;
+        IF bytes OPERATOR(pg_catalog.>) encoded_bytes AND content IS NOT NULL THEN
+            _encoded := pg_catalog.convert_to(content, 'UTF8');
+            content := NULL;
+            encoded := pg_catalog.substring(_encoded, 1, _part_bytes);
+        END IF;
         RETURN NEXT;
+        IF encoded IS NOT NULL THEN
+            FOR _before IN _part_bytes .. pg_catalog.octet_length(_encoded) OPERATOR(pg_catalog.-) 1 BY _part_bytes LOOP
+                encoded := pg_catalog.substring(_encoded, _before OPERATOR(pg_catalog.+) 1, _part_bytes);
+                RETURN NEXT;
+            END LOOP;
+            _encoded := NULL;
+            encoded := NULL;
+        END IF;
         max_bytes := max_bytes - bytes;
         IF max_bytes < 0 THEN
             -- A NULL key tells that rows are left.

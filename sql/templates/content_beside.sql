@@ -1,6 +1,5 @@
 -- Does the same as content.sql where the embeddings are in a table beside the rows. digests, numbers: those of a
--- row's chunks that have an embedding. encoded: a text of more than encoded_bytes, in UTF-8, in place of content. It
--- comes in parts, as a row is held in memory several times at once. Only the first row of a key has the rest.
+-- row's chunks that have an embedding. Only the first row of a key has them.
 CREATE FUNCTION autoembed._content_{{id}}(
     keys text[],
     max_bytes bigint,

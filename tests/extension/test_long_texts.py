@@ -260,6 +260,31 @@ def test_one_emoji_does_not_multiply_the_memory_of_a_long_text(
     assert db.execute("SELECT 0, length(body) FROM books").fetchone() == (ends.first, ends.last)
 
 
+@pytest.mark.parametrize("options", ["embedding_column => 'embedding'", "chunking => 'none'"])
+def test_a_long_text_without_a_space_takes_little_memory_and_time_of_the_local_model(
+    db: Connection, connect: Callable[..., Connection], options: str
+) -> None:
+    db.execute("CREATE TABLE books (id int PRIMARY KEY, body text, embedding halfvec(384))")
+    enable = f"SELECT autoembed.enable('books', content_columns => '{{body}}', model => 'all-MiniLM-L6-v2', {options})"
+    db.execute(enable)
+    db.execute("INSERT INTO books VALUES (1, 'short')")
+    with running_lanes(db, connect) as [lane]:
+        wait_until(lambda: waiting(db) == 0)
+        before = megabytes(db, lane.pid)
+        db.execute("UPDATE books SET body = repeat('x', 12 << 20)")
+        used: list[int] = []
+
+        def is_done() -> bool:
+            used.append(megabytes(db, lane.pid) - before)
+            return waiting(db) == 0
+
+        wait_until(is_done, seconds=120)
+
+    assert db.execute("SELECT count(*) FROM autoembed.failed").fetchone() == (0,)
+    # The tokenizer takes up to 60 MB. The whole text would take it ten times as much.
+    assert max(used) < 180
+
+
 def test_a_short_text_of_another_owner_waits_for_few_chunks_of_a_long_one(
     books: Connection, api: FakeApi, connect: Callable[..., Connection], role: Callable[[str], str]
 ) -> None:

@@ -334,11 +334,13 @@ def test_an_error_of_any_class_in_a_content_function_fails_its_row_alone(documen
 
 
 OWN_FUNCTIONS = {
-    "ALTER FUNCTION autoembed._content_{id}(text[], int8, int8) SECURITY INVOKER": "cannot be altered",
+    "ALTER FUNCTION autoembed._content_{id}(text[], int8, int8, int8) SECURITY INVOKER": "cannot be altered",
     "ALTER ROUTINE autoembed._write_{id}(text[], bytea[], text, halfvec[]) SECURITY INVOKER": "cannot be altered",
     "ALTER FUNCTION autoembed._write_{id}(text[], bytea[], text, halfvec[]) RESET ALL": "cannot be altered",
-    "ALTER FUNCTION autoembed._content_{id}(text[], int8, int8) RENAME TO mine": "permission denied|cannot be altered",
-    "ALTER FUNCTION autoembed._content_{id}(text[], int8, int8) OWNER TO postgres": "must be able to SET ROLE",
+    "ALTER FUNCTION autoembed._content_{id}(text[], int8, int8, int8) RENAME TO mine": (
+        "permission denied|cannot be altered"
+    ),
+    "ALTER FUNCTION autoembed._content_{id}(text[], int8, int8, int8) OWNER TO postgres": "must be able to SET ROLE",
     "CREATE OR REPLACE FUNCTION autoembed._content_{id}(keys text[]) RETURNS TABLE (key text, content text,"
     " has_embedding boolean) LANGUAGE sql AS 'SELECT NULL, NULL, true'": "permission denied for schema autoembed",
     "CREATE FUNCTION autoembed._content_{id}(keys text) RETURNS text LANGUAGE sql AS 'SELECT NULL'": (
@@ -371,7 +373,8 @@ def test_functions_that_an_owner_took_away_are_made_anew(
     run(session, mallory, HOSTILE_TABLE)
     pipeline = documents.execute("SELECT max(id) AS id FROM autoembed.pipeline").fetchone()
     assert pipeline is not None
-    session.execute(change.format(function=f"autoembed._content_{pipeline.id}(text[], int8, int8)", mallory=mallory))
+    function = f"autoembed._content_{pipeline.id}(text[], int8, int8, int8)"
+    session.execute(change.format(function=function, mallory=mallory))
 
     documents.execute("SELECT autoembed.process()")
 

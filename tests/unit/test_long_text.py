@@ -7,6 +7,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autoembed.batching import truncate
 from autoembed.long_text import LongText
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("a é字😀 \n"), max_size=60)
@@ -30,6 +31,11 @@ def test_it_finds_the_same_characters(text: str, window_bytes: int, start: int, 
     assert LongText(text.encode(), window_bytes).search(pattern, start, min(end, len(text))) == (
         found.start() if found else None
     )
+
+
+@given(text=TEXTS, window_bytes=st.integers(1, 20), max_tokens=st.integers(0, 30))
+def test_it_is_truncated_like_the_text(text: str, window_bytes: int, max_tokens: int) -> None:
+    assert truncate(LongText(text.encode(), window_bytes), max_tokens) == truncate(text, max_tokens)
 
 
 def test_it_equals_the_same_text_alone() -> None:

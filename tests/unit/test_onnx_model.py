@@ -221,6 +221,18 @@ def test_only_the_beginning_of_a_huge_text_is_tokenized(folder: Path, monkeypatc
     assert lengths == [256 * onnx_model.CHARACTERS_PER_TOKEN]
 
 
+@pytest.mark.parametrize("character", [" ", "x"])
+def test_no_text_is_tokenized_beyond_the_most_characters(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, character: str
+) -> None:
+    monkeypatch.setattr(onnx_model, "MOST_CHARACTERS", 10_000)
+    beyond = character * 9_990 + " one two three four"
+    whole = OnnxModel(str(folder), max_tokens=6).embed([beyond, beyond[:10_000]])
+
+    assert whole.vectors[0] == pytest.approx(whole.vectors[1], abs=1e-6)
+    assert whole.cut == {0}
+
+
 def test_a_batch_holds_near_lengths_and_no_more_padded_tokens_than_allowed() -> None:
     assert batches([3, 100, 4, 3, 90, 700, 4], 200) == [[0, 3, 2, 6], [4, 1], [5]]
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from autoembed.batching import estimate_tokens
 from autoembed.errors import Fault
+from autoembed.local_models import MOST_CHARACTERS
 from autoembed.model import Embedded, Model, Request
 from autoembed.providers import azure, cohere, fake, function, gemini, local, ollama, openai, voyage
 
@@ -94,6 +95,11 @@ def sizes_of(model: Model, learnt: Limits | None = None) -> Sizes:
 def own_tokens_per_input(model: Model) -> int | None:
     """The most tokens of a text by the model's definition, or else its provider's reference."""
     return model.max_tokens_per_input or provider_of(model).MAX_TOKENS_PER_INPUT
+
+
+def most_characters_of(model: Model) -> int | None:
+    """The characters of a text that a model reads at most; None: not known."""
+    return MOST_CHARACTERS if provider_of(model) is local else None
 
 
 def most_tokens_of(model: Model) -> int | None:
