@@ -510,6 +510,9 @@ def tables(db: Connection, people: dict[str, str], connect: Connect, api: FakeAp
 def test_an_owner_has_doctor_usage_and_retry_failed_of_the_own_tables(
     db: Connection, people: dict[str, str], tables: dict[str, str], connect: Connect, api: FakeApi
 ) -> None:
+    # doctor() leaves pg_cron some time to start the lanes.
+    is_starting = "SELECT autoembed._lanes_are_starting()"
+    wait_until(lambda: db.execute(is_starting).fetchone() == (False,), seconds=60)
     with connect(user=people["alice"]) as alice:
         checks = alice.execute("SELECT * FROM autoembed.doctor()").fetchall()
         assert {row.subject.rpartition(" ")[2] for row in checks} == {"lanes", f"{tables['alice']}.embedding"}
