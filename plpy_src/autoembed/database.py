@@ -1326,7 +1326,8 @@ class Database:
     def search_target(self, table_id: str, embedding_column: str | None) -> dict[str, Any]:
         """The facts that a search needs: the columns of autoembed._search_target(), and pipeline_id."""
         [searched] = self._run(
-            "SELECT s.*, pg_catalog.current_setting('transaction_isolation') AS isolation"
+            "SELECT s.*, autoembed._searched_version(s.pipeline_id, s.model) AS version,"
+            " pg_catalog.current_setting('transaction_isolation') AS isolation"
             " FROM autoembed._searched($1::pg_catalog.regclass, $2) AS s",
             ["pg_catalog.text", "pg_catalog.name"],
             [table_id, embedding_column],

@@ -350,13 +350,13 @@ BEGIN
     END IF;
     IF TG_OP = 'INSERT' THEN
         _strays := ARRAY(SELECT DISTINCT t.pipeline_id FROM autoembed._stray_triggers(NEW.table_id) AS t);
-        PERFORM autoembed._drop_stray_triggers(NEW.table_id);
+        _void := autoembed._drop_stray_triggers(NEW.table_id);
         -- A dump of the schema alone has brought them.
         PERFORM autoembed._drop_functions(s.pipeline_id, true)
         FROM unnest(_strays) AS s(pipeline_id)
         WHERE NOT EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.id = s.pipeline_id);
     END IF;
-    PERFORM autoembed._build_pipeline(NEW.id);
+    _void := autoembed._build_pipeline(NEW.id);
     -- PostgreSQL plans the statements of a lane, under the guards of a lane.
     IF autoembed._missing_object(NEW) IS NULL AND EXISTS (
         SELECT FROM pg_proc AS p
@@ -369,7 +369,7 @@ BEGIN
     END IF;
     IF TG_OP = 'UPDATE' AND OLD.plan_problem IS NOT NULL THEN
         -- It goes on. Rows may fulfil the condition by now that did not, and the other way round.
-        PERFORM autoembed._backfill(ARRAY[NEW.id]);
+        _void := autoembed._backfill(ARRAY[NEW.id]);
     END IF;
     IF TG_OP = 'INSERT' AND NEW.adopts THEN
         -- The rows are read before the triggers lock the table against writes. What changes meanwhile has another
@@ -384,15 +384,15 @@ BEGIN
         OR NEW.embeddings_table IS DISTINCT FROM OLD.embeddings_table
         OR EXISTS (SELECT FROM autoembed._trigger_problems(NEW))
     ) THEN
-        PERFORM autoembed._build_triggers(NEW);
+        _void := autoembed._build_triggers(NEW);
     END IF;
     IF TG_OP = 'INSERT' THEN
-        PERFORM autoembed._follow_partitions(NEW.table_id);
+        _void := autoembed._follow_partitions(NEW.table_id);
     ELSIF NEW.model IS DISTINCT FROM OLD.model THEN
-        PERFORM autoembed._fit_embeddings_table(NEW);
+        _void := autoembed._fit_embeddings_table(NEW);
     END IF;
     IF TG_OP = 'UPDATE' AND NEW.embeddings_table IS DISTINCT FROM OLD.embeddings_table THEN
-        PERFORM autoembed._move_embeddings(OLD);
+        _void := autoembed._move_embeddings(OLD);
     END IF;
     -- The embeddings table has the model's dimensions only now.
     SELECT c.* INTO _check FROM autoembed._check_pipeline(NEW) AS c;

@@ -94,8 +94,7 @@ CREATE OR REPLACE FUNCTION autoembed._searched(
     OUT table_id regclass,
     OUT vectors_table regclass,
     OUT model text,
-    OUT pipeline_id integer,
-    OUT version text
+    OUT pipeline_id integer
 )
     LANGUAGE plpgsql
     STABLE
@@ -103,20 +102,23 @@ CREATE OR REPLACE FUNCTION autoembed._searched(
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE
-    _pipelines autoembed.pipeline[] := ARRAY(
-        SELECT p
-        FROM autoembed.pipeline AS p
-        WHERE _searched.table_name IN (p.table_id, p.embeddings_table)
-          AND coalesce(_searched.embedding_column, p.embedding_column) IN (
-              p.embedding_column, (SELECT c.relname FROM pg_class AS c WHERE c.oid = p.embeddings_table)
-          )
-        ORDER BY p.id
-    );
-    _pipeline autoembed.pipeline;
+    _is_ambiguous boolean;
 BEGIN
+    SELECT p.table_id, coalesce(p.embeddings_table, p.table_id), p.model, p.id,
+           -- The first of several sets beside the rows counts until it is detached: another model takes its place at
+           -- once.
+           count(*) OVER () > 1 AND bool_or(p.embeddings_table IS NULL) OVER ()
+    INTO table_id, vectors_table, model, pipeline_id, _is_ambiguous
+    FROM autoembed.pipeline AS p
+    WHERE _searched.table_name IN (p.table_id, p.embeddings_table)
+      AND coalesce(_searched.embedding_column, p.embedding_column) IN (
+          p.embedding_column, (SELECT c.relname FROM pg_class AS c WHERE c.oid = p.embeddings_table)
+      )
+    ORDER BY p.id
+    LIMIT 1;
     IF table_name IS NULL THEN
         RAISE EXCEPTION USING ERRCODE = 'null_value_not_allowed', MESSAGE = 'table_name must not be NULL';
-    ELSIF cardinality(_pipelines) = 0 THEN
+    ELSIF pipeline_id IS NULL THEN
         RAISE EXCEPTION USING
             ERRCODE = 'undefined_object',
             MESSAGE = CASE
@@ -124,34 +126,41 @@ BEGIN
                 ELSE format('column "%s" of table %s is not attached to autoembed', embedding_column, table_name)
             END,
             HINT = format('Attach it: SELECT autoembed.enable(%L, …).', table_name);
-    ELSIF cardinality(_pipelines) > 1
-        -- The first of several sets beside the rows counts until it is detached: another model takes its place at once.
-        AND EXISTS (SELECT FROM unnest(_pipelines) AS f WHERE f.embeddings_table IS NULL) THEN
+    ELSIF _is_ambiguous THEN
         RAISE EXCEPTION USING
             ERRCODE = 'ambiguous_column',
             MESSAGE = format('table %s has several embeddings', table_name),
             HINT = (
                 SELECT 'Name one of them: ' || string_agg(format(
-                    'embedding_column => %L', coalesce(c.relname, f.embedding_column)
-                ), ' or ') || '.'
-                FROM unnest(_pipelines) AS f
-                LEFT JOIN pg_class AS c ON c.oid = f.embeddings_table
+                    'embedding_column => %L', coalesce(c.relname, p.embedding_column)
+                ), ' or ' ORDER BY p.id) || '.'
+                FROM autoembed.pipeline AS p
+                LEFT JOIN pg_class AS c ON c.oid = p.embeddings_table
+                WHERE _searched.table_name IN (p.table_id, p.embeddings_table)
             );
     END IF;
-    _pipeline := _pipelines[1];
-    table_id := _pipeline.table_id;
-    vectors_table := coalesce(_pipeline.embeddings_table, _pipeline.table_id);
-    model := coalesce(_pipeline.model, autoembed._default_model());
-    pipeline_id := _pipeline.id;
-    SELECT concat_ws(' ', p.xmin, p.ctid, m.xmin, m.ctid, autoembed._text_config(p.id)::oid) INTO version
-    FROM autoembed.pipeline AS p
-    LEFT JOIN autoembed.model AS m ON m.name = _searched.model
-    WHERE p.id = _pipeline.id;
+    model := coalesce(model, autoembed._default_model());
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._searched IS
-    'The table whose rows a search finds, the table with their embeddings, their model, and their pipeline. version: '
-    'another one once the pipeline, its model or its text search configuration is changed.';
+    'The table whose rows a search finds, the table with their embeddings, their model, and their pipeline.';
+
+CREATE OR REPLACE FUNCTION autoembed._searched_version(pipeline_id integer, model text)
+    RETURNS text
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT concat_ws(' ', p.xmin, p.ctid, m.xmin, m.ctid, CASE
+        WHEN p.text_config IS NOT NULL THEN autoembed._text_config(p.id)::oid
+    END)
+    FROM autoembed.pipeline AS p
+    LEFT JOIN autoembed.model AS m ON m.name = _searched_version.model
+    WHERE p.id = _searched_version.pipeline_id;
+$sql$;
+COMMENT ON FUNCTION autoembed._searched_version IS
+    'Another text once a pipeline, its model or its text search configuration is changed.';
 
 CREATE OR REPLACE FUNCTION autoembed._search_target(
     pipeline_id integer,
@@ -371,7 +380,7 @@ COMMENT ON FUNCTION autoembed._search_target IS
     'keys $1 and numbers $2 the caller may read, around visible_distance, which is that to the vector $3, or a NULL. '
     'matching_query, keys_query: which rows with keys $1, and which rows, fulfil the condition behind it. '
     'has_plain_keys: no setting of the session changes how keys are written. ef_search: how many candidates an index '
-    'keeps. lasts: this is true until _searched() gives another version, the table or that of the embeddings is '
+    'keeps. lasts: this is true until _searched_version() gives another text, the table or that of the embeddings is '
     'altered, or PostgreSQL makes all plans again.';
 
 CREATE OR REPLACE FUNCTION autoembed._lasting_target(pipeline_id integer, version text)
