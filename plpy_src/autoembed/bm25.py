@@ -163,7 +163,7 @@ class Scores:
             ]
             if not found:
                 continue
-            # Of one array, this would be a copy.
+            # To concatenate a single array would copy it.
             ordinals, frequencies = found[0] if len(found) == 1 else map(np.concatenate, zip(*found, strict=True))
             matching = len(ordinals) - (int(is_gone[ordinals].sum()) if len(gone) else 0)
             weight = np.float32((K1 + 1) * occurrences * math.log(1 + (count - matching + 0.5) / (matching + 0.5)))

@@ -528,7 +528,7 @@ LINES: tuple[Cutter, ...] = (_blank_lines, _lines, *WORDS)
 _ATX_HEADING = re.compile(r"#{1,6}(?:\s|$)")
 _FENCE = re.compile(r"`{3,}+(?=[^`]*+$)|~{3,}+")
 _UNDERLINE = re.compile(r"([=\-~^\"'`#*+.:_<>])\1{2,}+$")
-# What begins or ends the line of a heading, or the line below it.
+# A heading has one of these in its line, or in the line below it.
 _MAY_HAVE_HEADINGS = re.compile(r"</?+h|^[^\S\n]*+(?:#|([=\-~^\"'`*+.:_<>])\1\1)", re.MULTILINE | re.IGNORECASE)
 # The underlines that Markdown has. They may be shorter than the heading.
 _SHORT_UNDERLINES = "=-"

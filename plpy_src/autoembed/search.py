@@ -101,7 +101,7 @@ class Search:
         keys = [row.key for row in near[:CANDIDATES]]
         matches = TextMatches(self._here, self.target, query, self._condition, keys, vector)
         matched = {**matches.best(CANDIDATES), **matches.of_keys()}
-        # Of several chunks of a row, one that does not have the words may be nearer.
+        # A row of several chunks may have a nearer one without the words, so its distance is asked for.
         known = {} if self.target["is_chunked"] else matches.near
         others = {key: known.get(key) for key in matched if key not in set(keys)}
         others.update(self._nearness_of(vector, [key for key, row in others.items() if row is None]))

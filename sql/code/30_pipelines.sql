@@ -37,7 +37,7 @@ CREATE OR REPLACE FUNCTION autoembed._is_empty(table_id regclass)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    -- pg_relation_size() would wait for the lock of whoever alters the table.
+    -- pg_relation_size() would wait for the lock of a session that alters the table.
     SELECT coalesce(
         bool_and(c.relkind = 'r' AND (pg_stat_file(pg_relation_filepath(c.oid), true)).size = 0), true
     )

@@ -287,7 +287,7 @@ DECLARE
     _deleted bigint := 0;
     _is_all boolean;
 BEGIN
-    -- Whoever has locked a record is not waited for.
+    -- A record that another session has locked is left for the next time.
     DELETE FROM autoembed.embedded AS e
     WHERE e.ctid = ANY (ARRAY(
         SELECT o.ctid FROM autoembed.embedded AS o

@@ -24,7 +24,7 @@ BEGIN
     IF _version IS NULL THEN
         RETURN _chunk;
     END IF;
-    -- Who may read the table need not have a right to call autoembed.
+    -- A reader of the table may have no right to call autoembed.
     IF pg_catalog.has_schema_privilege('autoembed', 'USAGE') THEN
         IF pg_catalog.has_function_privilege('autoembed._kept_part(text, integer, integer)', 'EXECUTE') THEN
             -- PostgreSQL would read the whole text again for each of its chunks.

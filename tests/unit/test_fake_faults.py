@@ -18,6 +18,7 @@ from fake_api import FakeApi, embedding_of
 from fake_api.behaviour import Fault
 from fake_api.faults import FAULTS
 from unit.plain_clients import MODEL, ask, error, raw, vectors
+from waiting import wait_until
 
 
 def test_faults_come_in_order_and_as_often_as_told(session: requests.Session, api: FakeApi) -> None:
@@ -86,14 +87,20 @@ def test_closed_connection_is_an_error_and_the_next_request_works(session: reque
     assert api.counters()["statuses"] == {"none": 1, "200": 1}
 
 
+def is_answered(session: requests.Session, api: FakeApi) -> bool:
+    try:
+        return ask(session, api, "harmless").status_code == 200
+    except requests.ConnectionError:
+        return False
+
+
 def test_a_fall_is_an_error_and_so_are_requests_until_it_is_over(session: requests.Session, api: FakeApi) -> None:
-    api.behave(faults=[{"fall": 0.2, "match": "poison"}])
+    api.behave(faults=[{"fall": 0.5, "match": "poison"}])
 
     for text in ("poison", "harmless"):
         with pytest.raises(requests.ConnectionError):
             ask(session, api, text)
-    time.sleep(0.2)
-    assert ask(session, api, "harmless").status_code == 200
+    wait_until(lambda: is_answered(session, api))
 
 
 @pytest.mark.parametrize("bytes_sent", [True, 10])

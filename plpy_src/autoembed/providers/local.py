@@ -29,7 +29,7 @@ RUNS_IN_BACKEND = False
 _loaded: dict[tuple[str, int], OnnxModel] = {}
 # One batch of texts at a time, because it uses all cores.
 _running = threading.Lock()
-# Whose texts these are.
+# The request whose texts are in work.
 _at_work: Request | None = None
 
 

@@ -51,7 +51,7 @@ def test_a_huge_position_of_a_scan_ends_that_scan(mallory: Tenant, bob: Tenant, 
     assert row is not None and row.size < 10_000
 
 
-# What the owner writes into the record of a scan, and what no sum or time can hold.
+# Figures that the owner writes into the record of a scan, and that no sum or time can hold.
 FIGURES = {
     "most rows": "rows_queued = 9223372036854775807",
     "fewest rows": "rows_queued = -9223372036854775808",
@@ -169,7 +169,7 @@ def test_passages_beyond_those_of_a_search_are_not_reranked(db: Connection, mall
         mallory.run("SELECT autoembed._rerank('rerank', 'a question', array_fill('a word'::text, ARRAY[1000000]))")
 
 
-# What lanes have recorded of so many rows of the last pipeline.
+# The records that lanes keep of so many rows of the last pipeline.
 RECORDS = """
     INSERT INTO autoembed.embedded (pipeline_id, key, digest, truncated)
     SELECT p.id, '[' || n || ']', '', false FROM autoembed.pipeline AS p, generate_series(1, {rows}) AS n;
