@@ -122,6 +122,12 @@ CREATE EVENT TRIGGER autoembed_check_trigger
     WHEN TAG IN ('CREATE TRIGGER')
     EXECUTE FUNCTION autoembed._check_trigger();
 
+DROP EVENT TRIGGER IF EXISTS autoembed_check_policy;
+CREATE EVENT TRIGGER autoembed_check_policy
+    ON ddl_command_end
+    WHEN TAG IN ('CREATE POLICY')
+    EXECUTE FUNCTION autoembed._check_policy();
+
 DROP EVENT TRIGGER IF EXISTS autoembed_protect_functions;
 CREATE EVENT TRIGGER autoembed_protect_functions
     ON ddl_command_end

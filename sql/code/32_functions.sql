@@ -381,6 +381,12 @@ BEGIN
     IF _is_built AND _built_from = md5('@BUILD@' || _slots::text) THEN
         RETURN false;
     END IF;
+    IF EXISTS (
+        SELECT FROM pg_class AS c WHERE c.oid = (_slots ->> 'embeddings_table')::regclass AND NOT c.relrowsecurity
+    ) THEN
+        -- A dump without policies leaves it open to all. The event trigger for this statement makes the functions, too.
+        EXECUTE format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY', _slots ->> 'embeddings_table');
+    END IF;
     PERFORM autoembed._drop_functions(pipeline_id, false);
     PERFORM autoembed._create_functions(_slots);
     UPDATE autoembed.pipeline AS p SET built_from = md5('@BUILD@' || _slots::text) WHERE p.id = pipeline_id;
@@ -416,16 +422,23 @@ BEGIN
     END LOOP;
     PERFORM autoembed._create_function('may_read', slots);
     PERFORM autoembed._create_function('chunk', slots);
+    -- A dump may have brought a policy that asks for the rights to rows of another table.
     IF NOT EXISTS (
-        SELECT FROM pg_policy AS p
-        WHERE p.polrelid = (slots ->> 'embeddings_table')::regclass AND p.polname = 'autoembed_readers'
+        SELECT FROM pg_policy AS o
+        WHERE o.polrelid = (slots ->> 'embeddings_table')::regclass AND o.polname = 'autoembed_readers'
+          AND autoembed._pipeline_of_policy(o.oid) = (slots ->> 'id')::integer
     ) THEN
+        EXECUTE format('DROP POLICY IF EXISTS autoembed_readers ON %s', slots ->> 'embeddings_table');
         EXECUTE format('CREATE POLICY autoembed_readers ON %s FOR SELECT USING (autoembed._may_read_%s(%s))',
                        slots ->> 'embeddings_table', slots ->> 'id', slots ->> 'key_names');
     END IF;
     IF autoembed._chunks_view((slots ->> 'id')::integer, (slots ->> 'embeddings_table')::regclass) IS NULL THEN
-        SELECT CASE WHEN to_regclass(v.name) IS NULL THEN v.name
-                    ELSE format('%I.%I', n.nspname, concat('autoembed_', slots ->> 'id', '_chunks')) END
+        SELECT coalesce(
+            -- A dump has brought it, and it calls the function of another pipeline.
+            autoembed._chunks_view(NULL, c.oid)::text,
+            CASE WHEN to_regclass(v.name) IS NULL THEN v.name
+                 ELSE format('%I.%I', n.nspname, concat('autoembed_', slots ->> 'id', '_chunks')) END
+        )
         INTO STRICT _view
         FROM pg_class AS c
         JOIN pg_namespace AS n ON n.oid = c.relnamespace
@@ -436,14 +449,15 @@ BEGIN
         ) AS v(name)
         WHERE c.oid = (slots ->> 'embeddings_table')::regclass;
         EXECUTE format(
-            'CREATE VIEW %1$s WITH (security_invoker = true) AS SELECT %2$s, chunk_number, chunk_start, chunk_end, '
-            'autoembed._chunk_%3$s(%2$s, chunk_start, chunk_end, digest) AS chunk FROM %4$s',
+            'CREATE OR REPLACE VIEW %1$s WITH (security_invoker = true) AS SELECT %2$s, chunk_number, chunk_start, '
+            'chunk_end, autoembed._chunk_%3$s(%2$s, chunk_start, chunk_end, digest) AS chunk FROM %4$s',
             _view, slots ->> 'key_names', slots ->> 'id', slots ->> 'embeddings_table'
         );
         EXECUTE format('ALTER VIEW %s OWNER TO %I', _view, slots ->> 'owner');
         EXECUTE format('GRANT SELECT ON %s TO PUBLIC', _view);
         EXECUTE format('COMMENT ON VIEW %s IS %L', _view, format(
-            'The chunks of %s with their texts. A text that has changed since is NULL.', slots ->> 'table'
+            'The chunks of %s with their texts. A text that has changed since is NULL.',
+            (slots ->> 'table_id')::oid::regclass
         ));
     END IF;
 END;
@@ -464,13 +478,65 @@ AS $sql$
     JOIN pg_depend AS d
         ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid AND d.refclassid = 'pg_proc'::regclass
     JOIN pg_proc AS p
-        ON p.oid = d.refobjid AND p.pronamespace = 'autoembed'::regnamespace AND p.proname = '_chunk_' || pipeline_id
+        ON p.oid = d.refobjid AND p.pronamespace = 'autoembed'::regnamespace
+        AND p.proname ~ concat('^_chunk_', coalesce(pipeline_id::text, '[0-9]+'), '$')
     WHERE e.oid = embeddings_table
+      AND EXISTS (
+          SELECT FROM pg_depend AS t
+          WHERE t.classid = 'pg_rewrite'::regclass AND t.objid = r.oid
+            AND t.refclassid = 'pg_class'::regclass AND t.refobjid = e.oid
+      )
     ORDER BY v.oid
     LIMIT 1;
 $sql$;
 COMMENT ON FUNCTION autoembed._chunks_view IS
-    'The view that shows the chunks of a pipeline with their texts; NULL if there is none.';
+    'The view that shows the chunks of a pipeline with their texts; NULL if there is none. pipeline_id: NULL: of any.';
+
+CREATE OR REPLACE FUNCTION autoembed._pipeline_of_policy(policy oid)
+    RETURNS integer
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT substring(p.proname FROM '^_may_read_([0-9]{1,9})$')::integer
+    FROM pg_depend AS d
+    JOIN pg_proc AS p ON p.oid = d.refobjid AND p.pronamespace = 'autoembed'::regnamespace
+    WHERE d.classid = 'pg_policy'::regclass AND d.objid = policy AND d.refclassid = 'pg_proc'::regclass
+      AND p.proname ~ '^_may_read_[0-9]{1,9}$'
+    LIMIT 1;
+$sql$;
+COMMENT ON FUNCTION autoembed._pipeline_of_policy IS
+    'The pipeline whose rows a reader must be able to read for a policy to show their embeddings; NULL if there is '
+    'none.';
+
+CREATE OR REPLACE FUNCTION autoembed._check_policy()
+    RETURNS event_trigger
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _stray record;
+BEGIN
+    FOR _stray IN
+        SELECT o.polname AS name, o.polrelid::regclass AS stray_on
+        FROM pg_event_trigger_ddl_commands() AS d
+        JOIN pg_policy AS o ON d.classid = 'pg_policy'::regclass AND o.oid = d.objid
+        JOIN autoembed.pipeline AS p ON p.id = autoembed._pipeline_of_policy(o.oid)
+        WHERE o.polname = 'autoembed_readers' AND p.embeddings_table IS DISTINCT FROM o.polrelid
+    LOOP
+        EXECUTE format('DROP POLICY %I ON %s', _stray.name, _stray.stray_on);
+        RAISE WARNING USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = format('policy %I was taken away from table %s: it asks for the rights to rows of another table',
+                             _stray.name, _stray.stray_on),
+            HINT = 'enable() makes the right one. Until then only the owner reads the embeddings.';
+    END LOOP;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._check_policy IS
+    'Takes a policy away that would show the embeddings of one table to those who may read another: a dump of one table '
+    'has brought it.';
 
 CREATE OR REPLACE FUNCTION autoembed._erasures(slots jsonb)
     RETURNS jsonb

@@ -533,6 +533,44 @@ def test_a_dump_of_one_table_binds_to_no_pipeline_of_another(
     assert copy.execute("SELECT count(*) FROM others WHERE embedding IS NULL").fetchone() == (0,)
 
 
+# The pipeline that has the number of that of manuals has a key of the same type.
+ANOTHER_BESIDE = f"""
+    {ANOTHER}
+    CREATE TABLE shelves (number int PRIMARY KEY, content text);
+    SELECT autoembed.enable('shelves', content_columns => '{{content}}');
+    INSERT INTO shelves VALUES (1, 'shelf');
+"""
+# As in a dump without policies.
+OPEN = (
+    "DROP POLICY IF EXISTS autoembed_readers ON manuals_embeddings;"
+    " ALTER TABLE manuals_embeddings DISABLE ROW LEVEL SECURITY"
+)
+
+
+@pytest.mark.parametrize(("options", "change"), [("", "SELECT"), ("-Fc", "SELECT"), ("", OPEN)])
+def test_a_dump_of_a_table_and_its_embeddings_shows_them_to_no_reader_of_another_table(
+    lived_in: Connection, restored: Restore, role: Role, server: Server, options: str, change: str
+) -> None:
+    process(lived_in)
+    copy = restored(f"{options} -t 'manuals*'", before=ANOTHER_BESIDE)
+    reader = role("reader")
+    copy.execute(f"GRANT SELECT ON shelves TO {reader}")
+    with server.connect(copy.info.dbname, user=reader) as session:
+        assert session.execute("SELECT count(*) FROM manuals_embeddings").fetchone() == (0,)
+        copy.execute(change.encode())
+
+        copy.execute("SELECT autoembed.enable('manuals', content_columns => '{body}')")
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            session.execute("SELECT FROM manuals_embeddings")
+
+        copy.execute(f"GRANT SELECT ON manuals TO {reader}")
+        process(copy)
+        texts = session.execute("SELECT chunk FROM manuals_chunks ORDER BY number").fetchall()
+        assert texts == [(f"manual {number}",) for number in range(1, 6)]
+    comment = copy.execute("SELECT obj_description('manuals_chunks'::regclass)").fetchone()
+    assert comment == ("The chunks of public.manuals with their texts. A text that has changed since is NULL.",)
+
+
 def test_rows_that_a_restore_has_not_brought_yet_are_not_taken_for_deleted(documents: Connection, api: FakeApi) -> None:
     """A lane runs while a dump is restored. The queue comes first, then the rows, and the triggers last."""
     documents.execute("CREATE TABLE notes (id int PRIMARY KEY, body text)")

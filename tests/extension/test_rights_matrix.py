@@ -70,6 +70,7 @@ _check_options - - - x
 _check_own - x - x
 _check_owner - x - x
 _check_pipeline - x x x
+_check_policy - - - x
 _check_table - - - x
 _check_template - x - x
 _check_trigger - - - x
@@ -240,6 +241,7 @@ _partition_triggers - x - x
 _passage_expression - - - x
 _pay_chunks - - - x
 _pipeline_checks - x - x
+_pipeline_of_policy - - - x
 _pipelines - - - x
 _plan - - - x
 _plan_again - - - x
