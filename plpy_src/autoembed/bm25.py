@@ -1,6 +1,7 @@
 """The text index: how well texts match words (BM25), and how segments are merged.
 
-A segment is a list of documents with their lengths, and for each term the places of its documents in that list.
+A segment is a list of documents with their lengths, and for each term the places of its documents in that list. How
+often a document has a term is one byte, its level: a number below 128, or above it the eighths of doublings of 128.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -31,10 +33,20 @@ MAX_ENDLESS = 20
 # A plain word has no more characters.
 PLAIN_WORD_CHARACTERS = 100
 
+# A lower level is a number of occurrences. Each so many levels above it double the number.
+EXACT_LEVELS = 128
+LEVELS_PER_DOUBLING = 8
+
 # So many postings of a term are scored at a time.
 PART_POSTINGS = 1 << 15
 # So many scores in a row are told by the greatest of them.
 BLOCK = 256
+# A look for the candidates costs as much as to score a term of so small a share of the documents.
+SHARE_OF_A_LOOK = 1 / 16
+# To look up the level of a candidate takes as long as to score so many postings.
+POSTINGS_PER_LOOKUP = 6
+# Sums of scores are rounded by less.
+ROUNDING = 1.0001
 
 # The documents of a merged segment, and its postings, unless one segment alone has more.
 MAX_MERGED = 50_000
@@ -42,20 +54,59 @@ MAX_MERGED_POSTINGS = 200_000
 
 
 class Posting(NamedTuple):
-    """The documents of a segment that have a term: their places in the segment, and how often each has it."""
+    """The documents of a segment that have a term: their places in the segment, and the level of each.
 
-    ordinals: np.ndarray
-    frequencies: np.ndarray
+    ordinals: ascending. None: levels has one for each document of the segment, 0 for those without the term.
+    """
+
+    ordinals: np.ndarray | None
+    levels: np.ndarray
 
 
-@dataclass(frozen=True)
-class Segment:
-    """documents: their ids. lengths: the number of words in each. starts: where the ids begin to ascend again."""
+class Segment(NamedTuple):
+    """documents: their ids. lengths: the number of words in each."""
 
     documents: np.ndarray
     lengths: np.ndarray
-    postings: Mapping[str, Posting] = field(default_factory=dict)
-    starts: Sequence[int] = (0,)
+    postings: dict[str, Posting]
+
+
+def level_of(occurrences: int) -> int:
+    """The level of a number of occurrences. autoembed._index_texts() has the same rule."""
+    if occurrences < EXACT_LEVELS:
+        return occurrences
+    return min(255, EXACT_LEVELS + round(LEVELS_PER_DOUBLING * math.log2(occurrences / EXACT_LEVELS)))
+
+
+def occurrences_of(levels: np.ndarray) -> np.ndarray:
+    """The numbers of occurrences that levels stand for, float32."""
+    import numpy as np
+
+    occurrences = levels.astype(np.float32)
+    high = levels >= EXACT_LEVELS
+    if high.any():
+        occurrences[high] = EXACT_LEVELS * np.exp2((occurrences[high] - EXACT_LEVELS) / LEVELS_PER_DOUBLING)
+    return occurrences
+
+
+def packed(posting: Posting, document_count: int) -> tuple[bytes, bytes]:
+    """A posting with ordinals as the text index has it."""
+    import numpy as np
+
+    ordinals, levels = posting
+    if ordinals is not None and 4 * len(ordinals) > document_count:
+        # These take less room so, and less time.
+        every = np.zeros(document_count, np.uint8)
+        every[ordinals] = levels
+        return b"", every.tobytes()
+    return (b"" if ordinals is None else ordinals.astype(">u2").tobytes()), levels.tobytes()
+
+
+def unpacked(ordinals: bytes, levels: bytes) -> Posting:
+    """A posting of the text index."""
+    import numpy as np
+
+    return Posting(np.frombuffer(ordinals, ">u2") if ordinals else None, np.frombuffer(levels, np.uint8))
 
 
 def counted(texts: Sequence[tuple[int, Mapping[str, int]]]) -> Segment:
@@ -68,13 +119,13 @@ def counted(texts: Sequence[tuple[int, Mapping[str, int]]]) -> Segment:
     found: dict[str, tuple[list[int], list[int]]] = {}
     for place, (_, frequencies) in enumerate(texts):
         for term, frequency in frequencies.items():
-            places, counts = found.setdefault(term, ([], []))
+            places, levels = found.setdefault(term, ([], []))
             places.append(place)
-            counts.append(frequency)
+            levels.append(level_of(frequency))
     return Segment(
         np.arange(-len(texts), 0),
         np.array([length for length, _ in texts], np.int64),
-        {term: Posting(np.array(places), np.array(counts)) for term, (places, counts) in found.items()},
+        {term: Posting(np.array(places), np.array(levels, np.uint8)) for term, (places, levels) in found.items()},
     )
 
 
@@ -109,19 +160,6 @@ def merged_ids(ascending: np.ndarray, others: Collection[int]) -> np.ndarray:
     return np.union1d(ascending, np.fromiter(others, np.int64, len(others)))
 
 
-def joined(segments: Sequence[Segment]) -> Segment:
-    """The documents of all of these, in their order. Only one that is alone keeps its postings."""
-    import numpy as np
-
-    if len(segments) == 1:
-        return segments[0]
-    documents = [np.empty(0, np.int64), *(segment.documents for segment in segments)]
-    lengths = [np.empty(0, np.int32), *(segment.lengths for segment in segments)]
-    offsets = itertools.accumulate((len(segment.documents) for segment in segments), initial=0)
-    starts = [offset + start for offset, segment in zip(offsets, segments, strict=False) for start in segment.starts]
-    return Segment(np.concatenate(documents), np.concatenate(lengths), starts=starts)
-
-
 def live(documents: np.ndarray, dead: np.ndarray) -> np.ndarray:
     """Which of these documents are not among the dead ones, whose ids are ascending."""
     import numpy as np
@@ -132,87 +170,237 @@ def live(documents: np.ndarray, dead: np.ndarray) -> np.ndarray:
     return alive
 
 
-class Scores:
-    """The documents that match a query, and their scores.
+@dataclass(frozen=True)
+class Documents:
+    """The documents of all segments, one segment after the other.
 
-    terms: each term of the query with the number of its occurrences. dead: ids, ascending. count: how many match.
+    ids: they ascend within a segment. lengths: the number of words in each. starts: where each segment starts.
     """
 
-    def __init__(self, segments: Sequence[Segment], terms: Mapping[str, int], dead: np.ndarray) -> None:
+    ids: np.ndarray
+    lengths: np.ndarray
+    starts: Sequence[int]
+    _norms: dict[float, np.ndarray] = field(default_factory=dict)
+
+    @cached_property
+    def words(self) -> int:
+        return int(self.lengths.sum())
+
+    def norms(self, mean: float) -> np.ndarray:
+        """How much the length of each document marks it down, float32. mean: of the lengths."""
         import numpy as np
 
-        self._whole = whole = joined(segments)
-        offsets = list(itertools.accumulate((len(segment.documents) for segment in segments), initial=0))
-        gone = self._places(dead)
-        is_gone = np.zeros(len(whole.documents), bool)
-        is_gone[gone] = True
-        count = len(whole.documents) - len(gone)
-        words = int(whole.lengths.sum()) - int(whole.lengths[gone].sum())
-        # The average length may be 0: no document has a word.
-        mean = words / count if words else 1.0
-        # In single precision, which takes half as long.
-        by_length = whole.lengths.astype(np.float32)
-        by_length *= K1 * B / mean
-        by_length += K1 * (1 - B)
-        self._totals = np.zeros(len(whole.documents), np.float32)
-        for term, occurrences in terms.items():
-            found = [
-                (offset + segment.postings[term].ordinals, segment.postings[term].frequencies)
-                for offset, segment in zip(offsets, segments, strict=False)
-                if term in segment.postings
-            ]
-            if not found:
-                continue
-            # To concatenate a single array would copy it.
-            ordinals, frequencies = found[0] if len(found) == 1 else map(np.concatenate, zip(*found, strict=True))
-            matching = len(ordinals) - (int(is_gone[ordinals].sum()) if len(gone) else 0)
-            weight = np.float32((K1 + 1) * occurrences * math.log(1 + (count - matching + 0.5) / (matching + 0.5)))
-            # A million new numbers take longer than what is done with them, and a part stays in the processor's cache.
-            for start in range(0, len(ordinals), PART_POSTINGS):
-                places = ordinals[start : start + PART_POSTINGS]
-                scores = by_length.take(places)
-                part = frequencies[start : start + PART_POSTINGS].astype(np.float32, copy=False)
-                scores += part
-                np.divide(part, scores, out=scores)
-                scores *= weight
-                # A document is once in the postings of a term.
-                scores += self._totals.take(places)
-                self._totals[places] = scores
-        self._totals[gone] = 0
-        self.count = int(np.count_nonzero(self._totals))
+        if mean not in self._norms:
+            # In single precision, which takes half as long.
+            norms = self.lengths.astype(np.float32)
+            norms *= K1 * B / mean
+            norms += K1 * (1 - B)
+            self._norms.clear()
+            self._norms[mean] = norms
+        return self._norms[mean]
 
-    def best(self, count: int) -> list[tuple[int, float]]:
-        """So many documents with the best scores, or a few more, best first; of equal ones, the older first."""
-        import numpy as np
-
-        documents, totals = self._whole.documents, self._totals
-        least = _at_least(totals, count) if count < self.count else 0.0
-        chosen = np.flatnonzero(totals >= least) if least else np.flatnonzero(totals)
-        if count < len(chosen):
-            chosen = chosen[totals[chosen] >= _greatest(totals[chosen], count)]
-        chosen = chosen[np.lexsort((documents[chosen], -totals[chosen]))]
-        return list(zip(documents[chosen].tolist(), totals[chosen].tolist(), strict=True))
-
-    def of(self, documents: Collection[int]) -> dict[int, float]:
-        """The scores of those of these documents that match."""
-        import numpy as np
-
-        places = self._places(np.unique(np.fromiter(documents, np.int64, len(documents))))
-        found = zip(self._whole.documents[places].tolist(), self._totals[places].tolist(), strict=True)
-        return {document: score for document, score in found if score}
-
-    def _places(self, documents: np.ndarray) -> np.ndarray:
-        """The places of those of these documents that are there. documents: ids, ascending."""
+    def places(self, ids: np.ndarray) -> np.ndarray:
+        """The places of those of these documents that are there. ids: ascending."""
         import numpy as np
 
         found = [np.empty(0, np.int64)]
-        for start, end in itertools.pairwise([*self._whole.starts, len(self._whole.documents)]):
-            part = self._whole.documents[start:end]
+        for start, end in itertools.pairwise([*self.starts, len(self.ids)]):
+            part = self.ids[start:end]
             if len(part):
-                first, last = np.searchsorted(documents, (part[0], part[-1] + 1))
-                at = np.searchsorted(part, documents[first:last])
-                found.append(start + at[part[at] == documents[first:last]])
+                first, last = np.searchsorted(ids, (part[0], part[-1] + 1))
+                at = np.searchsorted(part, ids[first:last])
+                found.append(start + at[part[at] == ids[first:last]])
         return np.concatenate(found)
+
+
+def joined(segments: Sequence[Segment]) -> Documents:
+    """The documents of all of these, in their order."""
+    import numpy as np
+
+    ids = [np.empty(0, np.int64), *(segment.documents for segment in segments)]
+    lengths = [np.empty(0, np.int32), *(segment.lengths for segment in segments)]
+    *starts, _ = itertools.accumulate((len(segment.documents) for segment in segments), initial=0)
+    return Documents(np.concatenate(ids), np.concatenate(lengths), starts)
+
+
+def with_segment(
+    documents: Documents, postings: dict[str, list[tuple[int, Posting]]], segment: Segment
+) -> Documents:
+    """These documents, and those of one more segment. Its postings are added to the others, as Scores() takes them."""
+    import numpy as np
+
+    start = len(documents.ids)
+    for term, posting in segment.postings.items():
+        postings.setdefault(term, []).append((start, posting))
+    return Documents(
+        np.concatenate((documents.ids, segment.documents)),
+        np.concatenate((documents.lengths, segment.lengths)),
+        [*documents.starts, start],
+    )
+
+
+class Having:
+    """The documents of all segments that have a term, by their places.
+
+    count: their number. highest: the highest of their levels.
+    """
+
+    def __init__(self, postings: Sequence[tuple[int, Posting]]) -> None:
+        """postings: where each segment starts, and its posting, in the order of the segments."""
+        import numpy as np
+
+        # Where segments start that have a level for each document, and these levels.
+        self.every = [(start, posting.levels) for start, posting in postings if posting.ordinals is None]
+        some = [(start, *posting) for start, posting in postings if posting.ordinals is not None]
+        count = sum(len(levels) for _, _, levels in some)
+        # Filled in place: to join arrays copies them.
+        self.places, self.levels = np.empty(count, np.int64), np.empty(count, np.uint8)
+        end = 0
+        for start, ordinals, levels in some:
+            begin, end = end, end + len(levels)
+            np.add(ordinals, start, out=self.places[begin:end])
+            self.levels[begin:end] = levels
+        self.count = count + sum(int(np.count_nonzero(levels)) for _, levels in self.every)
+        self.highest = max(int(levels.max(initial=0)) for levels in (self.levels, *(every for _, every in self.every)))
+
+    def levels_at(self, places: np.ndarray) -> np.ndarray:
+        """The levels of the documents at these places, which ascend."""
+        import numpy as np
+
+        found = np.zeros(len(places), np.uint8)
+        if len(self.places):
+            at = np.minimum(np.searchsorted(self.places, places), len(self.places) - 1)
+            np.copyto(found, self.levels.take(at), where=self.places.take(at) == places)
+        for start, levels in self.every:
+            first, last = np.searchsorted(places, (start, start + len(levels)))
+            found[first:last] = levels.take(places[first:last] - start)
+        return found
+
+
+class Term(NamedTuple):
+    """A term of a query, how much a document with it counts, and the most that it adds to a score."""
+
+    having: Having
+    weight: np.float32
+    most: float
+
+
+class Scores:
+    """The documents that match a query, and their scores (BM25).
+
+    most: at most so many match.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        postings: Mapping[str, Sequence[tuple[int, Posting]]],
+        terms: Mapping[str, int],
+        dead: np.ndarray,
+    ) -> None:
+        """postings: of each term, where a segment starts, and its posting, in the order of the segments.
+
+        terms: each term of the query with the number of its occurrences. dead: ids of documents, ascending.
+        """
+        import numpy as np
+
+        self._documents, self._dead = documents, dead
+        self._gone = gone = documents.places(dead)
+        count = len(documents.ids) - len(gone)
+        words = documents.words - int(documents.lengths[gone].sum())
+        # The average length may be 0: no document has a word.
+        self._norms = documents.norms(words / count if words else 1.0)
+        least_norm = self._norms.min(initial=math.inf)
+        found = []
+        for term, occurrences in terms.items():
+            having = Having(postings.get(term, ()))
+            matching = having.count - int(np.count_nonzero(having.levels_at(gone)))
+            weight = np.float32((K1 + 1) * occurrences * math.log(1 + (count - matching + 0.5) / (matching + 0.5)))
+            [highest] = occurrences_of(np.array([having.highest], np.uint8))
+            if matching:
+                found.append(Term(having, weight, float(weight * highest / (highest + least_norm))))
+        # Terms that add much come first, so that the others may need no look at most documents (MaxScore: Turtle and
+        # Flood, "Query evaluation: strategies and optimizations", 1995).
+        self._terms = sorted(found, key=lambda term: -term.most)
+        self.most = sum(term.having.count for term in found)
+
+    def best(self, count: int) -> list[tuple[int, float]]:
+        """So many documents with the best scores, best first; of equal ones, the older first."""
+        import numpy as np
+
+        totals = np.zeros(len(self._documents.ids), np.float32)
+        candidates = None
+        to_come = sum(term.most for term in self._terms)
+        for term in self._terms:
+            if term.having.count > SHARE_OF_A_LOOK * len(totals):
+                candidates = self._narrowed(totals, candidates, count, to_come)
+            self._add(totals, term, candidates)
+            to_come -= term.most
+        candidates = self._narrowed(totals, candidates, count, 0.0)
+        if candidates is None:
+            candidates = np.flatnonzero(totals)
+        scores = totals.take(candidates)
+        if count < len(scores):
+            is_best = scores >= _greatest(scores, count)
+            candidates, scores = candidates[is_best], scores[is_best]
+        ids = self._documents.ids.take(candidates)
+        order = np.lexsort((ids, -scores))[:count]
+        return list(zip(ids[order].tolist(), scores[order].tolist(), strict=True))
+
+    def of(self, ids: Collection[int]) -> dict[int, float]:
+        """The scores of those of these documents that match."""
+        import numpy as np
+
+        wanted = np.unique(np.fromiter(ids, np.int64, len(ids)))
+        places = np.sort(self._documents.places(wanted[live(wanted, self._dead)]))
+        totals = np.zeros(len(places), np.float32)
+        for term in self._terms:
+            totals += _gains(term, term.having.levels_at(places), self._norms.take(places))
+        found = zip(self._documents.ids.take(places).tolist(), totals.tolist(), strict=True)
+        return {document: score for document, score in found if score}
+
+    def _narrowed(
+        self, totals: np.ndarray, candidates: np.ndarray | None, count: int, to_come: float
+    ) -> np.ndarray | None:
+        """The places of those of the candidates that may be among so many best. None: all documents may be.
+
+        to_come: other terms add at most so much to a score.
+        """
+        import numpy as np
+
+        totals[self._gone] = 0
+        scores = totals if candidates is None else totals.take(candidates)
+        least = _reached(scores, count) / ROUNDING - to_come
+        if least <= 0:
+            return candidates
+        chosen = np.flatnonzero(scores >= least)
+        return chosen if candidates is None else candidates[chosen]
+
+    def _add(self, totals: np.ndarray, term: Term, candidates: np.ndarray | None) -> None:
+        """Adds what a term gives to the scores, at least to those of the candidates."""
+        having, norms = term.having, self._norms
+        if candidates is not None and POSTINGS_PER_LOOKUP * len(candidates) < having.count:
+            totals[candidates] += _gains(term, having.levels_at(candidates), norms.take(candidates))
+            return
+        for start, levels in having.every:
+            end = start + len(levels)
+            totals[start:end] += _gains(term, levels, norms[start:end])
+        # A million new numbers take longer than what is done with them, and a part stays in the processor's cache.
+        for start in range(0, len(having.places), PART_POSTINGS):
+            places = having.places[start : start + PART_POSTINGS]
+            # A document is once in the postings of a term.
+            totals[places] += _gains(term, having.levels[start : start + PART_POSTINGS], norms.take(places))
+
+
+def _gains(term: Term, levels: np.ndarray, norms: np.ndarray) -> np.ndarray:
+    """How much a term adds to the scores of documents with these levels."""
+    import numpy as np
+
+    occurrences = occurrences_of(levels)
+    gains = norms + occurrences
+    np.divide(occurrences, gains, out=gains)
+    gains *= term.weight
+    return gains
 
 
 def _greatest(values: np.ndarray, count: int) -> float:
@@ -222,12 +410,14 @@ def _greatest(values: np.ndarray, count: int) -> float:
     return float(np.partition(values, len(values) - count)[len(values) - count])
 
 
-def _at_least(values: np.ndarray, count: int) -> float:
-    """A number that at least so many of these reach, and few others. 0: none is known without a look at all of them."""
+def _reached(scores: np.ndarray, count: int) -> float:
+    """A score that at least so many of these reach, and few more. 0: there are not so many."""
     import numpy as np
 
-    blocks = range(0, len(values), BLOCK)
-    return _greatest(np.maximum.reduceat(values, blocks), count) if count <= len(blocks) else 0.0
+    if not 0 < count < len(scores):
+        return 0.0
+    block = min(BLOCK, max(1, len(scores) // (8 * count)))
+    return _greatest(np.maximum.reduceat(scores, np.arange(0, len(scores), block)), count)
 
 
 def most_dead(segments: Mapping[int, Segment], dead: np.ndarray, postings: Mapping[int, int]) -> list[int]:
@@ -247,17 +437,7 @@ def most_dead(segments: Mapping[int, Segment], dead: np.ndarray, postings: Mappi
     return chosen
 
 
-class Merged(NamedTuple):
-    """A merged segment, and its postings as columns."""
-
-    documents: np.ndarray
-    lengths: np.ndarray
-    terms: list[str]
-    ordinals: list[np.ndarray]
-    frequencies: list[np.ndarray]
-
-
-def merged(segments: Sequence[Segment], dead: np.ndarray) -> Merged:
+def merged(segments: Sequence[Segment], dead: np.ndarray) -> Segment:
     """One segment in place of several, without their dead documents."""
     import numpy as np
 
@@ -271,15 +451,17 @@ def merged(segments: Sequence[Segment], dead: np.ndarray) -> Merged:
     found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     offset = 0
     for segment in segments:
-        for term, (ordinals, frequencies) in segment.postings.items():
-            found.setdefault(term, []).append((place[ordinals + offset], frequencies))
+        for term, (ordinals, levels) in segment.postings.items():
+            having = np.flatnonzero(levels) if ordinals is None else ordinals
+            places = place[having.astype(np.int64) + offset]
+            found.setdefault(term, []).append((places, levels[having] if ordinals is None else levels))
         offset += len(segment.documents)
-    result = Merged(documents[order], lengths[order], [], [], [])
+    postings = {}
     for term, parts_of_term in found.items():
         ordinals = np.concatenate([part for part, _ in parts_of_term])
-        kept = ordinals >= 0
-        if kept.any():
-            result.terms.append(term)
-            result.ordinals.append(ordinals[kept])
-            result.frequencies.append(np.concatenate([part for _, part in parts_of_term])[kept])
-    return result
+        ascending = np.argsort(ordinals, kind="stable")
+        ascending = ascending[np.searchsorted(ordinals[ascending], 0) :]
+        if len(ascending):
+            levels = np.concatenate([part for _, part in parts_of_term])
+            postings[term] = Posting(ordinals[ascending], levels[ascending])
+    return Segment(documents[order], lengths[order], postings)

@@ -16,7 +16,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import plpy  # type: ignore[import-not-found]
 
 from autoembed.binary import copy_rows, literals
-from autoembed.bm25 import MAX_MERGED_POSTINGS, Posting, Segment, joined, merged, most_dead, parts, plain_words
+from autoembed.bm25 import (
+    MAX_MERGED_POSTINGS,
+    Documents,
+    Posting,
+    Segment,
+    joined,
+    merged,
+    most_dead,
+    packed,
+    parts,
+    plain_words,
+    unpacked,
+)
 from autoembed.errors import (
     INSUFFICIENT_PRIVILEGE,
     LOCK_NOT_AVAILABLE,
@@ -98,25 +110,26 @@ MAX_KEPT_PLANS = 50
 # The segments that searches of this session have read, without postings, by the OID of their table and their ids. A
 # segment is never changed.
 _segments: dict[tuple[int, int], Segment] = {}
-# Those of the last search as one, and where each of them starts in it.
-_joined: dict[tuple[int, ...], tuple[Segment, dict[int, int]]] = {}
-# More documents of segments are not kept: 12 MB, and as much for those of the last search.
+# The documents of those of the last search, and where each segment starts.
+_joined: dict[tuple[int, ...], tuple[Documents, dict[int, int]]] = {}
+# More documents of segments are not kept: 12 MB, and 16 MB for those of the last search.
 MAX_KEPT_DOCUMENTS = 1_000_000
 
 
 class TextIndex(NamedTuple):
     """What a search reads of the text index.
 
-    terms: those of the query, and the number of their occurrences. segment: all documents, and the postings of the
-    terms. dead: ids of documents that count no more, ascending. messages: of rows that have changed since. documents:
-    of the rows that were asked for, as documents() tells them.
+    terms: those of the query, and the number of their occurrences. documents: all of them. postings: those of the
+    terms, as Scores() takes them. dead: ids of documents that count no more, ascending. messages: of rows that have
+    changed since. of_rows: the documents of the rows that were asked for, as documents() tells them.
     """
 
     terms: dict[str, int]
-    segment: Segment
+    documents: Documents
+    postings: dict[str, list[tuple[int, Posting]]]
     dead: np.ndarray
     messages: list[Any]
-    documents: dict[int, tuple[str, int]]
+    of_rows: dict[int, tuple[str, int]]
 
 
 class _Undo(Exception):
@@ -1150,6 +1163,7 @@ class Database:
         if not segments:
             return
         new = merged(list(segments.values()), dead)
+        stored = [packed(posting, len(new.documents)) for posting in new.postings.values()]
         gone = np.intersect1d(np.concatenate([segment.documents for segment in segments.values()]), dead)
         self._run(
             "SELECT autoembed._replace_segments($1, $2, $3, $4, $5, $6, $7, $8, $9)",
@@ -1168,9 +1182,9 @@ class Database:
                 len(new.documents),
                 new.documents.astype(">i8").tobytes(),
                 new.lengths.astype(">i4").tobytes(),
-                new.terms,
-                [ordinals.astype(">i4").tobytes() for ordinals in new.ordinals],
-                [frequencies.astype(">i4").tobytes() for frequencies in new.frequencies],
+                list(new.postings),
+                [ordinals for ordinals, _ in stored],
+                [levels for _, levels in stored],
                 gone.tolist(),
             ],
         )
@@ -1185,7 +1199,7 @@ class Database:
             terms = self._query_terms(pipeline_id, words)
             return TextIndex(
                 terms,
-                self._matching_segment(table, pipeline_id, list(terms)),
+                *self._documents_and_postings(table, pipeline_id, list(terms)),
                 self._dead_documents(pipeline_id),
                 self._outstanding(pipeline_id, max_messages),
                 self._documents_of(pipeline_id, keys),
@@ -1201,10 +1215,10 @@ class Database:
         )
         return {row["lexeme"]: row["occurrences"] for row in rows}
 
-    def _matching_segment(self, table: int, pipeline_id: int, terms: list[str]) -> Segment:
-        """All segments as one, with the postings of these terms."""
-        import numpy as np
-
+    def _documents_and_postings(
+        self, table: int, pipeline_id: int, terms: list[str]
+    ) -> tuple[Documents, dict[str, list[tuple[int, Posting]]]]:
+        """The documents of all segments, and the postings of these terms."""
         [row] = self._run(
             "SELECT pg_catalog.array_agg(s.id ORDER BY s.id) AS ids FROM autoembed.text_segment AS s"
             " WHERE s.pipeline_id OPERATOR(pg_catalog.=) $1",
@@ -1212,36 +1226,29 @@ class Database:
             [pipeline_id],
         )
         ids = row["ids"] or []
-        whole, starts = self._joined_segments(table, ids)
+        documents, starts = self._joined_segments(table, ids)
         rows = self._run(
-            "SELECT p.segment_id, p.term, p.ordinals, p.frequencies FROM autoembed.text_posting AS p"
+            "SELECT p.segment_id, p.term, p.ordinals, p.levels FROM autoembed.text_posting AS p"
             " WHERE p.segment_id OPERATOR(pg_catalog.=) ANY ($1) AND p.term OPERATOR(pg_catalog.=) ANY ($2)",
             ["pg_catalog.int8[]", "pg_catalog.text[]"],
             [ids, terms],
         )
-        sizes: dict[str, int] = {}
-        for row in rows:
-            sizes[row["term"]] = sizes.get(row["term"], 0) + len(row["ordinals"]) // 4
-        # Filled in place: to join arrays copies them.
-        postings = {term: Posting(np.empty(size, np.int64), np.empty(size, np.float32)) for term, size in sizes.items()}
-        ends = dict.fromkeys(sizes, 0)
-        for row in rows:
-            term, first = row["term"], starts[row["segment_id"]]
-            begin, ends[term] = ends[term], ends[term] + len(row["ordinals"]) // 4
-            np.add(np.frombuffer(row["ordinals"], ">i4"), first, out=postings[term].ordinals[begin : ends[term]])
-            postings[term].frequencies[begin : ends[term]] = np.frombuffer(row["frequencies"], ">i4")
-        return replace(whole, postings=postings)
+        postings: dict[str, list[tuple[int, Posting]]] = {}
+        for row in sorted(rows, key=lambda row: row["segment_id"]):
+            posting = unpacked(row["ordinals"], row["levels"])
+            postings.setdefault(row["term"], []).append((starts[row["segment_id"]], posting))
+        return documents, postings
 
-    def _joined_segments(self, table: int, ids: Sequence[int]) -> tuple[Segment, dict[int, int]]:
-        """Segments as one without postings, and at which of its documents each of them starts."""
+    def _joined_segments(self, table: int, ids: Sequence[int]) -> tuple[Documents, dict[int, int]]:
+        """The documents of segments, and where each segment starts."""
         key = (table, *ids)
         if key not in _joined:
             missing = [number for number in ids if (table, number) not in _segments]
             found = self._segments("s.id OPERATOR(pg_catalog.=) ANY ($1)", ["pg_catalog.int8[]"], [missing])
             _segments.update(((table, number), segment) for number, segment in found.items())
-            whole = joined([_segments[table, number] for number in ids])
+            documents = joined([_segments[table, number] for number in ids])
             _joined.clear()
-            _joined[key] = whole, dict(zip(ids, whole.starts, strict=True))
+            _joined[key] = documents, dict(zip(ids, documents.starts, strict=True))
             _forget_segments(table, ids)
         return _joined[key]
 
@@ -1451,14 +1458,13 @@ class Database:
     def _fill(self, segments: dict[int, Segment], which: str, types: Sequence[str], arguments: Sequence[Any]) -> None:
         """Reads the postings of segments."""
         rows = self._run(
-            "SELECT p.segment_id, p.term, p.ordinals, p.frequencies FROM autoembed.text_posting AS p"
+            "SELECT p.segment_id, p.term, p.ordinals, p.levels FROM autoembed.text_posting AS p"
             f" WHERE p.segment_id OPERATOR(pg_catalog.=) ANY ($1) AND {which}",
             ["pg_catalog.int8[]", *types],
             [list(segments), *arguments],
         )
         for row in rows:
-            postings: Any = segments[row["segment_id"]].postings
-            postings[row["term"]] = Posting(_numbers(row["ordinals"], ">i4"), _numbers(row["frequencies"], ">i4"))
+            segments[row["segment_id"]].postings[row["term"]] = unpacked(row["ordinals"], row["levels"])
 
     def _dead_documents(self, pipeline_id: int) -> np.ndarray:
         [row] = self._run(

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from autoembed.bm25 import Scores, counted, merged_ids
+from autoembed.bm25 import Scores, counted, merged_ids, with_segment
 from autoembed.errors import INSUFFICIENT_PRIVILEGE, Fault, is_nobodys
 from autoembed.jobs import address_of
 
@@ -247,39 +247,39 @@ class TextMatches:
         words = words[:MAX_QUERY_CHARACTERS]
         index = here.text_index(self._pipeline_id, words, keys, MAX_OUTSTANDING_MESSAGES)
         self._terms = index.terms
-        segments, dead = [index.segment], index.dead
+        documents, dead = index.documents, index.dead
         changed, self._all_known = _changed(index.messages)
         texts = (self._texts(changed[:MAX_CHANGED_ROWS]) if changed else None) or []
         self._changed = {number: key for number, (key, _) in enumerate(texts, -len(texts))}
         if changed:
             counts = here.words_of(self._pipeline_id, [text for _, text in texts], self._terms)
-            segments.append(counted(counts))
+            documents = with_segment(documents, index.postings, counted(counts))
             dead = merged_ids(dead, here.documents_of(self._pipeline_id, changed))
-        self._scores = Scores(segments, self._terms, dead)
+        self._scores = Scores(documents, index.postings, self._terms, dead)
         self._vector = vector
         # The rows of the documents that have been read, but for those of keys.
         self.near: dict[str, Near] = {}
-        self._documents = dict(index.documents)
+        self._documents = dict(index.of_rows)
         # The key and the chunk number of each document of the index; None: the caller may not read it.
         self._read: dict[int, tuple[str, int] | None] = {}
-        self._of_keys = self._scored(keys, index.documents)
+        self._of_keys = self._scored(keys, index.of_rows)
 
     def best(self, wanted: int) -> dict[str, tuple[int, float]]:
         """So many rows that match best and fulfil the condition: the number of their best chunk, and its score."""
         scores = self._scores
         found: dict[str, tuple[int, float]] = {}
-        tried, limit, are_all_few = 0, wanted + SPARE_CANDIDATES, False
-        while len(found) < wanted and tried < scores.count and not are_all_few:
+        tried, limit, are_all = 0, wanted + SPARE_CANDIDATES, False
+        while len(found) < wanted and not are_all:
             few = self._few_rows(tried * (wanted / max(1, len(found)) - 1)) if tried else None
             if few is not None:
                 # Most candidates are not among the rows that match. These are fewer.
                 documents = self._here.documents_of(self._pipeline_id, few)
                 self._documents.update(documents)
-                candidates, are_all_few = self._scored(few, documents), True
+                candidates, are_all = self._scored(few, documents), True
                 self._found.update(few)
             else:
                 best = scores.best(limit)
-                candidates, tried = best[tried:], len(best)
+                candidates, tried, are_all = best[tried:], len(best), len(best) < limit
             # One look for those of the rows that are known, too.
             self._visible([*candidates, *self._of_keys])
             passages = [one for one in self._visible(candidates) if one[0] not in found]
@@ -317,7 +317,7 @@ class TextMatches:
         """
         if not self._target["has_plain_keys"]:
             return None
-        candidates = min(candidates, self._scores.count, FEW_ROWS)
+        candidates = min(candidates, self._scores.most, FEW_ROWS)
         estimated = self._here.estimated_matches(self._target["table_id"], self._condition)
         if estimated is None or estimated > candidates:
             return None

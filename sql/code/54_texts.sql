@@ -82,9 +82,11 @@ CREATE OR REPLACE FUNCTION autoembed._index_texts(
 AS $plpgsql$
 #variable_conflict use_column
 DECLARE
+    -- The place of a document in a segment has two bytes, one bit of them for the sign.
+    _most CONSTANT integer := 32768;
     _config regconfig;
     _rows integer[];
-    _segment_id bigint := nextval('autoembed.text_segment_id_seq');
+    _segments bigint[];
 BEGIN
     -- Another configuration waits until these texts are there, and then drops them. No lane waits for it.
     PERFORM FROM autoembed.pipeline AS p WHERE p.id = _index_texts.pipeline_id FOR SHARE NOWAIT;
@@ -102,6 +104,9 @@ BEGIN
     PERFORM FROM autoembed._drop_texts(
         _index_texts.pipeline_id, ARRAY(SELECT keys[r.number] FROM unnest(_rows) AS r(number))
     );
+    _segments := ARRAY(
+        SELECT nextval('autoembed.text_segment_id_seq') FROM generate_series(1, 1 + cardinality(texts) / _most)
+    );
     WITH word AS MATERIALIZED (
         SELECT t.row, t.chunk_number, w.lexeme, sum(coalesce(cardinality(w.positions), 1))::integer AS frequency
         FROM unnest(_index_texts.rows, chunk_numbers, texts) AS t(row, chunk_number, text)
@@ -110,19 +115,35 @@ BEGIN
         GROUP BY t.row, t.chunk_number, w.lexeme
     ),
     document AS MATERIALIZED (
-        SELECT n.*, row_number() OVER (ORDER BY n.id)::integer - 1 AS ordinal
+        SELECT o.*, _segments[1 + o.place / _most] AS segment_id, (o.place % _most)::smallint AS ordinal
         FROM (
-            SELECT nextval('autoembed.text_document_id_seq') AS id, d.row, d.chunk_number,
-                   coalesce(w.length, 0)::integer AS length
+            SELECT n.*, row_number() OVER (ORDER BY n.id)::integer - 1 AS place
             FROM (
-                SELECT DISTINCT t.row, t.chunk_number
-                FROM unnest(_index_texts.rows, chunk_numbers) AS t(row, chunk_number)
-                WHERE t.row = ANY (_rows)
-            ) AS d
-            LEFT JOIN (
-                SELECT w.row, w.chunk_number, sum(w.frequency) AS length FROM word AS w GROUP BY w.row, w.chunk_number
-            ) AS w USING (row, chunk_number)
-        ) AS n
+                SELECT nextval('autoembed.text_document_id_seq') AS id, d.row, d.chunk_number,
+                       coalesce(w.length, 0)::integer AS length
+                FROM (
+                    SELECT DISTINCT t.row, t.chunk_number
+                    FROM unnest(_index_texts.rows, chunk_numbers) AS t(row, chunk_number)
+                    WHERE t.row = ANY (_rows)
+                ) AS d
+                LEFT JOIN (
+                    SELECT w.row, w.chunk_number, sum(w.frequency) AS length
+                    FROM word AS w
+                    GROUP BY w.row, w.chunk_number
+                ) AS w USING (row, chunk_number)
+            ) AS n
+        ) AS o
+    ),
+    posting AS MATERIALIZED (
+        SELECT d.segment_id, w.lexeme, string_agg(int2send(d.ordinal), '' ORDER BY d.ordinal) AS ordinals,
+               string_agg(substr(int2send((CASE
+                   WHEN w.frequency < 128 THEN w.frequency
+                   -- The rule of bm25.level_of().
+                   ELSE least(255, 128 + round(8 * log(2, w.frequency / 128.0)))
+               END)::smallint), 2), '' ORDER BY d.ordinal) AS levels
+        FROM word AS w
+        JOIN document AS d USING (row, chunk_number)
+        GROUP BY d.segment_id, w.lexeme COLLATE "C", w.lexeme
     ),
     new_document AS (
         INSERT INTO autoembed.text_document (id, pipeline_id, key, chunk_number)
@@ -130,16 +151,15 @@ BEGIN
     ),
     new_segment AS (
         INSERT INTO autoembed.text_segment (id, pipeline_id, document_count, posting_count, documents, lengths)
-        SELECT _segment_id, _index_texts.pipeline_id, count(*), (SELECT count(DISTINCT w.lexeme) FROM word AS w),
+        SELECT d.segment_id, _index_texts.pipeline_id, count(*), (
+                   SELECT count(*) FROM posting AS p WHERE p.segment_id = d.segment_id
+               ),
                string_agg(int8send(d.id), '' ORDER BY d.ordinal), string_agg(int4send(d.length), '' ORDER BY d.ordinal)
         FROM document AS d
-        HAVING count(*) > 0
+        GROUP BY d.segment_id
     )
-    INSERT INTO autoembed.text_posting (segment_id, term, ordinals, frequencies)
-    SELECT _segment_id, w.lexeme, string_agg(int4send(d.ordinal), ''), string_agg(int4send(w.frequency), '')
-    FROM word AS w
-    JOIN document AS d USING (row, chunk_number)
-    GROUP BY w.lexeme COLLATE "C", w.lexeme;
+    INSERT INTO autoembed.text_posting (segment_id, term, ordinals, levels)
+    SELECT p.* FROM posting AS p;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._index_texts IS
@@ -288,7 +308,7 @@ CREATE OR REPLACE FUNCTION autoembed._replace_segments(
     lengths bytea,
     terms text[],
     ordinals bytea[],
-    frequencies bytea[],
+    levels bytea[],
     dead_documents bigint[]
 )
     RETURNS void
@@ -305,9 +325,9 @@ BEGIN
     SELECT _segment_id, _replace_segments.pipeline_id, _replace_segments.document_count, cardinality(terms),
            _replace_segments.documents, _replace_segments.lengths
     WHERE _replace_segments.document_count > 0;
-    INSERT INTO autoembed.text_posting (segment_id, term, ordinals, frequencies)
-    SELECT _segment_id, p.term, p.ordinals, p.frequencies
-    FROM unnest(terms, _replace_segments.ordinals, _replace_segments.frequencies) AS p(term, ordinals, frequencies)
+    INSERT INTO autoembed.text_posting (segment_id, term, ordinals, levels)
+    SELECT _segment_id, p.term, p.ordinals, p.levels
+    FROM unnest(terms, _replace_segments.ordinals, _replace_segments.levels) AS p(term, ordinals, levels)
     ORDER BY p.term COLLATE "C";
 END;
 $plpgsql$;

@@ -45,21 +45,22 @@ CREATE TABLE autoembed.text_posting (
     segment_id bigint NOT NULL,
     term text COLLATE pg_catalog."C" NOT NULL,
     ordinals bytea NOT NULL,
-    frequencies bytea NOT NULL,
+    levels bytea NOT NULL,
     PRIMARY KEY (segment_id, term)
 );
 COMMENT ON TABLE autoembed.text_posting IS 'The documents of each segment that have a term.';
 COMMENT ON COLUMN autoembed.text_posting.segment_id IS 'The segment.';
 COMMENT ON COLUMN autoembed.text_posting.term IS 'The term, as the text search configuration gives it.';
 COMMENT ON COLUMN autoembed.text_posting.ordinals IS
-    'The places of the documents within the segment, from 0, 4 bytes each.';
-COMMENT ON COLUMN autoembed.text_posting.frequencies IS 'How often each document has the term, 4 bytes each.';
+    'The places of the documents within the segment, from 0, 2 bytes each. Empty if levels has all documents.';
+COMMENT ON COLUMN autoembed.text_posting.levels IS
+    'How often each document has the term, a byte each: up to 127 the number, above that 8 for each doubling of 128.';
 
 -- To decompress them would take longer than to score them.
 ALTER TABLE autoembed.text_segment ALTER COLUMN documents SET STORAGE EXTERNAL;
 ALTER TABLE autoembed.text_segment ALTER COLUMN lengths SET STORAGE EXTERNAL;
 ALTER TABLE autoembed.text_posting ALTER COLUMN ordinals SET STORAGE EXTERNAL;
-ALTER TABLE autoembed.text_posting ALTER COLUMN frequencies SET STORAGE EXTERNAL;
+ALTER TABLE autoembed.text_posting ALTER COLUMN levels SET STORAGE EXTERNAL;
 
 SELECT pg_catalog.pg_extension_config_dump('autoembed.text_document', '');
 SELECT pg_catalog.pg_extension_config_dump('autoembed.text_document_id_seq', '');

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import numpy as np
@@ -16,11 +17,17 @@ from autoembed.bm25 import (
     Scores,
     Segment,
     counted,
+    joined,
+    level_of,
     merged,
     merged_ids,
     most_dead,
+    occurrences_of,
+    packed,
     parts,
     plain_words,
+    unpacked,
+    with_segment,
 )
 
 Documents = dict[int, dict[str, int]]
@@ -32,10 +39,42 @@ def segment_of(documents: Documents) -> Segment:
     postings = {}
     for term in terms:
         places = [place for place, number in enumerate(ids) if term in documents[number]]
-        frequencies = [documents[ids[place]][term] for place in places]
-        postings[term] = Posting(np.array(places, np.int32), np.array(frequencies, np.int32))
+        levels = [level_of(documents[ids[place]][term]) for place in places]
+        postings[term] = Posting(np.array(places, np.int32), np.array(levels, np.uint8))
     lengths = [sum(documents[number].values()) for number in ids]
     return Segment(np.array(ids, np.int64), np.array(lengths, np.int32), postings)
+
+
+def stored(segment: Segment) -> Segment:
+    """The same once it was written and read."""
+    count = len(segment.documents)
+    return segment._replace(
+        postings={term: unpacked(*packed(posting, count)) for term, posting in segment.postings.items()}
+    )
+
+
+def scores_of(segments: list[Segment], terms: dict[str, int], dead: np.ndarray) -> Scores:
+    documents = joined(segments)
+    postings: dict[str, list[tuple[int, Posting]]] = {}
+    for start, segment in zip(documents.starts, map(stored, segments), strict=True):
+        for term, posting in segment.postings.items():
+            postings.setdefault(term, []).append((start, posting))
+    return Scores(documents, postings, terms, dead)
+
+
+def exact(texts: Documents, terms: dict[str, int]) -> list[tuple[int, float]]:
+    """The documents that match, best first, and their scores, one document after the other."""
+    lengths = {number: sum(words.values()) for number, words in texts.items()}
+    mean = sum(lengths.values()) / len(texts)
+    having = {term: sum(term in words for words in texts.values()) for term in terms}
+    scores: dict[int, float] = {}
+    for number, words in texts.items():
+        for term in terms.keys() & words.keys():
+            [found] = occurrences_of(np.array([level_of(words[term])], np.uint8)).tolist()
+            idf = math.log(1 + (len(texts) - having[term] + 0.5) / (having[term] + 0.5))
+            gain = terms[term] * idf * found * 2.2 / (found + 1.2 * (0.25 + 0.75 * lengths[number] / mean))
+            scores[number] = scores.get(number, 0.0) + gain
+    return sorted(scores.items(), key=lambda one: (-one[1], one[0]))
 
 
 def numbers(*values: int) -> np.ndarray:
@@ -61,31 +100,54 @@ def test_a_very_long_text_is_indexed_in_part() -> None:
 
 def test_rare_words_and_short_texts_count_more_and_dead_texts_not_at_all() -> None:
     segments = [segment_of({1: {"a": 1, "b": 1}, 2: {"a": 1}}), segment_of({3: {"a": 2, "c": 5}, 9: {"c": 1}})]
-    assert [number for number, _ in Scores(segments, {"a": 1}, numbers()).best(10)] == [2, 1, 3]
-    assert Scores(segments, {"b": 1}, numbers()).best(1)[0][1] > Scores(segments, {"a": 1}, numbers()).best(1)[0][1]
-    assert [number for number, _ in Scores(segments, {"a": 1}, numbers(2, 4)).best(10)] == [1, 3]
+    assert [number for number, _ in scores_of(segments, {"a": 1}, numbers()).best(10)] == [2, 1, 3]
+    assert scores_of(segments, {"b": 1}, numbers()).best(1)[0][1] > scores_of(segments, {"a": 1}, numbers()).best(1)[0][1]
+    assert [number for number, _ in scores_of(segments, {"a": 1}, numbers(2, 4)).best(10)] == [1, 3]
     # A dead text is as one that never was.
     without = [segment_of({1: {"a": 1, "b": 1}}), segments[1]]
     terms = {"a": 1, "c": 2}
-    assert Scores(segments, terms, numbers(2)).best(9) == Scores(without, terms, numbers()).best(9)
+    assert scores_of(segments, terms, numbers(2)).best(9) == scores_of(without, terms, numbers()).best(9)
 
 
 def test_counted_texts_score_as_a_segment_does() -> None:
-    texts = {1: {"a": 1, "b": 2}, 2: {"b": 1}, 3: {"a": 3}}
+    texts = {1: {"a": 1, "b": 2}, 2: {"b": 1}, 3: {"a": 300}}
     terms = {"a": 1, "b": 2}
-    segment = counted([(sum(words.values()), words) for words in texts.values()])
+    postings: dict[str, list[tuple[int, Posting]]] = {}
+    documents = joined([])
+    for more in (counted([(sum(words.values()), words) for words in texts.values()]), counted([])):
+        documents = with_segment(documents, postings, more)
 
-    found = Scores([segment, counted([])], terms, numbers()).best(9)
+    found = Scores(documents, postings, terms, numbers()).best(9)
 
-    expected = Scores([segment_of(texts)], terms, numbers()).best(9)
+    expected = scores_of([segment_of(texts)], terms, numbers()).best(9)
     assert [(number + 4, score) for number, score in found] == expected
     assert merged_ids(numbers(2, 7), [9, 1, 2]).tolist() == [1, 2, 7, 9]
     assert merged_ids(numbers(), []).tolist() == []
 
 
-def test_the_best_come_with_all_their_equals() -> None:
-    scores = Scores([segment_of({number: {"a": 1} for number in range(1, 8)})], {"a": 1}, numbers())
-    assert [number for number, _ in scores.best(2)] == list(range(1, 8))
+@pytest.mark.parametrize("occurrences", [1, 2, 127, 128, 129, 140, 1000, 65_536, 1_000_000])
+def test_the_level_of_a_term_tells_how_often_it_occurs(occurrences: int) -> None:
+    level = level_of(occurrences)
+    [found] = occurrences_of(np.array([level], np.uint8))
+    assert 0 < level < 256
+    assert found == (occurrences if occurrences < 128 else pytest.approx(occurrences, rel=0.05))
+
+
+@pytest.mark.parametrize(("having", "bytes_stored"), [(10, 30), (25, 75), (26, 100), (100, 100)])
+def test_a_posting_takes_the_form_that_takes_less_room(having: int, bytes_stored: int) -> None:
+    places, levels = np.arange(100 - having, 100), np.full(having, 3, np.uint8)
+    written = packed(Posting(places, levels), 100)
+    assert sum(map(len, written)) == bytes_stored
+    read = unpacked(*written)
+    found = np.flatnonzero(read.levels) if read.ordinals is None else read.ordinals
+    assert found.tolist() == places.tolist()
+    assert set(read.levels.tolist()) - {0} == {3}
+
+
+def test_of_equal_scores_the_older_documents_come_first() -> None:
+    scores = scores_of([segment_of({number: {"a": 1} for number in range(1, 8)})], {"a": 1}, numbers())
+    assert [number for number, _ in scores.best(2)] == [1, 2]
+    assert [number for number, _ in scores.best(9)] == list(range(1, 8))
     assert set(scores.of([3, 99])) == {3}
 
 
@@ -97,29 +159,55 @@ def test_the_best_of_many_are_those_of_all_of_them(count: int) -> None:
     }
     odd, even = ({number: words for number, words in texts.items() if number % 2 == rest} for rest in (1, 0))
     # The ids ascend in each segment alone.
-    scores = Scores([segment_of(odd), segment_of(even)], {"a": 1, "b": 2}, numbers(*range(0, 4000, 7)))
+    scores = scores_of([segment_of(odd), segment_of(even)], {"a": 1, "b": 2}, numbers(*range(0, 4000, 7)))
 
     every = sorted(scores.of(range(4000)).items(), key=lambda one: (-one[1], one[0]))
-    assert len(every) == scores.count == 4000 - len(range(0, 4000, 7))
-    best = scores.best(count)
-    assert len(best) >= min(count, len(every))
-    assert best == every[: len(best)]
+    assert len(every) == 4000 - len(range(0, 4000, 7))
+    assert scores.best(count) == every[:count]
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("limits", ["as they are", "always look"])
+def test_no_document_is_left_out_that_is_among_the_best(
+    monkeypatch: pytest.MonkeyPatch, seed: int, limits: str
+) -> None:
+    """Words of every frequency, and dead documents with the best scores, beside an exact computation."""
+    if limits == "always look":
+        monkeypatch.setattr(bm25, "SHARE_OF_A_LOOK", 0.0)
+        monkeypatch.setattr(bm25, "POSTINGS_PER_LOOKUP", 0)
+    rng = random.Random(seed)
+    share = {f"w{n}": 0.9 / (1 + n) ** rng.choice([0.5, 1, 2]) for n in range(9)}
+    all_documents: list[Documents] = [{} for _ in range(rng.randint(1, 4))]
+    for number in range(3000):
+        words = {word: rng.choice([1, 1, 2, 5, 200]) for word, likely in share.items() if rng.random() < likely}
+        rng.choice(all_documents)[number] = {**words, "filler": rng.randint(1, 60)}
+    segments = [segment_of(documents) for documents in all_documents]
+    terms = {word: rng.choice([1, 1, 2]) for word in rng.sample(list(share), rng.randint(1, 9))}
+    texts = {number: words for documents in all_documents for number, words in documents.items()}
+    dead = [number for number, _ in exact(texts, terms)[: rng.choice([0, 50])]]
+    expected = exact({number: words for number, words in texts.items() if number not in dead}, terms)
+
+    for count in (1, 10, 120, 2999):
+        found = scores_of(segments, terms, numbers(*dead)).best(count)
+        assert [score for _, score in found] == pytest.approx([score for _, score in expected[:count]], rel=1e-4)
+        known = dict(expected)
+        assert dict(found) == pytest.approx({number: known[number] for number, _ in found}, rel=1e-4)
 
 
 def test_scores_do_not_depend_on_the_parts_that_are_scored_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     segments = [segment_of({number: {"a": 1 + number % 3, "b": number % 2} for number in range(50)})]
-    whole = Scores(segments, {"a": 1, "b": 2}, numbers(4)).best(50)
+    whole = scores_of(segments, {"a": 1, "b": 2}, numbers(4)).best(50)
 
     monkeypatch.setattr(bm25, "PART_POSTINGS", 7)
 
-    assert Scores(segments, {"a": 1, "b": 2}, numbers(4)).best(50) == whole
+    assert scores_of(segments, {"a": 1, "b": 2}, numbers(4)).best(50) == whole
 
 
 @pytest.mark.parametrize("terms", [{}, {"nosuch": 1}])
 @pytest.mark.parametrize("documents", [{}, {1: {}}, {1: {"a": 1}}])
 def test_nothing_is_found_where_nothing_matches(documents: Documents, terms: dict[str, int]) -> None:
-    assert Scores([segment_of(documents)], terms, numbers(1)).best(10) == []
-    assert Scores([], terms, numbers()).best(10) == []
+    assert scores_of([segment_of(documents)], terms, numbers(1)).best(10) == []
+    assert scores_of([], terms, numbers()).best(10) == []
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -132,17 +220,14 @@ def test_a_merged_segment_scores_as_its_parts_did(seed: int) -> None:
     dead = numbers(*rng.sample(range(60), rng.randint(0, 20)))
     segments = [segment_of(documents) for documents in all_documents]
     new = merged(segments, dead)
-    postings = {
-        term: Posting(ordinals, frequencies)
-        for term, ordinals, frequencies in zip(new.terms, new.ordinals, new.frequencies, strict=True)
-    }
 
     assert new.documents.tolist() == sorted(
         number for documents in all_documents for number in documents if number not in dead
     )
+    assert all(list(posting.ordinals) == sorted(posting.ordinals) for posting in new.postings.values())
     terms = {"a": 1, "b": 2, "f": 1}
-    before = Scores(segments, terms, dead).best(100)
-    after = Scores([Segment(new.documents, new.lengths, postings)], terms, numbers()).best(100)
+    before = scores_of(segments, terms, dead).best(100)
+    after = scores_of([new], terms, numbers()).best(100)
     assert [number for number, _ in after] == [number for number, _ in before]
     assert [score for _, score in after] == pytest.approx([score for _, score in before])
 
