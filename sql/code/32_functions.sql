@@ -550,7 +550,10 @@ AS $sql$
         ELSE ''
     END)
     FROM (VALUES
-        ('erase_truncate', 'erase(NULL);'),
+        -- Lanes find the rows that are gone by their records.
+        ('erase_truncate', 'IF NOT autoembed._erase_{{id}}(NULL) THEN '
+                           'INSERT INTO autoembed._job (due_at, message) VALUES (pg_catalog.clock_timestamp(), '
+                           '''{"pipeline": {{id}}, "recorded_after": ""}''); RETURN NULL; END IF;'),
         ('erase_rows', 'erase(ARRAY(SELECT r.key FROM ({{old_rows}}) AS r));'),
         ('erase_row', 'IF TG_OP OPERATOR(pg_catalog.=) ''DELETE'' AND {{has_old_key}} THEN erase(ARRAY[{{old_key}}]); '
                       'END IF;'),

@@ -39,6 +39,16 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._is_subscribed IS
     'Whether a subscription of logical replication writes a table or one of its partitions.';
 
+CREATE OR REPLACE FUNCTION autoembed._inherits(table_id oid)
+    RETURNS boolean
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT EXISTS (SELECT FROM pg_inherits AS i WHERE i.inhrelid = table_id);
+$sql$;
+COMMENT ON FUNCTION autoembed._inherits IS 'Whether a table is a partition, or inherits from another table.';
+
 CREATE OR REPLACE FUNCTION autoembed._build_triggers(pipeline autoembed.pipeline)
     RETURNS void
     LANGUAGE plpgsql
@@ -47,9 +57,10 @@ CREATE OR REPLACE FUNCTION autoembed._build_triggers(pipeline autoembed.pipeline
     SET client_min_messages = warning
 AS $plpgsql$
 DECLARE
-    -- A write to a partition fires no statement trigger of the root. Logical replication of rows fires none either.
     _is_parted boolean := (SELECT c.relkind = 'p' FROM pg_class AS c WHERE c.oid = pipeline.table_id);
-    _by_row boolean := pipeline.replicated OR _is_parted;
+    -- A write to a partition fires no statement trigger of the root, and one to a table that others inherit from fires
+    -- none of theirs. Logical replication of rows fires none either.
+    _by_row boolean := pipeline.replicated OR _is_parted OR autoembed._inherits(pipeline.table_id);
     _name text;
     _definition text;
 BEGIN

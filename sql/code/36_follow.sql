@@ -1324,6 +1324,15 @@ BEGIN
        AND _after.built_from IS DISTINCT FROM 'stopped' THEN
         PERFORM autoembed._build_partition_triggers(_after);
     END IF;
+    IF _after.managed AND _after.built_from IS DISTINCT FROM 'stopped' AND autoembed._inherits(_after.table_id)
+       AND EXISTS (
+           SELECT FROM pg_trigger AS t
+           WHERE t.tgrelid = _after.table_id AND t.tgname = autoembed._trigger_name(_after.id, 'insert')
+             -- This bit of pg_trigger.tgtype is set in a trigger of rows.
+             AND t.tgtype & 1 = 0
+       ) THEN
+        PERFORM autoembed._build_triggers(_after);
+    END IF;
     IF NOT _shape -> 'partitions' @> (_before.table_shape -> 'partitions') THEN
         PERFORM autoembed._drop_stray_triggers(c.oid)
         FROM jsonb_array_elements(_before.table_shape -> 'partitions') AS o(id)

@@ -16,8 +16,8 @@ BEGIN
         {{queue_update}}
         {{erase_update}}
     ELSIF TG_OP OPERATOR(pg_catalog.=) 'TRUNCATE' THEN
-        {{queue_truncate}}
         {{erase_truncate}}
+        {{queue_truncate}}
     ELSIF TG_LEVEL OPERATOR(pg_catalog.=) 'ROW' THEN
         {{queue_row}}
         {{erase_row}}

@@ -30,8 +30,8 @@ BEGIN
         {{queue_update}}
         {{erase_update}}
     ELSIF TG_OP = 'TRUNCATE' THEN
-        {{queue_truncate}}
         {{erase_truncate}}
+        {{queue_truncate}}
     ELSIF TG_LEVEL = 'ROW' THEN
         {{queue_row}}
         {{erase_row}}

@@ -1,7 +1,7 @@
--- Deletes the embeddings of rows by key; NULL: of all rows, or of those of a partition. Runs as the table's owner, in
--- the statement that deletes the rows or changes their keys.
+-- Deletes the embeddings of rows by key; NULL: of all rows, or of those of a partition. Returns whether it could. Runs
+-- as the table's owner, in the statement that deletes the rows or changes their keys.
 CREATE FUNCTION autoembed._erase_{{id}}(keys text[], part pg_catalog.regclass DEFAULT NULL)
-    RETURNS void
+    RETURNS boolean
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = {{search_path}}
@@ -16,9 +16,8 @@ BEGIN
         BEGIN
             LOCK TABLE {{embeddings_table}} IN ACCESS EXCLUSIVE MODE NOWAIT;
             TRUNCATE {{embeddings_table}};
-            RETURN;
-        EXCEPTION WHEN lock_not_available THEN
-            -- To wait for a reader could be a deadlock.
+        EXCEPTION WHEN OTHERS THEN
+            -- To wait for a reader could be a deadlock. A foreign key or a trigger may refuse it.
             DELETE FROM {{embeddings_table}};
         END;
     ELSE
@@ -29,7 +28,9 @@ BEGIN
             CROSS JOIN LATERAL (SELECT e.ctid FROM {{embeddings_table}} AS e WHERE {{same_embeddings}} OFFSET 0) AS f
         ));
     END IF;
+    RETURN true;
 EXCEPTION WHEN OTHERS THEN
     -- No row is kept from being deleted. A lane deletes its embeddings later.
+    RETURN false;
 END;
 $body$

@@ -85,6 +85,32 @@ def test_embeddings_follow_every_change_of_the_rows(pages: Connection, change: s
     assert_beside(pages)
 
 
+@pytest.mark.parametrize(
+    "parent",
+    [
+        "CREATE TABLE books (LIKE pages INCLUDING ALL) PARTITION BY RANGE (id);"
+        " ALTER TABLE books ATTACH PARTITION pages FOR VALUES FROM (0) TO (10)",
+        "CREATE TABLE books (LIKE pages INCLUDING ALL); ALTER TABLE pages INHERIT books",
+    ],
+)
+def test_writes_to_a_table_that_it_becomes_a_part_of_are_followed(pages: Connection, parent: str) -> None:
+    pages.execute("INSERT INTO pages VALUES (1, 'one'), (2, 'two'), (3, 'three')")
+    process(pages)
+
+    pages.execute(parent.encode())
+    pages.execute("DELETE FROM books WHERE id = 1")
+    pages.execute("UPDATE books SET body = 'other' WHERE id = 2")
+    if "PARTITION" in parent:
+        pages.execute("INSERT INTO books VALUES (4, 'four')")
+        process(pages)
+        pages.execute("INSERT INTO books VALUES (5, 'five')")
+        pages.execute("ALTER TABLE books DETACH PARTITION pages")
+    pages.execute("INSERT INTO pages VALUES (6, 'six')")
+    process(pages)
+
+    assert_beside(pages)
+
+
 def test_what_a_row_had_stays_until_the_new_embedding_is_written(pages: Connection) -> None:
     pages.execute("INSERT INTO pages VALUES (1, 'one')")
     process(pages)
@@ -316,6 +342,33 @@ def test_an_embeddings_table_that_refuses_keeps_no_row_from_being_deleted(pages:
 
     # A lane deletes the embedding as soon as it can.
     pages.execute("DROP TRIGGER refuse ON pages_embeddings")
+    process(pages)
+    assert_beside(pages)
+
+
+@pytest.mark.parametrize("on_delete", ["CASCADE", "NO ACTION"])
+def test_embeddings_that_others_refer_to_go_with_a_truncate_as_soon_as_they_can(
+    pages: Connection, on_delete: str
+) -> None:
+    pages.execute("INSERT INTO pages VALUES (1, 'one'), (2, 'two')")
+    process(pages)
+    pages.execute(
+        f"CREATE TABLE quotes (id int, chunk_number int,"
+        f" FOREIGN KEY (id, chunk_number) REFERENCES pages_embeddings ON DELETE {on_delete})"
+    )
+    pages.execute("INSERT INTO quotes VALUES (1, 1)")
+
+    pages.execute("TRUNCATE pages")
+    pages.execute("INSERT INTO pages VALUES (3, 'three')")
+
+    if on_delete == "CASCADE":
+        assert pages.execute("SELECT FROM pages_embeddings").fetchall() == []
+    process(pages)
+    process(pages)
+    kept = pages.execute("SELECT key FROM autoembed.failed").fetchall()
+    assert kept == ([] if on_delete == "CASCADE" else [("[1]",)])
+    pages.execute("DELETE FROM quotes")
+    pages.execute("SELECT autoembed.retry_failed('pages')")
     process(pages)
     assert_beside(pages)
 

@@ -166,6 +166,7 @@ _index_job - - - x
 _index_key - x - x
 _index_may_be_built - - - x
 _index_texts - - - x
+_inherits - - - x
 _is_binary - x - x
 _is_chosen - - - x
 _is_empty - x - x
