@@ -369,10 +369,17 @@ BEGIN
         RAISE EXCEPTION USING
             ERRCODE = 'duplicate_table',
             MESSAGE = format('relation %s exists and is no embeddings table of %s', _full_name, table_name),
-            HINT = format(
+            -- Who partitions a table gives its name to a new one.
+            HINT = coalesce((
+                SELECT format('It holds the embeddings of partition %1$s. They are used after SELECT '
+                              'autoembed.disable(%1$L);', p.table_id)
+                FROM autoembed.pipeline AS p
+                WHERE p.embeddings_table = to_regclass(_full_name)
+                  AND p.table_id IN (SELECT t.relid FROM autoembed._partition_tree(table_name) AS t)
+            ), format(
                 'Give the embeddings table another name: embeddings_table => %L.',
                 autoembed._beginning(_table.relname, 55) || '_vectors'
-            );
+            ));
     END IF;
     IF NOT has_schema_privilege(_table.nspname, 'CREATE') THEN
         RAISE EXCEPTION USING

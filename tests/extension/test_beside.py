@@ -111,6 +111,31 @@ def test_writes_to_a_table_that_it_becomes_a_part_of_are_followed(pages: Connect
     assert_beside(pages)
 
 
+def test_a_table_that_is_partitioned_keeps_its_embeddings(pages: Connection, api: FakeApi) -> None:
+    pages.execute("INSERT INTO pages VALUES (1, 'one'), (2, 'two')")
+    process(pages)
+    pages.execute(
+        "ALTER TABLE pages RENAME TO first_pages;"
+        " CREATE TABLE pages (LIKE first_pages INCLUDING ALL) PARTITION BY RANGE (id);"
+        " ALTER TABLE pages ATTACH PARTITION first_pages FOR VALUES FROM (0) TO (10);"
+        " CREATE TABLE other_pages PARTITION OF pages DEFAULT"
+    )
+
+    with pytest.raises(psycopg.errors.DuplicateTable) as refused:
+        pages.execute("SELECT autoembed.enable('pages', content_columns => '{body}')")
+    pages.execute((refused.value.diag.message_hint or "").split("after ")[1].encode())
+    pages.execute("SELECT autoembed.enable('pages', content_columns => '{body}')")
+    pages.execute("INSERT INTO pages VALUES (11, 'eleven')")
+    process(pages)
+    pages.execute("DELETE FROM pages WHERE id = 1")
+    pages.execute("UPDATE pages SET id = 12 WHERE id = 2")
+    process(pages)
+
+    assert_beside(pages)
+    # A row with another key is embedded again.
+    assert sorted(api.texts()) == ["eleven", "one", "two", "two"]
+
+
 def test_what_a_row_had_stays_until_the_new_embedding_is_written(pages: Connection) -> None:
     pages.execute("INSERT INTO pages VALUES (1, 'one')")
     process(pages)
