@@ -974,7 +974,7 @@ BEGIN
         content_function_id, content_function_oid, condition, condition_columns, condition_objects, model,
         on_change, truncate, replicated, managed, paused, table_shape, built_from, text_config,
         ef_search, recall_target, recall, recall_measured_at, embeddings_table, chunking, chunk_size, chunk_overlap,
-        chunk_function, chunk_function_oid, chunk_prefix, binary_index
+        chunk_function, chunk_function_oid, chunk_prefix, binary_index, former_chunking
     )
     SELECT (_new).table_id, (_new).embedding_column, (_new).key_columns, (_new).content_columns,
            (_new).content_template, (_new).content_function, (_new).content_function_id,
@@ -983,7 +983,7 @@ BEGIN
            (_new).table_shape, 'stopped', (_new).text_config, (_new).ef_search, (_new).recall_target,
            (_new).recall, (_new).recall_measured_at, (_new).embeddings_table, (_new).chunking, (_new).chunk_size,
            (_new).chunk_overlap, (_new).chunk_function, (_new).chunk_function_oid,
-           (_new).chunk_prefix, (_new).binary_index
+           (_new).chunk_prefix, (_new).binary_index, (_new).former_chunking
     RETURNING p.id INTO _new.id;
     -- The digests of the rows go along while the table has both keys.
     IF NOT EXISTS (

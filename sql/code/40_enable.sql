@@ -783,13 +783,19 @@ DECLARE
     _new_content boolean := num_nonnulls(content_columns, content_function, content_template) > 0;
     _is_beside CONSTANT boolean := coalesce(storage = 'beside', _pipeline.embeddings_table IS NOT NULL);
     _moves CONSTANT boolean := _is_beside <> (_pipeline.embeddings_table IS NOT NULL);
-    _chunking CONSTANT record := autoembed._chunking(chunking);
+    -- Texts that come back beside the rows are cut as before.
+    _former CONSTANT jsonb := CASE WHEN _moves AND _is_beside AND chunking IS NULL THEN _pipeline.former_chunking END;
+    _chunking CONSTANT record := autoembed._chunking(coalesce(chunking, _former ->> 'chunking'));
     _text_config CONSTANT text := autoembed._full_text_config(text_config);
     _new_place record;
     _new_table regclass;
     _new_column name;
     _void text;
 BEGIN
+    chunking := coalesce(chunking, _former ->> 'chunking');
+    chunk_size := coalesce(chunk_size, (_former ->> 'chunk_size')::integer);
+    chunk_overlap := coalesce(chunk_overlap, (_former ->> 'chunk_overlap')::integer);
+    chunk_prefix := coalesce(chunk_prefix, _former ->> 'chunk_prefix');
     _void := autoembed._check_content(content_columns, content_function, content_template, false);
     IF NOT _pipeline.managed AND (_new_content OR _moves OR num_nonnulls(condition, on_change) > 0) THEN
         RAISE EXCEPTION USING
@@ -866,7 +872,14 @@ BEGIN
                 WHEN alter_pipeline.text_config IS NULL THEN p.text_config
                 ELSE _text_config
             END,
-            binary_index = coalesce(alter_pipeline.binary_index, p.binary_index)
+            binary_index = coalesce(alter_pipeline.binary_index, p.binary_index),
+            former_chunking = CASE
+                WHEN _moves AND NOT _is_beside THEN jsonb_strip_nulls(jsonb_build_object(
+                    'chunking', coalesce(p.chunk_function, p.chunking), 'chunk_size', p.chunk_size,
+                    'chunk_overlap', p.chunk_overlap, 'chunk_prefix', p.chunk_prefix
+                ))
+                WHEN NOT _is_beside THEN p.former_chunking
+            END
         WHERE p.id = _pipeline.id
         RETURNING p.id
     LOOP
@@ -889,7 +902,7 @@ COMMENT ON FUNCTION autoembed.alter_pipeline IS
     'Changes how a table is embedded, by the arguments that are not NULL, and embeds the rows to which that makes a '
     'difference. An empty model is the default model. An empty condition, text_config or chunk_prefix is none. '
     'storage: beside or row, where the embeddings are to be. They go there without a request to the model, and the '
-    'table is locked until the caller commits. '
+    'table is locked until the caller commits. Texts that come back beside the rows are cut as before. '
     'binary_index: the index has one bit for each dimension, or is one of numbers again; the new one is built '
     'concurrently, and takes the place of the old one.';
 

@@ -62,7 +62,7 @@ BEGIN
                     UPDATE (content_columns, content_function, content_template, condition, condition_columns,
                             condition_objects, model, on_change, truncate, paused, ended, chunking, chunk_size,
                             chunk_overlap, embeddings_table, embedding_column, text_config, ef_search, recall_target,
-                            recall, recall_measured_at, chunk_function, chunk_prefix, binary_index)
+                            recall, recall_measured_at, chunk_function, chunk_prefix, binary_index, former_chunking)
                     ON autoembed.pipeline TO %s', role);
     EXECUTE format('GRANT SELECT,
                     INSERT (pipeline_id, condition, force, create_index),

@@ -41,6 +41,7 @@ CREATE TABLE autoembed.pipeline (
     binary_index boolean NOT NULL DEFAULT false,
     plan_problem text,
     planned_at timestamptz,
+    former_chunking jsonb,
     CONSTRAINT pipeline_embedding_column_key UNIQUE NULLS NOT DISTINCT (table_id, embeddings_table, embedding_column),
     CHECK (num_nonnulls(content_columns, content_template, content_function) = 1),
     CHECK ((chunking = 'function') = (chunk_function IS NOT NULL))
@@ -118,12 +119,15 @@ COMMENT ON COLUMN autoembed.pipeline.binary_index IS
 COMMENT ON COLUMN autoembed.pipeline.plan_problem IS
     'The error for which no text of its rows can be read, which stops it; NULL: none is known.';
 COMMENT ON COLUMN autoembed.pipeline.planned_at IS 'When that was last looked at.';
+COMMENT ON COLUMN autoembed.pipeline.former_chunking IS
+    'How its texts were cut when its embeddings moved from beside the rows into them; NULL: they did not.';
 
 -- Lanes read a definition in each pass, and nothing interrupts that. Older definitions are not looked at: none keeps a
 -- database from its update.
 ALTER TABLE autoembed.pipeline ADD CONSTRAINT pipeline_definition_is_short CHECK (
     octet_length(content_template) <= 5000
     AND octet_length(chunk_prefix) <= 5000
+    AND octet_length(former_chunking::text) <= 100000
     AND cardinality(content_columns) <= 1600
     AND octet_length(condition) <= 100000
     AND octet_length(condition_columns::text) <= 100000

@@ -80,12 +80,14 @@ ALTER TABLE autoembed.pipeline ADD COLUMN chunk_prefix text;
 ALTER TABLE autoembed.pipeline ADD COLUMN binary_index boolean NOT NULL DEFAULT false;
 ALTER TABLE autoembed.pipeline ADD COLUMN plan_problem text;
 ALTER TABLE autoembed.pipeline ADD COLUMN planned_at timestamptz;
+ALTER TABLE autoembed.pipeline ADD COLUMN former_chunking jsonb;
 ALTER TABLE autoembed.pipeline ADD CHECK ((chunking = 'function') = (chunk_function IS NOT NULL));
 -- Lanes read a definition in each pass, and nothing interrupts that. Older definitions are not looked at: none keeps a
 -- database from its update.
 ALTER TABLE autoembed.pipeline ADD CONSTRAINT pipeline_definition_is_short CHECK (
     octet_length(content_template) <= 5000
     AND octet_length(chunk_prefix) <= 5000
+    AND octet_length(former_chunking::text) <= 100000
     AND cardinality(content_columns) <= 1600
     AND octet_length(condition) <= 100000
     AND octet_length(condition_columns::text) <= 100000
@@ -94,6 +96,8 @@ ALTER TABLE autoembed.pipeline ADD CONSTRAINT pipeline_definition_is_short CHECK
 COMMENT ON COLUMN autoembed.pipeline.plan_problem IS
     'The error for which no text of its rows can be read, which stops it; NULL: none is known.';
 COMMENT ON COLUMN autoembed.pipeline.planned_at IS 'When that was last looked at.';
+COMMENT ON COLUMN autoembed.pipeline.former_chunking IS
+    'How its texts were cut when its embeddings moved from beside the rows into them; NULL: they did not.';
 COMMENT ON COLUMN autoembed.pipeline.warned_of IS
     'The problem that the server''s log was last told of. NULL: none since the last one was over.';
 COMMENT ON COLUMN autoembed.pipeline.stale_since IS

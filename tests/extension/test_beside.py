@@ -972,6 +972,29 @@ def test_embeddings_move_into_the_rows_without_a_request(pages: Connection, api:
         assert np.allclose(vector, embedding_of(text), atol=2e-3), text
 
 
+@pytest.mark.parametrize(
+    ("arguments", "chunking"),
+    [
+        ("", ("structure", 40, 5, "{views}")),
+        (", chunk_size => 50, chunk_prefix => ''", ("structure", 50, 5, None)),
+        (", chunking => 'none'", ("none", None, 0, None)),
+    ],
+)
+def test_texts_that_come_back_beside_the_rows_are_cut_as_before(
+    pages: Connection, api: FakeApi, arguments: str, chunking: tuple[object, ...]
+) -> None:
+    pages.execute(
+        "SELECT autoembed.alter_pipeline('pages', chunk_size => 40, chunk_overlap => 5, chunk_prefix => '{views}')"
+    )
+
+    pages.execute("SELECT autoembed.alter_pipeline('pages', storage => 'row')")
+    pages.execute("SELECT autoembed.alter_pipeline('pages', condition => 'views >= 0')")
+    pages.execute(f"SELECT autoembed.alter_pipeline('pages', storage => 'beside' {arguments})".encode())
+
+    known = "SELECT chunking, chunk_size, chunk_overlap, chunk_prefix FROM autoembed.pipeline"
+    assert pages.execute(known).fetchone() == chunking
+
+
 def test_an_index_and_the_search_go_along(in_rows: Connection, api: FakeApi) -> None:
     in_rows.execute("CREATE INDEX ON pages USING hnsw (embedding halfvec_cosine_ops)")
     search = "SELECT s.key FROM autoembed.search('pages', 'four', max_rows => 1) AS s"

@@ -423,6 +423,7 @@ pipeline.ef_search - rw - raw
 pipeline.embedding_column - raw - raw
 pipeline.embeddings_table - raw - raw
 pipeline.ended - rw - raw
+pipeline.former_chunking - rw - raw
 pipeline.model - raw - raw
 pipeline.on_change - raw - raw
 pipeline.paused - rw - raw

@@ -490,7 +490,7 @@ KEPT = {
     " to_jsonb(p) - '{built_from,content_function_id,content_function_oid,ended,warned_of,stale_since}'::text[]"
     " - '{embeddings_table,chunking,chunk_size,chunk_overlap,text_config,chunk_function,chunk_function_oid}'::text[]"
     " - '{ef_search,recall_target,recall,recall_measured_at,adopts,chunk_prefix,binary_index}'::text[]"
-    " - '{plan_problem,planned_at}'::text[]"
+    " - '{plan_problem,planned_at,former_chunking}'::text[]"
     ", autoembed._content_function_of(p)::regprocedure FROM autoembed.pipeline AS p ORDER BY p.id",
     # A model that had no price may have one.
     "model": "SELECT to_jsonb(m) - '{timeout_seconds,price_per_million_tokens}'::text[]"
