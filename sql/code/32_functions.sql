@@ -382,7 +382,8 @@ BEGIN
         RETURN false;
     END IF;
     IF EXISTS (
-        SELECT FROM pg_class AS c WHERE c.oid = (_slots ->> 'embeddings_table')::regclass AND NOT c.relrowsecurity
+        SELECT FROM pg_class AS c
+        WHERE c.oid = to_regclass(_slots ->> 'embeddings_table') AND NOT c.relrowsecurity
     ) THEN
         -- A dump without policies leaves it open to all. The event trigger for this statement makes the functions, too.
         EXECUTE format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY', _slots ->> 'embeddings_table');

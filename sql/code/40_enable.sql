@@ -36,6 +36,24 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._owned_pipelines IS
     'The pipelines of a table that the caller owns, or the one of that column. Fails if there is none.';
 
+CREATE OR REPLACE FUNCTION autoembed._check_beside(table_id regclass, embeddings_table regclass)
+    RETURNS void
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF embeddings_table IS NOT NULL AND NOT EXISTS (SELECT FROM pg_class AS c WHERE c.oid = embeddings_table) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'undefined_table',
+            MESSAGE = format('the embeddings table of table %s was dropped', table_id),
+            HINT = format('Attach the table again: SELECT autoembed.disable(%1$L); then SELECT autoembed.enable(%1$L, …).',
+                          table_id);
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._check_beside IS 'Fails if the embeddings table of a table was dropped. NULL: it has none.';
+
 CREATE OR REPLACE FUNCTION autoembed._owned_pipeline(table_name regclass, embedding_column name)
     RETURNS autoembed.pipeline
     LANGUAGE plpgsql
@@ -44,6 +62,7 @@ CREATE OR REPLACE FUNCTION autoembed._owned_pipeline(table_name regclass, embedd
 AS $plpgsql$
 DECLARE
     _found CONSTANT autoembed.pipeline[] := autoembed._owned_pipelines(table_name, embedding_column);
+    _void text;
 BEGIN
     IF cardinality(_found) > 1 THEN
         RAISE EXCEPTION USING
@@ -57,6 +76,7 @@ BEGIN
                 FROM unnest(_found) AS f
             );
     END IF;
+    _void := autoembed._check_beside(_found[1].table_id, _found[1].embeddings_table);
     RETURN _found[1];
 END;
 $plpgsql$;
@@ -948,6 +968,7 @@ CREATE OR REPLACE FUNCTION autoembed.disable(
 AS $plpgsql$
 DECLARE
     _pipeline autoembed.pipeline;
+    _embeddings_table regclass;
     _ended text[] := '{}'::text[];
     _void text;
 BEGIN
@@ -966,16 +987,17 @@ BEGIN
     END IF;
     FOREACH _pipeline IN ARRAY autoembed._owned_pipelines(table_name, embedding_column) LOOP
         _void := autoembed._lock_table(_pipeline.table_id, true);
-        IF disable.drop AND _pipeline.embeddings_table IS NOT NULL THEN
+        _embeddings_table := (SELECT c.oid FROM pg_class AS c WHERE c.oid = _pipeline.embeddings_table);
+        IF disable.drop AND _embeddings_table IS NOT NULL THEN
             _void := autoembed._lock_table(_pipeline.embeddings_table, true);
         END IF;
         _ended := _ended || coalesce(
             _pipeline.embeddings_table::text, format('column "%s"', _pipeline.embedding_column)
         );
         UPDATE autoembed.pipeline AS p SET ended = true WHERE p.id = _pipeline.id;
-        IF disable.drop AND _pipeline.embeddings_table IS NOT NULL THEN
-            EXECUTE format('DROP TABLE %s', _pipeline.embeddings_table);
-        ELSIF disable.drop THEN
+        IF disable.drop AND _embeddings_table IS NOT NULL THEN
+            EXECUTE format('DROP TABLE %s', _embeddings_table);
+        ELSIF disable.drop AND _pipeline.embeddings_table IS NULL THEN
             EXECUTE format('ALTER TABLE %s DROP COLUMN IF EXISTS %I', _pipeline.table_id, _pipeline.embedding_column);
         END IF;
     END LOOP;

@@ -103,6 +103,7 @@ CREATE OR REPLACE FUNCTION autoembed._searched(
 AS $plpgsql$
 DECLARE
     _is_ambiguous boolean;
+    _void text;
 BEGIN
     SELECT p.table_id, coalesce(p.embeddings_table, p.table_id), p.model, p.id,
            -- The first of several sets beside the rows counts until it is detached: another model takes its place at
@@ -139,6 +140,7 @@ BEGIN
                 WHERE _searched.table_name IN (p.table_id, p.embeddings_table)
             );
     END IF;
+    _void := autoembed._check_beside(table_id, nullif(vectors_table, table_id));
     model := coalesce(model, autoembed._default_model());
 END;
 $plpgsql$;

@@ -306,6 +306,45 @@ def test_disable_can_drop_the_embeddings(pages: Connection) -> None:
     assert pages.execute("SELECT to_regclass('pages_embeddings')").fetchone() == (None,)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        "preview('pages', '1')",
+        "search('pages', 'one')",
+        "search(NULL::pages, 'one')",
+        "measure_recall('pages')",
+        "tune('pages')",
+        "create_match_function('pages')",
+        "reembed('pages')",
+        "alter_pipeline('pages', binary_index => true)",
+        "alter_pipeline('pages', storage => 'row')",
+    ],
+)
+def test_what_needs_an_embeddings_table_that_was_dropped_says_so(pages: Connection, call: str) -> None:
+    pages.execute("DROP TABLE pages_embeddings CASCADE")
+    pages.execute("INSERT INTO pages VALUES (1, 'one')")
+
+    with pytest.raises(
+        psycopg.errors.UndefinedTable, match="the embeddings table of table public.pages was dropped"
+    ) as refused:
+        pages.execute(f"SELECT * FROM autoembed.{call}".encode())
+
+    assert "autoembed.disable('public.pages'); then" in (refused.value.diag.message_hint or "")
+
+
+def test_an_embeddings_table_that_was_dropped_is_made_again(pages: Connection) -> None:
+    pages.execute("INSERT INTO pages VALUES (1, 'one')")
+    process(pages)
+
+    pages.execute("DROP TABLE pages_embeddings CASCADE")
+    pages.execute("UPDATE pages SET body = 'two'; DELETE FROM pages; INSERT INTO pages VALUES (3, 'three')")
+    pages.execute("SELECT autoembed.disable('pages', drop => true)")
+    pages.execute("SELECT autoembed.enable('pages', content_columns => '{body}')")
+    process(pages)
+
+    assert_beside(pages)
+
+
 def test_a_table_may_have_several_embeddings_tables_and_a_column(pages: Connection) -> None:
     with pytest.raises(psycopg.errors.DuplicateObject) as refusal:
         pages.execute("SELECT autoembed.enable('pages', content_columns => '{body}')")

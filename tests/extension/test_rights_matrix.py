@@ -52,6 +52,7 @@ _call_embedder - - - x
 _changed_expression - - - x
 _check_api_key - - - x
 _check_attachable - x - x
+_check_beside - x - x
 _check_budget - - - x
 _check_chunk_function - - - x
 _check_chunking - x - x

@@ -101,7 +101,9 @@ def test_a_very_long_text_is_indexed_in_part() -> None:
 def test_rare_words_and_short_texts_count_more_and_dead_texts_not_at_all() -> None:
     segments = [segment_of({1: {"a": 1, "b": 1}, 2: {"a": 1}}), segment_of({3: {"a": 2, "c": 5}, 9: {"c": 1}})]
     assert [number for number, _ in scores_of(segments, {"a": 1}, numbers()).best(10)] == [2, 1, 3]
-    assert scores_of(segments, {"b": 1}, numbers()).best(1)[0][1] > scores_of(segments, {"a": 1}, numbers()).best(1)[0][1]
+    assert (
+        scores_of(segments, {"b": 1}, numbers()).best(1)[0][1] > scores_of(segments, {"a": 1}, numbers()).best(1)[0][1]
+    )
     assert [number for number, _ in scores_of(segments, {"a": 1}, numbers(2, 4)).best(10)] == [1, 3]
     # A dead text is as one that never was.
     without = [segment_of({1: {"a": 1, "b": 1}}), segments[1]]
