@@ -243,7 +243,7 @@ BEGIN
     END IF;
     _column := (
         SELECT n.name
-        FROM unnest(_columns) WITH ORDINALITY AS n(name, position)
+        FROM unnest(_columns || pipeline.embedding_column) WITH ORDINALITY AS n(name, position)
         WHERE NOT EXISTS (
             SELECT FROM pg_attribute AS a
             WHERE a.attrelid = pipeline.embeddings_table AND a.attname = n.name AND a.attnum > 0 AND NOT a.attisdropped

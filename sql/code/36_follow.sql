@@ -356,7 +356,12 @@ BEGIN
         FROM unnest(_strays) AS s(pipeline_id)
         WHERE NOT EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.id = s.pipeline_id);
     END IF;
-    _void := autoembed._build_pipeline(NEW.id);
+    IF NOT autoembed._build_pipeline(NEW.id) AND NEW.embeddings_table IS NOT NULL THEN
+        -- Somebody may have dropped the policy or the view.
+        PERFORM autoembed._admit_readers(s.slots)
+        FROM autoembed._slots(NEW) AS s(slots)
+        WHERE s.slots ->> 'vector_type' IS NOT NULL;
+    END IF;
     -- PostgreSQL plans the statements of a lane, under the guards of a lane.
     IF autoembed._missing_object(NEW) IS NULL AND EXISTS (
         SELECT FROM pg_proc AS p

@@ -1080,7 +1080,8 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed.resync IS
     'Scans all rows of a table that the caller owns, and embeds those whose embedding is missing or stale: after a '
     'restore, a load with triggers off, or a change of model. Makes autoembed''s triggers again where they are missing '
-    'or disabled. A row whose embedding is fresh is not sent.';
+    'or disabled, and the policy and the view for readers of embeddings beside the rows. A row whose embedding is fresh '
+    'is not sent.';
 
 CREATE OR REPLACE FUNCTION autoembed.reembed(
     table_name regclass,

@@ -306,6 +306,33 @@ def test_disable_can_drop_the_embeddings(pages: Connection) -> None:
     assert pages.execute("SELECT to_regclass('pages_embeddings')").fetchone() == (None,)
 
 
+def test_resync_makes_the_policy_and_the_view_again_that_somebody_has_dropped(
+    pages: Connection, connect: Callable[..., Connection], role: Callable[[str], str]
+) -> None:
+    reader = role("reader")
+    pages.execute(f"GRANT SELECT ON pages TO {reader}; INSERT INTO pages VALUES (1, 'one')")
+    process(pages)
+    pages.execute("DROP VIEW pages_chunks; DROP POLICY autoembed_readers ON pages_embeddings")
+    assert connect(user=reader).execute("SELECT FROM pages_embeddings").fetchall() == []
+
+    pages.execute("SELECT autoembed.resync('pages')")
+
+    assert connect(user=reader).execute("SELECT chunk FROM pages_chunks").fetchall() == [("one",)]
+
+
+@pytest.mark.parametrize("column", ["chunk_start", "embedding"])
+def test_a_renamed_column_of_the_embeddings_table_is_named(pages: Connection, column: str) -> None:
+    pages.execute(f"ALTER TABLE pages_embeddings RENAME {column} TO other")
+
+    found = pages.execute("SELECT reason FROM autoembed.status").fetchone()
+    assert found == (f'table public.pages_embeddings has no column "{column}"',)
+
+    pages.execute(f"ALTER TABLE pages_embeddings RENAME other TO {column}")
+    pages.execute("INSERT INTO pages VALUES (1, 'one')")
+    process(pages)
+    assert_beside(pages)
+
+
 @pytest.mark.parametrize(
     "call",
     [
