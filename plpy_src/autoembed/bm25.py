@@ -223,9 +223,7 @@ def joined(segments: Sequence[Segment]) -> Documents:
     return Documents(np.concatenate(ids), np.concatenate(lengths), starts)
 
 
-def with_segment(
-    documents: Documents, postings: dict[str, list[tuple[int, Posting]]], segment: Segment
-) -> Documents:
+def with_segment(documents: Documents, postings: dict[str, list[tuple[int, Posting]]], segment: Segment) -> Documents:
     """These documents, and those of one more segment. Its postings are added to the others, as Scores() takes them."""
     import numpy as np
 
@@ -251,7 +249,7 @@ class Having:
 
         # Where segments start that have a level for each document, and these levels.
         self.every = [(start, posting.levels) for start, posting in postings if posting.ordinals is None]
-        some = [(start, *posting) for start, posting in postings if posting.ordinals is not None]
+        some = [(start, ordinals, levels) for start, (ordinals, levels) in postings if ordinals is not None]
         count = sum(len(levels) for _, _, levels in some)
         # Filled in place: to join arrays copies them.
         self.places, self.levels = np.empty(count, np.int64), np.empty(count, np.uint8)
@@ -397,7 +395,7 @@ def _gains(term: Term, levels: np.ndarray, norms: np.ndarray) -> np.ndarray:
     import numpy as np
 
     occurrences = occurrences_of(levels)
-    gains = norms + occurrences
+    gains: np.ndarray = norms + occurrences
     np.divide(occurrences, gains, out=gains)
     gains *= term.weight
     return gains

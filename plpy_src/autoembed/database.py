@@ -11,10 +11,12 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import plpy  # type: ignore[import-not-found]
 
+from autoembed import search_text
 from autoembed.binary import copy_rows, literals
 from autoembed.bm25 import (
     MAX_MERGED_POSTINGS,
@@ -43,6 +45,7 @@ from autoembed.errors import (
     row_error,
     trouble_of_function,
 )
+from autoembed.kept import KeptTexts
 from autoembed.limits import Charge, Limits, Permit
 from autoembed.long_text import LongText, Text
 from autoembed.model import Model, Share
@@ -107,6 +110,8 @@ _plans: dict[str, Any] = {}
 # Plans of the queries of searches, which name tables, and have conditions and limits of callers.
 _kept_plans: dict[str, Any] = {}
 MAX_KEPT_PLANS = 50
+# The vectors of search texts, by text, model and version of the table's facts: embed() looks up more.
+_vectors = KeptTexts(search_text.KEPT_CHARACTERS)
 # The segments that searches of this session have read, without postings, by the OID of their table and their ids. A
 # segment is never changed.
 _segments: dict[tuple[int, int], Segment] = {}
@@ -1331,9 +1336,12 @@ class Database:
         return {row["id"]: (row["key"], row["chunk_number"]) for row in rows}
 
     def search_target(self, table_id: str, embedding_column: str | None) -> dict[str, Any]:
-        """The facts that a search needs: the columns of autoembed._search_target(), and pipeline_id."""
+        """The facts that a search needs: the columns of autoembed._search_target(), and some of this search.
+
+        These are pipeline_id, version, and has_policies: whether policies may hide rows from the caller.
+        """
         [searched] = self._run(
-            "SELECT s.*, autoembed._searched_version(s.pipeline_id, s.model) AS version,"
+            "SELECT s.*, pg_catalog.row_security_active(s.table_id) AS has_policies,"
             " pg_catalog.current_setting('transaction_isolation') AS isolation"
             " FROM autoembed._searched($1::pg_catalog.regclass, $2) AS s",
             ["pg_catalog.text", "pg_catalog.name"],
@@ -1347,10 +1355,10 @@ class Database:
         # An older snapshot has facts of before a change that PostgreSQL has told of already.
         lasts = searched["isolation"] == "read committed"
         [row] = plpy.execute(_kept_plan(query, []) if lasts else query)
-        facts: dict[str, Any] = json.loads(row["facts"])
+        facts = _facts(row["facts"])
         if lasts and not facts["lasts"]:
             del _kept_plans[query]
-        return {**facts, "pipeline_id": searched["pipeline_id"]}
+        return {**facts, **{name: searched[name] for name in ("pipeline_id", "version", "has_policies")}}
 
     def near(self, query: str, vector_type: str, vector: str) -> list[tuple[str, float, int | None]]:
         """The keys, distances and chunks of a query that a search asks. It runs with the rights of the caller."""
@@ -1364,12 +1372,24 @@ class Database:
         rows = self._run(query, [vector_type, "pg_catalog.text[]"], [vector, list(keys)])
         return [(row["key"], row["distance"], row["number"]) for row in rows]
 
-    def embed(self, content: str, model: str) -> str:
+    def embed(self, content: str, target: dict[str, Any]) -> str:
         """The vector of a search text, as SQL writes it."""
-        [row] = self._run(
-            "SELECT autoembed.embed($1, $2) AS vector", ["pg_catalog.text", "pg_catalog.text"], [content, model]
-        )
-        return str(row["vector"])
+        search = (content, target["model"], target["version"])
+        vector = _vectors.get(search)
+        search_text.was_kept = vector is not None
+        if vector is None:
+            [row] = self._run(
+                "SELECT autoembed.embed($1, $2) AS vector",
+                ["pg_catalog.text", "pg_catalog.text"],
+                [content, target["model"]],
+            )
+            vector = str(row["vector"])
+            _vectors.keep(search, vector)
+        return vector
+
+    def go_on_by_index(self) -> None:
+        """Has a vector index give as many rows as are asked for, whatever conditions leave out, for this function."""
+        self._run("SELECT pg_catalog.set_config('hnsw.iterative_scan', 'strict_order', true)")
 
     def set_ef_search(self, ef_search: int) -> None:
         """Has a vector index keep so many candidates, for this function."""
@@ -1403,12 +1423,15 @@ class Database:
         """The keys of the rows that fulfil the condition of a search. It runs with the rights of the caller."""
         return [row["key"] for row in plpy.execute(query)]
 
-    def estimated_matches(self, table_id: str, condition: str | None) -> float | None:
+    def estimated_matches(self, target: dict[str, Any], condition: str | None) -> float | None:
         """About how many rows fulfil a condition and may be read by the caller; None: nobody knows."""
+        rows: float | None = target["row_count"]
+        if condition is None and not target["has_policies"]:
+            return rows if rows is not None and rows >= 0 else None
         [row] = self._run(
             "SELECT autoembed._estimated_matches($1::pg_catalog.regclass, $2) AS rows",
             ["pg_catalog.text", "pg_catalog.text"],
-            [table_id, condition],
+            [target["table_id"], condition],
         )
         return row["rows"]  # type: ignore[no-any-return]
 
@@ -1540,6 +1563,12 @@ class Database:
         if plan is None:
             plan = _plans[sql] = plpy.prepare(sql, list(types))
         return plpy.execute(plan, list(arguments))
+
+
+@lru_cache(maxsize=MAX_KEPT_PLANS)
+def _facts(text: str) -> dict[str, Any]:
+    """The facts of autoembed._lasting_target(), to be read only."""
+    return json.loads(text)  # type: ignore[no-any-return]
 
 
 def statement() -> tuple[str, str]:

@@ -463,6 +463,7 @@ def search_page(
         **_NO_PAGE,
         **facts,
         "by_index": by_index,
+        "ranks": list(range(after + 1, after + 1 + len(keys))),
         "keys": keys,
         "numbers": numbers,
         "scores": scores,
@@ -585,7 +586,7 @@ def _check(model: Model) -> None:
 NO_FAULT = {"problem": None, "hint": None, "errcode": None}
 _NO_PAGE = {
     **dict.fromkeys(("table_id", "pipeline_id", "rows_query", "by_index")),
-    **dict.fromkeys(("keys", "numbers", "scores", "similarities", "text_scores")),
+    **dict.fromkeys(("ranks", "keys", "numbers", "scores", "similarities", "text_scores")),
     **NO_FAULT,
 }
 

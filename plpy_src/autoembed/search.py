@@ -94,7 +94,7 @@ class Search:
             matches = TextMatches(self._here, self.target, query, self._condition)
             found = matches.best(wanted)
             return [Hit(key, number, score, None, score) for key, (number, score) in found.items()], None
-        vector = self._here.embed(query, self.target["model"])
+        vector = self._here.embed(query, self.target)
         near, by_index = self.nearest(vector, wanted, at_least=0 if mode == VECTOR else CANDIDATES)
         if mode == VECTOR:
             return [Hit(row.key, row.number, row.similarity, row.similarity, None) for row in near], by_index
@@ -135,6 +135,10 @@ class Search:
                 self._here.set_ef_search(ef_search)
             if target["is_binary"]:
                 limit = max(limit, ef_search)
+        # It takes longer.
+        goes_on = by_index and (self._condition is not None or target["has_policies"] or limit >= ef_search)
+        if goes_on:
+            self._here.go_on_by_index()
         while True:
             end = target["near_end"] if by_index else target["exact_end"]
             query = f"{target['near_start']}{self._condition or 'true'}\n{end} LIMIT {limit}"
@@ -142,11 +146,14 @@ class Search:
             rows = nearest_chunks(found)
             if len(rows) >= wanted or len(found) < limit and not by_index:
                 return rows, by_index
-            if len(found) < limit:
+            if len(found) == limit:
+                limit *= 4
+            elif goes_on:
                 # The index has given up before it had as many.
                 by_index = False
-            else:
-                limit *= 4
+            if by_index and not goes_on:
+                self._here.go_on_by_index()
+                goes_on = True
 
     def _nearness_of(self, vector: str, keys: list[str]) -> dict[str, Near | None]:
         """These rows. None: it has no embedding yet."""
@@ -158,7 +165,7 @@ class Search:
 
     def _estimated_matches(self) -> float | None:
         try:
-            return self._here.estimated_matches(self.target["table_id"], self._condition)
+            return self._here.estimated_matches(self.target, self._condition)
         except self._here.Error as error:
             fault = self._here.fault_of(error)
             if self._condition is None or is_nobodys(fault.errcode) or fault.errcode == INSUFFICIENT_PRIVILEGE:
@@ -318,7 +325,7 @@ class TextMatches:
         if not self._target["has_plain_keys"]:
             return None
         candidates = min(candidates, self._scores.most, FEW_ROWS)
-        estimated = self._here.estimated_matches(self._target["table_id"], self._condition)
+        estimated = self._here.estimated_matches(self._target, self._condition)
         if estimated is None or estimated > candidates:
             return None
         keys = self._here.keys(f"{self._target['keys_query']}{self._condition or 'true'}\n) LIMIT {4 * FEW_ROWS}")

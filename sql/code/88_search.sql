@@ -94,7 +94,8 @@ CREATE OR REPLACE FUNCTION autoembed._searched(
     OUT table_id regclass,
     OUT vectors_table regclass,
     OUT model text,
-    OUT pipeline_id integer
+    OUT pipeline_id integer,
+    OUT version text
 )
     LANGUAGE plpgsql
     STABLE
@@ -105,11 +106,14 @@ DECLARE
     _is_ambiguous boolean;
     _void text;
 BEGIN
-    SELECT p.table_id, coalesce(p.embeddings_table, p.table_id), p.model, p.id,
+    SELECT p.table_id, coalesce(p.embeddings_table, p.table_id), coalesce(p.model, autoembed._default_model()), p.id,
+           concat_ws(' ', p.xmin, p.ctid, CASE
+               WHEN p.text_config IS NOT NULL THEN autoembed._text_config(p.id)::oid
+           END),
            -- The first of several sets beside the rows counts until it is detached: another model takes its place at
            -- once.
            count(*) OVER () > 1 AND bool_or(p.embeddings_table IS NULL) OVER ()
-    INTO table_id, vectors_table, model, pipeline_id, _is_ambiguous
+    INTO table_id, vectors_table, model, pipeline_id, version, _is_ambiguous
     FROM autoembed.pipeline AS p
     WHERE _searched.table_name IN (p.table_id, p.embeddings_table)
       AND coalesce(_searched.embedding_column, p.embedding_column) IN (
@@ -141,28 +145,12 @@ BEGIN
             );
     END IF;
     _void := autoembed._check_beside(table_id, nullif(vectors_table, table_id));
-    model := coalesce(model, autoembed._default_model());
+    version := concat_ws(' ', version, (SELECT concat(m.xmin, m.ctid) FROM autoembed.model AS m WHERE m.name = model));
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._searched IS
-    'The table whose rows a search finds, the table with their embeddings, their model, and their pipeline.';
-
-CREATE OR REPLACE FUNCTION autoembed._searched_version(pipeline_id integer, model text)
-    RETURNS text
-    LANGUAGE sql
-    STABLE
-    SECURITY DEFINER
-    SET search_path = pg_catalog, pg_temp
-AS $sql$
-    SELECT concat_ws(' ', p.xmin, p.ctid, m.xmin, m.ctid, CASE
-        WHEN p.text_config IS NOT NULL THEN autoembed._text_config(p.id)::oid
-    END)
-    FROM autoembed.pipeline AS p
-    LEFT JOIN autoembed.model AS m ON m.name = _searched_version.model
-    WHERE p.id = _searched_version.pipeline_id;
-$sql$;
-COMMENT ON FUNCTION autoembed._searched_version IS
-    'Another text once a pipeline, its model or its text search configuration is changed.';
+    'The table whose rows a search finds, the table with their embeddings, their model, and their pipeline. version: '
+    'another text once the pipeline, its model or its text search configuration is changed.';
 
 CREATE OR REPLACE FUNCTION autoembed._search_target(
     pipeline_id integer,
@@ -382,7 +370,7 @@ COMMENT ON FUNCTION autoembed._search_target IS
     'keys $1 and numbers $2 the caller may read, around visible_distance, which is that to the vector $3, or a NULL. '
     'matching_query, keys_query: which rows with keys $1, and which rows, fulfil the condition behind it. '
     'has_plain_keys: no setting of the session changes how keys are written. ef_search: how many candidates an index '
-    'keeps. lasts: this is true until _searched_version() gives another text, the table or that of the embeddings is '
+    'keeps. lasts: this is true until _searched() gives another version, the table or that of the embeddings is '
     'altered, or PostgreSQL makes all plans again.';
 
 CREATE OR REPLACE FUNCTION autoembed._lasting_target(pipeline_id integer, version text)
@@ -460,14 +448,6 @@ AS $plpgsql$
 DECLARE
     _plan pg_catalog.json;
 BEGIN
-    IF condition IS NULL AND NOT pg_catalog.row_security_active(table_id) THEN
-        RETURN (
-            SELECT c.reltuples
-            FROM pg_catalog.pg_class AS c
-            WHERE c.oid OPERATOR(pg_catalog.=) table_id
-              AND c.reltuples OPERATOR(pg_catalog.>=) 0::pg_catalog.float4
-        );
-    END IF;
     EXECUTE pg_catalog.concat(
         'EXPLAIN (FORMAT JSON) SELECT FROM ', table_id, ' AS t WHERE (', coalesce(condition, 'true'), E'\n)'
     ) INTO _plan;
@@ -475,8 +455,7 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._estimated_matches IS
-    'The number of rows of a table that the planner expects to fulfil a condition and the policies for the caller. '
-    'NULL: not known.';
+    'The number of rows of a table that the planner expects to fulfil a condition and the policies for the caller.';
 
 CREATE OR REPLACE FUNCTION autoembed._nearest(
     table_name regclass,
@@ -493,8 +472,7 @@ CREATE OR REPLACE FUNCTION autoembed._nearest(
 )
     LANGUAGE plpython3u
     STABLE
-    -- An index gives as many rows as are asked for, whatever the condition and the policies leave out.
-    SET hnsw.iterative_scan = 'strict_order'
+    SET hnsw.iterative_scan = 'off'
     SET hnsw.ef_search = 100
 AS $python$
     if GD.get("autoembed") != "@BUILD@":
@@ -519,6 +497,7 @@ CREATE OR REPLACE FUNCTION autoembed._search_page(
     OUT pipeline_id integer,
     OUT rows_query text,
     OUT by_index boolean,
+    OUT ranks integer[],
     OUT keys text[],
     OUT numbers integer[],
     OUT scores double precision[],
@@ -530,7 +509,8 @@ CREATE OR REPLACE FUNCTION autoembed._search_page(
 )
     LANGUAGE plpython3u
     STABLE
-    SET hnsw.iterative_scan = 'strict_order'
+    -- Python has it go on where that may be necessary.
+    SET hnsw.iterative_scan = 'off'
     SET hnsw.ef_search = 100
     -- A plan would show the candidates to a caller who may not read them.
     SET debug_print_plan = off
@@ -821,6 +801,7 @@ BEGIN
     ELSIF _page.pipeline_id IS NULL THEN
         RETURN;
     END IF;
+    ranks := _page.ranks;
     keys := _page.keys;
     chunk_numbers := _page.numbers;
     scores := _page.scores;
@@ -831,11 +812,6 @@ BEGIN
     table_id := _page.table_id;
     by_index := _page.by_index;
     fell_back := false;
-    ranks := ARRAY(
-        SELECT g.rank FROM pg_catalog.generate_series(
-            _after OPERATOR(pg_catalog.+) 1, _after OPERATOR(pg_catalog.+) pg_catalog.cardinality(keys)
-        ) AS g(rank)
-    );
     IF _reranked OPERATOR(pg_catalog.>) 0 THEN
         _order := autoembed._reranked(
             pipeline_id, rows_query, rerank_model, query, _reranked, ranks, keys, chunk_numbers, scores

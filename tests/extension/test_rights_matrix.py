@@ -294,7 +294,6 @@ _search_quality - x - x
 _search_stats - x x x
 _search_target - x - x
 _searched - x - x
-_searched_version - x - x
 _segments_to_merge - - - x
 _sent_key_expressions - - - x
 _set_paused - x - x
