@@ -106,6 +106,22 @@ def test_tune_has_search_find_what_was_asked_for_and_doctor_tells_what_it_measur
 
 
 @STORAGES
+def test_no_row_is_missing_when_the_nearest_of_an_index_are_deleted(pages: Connection, column: str) -> None:
+    """More rows than the index keeps candidates, and no VACUUM: it goes on behind them, and is enough."""
+    pages.execute("UPDATE autoembed.pipeline SET ef_search = 40")
+    [query, *_] = QUERIES
+    pages.execute(
+        "DELETE FROM pages AS p USING autoembed.search(NULL::pages, %s, max_rows => 60) AS s WHERE p.id = (s.hit).id",
+        [query],
+    )
+
+    found = pages.execute("SELECT (s.hit).id FROM autoembed.search(NULL::pages, %s) AS s", [query]).fetchall()
+
+    assert len(found) == 10
+    assert pages.execute("SELECT exact FROM autoembed.search_stats").fetchone() == (0,)
+
+
+@STORAGES
 def test_rows_of_the_table_stand_for_queries_and_do_not_count_as_their_own_answers(
     pages: Connection, api: FakeApi, column: str
 ) -> None:
