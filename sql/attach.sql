@@ -194,3 +194,6 @@ BEGIN
     END LOOP;
 END;
 $plpgsql$;
+
+-- The view of chunks calls it with the rights of its reader. Nobody else can name it without a right in the schema.
+GRANT EXECUTE ON FUNCTION autoembed._part_of_long_text TO PUBLIC;

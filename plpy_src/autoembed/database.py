@@ -1571,13 +1571,6 @@ def _facts(text: str) -> dict[str, Any]:
     return json.loads(text)  # type: ignore[no-any-return]
 
 
-def statement() -> tuple[str, str]:
-    """The role that runs, and when the client's statement began."""
-    sql = "SELECT current_user::pg_catalog.text AS role, pg_catalog.statement_timestamp()::pg_catalog.text AS began_at"
-    [row] = plpy.execute(_kept_plan(sql, []), [])
-    return row["role"], row["began_at"]
-
-
 def _kept_plan(query: str, types: Sequence[str]) -> Any:
     """The plan of one of the queries that the session has used last."""
     plan = _kept_plans.pop(query, None) or plpy.prepare(query, list(types))

@@ -22,7 +22,6 @@ from autoembed.flight import SLICE_SECONDS, Flight
 from autoembed.forecast import chunk_effort
 from autoembed.kept import KeptTexts
 from autoembed.limits import NOTHING_KNOWN, PATIENCE_SECONDS, Charge, Limiter
-from autoembed.long_text import LongText
 from autoembed.model import Embedded, Model, Request, Reranked, Share
 from autoembed.network import Network
 from autoembed.providers import COMPUTED_HERE, counter_of, most_tokens_of, provider_of, sizes_of
@@ -58,8 +57,6 @@ KEPT_FREE_BYTES = 8 << 20
 heap.share_one_arena()
 _network = Network(MAX_CONNECTIONS)
 _scores = KeptTexts(SCORE_CACHE_CHARACTERS)
-# The last long text of which a chunk was read, and for which version of a row, statement and role.
-_kept_text: tuple[tuple[str, str, str], LongText] | None = None
 # By the definitions of rerank models: until when they are not asked, and why.
 _resting: dict[str, tuple[float, str]] = {}
 Answer = TypeVar("Answer", Embedded, Reranked)
@@ -377,21 +374,6 @@ def estimate(
         usual = tokens / tokens_per_request if tokens_per_request else inputs / FIRST_TEXTS
         requests = max(requests, math.ceil(usual))
     return {"tokens": tokens, "requests": requests, "price": price, "rows_per_second": rows_per_second}
-
-
-def kept_part(version: str, start: int, end: int) -> str | None:
-    """A part of the text that keep_text() has kept; None: it is not that of this version, statement and role."""
-    if _kept_text is None or _kept_text[0] != (version, *database.statement()):
-        return None
-    return _kept_text[1][start:end]
-
-
-def keep_text(version: str, content: str, start: int, end: int) -> str:
-    """A part of a text. The text is kept; another role, or a later statement, may have no right to it."""
-    global _kept_text
-    text = LongText(content.encode())
-    _kept_text = (version, *database.statement()), text
-    return text[start:end]
 
 
 def chunk_size(chunking: str | None, size: int | None, overlap: int | None, model_name: str) -> dict[str, Any]:

@@ -584,13 +584,33 @@ COMMENT ON FUNCTION autoembed._content_bytes_expression IS
     'The SQL expression that gives the bytes of the columns that a text is made of, without reading them. 0 where a '
     'function gives the text.';
 
+CREATE OR REPLACE FUNCTION autoembed._readable_text(pipeline autoembed.pipeline, alias text)
+    RETURNS text
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    -- A function of the owner gets no rights of the caller.
+    IF pipeline.content_function IS NOT NULL THEN
+        RETURN 'NULL::pg_catalog.text';
+    END IF;
+    -- A row that has a chunk fulfilled the condition.
+    pipeline.condition := NULL;
+    RETURN autoembed._content_expression(pipeline, alias);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._readable_text IS
+    'The SQL expression of the text of the row of that alias, for those who read its chunks; NULL if a function gives '
+    'it.';
+
 CREATE OR REPLACE FUNCTION autoembed._passage_expression(
     pipeline autoembed.pipeline,
     alias text,
     chunk_start text,
     chunk_end text,
     digest text,
-    version text DEFAULT NULL
+    part text DEFAULT NULL
 )
     RETURNS text
     LANGUAGE plpgsql
@@ -599,25 +619,21 @@ CREATE OR REPLACE FUNCTION autoembed._passage_expression(
 AS $plpgsql$
 DECLARE
     _identity text;
-    _part text;
 BEGIN
     -- A function of the owner gets no rights of the caller.
     IF pipeline.content_function IS NOT NULL THEN
         RETURN 'NULL::pg_catalog.text';
     END IF;
-    -- A row that has a chunk fulfilled the condition.
-    pipeline.condition := NULL;
     SELECT autoembed._model_identity(m) INTO _identity FROM autoembed._model(pipeline.model) AS m;
-    _part := format(CASE
-        WHEN version IS NULL
-            THEN 'pg_catalog.substr(%1$s, %2$s OPERATOR(pg_catalog.+) 1, %3$s OPERATOR(pg_catalog.-) %2$s)'
-        ELSE 'coalesce(autoembed._kept_part(%4$s, %2$s, %3$s), autoembed._keep_text(%4$s, %1$s, %2$s, %3$s))'
-    END, autoembed._content_expression(pipeline, alias), chunk_start, chunk_end, version);
+    part := coalesce(part, format(
+        'pg_catalog.substr(%1$s, %2$s OPERATOR(pg_catalog.+) 1, %3$s OPERATOR(pg_catalog.-) %2$s)',
+        autoembed._readable_text(pipeline, alias), chunk_start, chunk_end
+    ));
     RETURN format(
         '(SELECT p.part FROM (SELECT %1$s AS part OFFSET 0) AS p '
         'WHERE pg_catalog.substring(pg_catalog.sha256(%2$L::pg_catalog.bytea OPERATOR(pg_catalog.||) '
         'pg_catalog.convert_to(%4$s, ''UTF8'')), 1, 16) OPERATOR(pg_catalog.=) %3$s)',
-        _part, sha256(convert_to(_identity, 'UTF8')), digest,
+        part, sha256(convert_to(_identity, 'UTF8')), digest,
         CASE
             WHEN pipeline.chunk_prefix IS NULL THEN 'p.part'
             ELSE format('pg_catalog.concat(%s, p.part)', autoembed._prefix_expression(pipeline, alias))
@@ -627,8 +643,8 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._passage_expression IS
     'The SQL expression that cuts a chunk out of the text of the row of that alias; NULL if that part of the text, or '
-    'its prefix, is another by now, or if a function gives the text. version: the expression of what tells the row in '
-    'this version from others; the text is then kept for its other chunks.';
+    'its prefix, is another by now, or if a function gives the text. part: the expression of that part, where it is '
+    'known.';
 
 CREATE OR REPLACE FUNCTION autoembed._vector_digest_expression(pipeline autoembed.pipeline, alias text)
     RETURNS text

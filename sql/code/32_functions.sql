@@ -57,7 +57,7 @@ BEGIN
     IF owner IS NOT NULL THEN
         EXECUTE format('ALTER FUNCTION %s OWNER TO %I', _function, owner);
     END IF;
-    IF template_name IN ('may_read', 'chunk') THEN
+    IF template_name IN ('may_read', 'chunk', 'long_version', 'long_text', 'long_chunk') THEN
         -- It runs with the rights of the reader, who may be any role.
         IF NOT has_function_privilege('public', _function, 'EXECUTE') THEN
             EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO PUBLIC', _function);
@@ -81,7 +81,7 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._create_function IS
-    'Makes a function from a template. Only its owner and the lanes may call it, but for may_read and chunk. owner: '
+    'Makes a function from a template. Only its owner and the lanes may call it, but for those of readers. owner: '
     'the role that it runs as. NULL: the current role.';
 
 CREATE OR REPLACE FUNCTION autoembed._lane_roles()
@@ -169,6 +169,7 @@ AS $sql$
         'same_embeddings', string_agg(format('e.%I %s s.k%s', k.name, k.equal, k.number), ' AND ' ORDER BY k.number),
         'same_row', string_agg(format('e.%1$I %2$s t.%1$I', k.name, k.equal), ' AND ' ORDER BY k.number),
         'key_names', string_agg(quote_ident(k.name), ', ' ORDER BY k.number),
+        'embeddings_key', string_agg(format('e.%I', k.name), ', ' ORDER BY k.number),
         'key_types', string_agg(k.type, ', ' ORDER BY k.number),
         'is_key', string_agg(format('t.%I %s $%s', k.name, k.equal, k.number), ' AND ' ORDER BY k.number),
         'sent_key_names', string_agg('s.k' || k.number, ', ' ORDER BY k.number),
@@ -337,9 +338,11 @@ BEGIN
             '_chunk_' || pipeline.id || '.digest'
         ),
         'long_passage', autoembed._passage_expression(
-            pipeline, 't', '_chunk_' || pipeline.id || '.chunk_start', '_chunk_' || pipeline.id || '.chunk_end',
-            '_chunk_' || pipeline.id || '.digest', '_version'
+            pipeline, 't', NULL, NULL, '_long_chunk_' || pipeline.id || '.digest',
+            '_long_chunk_' || pipeline.id || '.part'
         ),
+        'readable_text', autoembed._readable_text(pipeline, 't'),
+        'long_bytes', 1048576,
         'managed', pipeline.managed,
         'on_change', pipeline.on_change,
         -- A plan that a session keeps knows the old names of enum values, and hides that the condition has them.
@@ -416,13 +419,17 @@ BEGIN
         SELECT p.oid
         FROM pg_proc AS p
         WHERE p.pronamespace = 'autoembed'::regnamespace
-          AND p.proname IN ('_may_read_' || (slots ->> 'id'), '_chunk_' || (slots ->> 'id'))
-          AND split_part(pg_get_function_identity_arguments(p.oid), ', chunk_start', 1) <> slots ->> 'key_types'
+          AND p.proname = ANY (autoembed._readers_functions((slots ->> 'id')::integer))
+          AND regexp_replace(pg_get_function_identity_arguments(p.oid), ', (chunk_start|part) .*', '')
+              <> slots ->> 'key_types'
     LOOP
         EXECUTE format('DROP FUNCTION %s CASCADE', _outdated);
     END LOOP;
     PERFORM autoembed._create_function('may_read', slots);
     PERFORM autoembed._create_function('chunk', slots);
+    PERFORM autoembed._create_function('long_version', slots);
+    PERFORM autoembed._create_function('long_text', slots);
+    PERFORM autoembed._create_function('long_chunk', slots);
     -- A dump may have brought a policy that asks for the rights to rows of another table.
     IF NOT EXISTS (
         SELECT FROM pg_policy AS o
@@ -450,9 +457,15 @@ BEGIN
         ) AS v(name)
         WHERE c.oid = (slots ->> 'embeddings_table')::regclass;
         EXECUTE format(
-            'CREATE OR REPLACE VIEW %1$s WITH (security_invoker = true) AS SELECT %2$s, chunk_number, chunk_start, '
-            'chunk_end, autoembed._chunk_%3$s(%2$s, chunk_start, chunk_end, digest) AS chunk FROM %4$s',
-            _view, slots ->> 'key_names', slots ->> 'id', slots ->> 'embeddings_table'
+            'CREATE OR REPLACE VIEW %1$s WITH (security_invoker = true) AS '
+            'SELECT %2$s, e.chunk_number, e.chunk_start, e.chunk_end, coalesce('
+            'autoembed._chunk_%3$s(%2$s, e.chunk_start, e.chunk_end, e.digest), ('
+            'SELECT autoembed._long_chunk_%3$s(%2$s, coalesce('
+            'autoembed._part_of_long_text(v.version, NULL, e.chunk_start, e.chunk_end), '
+            'autoembed._part_of_long_text(v.version, autoembed._long_text_%3$s(%2$s), e.chunk_start, e.chunk_end)'
+            '), e.digest) FROM (SELECT autoembed._long_version_%3$s(%2$s) AS version OFFSET 0) AS v '
+            'WHERE v.version IS NOT NULL)) AS chunk FROM %4$s AS e',
+            _view, slots ->> 'embeddings_key', slots ->> 'id', slots ->> 'embeddings_table'
         );
         EXECUTE format('ALTER VIEW %s OWNER TO %I', _view, slots ->> 'owner');
         EXECUTE format('GRANT SELECT ON %s TO PUBLIC', _view);
@@ -465,6 +478,18 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._admit_readers IS
     'Lets those read the embeddings and the chunks of a row who may read the row.';
+
+CREATE OR REPLACE FUNCTION autoembed._readers_functions(pipeline_id integer)
+    RETURNS name[]
+    LANGUAGE sql
+    IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT array_agg(format('_%s_%s', t.name, pipeline_id)::name)
+    FROM unnest('{may_read,chunk,long_version,long_text,long_chunk}'::text[]) AS t(name);
+$sql$;
+COMMENT ON FUNCTION autoembed._readers_functions IS
+    'The names of the functions of a pipeline that run with the rights of a reader.';
 
 CREATE OR REPLACE FUNCTION autoembed._chunks_view(pipeline_id integer, embeddings_table regclass)
     RETURNS regclass
@@ -536,8 +561,8 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._check_policy IS
-    'Takes a policy away that would show the embeddings of one table to those who may read another: a dump of one table '
-    'has brought it.';
+    'Takes a policy away that would show the embeddings of one table to those who may read another: a dump of one '
+    'table has brought it.';
 
 CREATE OR REPLACE FUNCTION autoembed._erasures(slots jsonb)
     RETURNS jsonb
@@ -678,7 +703,7 @@ BEGIN
         SELECT p.oid
         FROM pg_proc AS p
         WHERE p.pronamespace = 'autoembed'::regnamespace
-          AND p.proname IN ('_may_read_' || pipeline_id, '_chunk_' || pipeline_id)
+          AND p.proname = ANY (autoembed._readers_functions(pipeline_id))
     LOOP
         EXECUTE format('DROP FUNCTION %s CASCADE', _function);
     END LOOP;

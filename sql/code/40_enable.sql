@@ -47,12 +47,13 @@ BEGIN
         RAISE EXCEPTION USING
             ERRCODE = 'undefined_table',
             MESSAGE = format('the embeddings table of table %s was dropped', table_id),
-            HINT = format('Attach the table again: SELECT autoembed.disable(%1$L); then SELECT autoembed.enable(%1$L, …).',
-                          table_id);
+            HINT = format('Attach the table again: SELECT autoembed.disable(%1$L); then '
+                          'SELECT autoembed.enable(%1$L, …).', table_id);
     END IF;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._check_beside IS 'Fails if the embeddings table of a table was dropped. NULL: it has none.';
+COMMENT ON FUNCTION autoembed._check_beside IS
+    'Fails if the embeddings table of a table was dropped. NULL: it has none.';
 
 CREATE OR REPLACE FUNCTION autoembed._owned_pipeline(table_name regclass, embedding_column name)
     RETURNS autoembed.pipeline
@@ -1080,8 +1081,8 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed.resync IS
     'Scans all rows of a table that the caller owns, and embeds those whose embedding is missing or stale: after a '
     'restore, a load with triggers off, or a change of model. Makes autoembed''s triggers again where they are missing '
-    'or disabled, and the policy and the view for readers of embeddings beside the rows. A row whose embedding is fresh '
-    'is not sent.';
+    'or disabled, and the policy and the view for readers of embeddings beside the rows. A row whose embedding is '
+    'fresh is not sent.';
 
 CREATE OR REPLACE FUNCTION autoembed.reembed(
     table_name regclass,

@@ -54,36 +54,38 @@ COMMENT ON FUNCTION autoembed._chunks IS
     'The chunks of a text in their order, or why it cannot be cut. The arguments are those that _chunk_size() has '
     'checked, and the pieces that a function gives.';
 
-CREATE OR REPLACE FUNCTION autoembed._kept_part(version text, chunk_start integer, chunk_end integer)
+-- Any role may run it, by the view of chunks, and has perhaps no right to load the modules.
+CREATE OR REPLACE FUNCTION autoembed._part_of_long_text(
+    version text,
+    content text,
+    chunk_start integer,
+    chunk_end integer
+)
     RETURNS text
     LANGUAGE plpython3u
     STABLE
     PARALLEL RESTRICTED
     SET search_path = pg_catalog, pg_temp
 AS $python$
-    if GD.get("autoembed") != "@BUILD@":
-        plpy.execute("SELECT autoembed._load_python()")
-    from autoembed import doors
-    return doors.kept_part(version, chunk_start, chunk_end)
+    if "plan" not in SD:
+        SD["plan"] = plpy.prepare("SELECT current_user::text AS role, statement_timestamp()::text AS began_at")
+    [now] = plpy.execute(SD["plan"])
+    of = version, now["role"], now["began_at"]
+    size = 1 << 16
+    if content is not None:
+        GD["autoembed_long_text"] = of, [content[at : at + size].encode() for at in range(0, len(content), size)]
+    kept_of, windows = GD.get("autoembed_long_text", (None, []))
+    # Another role, or a later statement, may have no right to the text.
+    if kept_of != of:
+        return None
+    first = chunk_start // size
+    text = b"".join(windows[first : chunk_end // size + 1]).decode()
+    return text[chunk_start - first * size : chunk_end - first * size]
 $python$;
-COMMENT ON FUNCTION autoembed._kept_part IS
-    'A part of the text that _keep_text() has kept in the same statement for the same role. NULL: there is none.';
-
-CREATE OR REPLACE FUNCTION autoembed._keep_text(version text, content text, chunk_start integer, chunk_end integer)
-    RETURNS text
-    LANGUAGE plpython3u
-    STABLE
-    PARALLEL RESTRICTED
-    SET search_path = pg_catalog, pg_temp
-AS $python$
-    if GD.get("autoembed") != "@BUILD@":
-        plpy.execute("SELECT autoembed._load_python()")
-    from autoembed import doors
-    return doors.keep_text(version, content, chunk_start, chunk_end)
-$python$;
-COMMENT ON FUNCTION autoembed._keep_text IS
-    'A part of a long text, which is kept for its other chunks until the next long text. version: tells the row in its '
-    'present version from others.';
+COMMENT ON FUNCTION autoembed._part_of_long_text IS
+    'A part of a long text, which is kept in the session for its other chunks. content: NULL: it was given before, in '
+    'this statement and by this role; otherwise the answer is NULL. version: tells the row in its present version from '
+    'others.';
 
 CREATE OR REPLACE FUNCTION autoembed._chunk_text(
     content text,

@@ -13,7 +13,7 @@ BEGIN
         -- PostgreSQL calls a view's functions with the rights of the view's reader.
         WHERE p.pronamespace = 'autoembed'::regnamespace
           AND p.proname = ANY (functions || '{
-              _check_pipeline, _default_model, _estimated_rows, _is_pipeline_of, _keep_text, _kept_part, _lane_lives,
+              _check_pipeline, _default_model, _estimated_rows, _is_pipeline_of, _lane_lives,
               _load_python, _may_see, _owns, _partition_tree, _python_sources, _search_stats, _short_key
           }'::text[])
     ), role);

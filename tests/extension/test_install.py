@@ -177,7 +177,8 @@ def test_nothing_is_for_public(documents: Connection, role: Callable[[str], str]
         SELECT 'schema' WHERE has_schema_privilege('{nobody}', 'autoembed', 'USAGE,CREATE')
     """).fetchall()
 
-    assert rows == []
+    # The view of chunks calls this one. Without a right in the schema nobody can name it.
+    assert rows == [("autoembed._part_of_long_text(text,text,integer,integer)",)]
 
 
 def test_a_session_older_than_the_extension_never_runs_old_python(db: Connection) -> None:

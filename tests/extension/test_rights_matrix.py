@@ -184,8 +184,6 @@ _jobs_of_dropped_databases - - - x
 _judgments - x - x
 _keep_restored_model - - - x
 _keep_restored_queue - - - x
-_keep_text - x x x
-_kept_part - x x x
 _key_columns - x - x
 _key_expression - x - x
 _key_slots - - - x
@@ -238,6 +236,7 @@ _owned_pipelines - x - x
 _owns - x x x
 _paid_chunks - - - x
 _paid_vectors - - - x
+_part_of_long_text x x x x
 _partition_tree - x x x
 _partition_triggers - x - x
 _passage_expression - - - x
@@ -261,6 +260,8 @@ _python_sources - x x x
 _queue_backfill - - - x
 _queue_recorded - - - x
 _read_condition - x - x
+_readable_text - - - x
+_readers_functions - - - x
 _recall - x - x
 _record_embedded - - - x
 _release - - - x
