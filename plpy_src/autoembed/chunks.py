@@ -161,17 +161,16 @@ def _only_chunk(
     if isinstance(text, LongText) or len(text) > min(COUNTED_CHARACTERS, COUNTED_CHARACTERS_PER_TOKEN * chunk_size):
         return None
     start, end = trimmed(text, 0, len(text))
-    if start == end or chunking == STRUCTURE and _may_have_headings(text):
+    if start == end or chunking == STRUCTURE and may_have_headings(text):
         return None
     between_steps()
     [tokens] = count([text[start:end]])
     return Chunk(start, end, tokens) if tokens <= chunk_size else None
 
 
-def _may_have_headings(text: str) -> bool:
-    # Most short texts are one line of prose.
-    search = _MAY_HAVE_HEADINGS.search if "\n" in text or "<" in text else _MAY_HAVE_HEADINGS.match
-    return search(text) is not None
+def may_have_headings(text: str) -> bool:
+    """Whether a text may have to be cut before a heading. One in its first line is not cut off."""
+    return bool(_HEADING_LINE.search(text) or "<" in text and _HEADING_TAG.search(text))
 
 
 def places(text: str, pieces: Sequence[str | None]) -> list[tuple[int, int]]:
@@ -528,8 +527,9 @@ LINES: tuple[Cutter, ...] = (_blank_lines, _lines, *WORDS)
 _ATX_HEADING = re.compile(r"#{1,6}(?:\s|$)")
 _FENCE = re.compile(r"`{3,}+(?=[^`]*+$)|~{3,}+")
 _UNDERLINE = re.compile(r"([=\-~^\"'`#*+.:_<>])\1{2,}+$")
-# A heading has one of these in its line, or in the line below it.
-_MAY_HAVE_HEADINGS = re.compile(r"</?+h|^[^\S\n]*+(?:#|([=\-~^\"'`*+.:_<>])\1\1)", re.MULTILINE | re.IGNORECASE)
+# A heading behind the first line has one of these in its line, or in the line below it.
+_HEADING_LINE = re.compile(r"\n[^\S\n]*+(?:#|([=\-~^\"'`*+.:_<>])\1\1)")
+_HEADING_TAG = re.compile(r"</?+h", re.IGNORECASE)
 # The underlines that Markdown has. They may be shorter than the heading.
 _SHORT_UNDERLINES = "=-"
 _HTML_BLOCK = re.compile(

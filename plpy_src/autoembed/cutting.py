@@ -6,7 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from autoembed import batching
-from autoembed.chunks import FEWEST_TOKENS, FUNCTION, NONE, chunks_of, fitting, places, size_of, trimmed
+from autoembed.chunks import (
+    FEWEST_TOKENS,
+    FUNCTION,
+    NONE,
+    chunks_of,
+    fitting,
+    may_have_headings,
+    places,
+    size_of,
+    trimmed,
+)
 from autoembed.errors import Fault, Trouble
 from autoembed.providers import counter_of, most_characters_of, own_tokens_per_input, sizes_of
 
@@ -82,12 +92,13 @@ class Cutter:
         taken = pipeline.model.tokens_taken
         way = (pipeline.model, taken, pipeline.chunking, pipeline.chunk_size, pipeline.chunk_overlap)
         try:
-            if way not in self._known:
+            known = self._known.get(way)
+            if known is None:
                 counter = counter_of(pipeline.model)
                 (around,) = counter.count([""])
                 size = size_of(*way[2:], pipeline.model.name, around, counter.most, counter.is_exact)
-                self._known[way] = counter, size
-            counter, size = self._known[way]
+                known = self._known[way] = counter, size
+            counter, size = known
             if prefix:
                 bare, behind = counter.count(["a", f"{prefix}a"])
                 if size - (behind - bare) < bare + FEWEST_TOKENS + pipeline.chunk_overlap:
@@ -95,7 +106,7 @@ class Cutter:
                 size -= behind - bare
             if parts is not None:
                 found = fitting(str(content), parts, counter.count, size, self._between_steps)
-            elif len(content) <= size and batching.most_tokens(str(content)) <= size:
+            elif len(content) <= 2 * size and _is_one(str(content), counter, size):
                 return [trimmed(content, 0, len(content))]
             else:
                 found = chunks_of(
@@ -105,6 +116,13 @@ class Cutter:
         except Trouble:
             # The model cannot be had. The request for the whole text says why.
             return [trimmed(content, 0, len(content))]
+
+
+def _is_one(text: str, counter: Counter, size: int) -> bool:
+    """Whether a text is one chunk, as far as that takes little work to tell."""
+    if batching.most_tokens(text) <= size:
+        return True
+    return counter.most_tokens(text) <= size and not may_have_headings(text)
 
 
 def _no_room(prefix: str, size: int) -> Fault:

@@ -904,12 +904,14 @@ class Database:
         described = [(key, chunk) for key, of_key in zip(keys, chunks, strict=True) for chunk in of_key]
         # The array of vectors ends where those begin that the row keeps.
         described.sort(key=lambda one: one[1].is_kept)
-        all_numbers = [range(1, len(of_key) + 1) if numbers is None else numbers for of_key in chunks]
+        firsts, lasts = [1] * len(keys), [len(of_key) for of_key in chunks]
+        if numbers is not None:
+            firsts, lasts = [numbers.start], [numbers.stop - 1]
         columns: list[list[Any] | None] = [
             [prefix or None for prefix in prefixes] if any(prefixes) else None,
             None if version is None else [version],
-            [own.start for own in all_numbers] if is_last else None,
-            [own.stop - 1 for own in all_numbers] if is_last else None,
+            firsts if is_last else None,
+            lasts if is_last else None,
             [key for key, _ in described],
             [chunk.number for _, chunk in described],
             [chunk.source for _, chunk in described],

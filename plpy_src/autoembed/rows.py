@@ -542,19 +542,18 @@ class Rows:
 
         kept: the digests of the chunks whose vectors are good.
         """
-        content = job.content or ""
-        ranges = job.ranges or self._cutter.ranges(pipeline, content, job.parts, job.prefix)
+        content, prefix = job.content or "", job.prefix
+        ranges = job.ranges or self._cutter.ranges(pipeline, content, job.parts, prefix)
         job.truncated = pipeline.chunking == NONE and ranges[-1][1] < len(content)
-        sources = dict(zip(kept, job.row.numbers, strict=False)) if job.row else {}
+        sources = dict(zip(kept, job.row.numbers, strict=False)) if kept and job.row else {}
         job.chunks = []
         job.ranges = None
         for number, (start, end) in enumerate(ranges, 1):
-            chunk = Chunk(start, end, pipeline.model.chunk_digest(job.prefix + content[start:end]), number=number)
-            chunk.source = sources.get(chunk.digest)
-            chunk.is_kept = chunk.source is not None
-            job.chunks.append(chunk)
-        new = [chunk for chunk in job.chunks if not chunk.is_kept]
+            digest = pipeline.model.chunk_digest(prefix + content[start:end])
+            source = sources.get(digest)
+            job.chunks.append(Chunk(start, end, digest, source is not None, number=number, source=source))
         digests = [chunk.digest for chunk in job.chunks]
+        new = [chunk for chunk in job.chunks if not chunk.is_kept]
         job.is_long = job.row is not None and changes(job.row, digests) >= KEPT_CHUNKS
         job.wanted = defaultdict(list)
         if job.is_long:
@@ -566,7 +565,7 @@ class Rows:
                 chunk.number = number
             return self.next_texts(job, FIRST_SENT_CHUNKS)
         for chunk in new:
-            job.wanted[job.prefix + content[chunk.start : chunk.end]].append(chunk)
+            job.wanted[prefix + content[chunk.start : chunk.end]].append(chunk)
         return list(job.wanted)
 
     def next_texts(self, job: Job, count: int) -> list[str]:
@@ -668,7 +667,7 @@ class Rows:
         if not jobs:
             return
         vectors = [chunk.vector for job in jobs for chunk in job.chunks if chunk.vector is not None]
-        together = np.stack(vectors) if vectors else np.empty((0, pipeline.model.dimensions), np.float32)
+        together = np.concatenate([*vectors, np.empty(0, np.float32)]).reshape(-1, pipeline.model.dimensions)
         for job in jobs:
             for chunk in job.chunks:
                 chunk.vector = None

@@ -162,7 +162,7 @@ AS $sql$
     SELECT jsonb_build_object(
         'keys', string_agg(format('t.%I', k.name), ', ' ORDER BY k.number),
         'sent_keys', string_agg(
-            format('(s.key::pg_catalog.jsonb ->> %s)::%s AS k%s', k.number - 1, k.type, k.number),
+            format('(s.key::pg_catalog.json ->> %s)::%s AS k%s', k.number - 1, k.type, k.number),
             ', ' ORDER BY k.number
         ),
         'same_key', string_agg(format('t.%I %s s.k%s', k.name, k.equal, k.number), ' AND ' ORDER BY k.number),

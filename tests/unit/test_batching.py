@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from autoembed.batching import estimate_tokens, halves, pack, truncate
+from autoembed.batching import estimate_tokens, halves, most_estimated, most_tokens, pack, truncate
 
 TEXTS = st.text() | st.text("ab1 \n") | st.text("世界漢字") | st.text("🦊👩‍👩‍👧é")
 
@@ -46,6 +46,11 @@ def test_an_estimate_of_what_people_write_is_not_far_above_the_truth(kind: str, 
 @given(TEXTS)
 def test_no_text_is_said_to_have_more_tokens_than_bytes(text: str) -> None:
     assert estimate_tokens(text) <= len(text.encode("utf-8", "replace")) + 2
+
+
+@given(TEXTS | st.text("abceAE12 .\n"))
+def test_the_upper_bounds_are_above_the_estimate(text: str) -> None:
+    assert estimate_tokens(text) <= most_estimated(text) <= most_tokens(text)
 
 
 @given(TEXTS, TEXTS)

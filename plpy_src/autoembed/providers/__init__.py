@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from autoembed.batching import estimate_tokens
+from autoembed.batching import estimate_tokens, most_estimated, most_tokens
 from autoembed.errors import Fault
 from autoembed.local_models import MOST_CHARACTERS
 from autoembed.model import Embedded, Model, Request
@@ -109,9 +109,13 @@ def most_tokens_of(model: Model) -> int | None:
 
 @dataclass(frozen=True)
 class Counter:
-    """How the tokens of a model's documents are counted. most: those that one may have, if that is known."""
+    """How the tokens of a model's documents are counted. most: those that one may have, if that is known.
+
+    most_tokens: an upper bound of `count` for one text.
+    """
 
     count: Callable[[Sequence[str]], list[int]]
+    most_tokens: Callable[[str], int]
     is_exact: bool
     most: int | None
 
@@ -119,13 +123,17 @@ class Counter:
 def counter_of(model: Model) -> Counter:
     """Counts by the model's own tokenizer where it is at hand. The prefix of documents counts, too."""
     if provider_of(model) is local:
-        counter = Counter(local.token_counter(model), True, most_tokens_of(model))
+        counter = Counter(local.token_counter(model), most_tokens, True, most_tokens_of(model))
     else:
-        counter = Counter(_estimate_all, False, most_tokens_of(model))
+        counter = Counter(_estimate_all, most_estimated, False, most_tokens_of(model))
     prefix = model.prefix("document")
     if not prefix:
         return counter
-    return replace(counter, count=lambda texts: counter.count([prefix + text for text in texts]))
+    return replace(
+        counter,
+        count=lambda texts: counter.count([prefix + text for text in texts]),
+        most_tokens=lambda text: counter.most_tokens(prefix + text),
+    )
 
 
 def _estimate_all(texts: Sequence[str]) -> list[int]:
