@@ -256,7 +256,7 @@ class Having:
         end = 0
         for start, ordinals, levels in some:
             begin, end = end, end + len(levels)
-            np.add(ordinals, start, out=self.places[begin:end])
+            np.add(ordinals, start, out=self.places[begin:end], dtype=np.int64)
             self.levels[begin:end] = levels
         self.count = count + sum(int(np.count_nonzero(levels)) for _, levels in self.every)
         self.highest = max(int(levels.max(initial=0)) for levels in (self.levels, *(every for _, every in self.every)))

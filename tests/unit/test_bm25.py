@@ -204,6 +204,12 @@ def test_scores_do_not_depend_on_the_parts_that_are_scored_at_a_time(monkeypatch
     assert scores_of(segments, {"a": 1, "b": 2}, numbers(4)).best(50) == whole
 
 
+def test_documents_behind_the_first_65536_are_found() -> None:
+    many = segment_of({number: {} for number in range(70_000)})
+    last = segment_of({70_000: {}, 70_001: {"rare": 1}, **{number: {} for number in range(70_002, 70_010)}})
+    assert [number for number, _ in scores_of([many, last], {"rare": 1}, numbers()).best(10)] == [70_001]
+
+
 @pytest.mark.parametrize("terms", [{}, {"nosuch": 1}])
 @pytest.mark.parametrize("documents", [{}, {1: {}}, {1: {"a": 1}}])
 def test_nothing_is_found_where_nothing_matches(documents: Documents, terms: dict[str, int]) -> None:
