@@ -7,11 +7,26 @@ CREATE OR REPLACE FUNCTION autoembed._continue_advice(pipeline autoembed.pipelin
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE
-    _table text := quote_literal(pipeline.table_id);
-    _column text := CASE
-        WHEN (SELECT count(*) > 1 FROM autoembed.pipeline AS p WHERE p.table_id = pipeline.table_id) THEN
+    _is_one_of_several CONSTANT boolean := (
+        SELECT count(*) > 1 FROM autoembed.pipeline AS p WHERE p.table_id = pipeline.table_id
+    );
+    _table CONSTANT text := quote_literal(
+        CASE WHEN _is_one_of_several THEN coalesce(pipeline.embeddings_table, pipeline.table_id)
+             ELSE pipeline.table_id END
+    );
+    _column CONSTANT text := CASE
+        WHEN _is_one_of_several AND pipeline.embeddings_table IS NULL THEN
             format(', embedding_column => %L', pipeline.embedding_column)
     END;
+    -- A content may have lost the column that others name, too.
+    _also CONSTANT text := concat(
+        CASE WHEN missing = ANY (autoembed._columns_of(autoembed._prefix_of(pipeline))) THEN
+            ', chunk_prefix => '''''
+        END,
+        CASE WHEN missing::text IN (SELECT c.value FROM jsonb_each_text(pipeline.condition_columns) AS c) THEN
+            ', condition => '''''
+        END
+    );
     _left name[] := ARRAY(
         SELECT c.name
         FROM unnest(pipeline.content_columns) WITH ORDINALITY AS c(name, position)
@@ -38,28 +53,28 @@ BEGIN
         RETURN 'Undo the change that has caused it. Lanes go on within ten seconds.';
     ELSIF missing = ANY (pipeline.key_columns) AND pipeline.embeddings_table IS NOT NULL THEN
         RETURN format('Attach the table by its new key, which embeds all rows again: '
-                      'SELECT autoembed.disable(%s%s, drop => true); SELECT autoembed.enable(%s, …);',
-                      _table, _column, _table);
+                      'SELECT autoembed.disable(%s%s, drop => true); SELECT autoembed.enable(%L, …);',
+                      _table, _column, pipeline.table_id);
     ELSIF missing = ANY (pipeline.key_columns) THEN
         RETURN format('Give the table a key, and its pipeline goes on with it: '
                       'ALTER TABLE %s ADD COLUMN %I bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY;',
                       pipeline.table_id, missing);
     ELSIF missing <> ALL (autoembed._columns_of(pipeline))
           AND missing = ANY (autoembed._columns_of(autoembed._prefix_of(pipeline))) THEN
-        RETURN format('Go on without it: SELECT autoembed.alter_pipeline(%s%s, chunk_prefix => ''''); or add the '
-                      'column again.', _table, _column);
+        RETURN format('Go on without it: SELECT autoembed.alter_pipeline(%s%s%s); or add the column again.',
+                      _table, _column, _also);
     ELSIF missing <> ALL (autoembed._columns_of(pipeline)) THEN
         RETURN format('Embed all rows: SELECT autoembed.alter_pipeline(%s%s, condition => ''''); or give another '
                       'condition, or add the column again.', _table, _column);
     ELSIF _left <> '{}' THEN
-        RETURN format('Go on without it: SELECT autoembed.alter_pipeline(%s%s, content_columns => %L); or add the '
-                      'column again.', _table, _column, _left);
+        RETURN format('Go on without it: SELECT autoembed.alter_pipeline(%s%s, content_columns => %L%s); or add the '
+                      'column again.', _table, _column, _left, _also);
     END IF;
-    RETURN format('Name another content: SELECT autoembed.alter_pipeline(%s%s, %s => …); or add the column again.',
+    RETURN format('Name another content: SELECT autoembed.alter_pipeline(%s%s, %s => …%s); or add the column again.',
                   _table, _column, CASE
                       WHEN pipeline.content_template IS NULL THEN 'content_columns'
                       ELSE 'content_template'
-                  END);
+                  END, _also);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._continue_advice IS

@@ -320,6 +320,27 @@ def test_resync_makes_the_policy_and_the_view_again_that_somebody_has_dropped(
     assert connect(user=reader).execute("SELECT chunk FROM pages_chunks").fetchall() == [("one",)]
 
 
+@pytest.mark.parametrize("sets", [1, 2])
+def test_the_hint_for_a_lost_column_goes_on_without_all_that_names_it(pages: Connection, sets: int) -> None:
+    if sets == 2:
+        pages.execute("SELECT autoembed.enable('pages', content_columns => '{body}', embeddings_table => 'others')")
+    pages.execute("ALTER TABLE pages ADD COLUMN title text DEFAULT 'title'")
+    pages.execute(
+        "SELECT autoembed.alter_pipeline('pages_embeddings', content_columns => '{title,body}',"
+        " chunk_prefix => '{title}', condition => 'title <> $$$$')"
+    )
+    pages.execute("ALTER TABLE pages DROP COLUMN title")
+
+    hint = pages.execute("SELECT hint FROM autoembed.status WHERE state = 'stopped'").fetchone()
+    assert hint is not None
+    [statement] = re.findall("SELECT [^;]+", hint[0])
+    pages.execute(statement.encode())
+
+    pages.execute("INSERT INTO pages VALUES (1, 'one')")
+    process(pages)
+    assert_beside(pages)
+
+
 @pytest.mark.parametrize("column", ["chunk_start", "embedding"])
 def test_a_renamed_column_of_the_embeddings_table_is_named(pages: Connection, column: str) -> None:
     pages.execute(f"ALTER TABLE pages_embeddings RENAME {column} TO other")
