@@ -46,9 +46,14 @@ SQL_ALONE = """
 SELECT p.* FROM passages AS p JOIN passages_embeddings AS e USING (id) ORDER BY e.embedding <=> %(vector)s::halfvec
 LIMIT 10
 """
+# What an application writes that embeds the text by autoembed.
+SQL_AND_EMBED_QUERY = SQL_ALONE.replace(
+    "%(vector)s::halfvec", "(SELECT autoembed.embed_query('passages', %(query)s))::halfvec"
+)
 SEARCH = "SELECT (s.hit).*, s.score FROM autoembed.search(NULL::passages, %(query)s{}) AS s"
 FORMS = {
     "sql": SQL_ALONE,
+    "embed_query": SQL_AND_EMBED_QUERY,
     "vector": SEARCH.format(", mode => 'vector'"),
     "text": SEARCH.format(", mode => 'text'"),
     "hybrid": SEARCH.format(""),

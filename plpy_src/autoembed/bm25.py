@@ -109,6 +109,20 @@ def unpacked(ordinals: bytes, levels: bytes) -> Posting:
     return Posting(np.frombuffer(ordinals, ">u2") if ordinals else None, np.frombuffer(levels, np.uint8))
 
 
+def counts(words: str, terms: Collection[str]) -> tuple[int, dict[str, int]]:
+    """The number of words in a text, and how often it has which of these terms.
+
+    words: that number, and the words as PostgreSQL writes a tsvector, which may have parts with the same words.
+    """
+    found = {}
+    for term in terms:
+        start = " '" + term.replace("\\", "\\\\").replace("'", "''") + "':"
+        if start in words:
+            _, *places = words.split(start)
+            found[term] = sum(part.partition(" ")[0].count(",") + 1 for part in places)
+    return int(words.partition(" ")[0] or 0), found
+
+
 def counted(texts: Sequence[tuple[int, Mapping[str, int]]]) -> Segment:
     """A segment of texts that are in no segment yet: the number of words in each, and how often it has which term.
 

@@ -23,6 +23,7 @@ from autoembed.bm25 import (
     Documents,
     Posting,
     Segment,
+    counts,
     joined,
     merged,
     most_dead,
@@ -106,12 +107,17 @@ CHUNK_COLUMNS = [
     "pg_catalog.bytea[]",
 ]
 
+# Fractions stay text: a numeric key must come back with the same digits. json.loads() would make a decoder for each.
+_decoded = json.JSONDecoder(parse_float=str).decode
+
 _plans: dict[str, Any] = {}
 # Plans of the queries of searches, which name tables, and have conditions and limits of callers.
 _kept_plans: dict[str, Any] = {}
 MAX_KEPT_PLANS = 50
 # The vectors of search texts, by text, model and version of the table's facts: embed() looks up more.
 _vectors = KeptTexts(search_text.KEPT_CHARACTERS)
+# The words of texts that wait to be indexed, by the version of the table's facts. Each search counts them.
+_words = KeptTexts(4_000_000)
 # The segments that searches of this session have read, without postings, by the OID of their table and their ids. A
 # segment is never changed.
 _segments: dict[tuple[int, int], Segment] = {}
@@ -1280,29 +1286,33 @@ class Database:
         return [(row["key"], row["content"]) for row in rows if row["content"] and row["content"].strip()]
 
     def words_of(
-        self, pipeline_id: int, texts: Sequence[str], terms: Collection[str]
+        self, target: dict[str, Any], texts: Sequence[str], terms: Collection[str]
     ) -> list[tuple[int, dict[str, int]]]:
         """The number of words in each text, and how often it has which of these terms."""
+        known = {text: _words.get((target["version"], text)) for text in texts}
+        missing = [text for text, words in known.items() if words is None]
+        if missing:
+            for text, words in self._words_of(target["pipeline_id"], missing).items():
+                known[text] = words
+                _words.keep((target["version"], text), words)
+        return [counts(words or "", terms) for words in map(known.get, texts)]
+
+    def _words_of(self, pipeline_id: int, texts: Sequence[str]) -> dict[str, str]:
+        """The words of texts, as counts() takes them."""
         cut = [(place, part) for place, text in enumerate(texts) for part in parts(text)]
-        counted: list[tuple[int, dict[str, int]]] = [(0, {}) for _ in texts]
         with as_role(self._texts_table()[1]):
             rows = self._run(
-                "SELECT t.place, w.lexeme, pg_catalog.sum(coalesce(pg_catalog.cardinality(w.positions), 1))"
-                "::pg_catalog.int4 AS frequency"
-                " FROM (SELECT t.place, pg_catalog.to_tsvector(c.config, t.part) AS words"
+                "SELECT pg_catalog.concat_ws(' ', pg_catalog.sum(t.length), pg_catalog.string_agg(t.words, ' '))"
+                " AS words FROM (SELECT t.place, w.words::pg_catalog.text, (SELECT"
+                " pg_catalog.sum(coalesce(pg_catalog.cardinality(l.positions), 1))"
+                " FROM ROWS FROM (pg_catalog.unnest(w.words)) AS l) AS length"
                 " FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) AS t(place, part),"
-                " autoembed._text_config($1) AS c(config)) AS t,"
-                " LATERAL (SELECT w.positions, CASE WHEN w.lexeme OPERATOR(pg_catalog.=) ANY ($4) THEN w.lexeme END"
-                " AS lexeme FROM ROWS FROM (pg_catalog.unnest(t.words)) AS w) AS w GROUP BY 1, 2",
-                ["pg_catalog.int4", "pg_catalog.int4[]", "pg_catalog.text[]", "pg_catalog.text[]"],
-                [pipeline_id, [place for place, _ in cut], [part for _, part in cut], list(terms)],
+                " autoembed._text_config($1) AS c(config), pg_catalog.to_tsvector(c.config, t.part) AS w(words)"
+                " ) AS t GROUP BY t.place ORDER BY t.place",
+                ["pg_catalog.int4", "pg_catalog.int4[]", "pg_catalog.text[]"],
+                [pipeline_id, [place for place, _ in cut], [part for _, part in cut]],
             )
-        for row in rows:
-            length, frequencies = counted[row["place"]]
-            if row["lexeme"] is not None:
-                frequencies[row["lexeme"]] = row["frequency"]
-            counted[row["place"]] = (length + row["frequency"], frequencies)
-        return counted
+        return {text: row["words"] for text, row in zip(texts, rows, strict=True)}
 
     def documents(self, ids: Sequence[int]) -> dict[int, tuple[str, int]]:
         """The key and the number of the chunk of documents. The caller's rights are not asked for."""
@@ -1400,11 +1410,6 @@ class Database:
             ["pg_catalog.int4"],
             [ef_search],
         )
-
-    def texts_query(self, pipeline_id: int) -> str | None:
-        """The query for present_texts(); None: the texts are code of the table's owner."""
-        [row] = self._run("SELECT autoembed._texts_query($1) AS query", ["pg_catalog.int4"], [pipeline_id])
-        return row["query"]  # type: ignore[no-any-return]
 
     def visible(
         self, query: str, vector_type: str, keys: Sequence[str], numbers: Sequence[int], vector: str | None
@@ -1663,5 +1668,4 @@ def _row(row: dict[str, Any]) -> Row:
 
 
 def _body(message: str | None) -> Any:
-    # Fractions stay text: a numeric key must come back with the same digits.
-    return None if message is None else json.loads(message, parse_float=str)
+    return None if message is None else _decoded(message)

@@ -29,6 +29,10 @@ MAX_ATTEMPTS = 5
 TRIED_TOGETHER = {2: (100, 2000), 3: (10, 200), 4: (1, 20)}
 
 
+# json.dumps() would make an encoder for each key.
+_canonical = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 class Address(NamedTuple):
     """The rows that a message is for: their pipeline (None: to be found by names), and their keys as JSON arrays.
 
@@ -70,10 +74,9 @@ def address_of(body: Any) -> Address:
         raise ValueError("the message's keys are not rows' keys")
     if not isinstance(pipeline_id, int | None) or not isinstance(attempts, int):
         raise ValueError("the message's pipeline or attempts is not a number")
-    canonical = [json.dumps(key, ensure_ascii=False, separators=(",", ":")) for key in keys]
     return Address(
         pipeline_id,
-        canonical,
+        list(map(_canonical, keys)),
         attempts,
         moved=body.get("moved") is True,
         replaced=body.get("replaced") is True,

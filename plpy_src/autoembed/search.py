@@ -259,7 +259,7 @@ class TextMatches:
         texts = (self._texts(changed[:MAX_CHANGED_ROWS]) if changed else None) or []
         self._changed = {number: key for number, (key, _) in enumerate(texts, -len(texts))}
         if changed:
-            counts = here.words_of(self._pipeline_id, [text for _, text in texts], self._terms)
+            counts = here.words_of(target, [text for _, text in texts], self._terms)
             documents = with_segment(documents, index.postings, counted(counts))
             dead = merged_ids(dead, here.documents_of(self._pipeline_id, changed))
         self._scores = Scores(documents, index.postings, self._terms, dead)
@@ -308,7 +308,7 @@ class TextMatches:
 
     def _texts(self, keys: Sequence[str]) -> list[tuple[str, str]] | None:
         """The keys and present texts of rows, up to a limit; None: the texts are code of the table's owner."""
-        query = self._here.texts_query(self._pipeline_id)
+        query = self._target["texts_query"]
         return None if query is None else self._here.present_texts(query, keys, MAX_CHANGED_BYTES)
 
     def _scored(self, keys: Sequence[str], documents: Iterable[int]) -> list[tuple[int, float]]:
@@ -366,7 +366,7 @@ class TextMatches:
         texts = self._texts(keys)
         if texts is None:
             return set(keys)
-        counts = self._here.words_of(self._pipeline_id, [text for _, text in texts], self._terms)
+        counts = self._here.words_of(self._target, [text for _, text in texts], self._terms)
         return {key for (key, _), (_, terms) in zip(texts, counts, strict=True) if terms}
 
 

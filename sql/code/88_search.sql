@@ -177,7 +177,8 @@ CREATE OR REPLACE FUNCTION autoembed._search_target(
     OUT row_count double precision,
     OUT ef_search integer,
     OUT is_binary boolean,
-    OUT lasts boolean
+    OUT lasts boolean,
+    OUT texts_query text
 )
     LANGUAGE plpgsql
     -- It sees what was committed before the tables were locked, and not before the statement began.
@@ -264,6 +265,15 @@ BEGIN
                OR a.attrelid = _pipeline.embeddings_table AND a.attname <> _pipeline.embedding_column)
           AND a.atttypid >= 16384
     ) AND EXISTS (SELECT FROM pg_class AS c WHERE c.oid = _vectors_table AND c.relkind <> 'p');
+    -- The code of the owner gets no rights of the caller. A function of PostgreSQL's own can run any query.
+    texts_query := CASE WHEN num_nonnulls(_pipeline.content_function, _pipeline.condition) = 0 THEN format(
+        'SELECT h.key, h.place, %s AS content FROM (SELECT ROW(t.*)::%s AS hit, %s AS key, s.place, '
+        'pg_catalog.sum(%s) OVER (ORDER BY s.place) AS bytes '
+        'FROM pg_catalog.unnest($1) WITH ORDINALITY AS s(key, place) JOIN %2$s AS t ON %5$s) AS h '
+        'WHERE h.bytes OPERATOR(pg_catalog.<=) $2::pg_catalog.numeric',
+        autoembed._content_expression(_pipeline, '(h.hit)'), _pipeline.table_id, _key,
+        autoembed._content_bytes_expression(_pipeline, 't'), _sent_key
+    ) END;
     of_keys := format('EXISTS (SELECT FROM pg_catalog.unnest($2) AS s(key) WHERE %s)', _sent_key);
     matching_query := format(
         'SELECT %s AS key FROM %s AS t WHERE EXISTS (SELECT FROM pg_catalog.unnest($1) AS s(key) WHERE %s) AND (',
@@ -370,8 +380,9 @@ COMMENT ON FUNCTION autoembed._search_target IS
     'keys $1 and numbers $2 the caller may read, around visible_distance, which is that to the vector $3, or a NULL. '
     'matching_query, keys_query: which rows with keys $1, and which rows, fulfil the condition behind it. '
     'has_plain_keys: no setting of the session changes how keys are written. ef_search: how many candidates an index '
-    'keeps. lasts: this is true until _searched() gives another version, the table or that of the embeddings is '
-    'altered, or PostgreSQL makes all plans again.';
+    'keeps. texts_query: the present texts of the rows with keys $1, as many of the first as have $2 bytes; NULL: they '
+    'are code of the table''s owner. lasts: this is true until _searched() gives another version, the table or that of '
+    'the embeddings is altered, or PostgreSQL makes all plans again.';
 
 CREATE OR REPLACE FUNCTION autoembed._lasting_target(pipeline_id integer, version text)
     RETURNS json
@@ -387,34 +398,6 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._lasting_target IS
     'The facts of _search_target() for a query that names the table and that of the embeddings, so that a change of '
     'either, or another version, has it planned again. It is not for other queries: the facts change.';
-
-CREATE OR REPLACE FUNCTION autoembed._texts_query(pipeline_id integer)
-    RETURNS text
-    LANGUAGE plpgsql
-    STABLE
-    SECURITY DEFINER
-    SET search_path = pg_catalog, pg_temp
-    SET quote_all_identifiers = off
-AS $plpgsql$
-DECLARE
-    _pipeline autoembed.pipeline;
-BEGIN
-    SELECT p.* INTO STRICT _pipeline FROM autoembed.pipeline AS p WHERE p.id = _texts_query.pipeline_id;
-    -- The code of the owner gets no rights of the caller. A function of PostgreSQL's own can run any query.
-    RETURN CASE WHEN num_nonnulls(_pipeline.content_function, _pipeline.condition) = 0 THEN format(
-        'SELECT h.key, h.place, %s AS content FROM (SELECT ROW(t.*)::%s AS hit, %s AS key, s.place, '
-        'pg_catalog.sum(%s) OVER (ORDER BY s.place) AS bytes '
-        'FROM pg_catalog.unnest($1) WITH ORDINALITY AS s(key, place) JOIN %2$s AS t ON %5$s) AS h '
-        'WHERE h.bytes OPERATOR(pg_catalog.<=) $2::pg_catalog.numeric',
-        autoembed._content_expression(_pipeline, '(h.hit)'), _pipeline.table_id,
-        autoembed._key_expression(_pipeline, 't'), autoembed._content_bytes_expression(_pipeline, 't'),
-        (autoembed._sent_key_expressions(_pipeline, '{t}'))[1]
-    ) END;
-END;
-$plpgsql$;
-COMMENT ON FUNCTION autoembed._texts_query IS
-    'The query of the present texts of the rows with keys $1, as many of the first as have $2 bytes. NULL: the texts '
-    'are code of the table''s owner.';
 
 CREATE OR REPLACE FUNCTION autoembed._sample_query(pipeline_id integer)
     RETURNS text

@@ -48,7 +48,7 @@ BEGIN
         _preview, _python_sources, _read_condition, _recall, _replace_index, _rerank, _rerank_candidates, _reranked,
         _reset_search_stats, _restore_advisory_locks, _run_as_owner, _run_statement_as_owner, _running_lanes,
         _sample_query, _search_page, _search_quality, _search_target, _searched, _set_paused,
-        _stray_triggers, _template, _texts_query, _trigger_name, _trigger_problems, _unknown_keys,
+        _stray_triggers, _template, _trigger_name, _trigger_problems, _unknown_keys,
         _vector_digest_expression, _vector_index, _vector_indexes, _waits_for_commit
     }');
     -- The role gets rights to columns only. A right to the whole table, which 0.1.0 granted, includes LOCK TABLE, and

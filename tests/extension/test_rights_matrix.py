@@ -313,7 +313,6 @@ _take_permit - - - x
 _take_slot - - - x
 _template - x - x
 _text_config - - - x
-_texts_query - x - x
 _tokens_taken - - - x
 _trigger_name - x - x
 _trigger_problems - x - x

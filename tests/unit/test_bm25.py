@@ -17,6 +17,7 @@ from autoembed.bm25 import (
     Scores,
     Segment,
     counted,
+    counts,
     joined,
     level_of,
     merged,
@@ -124,6 +125,29 @@ def test_counted_texts_score_as_a_segment_does() -> None:
     assert [(number + 4, score) for number, score in found] == expected
     assert merged_ids(numbers(2, 7), [9, 1, 2]).tolist() == [1, 2, 7, 9]
     assert merged_ids(numbers(), []).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", (0, {})),
+        ("0 ", (0, {})),
+        ("1 'page':1", (1, {"page": 1})),
+        ("5 'a':1,3,9 'page':2,4", (5, {"page": 2})),
+        # Two parts of a long text.
+        ("4 'page':1,2 'z':3 'page':1", (4, {"page": 3})),
+        ("2 'pages':1 'homepage':2", (2, {})),
+        # Quotes and backslashes are doubled. A word may look like another one in quotes.
+        ("1 'it''s':1", (1, {"it's": 1})),
+        ("1 'a\\\\b':1,2", (1, {"a\\b": 2})),
+        ("1 'x ''page'':1,2,3':4", (1, {})),
+        ("3 'http://h/a,b:c':2 'page':1A,3B", (3, {"page": 2})),
+    ],
+)
+def test_the_words_of_a_text_are_counted_as_postgresql_writes_them(
+    words: str, expected: tuple[int, dict[str, int]]
+) -> None:
+    assert counts(words, ["page", "it's", "a\\b"]) == expected
 
 
 @pytest.mark.parametrize("occurrences", [1, 2, 127, 128, 129, 140, 1000, 65_536, 1_000_000])
