@@ -34,6 +34,8 @@ chaos: image .venv/stamp ## random work, kills and faults for MINUTES=10, then w
 	AUTOEMBED_TEST_IMAGE=$(IMAGE) TESTCONTAINERS_RYUK_DISABLED=true .venv/bin/pytest -s tests/extension/test_chaos.py --chaos-minutes=$(or $(MINUTES),10)
 
 bench: image .bench/stamp ## measure autoembed and its rivals side by side, into docs/bench (ROWS=2000 RUNS=3)
+	@# An index that search() is compared with is there for PostgreSQL 17 alone.
+	$(MAKE) image PG=17
 	.bench/venv/bin/python -m bench --rows $(or $(ROWS),2000) --runs $(or $(RUNS),3)
 
 docs: .docs/stamp ## build the site of docs/ into build/site, and check its links
@@ -71,6 +73,7 @@ lock: ## choose the tests' packages anew: requirements-dev.txt from requirements
 	.venv/lock/bin/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --generate-hashes --upgrade --custom-compile-command 'make lock' -o docs/requirements.txt docs/requirements.in
 	.venv/lock/bin/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --generate-hashes --upgrade --custom-compile-command 'make lock' -o bench/requirements.txt bench/requirements.in
 	.venv/lock/bin/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --generate-hashes --upgrade --custom-compile-command 'make lock' --override bench/pgai/unused.txt -o bench/pgai/requirements.txt bench/pgai/requirements.in
+	.venv/lock/bin/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.12 --generate-hashes --upgrade --no-deps --custom-compile-command 'make lock' -o bench/pg_textsearch/requirements.txt bench/pg_textsearch/requirements.in
 
 clean: ## remove the demo's container, the images and .venv
 	docker rm --force --volumes autoembed-demo

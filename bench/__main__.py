@@ -45,6 +45,7 @@ SCENARIOS: dict[str, Callable[..., Measured]] = {
     "quality": scenarios.quality,
     "recall": scenarios.recall,
     "search-speed": scenarios.search_speed,
+    "text-leg": scenarios.text_leg,
     "fresh-idle": scenarios.fresh_when_idle,
     "fresh-steady": scenarios.fresh_when_steady,
     "fresh-backfill": scenarios.fresh_during_backfill,
@@ -64,6 +65,7 @@ WITHOUT_INDEX = (
     "quality",
     "recall",
     "search-speed",
+    "text-leg",
     "beside",
 )
 
@@ -94,8 +96,9 @@ def main() -> None:
     try:
         for run in range(1, options.runs + 1):
             for scenario, name, measurement in _plan(options.scenarios, options.systems, sizes):
+                image = options.text_image if scenario == "text-leg" else options.image
                 with (
-                    running_server(options.image, sizes.request_seconds, sizes.input_seconds) as server,
+                    running_server(image, sizes.request_seconds, sizes.input_seconds) as server,
                     closing(server.connect()) as db,
                 ):
                     described = described or machine.describe(db, versions)
@@ -136,7 +139,7 @@ def _is_of_use(scenario: str, system: System) -> bool:
         return False
     if scenario in ("local-model", "quality") or system.settings == "local":
         return scenario in ("local-model", "search", "quality") and system.settings == "local"
-    if scenario in ("backfill", "search", "search-speed", "recall", "beside"):
+    if scenario in ("backfill", "search", "search-speed", "text-leg", "recall", "beside"):
         return system.name == "autoembed" and system.settings == "defaults"
     if scenario == "drain-no-index" and system.name != "autoembed":
         return system.settings == "best"  # a rival's defaults are its speed, with an index or without
@@ -154,6 +157,7 @@ def _options() -> argparse.Namespace:
     add("--systems", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
     add("--scenarios", nargs="+", choices=list(SCENARIOS), default=list(SCENARIOS), metavar="NAME")
     add("--image", default="autoembed", help="(%(default)s)")
+    add("--text-image", default="autoembed:17", help="of PostgreSQL 17, for pg_textsearch (%(default)s)")
     add("--request-seconds", type=float, default=0.1, help="what the fake API takes per request (%(default)s)")
     add("--input-seconds", type=float, default=0.002, help="and per input (%(default)s)")
     add("--backfill-rows", type=int, help="rows that wait while freshness is measured (50 times the rows)")

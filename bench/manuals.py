@@ -34,6 +34,7 @@ MANUAL_BYTES = 44_000
 MANUALS = 12
 # The local model takes minutes for a thousand sections.
 OTHER_SECTIONS = 12
+PASSAGE_CHARACTERS = 1000
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,10 @@ def faq() -> tuple[list[str], list[Question]]:
     return documents, questions
 
 
-def sections() -> tuple[list[str], list[tuple[str, int]]]:
+def sections(one_in: int = OTHER_SECTIONS) -> tuple[list[str], list[tuple[str, int]]]:
     """The sections of all documents, and the questions of the FAQs, each with the number of the answer.
 
-    A question is left out of its answer. Of the sections that answer none, one in OTHER_SECTIONS is there.
+    A question is left out of its answer. one_in: of the sections that answer none, one in so many is there.
     """
     perl = [path for path in sorted(FOLDER.glob("perl/*.pod")) if not re.match(r"perl(.*delta|5)", path.name)]
     python = [path for path in sorted(FOLDER.glob("python/**/*.rst.txt")) if path.parent.name != "whatsnew"]
@@ -92,9 +93,24 @@ def sections() -> tuple[list[str], list[tuple[str, int]]]:
             if answer and is_faq and title.endswith("?"):
                 questions.append((title, len(found)))
                 found.append(answer)
-            elif answer and zlib.crc32(body.encode()) % OTHER_SECTIONS == 0:
+            elif answer and zlib.crc32(body.encode()) % one_in == 0:
                 found.append(f"{title}\n\n{answer}")
     return found, questions
+
+
+def passages() -> list[str]:
+    """The paragraphs of all sections, as many together as have PASSAGE_CHARACTERS. A longer one is left out."""
+    found: list[str] = []
+    for section in sections(one_in=1)[0]:
+        passage = ""
+        for paragraph in re.split(r"\n\n+", section):
+            together = f"{passage}\n\n{paragraph}".strip()
+            if passage and len(together) > PASSAGE_CHARACTERS:
+                found.append(passage)
+                together = paragraph
+            passage = together if len(together) <= PASSAGE_CHARACTERS else ""
+        found += [passage] if passage else []
+    return found
 
 
 def manuals() -> list[str]:

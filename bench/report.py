@@ -151,6 +151,25 @@ SEARCH_SPEED: Columns = {
     "by vector, × of it": ("vector_p95_ratio", 1),
     "hybrid, × of it": ("hybrid_p95_ratio", 1),
 }
+TEXT_LEG: Columns = {
+    f"{about}: {what}": (f"{queries}_{figure}", factor)
+    for queries, about in {
+        "manuals_questions": "manuals, questions",
+        "manuals_words": "three words",
+        "random_questions": "random texts, nine words",
+        "random_words": "three of these",
+    }.items()
+    for what, figure, factor in (
+        ("pg_textsearch, ms", "index_seconds", 1000),
+        ("search(), ×", "ratio", 1),
+        ("in CPU, ×", "cpu_ratio", 1),
+    )
+}
+TEXT_PLACES: Columns = {
+    "the exact ten by search(), %": ("same_by_text", 100),
+    "by pg_textsearch, %": ("same_by_index", 100),
+    "upkeep of a text, ms of CPU": ("upkeep_seconds", 1000),
+}
 IDLE: Columns = {
     "CPU of the server, %": ("postgres_cpu_percent", 1),
     "of a lane, %": ("lane_cpu_percent", 1),
@@ -172,6 +191,12 @@ TABLES: list[tuple[str, str, Columns]] = [
     ("search(): questions of FAQs, among 1,020 sections of the manuals of Perl and Python", "quality", QUALITY),
     ("search(): recall@10 of 20,000 rows with an HNSW index, by the filter", "recall", RECALL),
     ("search(): {search_rows} rows with both indexes, over SQL alone by vector", "search-speed", SEARCH_SPEED),
+    (
+        "search() by words beside an index of pg_textsearch",
+        "text-leg",
+        TEXT_LEG,
+    ),
+    ("The text index: places in a list of ten that BM25 gives, and upkeep", "text-leg", TEXT_PLACES),
     ("Freshness: single INSERTs, nothing else to do", "fresh-idle", FRESHNESS),
     ("Freshness: 50 rows/s", "fresh-steady", FRESHNESS),
     ("Freshness: during a backfill of {backfill_rows} rows", "fresh-backfill", FRESHNESS),
@@ -197,6 +222,8 @@ a fresh server; each figure is the median of {runs} of them.
 - Beside a hostile tenant, another inserts two rows a second, first alone, then while the attack goes on. Both have the
   same lane and model, unless the attack is a model of its own.
 - search() is compared with SQL alone for the same nearest rows, whose vector is known, with the same `ef_search`.
+- search() by words is compared with an index of pg_textsearch on the same table, for PostgreSQL 17. A place in a list
+  of ten counts as that of BM25 if the row there has the score that belongs there.
 - Cost is over the same table without triggers, in turns: {cost_rows} rows in one statement, 2,000 singly.
 - Chunks are found by the local model. A chunk is right if the shorter of it and the answer lies half within the other.
   The questions are taken out of the texts; an answer longer than 2,000 characters counts as 2,000.

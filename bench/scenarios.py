@@ -16,6 +16,7 @@ from bench import chunking, documents, limit, measure, neighbours
 from bench import quality as search_quality
 from bench import recall as search_recall
 from bench import search_speed as speed_of_search
+from bench import text_leg as search_by_words
 from bench.measure import Usage
 from bench.server import api, bare_model_seconds, log_bytes
 from bench.systems import System, Workers
@@ -263,6 +264,11 @@ def recall(server: Server, db: Connection, system: Autoembed, sizes: Sizes) -> M
 def search_speed(server: Server, db: Connection, system: Autoembed, sizes: Sizes) -> Measured:
     """How long search() takes, by mode, over SQL alone."""
     return Measured(speed_of_search.measure(server, db, system, sizes.search_rows))
+
+
+def text_leg(server: Server, db: Connection, system: Autoembed, sizes: Sizes) -> Measured:
+    """How search() by words does beside an index of pg_textsearch."""
+    return Measured(search_by_words.measure(server, db, system, sizes.search_rows))
 
 
 def fresh_when_idle(server: Server, db: Connection, system: System, sizes: Sizes) -> Measured:

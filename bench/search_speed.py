@@ -64,11 +64,11 @@ FORMS = {
 def measure(server: Server, db: Connection, system: Autoembed, rows: int) -> dict[str, float]:
     system.create(server, db)
     db.execute(CREATE.encode())
-    words = _words(random.Random(1))
+    words = words_without_end(random.Random(1))
     with db.cursor().copy("COPY passages FROM STDIN") as copy:
         for number in range(rows):
             subject = number % 50
-            copy.write_row((number, subject, _text(words, TITLE_WORDS), _text(words, CONTENT_WORDS)))
+            copy.write_row((number, subject, text_of(words, TITLE_WORDS), text_of(words, CONTENT_WORDS)))
     began = time.monotonic()
     with system.running(server, db):
         embedded = "SELECT count(*) FROM passages_embeddings"
@@ -84,7 +84,7 @@ def measure(server: Server, db: Connection, system: Autoembed, rows: int) -> dic
     figures = {"fill_seconds": fill_seconds, "index_seconds": index_seconds}
 
     seconds: dict[str, list[float]] = {form: [] for form in FORMS}
-    queries = [_text(words, QUERY_WORDS[number % len(QUERY_WORDS)]) for number in range(QUERIES)]
+    queries = [text_of(words, QUERY_WORDS[number % len(QUERY_WORDS)]) for number in range(QUERIES)]
     # The first round pays for caches. In turns, so that a busy moment meets all forms, and in any order, because the
     # first of them finds fewer pages in the processor's cache.
     chance = random.Random(2)
@@ -110,7 +110,7 @@ def _has_merged(db: Connection) -> bool:
     return bool(segments < 30)
 
 
-def _words(chance: random.Random) -> Iterator[str]:
+def words_without_end(chance: random.Random) -> Iterator[str]:
     """Words without end, the n-th of a list about as often as 1/n."""
     consonants, vowels = "bcdfghklmnprstvw", "aeiou"
     listed = [
@@ -122,5 +122,5 @@ def _words(chance: random.Random) -> Iterator[str]:
         yield from chance.choices(listed, cum_weights=weights, k=1000)
 
 
-def _text(words: Iterator[str], count: int) -> str:
+def text_of(words: Iterator[str], count: int) -> str:
     return " ".join(itertools.islice(words, count))
