@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ ROUNDING = 1.0001
 # The documents of a merged segment, and its postings, unless one segment alone has more.
 MAX_MERGED = 50_000
 MAX_MERGED_POSTINGS = 200_000
+# So many places of documents are merged at a time: some megabytes.
+PART_MERGED = 200_000
 
 
 class Posting(NamedTuple):
@@ -61,6 +64,15 @@ class Posting(NamedTuple):
 
     ordinals: np.ndarray | None
     levels: np.ndarray
+
+
+class StoredPosting(NamedTuple):
+    """A posting of a segment as the text index has it."""
+
+    segment: int
+    term: str
+    ordinals: bytes
+    levels: bytes
 
 
 class Segment(NamedTuple):
@@ -94,8 +106,7 @@ def packed(posting: Posting, document_count: int) -> tuple[bytes, bytes]:
     import numpy as np
 
     ordinals, levels = posting
-    if ordinals is not None and 4 * len(ordinals) > document_count:
-        # These take less room so, and less time.
+    if ordinals is not None and _is_common(len(ordinals), document_count):
         every = np.zeros(document_count, np.uint8)
         every[ordinals] = levels
         return b"", every.tobytes()
@@ -449,31 +460,67 @@ def most_dead(segments: Mapping[int, Segment], dead: np.ndarray, postings: Mappi
     return chosen
 
 
-def merged(segments: Sequence[Segment], dead: np.ndarray) -> Segment:
-    """One segment in place of several, without their dead documents."""
+def merged(
+    segments: Mapping[int, Segment], postings: Iterable[StoredPosting], dead: np.ndarray
+) -> tuple[Segment, list[StoredPosting]]:
+    """One segment in place of several, without their dead documents, and its postings, whose segment is 0."""
     import numpy as np
 
-    documents = np.concatenate([segment.documents for segment in segments])
-    lengths = np.concatenate([segment.lengths for segment in segments])
-    alive = live(documents, dead)
+    documents = np.concatenate([segment.documents for segment in segments.values()])
+    lengths = np.concatenate([segment.lengths for segment in segments.values()])
     order = np.argsort(documents, kind="stable")
-    order = order[alive[order]]
+    order = order[live(documents, dead)[order]]
     place = np.full(len(documents), -1, np.int64)
     place[order] = np.arange(len(order))
-    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-    offset = 0
-    for segment in segments:
-        for term, (ordinals, levels) in segment.postings.items():
-            having = np.flatnonzero(levels) if ordinals is None else ordinals
-            places = place[having.astype(np.int64) + offset]
-            found.setdefault(term, []).append((places, levels[having] if ordinals is None else levels))
-        offset += len(segment.documents)
-    postings = {}
-    for term, parts_of_term in found.items():
-        ordinals = np.concatenate([part for part, _ in parts_of_term])
-        ascending = np.argsort(ordinals, kind="stable")
-        ascending = ascending[np.searchsorted(ordinals[ascending], 0) :]
-        if len(ascending):
-            levels = np.concatenate([part for _, part in parts_of_term])
-            postings[term] = Posting(ordinals[ascending], levels[ascending])
-    return Segment(documents[order], lengths[order], postings)
+    counts = {number: len(segment.documents) for number, segment in segments.items()}
+    starts = dict(zip(counts, itertools.accumulate(counts.values(), initial=0), strict=False))
+    every = {number: np.arange(count).astype(">u2").tobytes() for number, count in counts.items()}
+    found: list[StoredPosting] = []
+    for part in _of_whole_terms(postings):
+        sizes = [len(posting.levels) for posting in part]
+        ordinals = np.frombuffer(b"".join([one.ordinals or every[one.segment] for one in part]), ">u2")
+        levels = np.frombuffer(b"".join([posting.levels for posting in part]), np.uint8)
+        places = place[np.repeat([starts[posting.segment] for posting in part], sizes) + ordinals]
+        terms = {term: number for number, term in enumerate(dict.fromkeys(posting.term for posting in part))}
+        # One number for both, so that one sort does for all terms.
+        keys = np.repeat([terms[posting.term] for posting in part], sizes) * len(order) + places
+        is_there = (places >= 0) & (levels > 0)
+        keys, levels = keys[is_there], levels[is_there]
+        ascending = np.argsort(keys)
+        keys, levels = keys[ascending], levels[ascending]
+        ends = np.searchsorted(keys, len(order) * np.arange(1, len(terms) + 1))
+        found += _cut(list(terms), ends.tolist(), keys % max(1, len(order)), levels, len(order))
+    return Segment(documents[order], lengths[order], {}), found
+
+
+def _of_whole_terms(postings: Iterable[StoredPosting]) -> Iterator[list[StoredPosting]]:
+    """Lists of postings, each with all of a term, and of not many documents."""
+    part: list[StoredPosting] = []
+    size = 0
+    for _, of_term in itertools.groupby(sorted(postings, key=attrgetter("term")), key=attrgetter("term")):
+        if size > PART_MERGED:
+            yield part
+            part, size = [], 0
+        for posting in of_term:
+            part.append(posting)
+            size += len(posting.levels)
+    if part:
+        yield part
+
+
+def _cut(
+    terms: Sequence[str], ends: Sequence[int], ordinals: np.ndarray, levels: np.ndarray, document_count: int
+) -> Iterator[StoredPosting]:
+    """The postings of these terms, which follow each other. ends: where that of each term ends."""
+    # To cut bytes takes less time than to cut arrays.
+    all_ordinals, all_levels = ordinals.astype(">u2").tobytes(), levels.tobytes()
+    for term, (start, end) in zip(terms, itertools.pairwise([0, *ends]), strict=True):
+        if _is_common(end - start, document_count):
+            yield StoredPosting(0, term, *packed(Posting(ordinals[start:end], levels[start:end]), document_count))
+        elif start < end:
+            yield StoredPosting(0, term, all_ordinals[2 * start : 2 * end], all_levels[start:end])
+
+
+def _is_common(having: int, document_count: int) -> bool:
+    """Whether a level for each document takes less room, and less time, than the places of those with a term."""
+    return 4 * having > document_count

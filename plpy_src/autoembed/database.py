@@ -23,11 +23,11 @@ from autoembed.bm25 import (
     Documents,
     Posting,
     Segment,
+    StoredPosting,
     counts,
     joined,
     merged,
     most_dead,
-    packed,
     parts,
     plain_words,
     unpacked,
@@ -1169,14 +1169,13 @@ class Database:
         with as_role(self._texts_table()[1]):
             dead = self._dead_documents(pipeline_id)
             if task["many_are_dead"]:
-                postings = dict(zip(ids, task["postings"], strict=True))
-                ids = most_dead(self._segments(*which, [ids]), dead, postings)
+                posting_counts = dict(zip(ids, task["postings"], strict=True))
+                ids = most_dead(self._segments(*which, [ids]), dead, posting_counts)
             segments = self._segments(*which, [ids])
-            self._fill(segments, "true", [], [])
+            postings = self._postings(ids)
         if not segments:
             return
-        new = merged(list(segments.values()), dead)
-        stored = [packed(posting, len(new.documents)) for posting in new.postings.values()]
+        new, new_postings = merged(segments, postings, dead)
         gone = np.intersect1d(np.concatenate([segment.documents for segment in segments.values()]), dead)
         self._run(
             "SELECT autoembed._replace_segments($1, $2, $3, $4, $5, $6, $7, $8, $9)",
@@ -1195,9 +1194,9 @@ class Database:
                 len(new.documents),
                 new.documents.astype(">i8").tobytes(),
                 new.lengths.astype(">i4").tobytes(),
-                list(new.postings),
-                [ordinals for ordinals, _ in stored],
-                [levels for _, levels in stored],
+                [posting.term for posting in new_postings],
+                [posting.ordinals for posting in new_postings],
+                [posting.levels for posting in new_postings],
                 gone.tolist(),
             ],
         )
@@ -1485,16 +1484,14 @@ class Database:
             row["id"]: Segment(_numbers(row["documents"], ">i8"), _numbers(row["lengths"], ">i4"), {}) for row in rows
         }
 
-    def _fill(self, segments: dict[int, Segment], which: str, types: Sequence[str], arguments: Sequence[Any]) -> None:
-        """Reads the postings of segments."""
+    def _postings(self, segments: Sequence[int]) -> list[StoredPosting]:
         rows = self._run(
             "SELECT p.segment_id, p.term, p.ordinals, p.levels FROM autoembed.text_posting AS p"
-            f" WHERE p.segment_id OPERATOR(pg_catalog.=) ANY ($1) AND {which}",
-            ["pg_catalog.int8[]", *types],
-            [list(segments), *arguments],
+            " WHERE p.segment_id OPERATOR(pg_catalog.=) ANY ($1)",
+            ["pg_catalog.int8[]"],
+            [list(segments)],
         )
-        for row in rows:
-            segments[row["segment_id"]].postings[row["term"]] = unpacked(row["ordinals"], row["levels"])
+        return [StoredPosting(row["segment_id"], row["term"], row["ordinals"], row["levels"]) for row in rows]
 
     def _dead_documents(self, pipeline_id: int) -> np.ndarray:
         [row] = self._run(

@@ -16,6 +16,7 @@ from autoembed.bm25 import (
     Posting,
     Scores,
     Segment,
+    StoredPosting,
     counted,
     counts,
     joined,
@@ -242,7 +243,7 @@ def test_nothing_is_found_where_nothing_matches(documents: Documents, terms: dic
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_merged_segment_scores_as_its_parts_did(seed: int) -> None:
+def test_a_merged_segment_scores_as_its_parts_did(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     rng = random.Random(seed)
     all_documents: list[Documents] = [{} for _ in range(rng.randint(1, 5))]
     for number in range(rng.randint(0, 40)):
@@ -250,14 +251,21 @@ def test_a_merged_segment_scores_as_its_parts_did(seed: int) -> None:
         rng.choice(all_documents)[number] = words
     dead = numbers(*rng.sample(range(60), rng.randint(0, 20)))
     segments = [segment_of(documents) for documents in all_documents]
-    new = merged(segments, dead)
+    monkeypatch.setattr(bm25, "PART_MERGED", rng.choice([1, 20, 1000]))
+    postings = [
+        StoredPosting(number, term, *packed(posting, len(segment.documents)))
+        for number, segment in enumerate(segments)
+        for term, posting in segment.postings.items()
+    ]
+    new, new_postings = merged(dict(enumerate(segments)), postings, dead)
 
     assert new.documents.tolist() == sorted(
         number for documents in all_documents for number in documents if number not in dead
     )
-    for ordinals, _ in new.postings.values():
-        assert ordinals is not None
-        assert ordinals.tolist() == sorted(ordinals.tolist())
+    for posting in new_postings:
+        ordinals, levels = new.postings[posting.term] = unpacked(posting.ordinals, posting.levels)
+        places = np.flatnonzero(levels) if ordinals is None else ordinals
+        assert places.tolist() == sorted(places.tolist())
     terms = {"a": 1, "b": 2, "f": 1}
     before = scores_of(segments, terms, dead).best(100)
     after = scores_of([new], terms, numbers()).best(100)
