@@ -115,7 +115,7 @@ _plans: dict[str, Any] = {}
 _kept_plans: dict[str, Any] = {}
 MAX_KEPT_PLANS = 50
 # The vectors of search texts, by text, model and version of the table's facts: embed() looks up more.
-_vectors = KeptTexts(search_text.KEPT_CHARACTERS)
+_vectors = KeptTexts(1_000_000)
 # The words of texts that wait to be indexed, by the version of the table's facts. Each search counts them.
 _words = KeptTexts(4_000_000)
 # The segments that searches of this session have read, without postings, by the OID of their table and their ids. A
