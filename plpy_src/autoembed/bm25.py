@@ -211,6 +211,13 @@ class Documents:
     def words(self) -> int:
         return int(self.lengths.sum())
 
+    @cached_property
+    def runs(self) -> list[int]:
+        """Where the ids begin to ascend again, and their number."""
+        import numpy as np
+
+        return [0, *(np.flatnonzero(np.diff(self.ids) <= 0) + 1).tolist(), len(self.ids)]
+
     def norms(self, mean: float) -> np.ndarray:
         """How much the length of each document marks it down, float32. mean: of the lengths."""
         import numpy as np
@@ -229,7 +236,7 @@ class Documents:
         import numpy as np
 
         found = [np.empty(0, np.int64)]
-        for start, end in itertools.pairwise([*self.starts, len(self.ids)]):
+        for start, end in itertools.pairwise(self.runs):
             part = self.ids[start:end]
             if len(part):
                 first, last = np.searchsorted(ids, (part[0], part[-1] + 1))

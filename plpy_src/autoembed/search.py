@@ -136,7 +136,7 @@ class Search:
             if target["is_binary"]:
                 limit = max(limit, ef_search)
         # It takes longer.
-        goes_on = by_index and (self._condition is not None or target["has_policies"] or limit >= ef_search)
+        goes_on = by_index and (self._condition is not None or target["has_policies"] or wanted >= ef_search)
         if goes_on:
             self._here.go_on_by_index()
         while True:
