@@ -27,15 +27,11 @@ RANDOM_QUERIES = 200
 # The formula's usual parameters, which both have.
 K1, B = 1.2, 0.75
 UPKEEP_ROWS, UPKEEP_BATCHES = 1000, 30
+# The inputs of a request: all of a batch, and the default.
+INPUTS = {"upkeep_seconds": UPKEEP_ROWS, "upkeep_seconds_by_default": 100}
 
-# No text is like another: vectors are there because rows without one are not in the text index for long.
-CREATE = """
-CREATE EXTENSION pg_textsearch;
-CREATE FUNCTION no_meaning(texts text[]) RETURNS vector[] LANGUAGE sql RETURN (
-    SELECT array_agg('[1,0]'::vector) FROM unnest(texts)
-);
-SELECT autoembed.create_model('no_meaning', 'function', 2, 'public.no_meaning');
-"""
+# Vectors are there because no row is in the text index without one.
+CREATE = "CREATE EXTENSION pg_textsearch; SELECT autoembed.create_model('no_meaning', 'fake', 2)"
 TABLE = "CREATE TABLE {table} (id integer PRIMARY KEY, content text NOT NULL)"
 ENABLE = """
 SELECT autoembed.enable(
@@ -68,7 +64,7 @@ def measure(server: Server, db: Connection, system: Autoembed, rows: int) -> dic
     with closing(server.connect()) as again:
         system.create(server, again)
         again.execute(CREATE)
-        figures = {"upkeep_seconds": _upkeep_seconds(again)}
+        figures = {figure: _upkeep_seconds(again, inputs) for figure, inputs in INPUTS.items()}
         passages = manuals.passages()
         chance = random.Random(1)
         questions = [question for question, _ in manuals.sections()[1]]
@@ -141,14 +137,14 @@ def _merge(db: Connection) -> None:
         db.execute("SELECT autoembed.process()")
 
 
-def _upkeep_seconds(db: Connection) -> float:
-    """CPU of the session that embeds, for the text index alone: over a table without one, a row of those written.
+def _upkeep_seconds(db: Connection, inputs: int) -> float:
+    """CPU of the session that embeds, for the text index alone, a row: over a table without one.
 
     Both tables get the same rows, a batch each in turns. Merging is counted.
     """
     words = words_without_end(random.Random(3))
     used: dict[str, float] = {}
-    for table, config in (("without", "NULL"), ("with_texts", "'english'")):
+    for table, config in ((f"bare_{inputs}", "NULL"), (f"indexed_{inputs}", "'english'")):
         used[table] = 0.0
         db.execute(TABLE.format(table=table).encode())
         db.execute(ENABLE.format(table=table, config=config).encode())
@@ -158,16 +154,14 @@ def _upkeep_seconds(db: Connection) -> float:
         texts = [text_of(words, PASSAGE_WORDS) for _ in range(UPKEEP_ROWS)]
         tables.reverse()
         for table in tables:
-            insert = (
-                f"INSERT INTO {table} SELECT %s + row, text FROM unnest(%s::text[]) WITH ORDINALITY AS t(text, row)"
-            )
-            db.execute(insert.encode(), [(number + 2) * UPKEEP_ROWS, texts])
+            insert = f"INSERT INTO {table} SELECT %s + n, text FROM unnest(%s::text[]) WITH ORDINALITY AS t(text, n)"
+            db.execute(insert.encode(), [number * UPKEEP_ROWS, texts])
             before = _cpu_seconds(db)
-            while db.execute("SELECT read FROM autoembed.process(1000)").fetchone() != (0,):
+            while db.execute("SELECT read FROM autoembed.process(%s)", [inputs]).fetchone() != (0,):
                 pass
             if number >= 0:
                 used[table] += _cpu_seconds(db) - before
-    return (used["with_texts"] - used["without"]) / (UPKEEP_ROWS * UPKEEP_BATCHES)
+    return (used[f"indexed_{inputs}"] - used[f"bare_{inputs}"]) / (UPKEEP_ROWS * UPKEEP_BATCHES)
 
 
 def _cpu_seconds(db: Connection) -> float:
