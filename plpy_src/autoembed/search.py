@@ -183,13 +183,13 @@ def near_of(key: str, distance: float, number: int | None) -> Near:
 
 
 def nearest_chunks(found: Iterable[tuple[str, float, int | None]]) -> list[Near]:
-    """The rows of these chunks, each with the nearest of them, nearest first."""
+    """The rows of these chunks, each with the nearest of them, nearest first; of equal ones, in their order."""
     rows: dict[str, Near] = {}
     for one in found:
         row = near_of(*one)
         if row.key not in rows or row.distance < rows[row.key].distance:
             rows[row.key] = row
-    return sorted(rows.values(), key=lambda row: (row.distance, row.key))
+    return sorted(rows.values(), key=lambda row: row.distance)
 
 
 def fused(

@@ -313,8 +313,8 @@ BEGIN
             _pipeline.table_id, _key, 't.' || _expression, _operator, vector_type, _pipeline.embedding_column
         );
         near_end := format(') ORDER BY (%s %s $1::%s)', 't.' || _expression, _operator, vector_type);
-        -- No index has this order.
-        exact_end := near_end || ' OPERATOR(pg_catalog.+) 0::pg_catalog.float8';
+        -- No index has this order. Of rows that are as near, the same come first in each search.
+        exact_end := near_end || ' OPERATOR(pg_catalog.+) 0::pg_catalog.float8, key';
         IF is_binary THEN
             near_end := format(
                 ') ORDER BY (%s OPERATOR(@extschema:vector@.<~>) %s)',
@@ -352,7 +352,7 @@ BEGIN
         _key, _operator, vector_type, _from
     );
     near_end := format(') ORDER BY (e."autoembed vector" %s $1::%s)', _operator, vector_type);
-    exact_end := near_end || ' OPERATOR(pg_catalog.+) 0::pg_catalog.float8';
+    exact_end := near_end || ' OPERATOR(pg_catalog.+) 0::pg_catalog.float8, key';
     IF is_binary THEN
         near_end := format(
             ') ORDER BY (%s OPERATOR(@extschema:vector@.<~>) %s)',
@@ -737,7 +737,8 @@ CREATE OR REPLACE FUNCTION autoembed._hits(
     STABLE
 AS $plpgsql$
 DECLARE
-    _wanted integer := max_rows OPERATOR(pg_catalog.+) skip_rows;
+    -- No search lists more rows.
+    _wanted integer := least(max_rows::bigint OPERATOR(pg_catalog.+) skip_rows, 2147483647);
     -- So many of the best rows are reranked.
     _reranked integer := CASE
         WHEN rerank_model IS NULL THEN 0

@@ -82,6 +82,27 @@ def test_pages_continue_each_other(short: Connection, column: str) -> None:
 
 
 @STORAGES
+@pytest.mark.parametrize("mode", ["vector", "hybrid", "text"])
+def test_pages_continue_each_other_where_all_rows_are_as_near(short: Connection, column: str, mode: str) -> None:
+    attach(short, column, ["the same text"] * 300)
+    short.execute("SELECT autoembed.alter_pipeline('pages', text_config => 'english')")
+    short.execute("SELECT autoembed.process()")
+    search = "SELECT key FROM autoembed.search('pages', 'text', 40, skip_rows => %s, mode => %s)"
+
+    keys = [row.key for skip in range(0, 320, 40) for row in short.execute(search, [skip, mode])]
+
+    assert len(keys) == len(set(keys)) == 300
+
+
+def test_a_page_behind_all_rows_is_empty(short: Connection) -> None:
+    attach(short, "NULL", ["a text"])
+    search = "SELECT key FROM autoembed.search('pages', 'question', max_rows => %s, skip_rows => %s)"
+
+    assert short.execute(search, [2147483647, 0]).fetchall() == [("[1]",)]
+    assert short.execute(search, [2147483647, 2147483647]).fetchall() == []
+
+
+@STORAGES
 def test_a_condition_is_read_as_in_where(short: Connection, column: str) -> None:
     attach(short, column, [f"text {n}" for n in range(20)])
     search = "SELECT (s.hit).id FROM autoembed.search(NULL::pages, 'question', condition => %s) AS s ORDER BY 1"

@@ -20,8 +20,8 @@ def near(*distances: float) -> list[Near]:
         ([("[1]", 0.2, 3), ("[2]", 0.1, 1)], [("[2]", 0.1, 1), ("[1]", 0.2, 3)]),
         # The nearest chunk of a row counts, whatever the order.
         ([("[1]", 0.3, 1), ("[1]", 0.1, 2), ("[2]", 0.2, 1), ("[1]", 0.2, 3)], [("[1]", 0.1, 2), ("[2]", 0.2, 1)]),
-        # Keys decide between rows that are as near.
-        ([("[2]", 0.1, None), ("[10]", 0.1, None)], [("[10]", 0.1, None), ("[2]", 0.1, None)]),
+        # Rows that are as near stay in the order of the query, of which a later page reads more.
+        ([("[2]", 0.1, None), ("[10]", 0.1, None)], [("[2]", 0.1, None), ("[10]", 0.1, None)]),
         ([("[1]", math.nan, 1), ("[2]", 0.9, 1), ("[3]", 1.1, 1)], [("[2]", 0.9, 1), ("[1]", 1.0, 1), ("[3]", 1.1, 1)]),
     ],
 )
