@@ -873,12 +873,11 @@ class Rows:
     def _texts_of(self, pipeline: Pipeline, job: Job) -> list[str]:
         """The texts of a row that have a vector each, without what they are embedded behind."""
         content = job.content or ""
-        if not pipeline.is_beside:
+        if not pipeline.is_beside or pipeline.chunking == NONE:
+            # A model may read less of it.
             return [content[:MAX_CHARACTERS]]
         ranges = [(chunk.start, chunk.end) for chunk in job.chunks]
         if not ranges:
-            if pipeline.chunking == NONE:
-                return [content[:MAX_CHARACTERS]]
             try:
                 ranges = job.ranges or self._cutter.ranges(pipeline, content, job.parts, job.prefix)
             except Fault as fault:

@@ -202,6 +202,17 @@ def test_a_text_counts_at_once_whatever_came_before(
 
 
 @STORAGES
+def test_the_words_behind_what_a_model_reads_are_found(short: Connection, column: str) -> None:
+    more = ", chunking => 'none'" if column == "NULL" else ""
+    attach(short, column, ["pear " * 20_000 + "apple"], more=more)
+    embed(short)
+    truncated = short.execute("SELECT bool_and(truncated) AS all FROM autoembed.embedded").fetchone()
+    assert truncated == (True,)
+
+    assert list(found(short, "apple")) == [1]
+
+
+@STORAGES
 def test_a_row_without_an_embedding_comes_with_its_score_by_words(short: Connection, column: str) -> None:
     attach(short, column, ["an apple", "a pear"])
     write(short, {3: "an apple more", 2: "a plum"})
