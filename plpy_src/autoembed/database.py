@@ -876,14 +876,16 @@ class Database:
         pipeline: Pipeline,
         keys: Sequence[str],
         text_digests: Sequence[bytes | None],
+        versions: Sequence[str | None],
         vectors: np.ndarray | None,
     ) -> dict[str, Written]:
         """Writes the vectors (None: NULLs) of the rows whose text is still the same.
 
-        text_digests: SHA-256 of the texts. Returns what became of each key. RowError if a row does not take its
-        vector; then none was written.
+        text_digests: SHA-256 of the texts. versions: those of the rows that have these texts; None: not known. Returns
+        what became of each key. RowError if a row does not take its vector; then none was written.
         """
-        rows = self._write(pipeline, keys, text_digests, (), (), [None] * len(keys) if vectors is None else vectors)
+        new = [None] * len(keys) if vectors is None else vectors
+        rows = self._write(pipeline, keys, text_digests, ["pg_catalog.text[]"], [list(versions)], new)
         return {row["key"]: Written(row["outcome"], row["vector_digest"]) for row in rows}
 
     def write_chunks(
@@ -891,19 +893,19 @@ class Database:
         pipeline: Pipeline,
         keys: Sequence[str],
         text_digests: Sequence[bytes | None],
+        versions: Sequence[str | None],
         prefixes: Sequence[str],
         chunks: Sequence[Sequence[Chunk]],
         vectors: np.ndarray | None,
         *,
-        version: str | None = None,
         numbers: range | None = None,
         is_last: bool = True,
     ) -> dict[str, Written]:
         """The same where embeddings are beside the rows. vectors: those of the chunks that are not kept, in order.
 
         prefixes: what the chunks of each row are embedded behind.
-        version: the only row is known to have its text in this version. numbers: its chunks then have these; None: the
-        chunks of each row count from 1. is_last: no further part of its chunks is to come.
+        numbers: those of the chunks of the only row; None: the chunks of each row count from 1. is_last: no further
+        part of its chunks is to come.
 
         A row without chunks loses its embeddings.
         """
@@ -915,7 +917,7 @@ class Database:
             firsts, lasts = [numbers.start], [numbers.stop - 1]
         columns: list[list[Any] | None] = [
             [prefix or None for prefix in prefixes] if any(prefixes) else None,
-            None if version is None else [version],
+            list(versions),
             firsts if is_last else None,
             lasts if is_last else None,
             [key for key, _ in described],
@@ -1015,7 +1017,11 @@ class Database:
         return {row["digest"]: np.frombuffer(row["vector"], "<f4") for row in rows}
 
     def try_write(
-        self, pipeline: Pipeline, keys: Sequence[str], text_digests: Sequence[bytes | None]
+        self,
+        pipeline: Pipeline,
+        keys: Sequence[str],
+        text_digests: Sequence[bytes | None],
+        versions: Sequence[str | None],
     ) -> dict[str, str]:
         """Writes a vector of no meaning into these rows, and undoes that.
 
@@ -1025,10 +1031,10 @@ class Database:
         rows: Any = []
         with self._owners_code(undone=True, writes=True):
             rows = self._run(
-                f"SELECT w.key, w.outcome FROM autoembed._write_{pipeline.id}($1, $2, $3, pg_catalog.array_fill("
-                f"$4::{pipeline.vector_type}, ARRAY[pg_catalog.cardinality($1)])) AS w",
-                ["pg_catalog.text[]", "pg_catalog.bytea[]", *["pg_catalog.text"] * 2],
-                [list(keys), list(text_digests), pipeline.model.identity, vector],
+                f"SELECT w.key, w.outcome FROM autoembed._write_{pipeline.id}($1, $2, $3, $4, pg_catalog.array_fill("
+                f"$5::{pipeline.vector_type}, ARRAY[pg_catalog.cardinality($1)])) AS w",
+                ["pg_catalog.text[]", "pg_catalog.bytea[]", "pg_catalog.text", "pg_catalog.text[]", "pg_catalog.text"],
+                [list(keys), list(text_digests), pipeline.model.identity, list(versions), vector],
             )
         return {row["key"]: row["outcome"] for row in rows}
 
@@ -1651,6 +1657,7 @@ def _row(row: dict[str, Any]) -> Row:
             row["bytes"] or 0,
             is_locked=bool(row["is_locked"]),
             own_key=row["own_key"],
+            version=row["version"],
         )
     digests = row["digests"] or ()
     return Row(
@@ -1661,6 +1668,7 @@ def _row(row: dict[str, Any]) -> Row:
         row["numbers"] or (),
         prefix=row["prefix"] or "",
         own_key=row["own_key"],
+        version=row["version"],
     )
 
 

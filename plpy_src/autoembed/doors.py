@@ -257,10 +257,11 @@ def _copy(
         return
     vectors = np.array([json.loads(found[key]["vector"]) for key in keys], np.float32)
     digests = [*map(sha256_of, contents)]
+    unknown = [None] * len(keys)
     if pipeline.is_beside:
-        outcomes = here.write_chunks(pipeline, keys, digests, [""] * len(keys), chunks, vectors)
+        outcomes = here.write_chunks(pipeline, keys, digests, unknown, [""] * len(keys), chunks, vectors)
     else:
-        outcomes = here.write(pipeline, keys, digests, vectors)
+        outcomes = here.write(pipeline, keys, digests, unknown, vectors)
     written = [place for place, key in enumerate(keys) if outcomes[key].outcome == "written"]
     here.record_embedded(
         pipeline,

@@ -172,6 +172,10 @@ class Job:
         return self.row.text_digest if self.row else None
 
     @property
+    def version(self) -> str | None:
+        return self.row.version if self.row else None
+
+    @property
     def prefix(self) -> str:
         return self.row.prefix if self.row else ""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 
 # The bytes that are decoded at once.
 WINDOW_BYTES = 1 << 16
@@ -29,6 +29,13 @@ class LongText:
 
     def __len__(self) -> int:
         return self._characters[-1]
+
+    def shorten(self, characters: int) -> None:
+        """Forgets all windows behind that of the last of so many characters."""
+        last = bisect_left(self._characters, characters)
+        del self._bytes[last + 1 :], self._characters[last + 1 :]
+        self._encoded = self._encoded[: self._bytes[-1]]
+        self._kept = (0, 0, "")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LongText) and self._encoded == other._encoded

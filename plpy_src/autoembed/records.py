@@ -9,12 +9,11 @@ from functools import cached_property
 from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Any
 
+from autoembed.long_text import LongText, Text
 from autoembed.model import Model, add_text
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from autoembed.long_text import Text
 
 # A lane reads no longer text, in bytes.
 MAX_TEXT_BYTES = 64 << 20
@@ -117,6 +116,7 @@ class Row:
     A text of more than MAX_TEXT_BYTES is not read: it is None then. is_locked: another session has locked the row.
     digests, numbers: those of the chunks that have an embedding beside the row. prefix: what its chunks are embedded
     behind. own_key: its key as the row has it, if the message has an equal one that is written in another way.
+    version: as long as the row has it, its text is the same; None: that is not certain.
     """
 
     content: Text | None
@@ -127,11 +127,17 @@ class Row:
     is_locked: bool = False
     prefix: str = ""
     own_key: str | None = None
+    version: str | None = None
 
     @cached_property
     def text_digest(self) -> bytes | None:
         """SHA-256 of the text."""
         return None if self.content is None else sha256_of(self.content)
+
+    def keep_beginning(self, characters: int) -> None:
+        """Forgets what is behind the first characters of a long text, once its digest is known."""
+        if isinstance(self.content, LongText) and self.text_digest is not None:
+            self.content.shorten(characters)
 
 
 @dataclass(frozen=True)

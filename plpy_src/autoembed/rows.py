@@ -508,6 +508,9 @@ class Rows:
                 self.note_cut(job)
             if job.outcome is not None:
                 continue
+            if job.row is not None and not (pipeline.is_beside and pipeline.chunking != NONE):
+                # The text index has no more of a text that is not cut.
+                job.row.keep_beginning(MAX_CHARACTERS)
             if texts:
                 chosen += [(job, text) for text in texts]
             else:
@@ -621,7 +624,12 @@ class Rows:
     def _try_part(self, pipeline: Pipeline, jobs: list[Job]) -> list[list[Job]]:
         """Decides on rows in one statement. Returns the parts to try of those that it does not suffice for."""
         try:
-            outcomes = self._database.try_write(pipeline, [job.key for job in jobs], [job.text_digest for job in jobs])
+            outcomes = self._database.try_write(
+                pipeline,
+                [job.key for job in jobs],
+                [job.text_digest for job in jobs],
+                [job.version for job in jobs],
+            )
         except RowError as error:
             if self._blame_others(pipeline, jobs, error):
                 return []
@@ -649,9 +657,9 @@ class Rows:
             else:
                 self._ledger.retry(job, 2.0**job.attempts, reason, counts=True)
             return
-        content = job.content
+        digest = job.text_digest
         for existing in self.read(job.pipeline, [job]):
-            if existing.content == content:
+            if existing.text_digest == digest:
                 self._ledger.fail(existing, reason, kind=REFUSED)
             else:
                 self._retry_changed(existing)
@@ -720,12 +728,13 @@ class Rows:
         began_at = time.monotonic()
         try:
             keys, digests = [job.key for job in jobs], [job.text_digest for job in jobs]
+            versions = [job.version for job in jobs]
             if pipeline.is_beside:
                 chunks = [job.chunks if vectors is not None else [] for job in jobs]
                 prefixes = [job.prefix for job in jobs]
-                outcomes = self._database.write_chunks(pipeline, keys, digests, prefixes, chunks, vectors)
+                outcomes = self._database.write_chunks(pipeline, keys, digests, versions, prefixes, chunks, vectors)
             else:
-                outcomes = self._database.write(pipeline, keys, digests, vectors)
+                outcomes = self._database.write(pipeline, keys, digests, versions, vectors)
         except RowError as error:
             if self._blame_others(pipeline, jobs, error):
                 return
@@ -770,10 +779,10 @@ class Rows:
                 pipeline,
                 [job.key],
                 [job.text_digest],
+                [write.version or job.version],
                 [job.prefix],
                 [part],
                 vectors,
-                version=write.version,
                 numbers=numbers,
                 is_last=not left,
             )

@@ -477,9 +477,17 @@ BEGIN
         );
     ELSIF pipeline.content_template IS NOT NULL THEN
         SELECT format(
-            'CASE WHEN pg_catalog.num_nonnulls(VARIADIC ARRAY[%s]) OPERATOR(pg_catalog.>) 0 '
-            'THEN pg_catalog.concat(VARIADIC ARRAY[%s]) END',
+            CASE
+                WHEN count(*) < 100 THEN 'CASE WHEN pg_catalog.num_nonnulls(%1$s) OPERATOR(pg_catalog.>) 0 '
+                    'THEN pg_catalog.concat(%2$s) END'
+                ELSE 'CASE WHEN pg_catalog.num_nonnulls(VARIADIC ARRAY[%1$s]) OPERATOR(pg_catalog.>) 0 '
+                    'THEN pg_catalog.concat(VARIADIC ARRAY[%3$s]) END'
+            END,
             _columns,
+            string_agg(CASE
+                WHEN t.column_name IS NULL THEN quote_literal(t.literal)
+                ELSE format('%s.%I', alias, t.column_name)
+            END, ', '),
             string_agg(CASE
                 WHEN t.column_name IS NULL THEN quote_literal(t.literal)
                 ELSE format('pg_catalog.concat(%s.%I)', alias, t.column_name)

@@ -237,6 +237,25 @@ DECLARE
     _runs_owners_code boolean := num_nonnulls(pipeline.content_function, pipeline.condition) > 0;
     _prefix_columns CONSTANT name[] := autoembed._columns_of(autoembed._prefix_of(pipeline));
     _needed_columns CONSTANT name[] := autoembed._needed_columns(pipeline);
+    -- The text of a version of a row stays the same: it is not the owner's code that gives it, and no type that anybody
+    -- can change.
+    _is_stable CONSTANT boolean := NOT _runs_owners_code AND NOT EXISTS (
+        SELECT FROM pg_attribute AS a
+        WHERE a.attrelid = pipeline.table_id AND a.attname = ANY (_needed_columns)
+          AND (
+              a.attgenerated = 'v'
+              OR a.atttypid NOT IN (
+                  'bigint'::regtype, 'integer'::regtype, 'smallint'::regtype, 'numeric'::regtype, 'boolean'::regtype,
+                  'text'::regtype, 'varchar'::regtype, 'bpchar'::regtype, 'name'::regtype, 'uuid'::regtype,
+                  'json'::regtype, 'jsonb'::regtype
+              )
+          )
+    );
+    -- With the way in which the text is made: another one gives another text of the same version.
+    _version CONSTANT text := format('pg_catalog.concat(%L, t.tableoid, t.ctid, t.xmin)', md5(concat(
+        autoembed._content_expression(pipeline, 't'), autoembed._prefix_expression(pipeline, 't')
+    )) || ' ');
+    _old record;
 BEGIN
     SELECT jsonb_build_object(
         'table_id', c.oid,
@@ -260,6 +279,23 @@ BEGIN
     JOIN pg_namespace AS n ON n.oid = c.relnamespace
     WHERE c.oid = pipeline.table_id;
 
+    -- The columns of the text before a write, to see whether a trigger of the table has changed them. A long value has
+    -- its place in the TOAST table, and is not fetched.
+    SELECT coalesce(string_agg(format(
+               '%1$s AS place_%3$s, CASE WHEN %1$s IS NULL THEN %2$s END AS old_%3$s', v.place, v.value, a.attnum
+           ), ', ' ORDER BY a.attnum), 'NULL') AS columns,
+           coalesce(string_agg(format(
+               '((%1$s OPERATOR(pg_catalog.=) s.place_%3$s) IS TRUE OR s.place_%3$s IS NULL AND '
+               'NOT pg_catalog.record_image_ne(ROW(%2$s), ROW(s.old_%3$s)))', v.place, v.value, a.attnum
+           ), ' AND ' ORDER BY a.attnum), 'false') AS are_kept
+    INTO _old
+    FROM pg_attribute AS a
+    CROSS JOIN LATERAL (
+        SELECT format('t.%I', a.attname) AS value,
+               format('pg_catalog.pg_column_toast_chunk_id(t.%I)', a.attname) AS place
+    ) AS v
+    WHERE _is_stable AND a.attrelid = pipeline.table_id AND a.attname = ANY (autoembed._columns_of(pipeline));
+
     IF _runs_owners_code THEN
         _text_changed := format(
             'autoembed._text_%1$s(OLD) COLLATE "C" IS DISTINCT FROM autoembed._text_%1$s(NEW) OR %2$s',
@@ -282,6 +318,14 @@ BEGIN
         'content', autoembed._content_expression(pipeline, 't'),
         'content_digest', format('pg_catalog.sha256(pg_catalog.convert_to(%s, ''UTF8''))',
                                  autoembed._content_expression(pipeline, 't')),
+        'version', _version,
+        -- Rows of a foreign server have no transaction.
+        'read_version', CASE
+            WHEN _is_stable THEN format('CASE WHEN t.xmin OPERATOR(pg_catalog.<>) 0 THEN %s END', _version)
+            ELSE 'NULL::pg_catalog.text'
+        END,
+        'old_columns', _old.columns,
+        'are_kept', _old.are_kept,
         'content_guard', autoembed._content_guard(pipeline),
         'content_bytes', autoembed._content_bytes_expression(pipeline, 't'),
         'chunk_call', autoembed._chunk_call(pipeline),

@@ -14,6 +14,7 @@ CREATE FUNCTION autoembed._content_{{id}}(
         vector_digest bytea,
         bytes bigint,
         own_key text,
+        version text,
         is_locked boolean
     )
     LANGUAGE plpgsql
@@ -26,10 +27,11 @@ DECLARE
     -- A cursor fetches the rows one by one. Several texts at a time may not fit into memory.
     _rows CURSOR FOR
         SELECT s.key,
-               CASE WHEN {{content_bytes}} OPERATOR(pg_catalog.<=) max_text_bytes THEN {{content}} END,
+               CASE WHEN {{content_bytes}} <= LEAST(encoded_bytes, max_text_bytes) THEN {{content}} END,
                {{vector_digest}},
                {{content_bytes}},
                {{own_key}},
+               {{read_version}},
                t.xmax, t.tableoid, t.ctid
         FROM (SELECT s.key, {{sent_keys}} FROM pg_catalog.unnest(keys) AS s(key)) AS s
         JOIN {{table}} AS t ON {{same_key}};
@@ -46,11 +48,24 @@ BEGIN
     LOCK TABLE {{table}} IN ROW EXCLUSIVE MODE NOWAIT;
     OPEN _rows;
     LOOP
-        FETCH _rows INTO key, content, vector_digest, bytes, own_key, _locked_by, _table, _place;
+        FETCH _rows INTO key, content, vector_digest, bytes, own_key, version, _locked_by, _table, _place;
         EXIT WHEN NOT FOUND;
-        bytes := GREATEST(bytes, pg_catalog.octet_length(content));
-        IF bytes OPERATOR(pg_catalog.>) max_text_bytes THEN
+        _encoded := NULL;
+        IF bytes > LEAST(encoded_bytes, max_text_bytes) AND bytes <= max_text_bytes THEN
+            -- The cursor would hold a long text once more. The row may have another version by now.
+            SELECT pg_catalog.convert_to({{content}}, 'UTF8'), {{read_version}}
+            INTO _encoded, version
+            FROM (SELECT s.key, {{sent_keys}} FROM (SELECT key) AS s(key)) AS s
+            JOIN {{table}} AS t ON {{same_key}};
+            CONTINUE WHEN NOT FOUND;
+        ELSIF pg_catalog.octet_length(content) > encoded_bytes THEN
+            _encoded := pg_catalog.convert_to(content, 'UTF8');
             content := NULL;
+        END IF;
+        bytes := GREATEST(bytes, pg_catalog.octet_length(_encoded), pg_catalog.octet_length(content));
+        IF bytes > max_text_bytes THEN
+            content := NULL;
+            _encoded := NULL;
         END IF;
         is_locked := false;
         -- Most rows have never been locked. The lock taken here is undone with what else the code of the owner does.
@@ -58,12 +73,7 @@ BEGIN
             PERFORM FROM {{table}} AS t WHERE t.ctid = _place AND t.tableoid = _table FOR NO KEY UPDATE SKIP LOCKED;
             is_locked := NOT FOUND;
         END IF;
-        encoded := NULL;
-        IF bytes OPERATOR(pg_catalog.>) encoded_bytes AND content IS NOT NULL THEN
-            _encoded := pg_catalog.convert_to(content, 'UTF8');
-            content := NULL;
-            encoded := pg_catalog.substring(_encoded, 1, _part_bytes);
-        END IF;
+        encoded := pg_catalog.substring(_encoded, 1, _part_bytes);
         RETURN NEXT;
         IF encoded IS NOT NULL THEN
             FOR _before IN _part_bytes .. pg_catalog.octet_length(_encoded) OPERATOR(pg_catalog.-) 1 BY _part_bytes LOOP

@@ -12,6 +12,7 @@ CREATE FUNCTION autoembed._content_{{id}}(
         encoded bytea,
         bytes bigint,
         own_key text,
+        version text,
         digests bytea[],
         numbers integer[],
         prefix text
@@ -28,9 +29,10 @@ DECLARE
     -- A cursor fetches the rows one by one. Several texts at a time may not fit into memory.
     _rows CURSOR FOR
         SELECT s.key,
-               CASE WHEN {{content_bytes}} OPERATOR(pg_catalog.<=) max_text_bytes THEN {{content}} END,
+               CASE WHEN {{content_bytes}} <= LEAST(encoded_bytes, max_text_bytes) THEN {{content}} END,
                {{content_bytes}},
                {{own_key}},
+               {{read_version}},
                d.digests,
                d.numbers,
                {{prefix}}
@@ -52,19 +54,27 @@ BEGIN
     LOCK TABLE {{embeddings_table}} IN ROW EXCLUSIVE MODE NOWAIT;
     OPEN _rows;
     LOOP
-        FETCH _rows INTO key, content, bytes, own_key, digests, numbers, prefix;
+        FETCH _rows INTO key, content, bytes, own_key, version, digests, numbers, prefix;
         EXIT WHEN NOT FOUND;
-        bytes := GREATEST(bytes, pg_catalog.octet_length(content));
-        IF bytes OPERATOR(pg_catalog.>) max_text_bytes THEN
-            content := NULL;
-            prefix := NULL;
-        END IF;
-        encoded := NULL;
-        IF bytes OPERATOR(pg_catalog.>) encoded_bytes AND content IS NOT NULL THEN
+        _encoded := NULL;
+        IF bytes > LEAST(encoded_bytes, max_text_bytes) AND bytes <= max_text_bytes THEN
+            -- The cursor would hold a long text once more. The row may have another version by now.
+            SELECT pg_catalog.convert_to({{content}}, 'UTF8'), {{read_version}}, {{prefix}}
+            INTO _encoded, version, prefix
+            FROM (SELECT s.key, {{sent_keys}} FROM (SELECT key) AS s(key)) AS s
+            JOIN {{table}} AS t ON {{same_key}};
+            CONTINUE WHEN NOT FOUND;
+        ELSIF pg_catalog.octet_length(content) > encoded_bytes THEN
             _encoded := pg_catalog.convert_to(content, 'UTF8');
             content := NULL;
-            encoded := pg_catalog.substring(_encoded, 1, _part_bytes);
         END IF;
+        bytes := GREATEST(bytes, pg_catalog.octet_length(_encoded), pg_catalog.octet_length(content));
+        IF bytes > max_text_bytes THEN
+            content := NULL;
+            _encoded := NULL;
+            prefix := NULL;
+        END IF;
+        encoded := pg_catalog.substring(_encoded, 1, _part_bytes);
         RETURN NEXT;
         IF encoded IS NOT NULL THEN
             digests := NULL;

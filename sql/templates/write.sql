@@ -1,6 +1,13 @@
 -- Writes vectors into the rows that still have the text that was sent. Runs as the table's owner, in lanes.
 -- contents: the digests of the texts that were sent. A long text itself would be copied several times.
-CREATE FUNCTION autoembed._write_{{id}}(keys text[], contents bytea[], model text, embeddings {{vector_type}}[])
+-- versions: those of the rows that have the text that was sent; NULL: not known. A row of another version is read.
+CREATE FUNCTION autoembed._write_{{id}}(
+    keys text[],
+    contents bytea[],
+    model text,
+    versions text[],
+    embeddings {{vector_type}}[]
+)
     RETURNS TABLE (key text, outcome text, vector_digest bytea)
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -21,12 +28,16 @@ BEGIN
     LOCK TABLE {{table}} IN ROW EXCLUSIVE MODE NOWAIT;
     FOR key, outcome, vector_digest IN
     WITH sent AS MATERIALIZED (
-        SELECT s.key, s.content, s.embedding, {{sent_keys}}
-        FROM unnest(keys, contents, embeddings) AS s(key, content, embedding)
+        SELECT s.key, s.content, s.version, s.embedding, {{sent_keys}}
+        FROM unnest(keys, contents, versions, embeddings) AS s(key, content, version, embedding)
     ),
     -- Rows that another session has locked are left out. A lane waits for no application and for no other lane.
     locked AS MATERIALIZED (
-        SELECT s.*, {{content_digest}} IS NOT DISTINCT FROM s.content AS unchanged
+        SELECT s.*, {{old_columns}},
+               CASE
+                   WHEN {{version}} = s.version THEN true
+                   ELSE {{content_digest}} IS NOT DISTINCT FROM s.content
+               END AS unchanged
         FROM sent AS s
         JOIN {{table}} AS t ON {{same_key}}
         ORDER BY {{keys}}
@@ -37,8 +48,10 @@ BEGIN
         SET {{embedding_column}} = s.embedding
         FROM locked AS s
         WHERE {{same_key}} AND s.unchanged
-        RETURNING s.key, {{content_digest}} IS NOT DISTINCT FROM s.content AS unchanged,
-                  -- A trigger of the table may have changed the vector.
+        -- A trigger of the table may have changed the text, and the vector.
+        RETURNING s.key,
+                  CASE WHEN {{are_kept}} THEN true ELSE {{content_digest}} IS NOT DISTINCT FROM s.content END
+                      AS unchanged,
                   {{vector_digest}} AS vector_digest
     )
     SELECT s.key,

@@ -2,7 +2,7 @@
 -- row of the application's table. Runs as the table's owner, in lanes.
 -- prefixes: what the chunks of each row are embedded behind; NULL: nothing, in all rows.
 -- contents: the digests of the texts that were sent. A long text itself would be copied several times.
--- versions: those of rows that are known to have the text that was sent; NULL: not known.
+-- versions: those of the rows that have the text that was sent; NULL: not known. A row of another version is read.
 -- firsts, lasts: the numbers of the chunks that a row has then; other ones go. NULL: this is a part of the row's
 -- chunks, and not the last one.
 -- chunk_keys to embeddings: the chunks of all rows. The last ones have no embedding: the row has one of that digest
@@ -62,12 +62,12 @@ BEGIN
 
     SELECT pg_catalog.array_agg(coalesce(s.outcome, CASE
                WHEN t.ctid IS NULL THEN 'gone'
-               WHEN pg_catalog.concat(t.tableoid, t.ctid, t.xmin) = s.version THEN 'written'
+               WHEN {{version}} = s.version THEN 'written'
                WHEN {{content_digest}} IS NOT DISTINCT FROM s.content
                    AND {{prefix}} COLLATE "C" IS NOT DISTINCT FROM s.prefix THEN 'written'
                ELSE 'changed'
            END) ORDER BY s.number),
-           pg_catalog.array_agg(pg_catalog.concat(t.tableoid, t.ctid, t.xmin) ORDER BY s.number)
+           pg_catalog.array_agg({{version}} ORDER BY s.number)
     INTO _outcomes, _versions
     FROM (
         SELECT s.number, s.content, s.prefix, s.version, s.outcome, {{sent_keys}}
@@ -137,7 +137,7 @@ BEGIN
                 LEFT JOIN {{table}} AS t ON {{same_key}}
                 WHERE CASE
                     WHEN t.ctid IS NULL THEN true
-                    WHEN pg_catalog.concat(t.tableoid, t.ctid, t.xmin) = s.version THEN false
+                    WHEN {{version}} = s.version THEN false
                     ELSE {{content_digest}} IS DISTINCT FROM s.content
                         OR {{prefix}} COLLATE "C" IS DISTINCT FROM s.prefix
                 END

@@ -120,6 +120,24 @@ def test_a_long_text_has_the_time_that_it_takes_unless_code_of_the_owner_runs(
     assert db.execute("SELECT count(*) FROM books_embeddings").fetchone() == (0 if fails else 1,)
 
 
+def test_the_vector_of_a_long_text_is_written_into_its_row_without_a_look_at_the_text(
+    db: Connection, api: FakeApi
+) -> None:
+    """The write runs the owner's triggers, so it has no more time than these."""
+    db.execute("SELECT autoembed.set_default_model('text-embedding-3-small')")
+    db.execute("CREATE TABLE books (id int PRIMARY KEY, body text)")
+    db.execute("SELECT autoembed.enable('books', 'embedding', content_columns => '{body}')")
+    db.execute(LONG.replace("300000", "1900000"))
+    db.execute(HURRY.replace("0.02", "0.15"))
+
+    while waiting(db):
+        db.execute("UPDATE pgmq.q_embedding_jobs SET vt = now()")
+        db.execute("SELECT autoembed.process()")
+
+    assert db.execute("SELECT reason FROM autoembed.failed").fetchall() == []
+    assert db.execute("SELECT embedding IS NOT NULL FROM books").fetchone() == (True,)
+
+
 SMALL_PARTS = """
     DO LANGUAGE plpython3u $$
         plpy.execute("SELECT autoembed._load_python()")
@@ -258,6 +276,37 @@ def test_one_emoji_does_not_multiply_the_memory_of_a_long_text(
     assert max(used) < 5 * row.megabytes
     [ends] = db.execute("SELECT min(chunk_start) AS first, max(chunk_end) AS last FROM books_embeddings").fetchall()
     assert db.execute("SELECT 0, length(body) FROM books").fetchone() == (ends.first, ends.last)
+
+
+@pytest.mark.parametrize("column", ["", "'embedding', "], ids=["beside", "in the row"])
+@pytest.mark.parametrize(
+    "content", ["content_columns => '{title,body}'", "content_template => E'# {title}\\n\\n{body}'"]
+)
+def test_a_long_text_that_is_not_cut_is_held_few_times(
+    db: Connection, api: FakeApi, connect: Callable[..., Connection], column: str, content: str
+) -> None:
+    db.execute("SELECT autoembed.set_default_model('text-embedding-3-small')")
+    db.execute("CREATE TABLE books (id int PRIMARY KEY, title text, body text)")
+    chunking = "" if column else ", chunking => 'none'"
+    db.execute(f"SELECT autoembed.enable('books', {column}{content}{chunking})")
+    db.execute("INSERT INTO books VALUES (1, 'a title', 'short')")
+    with running_lanes(db, connect) as [lane]:
+        wait_until(lambda: waiting(db) == 0)
+        before = megabytes(db, lane.pid)
+        db.execute(
+            "UPDATE books SET body = (SELECT string_agg(md5(n::text), ' ') FROM generate_series(1, 900000) AS n)"
+        )
+        used: list[int] = []
+
+        def is_done() -> bool:
+            used.append(megabytes(db, lane.pid) - before)
+            return waiting(db) == 0
+
+        wait_until(is_done, seconds=120)
+
+    [row] = db.execute("SELECT octet_length(body) >> 20 AS megabytes FROM books").fetchall()
+    assert row.megabytes >= 28
+    assert max(used) < 4 * row.megabytes
 
 
 @pytest.mark.parametrize("options", ["embedding_column => 'embedding'", "chunking => 'none'"])

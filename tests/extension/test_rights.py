@@ -335,8 +335,10 @@ def test_an_error_of_any_class_in_a_content_function_fails_its_row_alone(documen
 
 OWN_FUNCTIONS = {
     "ALTER FUNCTION autoembed._content_{id}(text[], int8, int8, int8) SECURITY INVOKER": "cannot be altered",
-    "ALTER ROUTINE autoembed._write_{id}(text[], bytea[], text, halfvec[]) SECURITY INVOKER": "cannot be altered",
-    "ALTER FUNCTION autoembed._write_{id}(text[], bytea[], text, halfvec[]) RESET ALL": "cannot be altered",
+    "ALTER ROUTINE autoembed._write_{id}(text[], bytea[], text, text[], halfvec[]) SECURITY INVOKER": (
+        "cannot be altered"
+    ),
+    "ALTER FUNCTION autoembed._write_{id}(text[], bytea[], text, text[], halfvec[]) RESET ALL": "cannot be altered",
     "ALTER FUNCTION autoembed._content_{id}(text[], int8, int8, int8) RENAME TO mine": (
         "permission denied|cannot be altered"
     ),

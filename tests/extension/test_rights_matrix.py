@@ -670,7 +670,7 @@ FOREIGN_CALLS = [
     " VALUES ('{table}', 'embedding', '{{content}}')",
     "INSERT INTO autoembed.backfill (pipeline_id) VALUES (2)",
     "SELECT autoembed._content_2('{{[1]}}', 0, 0)",
-    "SELECT autoembed._write_2('{{[1]}}', '{{x}}', 'm', '{{NULL}}')",
+    "SELECT autoembed._write_2('{{[1]}}', '{{x}}', 'm', '{{NULL}}', '{{NULL}}')",
     "SELECT autoembed._scan_2(NULL, NULL, 1, 1)",
 ]
 

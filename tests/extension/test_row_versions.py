@@ -51,3 +51,54 @@ def test_the_guard_of_the_readme_counts_the_applications_changes_alone(
     assert row().embedding != embedded.embedding
     assert changed.updated_at > embedded.updated_at
     assert (row().version, row().updated_at) == (2, changed.updated_at)
+
+
+@pytest.mark.parametrize("words", [1, 2000], ids=["short", "in the TOAST table"])
+@pytest.mark.parametrize(
+    ("change", "fails"),
+    [
+        ("NEW.title := NEW.title || '!'", True),
+        ("NEW.body := NEW.body || '!'", True),
+        ("NEW.body := left(NEW.body || '!', -1)", False),
+        ("NEW.other := NEW.other + 1", False),
+    ],
+)
+def test_a_trigger_that_changes_a_column_of_the_text_with_the_write_fails_the_row(
+    db: Connection, api: FakeApi, words: int, change: str, fails: bool
+) -> None:
+    db.execute("CREATE TABLE pages (id int PRIMARY KEY, title text, body text, other int DEFAULT 0)")
+    db.execute("SELECT autoembed.enable('pages', 'embedding', content_columns => '{title,body}')")
+    db.execute(
+        f"CREATE FUNCTION change() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {change}; RETURN NEW; END $$;"
+        "CREATE TRIGGER change BEFORE UPDATE ON pages FOR EACH ROW EXECUTE FUNCTION change()"
+    )
+    text = f"SELECT string_agg(md5(n::text), ' ') FROM generate_series(1, {words}) AS n"
+    db.execute(f"INSERT INTO pages SELECT 1, 'title', ({text})")
+
+    while db.execute("SELECT FROM pgmq.q_embedding_jobs").fetchall():
+        db.execute("UPDATE pgmq.q_embedding_jobs SET vt = now()")
+        db.execute("SELECT autoembed.process()")
+
+    assert db.execute("SELECT embedding IS NULL FROM pages").fetchone() == (fails,)
+    reasons = [row.reason for row in db.execute("SELECT reason FROM autoembed.failed").fetchall()]
+    assert len(reasons) == fails
+    assert all("a trigger of the table changes the text" in reason for reason in reasons)
+
+
+def test_a_row_of_which_another_column_changes_meanwhile_gets_the_vector_of_its_text(
+    db: Connection, api: FakeApi, connect: Callable[..., Connection]
+) -> None:
+    db.execute("CREATE TABLE pages (id int PRIMARY KEY, body text, other int)")
+    for column in ("", "'embedding', "):
+        db.execute(f"SELECT autoembed.enable('pages', {column}content_columns => '{{body}}')")
+    api.behave(hold="a page")
+    with running_lanes(db, connect):
+        db.execute("INSERT INTO pages VALUES (1, 'a page')")
+        api.wait_for(held=1)
+        db.execute("UPDATE pages SET other = 1")
+        api.behave()
+        wait_until(lambda: db.execute("SELECT count(*) FROM autoembed.embedded").fetchone() == (2,))
+
+    assert db.execute("SELECT embedding IS NULL FROM pages").fetchone() == (False,)
+    assert db.execute("SELECT count(*) FROM pages_embeddings").fetchone() == (1,)
+    assert api.texts() == ["a page"]

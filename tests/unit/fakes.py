@@ -391,7 +391,11 @@ class FakeDatabase(Database):
             self.vector_digests.setdefault(key, b"")
 
     def try_write(
-        self, pipeline: Pipeline, keys: Sequence[str], text_digests: Sequence[bytes | None]
+        self,
+        pipeline: Pipeline,
+        keys: Sequence[str],
+        text_digests: Sequence[bytes | None],
+        versions: Sequence[str | None],
     ) -> dict[str, str]:
         self._note("try_write")
         self.tried_keys.append(list(keys))
@@ -401,7 +405,12 @@ class FakeDatabase(Database):
         return {key: "skipped" if key in self.skipped else "written" for key in keys}
 
     def write(
-        self, pipeline: Pipeline, keys: Sequence[str], text_digests: Sequence[bytes | None], vectors: Vector | None
+        self,
+        pipeline: Pipeline,
+        keys: Sequence[str],
+        text_digests: Sequence[bytes | None],
+        versions: Sequence[str | None],
+        vectors: Vector | None,
     ) -> dict[str, Written]:
         self._note("write")
         self.written_keys.append(list(keys))

@@ -38,6 +38,15 @@ def test_it_is_truncated_like_the_text(text: str, window_bytes: int, max_tokens:
     assert truncate(LongText(text.encode(), window_bytes), max_tokens) == truncate(text, max_tokens)
 
 
+@given(text=TEXTS, window_bytes=st.integers(1, 20), characters=st.integers(0, 70))
+def test_its_beginning_is_kept(text: str, window_bytes: int, characters: int) -> None:
+    long = LongText(text.encode(), window_bytes)
+    long.shorten(characters)
+
+    assert str(long) == long[:] == text[: len(long)]
+    assert min(characters, len(text)) <= len(long) < characters + window_bytes + 4
+
+
 def test_it_equals_the_same_text_alone() -> None:
     assert LongText(b"one") == LongText(b"one", 1)
     assert LongText(b"one") != LongText(b"two")
