@@ -95,18 +95,25 @@ class Search:
             found = matches.best(wanted)
             return [Hit(key, number, score, None, score) for key, (number, score) in found.items()], None
         vector = self._here.embed(query, self.target)
-        near, by_index = self.nearest(vector, wanted, at_least=0 if mode == VECTOR else CANDIDATES)
         if mode == VECTOR:
+            near, by_index = self.nearest(vector, wanted)
             return [Hit(row.key, row.number, row.similarity, row.similarity, None) for row in near], by_index
-        keys = [row.key for row in near[:CANDIDATES]]
-        matches = TextMatches(self._here, self.target, query, self._condition, keys, vector)
+        # They are the same for all pages.
+        near, by_index = self.nearest(vector, 1, at_least=CANDIDATES)
+        candidates = near[:CANDIDATES]
+        keys = {row.key: None for row in candidates}
+        matches = TextMatches(self._here, self.target, query, self._condition, list(keys), vector)
         matched = {**matches.best(CANDIDATES), **matches.of_keys()}
         # A row of several chunks may have a nearer one without the words, so its distance is asked for.
         known = {} if self.target["is_chunked"] else matches.near
-        others = {key: known.get(key) for key in matched if key not in set(keys)}
+        others = {key: known.get(key) for key in matched if key not in keys}
         others.update(self._nearness_of(vector, [key for key, row in others.items() if row is None]))
         scores = {key: score for key, (_, score) in matched.items()}
-        return fused(near, others, scores, vector_weight), by_index
+        hits = fused(candidates, others, scores, vector_weight)
+        if len(hits) < wanted:
+            near, by_index = self.nearest(vector, wanted)
+        rest = [row for row in near if row.key not in keys and row.key not in others]
+        return [*hits, *(Hit(row.key, row.number, 0.0, row.similarity, None) for row in rest)], by_index
 
     def nearest(
         self, vector: str, wanted: int, *, at_least: int = 0, by_index: bool | None = None, ef_search: int | None = None
@@ -127,6 +134,8 @@ class Search:
             # Several chunks of one row may be near.
             limit += min(3 * limit, 50)
         if by_index:
+            if not target["is_binary"]:
+                wanted, limit = with_spare(wanted), with_spare(limit)
             if at_least:
                 # An index that has to go on after its first candidates takes longer than one that keeps more.
                 share = min(1.0, (estimated or math.inf) / max(1.0, target["row_count"]))
@@ -134,7 +143,8 @@ class Search:
             if ef_search != DEFAULT_EF_SEARCH:
                 self._here.set_ef_search(ef_search)
             if target["is_binary"]:
-                limit = max(limit, ef_search)
+                # Most pages come from the same candidates, of which a greater number has another order.
+                limit = ef_search * 2 ** max(0, math.ceil(math.log2(limit / ef_search)))
         # It takes longer.
         goes_on = by_index and (self._condition is not None or target["has_policies"] or wanted >= ef_search)
         if goes_on:
@@ -195,11 +205,11 @@ def nearest_chunks(found: Iterable[tuple[str, float, int | None]]) -> list[Near]
 def fused(
     near: Sequence[Near], others: Mapping[str, Near | None], text_scores: Mapping[str, float], vector_weight: float
 ) -> list[Hit]:
-    """The candidates by both scores, best first, and behind them the rest of the nearest rows.
+    """The candidates by both scores, best first.
 
-    near: nearest first. others: rows with good words that are not among the first CANDIDATES of near.
+    near: the nearest rows, nearest first. others: rows with good words that are not among these.
     """
-    candidates = {**{row.key: row for row in near[:CANDIDATES]}, **others}
+    candidates = {**{row.key: row for row in near}, **others}
     similarities = {key: row.similarity for key, row in candidates.items() if row}
     texts = {key: text_scores.get(key, 0.0) for key in candidates}
     by_vector, by_text = _spread(similarities), _spread(texts)
@@ -207,9 +217,15 @@ def fused(
     for key, row in candidates.items():
         score = vector_weight * by_vector.get(key, 0.0) + (1 - vector_weight) * by_text[key]
         hits.append(Hit(key, (row and row.number) or 0, score, similarities.get(key), texts[key]))
-    hits.sort(key=lambda hit: (-hit.score, hit.similarity is None, -(hit.similarity or 0.0), hit.key))
-    rest = [row for row in near[CANDIDATES:] if row.key not in candidates]
-    return [*hits, *(Hit(row.key, row.number, 0.0, row.similarity, None) for row in rest)]
+    return sorted(hits, key=lambda hit: (-hit.score, hit.similarity is None, -(hit.similarity or 0.0), hit.key))
+
+
+def with_spare(count: int) -> int:
+    """How many of the nearest an index is asked for, whose order is nearly that of the distances, to know so many.
+
+    The next page puts more of them in order, and brings none in between those of this one.
+    """
+    return count + 5 + count // 20
 
 
 def tried_next(tried: int, found: int, wanted: int) -> int:

@@ -314,6 +314,37 @@ def test_pages_continue_each_other_beyond_the_candidates(short: Connection, colu
     assert len({row.key for row in rows}) == len(rows)
 
 
+def test_pages_of_texts_in_many_chunks_continue_each_other(short: Connection) -> None:
+    """The hundred nearest chunks are of few rows."""
+    sentence = "This is the sentence number {} of some, and it is about {}."
+    texts = [" ".join([sentence.format(n, "apples" * (n % 3) or "pears")] * 40) for n in range(60)]
+    attach(short, "NULL", texts, more=", chunk_size => 16")
+    embed(short)
+    search = "SELECT key, score FROM autoembed.search('pages', 'apples', %s, skip_rows => %s)"
+
+    rows = [row for skip in range(0, 70, 10) for row in short.execute(search, [10, skip])]
+
+    assert len({row.key for row in rows}) == len(rows) == 60
+    assert rows == short.execute(search, [60, 0]).fetchall()
+
+
+@STORAGES
+def test_pages_by_an_index_continue_each_other(short: Connection, column: str) -> None:
+    attach(short, column, [f"text {n}" for n in range(2000)])
+    embed(short)
+    table = "pages" if column != "NULL" else "pages_embeddings"
+    short.execute(f"CREATE INDEX ON {table} USING hnsw (embedding halfvec_cosine_ops)")
+    short.execute("ANALYZE")
+    # More rows than are compared one by one.
+    short.execute("UPDATE pg_class SET reltuples = 1000000 WHERE relname IN ('pages', 'pages_embeddings')")
+    for mode in ("vector", "hybrid"):
+        search = f"SELECT key, score FROM autoembed.search('pages', 'question', 10, skip_rows => %s, mode => '{mode}')"
+        rows = [row for skip in range(0, 600, 10) for row in short.execute(search, [skip])]
+
+        assert len({row.key for row in rows}) == len(rows) == 600
+        assert [row.score for row in rows] == sorted((row.score for row in rows), reverse=True)
+
+
 def test_whatever_a_caller_asks_the_index_tells_nothing_of_hidden_rows(
     short: Connection, role: Callable[[str], str]
 ) -> None:

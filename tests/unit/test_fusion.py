@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from autoembed.search import CANDIDATES, Near, fused, nearest_chunks, tried_next
+from autoembed.search import Near, fused, nearest_chunks, tried_next
 
 
 def near(*distances: float) -> list[Near]:
@@ -62,17 +62,6 @@ def test_the_scores_are_spread_and_those_that_are_shown_are_not() -> None:
     assert [hit.score for hit in hits] == pytest.approx([0.7 + 0.3 / 3, 0.35, 0.3, 0.0])
     assert [hit.similarity for hit in hits] == pytest.approx([0.8, 0.6, None, 0.4])
     assert [hit.text_score for hit in hits] == [1.0, 0.0, 3.0, 0.0]
-
-
-def test_the_nearest_of_the_rest_follow_the_candidates() -> None:
-    rows = near(*(number / 1000 for number in range(CANDIDATES + 5)))
-    others: dict[str, Near | None] = {f"[{CANDIDATES + 2}]": rows[CANDIDATES + 1]}
-
-    hits = fused(rows, others, {f"[{CANDIDATES + 2}]": 1.0}, 0.7)
-
-    assert len(hits) == len({hit.key for hit in hits}) == CANDIDATES + 5
-    assert [hit.key for hit in hits[-4:]] == [f"[{CANDIDATES + number}]" for number in (1, 3, 4, 5)]
-    assert [(hit.score, hit.text_score) for hit in hits[-4:]] == [(0.0, None)] * 4
 
 
 @pytest.mark.parametrize(
