@@ -18,15 +18,26 @@ COMMENT ON FUNCTION autoembed._text_config IS
 
 CREATE OR REPLACE FUNCTION autoembed._full_text_config(text_config text)
     RETURNS text
-    LANGUAGE sql
+    LANGUAGE plpgsql
     STABLE
     SET search_path = pg_catalog, pg_temp
-AS $sql$
-    SELECT format('%I.%I', n.nspname, c.cfgname)
-    FROM pg_ts_config AS c
-    JOIN pg_namespace AS n ON n.oid = c.cfgnamespace
-    WHERE c.oid = nullif(text_config, '')::regconfig;
-$sql$;
+AS $plpgsql$
+BEGIN
+    RETURN (
+        SELECT format('%I.%I', n.nspname, c.cfgname)
+        FROM pg_ts_config AS c
+        JOIN pg_namespace AS n ON n.oid = c.cfgnamespace
+        WHERE c.oid = nullif(text_config, '')::regconfig
+    );
+EXCEPTION
+    WHEN undefined_object THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'undefined_object',
+            MESSAGE = SQLERRM,
+            HINT = 'Give one of your own with its schema, such as public.my_config. All of them: SELECT oid::regconfig '
+                'FROM pg_ts_config.';
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._full_text_config IS
     'The full name of a text search configuration; fails if there is none of that name. An empty name gives NULL.';
 

@@ -436,6 +436,25 @@ def test_a_text_index_can_be_added_changed_and_taken_away(short: Connection, api
     assert short.execute(left).fetchone() == (0,)
 
 
+def test_a_configuration_of_the_user_has_its_schema_and_can_be_altered(short: Connection) -> None:
+    short.execute("CREATE TEXT SEARCH CONFIGURATION public.mine (COPY = simple)")
+    with pytest.raises(psycopg.errors.UndefinedObject) as refusal:
+        attach(short, "NULL", [], config="mine")
+    assert "with its schema" in str(refusal.value.diag.message_hint)
+    short.execute("DROP TABLE pages")
+    attach(short, "NULL", ["running dogs"], config="public.mine")
+    write(short, {2: "the dogs are running"})
+    assert sorted(found(short, "running")) == [1, 2]
+
+    short.execute("ALTER TEXT SEARCH CONFIGURATION public.mine ALTER MAPPING FOR asciiword WITH english_stem")
+    for config in ("", "public.mine"):
+        short.execute("SELECT autoembed.alter_pipeline('pages', text_config => %s)", [config])
+    # The text that waits counts at once.
+    assert list(found(short, "run")) == [2]
+    embed(short)
+    assert sorted(found(short, "run")) == [1, 2]
+
+
 def test_what_is_rolled_back_is_not_in_the_index(short: Connection) -> None:
     attach(short, "NULL", ["apple"])
     with short.transaction(force_rollback=True):
