@@ -86,10 +86,13 @@ class Pipeline:
         """16 bytes that tell whether a row's embeddings were made of this text, behind this prefix, in this way."""
         if self.chunking == "none" and not prefix:
             return self.model.digest(content)
-        way = self.chunking if self.splitter is None else f"{self.chunking} {self.splitter}"
         # No text in a database has a zero byte.
-        behind = f"{prefix}\0" if prefix else ""
-        return self.model.digest(content, f"{way}\0{self.chunk_size}\0{self.chunk_overlap}\0{behind}")
+        return self.model.digest(content, f"{self._way}{prefix}\0" if prefix else self._way)
+
+    @cached_property
+    def _way(self) -> str:
+        way = self.chunking if self.splitter is None else f"{self.chunking} {self.splitter}"
+        return f"{way}\0{self.chunk_size}\0{self.chunk_overlap}\0"
 
 
 @dataclass(frozen=True)
@@ -209,9 +212,11 @@ class Chunk:
     source: int | None = None
 
 
-def changes(row: Row, digests: Sequence[bytes]) -> int:
+def changes(row: Row, chunks: Sequence[Chunk]) -> int:
     """The number of places at which a row has another chunk than these, or none."""
-    return sum(one != other for one, other in zip_longest(row.digests, digests))
+    if not row.digests:
+        return len(chunks)
+    return sum(one != other for one, other in zip_longest(row.digests, [chunk.digest for chunk in chunks]))
 
 
 def first_number(row: Row, digests: Sequence[bytes]) -> int:

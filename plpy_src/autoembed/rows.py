@@ -555,11 +555,11 @@ class Rows:
             digest = pipeline.model.chunk_digest(prefix + content[start:end])
             source = sources.get(digest)
             job.chunks.append(Chunk(start, end, digest, source is not None, number=number, source=source))
-        digests = [chunk.digest for chunk in job.chunks]
         new = [chunk for chunk in job.chunks if not chunk.is_kept]
-        job.is_long = job.row is not None and changes(job.row, digests) >= KEPT_CHUNKS
+        job.is_long = job.row is not None and changes(job.row, job.chunks) >= KEPT_CHUNKS
         job.wanted = defaultdict(list)
         if job.is_long:
+            digests = [chunk.digest for chunk in job.chunks]
             paid = self._database.paid_chunks(pipeline, job.key)
             unpaid = {chunk.digest: chunk for chunk in reversed(new) if chunk.digest not in paid}
             job.unsent = list(unpaid.values())

@@ -312,6 +312,11 @@ BEGIN
         'output_settings', autoembed._output_settings(),
         -- The context of an error is read in PostgreSQL's own language.
         'context_settings', CASE WHEN _runs_owners_code THEN 'SET lc_messages = ''C''' ELSE '' END,
+        -- An index gives the few chunks of a row in their order. An owner's code may need bitmaps.
+        'plan_settings', CASE
+            WHEN _runs_owners_code THEN 'SET enable_seqscan = off'
+            ELSE 'SET enable_seqscan = off SET enable_bitmapscan = off'
+        END,
         'keys_per_message', autoembed._keys_per_message(),
         'bytes_per_message', autoembed._bytes_per_message(),
         'model', (SELECT quote_literal(autoembed._model_identity(m)) FROM autoembed._model(pipeline.model) AS m),

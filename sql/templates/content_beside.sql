@@ -22,7 +22,7 @@ CREATE FUNCTION autoembed._content_{{id}}(
     SET search_path = {{search_path}}
     {{output_settings}}
     -- The plan is made once, perhaps while the table is small.
-    SET enable_seqscan = off
+    {{plan_settings}}
 AS $body$
 #variable_conflict use_column
 DECLARE

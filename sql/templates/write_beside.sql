@@ -29,7 +29,7 @@ CREATE FUNCTION autoembed._write_{{id}}(
     SET search_path = {{search_path}}
     {{output_settings}}
     -- The plans are made once, perhaps while the table is small.
-    SET enable_seqscan = off
+    {{plan_settings}}
 AS $body$
 #variable_conflict use_column
 DECLARE
