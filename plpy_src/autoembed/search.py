@@ -129,13 +129,13 @@ class Search:
             by_index = estimated is None or estimated > FEW_ROWS
         by_index = by_index and target["has_index"]
         ef_search = ef_search or target["ef_search"]
+        if by_index and not target["is_binary"]:
+            wanted = with_spare(wanted)
         limit = max(wanted, at_least)
         if target["is_chunked"] and not target["has_few_chunks"]:
             # Several chunks of one row may be near.
             limit += min(3 * limit, 50)
         if by_index:
-            if not target["is_binary"]:
-                wanted, limit = with_spare(wanted), with_spare(limit)
             if at_least:
                 # An index that has to go on after its first candidates takes longer than one that keeps more.
                 share = min(1.0, (estimated or math.inf) / max(1.0, target["row_count"]))
