@@ -129,9 +129,8 @@ class Search:
             by_index = estimated is None or estimated > FEW_ROWS
         by_index = by_index and target["has_index"]
         ef_search = ef_search or target["ef_search"]
-        if by_index and not target["is_binary"]:
-            wanted = with_spare(wanted)
-        limit = max(wanted, at_least)
+        sought = with_spare(wanted) if by_index and not target["is_binary"] else wanted
+        limit = max(sought, at_least)
         if target["is_chunked"] and not target["has_few_chunks"]:
             # Several chunks of one row may be near.
             limit += min(3 * limit, 50)
@@ -146,7 +145,7 @@ class Search:
                 # Most pages come from the same candidates, of which a greater number has another order.
                 limit = ef_search * 2 ** max(0, math.ceil(math.log2(limit / ef_search)))
         # It takes longer.
-        goes_on = by_index and (self._condition is not None or target["has_policies"] or wanted >= ef_search)
+        goes_on = by_index and (self._condition is not None or target["has_policies"] or sought >= ef_search)
         if goes_on:
             self._here.go_on_by_index()
         while True:
@@ -154,7 +153,9 @@ class Search:
             query = f"{target['near_start']}{self._condition or 'true'}\n{end} LIMIT {limit}"
             found = self._here.near(query, target["vector_type"], vector)
             rows = nearest_chunks(found)
-            if len(rows) >= wanted or len(found) < limit and not by_index:
+            # An index that has gone on, and has no more of them to spare, need not be left for that.
+            is_end = len(found) < limit and (not by_index or goes_on and len(rows) >= wanted)
+            if len(rows) >= sought or is_end:
                 return rows, by_index
             if len(found) == limit:
                 limit *= 4
