@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import json
 import math
@@ -53,6 +54,8 @@ MAX_CONNECTIONS = 32
 KEPT_BLOCK_BYTES = 600_000
 # Free memory that a lane keeps at the end of its heap, in bytes.
 KEPT_FREE_BYTES = 8 << 20
+# Python looks for cycles after so many new objects. The rows that a lane holds have as many, and no cycles.
+NEW_OBJECTS = 30_000
 
 heap.share_one_arena()
 _network = Network(MAX_CONNECTIONS)
@@ -76,6 +79,7 @@ def process(batch_size: int, max_requests: int, timeout_milliseconds: int) -> di
 def work(run_seconds: float, batch_size: int, max_requests: int, timeout_milliseconds: int, backfill: bool) -> None:
     options = worker.Options(batch_size, max_requests, timeout_milliseconds / 1000)
     heap.keep(block_bytes=KEPT_BLOCK_BYTES, free_bytes=KEPT_FREE_BYTES)
+    gc.set_threshold(NEW_OBJECTS)
     # The importer is that of autoembed._load_python().
     __loader__.keep()  # type: ignore[name-defined]
     here = database.Database(commits=True)
