@@ -100,8 +100,8 @@ def test_after_ten_kills_of_the_server_every_row_is_fresh() -> None:
         with server.connect() as db:
             # Jobs that several lanes may have died of are claimed a few at a time.
             wait_until(lambda: is_settled(db), 120)
+            assert db.execute("TABLE autoembed.failed").fetchall() == []
             assert_fresh(db)
-            assert db.execute("SELECT count(*) FROM autoembed.failed").fetchone() == (0,)
             assert db.execute("SELECT count(*) FROM documents").fetchone() == (ROWS,)
         assert updates > KILLS
 

@@ -73,7 +73,7 @@ STATEMENTS = [
     "SELECT autoembed._content_P(ARRAY['[1]'], 0, 0)",
     "SELECT autoembed._text_P(d) FROM app.documents AS d",
     "SELECT autoembed._scan_P(NULL, NULL, 9, 9)",
-    "SELECT autoembed._write_P('{}', '{}', 'm', '{}')",
+    "SELECT autoembed._write_P('{}', '{}', 'm', '{}', '{}')",
     "SELECT autoembed._build_pipeline(P)",
 ]
 
