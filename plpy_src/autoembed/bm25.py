@@ -199,12 +199,11 @@ def live(documents: np.ndarray, dead: np.ndarray) -> np.ndarray:
 class Documents:
     """The documents of all segments, one segment after the other.
 
-    ids: they ascend within a segment. lengths: the number of words in each. starts: where each segment starts.
+    ids: they ascend within a segment. lengths: the number of words in each.
     """
 
     ids: np.ndarray
     lengths: np.ndarray
-    starts: Sequence[int]
     _norms: dict[float, np.ndarray] = field(default_factory=dict)
 
     @cached_property
@@ -251,8 +250,7 @@ def joined(segments: Sequence[Segment]) -> Documents:
 
     ids = [np.empty(0, np.int64), *(segment.documents for segment in segments)]
     lengths = [np.empty(0, np.int32), *(segment.lengths for segment in segments)]
-    *starts, _ = itertools.accumulate((len(segment.documents) for segment in segments), initial=0)
-    return Documents(np.concatenate(ids), np.concatenate(lengths), starts)
+    return Documents(np.concatenate(ids), np.concatenate(lengths))
 
 
 def with_segment(documents: Documents, postings: dict[str, list[tuple[int, Posting]]], segment: Segment) -> Documents:
@@ -263,9 +261,7 @@ def with_segment(documents: Documents, postings: dict[str, list[tuple[int, Posti
     for term, posting in segment.postings.items():
         postings.setdefault(term, []).append((start, posting))
     return Documents(
-        np.concatenate((documents.ids, segment.documents)),
-        np.concatenate((documents.lengths, segment.lengths)),
-        [*documents.starts, start],
+        np.concatenate((documents.ids, segment.documents)), np.concatenate((documents.lengths, segment.lengths))
     )
 
 

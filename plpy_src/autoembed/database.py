@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import plpy  # type: ignore[import-not-found]
@@ -1264,9 +1265,10 @@ class Database:
             missing = [number for number in ids if (table, number) not in _segments]
             found = self._segments("s.id OPERATOR(pg_catalog.=) ANY ($1)", ["pg_catalog.int8[]"], [missing])
             _segments.update(((table, number), segment) for number, segment in found.items())
-            documents = joined([_segments[table, number] for number in ids])
+            segments = [_segments[table, number] for number in ids]
+            starts = accumulate((len(segment.documents) for segment in segments), initial=0)
             _joined.clear()
-            _joined[key] = documents, dict(zip(ids, documents.starts, strict=True))
+            _joined[key] = joined(segments), dict(zip(ids, starts, strict=False))
             _forget_segments(table, ids)
         return _joined[key]
 

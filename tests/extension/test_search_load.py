@@ -10,6 +10,7 @@ from collections.abc import Callable
 from fake_api import FakeApi
 from harness import Connection
 from lanes import running_lanes
+from waiting import wait_until
 
 SESSIONS = 50
 SEARCHES_OF_A_SESSION = 2
@@ -75,8 +76,7 @@ def test_fifty_sessions_find_all_that_is_committed_while_rows_change(
         db.execute("ANALYZE")
         threads = [threading.Thread(target=change), *(threading.Thread(target=search, args=[one]) for one in sessions)]
         threads[0].start()
-        while not committed:
-            time.sleep(0.01)
+        wait_until(lambda: committed)
         for thread in threads[1:]:
             thread.start()
         for thread in threads[1:]:

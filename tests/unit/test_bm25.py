@@ -58,9 +58,11 @@ def stored(segment: Segment) -> Segment:
 def scores_of(segments: list[Segment], terms: dict[str, int], dead: np.ndarray) -> Scores:
     documents = joined(segments)
     postings: dict[str, list[tuple[int, Posting]]] = {}
-    for start, segment in zip(documents.starts, map(stored, segments), strict=True):
+    start = 0
+    for segment in map(stored, segments):
         for term, posting in segment.postings.items():
             postings.setdefault(term, []).append((start, posting))
+        start += len(segment.documents)
     return Scores(documents, postings, terms, dead)
 
 
