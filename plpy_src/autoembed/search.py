@@ -144,7 +144,7 @@ class Search:
             if target["is_binary"]:
                 # Most pages come from the same candidates, of which a greater number has another order.
                 limit = ef_search * 2 ** max(0, math.ceil(math.log2(limit / ef_search)))
-        # It takes longer.
+        # An index that goes on behind its first candidates takes a tenth longer.
         goes_on = by_index and (self._condition is not None or target["has_policies"] or sought >= ef_search)
         if goes_on:
             self._here.go_on_by_index()
