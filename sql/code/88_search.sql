@@ -46,47 +46,58 @@ COMMENT ON FUNCTION autoembed._has_foreign_types IS
     'Whether the owner has given a column of the embeddings table a type with casts of the owner''s own. A comparison '
     'with it would call them.';
 
-CREATE OR REPLACE FUNCTION autoembed._sent_key_expressions(pipeline autoembed.pipeline, aliases text[])
-    RETURNS text[]
+CREATE OR REPLACE FUNCTION autoembed._sent_keys(
+    pipeline autoembed.pipeline,
+    OUT key_values text,
+    OUT is_row text,
+    OUT is_embedding text
+)
     LANGUAGE plpgsql
     STABLE
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    RETURN ARRAY(
-        WITH RECURSIVE base AS (
-            SELECT k.name, k.number, a.atttypid AS id, autoembed._operator(a.attrelid, k.name, 3) AS operator,
-                   format('(s.key::pg_catalog.jsonb OPERATOR(pg_catalog.->>) %s)', k.number - 1) AS value
-            FROM unnest(pipeline.key_columns) WITH ORDINALITY AS k(name, number)
-            JOIN pg_attribute AS a ON a.attrelid = pipeline.table_id AND a.attname = k.name
-            UNION ALL
-            -- A cast to a domain would run its checks.
-            SELECT b.name, b.number, t.typbasetype, b.operator, b.value
-            FROM base AS b
-            JOIN pg_type AS t ON t.oid = b.id AND t.typtype = 'd'
-        )
-        SELECT string_agg(CASE
-                   WHEN autoembed._is_superusers(t.oid) THEN
-                       format('%s.%I %s %s::%I.%I', l.alias, b.name, b.operator, b.value, n.nspname, t.typname)
+    WITH RECURSIVE base AS (
+        SELECT k.name, k.number, a.atttypid AS id, autoembed._operator(a.attrelid, k.name, 3) AS operator,
+               format('(s.key::pg_catalog.jsonb OPERATOR(pg_catalog.->>) %s)', k.number - 1) AS value
+        FROM unnest(pipeline.key_columns) WITH ORDINALITY AS k(name, number)
+        JOIN pg_attribute AS a ON a.attrelid = pipeline.table_id AND a.attname = k.name
+        UNION ALL
+        -- A cast to a domain would run its checks.
+        SELECT b.name, b.number, t.typbasetype, b.operator, b.value
+        FROM base AS b
+        JOIN pg_type AS t ON t.oid = b.id AND t.typtype = 'd'
+    ),
+    sent AS (
+        SELECT b.number, b.name, CASE
+                   WHEN autoembed._is_superusers(t.oid) THEN format('%s::%I.%I', b.value, n.nspname, t.typname)
                    WHEN t.typtype = 'e' THEN
-                       format('%s.%I OPERATOR(pg_catalog.=) (SELECT l.label FROM pg_catalog.unnest('
-                              'pg_catalog.enum_range(NULL::%I.%I)) AS l(label) '
+                       format('(SELECT l.label FROM pg_catalog.unnest(pg_catalog.enum_range(NULL::%I.%I)) AS l(label) '
                               'WHERE pg_catalog.concat(l.label) OPERATOR(pg_catalog.=) %s)',
-                              l.alias, b.name, n.nspname, t.typname, b.value)
-                   ELSE format('pg_catalog.concat(%s.%I) OPERATOR(pg_catalog.=) %s', l.alias, b.name, b.value)
-               END, ' AND ' ORDER BY b.number)
+                              n.nspname, t.typname, b.value)
+                   ELSE b.value
+               END AS value,
+               CASE WHEN NOT (autoembed._is_superusers(t.oid) OR t.typtype = 'e') THEN 'pg_catalog.concat' END AS call,
+               CASE
+                   WHEN autoembed._is_superusers(t.oid) THEN b.operator
+                   ELSE 'OPERATOR(pg_catalog.=)'
+               END AS operator
         FROM base AS b
         JOIN pg_type AS t ON t.oid = b.id AND t.typtype <> 'd'
         JOIN pg_namespace AS n ON n.oid = t.typnamespace
-        CROSS JOIN unnest(aliases) WITH ORDINALITY AS l(alias, number)
-        GROUP BY l.number
-        ORDER BY l.number
-    );
+    )
+    SELECT string_agg(format('%s AS k%s', o.value, o.number), ', ' ORDER BY o.number),
+           string_agg(format('%s(t.%I) %s s.k%s', o.call, o.name, o.operator, o.number), ' AND ' ORDER BY o.number),
+           string_agg(format('%s(e.%I) %s s.k%s', o.call, o.name, o.operator, o.number), ' AND ' ORDER BY o.number)
+    INTO key_values, is_row, is_embedding
+    FROM sent AS o;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._sent_key_expressions IS
-    'For each alias the SQL expression that tells whether its row has the key s.key. It runs no code of the owner of '
-    'the table or of a type: the caller of a search may have more rights.';
+COMMENT ON FUNCTION autoembed._sent_keys IS
+    'The SQL expressions of the values in s.key, as columns k1, k2 and so on, and those that tell whether the row t, '
+    'and the embedding e, has them. These run no code of the owner of the table or of a type: the caller of a search '
+    'may have more rights. A query has to take the columns from a subquery with OFFSET 0: a comparison with them that '
+    'is leakproof then uses an index, even if policies hide rows.';
 
 CREATE OR REPLACE FUNCTION autoembed._searched(
     table_name regclass,
@@ -197,13 +208,11 @@ DECLARE
     _key text;
     _same_key text;
     _passage text;
-    _sent_key text;
-    _sent_keys text[];
+    _sent record;
+    _sent_rows text;
     _from text;
     _bits integer;
-    _hits CONSTANT text :=
-        'ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3), pg_catalog.unnest($4), '
-        'pg_catalog.unnest($5), pg_catalog.unnest($6)) AS s(rank, key, chunk_number, score, similarity, text_score)';
+    _hits text;
 BEGIN
     SELECT p.* INTO _pipeline FROM autoembed.pipeline AS p WHERE p.id = _search_target.pipeline_id;
     IF NOT FOUND THEN
@@ -248,8 +257,13 @@ BEGIN
         WHERE c.oid = _vectors_table AND c.relkind = 'p' AND i.indisvalid
     );
     _key := autoembed._key_expression(_pipeline, 't');
-    _sent_keys := autoembed._sent_key_expressions(_pipeline, '{t,e}');
-    _sent_key := _sent_keys[1];
+    _sent := autoembed._sent_keys(_pipeline);
+    _sent_rows := format('(SELECT s.*, %s FROM %%s OFFSET 0) AS s', replace(_sent.key_values, '%', '%%'));
+    _hits := format(
+        _sent_rows,
+        'ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3), pg_catalog.unnest($4), '
+        'pg_catalog.unnest($5), pg_catalog.unnest($6)) AS s(rank, key, chunk_number, score, similarity, text_score)'
+    );
     has_plain_keys := NOT EXISTS (
         SELECT FROM unnest(_pipeline.key_columns) AS k(name)
         JOIN pg_attribute AS a ON a.attrelid = _pipeline.table_id AND a.attname = k.name
@@ -269,15 +283,18 @@ BEGIN
     texts_query := CASE WHEN num_nonnulls(_pipeline.content_function, _pipeline.condition) = 0 THEN format(
         'SELECT h.key, h.place, %s AS content FROM (SELECT ROW(t.*)::%s AS hit, %s AS key, s.place, '
         'pg_catalog.sum(%s) OVER (ORDER BY s.place) AS bytes '
-        'FROM pg_catalog.unnest($1) WITH ORDINALITY AS s(key, place) JOIN %2$s AS t ON %5$s) AS h '
+        'FROM %6$s JOIN %2$s AS t ON %5$s) AS h '
         'WHERE h.bytes OPERATOR(pg_catalog.<=) $2::pg_catalog.numeric',
         autoembed._content_expression(_pipeline, '(h.hit)'), _pipeline.table_id, _key,
-        autoembed._content_bytes_expression(_pipeline, 't'), _sent_key
+        autoembed._content_bytes_expression(_pipeline, 't'), _sent.is_row,
+        format(_sent_rows, 'pg_catalog.unnest($1) WITH ORDINALITY AS s(key, place)')
     ) END;
-    of_keys := format('EXISTS (SELECT FROM pg_catalog.unnest($2) AS s(key) WHERE %s)', _sent_key);
+    of_keys := format(
+        'EXISTS (SELECT FROM %s WHERE %s)', format(_sent_rows, 'pg_catalog.unnest($2) AS s(key)'), _sent.is_row
+    );
     matching_query := format(
-        'SELECT %s AS key FROM %s AS t WHERE EXISTS (SELECT FROM pg_catalog.unnest($1) AS s(key) WHERE %s) AND (',
-        _key, _pipeline.table_id, _sent_key
+        'SELECT %s AS key FROM %s AS t WHERE EXISTS (SELECT FROM %s WHERE %s) AND (',
+        _key, _pipeline.table_id, format(_sent_rows, 'pg_catalog.unnest($1) AS s(key)'), _sent.is_row
     );
     keys_query := format('SELECT %s AS key FROM %s AS t WHERE (', _key, _pipeline.table_id);
     visible_start := format('SELECT s.place, %s AS key, ', _key);
@@ -287,11 +304,15 @@ BEGIN
     visible_end := format(
         -- The caller needs the rights to all columns, as for the rows of a search.
         ' AS distance, ROW(t.*) IS NULL AS is_null '
-        'FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2)) WITH ORDINALITY AS s(key, number, place) '
-        'JOIN %s AS t ON %s %s',
-        _pipeline.table_id, _sent_key, CASE
+        'FROM %s JOIN %s AS t ON %s %s',
+        format(
+            _sent_rows,
+            'ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2)) WITH ORDINALITY AS s(key, number, place)'
+        ),
+        _pipeline.table_id, _sent.is_row, CASE
             WHEN is_beside THEN format(
-                'JOIN %s AS e ON %s AND e.chunk_number OPERATOR(pg_catalog.=) s.number', _vectors_table, _sent_keys[2]
+                'JOIN %s AS e ON %s AND e.chunk_number OPERATOR(pg_catalog.=) s.number',
+                _vectors_table, _sent.is_embedding
             )
             ELSE format('WHERE t.%I IS NOT NULL', _pipeline.embedding_column)
         END
@@ -326,7 +347,7 @@ BEGIN
             'SELECT s.rank, ROW(t.*)::%1$s, s.key, s.score, NULL::pg_catalog.text, NULL::pg_catalog.int4, '
             'NULL::pg_catalog.int4, NULL::pg_catalog.int4, s.similarity, s.text_score '
             'FROM %2$s JOIN %1$s AS t ON %3$s ORDER BY s.rank',
-            _pipeline.table_id, _hits, _sent_key
+            _pipeline.table_id, _hits, _sent.is_row
         );
         RETURN;
     END IF;
@@ -365,7 +386,7 @@ BEGIN
         'SELECT s.*, ROW(t.*)::%s AS hit, e.chunk_number AS number, e.chunk_start AS start, e.chunk_end AS stop, '
         'e.digest FROM %s JOIN %2$s AS t ON %4$s '
         'LEFT JOIN %5$s AS e ON e.chunk_number OPERATOR(pg_catalog.=) s.chunk_number AND %6$s ORDER BY s.rank) AS h',
-        _passage, _pipeline.table_id, _hits, _sent_key, _vectors_table, _sent_keys[2]
+        _passage, _pipeline.table_id, _hits, _sent.is_row, _vectors_table, _sent.is_embedding
     );
 END;
 $plpgsql$;

@@ -296,7 +296,7 @@ _search_stats - x x x
 _search_target - x - x
 _searched - x - x
 _segments_to_merge - - - x
-_sent_key_expressions - - - x
+_sent_keys - - - x
 _set_paused - x - x
 _settle - - - x
 _short_key - x x x

@@ -307,6 +307,80 @@ def test_an_index_leaves_out_no_row_that_matches(short: Connection, role: Callab
         assert len({row.id for row in found} & set(expected)) >= 0.9 * len(expected), (condition, policy)
 
 
+def rows_read(db: Connection, statement: str, *tables: str) -> dict[str, int]:
+    """How many rows of tables a statement reads, whatever plans it has."""
+
+    def counts() -> dict[str, int]:
+        read = "SELECT coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0) FROM pg_stat_xact_all_tables"
+        return {
+            table: row[0]
+            for table in tables
+            for row in db.execute(f"{read} WHERE relid = %s::regclass".encode(), [table])
+        }
+
+    with db.transaction(force_rollback=True):
+        before = counts()
+        db.execute(statement.encode())
+        return {table: count - before[table] for table, count in counts().items()}
+
+
+KEYS = {
+    "integer": ("id int PRIMARY KEY", "n"),
+    "text": ("id text PRIMARY KEY", "'key ' || n"),
+    "uuid": ("id uuid PRIMARY KEY", "md5(n::text)::uuid"),
+    "domain": ("id posint PRIMARY KEY", "n"),
+    "two columns": ("part text, id bigint, PRIMARY KEY (part, id)", "'a', n"),
+}
+
+
+@STORAGES
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("reads_by_policy", [False, True], ids=["all rows", "some rows"])
+def test_a_reader_finds_rows_by_their_keys_and_not_by_reading_all(
+    short: Connection, role: Callable[[str], str], column: str, key: str, reads_by_policy: bool
+) -> None:
+    """A policy counts before a comparison that might tell what it hides. No index serves such a comparison."""
+    rows, few = 400, 60
+    columns, value = KEYS[key]
+    short.execute("CREATE DOMAIN posint AS int CHECK (VALUE > 0)")
+    short.execute(f"CREATE TABLE pages ({columns}, body text, tenant int NOT NULL DEFAULT 0)")
+    short.execute(
+        f"INSERT INTO pages SELECT {value}, CASE WHEN n % 100 = 7 THEN 'rare ' ELSE 'common ' END || n"
+        f" FROM generate_series(1, {rows}) AS n"
+    )
+    short.execute(f"SELECT autoembed.enable('pages', {column}, content_columns => '{{body}}', text_config => 'simple')")
+    short.execute("SELECT autoembed.process()")
+    short.execute("UPDATE pages SET body = body || ' again' WHERE body IN ('rare 107', 'common 108')")
+    reader = role("reader")
+    short.execute(f"SELECT autoembed.grant_usage('{reader}'); GRANT SELECT ON pages TO {reader}")
+    if reads_by_policy:
+        short.execute(
+            f"ALTER TABLE pages ENABLE ROW LEVEL SECURITY; CREATE POLICY own ON pages TO {reader}"
+            " USING (tenant = coalesce(nullif(current_setting('app.tenant', true), ''), '0')::int)"
+        )
+    # Else the planner rightly reads a small table as a whole.
+    short.execute("ANALYZE; SET enable_seqscan = off")
+    tables = ["pages", "pages_embeddings"] if column == "NULL" else ["pages"]
+
+    short.execute(f"SET ROLE {reader}")
+    counts = {
+        form: rows_read(short, f"SELECT * FROM autoembed.search(NULL::pages, 'rare', {arguments})", *tables)
+        for form, arguments in {
+            "text": "mode => 'text'",
+            "condition": "mode => 'text', condition => 'tenant = 0'",
+            "vector": "mode => 'vector'",
+            "hybrid": "mode => 'hybrid'",
+        }.items()
+    }
+    short.execute("RESET ROLE")
+
+    for table in tables:
+        assert counts["text"][table] < few, counts
+        assert counts["condition"][table] < few, counts
+        # Both compare the query to all rows. Hybrid search looks up its 100 nearest in the text index, not here.
+        assert counts["hybrid"][table] < counts["vector"][table] + few, counts
+
+
 def test_who_may_not_read_a_row_finds_neither_it_nor_its_embedding(
     short: Connection, role: Callable[[str], str]
 ) -> None:
