@@ -66,6 +66,19 @@ class Posting(NamedTuple):
     levels: np.ndarray
 
 
+class TermPostings(NamedTuple):
+    """The postings of one term in several segments, one after the other.
+
+    starts: the place of the first document of each segment. sizes: the number of levels of each posting. ordinals and
+    levels: as those of a posting.
+    """
+
+    starts: np.ndarray
+    sizes: np.ndarray
+    ordinals: np.ndarray | None
+    levels: np.ndarray
+
+
 class StoredPosting(NamedTuple):
     """A posting of a segment as the text index has it."""
 
@@ -204,7 +217,7 @@ class Documents:
 
     ids: np.ndarray
     lengths: np.ndarray
-    _norms: dict[float, np.ndarray] = field(default_factory=dict)
+    _norms: dict[float, tuple[np.ndarray, float]] = field(default_factory=dict)
 
     @cached_property
     def words(self) -> int:
@@ -217,8 +230,8 @@ class Documents:
 
         return [0, *(np.flatnonzero(np.diff(self.ids) <= 0) + 1).tolist(), len(self.ids)]
 
-    def norms(self, mean: float) -> np.ndarray:
-        """How much the length of each document marks it down, float32. mean: of the lengths."""
+    def norms(self, mean: float) -> tuple[np.ndarray, float]:
+        """How much the length of each document marks it down, float32, and the least of it. mean: of the lengths."""
         import numpy as np
 
         if mean not in self._norms:
@@ -227,7 +240,7 @@ class Documents:
             norms *= K1 * B / mean
             norms += K1 * (1 - B)
             self._norms.clear()
-            self._norms[mean] = norms
+            self._norms[mean] = norms, float(norms.min(initial=math.inf))
         return self._norms[mean]
 
     def places(self, ids: np.ndarray) -> np.ndarray:
@@ -235,7 +248,7 @@ class Documents:
         import numpy as np
 
         found = [np.empty(0, np.int64)]
-        for start, end in itertools.pairwise(self.runs):
+        for start, end in itertools.pairwise(self.runs) if len(ids) else ():
             part = self.ids[start:end]
             if len(part):
                 first, last = np.searchsorted(ids, (part[0], part[-1] + 1))
@@ -253,13 +266,13 @@ def joined(segments: Sequence[Segment]) -> Documents:
     return Documents(np.concatenate(ids), np.concatenate(lengths))
 
 
-def with_segment(documents: Documents, postings: dict[str, list[tuple[int, Posting]]], segment: Segment) -> Documents:
+def with_segment(documents: Documents, postings: dict[str, list[TermPostings]], segment: Segment) -> Documents:
     """These documents, and those of one more segment. Its postings are added to the others, as Scores() takes them."""
     import numpy as np
 
-    start = len(documents.ids)
+    start = np.array([len(documents.ids)])
     for term, posting in segment.postings.items():
-        postings.setdefault(term, []).append((start, posting))
+        postings.setdefault(term, []).append(TermPostings(start, np.array([len(posting.levels)]), *posting))
     return Documents(
         np.concatenate((documents.ids, segment.documents)), np.concatenate((documents.lengths, segment.lengths))
     )
@@ -271,22 +284,21 @@ class Having:
     count: their number. highest: the highest of their levels.
     """
 
-    def __init__(self, postings: Sequence[tuple[int, Posting]]) -> None:
-        """postings: where each segment starts, and its posting, in the order of the segments."""
+    def __init__(self, postings: Sequence[TermPostings]) -> None:
+        """postings: their segments do not overlap, and follow each other in the order of the documents."""
         import numpy as np
 
         # Where segments start that have a level for each document, and these levels.
-        self.every = [(start, posting.levels) for start, posting in postings if posting.ordinals is None]
-        some = [(start, ordinals, levels) for start, (ordinals, levels) in postings if ordinals is not None]
-        count = sum(len(levels) for _, _, levels in some)
-        # Filled in place: to join arrays copies them.
-        self.places, self.levels = np.empty(count, np.int64), np.empty(count, np.uint8)
-        end = 0
-        for start, ordinals, levels in some:
-            begin, end = end, end + len(levels)
-            np.add(ordinals, start, out=self.places[begin:end], dtype=np.int64)
-            self.levels[begin:end] = levels
-        self.count = count + sum(int(np.count_nonzero(levels)) for _, levels in self.every)
+        self.every = [
+            (start, levels[end - size : end])
+            for starts, sizes, ordinals, levels in postings
+            if ordinals is None
+            for start, size, end in zip(starts.tolist(), sizes.tolist(), np.cumsum(sizes).tolist(), strict=True)
+        ]
+        some = [one for one in postings if one.ordinals is not None]
+        self.places = _one_array(np.int64, [np.repeat(one.starts, one.sizes) + one.ordinals for one in some])
+        self.levels = _one_array(np.uint8, [one.levels for one in some])
+        self.count = len(self.levels) + sum(int(np.count_nonzero(levels)) for _, levels in self.every)
         self.highest = max(int(levels.max(initial=0)) for levels in (self.levels, *(every for _, every in self.every)))
 
     def levels_at(self, places: np.ndarray) -> np.ndarray:
@@ -294,13 +306,21 @@ class Having:
         import numpy as np
 
         found = np.zeros(len(places), np.uint8)
-        if len(self.places):
+        if len(self.places) and len(places):
             at = np.minimum(np.searchsorted(self.places, places), len(self.places) - 1)
             np.copyto(found, self.levels.take(at), where=self.places.take(at) == places)
         for start, levels in self.every:
             first, last = np.searchsorted(places, (start, start + len(levels)))
             found[first:last] = levels.take(places[first:last] - start)
         return found
+
+
+def _one_array(kind: type[np.generic], arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """These arrays in one. kind: the type of its numbers."""
+    import numpy as np
+
+    # To join arrays copies them.
+    return arrays[0] if len(arrays) == 1 else np.concatenate([np.empty(0, kind), *arrays])
 
 
 class Term(NamedTuple):
@@ -320,11 +340,11 @@ class Scores:
     def __init__(
         self,
         documents: Documents,
-        postings: Mapping[str, Sequence[tuple[int, Posting]]],
+        postings: Mapping[str, Sequence[TermPostings]],
         terms: Mapping[str, int],
         dead: np.ndarray,
     ) -> None:
-        """postings: of each term, where a segment starts, and its posting, in the order of the segments.
+        """postings: of each term, as Having() takes them.
 
         terms: each term of the query with the number of its occurrences. dead: ids of documents, ascending.
         """
@@ -335,16 +355,15 @@ class Scores:
         count = len(documents.ids) - len(gone)
         words = documents.words - int(documents.lengths[gone].sum())
         # The average length may be 0: no document has a word.
-        self._norms = documents.norms(words / count if words else 1.0)
-        least_norm = self._norms.min(initial=math.inf)
+        self._norms, least_norm = documents.norms(words / count if words else 1.0)
         found = []
         for term, occurrences in terms.items():
             having = Having(postings.get(term, ()))
             matching = having.count - int(np.count_nonzero(having.levels_at(gone)))
             weight = np.float32((K1 + 1) * occurrences * math.log(1 + (count - matching + 0.5) / (matching + 0.5)))
-            [highest] = occurrences_of(np.array([having.highest], np.uint8))
             if matching:
-                found.append(Term(having, weight, float(weight * highest / (highest + least_norm))))
+                [highest] = occurrences_of(np.array([having.highest], np.uint8)).tolist()
+                found.append(Term(having, weight, float(weight) * highest / (highest + least_norm)))
         # Terms that add much come first, so that the others may need no look at most documents (MaxScore: Turtle and
         # Flood, "Query evaluation: strategies and optimizations", 1995).
         self._terms = sorted(found, key=lambda term: -term.most)

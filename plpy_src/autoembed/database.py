@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import plpy  # type: ignore[import-not-found]
@@ -22,16 +21,15 @@ from autoembed.binary import copy_rows, literals
 from autoembed.bm25 import (
     MAX_MERGED_POSTINGS,
     Documents,
-    Posting,
     Segment,
     StoredPosting,
+    TermPostings,
     counts,
     joined,
     merged,
     most_dead,
     parts,
     plain_words,
-    unpacked,
 )
 from autoembed.errors import (
     INSUFFICIENT_PRIVILEGE,
@@ -122,8 +120,8 @@ _words = KeptTexts(4_000_000)
 # The segments that searches of this session have read, without postings, by the OID of their table and their ids. A
 # segment is never changed.
 _segments: dict[tuple[int, int], Segment] = {}
-# The documents of those of the last search, and where each segment starts.
-_joined: dict[tuple[int, ...], tuple[Documents, dict[int, int]]] = {}
+# The documents of those of the last search, the ids of the segments, and where each starts.
+_joined: dict[tuple[int, bytes], tuple[Documents, np.ndarray, np.ndarray]] = {}
 # More documents of segments are not kept: 12 MB, and 16 MB for those of the last search.
 MAX_KEPT_DOCUMENTS = 1_000_000
 
@@ -138,10 +136,17 @@ class TextIndex(NamedTuple):
 
     terms: dict[str, int]
     documents: Documents
-    postings: dict[str, list[tuple[int, Posting]]]
+    postings: dict[str, list[TermPostings]]
     dead: np.ndarray
     messages: list[Any]
     of_rows: dict[int, tuple[str, int]]
+
+
+# The ids of the documents of pipeline $1 that count no more, ascending, 8 bytes each.
+_DEAD_DOCUMENTS = (
+    "SELECT pg_catalog.string_agg(pg_catalog.int8send(d.id), '' ORDER BY d.id) FROM autoembed.text_document AS d"
+    " WHERE d.pipeline_id OPERATOR(pg_catalog.=) $1 AND NOT d.is_live"
+)
 
 
 class _Undo(Exception):
@@ -1215,61 +1220,75 @@ class Database:
         """
         table, owner = self._texts_table()
         with as_role(owner):
-            terms = self._query_terms(pipeline_id, words)
+            [row] = self._run(
+                "SELECT (SELECT pg_catalog.string_agg(pg_catalog.int8send(s.id), '' ORDER BY s.id)"
+                " FROM autoembed.text_segment AS s WHERE s.pipeline_id OPERATOR(pg_catalog.=) $1) AS segments,"
+                f" ({_DEAD_DOCUMENTS}) AS dead",
+                ["pg_catalog.int4"],
+                [pipeline_id],
+            )
+            documents, segments, starts = self._joined_segments(table, row["segments"] or b"")
+            terms, postings = self._terms_and_postings(pipeline_id, words, segments, starts)
             return TextIndex(
                 terms,
-                *self._documents_and_postings(table, pipeline_id, list(terms)),
-                self._dead_documents(pipeline_id),
+                documents,
+                postings,
+                _numbers(row["dead"] or b"", ">i8"),
                 self._outstanding(pipeline_id, max_messages),
                 self._documents_of(pipeline_id, keys),
             )
 
-    def _query_terms(self, pipeline_id: int, words: str) -> dict[str, int]:
-        """The terms in a query and the number of their occurrences."""
-        rows = self._run(
-            "SELECT w.lexeme, coalesce(pg_catalog.cardinality(w.positions), 1) AS occurrences"
-            " FROM ROWS FROM (pg_catalog.unnest(pg_catalog.to_tsvector(autoembed._text_config($1), $2))) AS w",
-            ["pg_catalog.int4", "pg_catalog.text"],
-            [pipeline_id, words],
-        )
-        return {row["lexeme"]: row["occurrences"] for row in rows}
+    def _terms_and_postings(
+        self, pipeline_id: int, words: str, segments: np.ndarray, starts: np.ndarray
+    ) -> tuple[dict[str, int], dict[str, list[TermPostings]]]:
+        """The terms in a query, the number of their occurrences, and their postings in these segments."""
+        import numpy as np
 
-    def _documents_and_postings(
-        self, table: int, pipeline_id: int, terms: list[str]
-    ) -> tuple[Documents, dict[str, list[tuple[int, Posting]]]]:
-        """The documents of all segments, and the postings of these terms."""
-        [row] = self._run(
-            "SELECT pg_catalog.array_agg(s.id ORDER BY s.id) AS ids FROM autoembed.text_segment AS s"
-            " WHERE s.pipeline_id OPERATOR(pg_catalog.=) $1",
-            ["pg_catalog.int4"],
-            [pipeline_id],
-        )
-        ids = row["ids"] or []
-        documents, starts = self._joined_segments(table, ids)
         rows = self._run(
-            "SELECT p.segment_id, p.term, p.ordinals, p.levels FROM autoembed.text_posting AS p"
-            " WHERE p.segment_id OPERATOR(pg_catalog.=) ANY ($1) AND p.term OPERATOR(pg_catalog.=) ANY ($2)",
-            ["pg_catalog.int8[]", "pg_catalog.text[]"],
-            [ids, terms],
+            # The postings of many segments are few values. A value takes Python as long as a small posting.
+            "SELECT t.term, t.occurrences, p.segments, p.sizes, p.ordinals, p.levels FROM ("
+            'SELECT w.lexeme COLLATE pg_catalog."C" AS term,'
+            " coalesce(pg_catalog.cardinality(w.positions), 1) AS occurrences"
+            " FROM ROWS FROM (pg_catalog.unnest(pg_catalog.to_tsvector(autoembed._text_config($1), $2))) AS w"
+            ") AS t LEFT JOIN LATERAL ("
+            "SELECT pg_catalog.string_agg(pg_catalog.int8send(p.segment_id), '' ORDER BY p.segment_id) AS segments,"
+            " pg_catalog.string_agg(pg_catalog.int4send(pg_catalog.octet_length(p.levels)), ''"
+            " ORDER BY p.segment_id) AS sizes,"
+            " pg_catalog.string_agg(p.ordinals, '' ORDER BY p.segment_id) AS ordinals,"
+            " pg_catalog.string_agg(p.levels, '' ORDER BY p.segment_id) AS levels"
+            " FROM autoembed.text_posting AS p"
+            " WHERE p.segment_id OPERATOR(pg_catalog.=) ANY ($3) AND p.term OPERATOR(pg_catalog.=) t.term"
+            " GROUP BY p.ordinals OPERATOR(pg_catalog.=) ''::pg_catalog.bytea"
+            ") AS p ON true",
+            ["pg_catalog.int4", "pg_catalog.text", "pg_catalog.int8[]"],
+            [pipeline_id, words, segments.tolist()],
         )
-        postings: dict[str, list[tuple[int, Posting]]] = {}
-        for row in sorted(rows, key=lambda row: row["segment_id"]):
-            posting = unpacked(row["ordinals"], row["levels"])
-            postings.setdefault(row["term"], []).append((starts[row["segment_id"]], posting))
-        return documents, postings
+        postings: dict[str, list[TermPostings]] = {}
+        for row in rows:
+            if row["segments"] is not None:
+                places = np.searchsorted(segments, _numbers(row["segments"], ">i8"))
+                ordinals = np.frombuffer(row["ordinals"], ">u2") if row["ordinals"] else None
+                posting = TermPostings(
+                    starts[places], _numbers(row["sizes"], ">i4"), ordinals, np.frombuffer(row["levels"], np.uint8)
+                )
+                postings.setdefault(row["term"], []).append(posting)
+        return {row["term"]: row["occurrences"] for row in rows}, postings
 
-    def _joined_segments(self, table: int, ids: Sequence[int]) -> tuple[Documents, dict[int, int]]:
-        """The documents of segments, and where each segment starts."""
-        key = (table, *ids)
+    def _joined_segments(self, table: int, ids: bytes) -> tuple[Documents, np.ndarray, np.ndarray]:
+        """The documents of segments, the ids of these, and where each starts. ids: ascending, 8 bytes each."""
+        import numpy as np
+
+        key = (table, ids)
         if key not in _joined:
-            missing = [number for number in ids if (table, number) not in _segments]
+            segments = _numbers(ids, ">i8")
+            missing = [number for number in segments.tolist() if (table, number) not in _segments]
             found = self._segments("s.id OPERATOR(pg_catalog.=) ANY ($1)", ["pg_catalog.int8[]"], [missing])
             _segments.update(((table, number), segment) for number, segment in found.items())
-            segments = [_segments[table, number] for number in ids]
-            starts = accumulate((len(segment.documents) for segment in segments), initial=0)
+            parts = [_segments[table, number] for number in segments.tolist()]
             _joined.clear()
-            _joined[key] = joined(segments), dict(zip(ids, starts, strict=False))
-            _forget_segments(table, ids)
+            starts = np.cumsum([0, *(len(segment.documents) for segment in parts)])[:-1]
+            _joined[key] = joined(parts), segments, starts
+            _forget_segments(table, segments.tolist())
         return _joined[key]
 
     def _outstanding(self, pipeline_id: int, max_messages: int) -> list[Any]:
@@ -1502,13 +1521,7 @@ class Database:
         return [StoredPosting(row["segment_id"], row["term"], row["ordinals"], row["levels"]) for row in rows]
 
     def _dead_documents(self, pipeline_id: int) -> np.ndarray:
-        [row] = self._run(
-            "SELECT pg_catalog.string_agg(pg_catalog.int8send(d.id), '' ORDER BY d.id) AS ids"
-            " FROM autoembed.text_document AS d"
-            " WHERE d.pipeline_id OPERATOR(pg_catalog.=) $1 AND NOT d.is_live",
-            ["pg_catalog.int4"],
-            [pipeline_id],
-        )
+        [row] = self._run(f"SELECT ({_DEAD_DOCUMENTS}) AS ids", ["pg_catalog.int4"], [pipeline_id])
         return _numbers(row["ids"] or b"", ">i8")
 
     def note_usage(self, model: str, shares: Sequence[Share], slot: int | None) -> None:

@@ -17,6 +17,7 @@ from autoembed.bm25 import (
     Scores,
     Segment,
     StoredPosting,
+    TermPostings,
     counted,
     counts,
     joined,
@@ -57,12 +58,20 @@ def stored(segment: Segment) -> Segment:
 
 def scores_of(segments: list[Segment], terms: dict[str, int], dead: np.ndarray) -> Scores:
     documents = joined(segments)
-    postings: dict[str, list[tuple[int, Posting]]] = {}
-    start = 0
-    for segment in map(stored, segments):
+    starts = np.cumsum([0, *(len(segment.documents) for segment in segments)])[:-1]
+    # One of each form for each term, as the text index gives them.
+    found: dict[tuple[str, bool], list[tuple[int, Posting]]] = {}
+    for start, segment in zip(starts.tolist(), map(stored, segments), strict=True):
         for term, posting in segment.postings.items():
-            postings.setdefault(term, []).append((start, posting))
-        start += len(segment.documents)
+            found.setdefault((term, posting.ordinals is None), []).append((start, posting))
+    postings: dict[str, list[TermPostings]] = {}
+    for (term, is_every), of_term in found.items():
+        all_levels = [posting.levels for _, posting in of_term]
+        ordinals = None if is_every else np.concatenate([posting.ordinals for _, posting in of_term])
+        sizes = np.array([len(levels) for levels in all_levels], np.int32)
+        postings.setdefault(term, []).append(
+            TermPostings(np.array([start for start, _ in of_term]), sizes, ordinals, np.concatenate(all_levels))
+        )
     return Scores(documents, postings, terms, dead)
 
 
@@ -117,7 +126,7 @@ def test_rare_words_and_short_texts_count_more_and_dead_texts_not_at_all() -> No
 def test_counted_texts_score_as_a_segment_does() -> None:
     texts = {1: {"a": 1, "b": 2}, 2: {"b": 1}, 3: {"a": 300}}
     terms = {"a": 1, "b": 2}
-    postings: dict[str, list[tuple[int, Posting]]] = {}
+    postings: dict[str, list[TermPostings]] = {}
     documents = joined([])
     for more in (counted([(sum(words.values()), words) for words in texts.values()]), counted([])):
         documents = with_segment(documents, postings, more)
