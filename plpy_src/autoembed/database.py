@@ -1376,15 +1376,20 @@ class Database:
     def search_target(self, table_id: str, embedding_column: str | None) -> dict[str, Any]:
         """The facts that a search needs: the columns of autoembed._search_target(), and some of this search.
 
-        These are pipeline_id, version, and has_policies: whether policies may hide rows from the caller.
+        These are pipeline_id, version, and has_policies: whether policies may hide rows from the caller. An error for a
+        caller without the rights to all columns: a search that finds nothing would tell which words no text has.
         """
         [searched] = self._run(
             "SELECT s.*, pg_catalog.row_security_active(s.table_id) AS has_policies,"
+            " pg_catalog.has_table_privilege(s.table_id, 'SELECT') AS may_read,"
             " pg_catalog.current_setting('transaction_isolation') AS isolation"
             " FROM autoembed._searched($1::pg_catalog.regclass, $2) AS s",
             ["pg_catalog.text", "pg_catalog.name"],
             [table_id, embedding_column],
         )
+        if not searched["may_read"]:
+            # PostgreSQL knows the rights to columns, and names what is missing.
+            plpy.execute(f"SELECT ROW(t.*) IS NULL FROM {searched['table_id']} AS t LIMIT 0")
         query = (
             f"SELECT autoembed._lasting_target({searched['pipeline_id']}, {plpy.quote_literal(searched['version'])})"
             f" AS facts FROM (SELECT) AS one LEFT JOIN ONLY {searched['table_id']} AS t ON false"

@@ -29,7 +29,7 @@ DEFAULT_EF_SEARCH = 100
 MAX_EF_SEARCH = 1000
 # More of a search text is not looked up in the text index, in characters.
 MAX_QUERY_CHARACTERS = 10_000
-# So many documents more than wanted rows are tried first: several may be of one row, or hidden.
+# So many documents more than wanted rows are tried first where several may be of one row, or hidden.
 SPARE_CANDIDATES = 20
 # A search by words knows so many messages of rows that have changed, so many of these rows, and reads so many of their
 # texts, the newest first, and bytes of them: with these, it takes some 0.1 s longer.
@@ -292,7 +292,9 @@ class TextMatches:
         """So many rows that match best and fulfil the condition: the number of their best chunk, and its score."""
         scores = self._scores
         found: dict[str, tuple[int, float]] = {}
-        tried, limit, are_all = 0, wanted + SPARE_CANDIDATES, False
+        target = self._target
+        may_be_left_out = target["is_chunked"] or target["has_policies"] or self._condition is not None
+        tried, limit, are_all = 0, wanted + SPARE_CANDIDATES * may_be_left_out, False
         while len(found) < wanted and not are_all:
             few = self._few_rows(tried * (wanted / max(1, len(found)) - 1)) if tried else None
             if few is not None:
@@ -362,7 +364,7 @@ class TextMatches:
         if others:
             keys, numbers = zip(*(documents[document] for document in others), strict=True)
             distance = "NULL::pg_catalog.float8" if self._vector is None else self._target["visible_distance"]
-            query = f"{self._target['visible_start']}{distance}{self._target['visible_end']}"
+            query = f"{self._target['visible_start']}{distance} AS distance{self._target['visible_end']}"
             visible = self._here.visible(query, self._target["vector_type"], keys, numbers, self._vector)
             for place, (key, distance) in visible.items():
                 read[others[place]] = key, numbers[place]

@@ -302,9 +302,7 @@ BEGIN
         '%s %s $3::%s', CASE WHEN is_beside THEN 'e.' ELSE 't.' END || _expression, _operator, vector_type
     );
     visible_end := format(
-        -- The caller needs the rights to all columns, as for the rows of a search.
-        ' AS distance, ROW(t.*) IS NULL AS is_null '
-        'FROM %s JOIN %s AS t ON %s %s',
+        ' FROM %s JOIN %s AS t ON %s %s',
         format(
             _sent_rows,
             'ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2)) WITH ORDINALITY AS s(key, number, place)'

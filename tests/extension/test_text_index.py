@@ -381,6 +381,10 @@ def test_whatever_a_caller_asks_the_index_tells_nothing_of_hidden_rows(
     assert ask(matches.format("NULL")) == ["42501"]
     short.execute(f"GRANT SELECT (id) ON pages TO {stranger}")
     assert ask(matches.format("NULL")) == ["42501"]
+    # No answer tells which words the texts have.
+    for word in ("apple", "nosuch", "secret"):
+        for mode in ("text", "vector", "hybrid"):
+            assert ask(f"SELECT key FROM autoembed.search('pages', '{word}', mode => '{mode}')") == "denied"
     short.execute(f"GRANT SELECT ON pages TO {stranger}")
     assert ask(matches.format("NULL")) == ["[1]", "[2]", "[3]"]
     short.execute(
