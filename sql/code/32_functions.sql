@@ -57,7 +57,7 @@ BEGIN
     IF owner IS NOT NULL THEN
         EXECUTE format('ALTER FUNCTION %s OWNER TO %I', _function, owner);
     END IF;
-    IF template_name IN ('may_read', 'chunk', 'long_version', 'long_text', 'long_chunk') THEN
+    IF template_name IN ('may_read', 'may_read_all', 'chunk', 'long_version', 'long_text', 'long_chunk') THEN
         -- It runs with the rights of the reader, who may be any role.
         IF NOT has_function_privilege('public', _function, 'EXECUTE') THEN
             EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO PUBLIC', _function);
@@ -261,6 +261,7 @@ BEGIN
         'table_id', c.oid,
         -- Rows of tables that inherit from it have keys of their own.
         'table', CASE c.relkind WHEN 'r' THEN 'ONLY ' ELSE '' END || c.oid::regclass::text,
+        'table_literal', quote_literal(c.oid::regclass),
         'owner', pg_get_userbyid(c.relowner),
         'search_path', format('%I, public, pg_temp', n.nspname),
         'embedding_column', quote_ident(pipeline.embedding_column),
@@ -469,12 +470,14 @@ BEGIN
         FROM pg_proc AS p
         WHERE p.pronamespace = 'autoembed'::regnamespace
           AND p.proname = ANY (autoembed._readers_functions((slots ->> 'id')::integer))
+          AND p.pronargs > 0
           AND regexp_replace(pg_get_function_identity_arguments(p.oid), ', (chunk_start|part) .*', '')
               <> slots ->> 'key_types'
     LOOP
         EXECUTE format('DROP FUNCTION %s CASCADE', _outdated);
     END LOOP;
     PERFORM autoembed._create_function('may_read', slots);
+    PERFORM autoembed._create_function('may_read_all', slots);
     PERFORM autoembed._create_function('chunk', slots);
     PERFORM autoembed._create_function('long_version', slots);
     PERFORM autoembed._create_function('long_text', slots);
@@ -486,8 +489,12 @@ BEGIN
           AND autoembed._pipeline_of_policy(o.oid) = (slots ->> 'id')::integer
     ) THEN
         EXECUTE format('DROP POLICY IF EXISTS autoembed_readers ON %s', slots ->> 'embeddings_table');
-        EXECUTE format('CREATE POLICY autoembed_readers ON %s FOR SELECT USING (autoembed._may_read_%s(%s))',
-                       slots ->> 'embeddings_table', slots ->> 'id', slots ->> 'key_names');
+        -- A subquery is asked once. To ask for each row takes as long as a hundred distances.
+        EXECUTE format(
+            'CREATE POLICY autoembed_readers ON %1$s FOR SELECT USING '
+            '((SELECT autoembed._may_read_all_%2$s()) OR autoembed._may_read_%2$s(%3$s))',
+            slots ->> 'embeddings_table', slots ->> 'id', slots ->> 'key_names'
+        );
     END IF;
     IF autoembed._chunks_view((slots ->> 'id')::integer, (slots ->> 'embeddings_table')::regclass) IS NULL THEN
         SELECT coalesce(
@@ -535,7 +542,7 @@ CREATE OR REPLACE FUNCTION autoembed._readers_functions(pipeline_id integer)
     SET search_path = pg_catalog, pg_temp
 AS $sql$
     SELECT array_agg(format('_%s_%s', t.name, pipeline_id)::name)
-    FROM unnest('{may_read,chunk,long_version,long_text,long_chunk}'::text[]) AS t(name);
+    FROM unnest('{may_read,may_read_all,chunk,long_version,long_text,long_chunk}'::text[]) AS t(name);
 $sql$;
 COMMENT ON FUNCTION autoembed._readers_functions IS
     'The names of the functions of a pipeline that run with the rights of a reader.';

@@ -415,6 +415,40 @@ def test_who_may_not_read_a_row_finds_neither_it_nor_its_embedding(
     assert seen() == [[2], ["[2]"]]
 
 
+def test_a_reader_of_all_rows_is_not_asked_for_each_of_them(short: Connection, role: Callable[[str], str]) -> None:
+    attach(short, "NULL", ["one", "two", "three"])
+    reader = role("reader")
+    [(function,)] = short.execute("SELECT oid FROM pg_proc WHERE proname LIKE '\\_may\\_read\\__'")
+    short.execute("SET track_functions = 'all'")
+
+    def seen() -> tuple[int, int]:
+        """How many embeddings the reader sees, and for how many rows that is asked."""
+        with short.transaction(force_rollback=True):
+            short.execute(f"SET LOCAL ROLE {reader}")
+            calls = "SELECT coalesce(pg_stat_get_xact_function_calls(%s), 0)"
+            [(before,)] = short.execute(calls, [function])
+            [(count,)] = short.execute("SELECT count(*) FROM pages_embeddings")
+            [(after,)] = short.execute(calls, [function])
+        return count, after - before
+
+    short.execute(f"GRANT SELECT ON pages TO {reader}")
+    assert seen() == (3, 0)
+    short.execute("ALTER TABLE pages ENABLE ROW LEVEL SECURITY")
+    assert seen() == (0, 3)
+    short.execute(f"CREATE POLICY two ON pages TO {reader} USING (id = 2)")
+    assert seen() == (1, 3)
+    short.execute(f"ALTER ROLE {reader} BYPASSRLS")
+    assert seen() == (3, 0)
+    # The text is made of the column body.
+    short.execute(f"ALTER ROLE {reader} NOBYPASSRLS; ALTER TABLE pages DISABLE ROW LEVEL SECURITY")
+    short.execute(f"REVOKE SELECT ON pages FROM {reader}; GRANT SELECT (id, body) ON pages TO {reader}")
+    assert seen() == (3, 3)
+    short.execute("ALTER TABLE pages RENAME TO sheets; ALTER TABLE sheets ADD COLUMN more text")
+    assert seen() == (3, 3)
+    short.execute(f"GRANT SELECT ON sheets TO {reader}")
+    assert seen() == (3, 0)
+
+
 def change_of_names(db: Connection, column: str) -> None:
     db.execute("ALTER TABLE pages RENAME COLUMN id TO number")
     db.execute("ALTER TABLE pages RENAME COLUMN body TO words")

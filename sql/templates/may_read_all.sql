@@ -1,0 +1,11 @@
+-- Whether a role that reads the embeddings table may read all columns of all rows. It runs with the rights of the reader.
+CREATE OR REPLACE FUNCTION autoembed._may_read_all_{{id}}()
+    RETURNS boolean
+    LANGUAGE plpgsql
+    STABLE
+AS $body$
+BEGIN
+    RETURN pg_catalog.has_table_privilege({{table_literal}}::pg_catalog.text, 'SELECT'::pg_catalog.text)
+        AND NOT pg_catalog.row_security_active({{table_literal}}::pg_catalog.text);
+END;
+$body$
