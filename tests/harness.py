@@ -210,6 +210,29 @@ def run_server(
     return Server.of(container)
 
 
+def rows_read(db: Connection, statement: str, *tables: str) -> dict[str, int]:
+    """How many rows of tables a statement reads, whatever plans it has."""
+
+    def counts() -> dict[str, int]:
+        read = "SELECT coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0) FROM pg_stat_xact_all_tables"
+        return {
+            table: row[0]
+            for table in tables
+            for row in db.execute(f"{read} WHERE relid = %s::regclass".encode(), [table])
+        }
+
+    with db.transaction(force_rollback=True):
+        before = counts()
+        db.execute(statement.encode())
+        return {table: count - before[table] for table, count in counts().items()}
+
+
+def toast_table_of(db: Connection, table: str) -> str:
+    """The table with the long values of a table."""
+    [(name,)] = db.execute("SELECT reltoastrelid::regclass::text FROM pg_class WHERE oid = %s::regclass", [table])
+    return str(name)
+
+
 @contextmanager
 def warnings_of(connection: Connection) -> Iterator[list[str]]:
     """The messages, with their hints, that a session is sent meanwhile."""

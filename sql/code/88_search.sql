@@ -213,6 +213,8 @@ DECLARE
     _from text;
     _bits integer;
     _hits text;
+    -- A composite value has its long columns read. PostgreSQL makes a volatile one only for rows within a limit.
+    _hit text;
 BEGIN
     SELECT p.* INTO _pipeline FROM autoembed.pipeline AS p WHERE p.id = _search_target.pipeline_id;
     IF NOT FOUND THEN
@@ -281,13 +283,12 @@ BEGIN
     ) AND EXISTS (SELECT FROM pg_class AS c WHERE c.oid = _vectors_table AND c.relkind <> 'p');
     -- The code of the owner gets no rights of the caller. A function of PostgreSQL's own can run any query.
     texts_query := CASE WHEN num_nonnulls(_pipeline.content_function, _pipeline.condition) = 0 THEN format(
-        'SELECT h.key, h.place, %s AS content FROM (SELECT ROW(t.*)::%s AS hit, %s AS key, s.place, '
-        'pg_catalog.sum(%s) OVER (ORDER BY s.place) AS bytes '
-        'FROM %6$s JOIN %2$s AS t ON %5$s) AS h '
-        'WHERE h.bytes OPERATOR(pg_catalog.<=) $2::pg_catalog.numeric',
-        autoembed._content_expression(_pipeline, '(h.hit)'), _pipeline.table_id, _key,
-        autoembed._content_bytes_expression(_pipeline, 't'), _sent.is_row,
-        format(_sent_rows, 'pg_catalog.unnest($1) WITH ORDINALITY AS s(key, place)')
+        'SELECT h."autoembed key" AS key, %s AS content FROM (SELECT t.*, %s AS "autoembed key", '
+        's.place AS "autoembed place", pg_catalog.sum(%s) OVER (ORDER BY s.place) AS "autoembed bytes" '
+        'FROM %s JOIN %s AS t ON %s) AS h '
+        'WHERE h."autoembed bytes" OPERATOR(pg_catalog.<=) $2::pg_catalog.numeric',
+        autoembed._content_expression(_pipeline, 'h'), _key, autoembed._content_bytes_expression(_pipeline, 't'),
+        format(_sent_rows, 'pg_catalog.unnest($1) WITH ORDINALITY AS s(key, place)'), _pipeline.table_id, _sent.is_row
     ) END;
     of_keys := format(
         'EXISTS (SELECT FROM %s WHERE %s)', format(_sent_rows, 'pg_catalog.unnest($2) AS s(key)'), _sent.is_row
@@ -320,11 +321,12 @@ BEGIN
     is_binary := _bits IS NOT NULL;
     -- The candidates of a binary index are compared by their vectors, and the nearest of them found.
     ef_search := coalesce(_pipeline.ef_search, CASE WHEN is_binary THEN 400 ELSE 100 END);
+    _hit := format('CASE WHEN pg_catalog.clock_timestamp() IS NOT NULL THEN ROW(t.*)::%s END', _pipeline.table_id);
     IF NOT is_beside THEN
         match_start := format(
-            'SELECT ROW(t.*)::%1$s AS hit, %2$s AS key, %3$s %4$s $1::%5$s AS distance FROM %1$s AS t '
+            'SELECT %7$s AS hit, %2$s AS key, %3$s %4$s $1::%5$s AS distance FROM %1$s AS t '
             'WHERE t.%6$I IS NOT NULL AND (',
-            _pipeline.table_id, _key, 't.' || _expression, _operator, vector_type, _pipeline.embedding_column
+            _pipeline.table_id, _key, 't.' || _expression, _operator, vector_type, _pipeline.embedding_column, _hit
         );
         near_start := format(
             'SELECT %2$s AS key, %3$s %4$s $1::%5$s AS distance, NULL::pg_catalog.int4 AS number FROM %1$s AS t '
@@ -363,8 +365,8 @@ BEGIN
         _expression, _vectors_table, _pipeline.table_id, _same_key
     );
     match_start := format(
-        'SELECT ROW(t.*)::%s AS hit, %s AS key, e."autoembed vector" %s $1::%s AS distance %s',
-        _pipeline.table_id, _key, _operator, vector_type, _from
+        'SELECT %s AS hit, %s AS key, e."autoembed vector" %s $1::%s AS distance %s',
+        _hit, _key, _operator, vector_type, _from
     );
     near_start := format(
         'SELECT %s AS key, e."autoembed vector" %s $1::%s AS distance, e."autoembed number" AS number %s',
@@ -1106,12 +1108,13 @@ BEGIN
     END IF;
     SELECT string_agg(format('%I %s', a.attname, format_type(a.atttypid, NULL)), ', ' ORDER BY a.attnum),
            string_agg(format('(_hits[i.n]).%I', a.attname), ', ' ORDER BY a.attnum),
-           -- A vector as JSON takes long, and nobody filters by it.
-           string_agg(format(CASE
-                   WHEN autoembed._is_superusers(a.atttypid) THEN 't.%1$I'
+           -- Columns that the filter does not name are not read. A vector as JSON takes long, and nobody filters by it.
+           string_agg(format(
+               'CASE WHEN $2 OPERATOR(pg_catalog.?) %1$L::pg_catalog.text ' || CASE
+                   WHEN autoembed._is_superusers(a.atttypid) THEN 'THEN t.%2$I END AS %2$I'
                    -- to_jsonb() would call a cast of the type's owner.
-                   ELSE 'CASE WHEN t.%1$I IS NOT NULL THEN pg_catalog.concat(t.%1$I) END AS %1$I'
-               END, a.attname), ', ' ORDER BY a.attnum)
+                   ELSE 'AND t.%2$I IS NOT NULL THEN pg_catalog.concat(t.%2$I) END AS %2$I'
+               END, a.attname, a.attname), ', ' ORDER BY a.attnum)
                FILTER (WHERE a.atttypid NOT IN (SELECT v.id FROM autoembed._vector_types() AS v)),
            bool_or(a.attname = 'metadata' AND a.atttypid = 'jsonb'::regtype),
            min(a.attname::text) FILTER (

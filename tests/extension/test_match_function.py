@@ -12,7 +12,7 @@ import pytest
 from psycopg import sql
 
 from fake_api import FakeApi, embedding_of
-from harness import PASSWORD, Connection, Server
+from harness import PASSWORD, Connection, Server, rows_read, toast_table_of
 
 DIMENSIONS = 1536
 STORAGES = pytest.mark.parametrize("column", ["NULL", "'embedding'"], ids=["beside", "in the row"])
@@ -228,6 +228,24 @@ def test_names_are_data(api_db: Connection, column: str) -> None:
     api_db.execute("SELECT autoembed.create_match_function(%s, name => 'Find \"it\"')", [table])
     named = api_db.execute(b"""SELECT * FROM "my {{start}} 'schema'"."Find ""it""\"(%s)""", [vector("two")]).fetchall()
     assert [row[1] for row in named] == ["two", "one"]
+
+
+@STORAGES
+@pytest.mark.parametrize("filter", ["{}", '{"even": true}'])
+def test_long_columns_are_read_of_the_nearest_rows_alone(attached: Connection, column: str, filter: str) -> None:
+    """PostgreSQL reads a long value from another table as soon as it is part of a composite value."""
+    attached.execute("ALTER TABLE documents ADD COLUMN long text")
+    attached.execute("ALTER TABLE documents ALTER long SET STORAGE EXTERNAL")
+    attached.execute("DROP FUNCTION match_documents; SELECT autoembed.create_match_function('documents')")
+    toast = toast_table_of(attached, "documents")
+    call = f"SELECT long FROM match_documents('{vector('question')}', 2, '{filter}')"
+    without = rows_read(attached, call, toast)[toast]
+
+    attached.execute("UPDATE documents SET long = repeat('x', 3000)")
+
+    one = rows_read(attached, "SELECT md5(long) FROM documents LIMIT 1", toast)[toast]
+    # Rows that may have several chunks are fetched with some to spare.
+    assert rows_read(attached, call, toast)[toast] == without + one * (8 if column == "NULL" else 2)
 
 
 def test_it_follows_a_new_column_when_it_is_made_again(api_db: Connection) -> None:

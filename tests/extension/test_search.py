@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from fake_api import FakeApi, embedding_of
-from harness import Connection
+from harness import Connection, rows_read
 
 STORAGES = pytest.mark.parametrize("column", ["NULL", "'embedding'"], ids=["beside", "in the row"])
 MODEL = "short"
@@ -305,23 +305,6 @@ def test_an_index_leaves_out_no_row_that_matches(short: Connection, role: Callab
         assert len(found) == len(expected), (condition, policy)
         assert [row.score for row in found] == sorted((row.score for row in found), reverse=True)
         assert len({row.id for row in found} & set(expected)) >= 0.9 * len(expected), (condition, policy)
-
-
-def rows_read(db: Connection, statement: str, *tables: str) -> dict[str, int]:
-    """How many rows of tables a statement reads, whatever plans it has."""
-
-    def counts() -> dict[str, int]:
-        read = "SELECT coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0) FROM pg_stat_xact_all_tables"
-        return {
-            table: row[0]
-            for table in tables
-            for row in db.execute(f"{read} WHERE relid = %s::regclass".encode(), [table])
-        }
-
-    with db.transaction(force_rollback=True):
-        before = counts()
-        db.execute(statement.encode())
-        return {table: count - before[table] for table, count in counts().items()}
 
 
 KEYS = {

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from fake_api import FakeApi
-from harness import Connection
+from harness import Connection, rows_read, toast_table_of
 
 STORAGES = pytest.mark.parametrize("column", ["NULL", "'embedding'"], ids=["beside", "in the row"])
 DIMENSIONS = 16
@@ -225,6 +225,16 @@ def test_a_row_without_an_embedding_comes_with_its_score_by_words(short: Connect
     assert row == ("an apple more", "[3]", None, None, None, True)
     assert list(found(short, "plum")) == [2]
     assert found(short, "pear") == {}
+
+
+@STORAGES
+def test_of_rows_that_have_changed_the_text_alone_is_read(short: Connection, column: str) -> None:
+    attach(short, column, ["an apple"] * 9)
+    short.execute("ALTER TABLE pages ADD COLUMN long text; ALTER TABLE pages ALTER long SET STORAGE EXTERNAL")
+    short.execute("UPDATE pages SET body = 'a pear', long = repeat('x', 3000)")
+    toast = toast_table_of(short, "pages")
+
+    assert rows_read(short, "SELECT * FROM autoembed.search('pages', 'plum', mode => 'text')", toast) == {toast: 0}
 
 
 def test_a_row_that_the_model_refuses_is_found_by_its_words(short: Connection, api: FakeApi) -> None:
