@@ -18,7 +18,7 @@ from autoembed.batching import estimate_tokens, halves, pack, truncate
 from autoembed.binary import literals
 from autoembed.chunks import FUNCTION, NONE, STRUCTURE, chunks_of, fitting, places, size_of, trimmed
 from autoembed.cutting import Cutter
-from autoembed.errors import Fault, OverBudget, ProviderTrouble, RowError, Trouble, advice_for
+from autoembed.errors import NO_FAULT, Fault, OverBudget, ProviderTrouble, RowError, Trouble, advice_for
 from autoembed.flight import SLICE_SECONDS, Flight
 from autoembed.forecast import chunk_effort
 from autoembed.kept import KeptTexts
@@ -31,7 +31,7 @@ from autoembed.query_models import answers, stop_answering
 from autoembed.query_server import QueryServer
 from autoembed.records import Backfill, Chunk, Known, Pipeline, Row, sha256_of
 from autoembed.rows import FIRST_TEXTS, READ_BYTES
-from autoembed.search import MAX_QUERY_CHARACTERS, Hit, Search
+from autoembed.search import MAX_QUERY_CHARACTERS
 
 # A search waits for its vector for at most this long, in seconds.
 QUERY_TIMEOUT_SECONDS = 60.0
@@ -101,9 +101,9 @@ def embed(content: str, model_name: str) -> dict[str, Any]:
         here = database.Database(commits=False)
         vector = _embed_in_turn(here, here.model(model_name), content)
     except Fault as fault:
-        return {"embedding": None, "tokens_used": None, **_fields(fault)}
+        return {"embedding": None, "tokens_used": None, **fault.fields()}
     except Trouble as trouble:
-        return {"embedding": None, "tokens_used": None, **_fields(_without_vector(model_name, trouble))}
+        return {"embedding": None, "tokens_used": None, **_without_vector(model_name, trouble).fields()}
     return {"embedding": vector, "tokens_used": None, **NO_FAULT}
 
 
@@ -389,9 +389,9 @@ def chunk_size(chunking: str | None, size: int | None, overlap: int | None, mode
         (around,) = counter.count([""])
         tokens = size_of(chunking or STRUCTURE, size, overlap or 0, model_name, around, counter.most, counter.is_exact)
     except Fault as fault:
-        return {"tokens": None, **_fields(fault)}
+        return {"tokens": None, **fault.fields()}
     except Trouble as trouble:
-        return {"tokens": None, **_fields(_without_tokens(model_name, trouble))}
+        return {"tokens": None, **_without_tokens(model_name, trouble).fields()}
     return {"tokens": tokens, **NO_FAULT}
 
 
@@ -411,7 +411,7 @@ def chunks(
         try:
             parts = places(text, pieces or ()) if text.strip() else []
         except Fault as fault:
-            yield {**dict.fromkeys(("chunk_start", "chunk_end", "token_count", "chunk")), **_fields(fault)}
+            yield {**dict.fromkeys(("chunk_start", "chunk_end", "token_count", "chunk")), **fault.fields()}
             return
         found = fitting(text, parts, count, size, here.check_interrupts)
     else:
@@ -419,62 +419,6 @@ def chunks(
     for start, end, tokens in found:
         place = {"chunk_start": start, "chunk_end": end, "token_count": tokens, "chunk": text[start:end]}
         yield {**place, **NO_FAULT}
-
-
-def search_page(
-    table_name: str,
-    embedding_column: str | None,
-    query: str | None,
-    mode: str | None,
-    condition: str | None,
-    vector_weight: float,
-    after: int,
-    last: int,
-) -> dict[str, Any]:
-    """The rows of a search from one rank to another: the columns of autoembed._search_page()."""
-    here = database.Database(commits=False)
-    try:
-        search = Search(here, table_name, embedding_column, condition)
-        mode = search.mode(mode)
-        if not query or not query.strip() or not last:
-            return _NO_PAGE
-        hits, by_index = search.hits(query, mode, vector_weight, last)
-    except Fault as fault:
-        return {**_NO_PAGE, **_fields(fault)}
-    except here.Error as error:
-        return {**_NO_PAGE, **_fields(here.fault_of(error))}
-    facts = {name: search.target[name] for name in ("table_id", "pipeline_id", "rows_query")}
-    columns = zip(*hits[after:last], strict=True) if hits[after:last] else [[] for _ in Hit._fields]
-    keys, numbers, scores, similarities, text_scores = map(list, columns)
-    return {
-        **_NO_PAGE,
-        **facts,
-        "by_index": by_index,
-        "ranks": list(range(after + 1, after + 1 + len(keys))),
-        "keys": keys,
-        "numbers": numbers,
-        "scores": scores,
-        "similarities": similarities,
-        "text_scores": text_scores,
-    }
-
-
-def nearest(
-    table_name: str,
-    embedding_column: str | None,
-    vector: str,
-    wanted: int,
-    by_index: bool | None,
-    ef_search: int | None,
-) -> dict[str, Any]:
-    """The rows that are nearest to a vector: the columns of autoembed._nearest()."""
-    here = database.Database(commits=False)
-    try:
-        search = Search(here, table_name, embedding_column, None)
-        rows, _ = search.nearest(vector, wanted, by_index=by_index, ef_search=ef_search)
-    except here.Error as error:
-        return {"keys": None, "distances": None, **_fields(here.fault_of(error))}
-    return {"keys": [row.key for row in rows], "distances": [row.distance for row in rows], **NO_FAULT}
 
 
 def search_stats() -> Iterator[dict[str, Any]]:
@@ -532,14 +476,14 @@ def check_model(name: str) -> dict[str, Any] | None:
     try:
         _check(model)
     except Fault as fault:
-        return {**_fields(fault), "waits": False}
+        return {**fault.fields(), "waits": False}
     except ProviderTrouble as trouble:
         not_yet = Fault(
             f'model "{name}" cannot be used yet: {trouble}',
             hint="It is tried again by itself once this is mended.",
             errcode="01000",
         )
-        return {**_fields(not_yet), "waits": True}
+        return {**not_yet.fields(), "waits": True}
     return None
 
 
@@ -568,18 +512,6 @@ RERANK_ADVICE = (
 
 def _check(model: Model) -> None:
     (rerankers if model.reranks else providers).check(model)
-
-
-NO_FAULT = {"problem": None, "hint": None, "errcode": None}
-_NO_PAGE = {
-    **dict.fromkeys(("table_id", "pipeline_id", "rows_query", "by_index")),
-    **dict.fromkeys(("ranks", "keys", "numbers", "scores", "similarities", "text_scores")),
-    **NO_FAULT,
-}
-
-
-def _fields(fault: Fault) -> dict[str, Any]:
-    return {"problem": fault.problem, "hint": fault.hint, "errcode": fault.errcode}
 
 
 def _without_vector(model_name: str, trouble: Trouble) -> Fault:

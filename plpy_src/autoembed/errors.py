@@ -25,6 +25,14 @@ class Fault(Exception):
         self.hint = hint
         self.errcode = errcode
 
+    def fields(self) -> dict[str, str | None]:
+        """What SQL raises: the columns of the functions that may return a fault."""
+        return {"problem": self.problem, "hint": self.hint, "errcode": self.errcode}
+
+
+# The same columns without one.
+NO_FAULT: dict[str, str | None] = {"problem": None, "hint": None, "errcode": None}
+
 
 class Trouble(Exception):
     """An embedding that could not be had; str() is one sentence for the operator, without secrets.

@@ -481,8 +481,8 @@ CREATE OR REPLACE FUNCTION autoembed._nearest(
 AS $python$
     if GD.get("autoembed") != "@BUILD@":
         plpy.execute("SELECT autoembed._load_python()")
-    from autoembed import doors
-    return doors.nearest(table_name, embedding_column, vector, wanted, by_index, ef_search)
+    from autoembed import search_doors
+    return search_doors.nearest(table_name, embedding_column, vector, wanted, by_index, ef_search)
 $python$;
 COMMENT ON FUNCTION autoembed._nearest IS
     'The rows of a table that are nearest to a vector, at least as many as wanted if there are so many, nearest first, '
@@ -521,10 +521,8 @@ CREATE OR REPLACE FUNCTION autoembed._search_page(
 AS $python$
     if GD.get("autoembed") != "@BUILD@":
         plpy.execute("SELECT autoembed._load_python()")
-    from autoembed import doors
-    return doors.search_page(
-        table_name, embedding_column, query, mode, condition, vector_weight, after, last
-    )
+    from autoembed import search_doors
+    return search_doors.page(table_name, embedding_column, query, mode, condition, vector_weight, after, last)
 $python$;
 COMMENT ON FUNCTION autoembed._search_page IS
     'The rows that a search finds behind rank after, up to rank last, by their keys, or the fault that SQL is to raise.'

@@ -88,6 +88,26 @@ def test_a_new_session_gets_its_vector_from_a_lane_and_imports_nothing_else(
     assert usage == [("all-MiniLM-L6-v2", None, 5)]
 
 
+@pytest.mark.parametrize(("mode", "needed"), [("vector", []), ("hybrid", ["numpy"])])
+def test_the_first_search_of_a_session_imports_little(
+    db: Connection, lane: Lane, session: Callable[[], Connection], mode: str, needed: list[str]
+) -> None:
+    db.execute("CREATE TABLE pages (id int PRIMARY KEY, body text)")
+    db.execute("SELECT autoembed.enable('pages', content_columns => '{body}', text_config => 'english')")
+    db.execute("INSERT INTO pages VALUES (1, 'undo an accident'), (2, 'cook a meal')")
+    wait_until(lambda: db.execute("SELECT count(*) FROM pages_embeddings").fetchone() == (2,))
+
+    def imported() -> set[str] | None:
+        new = session()
+        found = new.execute("SELECT key FROM autoembed.search('pages', 'a mistake', mode => %s)", [mode]).fetchall()
+        assert found[0] == ("[1]",)
+        [(names,)] = new.execute("SELECT loaded()")
+        # On a busy machine no lane may answer in time.
+        return None if "onnxruntime" in names else set(names)
+
+    assert wait_until(imported) == {"json", "typing", *needed}
+
+
 def test_the_model_of_the_session_decides(
     db: Connection, lane: Lane, session: Callable[[], Connection], alone: Callable[[str], str]
 ) -> None:
