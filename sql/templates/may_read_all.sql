@@ -1,4 +1,5 @@
--- Whether a role that reads the embeddings table may read all columns of all rows. It runs with the rights of the reader.
+-- Whether a role that reads the embeddings table may read all columns of all rows. It runs with the rights of the
+-- reader.
 CREATE OR REPLACE FUNCTION autoembed._may_read_all_{{id}}()
     RETURNS boolean
     LANGUAGE plpgsql
