@@ -123,9 +123,12 @@ def scores(query: str, passages: list[str], model_name: str, definition: str) ->
         try:
             kept = json.dumps(_rerank(here, here.model(model_name), query, passages))
         except (Fault, Trouble) as trouble:
-            failed_at, reason = time.monotonic(), database.storable(str(trouble))
-            _resting[definition] = (failed_at + RERANK_REST_TIMES * (failed_at - began_at), reason)
-            return {"scores": None, "trouble": reason}
+            failed_at = time.monotonic()
+            # The error may quote a passage, and another tenant may have the session's next search.
+            summary = trouble.summary if isinstance(trouble, Trouble) else trouble.problem
+            rest = failed_at + RERANK_REST_TIMES * (failed_at - began_at), f"it rests after an error: {summary}"
+            _resting[definition] = rest
+            return {"scores": None, "trouble": database.storable(str(trouble))}
         _scores.keep(asked, kept)
     return {"scores": json.loads(kept), "trouble": None}
 

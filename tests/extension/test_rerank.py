@@ -271,7 +271,32 @@ def test_a_model_that_hangs_costs_a_session_little_time(pages: Connection, api: 
 
     assert len(requests(api)) == 1
     assert len(heard) == 6
-    assert len(set(heard)) == 1
+    assert len(set(heard[1:])) == 1
+
+
+def test_a_model_that_rests_tells_no_tenant_the_text_of_another(pages: Connection, role: Role) -> None:
+    tenant_role = role("tenant")
+    attach(pages)
+    pages.execute(f"GRANT SELECT ON pages TO {tenant_role}; SELECT autoembed.grant_usage('{tenant_role}')")
+    pages.execute("ALTER TABLE pages ENABLE ROW LEVEL SECURITY")
+    pages.execute("CREATE POLICY own ON pages USING (id = current_setting('app.tenant')::int)")
+    pages.execute("CREATE SCHEMA app")
+    pages.execute(
+        "CREATE FUNCTION app.strict(query text, passages text[]) RETURNS real[] LANGUAGE plpgsql AS $$"
+        " BEGIN PERFORM pg_sleep(0.5); RAISE 'no score for %', passages; END $$"
+    )
+    pages.execute("SELECT autoembed.create_rerank_model('best', 'function', 'app.strict', timeout_seconds => 30)")
+    pages.execute(f"SET ROLE {tenant_role}")
+
+    with warnings_of(pages) as heard:
+        for tenant in (7, 8):
+            pages.execute(f"SET app.tenant = {tenant}")
+            found(pages)
+    pages.execute("RESET ROLE")
+
+    assert 'no score for {"text 7' in heard[0]
+    assert "gave no scores: it rests after an error: its provider is in trouble" in heard[1]
+    assert "text 7" not in heard[1]
 
 
 def test_a_cancel_ends_the_wait(pages: Connection, api: FakeApi) -> None:
