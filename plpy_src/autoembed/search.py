@@ -170,7 +170,7 @@ class Search:
         """These rows. None: it has no embedding yet."""
         if not keys:
             return {}
-        query = f"{self.target['near_start']}{self.target['of_keys']})"
+        query = self.target["distances_query"]
         found = nearest_chunks(self._here.distances(query, self.target["vector_type"], vector, keys))
         return {**dict.fromkeys(keys), **{row.key: row for row in found}}
 
@@ -311,7 +311,8 @@ class TextMatches:
             passages = [one for one in self._visible(candidates) if one[0] not in found]
             unknown = list(dict.fromkeys(key for key, _, _ in passages if key not in self._found))
             if self._condition is not None and unknown:
-                matching = self._here.matching(f"{self._target['matching_query']}{self._condition}\n)", unknown)
+                query = f"{self._target['matching_query']}{self._condition}\n{self._target['matching_end']}"
+                matching = self._here.matching(query, unknown)
                 passages = [one for one in passages if one[0] in self._found or one[0] in matching]
             for key, number, score in passages:
                 found.setdefault(key, (number, score))

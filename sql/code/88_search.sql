@@ -176,11 +176,12 @@ CREATE OR REPLACE FUNCTION autoembed._search_target(
     OUT exact_end text,
     OUT match_start text,
     OUT rows_query text,
-    OUT of_keys text,
+    OUT distances_query text,
     OUT visible_start text,
     OUT visible_distance text,
     OUT visible_end text,
     OUT matching_query text,
+    OUT matching_end text,
     OUT keys_query text,
     OUT has_plain_keys boolean,
     OUT is_chunked boolean,
@@ -210,7 +211,12 @@ DECLARE
     _passage text;
     _sent record;
     _sent_rows text;
-    _from text;
+    _rows text;
+    _embeddings text;
+    _key_columns text;
+    -- PostgreSQL takes a look-up of a row for one in each partition, and would read all rows instead.
+    _has_partitions boolean;
+    _lookup_end text;
     _bits integer;
     _hits text;
     -- A composite value has its long columns read. PostgreSQL makes a volatile one only for rows within a limit.
@@ -259,12 +265,20 @@ BEGIN
         WHERE c.oid = _vectors_table AND c.relkind = 'p' AND i.indisvalid
     );
     _key := autoembed._key_expression(_pipeline, 't');
+    _has_partitions := EXISTS (SELECT FROM pg_class AS c WHERE c.oid = table_id AND c.relkind = 'p');
+    _lookup_end := CASE WHEN _has_partitions THEN ') AND %s OFFSET 0) AS t' ELSE ')) AS t WHERE %s' END;
+    _key_columns := (SELECT string_agg(format('t.%I', k.name), ', ') FROM unnest(_pipeline.key_columns) AS k(name));
     _sent := autoembed._sent_keys(_pipeline);
     _sent_rows := format('(SELECT s.*, %s FROM %%s OFFSET 0) AS s', replace(_sent.key_values, '%', '%%'));
     _hits := format(
         _sent_rows,
         'ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3), pg_catalog.unnest($4), '
         'pg_catalog.unnest($5), pg_catalog.unnest($6)) AS s(rank, key, chunk_number, score, similarity, text_score)'
+    );
+    _rows := format(
+        CASE WHEN _has_partitions THEN 'CROSS JOIN LATERAL (SELECT t.* FROM %s AS t WHERE %s OFFSET 0) AS t'
+             ELSE 'JOIN %s AS t ON %s' END,
+        _pipeline.table_id, _sent.is_row
     );
     has_plain_keys := NOT EXISTS (
         SELECT FROM unnest(_pipeline.key_columns) AS k(name)
@@ -285,34 +299,41 @@ BEGIN
     texts_query := CASE WHEN num_nonnulls(_pipeline.content_function, _pipeline.condition) = 0 THEN format(
         'SELECT h."autoembed key" AS key, %s AS content FROM (SELECT t.*, %s AS "autoembed key", '
         's.place AS "autoembed place", pg_catalog.sum(%s) OVER (ORDER BY s.place) AS "autoembed bytes" '
-        'FROM %s JOIN %s AS t ON %s) AS h '
+        'FROM %s %s) AS h '
         'WHERE h."autoembed bytes" OPERATOR(pg_catalog.<=) $2::pg_catalog.numeric',
         autoembed._content_expression(_pipeline, 'h'), _key, autoembed._content_bytes_expression(_pipeline, 't'),
-        format(_sent_rows, 'pg_catalog.unnest($1) WITH ORDINALITY AS s(key, place)'), _pipeline.table_id, _sent.is_row
+        format(_sent_rows, 'pg_catalog.unnest($1) WITH ORDINALITY AS s(key, place)'), _rows
     ) END;
-    of_keys := format(
-        'EXISTS (SELECT FROM %s WHERE %s)', format(_sent_rows, 'pg_catalog.unnest($2) AS s(key)'), _sent.is_row
-    );
     matching_query := format(
-        'SELECT %s AS key FROM %s AS t WHERE EXISTS (SELECT FROM %s WHERE %s) AND (',
-        _key, _pipeline.table_id, format(_sent_rows, 'pg_catalog.unnest($1) AS s(key)'), _sent.is_row
+        'SELECT %s AS key FROM %s CROSS JOIN LATERAL (SELECT %s FROM %s AS t WHERE (',
+        _key, format(_sent_rows, 'pg_catalog.unnest($1) AS s(key)'), _key_columns, _pipeline.table_id
     );
+    matching_end := format(_lookup_end, _sent.is_row);
     keys_query := format('SELECT %s AS key FROM %s AS t WHERE (', _key, _pipeline.table_id);
     visible_start := format('SELECT s.place, %s AS key, ', _key);
     visible_distance := format(
         '%s %s $3::%s', CASE WHEN is_beside THEN 'e.' ELSE 't.' END || _expression, _operator, vector_type
     );
     visible_end := format(
-        ' FROM %s JOIN %s AS t ON %s %s',
+        ' FROM %s %s %s',
         format(
             _sent_rows,
             'ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2)) WITH ORDINALITY AS s(key, number, place)'
         ),
-        _pipeline.table_id, _sent.is_row, CASE
+        _rows, CASE
             WHEN is_beside THEN format(
                 'JOIN %s AS e ON %s AND e.chunk_number OPERATOR(pg_catalog.=) s.number',
                 _vectors_table, _sent.is_embedding
             )
+            ELSE format('WHERE t.%I IS NOT NULL', _pipeline.embedding_column)
+        END
+    );
+    distances_query := format(
+        'SELECT %s AS key, %s %s $1::%s AS distance, %s AS number FROM %s %s %s',
+        _key, CASE WHEN is_beside THEN 'e.' ELSE 't.' END || _expression, _operator, vector_type,
+        CASE WHEN is_beside THEN 'e.chunk_number' ELSE 'NULL::pg_catalog.int4' END,
+        format(_sent_rows, 'pg_catalog.unnest($2) AS s(key)'), _rows, CASE
+            WHEN is_beside THEN format('JOIN %s AS e ON %s', _vectors_table, _sent.is_embedding)
             ELSE format('WHERE t.%I IS NOT NULL', _pipeline.embedding_column)
         END
     );
@@ -346,8 +367,8 @@ BEGIN
         rows_query := format(
             'SELECT s.rank, ROW(t.*)::%1$s, s.key, s.score, NULL::pg_catalog.text, NULL::pg_catalog.int4, '
             'NULL::pg_catalog.int4, NULL::pg_catalog.int4, s.similarity, s.text_score '
-            'FROM %2$s JOIN %1$s AS t ON %3$s ORDER BY s.rank',
-            _pipeline.table_id, _hits, _sent.is_row
+            'FROM %2$s %3$s ORDER BY s.rank',
+            _pipeline.table_id, _hits, _rows
         );
         RETURN;
     END IF;
@@ -357,36 +378,43 @@ BEGIN
                _pipeline.table_id, k.name, 3), k.name), ' AND ' ORDER BY k.number)
     INTO _same_key
     FROM unnest(_pipeline.key_columns) WITH ORDINALITY AS k(name, number);
-    _from := format(
-        'FROM (SELECT %s, v.chunk_number AS "autoembed number", v.%s AS "autoembed vector" FROM %s AS v) AS e '
-        'JOIN %s AS t ON %s WHERE (',
+    _embeddings := format(
+        '(SELECT %s, v.chunk_number AS "autoembed number", v.%s AS "autoembed vector" FROM %s AS v) AS e',
         (SELECT string_agg(format('v.%I AS "autoembed %s"', k.name, k.number), ', ' ORDER BY k.number)
          FROM unnest(_pipeline.key_columns) WITH ORDINALITY AS k(name, number)),
-        _expression, _vectors_table, _pipeline.table_id, _same_key
+        _expression, _vectors_table
     );
     match_start := format(
-        'SELECT %s AS hit, %s AS key, e."autoembed vector" %s $1::%s AS distance %s',
-        _hit, _key, _operator, vector_type, _from
+        'SELECT %s AS hit, %s AS key, e."autoembed vector" %s $1::%s AS distance '
+        'FROM %s CROSS JOIN LATERAL (SELECT t.* FROM %s AS t WHERE (',
+        _hit, _key, _operator, vector_type, _embeddings, _pipeline.table_id
     );
     near_start := format(
-        'SELECT %s AS key, e."autoembed vector" %s $1::%s AS distance, e."autoembed number" AS number %s',
-        _key, _operator, vector_type, _from
+        'SELECT %s AS key, e."autoembed vector" %s $1::%s AS distance, e."autoembed number" AS number '
+        'FROM %s CROSS JOIN LATERAL (SELECT %s FROM %s AS t WHERE (',
+        _key, _operator, vector_type, _embeddings, _key_columns, _pipeline.table_id
     );
-    near_end := format(') ORDER BY (e."autoembed vector" %s $1::%s)', _operator, vector_type);
-    exact_end := near_end || ' OPERATOR(pg_catalog.+) 0::pg_catalog.float8, key';
+    near_end := format(
+        '%s ORDER BY (e."autoembed vector" %s $1::%s)', format(_lookup_end, _same_key), _operator, vector_type
+    );
+    exact_end := format(
+        ')) AS t WHERE %s ORDER BY (e."autoembed vector" %s $1::%s) OPERATOR(pg_catalog.+) 0::pg_catalog.float8, key',
+        _same_key, _operator, vector_type
+    );
     IF is_binary THEN
         near_end := format(
-            ') ORDER BY (%s OPERATOR(@extschema:vector@.<~>) %s)',
-            autoembed._bits('e."autoembed vector"', _bits), autoembed._bits('$1::' || vector_type, _bits)
+            '%s ORDER BY (%s OPERATOR(@extschema:vector@.<~>) %s)',
+            format(_lookup_end, _same_key), autoembed._bits('e."autoembed vector"', _bits),
+            autoembed._bits('$1::' || vector_type, _bits)
         );
     END IF;
     _passage := autoembed._passage_expression(_pipeline, '(h.hit)', 'h.start', 'h.stop', 'h.digest');
     rows_query := format(
         'SELECT h.rank, h.hit, h.key, h.score, %s, h.number, h.start, h.stop, h.similarity, h.text_score FROM ('
         'SELECT s.*, ROW(t.*)::%s AS hit, e.chunk_number AS number, e.chunk_start AS start, e.chunk_end AS stop, '
-        'e.digest FROM %s JOIN %2$s AS t ON %4$s '
+        'e.digest FROM %s %s '
         'LEFT JOIN %5$s AS e ON e.chunk_number OPERATOR(pg_catalog.=) s.chunk_number AND %6$s ORDER BY s.rank) AS h',
-        _passage, _pipeline.table_id, _hits, _sent.is_row, _vectors_table, _sent.is_embedding
+        _passage, _pipeline.table_id, _hits, _rows, _vectors_table, _sent.is_embedding
     );
 END;
 $plpgsql$;
@@ -396,14 +424,14 @@ COMMENT ON FUNCTION autoembed._search_target IS
     'index. is_binary: the index has bits, whose order is not that of the distances. match_start, near_end: that of '
     'rows and distances. has_index: whether an index may answer it. is_chunked: whether rows have several vectors. '
     'has_few_chunks: few of them do. row_count: about how many rows there are; below 1: not known. has_texts: whether '
-    'it may go by words. of_keys: that the row has one of the keys $2. rows_query: the rows of search() with the ranks '
-    '$1, keys $2, numbers of passages $3, and scores $4 to $6. visible_start, visible_end: which of the chunks with '
-    'keys $1 and numbers $2 the caller may read, around visible_distance, which is that to the vector $3, or a NULL. '
-    'matching_query, keys_query: which rows with keys $1, and which rows, fulfil the condition behind it. '
-    'has_plain_keys: no setting of the session changes how keys are written. ef_search: how many candidates an index '
-    'keeps. texts_query: the present texts of the rows with keys $1, as many of the first as have $2 bytes; NULL: they '
-    'are code of the table''s owner. lasts: this is true until _searched() gives another version, the table or that of '
-    'the embeddings is altered, or PostgreSQL makes all plans again.';
+    'it may go by words. distances_query: the same of the rows with keys $2. rows_query: the rows of search() with the '
+    'ranks $1, keys $2, numbers of passages $3, and scores $4 to $6. visible_start, visible_end: which of the chunks '
+    'with keys $1 and numbers $2 the caller may read, around visible_distance, which is that to the vector $3, or a '
+    'NULL. matching_query, matching_end: which rows with keys $1 fulfil the condition between them. keys_query: which '
+    'rows fulfil the condition behind it. has_plain_keys: no setting of the session changes how keys are written. '
+    'ef_search: how many candidates an index keeps. texts_query: the present texts of the rows with keys $1, as many '
+    'of the first as have $2 bytes; NULL: they are code of the table''s owner. lasts: this is true until _searched() '
+    'gives another version, the table or that of the embeddings is altered, or PostgreSQL makes all plans again.';
 
 CREATE OR REPLACE FUNCTION autoembed._lasting_target(pipeline_id integer, version text)
     RETURNS json

@@ -317,6 +317,46 @@ KEYS = {
 
 
 @STORAGES
+def test_rows_of_many_partitions_are_looked_up_one_by_one(short: Connection, column: str) -> None:
+    """PostgreSQL takes a look-up by key for one in each partition."""
+    # PostgreSQL rightly reads a partition of a few pages as a whole.
+    short.execute(
+        "CREATE TABLE pages (id int, part int, body text, filler text DEFAULT repeat('x', 400), PRIMARY KEY (id, part))"
+        " PARTITION BY LIST (part)"
+    )
+    parts, rows, few = 30, 6000, 400
+    for part in range(parts):
+        short.execute(f"CREATE TABLE pages_{part} PARTITION OF pages FOR VALUES IN ({part})")
+    short.execute(f"SELECT autoembed.enable('pages', {column}, content_columns => '{{body}}', text_config => 'simple')")
+    short.execute(
+        f"INSERT INTO pages SELECT n, n % {parts}, CASE WHEN n % 600 = 7 THEN 'rare ' ELSE 'common ' END || n % 50"
+        f" FROM generate_series(1, {rows}) AS n"
+    )
+    while short.execute("SELECT FROM pgmq.q_embedding_jobs").fetchall():
+        short.execute("SELECT autoembed.process()")
+    vectors = "pages_embeddings" if column == "NULL" else "pages"
+    short.execute(f"CREATE INDEX ON {vectors} USING hnsw (embedding halfvec_cosine_ops)")
+    short.execute("ANALYZE; SELECT autoembed.create_match_function('pages')")
+    partitions = [f"pages_{part}" for part in range(parts)]
+    vector = vector_of("common 1").tolist()
+
+    searches = {
+        "text": "autoembed.search('pages', 'rare', mode => 'text')",
+        "condition": "autoembed.search('pages', 'rare', mode => 'text', condition => 'id > 0')",
+        "vector": "autoembed.search(NULL::pages, 'rare', mode => 'vector')",
+        "hybrid": "autoembed.search('pages', 'rare 7')",
+        "match": f"match_pages('{vector}')",
+    }
+    counts = {
+        form: rows_read(short, f"SELECT * FROM {search}", vectors, *partitions) for form, search in searches.items()
+    }
+
+    assert all(sum(read[part] for part in partitions) < few for read in counts.values()), counts
+    # Hybrid search looks up so many that the small table of embeddings is rightly read as a whole.
+    assert counts["vector"][vectors] < few > counts["match"][vectors], counts
+
+
+@STORAGES
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("reads_by_policy", [False, True], ids=["all rows", "some rows"])
 def test_a_reader_finds_rows_by_their_keys_and_not_by_reading_all(
