@@ -667,8 +667,13 @@ DECLARE
 BEGIN
     SELECT c.* INTO _table FROM pg_class AS c WHERE c.oid = pipeline.table_id;
     SELECT c.* INTO _embeddings FROM pg_class AS c WHERE c.oid = pipeline.embeddings_table;
-    -- A table that was given to another role is left alone.
-    IF _embeddings.relowner::bigint IS DISTINCT FROM (pipeline.table_shape ->> 'owner')::bigint THEN
+    -- A table that was given to another role is left alone. REASSIGN OWNED gives the functions away, too, and fires no
+    -- event trigger.
+    IF _embeddings.relowner::bigint IS DISTINCT FROM (pipeline.table_shape ->> 'owner')::bigint AND NOT EXISTS (
+        SELECT FROM pg_proc AS p
+        WHERE p.pronamespace = 'autoembed'::regnamespace AND p.proname = format('_content_%s', pipeline.id)
+          AND p.proowner = _embeddings.relowner
+    ) THEN
         RETURN;
     END IF;
     _view := autoembed._chunks_view(pipeline.id, pipeline.embeddings_table);
