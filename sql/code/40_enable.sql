@@ -409,6 +409,14 @@ BEGIN
             HINT = format('GRANT CREATE ON SCHEMA %I TO %I; or keep the embeddings in the rows: '
                           'embedding_column => ''embedding''.', _table.nspname, current_user);
     END IF;
+    IF NOT pg_has_role(_table.relowner, 'SET') THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'insufficient_privilege',
+            MESSAGE = format('role %I may not give the embeddings table %s to %I, the owner of %s',
+                             current_user, _full_name, pg_get_userbyid(_table.relowner), table_name),
+            HINT = format('GRANT %1$I TO %2$I WITH SET TRUE; or keep the embeddings in the rows: '
+                          'embedding_column => ''embedding''.', pg_get_userbyid(_table.relowner), current_user);
+    END IF;
     SELECT string_agg(concat(
         format('%I %s', a.attname, format_type(a.atttypid, a.atttypmod)),
         (SELECT format(' COLLATE %I.%I', n.nspname, l.collname)
@@ -427,6 +435,13 @@ BEGIN
          FROM unnest(_key_columns) WITH ORDINALITY AS k(name, number))
     ));
     EXECUTE format('ALTER TABLE %s OWNER TO %I', _full_name, pg_get_userbyid(_table.relowner));
+    -- No policy keeps a role with default privileges from a TRUNCATE, or from a trigger that the owner then runs.
+    EXECUTE format('REVOKE ALL ON %s FROM %s', _full_name, (
+        SELECT concat_ws(', ', 'PUBLIC', string_agg(DISTINCT a.grantee::regrole::text, ', '))
+        FROM pg_class AS c
+        CROSS JOIN LATERAL aclexplode(c.relacl) AS a
+        WHERE c.oid = _full_name::regclass AND a.grantee NOT IN (0, c.relowner)
+    ));
     -- A policy shows a role the embeddings of the rows that it may read.
     EXECUTE format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY', _full_name);
     EXECUTE format('GRANT SELECT ON %s TO PUBLIC', _full_name);

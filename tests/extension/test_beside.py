@@ -774,6 +774,67 @@ def test_an_owner_who_may_not_create_a_table_there_is_told_so(
     assert f"GRANT CREATE ON SCHEMA app TO {owner}" in str(refusal.value.diag.message_hint)
 
 
+def test_an_owner_who_may_not_give_a_table_to_the_owner_of_the_rows_is_told_so(
+    db: Connection, role: Callable[[str], str], connect: Callable[..., Connection]
+) -> None:
+    owner, member = role("owner"), role("member")
+    db.execute(f"GRANT {owner} TO {member} WITH INHERIT TRUE, SET FALSE; SELECT autoembed.grant_usage('{owner}')")
+    db.execute(f"GRANT CREATE ON SCHEMA public TO {owner}")
+    db.execute(f"CREATE TABLE notes (id int PRIMARY KEY, body text); ALTER TABLE notes OWNER TO {owner}")
+
+    with pytest.raises(psycopg.errors.InsufficientPrivilege) as refusal:
+        connect(user=member).execute("SELECT autoembed.enable('notes', content_columns => '{body}')")
+
+    assert refusal.value.diag.message_primary == (
+        f"role {member} may not give the embeddings table public.notes_embeddings to {owner}, the owner of public.notes"
+    )
+    assert f"GRANT {owner} TO {member} WITH SET TRUE" in str(refusal.value.diag.message_hint)
+
+
+def test_default_privileges_give_no_role_a_right_to_the_embeddings(
+    pages: Connection, role: Callable[[str], str], connect: Callable[..., Connection]
+) -> None:
+    owner, tenant = role("owner"), role("tenant")
+    pages.execute(f"ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO {tenant}, PUBLIC")
+    pages.execute(f"CREATE TABLE notes (id int PRIMARY KEY, body text); ALTER TABLE notes OWNER TO {owner}")
+    pages.execute(f"REVOKE ALL ON notes FROM {tenant}, PUBLIC; GRANT SELECT ON notes TO {tenant}")
+    pages.execute("INSERT INTO notes VALUES (1, 'one')")
+    pages.execute("SELECT autoembed.enable('notes', content_columns => '{body}')")
+    process(pages)
+
+    session = connect(user=tenant)
+
+    assert session.execute("SELECT id FROM notes_embeddings").fetchall() == [(1,)]
+    for statement in (
+        "TRUNCATE notes_embeddings",
+        "DELETE FROM notes_embeddings",
+        "CREATE TRIGGER mine AFTER INSERT ON notes_embeddings FOR EACH ROW "
+        "EXECUTE FUNCTION suppress_redundant_updates_trigger()",
+    ):
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            session.execute(statement)
+
+
+def test_a_grant_on_the_embeddings_keeps_out_a_role_that_no_policy_binds(
+    pages: Connection, role: Callable[[str], str], connect: Callable[..., Connection]
+) -> None:
+    unbound, reader = role("unbound"), role("reader")
+    pages.execute(f"ALTER ROLE {unbound} BYPASSRLS; GRANT SELECT ON pages TO {reader}")
+    pages.execute(f"SELECT autoembed.grant_usage(r::regrole) FROM unnest('{{{unbound},{reader}}}'::text[]) AS r")
+    pages.execute("INSERT INTO pages VALUES (1, 'one')")
+    process(pages)
+    with pytest.raises(psycopg.errors.InsufficientPrivilege, match="permission denied for table pages"):
+        connect(user=unbound).execute("SELECT * FROM autoembed.search('pages', 'one')")
+
+    pages.execute(f"REVOKE SELECT ON pages_embeddings FROM PUBLIC; GRANT SELECT ON pages_embeddings TO {reader}")
+    pages.execute("SELECT autoembed.resync('pages'); SELECT autoembed.alter_pipeline('pages', text_config => 'simple')")
+    process(pages)
+
+    assert connect(user=reader).execute("SELECT key FROM autoembed.search('pages', 'one')").fetchall() == [("[1]",)]
+    with pytest.raises(psycopg.errors.InsufficientPrivilege, match="permission denied for table pages_embeddings"):
+        connect(user=unbound).execute("SELECT * FROM pages_embeddings")
+
+
 def test_a_rule_on_an_embeddings_table_stops_the_pipeline_and_one_on_the_table_does_not(pages: Connection) -> None:
     pages.execute("CREATE RULE frozen AS ON UPDATE TO pages DO INSTEAD NOTHING")
     pages.execute("INSERT INTO pages VALUES (1, 'one')")
