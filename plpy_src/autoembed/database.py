@@ -1461,17 +1461,20 @@ class Database:
         """The keys of the rows that fulfil the condition of a search. It runs with the rights of the caller."""
         return [row["key"] for row in plpy.execute(query)]
 
-    def estimated_matches(self, target: dict[str, Any], condition: str | None) -> float | None:
-        """About how many rows fulfil a condition and may be read by the caller; None: nobody knows."""
+    def estimated_matches(self, target: dict[str, Any], condition: str | None) -> tuple[float | None, float]:
+        """About how many rows fulfil a condition and may be read by the caller, and what it costs to find these.
+
+        None: nobody knows. The cost is in PostgreSQL's units, and 0 if all rows fulfil it.
+        """
         rows: float | None = target["row_count"]
         if condition is None and not target["has_policies"]:
-            return rows if rows is not None and rows >= 0 else None
+            return rows if rows is not None and rows >= 0 else None, 0.0
         [row] = self._run(
-            "SELECT autoembed._estimated_matches($1::pg_catalog.regclass, $2) AS rows",
+            "SELECT e.matches, e.cost FROM autoembed._estimated_matches($1::pg_catalog.regclass, $2) AS e",
             ["pg_catalog.text", "pg_catalog.text"],
             [target["table_id"], condition],
         )
-        return row["rows"]  # type: ignore[no-any-return]
+        return row["matches"], row["cost"]
 
     def own_id(self) -> int:
         """The OID of the database."""

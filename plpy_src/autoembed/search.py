@@ -23,6 +23,8 @@ CANDIDATES = 100
 # So many rows are compared one by one sooner than an index finds the nearest of them among others, or candidates are
 # tried until some are among them.
 FEW_ROWS = 5000
+# A look-up by an index reads two pages at least, and a page at random has this cost to PostgreSQL.
+COST_OF_CANDIDATE = 2 * 4
 # The candidates of a vector index that search() sets on entry.
 DEFAULT_EF_SEARCH = 100
 # pgvector keeps no more.
@@ -176,7 +178,7 @@ class Search:
 
     def _estimated_matches(self) -> float | None:
         try:
-            return self._here.estimated_matches(self.target, self._condition)
+            return self._here.estimated_matches(self.target, self._condition)[0]
         except self._here.Error as error:
             fault = self._here.fault_of(error)
             if self._condition is None or is_nobodys(fault.errcode) or fault.errcode == INSUFFICIENT_PRIVILEGE:
@@ -340,13 +342,13 @@ class TextMatches:
     def _few_rows(self, candidates: float) -> list[str] | None:
         """The keys of all rows that fulfil the condition and that the caller may read.
 
-        None: they are no fewer than these candidates, too many, or not known.
+        None: they are no fewer than these candidates, take longer to find, or are too many or not known.
         """
         if not self._target["has_plain_keys"]:
             return None
         candidates = min(candidates, self._scores.most, FEW_ROWS)
-        estimated = self._here.estimated_matches(self._target, self._condition)
-        if estimated is None or estimated > candidates:
+        estimated, cost = self._here.estimated_matches(self._target, self._condition)
+        if estimated is None or estimated > candidates or cost > candidates * COST_OF_CANDIDATE:
             return None
         keys = self._here.keys(f"{self._target['keys_query']}{self._condition or 'true'}\n) LIMIT {4 * FEW_ROWS}")
         return keys if len(keys) < 4 * FEW_ROWS else None

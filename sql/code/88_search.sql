@@ -471,8 +471,12 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._sample_query IS
     'The query of $1 embeddings at random, with the keys of their rows.';
 
-CREATE OR REPLACE FUNCTION autoembed._estimated_matches(table_id regclass, condition text)
-    RETURNS double precision
+CREATE OR REPLACE FUNCTION autoembed._estimated_matches(
+    table_id regclass,
+    condition text,
+    OUT matches double precision,
+    OUT cost double precision
+)
     LANGUAGE plpgsql
     -- A STABLE function may not use EXPLAIN.
     VOLATILE
@@ -483,11 +487,13 @@ BEGIN
     EXECUTE pg_catalog.concat(
         'EXPLAIN (FORMAT JSON) SELECT FROM ', table_id, ' AS t WHERE (', coalesce(condition, 'true'), E'\n)'
     ) INTO _plan;
-    RETURN (_plan OPERATOR(pg_catalog.#>>) '{0,Plan,Plan Rows}'::pg_catalog.text[])::double precision;
+    matches := (_plan OPERATOR(pg_catalog.#>>) '{0,Plan,Plan Rows}'::pg_catalog.text[])::double precision;
+    cost := (_plan OPERATOR(pg_catalog.#>>) '{0,Plan,Total Cost}'::pg_catalog.text[])::double precision;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._estimated_matches IS
-    'The number of rows of a table that the planner expects to fulfil a condition and the policies for the caller.';
+    'The number of rows of a table that the planner expects to fulfil a condition and the policies for the caller, and '
+    'what it expects it to cost to find them.';
 
 CREATE OR REPLACE FUNCTION autoembed._nearest(
     table_name regclass,

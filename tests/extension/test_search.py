@@ -317,6 +317,24 @@ KEYS = {
 
 
 @STORAGES
+def test_a_rare_word_and_a_condition_without_an_index_do_not_read_the_table(short: Connection, column: str) -> None:
+    short.execute("CREATE TABLE pages (id int PRIMARY KEY, body text, filler text DEFAULT repeat('x', 1000))")
+    short.execute(f"SELECT autoembed.enable('pages', {column}, content_columns => '{{body}}', text_config => 'simple')")
+    rows, rare = 4000, 50
+    short.execute(
+        f"INSERT INTO pages SELECT n, CASE WHEN n <= {rare} THEN 'rare ' ELSE '' END || 'common ' || n % 50"
+        f" FROM generate_series(1, {rows}) AS n"
+    )
+    while short.execute("SELECT FROM pgmq.q_embedding_jobs").fetchall():
+        short.execute("SELECT autoembed.process()")
+    short.execute("ANALYZE")
+    search = "SELECT * FROM autoembed.search('pages', 'rare', mode => 'text', condition => 'length(filler) = 7')"
+
+    # The planner takes 20 rows for those that match.
+    assert rows_read(short, search, "pages")["pages"] <= 3 * rare
+
+
+@STORAGES
 def test_rows_of_many_partitions_are_looked_up_one_by_one(short: Connection, column: str) -> None:
     """PostgreSQL takes a look-up by key for one in each partition."""
     # PostgreSQL rightly reads a partition of a few pages as a whole.
