@@ -91,7 +91,9 @@ DECLARE
     _target CONSTANT record := autoembed._search_target(
         (autoembed._searched(table_name, embedding_column)).pipeline_id
     );
-    _query CONSTANT pg_catalog.text := pg_catalog.concat('SELECT FROM (', _target.matching_query, 'true)) AS r');
+    _query CONSTANT pg_catalog.text := pg_catalog.concat(
+        'SELECT FROM (', _target.matching_query, 'true', _target.matching_end, ') AS r'
+    );
     _key record;
     _found pg_catalog.int8;
     _unknown pg_catalog.text[] := '{}'::pg_catalog.text[];
