@@ -338,6 +338,19 @@ BEGIN
         errcode := 'waits';
         RETURN;
     END IF;
+    IF EXISTS (
+        SELECT FROM pg_subscription_rel AS r
+        JOIN pg_subscription AS s ON s.oid = r.srsubid AND s.subenabled
+        WHERE r.srrelid = pipeline.embeddings_table
+    ) THEN
+        -- The subscription would stop at the first embedding that a lane has written before it.
+        problem := format('a subscription writes the embeddings table %s, too', pipeline.embeddings_table);
+        hint := format('Publish the tables of the application by their names, not their schema: ALTER PUBLICATION … at '
+                       'the publisher; then ALTER SUBSCRIPTION … REFRESH PUBLICATION; SELECT autoembed.resync(%L).',
+                       pipeline.table_id);
+        errcode := 'waits';
+        RETURN;
+    END IF;
     SELECT c.* INTO problem, hint FROM autoembed._check_embeddings_table(pipeline) AS c;
     IF problem IS NOT NULL THEN
         errcode := 'waits';

@@ -93,6 +93,37 @@ def test_a_subscription_that_comes_later_is_named_and_followed(publisher: Connec
     assert triggers(subscriber) == (True, "in place", None)
 
 
+def test_no_lane_stops_a_subscription_that_brings_embeddings(publisher: Connection, subscriber: Connection) -> None:
+    for db in (publisher, subscriber):
+        db.execute("CREATE SCHEMA own; CREATE TABLE own.pages (id int PRIMARY KEY, body text)")
+    subscriber.execute("SELECT autoembed.enable('own.pages', content_columns => '{body}')")
+    columns = "id int, chunk_number int, chunk_start int, chunk_end int, digest bytea, embedding text"
+    publisher.execute(f"CREATE TABLE own.pages_embeddings ({columns}, PRIMARY KEY (id, chunk_number))")
+    publisher.execute("ALTER PUBLICATION notes ADD TABLES IN SCHEMA own")
+    subscribe(subscriber)
+    subscriber.execute("SELECT autoembed.resync('own.pages')")
+    publisher.execute("INSERT INTO own.pages VALUES (1, 'one')")
+    wait_until(lambda: subscriber.execute("SELECT FROM own.pages").rowcount == 1, 30)
+
+    def embedded_pages() -> int:
+        subscriber.execute("SELECT autoembed.process()")
+        return subscriber.execute("SELECT FROM own.pages_embeddings").rowcount
+
+    assert embedded_pages() == 0
+    assert subscriber.execute("SELECT state, reason FROM autoembed.status").fetchone() == (
+        "stopped",
+        "a subscription writes the embeddings table own.pages_embeddings, too",
+    )
+    publisher.execute("INSERT INTO own.pages_embeddings VALUES (1, 1, 0, 3, '', '[1,2,3]')")
+    wait_until(lambda: embedded_pages() == 1, 30)
+    publisher.execute("ALTER PUBLICATION notes DROP TABLES IN SCHEMA own")
+    publisher.execute("ALTER PUBLICATION notes ADD TABLE own.pages")
+    subscriber.execute("ALTER SUBSCRIPTION notes REFRESH PUBLICATION")
+    subscriber.execute("SELECT autoembed.resync('own.pages')")
+    publisher.execute("INSERT INTO own.pages VALUES (2, 'two')")
+    wait_until(lambda: embedded_pages() == 2, 30)
+
+
 def test_a_subscription_truncates_a_partition(publisher: Connection, subscriber: Connection) -> None:
     for db in (publisher, subscriber):
         db.execute("CREATE TABLE parts (id int PRIMARY KEY, body text) PARTITION BY RANGE (id)")
