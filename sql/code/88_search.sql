@@ -115,6 +115,7 @@ CREATE OR REPLACE FUNCTION autoembed._searched(
 AS $plpgsql$
 DECLARE
     _is_ambiguous boolean;
+    _advice text;
     _void text;
 BEGIN
     SELECT p.table_id, coalesce(p.embeddings_table, p.table_id), coalesce(p.model, autoembed._default_model()), p.id,
@@ -134,26 +135,34 @@ BEGIN
     LIMIT 1;
     IF table_name IS NULL THEN
         RAISE EXCEPTION USING ERRCODE = 'null_value_not_allowed', MESSAGE = 'table_name must not be NULL';
-    ELSIF pipeline_id IS NULL THEN
+    ELSIF pipeline_id IS NULL OR _is_ambiguous THEN
+        SELECT 'Name one of them: ' || string_agg(format(
+                   'embedding_column => %L', coalesce(c.relname, p.embedding_column)
+               ), ' or ' ORDER BY p.id) || '.'
+        INTO _advice
+        FROM autoembed.pipeline AS p
+        LEFT JOIN pg_class AS c ON c.oid = p.embeddings_table
+        WHERE _searched.table_name IN (p.table_id, p.embeddings_table);
+        IF _is_ambiguous THEN
+            RAISE EXCEPTION USING
+                ERRCODE = 'ambiguous_column',
+                MESSAGE = format('table %s has several embeddings', table_name),
+                HINT = _advice;
+        END IF;
         RAISE EXCEPTION USING
             ERRCODE = 'undefined_object',
             MESSAGE = CASE
                 WHEN embedding_column IS NULL THEN format('table %s is not attached to autoembed', table_name)
                 ELSE format('column "%s" of table %s is not attached to autoembed', embedding_column, table_name)
             END,
-            HINT = format('Attach it: SELECT autoembed.enable(%L, …).', table_name);
-    ELSIF _is_ambiguous THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'ambiguous_column',
-            MESSAGE = format('table %s has several embeddings', table_name),
-            HINT = (
-                SELECT 'Name one of them: ' || string_agg(format(
-                    'embedding_column => %L', coalesce(c.relname, p.embedding_column)
-                ), ' or ' ORDER BY p.id) || '.'
-                FROM autoembed.pipeline AS p
-                LEFT JOIN pg_class AS c ON c.oid = p.embeddings_table
-                WHERE _searched.table_name IN (p.table_id, p.embeddings_table)
-            );
+            HINT = coalesce(_advice, (
+                SELECT CASE
+                    WHEN c.relkind IN ('v', 'm') THEN 'A view cannot be attached. Search the table that it reads.'
+                    WHEN c.relispartition THEN
+                        format('It is a part of table %s. Search that one.', pg_partition_root(c.oid))
+                END
+                FROM pg_class AS c WHERE c.oid = table_name
+            ), format('Attach it: SELECT autoembed.enable(%L, …).', table_name));
     END IF;
     _void := autoembed._check_beside(table_id, nullif(vectors_table, table_id));
     version := concat_ws(' ', version, (SELECT concat(m.xmin, m.ctid) FROM autoembed.model AS m WHERE m.name = model));

@@ -625,6 +625,28 @@ def test_what_cannot_be_searched_is_refused_with_a_reason(
     assert message in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("call", "advice"),
+    [
+        ("'pages', 'x', embedding_column => 'e'", "Name one of them: embedding_column => 'pages_embeddings'."),
+        ("NULL::pages_view, 'x'", "A view cannot be attached. Search the table that it reads."),
+        ("NULL::low, 'x'", "It is a part of table public.parts. Search that one."),
+        ("NULL::single, 'x'", "Attach it: SELECT autoembed.enable('public.single', ...)."),
+    ],
+)
+def test_who_searches_what_is_not_attached_is_told_what_to_search(short: Connection, call: str, advice: str) -> None:
+    attach(short, "NULL", ["one"])
+    short.execute("CREATE VIEW pages_view AS SELECT * FROM pages; CREATE TABLE single (id int PRIMARY KEY, body text)")
+    short.execute("CREATE TABLE parts (LIKE single, PRIMARY KEY (id)) PARTITION BY RANGE (id)")
+    short.execute("CREATE TABLE low PARTITION OF parts FOR VALUES FROM (0) TO (100)")
+    short.execute("SELECT autoembed.enable('parts', content_columns => '{body}')")
+
+    with pytest.raises(psycopg.errors.UndefinedObject) as refusal:
+        short.execute(f"SELECT * FROM autoembed.search({call})")
+
+    assert refusal.value.diag.message_hint == advice
+
+
 def test_of_several_embeddings_one_must_be_named(short: Connection) -> None:
     attach(short, "NULL", ["one"])
     short.execute("SELECT autoembed.enable('pages', 'body_embedding', content_columns => '{body}')")
