@@ -223,6 +223,7 @@ DECLARE
     _rows text;
     _embeddings text;
     _key_columns text;
+    _table text;
     -- PostgreSQL takes a look-up of a row for one in each partition, and would read all rows instead.
     _has_partitions boolean;
     _lookup_end text;
@@ -275,6 +276,8 @@ BEGIN
     );
     _key := autoembed._key_expression(_pipeline, 't');
     _has_partitions := EXISTS (SELECT FROM pg_class AS c WHERE c.oid = table_id AND c.relkind = 'p');
+    -- Rows of tables that inherit from it have keys of their own.
+    _table := CASE WHEN _has_partitions THEN '' ELSE 'ONLY ' END || table_id;
     _lookup_end := CASE WHEN _has_partitions THEN ') AND %s OFFSET 0) AS t' ELSE ')) AS t WHERE %s' END;
     _key_columns := (SELECT string_agg(format('t.%I', k.name), ', ') FROM unnest(_pipeline.key_columns) AS k(name));
     _sent := autoembed._sent_keys(_pipeline);
@@ -287,7 +290,7 @@ BEGIN
     _rows := format(
         CASE WHEN _has_partitions THEN 'CROSS JOIN LATERAL (SELECT t.* FROM %s AS t WHERE %s OFFSET 0) AS t'
              ELSE 'JOIN %s AS t ON %s' END,
-        _pipeline.table_id, _sent.is_row
+        _table, _sent.is_row
     );
     has_plain_keys := NOT EXISTS (
         SELECT FROM unnest(_pipeline.key_columns) AS k(name)
@@ -315,10 +318,10 @@ BEGIN
     ) END;
     matching_query := format(
         'SELECT %s AS key FROM %s CROSS JOIN LATERAL (SELECT %s FROM %s AS t WHERE (',
-        _key, format(_sent_rows, 'pg_catalog.unnest($1) AS s(key)'), _key_columns, _pipeline.table_id
+        _key, format(_sent_rows, 'pg_catalog.unnest($1) AS s(key)'), _key_columns, _table
     );
     matching_end := format(_lookup_end, _sent.is_row);
-    keys_query := format('SELECT %s AS key FROM %s AS t WHERE (', _key, _pipeline.table_id);
+    keys_query := format('SELECT %s AS key FROM %s AS t WHERE (', _key, _table);
     visible_start := format('SELECT s.place, %s AS key, ', _key);
     visible_distance := format(
         '%s %s $3::%s', CASE WHEN is_beside THEN 'e.' ELSE 't.' END || _expression, _operator, vector_type
@@ -356,12 +359,12 @@ BEGIN
         match_start := format(
             'SELECT %7$s AS hit, %2$s AS key, %3$s %4$s $1::%5$s AS distance FROM %1$s AS t '
             'WHERE t.%6$I IS NOT NULL AND (',
-            _pipeline.table_id, _key, 't.' || _expression, _operator, vector_type, _pipeline.embedding_column, _hit
+            _table, _key, 't.' || _expression, _operator, vector_type, _pipeline.embedding_column, _hit
         );
         near_start := format(
             'SELECT %2$s AS key, %3$s %4$s $1::%5$s AS distance, NULL::pg_catalog.int4 AS number FROM %1$s AS t '
             'WHERE t.%6$I IS NOT NULL AND (',
-            _pipeline.table_id, _key, 't.' || _expression, _operator, vector_type, _pipeline.embedding_column
+            _table, _key, 't.' || _expression, _operator, vector_type, _pipeline.embedding_column
         );
         near_end := format(') ORDER BY (%s %s $1::%s)', 't.' || _expression, _operator, vector_type);
         -- No index has this order. Of rows that are as near, the same come first in each search.
@@ -396,12 +399,12 @@ BEGIN
     match_start := format(
         'SELECT %s AS hit, %s AS key, e."autoembed vector" %s $1::%s AS distance '
         'FROM %s CROSS JOIN LATERAL (SELECT t.* FROM %s AS t WHERE (',
-        _hit, _key, _operator, vector_type, _embeddings, _pipeline.table_id
+        _hit, _key, _operator, vector_type, _embeddings, _table
     );
     near_start := format(
         'SELECT %s AS key, e."autoembed vector" %s $1::%s AS distance, e."autoembed number" AS number '
         'FROM %s CROSS JOIN LATERAL (SELECT %s FROM %s AS t WHERE (',
-        _key, _operator, vector_type, _embeddings, _key_columns, _pipeline.table_id
+        _key, _operator, vector_type, _embeddings, _key_columns, _table
     );
     near_end := format(
         '%s ORDER BY (e."autoembed vector" %s $1::%s)', format(_lookup_end, _same_key), _operator, vector_type

@@ -335,6 +335,23 @@ def test_a_rare_word_and_a_condition_without_an_index_do_not_read_the_table(shor
 
 
 @STORAGES
+def test_rows_of_tables_that_inherit_are_not_found(short: Connection, column: str) -> None:
+    """They are not embedded, and their keys may be those of rows of the table."""
+    attach(short, column, ["an apple", "a pear"])
+    short.execute("SELECT autoembed.alter_pipeline('pages', text_config => 'simple'); SELECT autoembed.process()")
+    short.execute("SELECT autoembed.create_match_function('pages')")
+    short.execute("CREATE TABLE drafts () INHERITS (pages); INSERT INTO drafts VALUES (1, 'an apple draft')")
+
+    expected = [(1, "an apple"), (2, "a pear")]
+    for search, condition in {"vector": "NULL", "hybrid": "'id < 9'"}.items():
+        found = f"autoembed.search(NULL::pages, 'apple', mode => '{search}', condition => {condition}) AS s"
+        rows = short.execute(f"SELECT (s.hit).id, (s.hit).body FROM {found}".encode()).fetchall()
+        assert sorted(rows) == expected, search
+    matched = short.execute("SELECT id, body FROM match_pages(%s::vector)", [str(vector_of("apple").tolist())])
+    assert sorted(matched.fetchall()) == expected
+
+
+@STORAGES
 def test_rows_of_many_partitions_are_looked_up_one_by_one(short: Connection, column: str) -> None:
     """PostgreSQL takes a look-up by key for one in each partition."""
     # PostgreSQL rightly reads a partition of a few pages as a whole.
