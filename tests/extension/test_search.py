@@ -642,6 +642,25 @@ def test_what_cannot_be_searched_is_refused_with_a_reason(
     assert message in str(refusal.value)
 
 
+@STORAGES
+@pytest.mark.parametrize("mode", ["vector", "text", "hybrid"])
+def test_a_condition_may_name_a_partition(short: Connection, column: str, mode: str) -> None:
+    short.execute("CREATE TABLE parts (id int PRIMARY KEY, body text) PARTITION BY RANGE (id)")
+    short.execute("CREATE TABLE low PARTITION OF parts FOR VALUES FROM (0) TO (10)")
+    short.execute("CREATE TABLE high PARTITION OF parts FOR VALUES FROM (10) TO (20)")
+    short.execute(f"SELECT autoembed.enable('parts', {column}, content_columns => '{{body}}', text_config => 'simple')")
+    short.execute("INSERT INTO parts VALUES (1, 'one'), (11, 'one')")
+    while short.execute("SELECT read FROM autoembed.process()").fetchone() != (0,):
+        pass
+
+    found = short.execute(
+        "SELECT key FROM autoembed.search('parts', 'one', mode => %s, condition => 'tableoid = ''high''::regclass')",
+        [mode],
+    )
+
+    assert found.fetchall() == [("[11]",)]
+
+
 @pytest.mark.parametrize(
     ("call", "advice"),
     [
