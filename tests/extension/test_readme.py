@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
+import psycopg
 import pytest
 
 from fake_api import FakeApi, embedding_of
@@ -113,7 +114,31 @@ def app(db: Connection, connect: Callable[..., Connection]) -> Iterator[Connecti
     db.execute(grants)
     db.execute(f"ALTER ROLE app PASSWORD '{PASSWORD}'")
     yield connect(user="app")
-    db.execute("DROP OWNED BY app CASCADE; DROP ROLE app")
+    db.execute("DROP OWNED BY app, reader CASCADE; DROP ROLE app, reader")
+
+
+def test_the_rights_of_the_documents_can_be_taken_back_and_tables_stay_attached(
+    db: Connection, api: FakeApi, app: Connection
+) -> None:
+    app.execute("CREATE TABLE notes (id integer PRIMARY KEY, body text)")
+    app.execute("SELECT autoembed.enable('notes', content_columns => '{body}')")
+    [revokes] = [sql for sql, _ in sql_blocks("docs/security.md") if "REVOKE USAGE" in sql]
+
+    db.execute(revokes)
+
+    left = "SELECT FROM pg_catalog.{0}, aclexplode({1}) AS a WHERE a.grantee = 'app'::regrole {2}"
+    for catalog, rights, which in (
+        ("pg_namespace", "nspacl", "AND nspname = 'autoembed'"),
+        ("pg_class", "relacl", "AND relnamespace = 'autoembed'::regnamespace"),
+        ("pg_attribute", "attacl", ""),
+        ("pg_proc", "proacl", "AND pronamespace = 'autoembed'::regnamespace"),
+    ):
+        assert db.execute(left.format(catalog, rights, which)).rowcount == 0, catalog
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        app.execute("SELECT * FROM autoembed.search('notes', 'a note')")
+    app.execute("INSERT INTO notes VALUES (1, 'a note')")
+    db.execute("SELECT autoembed.process()")
+    assert app.execute("SELECT id FROM notes_embeddings").fetchall() == [(1,)]
 
 
 def test_the_role_of_the_documents_may_search_and_attach_its_own_table(db: Connection, app: Connection) -> None:
