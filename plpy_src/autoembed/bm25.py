@@ -224,11 +224,13 @@ class Documents:
         return int(self.lengths.sum())
 
     @cached_property
-    def runs(self) -> list[int]:
-        """Where the ids begin to ascend again, and their number."""
+    def _runs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where the ids begin to ascend, and where each of these runs ends."""
         import numpy as np
 
-        return [0, *(np.flatnonzero(np.diff(self.ids) <= 0) + 1).tolist(), len(self.ids)]
+        cuts = np.flatnonzero(np.diff(self.ids) <= 0) + 1
+        bounds = np.concatenate(([0], cuts, [len(self.ids)]))
+        return bounds[:-1], bounds[1:]
 
     def norms(self, mean: float) -> tuple[np.ndarray, float]:
         """How much the length of each document marks it down, float32, and the least of it. mean: of the lengths."""
@@ -248,12 +250,14 @@ class Documents:
         import numpy as np
 
         found = [np.empty(0, np.int64)]
-        for start, end in itertools.pairwise(self.runs) if len(ids) else ():
-            part = self.ids[start:end]
-            if len(part):
-                first, last = np.searchsorted(ids, (part[0], part[-1] + 1))
-                at = np.searchsorted(part, ids[first:last])
-                found.append(start + at[part[at] == ids[first:last]])
+        if len(ids) and len(self.ids):
+            starts, ends = self._runs
+            firsts = np.searchsorted(ids, self.ids[starts])
+            lasts = np.searchsorted(ids, self.ids[ends - 1], "right")
+            for run in np.flatnonzero(firsts < lasts).tolist():
+                part, wanted = self.ids[starts[run] : ends[run]], ids[firsts[run] : lasts[run]]
+                at = part.searchsorted(wanted)
+                found.append(starts[run] + at[part[at] == wanted])
         return np.concatenate(found)
 
 
@@ -278,6 +282,26 @@ def with_segment(documents: Documents, postings: dict[str, list[TermPostings]], 
     )
 
 
+class EveryLevel(NamedTuple):
+    """Levels of a term for all documents of several segments.
+
+    starts, ends: the places of the first document of each segment, and behind its last. shifts: levels has the level of
+    a document so many places behind that of the document.
+    """
+
+    starts: np.ndarray
+    ends: np.ndarray
+    shifts: np.ndarray
+    levels: np.ndarray
+
+    @classmethod
+    def of(cls, postings: TermPostings) -> EveryLevel:
+        import numpy as np
+
+        starts, sizes, _, levels = postings
+        return cls(starts, starts + sizes, np.cumsum(sizes) - sizes - starts, levels)
+
+
 class Having:
     """The documents of all segments that have a term, by their places.
 
@@ -288,18 +312,19 @@ class Having:
         """postings: their segments do not overlap, and follow each other in the order of the documents."""
         import numpy as np
 
-        # Where segments start that have a level for each document, and these levels.
-        self.every = [
-            (start, levels[end - size : end])
-            for starts, sizes, ordinals, levels in postings
-            if ordinals is None
-            for start, size, end in zip(starts.tolist(), sizes.tolist(), np.cumsum(sizes).tolist(), strict=True)
-        ]
+        # Those of segments that have a level for each document.
+        self._every = [EveryLevel.of(one) for one in postings if one.ordinals is None]
         some = [one for one in postings if one.ordinals is not None]
         self.places = _one_array(np.int64, [np.repeat(one.starts, one.sizes) + one.ordinals for one in some])
         self.levels = _one_array(np.uint8, [one.levels for one in some])
-        self.count = len(self.levels) + sum(int(np.count_nonzero(levels)) for _, levels in self.every)
-        self.highest = max(int(levels.max(initial=0)) for levels in (self.levels, *(every for _, every in self.every)))
+        self.count = len(self.levels) + sum(int(np.count_nonzero(every.levels)) for every in self._every)
+        self.highest = max(int(levels.max(initial=0)) for levels in (self.levels, *(one.levels for one in self._every)))
+
+    def runs(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Where each segment starts that has a level for each document, and these levels."""
+        for every in self._every:
+            for start, end, shift in zip(*(column.tolist() for column in every[:3]), strict=True):
+                yield start, every.levels[start + shift : end + shift]
 
     def levels_at(self, places: np.ndarray) -> np.ndarray:
         """The levels of the documents at these places, which ascend."""
@@ -309,9 +334,11 @@ class Having:
         if len(self.places) and len(places):
             at = np.minimum(np.searchsorted(self.places, places), len(self.places) - 1)
             np.copyto(found, self.levels.take(at), where=self.places.take(at) == places)
-        for start, levels in self.every:
-            first, last = np.searchsorted(places, (start, start + len(levels)))
-            found[first:last] = levels.take(places[first:last] - start)
+        for starts, ends, shifts, levels in self._every:
+            segment = np.maximum(np.searchsorted(starts, places, "right") - 1, 0)
+            at = places + shifts.take(segment)
+            is_there = (places >= starts.take(segment)) & (places < ends.take(segment))
+            found[is_there] = levels[at[is_there]]
         return found
 
 
@@ -427,7 +454,7 @@ class Scores:
         if candidates is not None and POSTINGS_PER_LOOKUP * len(candidates) < having.count:
             totals[candidates] += _gains(term, having.levels_at(candidates), norms.take(candidates))
             return
-        for start, levels in having.every:
+        for start, levels in having.runs():
             end = start + len(levels)
             totals[start:end] += _gains(term, levels, norms[start:end])
         # A million new numbers take longer than what is done with them, and a part stays in the processor's cache.

@@ -32,7 +32,7 @@ def page(
         mode = search.mode(mode)
         if not query or not query.strip() or not last:
             return _NO_PAGE
-        hits, by_index = search.hits(query, mode, vector_weight, last)
+        hits, by_index = search.hits(query, mode, vector_weight, last, last - after)
     except Fault as fault:
         return {**_NO_PAGE, **fault.fields()}
     except here.Error as error:

@@ -435,7 +435,7 @@ def test_a_reader_finds_rows_by_their_keys_and_not_by_reading_all(
     for table in tables:
         assert counts["text"][table] < few, counts
         assert counts["condition"][table] < few, counts
-        # Both compare the query to all rows. Hybrid search looks up its 100 nearest in the text index, not here.
+        # Both compare the query to all rows. Hybrid search looks up its candidates in the text index, not here.
         assert counts["hybrid"][table] < counts["vector"][table] + few, counts
 
 
@@ -471,6 +471,19 @@ def test_who_may_not_read_a_row_finds_neither_it_nor_its_embedding(
     assert seen() == [[], []]
     short.execute(f"CREATE POLICY two ON pages TO {stranger} USING (id = 2)")
     assert seen() == [[2], ["[2]"]]
+
+
+def test_hybrid_search_compares_all_rows_once_where_no_more_match(short: Connection) -> None:
+    attach(short, "'embedding'", [f"text {n}" for n in range(30)])
+    short.execute("SELECT autoembed.alter_pipeline('pages', text_config => 'simple')")
+    short.execute("SELECT autoembed.process()")
+    search = "SELECT * FROM autoembed.search(NULL::pages, 'text', 40, mode => '{}', condition => 'id % 3 = 0')"
+
+    read = {mode: rows_read(short, search.format(mode), "pages")["pages"] for mode in ("vector", "text", "hybrid")}
+
+    # Each of the others reads the rows of the page once, too.
+    assert read["hybrid"] < read["vector"] + read["text"], read
+    assert len(short.execute(search.format("hybrid").encode()).fetchall()) == 10
 
 
 def test_a_reader_of_all_rows_is_not_asked_for_each_of_them(short: Connection, role: Callable[[str], str]) -> None:
