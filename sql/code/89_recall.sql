@@ -215,6 +215,7 @@ AS $plpgsql$
 #variable_conflict use_column
 DECLARE
     _pipeline autoembed.pipeline := autoembed._owned_pipeline(table_name, embedding_column);
+    _has_index CONSTANT boolean := (autoembed._search_target(_pipeline.id)).has_index;
     _wanted CONSTANT integer := 10;
     _answers record;
 BEGIN
@@ -234,7 +235,8 @@ BEGIN
         FROM autoembed._exact_answers(table_name, embedding_column, queries, 100, _wanted) AS e
     LOOP
     END LOOP;
-    IF _answers.vectors IS NULL THEN
+    -- A single embedding has no other that is near.
+    IF (0 OPERATOR(pg_catalog.<) ANY (_answers.counts)) IS NOT TRUE THEN
         RAISE EXCEPTION USING
             ERRCODE = 'object_not_in_prerequisite_state',
             MESSAGE = pg_catalog.format('table %s has no embeddings to measure by', table_name),
@@ -247,8 +249,12 @@ BEGIN
             _answers.counts
         ) AS r;
         -- A sample that is lucky by chance is not enough.
-        EXIT WHEN recall_low OPERATOR(pg_catalog.>=) target;
+        EXIT WHEN recall_low OPERATOR(pg_catalog.>=) target OR NOT _has_index;
     END LOOP;
+    -- Without an index all rows are compared. An index that comes later needs a measurement of its own.
+    IF NOT _has_index THEN
+        RETURN;
+    END IF;
     UPDATE autoembed.pipeline AS p
     SET ef_search = tune.ef_search, recall_target = target, recall = tune.recall,
         recall_measured_at = pg_catalog.clock_timestamp()

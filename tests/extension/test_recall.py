@@ -174,6 +174,22 @@ def test_what_makes_no_sense_is_refused(db: Connection, call: str, message: str)
         db.execute(f"SELECT * FROM autoembed.{call}")
 
 
+def test_a_table_without_an_index_keeps_its_candidates(db: Connection) -> None:
+    db.execute("SELECT autoembed.create_model('fake', 'fake', 3), autoembed.set_default_model('fake')")
+    db.execute("CREATE TABLE pages (id int PRIMARY KEY, body text); INSERT INTO pages VALUES (0, 'text')")
+    db.execute("SELECT autoembed.enable('pages', content_columns => '{body}')")
+    db.execute("SELECT autoembed.process()")
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="no embeddings to measure by"):
+        db.execute("SELECT autoembed.tune('pages')")
+    db.execute("INSERT INTO pages SELECT n, 'text ' || n FROM generate_series(1, 9) AS n")
+    db.execute("SELECT autoembed.process()")
+
+    tuned = db.execute("SELECT ef_search, recall, measured FROM autoembed.tune('pages')").fetchone()
+
+    assert tuned == (100, 1, 10)
+    assert db.execute("SELECT ef_search, recall_target FROM autoembed.pipeline").fetchone() == (None, None)
+
+
 def test_an_empty_table_has_no_recall(db: Connection) -> None:
     db.execute("CREATE TABLE pages (id int PRIMARY KEY, body text)")
     db.execute("SELECT autoembed.enable('pages', content_columns => '{body}')")
