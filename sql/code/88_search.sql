@@ -1220,10 +1220,18 @@ CREATE OR REPLACE FUNCTION autoembed.create_match_function(
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE
+    _schema regnamespace;
     _made record;
     _void text;
 BEGIN
     _void := autoembed._check_owner(table_name);
+    SELECT c.relnamespace::regnamespace INTO _schema FROM pg_class AS c WHERE c.oid = create_match_function.table_name;
+    IF NOT has_schema_privilege(_schema::oid, 'CREATE') THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'insufficient_privilege',
+            MESSAGE = format('role %I may not create a function in schema %s', current_user, _schema),
+            HINT = format('GRANT CREATE ON SCHEMA %s TO %I.', _schema, current_user);
+    END IF;
     _made := autoembed._match_function(
         table_name, create_match_function.name, create_match_function.embedding_column
     );

@@ -161,6 +161,21 @@ def test_it_is_the_owners_and_has_the_rights_of_its_caller(
     attached.execute("RESET ROLE")
 
 
+def test_an_owner_who_may_not_create_a_function_there_is_told_so(db: Connection, role: Callable[[str], str]) -> None:
+    owner = role("owner")
+    db.execute(f"SELECT autoembed.grant_usage('{owner}'); CREATE SCHEMA app; GRANT USAGE ON SCHEMA app TO {owner}")
+    db.execute("CREATE TABLE app.notes (id int PRIMARY KEY, body text)")
+    db.execute("SELECT autoembed.enable('app.notes', content_columns => '{body}')")
+    db.execute(f"ALTER TABLE app.notes OWNER TO {owner}; SET ROLE {owner}")
+
+    with pytest.raises(psycopg.errors.InsufficientPrivilege) as refusal:
+        db.execute("SELECT autoembed.create_match_function('app.notes')")
+    db.execute("RESET ROLE")
+
+    assert refusal.value.diag.message_primary == f"role {owner} may not create a function in schema app"
+    assert refusal.value.diag.message_hint == f"GRANT CREATE ON SCHEMA app TO {owner}."
+
+
 def test_a_role_that_is_no_superuser_restores_it(
     api_db: Connection, server: Server, dbname: str, role: Callable[[str], str]
 ) -> None:
