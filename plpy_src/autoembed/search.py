@@ -368,7 +368,9 @@ class TextMatches:
         self._read.update(dict.fromkeys(unread))
         self._documents.update(self._here.documents([one for one in unread if one not in self._documents]))
         documents = {one: self._documents[one] for one in unread if one in self._documents}
-        read = {document: one for document, one in documents.items() if one[0] in self._found}
+        # A condition may end its query, and give keys of rows that the caller may not read.
+        known = self._found if self._condition is None else ()
+        read = {document: one for document, one in documents.items() if one[0] in known}
         others = [document for document in documents if document not in read]
         if others:
             keys, numbers = zip(*(documents[document] for document in others), strict=True)

@@ -655,6 +655,39 @@ def test_what_cannot_be_searched_is_refused_with_a_reason(
     assert message in str(refusal.value)
 
 
+def test_a_condition_that_ends_the_query_tells_no_words_of_hidden_rows(
+    short: Connection, connect: Callable[..., Connection], role: Callable[[str], str]
+) -> None:
+    attach(short, "'embedding'", ["apple", "pear", "secret"])
+    short.execute("SELECT autoembed.alter_pipeline('pages', text_config => 'simple')")
+    short.execute("SELECT autoembed.process()")
+    reader = role("reader")
+    short.execute(f"SELECT autoembed.grant_usage('{reader}')")
+    short.execute(f"GRANT SELECT ON pages TO {reader}; ALTER TABLE pages ENABLE ROW LEVEL SECURITY")
+    short.execute(f"CREATE POLICY one ON pages TO {reader} USING (id = 1)")
+    other = connect()
+    other.execute(f"SET ROLE {reader}")
+    # The first query that has the condition is asked for a plan.
+    other.execute("CREATE TEMP SEQUENCE calls")
+    other.execute(
+        """CREATE FUNCTION pg_temp.answer() RETURNS text LANGUAGE sql AS $$
+            SELECT CASE nextval('calls') WHEN 1 THEN '[{"Plan": {"Plan Rows": 1, "Total Cost": 1}}]' ELSE '[3]' END
+        $$"""
+    )
+    condition = (
+        "true); SELECT pg_temp.answer() AS key, 0.5::float8 AS distance, 1 AS number"
+        " FROM (SELECT NULL::halfvec AS embedding) AS t WHERE (true"
+    )
+
+    for word in ("secret", "pear"):
+        other.execute("ALTER SEQUENCE calls RESTART")
+        page = other.execute(
+            "SELECT keys, text_scores FROM autoembed._search_page('pages', NULL, %s, 'hybrid', %s, 0.5, 0, 10)",
+            [word, condition],
+        ).fetchone()
+        assert page == (["[3]"], [0])
+
+
 @STORAGES
 @pytest.mark.parametrize("mode", ["vector", "text", "hybrid"])
 def test_a_condition_may_name_a_partition(short: Connection, column: str, mode: str) -> None:
