@@ -128,11 +128,7 @@ def _seconds(statements: dict[str, tuple[Connection, str]], queries: list[str]) 
 
 def _has_merged(db: Connection) -> bool:
     """Whether the lanes have merged the segments of the text index that they wrote."""
-    [(tiers,)] = db.execute(
-        "SELECT count(*) FROM (SELECT FROM autoembed.text_segment WHERE document_count < 25000"
-        " AND posting_count < 100000 GROUP BY length(document_count::text) HAVING count(*) >= 10) AS waiting"
-    )
-    return not tiers
+    return db.execute("SELECT FROM autoembed._segments_to_merge(true, 200000) WHERE segments IS NOT NULL").rowcount == 0
 
 
 def words_without_end(chance: random.Random) -> Iterator[str]:

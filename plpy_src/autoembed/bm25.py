@@ -50,7 +50,7 @@ POSTINGS_PER_LOOKUP = 6
 ROUNDING = 1.0001
 
 # The documents of a merged segment, and its postings, unless one segment alone has more.
-MAX_MERGED = 50_000
+MAX_MERGED = 65_000
 MAX_MERGED_POSTINGS = 200_000
 # So many places of documents are merged at a time: some megabytes.
 PART_MERGED = 200_000

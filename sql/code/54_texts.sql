@@ -255,7 +255,7 @@ CREATE OR REPLACE FUNCTION autoembed._segments_to_merge(
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE
-    _most CONSTANT integer := 50000;
+    _most CONSTANT integer := 65000;
     _tier integer;
 BEGIN
     -- A merge takes a second. Live changes need not wait for it.
@@ -267,7 +267,8 @@ BEGIN
     FROM autoembed.text_segment AS s
     WHERE s.document_count < _most / 2 AND s.posting_count < most_postings / 2
     GROUP BY 1, 2
-    HAVING count(*) >= 10
+    -- Each look-up takes as long in a small segment as in one of the greatest.
+    HAVING count(*) >= 10 OR sum(s.document_count) >= _most OR sum(s.posting_count) >= most_postings
     -- No table keeps the segments of others from being merged.
     ORDER BY 2, random()
     LIMIT 1;

@@ -500,6 +500,38 @@ def test_segments_are_merged_and_dead_texts_leave_them(short: Connection) -> Non
 
 
 @pytest.mark.parametrize(
+    ("counts", "merged"),
+    [
+        # Documents and postings of each segment. Ten of about one size are merged.
+        ([(500, 9)] * 9, 0),
+        ([(500, 9)] * 10, 10),
+        ([(500, 9)] * 5 + [(5000, 9)] * 5, 0),
+        # So are as many as fill a segment of the greatest size.
+        ([(21_000, 9)] * 3, 0),
+        ([(21_000, 9)] * 4, 3),
+        ([(32_499, 9)] * 3, 2),
+        ([(32_500, 9)] * 9, 0),
+        ([(500, 90_000)] * 2, 0),
+        ([(500, 90_000)] * 3, 2),
+        ([(500, 100_000)] * 9, 0),
+    ],
+)
+def test_segments_are_merged_that_are_many_or_fill_one(
+    short: Connection, counts: list[tuple[int, int]], merged: int
+) -> None:
+    for documents, postings in counts:
+        short.execute(
+            "INSERT INTO autoembed.text_segment (pipeline_id, document_count, posting_count, documents, lengths)"
+            " VALUES (1, %s, %s, '', '')",
+            [documents, postings],
+        )
+
+    row = short.execute("SELECT coalesce(cardinality(segments), 0) FROM autoembed._segments_to_merge(true, 200000)")
+
+    assert row.fetchone() == (merged,)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("mode => 'words'", "mode must be hybrid, vector or text, not words"),
