@@ -147,6 +147,8 @@ SEARCH_SPEED: Columns = {
     "by text, ×": ("text_ratio", 1),
     "hybrid, ×": ("hybrid_ratio", 1),
     "hybrid, half of the rows, ×": ("filtered_ratio", 1),
+    "a reader by vector, ×": ("reader_vector_ratio", 1),
+    "a reader, hybrid, ×": ("reader_hybrid_ratio", 1),
     "SQL alone, p95, ms": ("sql_p95_seconds", 1000),
     "by vector, × of it": ("vector_p95_ratio", 1),
     "hybrid, × of it": ("hybrid_p95_ratio", 1),

@@ -47,15 +47,19 @@ CREATE OR REPLACE FUNCTION autoembed._unindexed(pipeline_id integer, keys text[]
     STABLE
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
+    -- The plan may be made while the table is small.
+    SET enable_seqscan = off
 AS $sql$
     SELECT coalesce(array_agg(k.key), '{}')
     FROM unnest(keys) AS k(key)
+    -- A look-up for each key. The planner would rather read all texts of the table, for each batch of a lane.
     WHERE NOT EXISTS (
         SELECT FROM autoembed.text_document AS d
         WHERE d.pipeline_id = _unindexed.pipeline_id
           AND hashtextextended(d.key, 0) = hashtextextended(k.key COLLATE "C", 0)
           AND d.key = k.key
           AND d.is_live
+        OFFSET 0
     );
 $sql$;
 COMMENT ON FUNCTION autoembed._unindexed IS 'Those of the keys whose rows have no text in the text index.';

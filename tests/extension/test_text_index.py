@@ -499,6 +499,20 @@ def test_segments_are_merged_and_dead_texts_leave_them(short: Connection) -> Non
     assert short.execute(terms).fetchone() == (0,)
 
 
+def test_a_lane_looks_up_texts_of_rows_and_does_not_read_all(short: Connection) -> None:
+    texts, keys = 20_000, 300
+    short.execute(
+        "INSERT INTO autoembed.text_document (pipeline_id, key, chunk_number)"
+        " SELECT 1, '[' || n || ']', 0 FROM generate_series(1, %s) AS n",
+        [texts],
+    )
+    short.execute("ANALYZE autoembed.text_document")
+    of_keys = f"ARRAY(SELECT '[' || 40 * n || ']' FROM generate_series(1, {keys}) AS n)"
+
+    for statement in (f"SELECT autoembed._unindexed(1, {of_keys})", f"SELECT autoembed._drop_texts(1, {of_keys})"):
+        assert rows_read(short, statement, "autoembed.text_document")["autoembed.text_document"] <= keys, statement
+
+
 @pytest.mark.parametrize(
     ("counts", "merged"),
     [
