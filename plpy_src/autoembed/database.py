@@ -1153,20 +1153,21 @@ class Database:
             raise row_error(_sqlstate(error), str(error)) from error
         return True
 
-    def merge_segments(self, *, dedicated: bool = False) -> None:
-        """Merges some segments of the text index, if it has too many, or many dead documents.
+    def merge_segments(self, *, dedicated: bool = False) -> bool:
+        """Merges some segments of the text index, if it has too many, or many dead documents. Returns whether it did.
 
         dedicated: the caller is a lane for backfills alone. While there is one, no other lane merges.
         """
         try:
             with row_errors(), plpy.subtransaction():
-                self._merge_segments(dedicated=dedicated)
+                return self._merge_segments(dedicated=dedicated)
         except RowError as error:
             # The pipeline may be ended meanwhile. The next round tries again.
             if not (error.locked or error.may_pass):
                 raise
+            return False
 
-    def _merge_segments(self, *, dedicated: bool) -> None:
+    def _merge_segments(self, *, dedicated: bool) -> bool:
         [task] = self._run(
             "SELECT s.* FROM autoembed._segments_to_merge($1, $2) AS s",
             ["pg_catalog.bool", "pg_catalog.int4"],
@@ -1174,7 +1175,7 @@ class Database:
         )
         ids, pipeline_id = task["segments"] or [], task["pipeline_id"]
         if len(ids) < (1 if task["many_are_dead"] else 2):
-            return
+            return False
         import numpy as np
 
         which = ("s.id OPERATOR(pg_catalog.=) ANY ($1)", ["pg_catalog.int8[]"])
@@ -1186,7 +1187,7 @@ class Database:
             segments = self._segments(*which, [ids])
             postings = self._postings(ids)
         if not segments:
-            return
+            return False
         new, new_postings = merged(segments, postings, dead)
         gone = np.intersect1d(np.concatenate([segment.documents for segment in segments.values()]), dead)
         self._run(
@@ -1212,6 +1213,7 @@ class Database:
                 gone.tolist(),
             ],
         )
+        return True
 
     def text_index(self, pipeline_id: int, words: str, keys: Sequence[str], max_messages: int) -> TextIndex:
         """The text index as a search for these words sees it. The caller's rights are not asked for.

@@ -55,6 +55,8 @@ BACKFILL_POLL_SECONDS = 1.0
 FULL_POLL_SECONDS = 0.3
 # A lane cleans up, and checks whether it is still wanted, this often, in seconds.
 LOOK_AROUND_SECONDS = 1.0
+# A lane for backfills merges so many times in each look, if there is as much to merge.
+BACKFILL_MERGES = 5
 # A model that has not answered for this long, in seconds, holds up no other: nothing more is claimed for it.
 BUSY_SECONDS = 1.0
 # The threads of a lane, as a multiple of the requests that one model may have at a time.
@@ -166,13 +168,20 @@ class _Lane:
             if self._is_wanted:
                 self._database.clean_up()
                 self._database.commit()
-                self._database.merge_segments(dedicated=self._backfill)
+                self._merge_segments()
             self._database.commit()
             self._look_around()
             if self._has_worked:
                 heap.trim()
                 self._has_worked = False
         return self._is_wanted and now < self._ends_at
+
+    def _merge_segments(self) -> None:
+        # A backfill writes more segments in the time between two looks than one merge takes.
+        for _ in range(BACKFILL_MERGES if self._backfill else 1):
+            if not self._database.merge_segments(dedicated=self._backfill):
+                break
+            self._database.commit()
 
     def works(self) -> bool:
         """Makes a pass, if something is due. Returns whether it was."""

@@ -158,6 +158,8 @@ class FakeDatabase(Database):
         self.watch: Callable[[str], None] = lambda statement: None
         # The calls, in order.
         self.statements: list[str] = []
+        # How many merges of the text index are due.
+        self.merges = 0
         # The keys of each statement that reads, and of each that writes.
         self.read_keys: list[list[str]] = []
         self.written_keys: list[list[str]] = []
@@ -220,8 +222,10 @@ class FakeDatabase(Database):
     def clean_up(self) -> None:
         self._note("clean_up")
 
-    def merge_segments(self, *, dedicated: bool = False) -> None:
+    def merge_segments(self, *, dedicated: bool = False) -> bool:
         self._note("merge_segments")
+        self.merges -= 1
+        return self.merges >= 0
 
     def lock_lanes(self) -> None:
         self._note("lock_lanes")

@@ -31,9 +31,9 @@ class Lane:
         options = Options(batch_size, max_requests, timeout_seconds)
         return worker.run_pass(self.database, self.network, options)
 
-    def work(self, run_seconds: float, max_requests: int = 1) -> None:
+    def work(self, run_seconds: float, max_requests: int = 1, *, backfill: bool = False) -> None:
         options = Options(100, max_requests, 60)
-        worker.work(self.database, self.network, options, run_seconds)
+        worker.work(self.database, self.network, options, run_seconds, backfill=backfill)
 
     def stop_when(self, condition: Callable[[], object]) -> None:
         """Ends the lane after the pass in which the condition comes true."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import replace
-from itertools import count
+from itertools import count, pairwise
 from typing import Any
 
 import pytest
@@ -111,6 +111,24 @@ def test_a_lane_frees_the_jobs_of_dead_lanes_now_and_then(
     lane.work(run_seconds=0.7)
 
     assert 2 <= database.statements.count("clean_up") <= 3
+
+
+@pytest.mark.parametrize(
+    ("backfill", "due", "merges"), [(False, 0, 1), (False, 9, 1), (True, 0, 1), (True, 2, 3), (True, 9, 5)]
+)
+def test_a_lane_for_backfills_merges_several_times_in_each_look(
+    lane: Lane, database: FakeDatabase, backfill: bool, due: int, merges: int
+) -> None:
+    database.merges = due
+    looks = iter([False, True])
+    lane.stop_when(lambda: next(looks))
+
+    lane.work(run_seconds=20, backfill=backfill)
+
+    statements = database.statements
+    assert statements.count("merge_segments") == merges
+    # No lock of a merge outlasts it.
+    assert {after for before, after in pairwise(statements) if before == "merge_segments"} == {"commit"}
 
 
 def test_a_lane_gives_memory_back_once_when_it_has_worked(
