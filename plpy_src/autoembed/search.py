@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 VECTOR, TEXT = "vector", "text"
 # So many of the nearest rows, and of those with the best words, are compared by both, or as many as a page has. Pages
 # of ten answer the questions of the bench as well with 200 and with 30 of them (nDCG@10 0.802), and each takes time.
-CANDIDATES = 50
+CANDIDATES = 40
 MAX_CANDIDATES = 1000
 # So many rows are compared one by one sooner than an index finds the nearest of them among others, or candidates are
 # tried until some are among them.
