@@ -235,8 +235,7 @@ BEGIN
         FROM autoembed._exact_answers(table_name, embedding_column, queries, 100, _wanted) AS e
     LOOP
     END LOOP;
-    -- A single embedding has no other that is near.
-    IF (0 OPERATOR(pg_catalog.<) ANY (_answers.counts)) IS NOT TRUE THEN
+    IF _answers.vectors IS NULL THEN
         RAISE EXCEPTION USING
             ERRCODE = 'object_not_in_prerequisite_state',
             MESSAGE = pg_catalog.format('table %s has no embeddings to measure by', table_name),
@@ -249,10 +248,11 @@ BEGIN
             _answers.counts
         ) AS r;
         -- A sample that is lucky by chance is not enough.
-        EXIT WHEN recall_low OPERATOR(pg_catalog.>=) target OR NOT _has_index;
+        EXIT WHEN recall_low OPERATOR(pg_catalog.>=) target OR recall IS NULL OR NOT _has_index;
     END LOOP;
-    -- Without an index all rows are compared. An index that comes later needs a measurement of its own.
-    IF NOT _has_index THEN
+    -- A single embedding has no other that is near. Without an index all rows are compared, and an index that comes
+    -- later needs a measurement of its own.
+    IF recall IS NULL OR NOT _has_index THEN
         RETURN;
     END IF;
     UPDATE autoembed.pipeline AS p
