@@ -127,7 +127,7 @@ def packed(posting: Posting, document_count: int) -> tuple[bytes, bytes]:
 
 
 def unpacked(ordinals: bytes, levels: bytes) -> Posting:
-    """A posting of the text index."""
+    """A posting of the text index, or those of several segments in one form, one after the other."""
     import numpy as np
 
     return Posting(np.frombuffer(ordinals, ">u2") if ordinals else None, np.frombuffer(levels, np.uint8))

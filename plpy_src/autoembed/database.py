@@ -30,6 +30,7 @@ from autoembed.bm25 import (
     most_dead,
     parts,
     plain_words,
+    unpacked,
 )
 from autoembed.errors import (
     INSUFFICIENT_PRIVILEGE,
@@ -1269,11 +1270,9 @@ class Database:
         for row in rows:
             if row["segments"] is not None:
                 places = np.searchsorted(segments, _numbers(row["segments"], ">i8"))
-                ordinals = np.frombuffer(row["ordinals"], ">u2") if row["ordinals"] else None
-                posting = TermPostings(
-                    starts[places], _numbers(row["sizes"], ">i4"), ordinals, np.frombuffer(row["levels"], np.uint8)
-                )
-                postings.setdefault(row["term"], []).append(posting)
+                posting = unpacked(row["ordinals"], row["levels"])
+                of_term = TermPostings(starts[places], _numbers(row["sizes"], ">i4"), *posting)
+                postings.setdefault(row["term"], []).append(of_term)
         return {row["term"]: row["occurrences"] for row in rows}, postings
 
     def _joined_segments(self, table: int, ids: bytes) -> tuple[Documents, np.ndarray, np.ndarray]:
