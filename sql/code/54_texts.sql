@@ -2,17 +2,22 @@
 
 CREATE OR REPLACE FUNCTION autoembed._text_config(pipeline_id integer)
     RETURNS regconfig
-    LANGUAGE sql
+    LANGUAGE plpgsql
     STABLE
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-AS $sql$
-    SELECT c.oid::regconfig
-    FROM autoembed.pipeline AS p
-    JOIN pg_ts_config AS c ON true
-    JOIN pg_namespace AS n ON n.oid = c.cfgnamespace
-    WHERE p.id = _text_config.pipeline_id AND format('%I.%I', n.nspname, c.cfgname) = p.text_config;
-$sql$;
+AS $plpgsql$
+BEGIN
+    RETURN (
+        SELECT c.oid::regconfig
+        FROM autoembed.pipeline AS p
+        -- Of the thirty that PostgreSQL has, only these are worth a call of format().
+        JOIN pg_ts_config AS c ON strpos(replace(p.text_config, '""', '"'), c.cfgname::text) > 0
+        JOIN pg_namespace AS n ON n.oid = c.cfgnamespace
+        WHERE p.id = _text_config.pipeline_id AND format('%I.%I', n.nspname, c.cfgname) = p.text_config
+    );
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._text_config IS
     'The text search configuration of a pipeline. NULL: it has none, or that one was dropped.';
 

@@ -115,22 +115,30 @@ CREATE OR REPLACE FUNCTION autoembed._searched(
 AS $plpgsql$
 DECLARE
     _is_ambiguous boolean;
+    _has_lost_its_table boolean;
     _advice text;
     _void text;
 BEGIN
-    SELECT p.table_id, coalesce(p.embeddings_table, p.table_id), coalesce(p.model, autoembed._default_model()), p.id,
-           concat_ws(' ', p.xmin, p.ctid, CASE
-               WHEN p.text_config IS NOT NULL THEN autoembed._text_config(p.id)::oid
-           END),
+    SELECT p.table_id, coalesce(p.embeddings_table, p.table_id), coalesce(p.model, m.name, autoembed._default_model()),
+           p.id,
+           -- A call of _text_config() takes as long as the rest of this query.
+           concat_ws(' ', p.xmin, p.ctid, m.xmin, m.ctid, CASE WHEN p.text_config IS NOT NULL THEN (
+               SELECT c.oid
+               FROM pg_ts_config AS c
+               JOIN pg_namespace AS n ON n.oid = c.cfgnamespace
+               WHERE format('%I.%I', n.nspname, c.cfgname) = p.text_config
+                 AND strpos(replace(p.text_config, '""', '"'), c.cfgname::text) > 0
+           ) END),
            -- The first of several sets beside the rows counts until it is detached: another model takes its place at
            -- once.
-           count(*) OVER () > 1 AND bool_or(p.embeddings_table IS NULL) OVER ()
-    INTO table_id, vectors_table, model, pipeline_id, version, _is_ambiguous
+           count(*) OVER () > 1 AND bool_or(p.embeddings_table IS NULL) OVER (),
+           p.embeddings_table IS NOT NULL AND e.oid IS NULL
+    INTO table_id, vectors_table, model, pipeline_id, version, _is_ambiguous, _has_lost_its_table
     FROM autoembed.pipeline AS p
+    LEFT JOIN autoembed.model AS m ON m.name = coalesce(p.model, autoembed._default_model())
+    LEFT JOIN pg_class AS e ON e.oid = p.embeddings_table
     WHERE _searched.table_name IN (p.table_id, p.embeddings_table)
-      AND coalesce(_searched.embedding_column, p.embedding_column) IN (
-          p.embedding_column, (SELECT c.relname FROM pg_class AS c WHERE c.oid = p.embeddings_table)
-      )
+      AND coalesce(_searched.embedding_column, p.embedding_column) IN (p.embedding_column, e.relname)
     ORDER BY p.id
     LIMIT 1;
     IF table_name IS NULL THEN
@@ -164,8 +172,9 @@ BEGIN
                 FROM pg_class AS c WHERE c.oid = table_name
             ), format('Attach it: SELECT autoembed.enable(%L, …).', table_name));
     END IF;
-    _void := autoembed._check_beside(table_id, nullif(vectors_table, table_id));
-    version := concat_ws(' ', version, (SELECT concat(m.xmin, m.ctid) FROM autoembed.model AS m WHERE m.name = model));
+    IF _has_lost_its_table THEN
+        _void := autoembed._check_beside(table_id, vectors_table);
+    END IF;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._searched IS

@@ -46,6 +46,8 @@ CREATE TABLE autoembed.pipeline (
     CHECK (num_nonnulls(content_columns, content_template, content_function) = 1),
     CHECK ((chunking = 'function') = (chunk_function IS NOT NULL))
 );
+-- A search may name the embeddings table.
+CREATE INDEX pipeline_embeddings_table_idx ON autoembed.pipeline (embeddings_table);
 COMMENT ON TABLE autoembed.pipeline IS
     'One embedding column of one table, with its content and its model. See enable().';
 COMMENT ON COLUMN autoembed.pipeline.id IS 'The number in its jobs and in the names of its functions and triggers.';

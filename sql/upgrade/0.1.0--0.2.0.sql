@@ -62,6 +62,7 @@ COMMENT ON COLUMN autoembed.pipeline.chunk_overlap IS 'The tokens that a chunk r
 ALTER TABLE autoembed.pipeline DROP CONSTRAINT pipeline_table_id_embedding_column_key;
 ALTER TABLE autoembed.pipeline ADD CONSTRAINT pipeline_embedding_column_key
     UNIQUE NULLS NOT DISTINCT (table_id, embeddings_table, embedding_column);
+CREATE INDEX pipeline_embeddings_table_idx ON autoembed.pipeline (embeddings_table);
 COMMENT ON COLUMN autoembed.pipeline.embeddings_table IS
     'The table beside it that holds the embeddings; NULL: they are in the rows themselves.';
 COMMENT ON COLUMN autoembed.pipeline.embedding_column IS

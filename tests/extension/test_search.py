@@ -778,3 +778,27 @@ def test_nothing_is_found_for_no_words(short: Connection, api: FakeApi, words: s
 
     assert short.execute("SELECT * FROM autoembed.search(NULL::pages, %s)", [words]).fetchall() == []
     assert len(api.log()) == before
+
+
+@pytest.mark.parametrize("name", ["pages", "pages_embeddings"])
+def test_the_number_of_attached_tables_makes_no_search_slower(short: Connection, name: str) -> None:
+    attach(short, "NULL", ["one", "two"])
+    search = f"SELECT key FROM autoembed.search('{name}', 'one', mode => 'vector')"
+
+    def blocks() -> int:
+        """Those that a search reads in a session that has planned its queries."""
+        short.execute(search.encode())
+        [(plan,)] = short.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {search}".encode())
+        return int(plan[0]["Plan"]["Shared Hit Blocks"])
+
+    before = blocks()
+    # Rows of tables that are gone.
+    short.execute("SET session_replication_role = replica")
+    short.execute(
+        "INSERT INTO autoembed.pipeline (table_id, embeddings_table, embedding_column, key_columns, content_columns)"
+        " SELECT 4000000000 + n, 4100000000 + n, 'embedding', '{id}', '{body}' FROM generate_series(1, 10000) AS n"
+    )
+    short.execute("SET session_replication_role = origin")
+    short.execute("ANALYZE autoembed.pipeline")
+
+    assert blocks() < before + 20
