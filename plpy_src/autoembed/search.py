@@ -17,7 +17,7 @@ from autoembed.jobs import address_of
 if TYPE_CHECKING:
     from autoembed import database
 
-VECTOR, TEXT = "vector", "text"
+VECTOR, TEXT, HYBRID = "vector", "text", "hybrid"
 # So many of the nearest rows, and of those with the best words, are compared by both, or as many as a page has. Pages
 # of ten answer the questions of the bench as well with 200 and with 30 of them (nDCG@10 0.802), and each takes time.
 CANDIDATES = 40
@@ -41,6 +41,12 @@ MAX_OUTSTANDING_MESSAGES = 1000
 MAX_OUTSTANDING_ROWS = 5000
 MAX_CHANGED_ROWS = 1000
 MAX_CHANGED_BYTES = 1_000_000
+
+
+# No search lists more rows.
+MAX_ROWS = 2**31 - 1
+# So many rows at most are found and read by one query: autoembed._nearest_rows_slots() makes it for them.
+ROWS_AT_ONCE = 10
 
 
 class Near(NamedTuple):
@@ -78,7 +84,7 @@ class Search:
 
     def mode(self, mode: str | None) -> str:
         """This mode, or the table's own. Raises Fault if the table does not have it."""
-        mode = mode or ("hybrid" if self.target["has_texts"] else VECTOR)
+        mode = mode or (HYBRID if self.target["has_texts"] else VECTOR)
         if mode != VECTOR and not self.target["has_texts"]:
             raise Fault(
                 f"table {self._table_name} has no text index",
@@ -123,6 +129,22 @@ class Search:
         rest = [row for row in near if row.key not in keys and row.key not in others]
         return [*hits, *(Hit(row.key, row.number, 0.0, row.similarity, None) for row in rest)], by_index
 
+    def at_once(self, query: str, wanted: int) -> tuple[dict[str, Any] | None, bool | None]:
+        """The query that finds the nearest rows and reads them, and its vector; with whether an index answers it.
+
+        None: it does not suit the search. It gives no rows if it finds too few.
+        """
+        target = self.target
+        if not target["nearest_rows"] or self._condition is not None or target["has_policies"]:
+            return None, None
+        by_index = self._suits_index(target["row_count"])
+        if wanted > ROWS_AT_ONCE or by_index and target["is_binary"]:
+            return None, None
+        vector = self._here.embed(query, target)
+        if by_index and target["ef_search"] != DEFAULT_EF_SEARCH:
+            self._here.set_ef_search(target["ef_search"])
+        return {"rows_query": target["nearest_rows"], "vector": vector}, by_index
+
     def nearest(
         self, vector: str, wanted: int, *, at_least: int = 0, by_index: bool | None = None, ef_search: int | None = None
     ) -> tuple[list[Near], bool]:
@@ -133,9 +155,7 @@ class Search:
         """
         target = self.target
         estimated = self._estimated_matches() if by_index is None and target["has_index"] else None
-        if by_index is None:
-            by_index = estimated is None or estimated > FEW_ROWS
-        by_index = by_index and target["has_index"]
+        by_index = self._suits_index(estimated) if by_index is None else by_index and target["has_index"]
         ef_search = ef_search or target["ef_search"]
         sought = with_spare(wanted) if by_index and not target["is_binary"] else wanted
         limit = max(sought, at_least)
@@ -174,6 +194,10 @@ class Search:
                 self._here.go_on_by_index()
                 goes_on = True
 
+    def _suits_index(self, estimated: float | None) -> bool:
+        """Whether an index finds the nearest of about so many rows sooner than a comparison of all. None: unknown."""
+        return self.target["has_index"] and (estimated is None or estimated < 0 or estimated > FEW_ROWS)
+
     def _nearness_of(self, vector: str, keys: list[str]) -> dict[str, Near | None]:
         """These rows. None: it has no embedding yet."""
         if not keys:
@@ -194,6 +218,28 @@ class Search:
                 hint=fault.hint or f"It is what would stand behind WHERE, with columns of table {self._table_name}.",
                 errcode=fault.errcode,
             ) from error
+
+
+def checked(
+    max_rows: int | None, skip_rows: int | None, mode: str | None, vector_weight: float | None
+) -> tuple[int, int, float]:
+    """max_rows, skip_rows and vector_weight as a search takes them. Raises Fault for what none can."""
+    if max_rows is None or skip_rows is None or max_rows < 0 or skip_rows < 0:
+        given = ["NULL" if one is None else one for one in (max_rows, skip_rows)]
+        raise Fault(
+            "max_rows and skip_rows must be 0 or more, not {} and {}".format(*given),
+            hint="Leave them out for the ten nearest rows.",
+        )
+    if mode is not None and mode not in (VECTOR, TEXT, HYBRID):
+        raise Fault(
+            f"mode must be hybrid, vector or text, not {mode or 'an empty text'}",
+            hint="Leave it out for hybrid where the table has a text index, and for vector where it has none.",
+        )
+    # NaN is in no range.
+    if vector_weight is None or not 0 <= vector_weight <= 1:
+        given_weight = "NULL" if vector_weight is None else f"{vector_weight:.15g}"
+        raise Fault(f"vector_weight must be from 0 to 1, not {given_weight}", hint="Leave it out for 0.7.")
+    return min(max_rows, MAX_ROWS - skip_rows), skip_rows, vector_weight
 
 
 def near_of(key: str, distance: float, number: int | None) -> Near:

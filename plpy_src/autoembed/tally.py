@@ -8,7 +8,6 @@ that can be ignored, and no signal that ends the server.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import itertools
 import math
@@ -16,13 +15,10 @@ import os
 import struct
 import time
 
-from autoembed import search_text
-
 # The import of typing takes as long as all of these.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-    from typing import Any
+    from collections.abc import Iterable, Sequence
 
 # Limits of the buckets, in milliseconds: each is 2 ** 0.25 times the one before.
 FIRST_LIMIT = 0.1
@@ -158,43 +154,8 @@ def _read(file: int) -> Figures | None:
 
 
 _of_databases: dict[int, Tally] = {}
-# The files for the searches that a role may have counted, by its OID, the pipeline and the OID of the table.
-_counted: dict[tuple[int, int, int], Tally] = {}
-_server: Any = None
 
 
 def of_database(database: int) -> Tally:
     """The files of this database, in the server's folder for those of extensions, which no base backup has."""
     return _of_databases.setdefault(database, Tally("pg_stat_tmp", database))
-
-
-def note(
-    pipeline_id: int,
-    table: int,
-    milliseconds: float,
-    by_index: bool | None,
-    wanted: int,
-    found: int,
-    fell_back: bool,
-    query: Callable[[str], Any],
-) -> bool:
-    """Counts a search, if the caller may read the table. Any role that may search can call autoembed._note_search()."""
-    global _server
-    if _server is None:
-        _server = ctypes.PyDLL(None)
-        _server.GetUserId.restype = ctypes.c_uint
-    caller = (_server.GetUserId(), pipeline_id, table)
-    tally = _counted.get(caller)
-    if tally is None:
-        [row] = query(
-            f"SELECT d.oid::pg_catalog.int8 AS database, pg_catalog.has_any_column_privilege({int(table)}, 'SELECT')"
-            f" AND autoembed._is_pipeline_of({int(pipeline_id)}, {int(table)}) AS may FROM pg_catalog.pg_database AS d"
-            " WHERE d.datname OPERATOR(pg_catalog.=) pg_catalog.current_database()"
-        )
-        if not row["may"]:
-            return False
-        tally = _counted[caller] = of_database(row["database"])
-    from_cache = search_text.was_kept and by_index is not None
-    facts = (by_index is False, by_index is True, found < wanted, found == 0, from_cache, fell_back)
-    tally.add((pipeline_id, table), milliseconds, facts)
-    return True

@@ -57,7 +57,9 @@ BEGIN
     IF owner IS NOT NULL THEN
         EXECUTE format('ALTER FUNCTION %s OWNER TO %I', _function, owner);
     END IF;
-    IF template_name IN ('may_read', 'may_read_all', 'chunk', 'long_version', 'long_text', 'long_chunk') THEN
+    IF template_name IN (
+        'may_read', 'may_read_all', 'chunk', 'long_version', 'long_text', 'long_chunk', 'nearest_rows'
+    ) THEN
         -- It runs with the rights of the reader, who may be any role.
         IF NOT has_function_privilege('public', _function, 'EXECUTE') THEN
             EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO PUBLIC', _function);
@@ -404,7 +406,7 @@ BEGIN
             WHERE a.attrelid = pipeline.table_id AND NOT a.attisdropped
               AND a.attname = ANY (_needed_columns || pipeline.embedding_column)
         )
-    );
+    ) || coalesce(autoembed._nearest_rows_slots(pipeline), '{}');
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._slots IS
@@ -685,6 +687,9 @@ BEGIN
             END IF;
             PERFORM autoembed._admit_readers(slots);
         END IF;
+        IF slots ? 'nearest_rows_by_index' THEN
+            PERFORM autoembed._create_function('nearest_rows', slots);
+        END IF;
     END IF;
     IF NOT (slots ->> 'managed')::boolean THEN
         RETURN;
@@ -732,7 +737,8 @@ BEGIN
         FROM pg_proc AS p
         WHERE p.pronamespace = 'autoembed'::regnamespace
           AND (p.proname IN ('_content_' || pipeline_id, '_write_' || pipeline_id, '_scan_' || pipeline_id,
-                             '_text_' || pipeline_id, '_erase_' || pipeline_id, '_split_' || pipeline_id)
+                             '_text_' || pipeline_id, '_erase_' || pipeline_id, '_split_' || pipeline_id,
+                             '_nearest_rows_' || pipeline_id)
                OR with_triggers AND p.proname IN ('_capture_' || pipeline_id, '_clear_' || pipeline_id))
     LOOP
         EXECUTE format('DROP FUNCTION %s %s', _function, CASE WHEN with_triggers THEN 'CASCADE' END);

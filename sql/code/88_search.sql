@@ -181,6 +181,138 @@ COMMENT ON FUNCTION autoembed._searched IS
     'The table whose rows a search finds, the table with their embeddings, their model, and their pipeline. version: '
     'another text once the pipeline, its model or its text search configuration is changed.';
 
+CREATE OR REPLACE FUNCTION autoembed._vector_access(
+    pipeline autoembed.pipeline,
+    OUT vector_type text,
+    OUT expression text,
+    OUT operator text
+)
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+    SET quote_all_identifiers = off
+AS $plpgsql$
+BEGIN
+    SELECT v.full_name, format('OPERATOR(%I.<=>)', n.nspname) INTO vector_type, operator
+    FROM pg_attribute AS a
+    JOIN autoembed._vector_types() AS v ON v.id = a.atttypid
+    JOIN pg_type AS t ON t.oid = v.id
+    JOIN pg_namespace AS n ON n.oid = t.typnamespace
+    WHERE a.attrelid = coalesce(pipeline.embeddings_table, pipeline.table_id)
+      AND a.attname = pipeline.embedding_column;
+    IF vector_type IS NULL THEN
+        RETURN;
+    END IF;
+    SELECT k.expression INTO expression FROM autoembed._index_key(pipeline) AS k;
+    IF expression <> quote_ident(pipeline.embedding_column) THEN
+        -- An index on a cast.
+        vector_type := substr(expression, length(quote_ident(pipeline.embedding_column) || '::') + 1);
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._vector_access IS
+    'How a query compares vectors of a pipeline so that an index may serve it: the expression of the stored vector, '
+    'without the alias of its table, the operator of the distance, and the type of the other vector. NULL: the column '
+    'holds no vectors.';
+
+CREATE OR REPLACE FUNCTION autoembed._nearest_rows_slots(pipeline autoembed.pipeline)
+    RETURNS jsonb
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+    SET quote_all_identifiers = off
+AS $plpgsql$
+DECLARE
+    _is_beside CONSTANT boolean := pipeline.embeddings_table IS NOT NULL;
+    _is_chunked CONSTANT boolean := _is_beside AND pipeline.chunking <> 'none';
+    _access CONSTANT record := autoembed._vector_access(pipeline);
+    _slots jsonb;
+    _keys text;
+    _near_keys text;
+    _distance text;
+    _nearest text;
+    _query CONSTANT text := autoembed._function_template('nearest_rows_query');
+BEGIN
+    IF _access.vector_type IS NULL OR EXISTS (
+        SELECT FROM pg_class AS c
+        WHERE c.oid IN (pipeline.table_id, pipeline.embeddings_table) AND c.relkind <> 'r'
+    ) OR EXISTS (
+        -- A comparison of keys is to run no code but PostgreSQL's own.
+        SELECT FROM pg_attribute AS a
+        WHERE a.attrelid IN (pipeline.table_id, pipeline.embeddings_table)
+          AND a.attname = ANY (pipeline.key_columns) AND a.atttypid >= 16384
+    ) THEN
+        RETURN NULL;
+    END IF;
+    SELECT jsonb_build_object(
+        'nearest_vector_type', _access.vector_type,
+        'nearest_table', format('ONLY %s', pipeline.table_id),
+        'row_type', pipeline.table_id::text,
+        'row_columns', string_agg(format('t.%I', a.attname), ', ' ORDER BY a.attnum),
+        'found_names', string_agg('c' || a.attnum, ', ' ORDER BY a.attnum),
+        'found_columns', string_agg('f.c' || a.attnum, ', ' ORDER BY a.attnum),
+        'nearest_passage', CASE
+            WHEN _is_beside THEN autoembed._passage_expression(pipeline, '(h.hit)', 'h.start', 'h.stop', 'h.digest')
+            ELSE 'NULL::pg_catalog.text'
+        END
+    )
+    INTO _slots
+    FROM pg_attribute AS a
+    WHERE a.attrelid = pipeline.table_id AND a.attnum > 0 AND NOT a.attisdropped;
+    SELECT _slots || jsonb_build_object('is_near', string_agg(format(
+               't.%I %s n.k%s', k.name, autoembed._operator(pipeline.table_id, k.name, 3), k.number
+           ), ' AND ' ORDER BY k.number)),
+           string_agg(format('v.%I AS k%s', k.name, k.number), ', ' ORDER BY k.number),
+           string_agg('y.k' || k.number, ', ' ORDER BY k.number)
+    INTO _slots, _keys, _near_keys
+    FROM unnest(pipeline.key_columns) WITH ORDINALITY AS k(name, number);
+    _distance := format('v.%s %s given._vector', _access.expression, _access.operator);
+    _nearest := format(
+        'SELECT x.*, CASE WHEN x.raw OPERATOR(pg_catalog.=) ''NaN''::pg_catalog.float8 THEN 1 ELSE x.raw END '
+        'AS distance, pg_catalog.row_number() OVER () AS place, pg_catalog.count(*) OVER () AS compared '
+        'FROM (SELECT %s, %s, %s AS key, %s AS raw FROM %s ',
+        _keys, CASE
+            WHEN _is_beside THEN 'v.chunk_number AS number, v.chunk_start AS start, v.chunk_end AS stop, v.digest'
+            ELSE 'NULL::pg_catalog.int4 AS number, NULL::pg_catalog.int4 AS start, NULL::pg_catalog.int4 AS stop, '
+                'NULL::pg_catalog.bytea AS digest'
+        END, autoembed._key_expression(pipeline, 'v'), _distance, CASE
+            WHEN _is_beside THEN format('%s AS v', pipeline.embeddings_table)
+            ELSE format('ONLY %s AS v WHERE v.%I IS NOT NULL', pipeline.table_id, pipeline.embedding_column)
+        END
+    );
+    RETURN _slots || (
+        SELECT jsonb_object_agg(w.slot, autoembed._filled(_query, _slots || jsonb_build_object(
+            'nearest', format(
+                CASE
+                    -- The nearest chunk of a row counts.
+                    WHEN _is_chunked THEN
+                        '(SELECT DISTINCT ON (%2$s) y.* FROM (%1$s) AS y ORDER BY %2$s, y.distance, y.place)'
+                    ELSE '(%1$s)'
+                END, format('%s ORDER BY %s LIMIT %s) AS x', _nearest, w.ordered_by, l.vectors), _near_keys
+            ),
+            'are_enough', concat('f.found OPERATOR(pg_catalog.>=) ($3 OPERATOR(pg_catalog.+) $4)', CASE
+                WHEN w.compares_all THEN format(' OR f.compared OPERATOR(pg_catalog.<) %s', l.vectors)
+            END)
+        )))
+        FROM (VALUES
+            -- An index rounds vectors, so its order is not quite that of the distances.
+            ('nearest_rows_by_index', _distance, 15, false),
+            -- No index has this order. Of rows that are as near, the same come first in each search.
+            ('nearest_rows_by_comparison', format(
+                '(%s) OPERATOR(pg_catalog.+) 0::pg_catalog.float8, key, number', _distance
+            ), 10, true)
+        ) AS w(slot, ordered_by, wanted, compares_all)
+        CROSS JOIN LATERAL (
+            -- Several chunks of one row may be near.
+            SELECT w.wanted + CASE WHEN _is_chunked THEN least(3 * w.wanted, 50) ELSE 0 END AS vectors
+        ) AS l
+    );
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._nearest_rows_slots IS
+    'The slots of nearest_rows.sql, of which a page with up to ten rows can be read. NULL: the table is partitioned or '
+    'foreign, has keys of types that are not PostgreSQL''s, or no vectors.';
+
 CREATE OR REPLACE FUNCTION autoembed._search_target(
     pipeline_id integer,
     OUT table_id regclass,
@@ -208,7 +340,8 @@ CREATE OR REPLACE FUNCTION autoembed._search_target(
     OUT ef_search integer,
     OUT is_binary boolean,
     OUT lasts boolean,
-    OUT texts_query text
+    OUT texts_query text,
+    OUT nearest_rows text
 )
     LANGUAGE plpgsql
     -- It sees what was committed before the tables were locked, and not before the statement began.
@@ -222,6 +355,7 @@ AS $plpgsql$
 DECLARE
     _pipeline autoembed.pipeline;
     _vectors_table regclass;
+    _access record;
     _expression text;
     _operator text;
     _key text;
@@ -264,17 +398,10 @@ BEGIN
     has_texts := autoembed._text_config(_pipeline.id) IS NOT NULL;
     _vectors_table := coalesce(_pipeline.embeddings_table, _pipeline.table_id);
     model := coalesce(_pipeline.model, autoembed._default_model());
-    SELECT v.full_name, format('OPERATOR(%I.<=>)', n.nspname) INTO vector_type, _operator
-    FROM pg_attribute AS a
-    JOIN autoembed._vector_types() AS v ON v.id = a.atttypid
-    JOIN pg_type AS t ON t.oid = v.id
-    JOIN pg_namespace AS n ON n.oid = t.typnamespace
-    WHERE a.attrelid = _vectors_table AND a.attname = _pipeline.embedding_column;
-    SELECT k.expression INTO _expression FROM autoembed._index_key(_pipeline) AS k;
-    IF _expression <> quote_ident(_pipeline.embedding_column) THEN
-        -- An index on a cast.
-        vector_type := substr(_expression, length(quote_ident(_pipeline.embedding_column) || '::') + 1);
-    END IF;
+    _access := autoembed._vector_access(_pipeline);
+    vector_type := _access.vector_type;
+    _expression := _access.expression;
+    _operator := _access.operator;
     has_index := EXISTS (
         SELECT FROM autoembed._vector_index(_vectors_table, _pipeline.embedding_column) AS i WHERE i.indisvalid
     ) OR EXISTS (
@@ -359,6 +486,21 @@ BEGIN
         END
     );
 
+    -- The function is made again some time after such a change as it does not fit.
+    IF EXISTS (
+        SELECT FROM pg_proc AS p
+        WHERE p.pronamespace = 'autoembed'::regnamespace AND p.proname = '_nearest_rows_' || pipeline_id
+          AND p.prosrc = autoembed._filled(
+              split_part(autoembed._function_template('nearest_rows'), '$body$', 2),
+              autoembed._nearest_rows_slots(_pipeline)
+          )
+    ) THEN
+        nearest_rows := format(
+            'SELECT r.* FROM autoembed._nearest_rows_%s($7, $8, $9, $10) AS r(rank integer, hit %s, key text, '
+            'score double precision, chunk text, chunk_number integer, chunk_start integer, chunk_end integer, '
+            'similarity double precision, text_score double precision)', pipeline_id, table_id
+        );
+    END IF;
     _bits := CASE WHEN has_index THEN autoembed._bits_indexed(_vectors_table, _pipeline.embedding_column) END;
     is_binary := _bits IS NOT NULL;
     -- The candidates of a binary index are compared by their vectors, and the nearest of them found.
@@ -419,8 +561,8 @@ BEGIN
         '%s ORDER BY (e."autoembed vector" %s $1::%s)', format(_lookup_end, _same_key), _operator, vector_type
     );
     exact_end := format(
-        ')) AS t WHERE %s ORDER BY (e."autoembed vector" %s $1::%s) OPERATOR(pg_catalog.+) 0::pg_catalog.float8, key',
-        _same_key, _operator, vector_type
+        ')) AS t WHERE %s ORDER BY (e."autoembed vector" %s $1::%s) OPERATOR(pg_catalog.+) 0::pg_catalog.float8, key, '
+        'e."autoembed number"', _same_key, _operator, vector_type
     );
     IF is_binary THEN
         near_end := format(
@@ -451,8 +593,10 @@ COMMENT ON FUNCTION autoembed._search_target IS
     'NULL. matching_query, matching_end: which rows with keys $1 fulfil the condition between them. keys_query: which '
     'rows fulfil the condition behind it. has_plain_keys: no setting of the session changes how keys are written. '
     'ef_search: how many candidates an index keeps. texts_query: the present texts of the rows with keys $1, as many '
-    'of the first as have $2 bytes; NULL: they are code of the table''s owner. lasts: this is true until _searched() '
-    'gives another version, the table or that of the embeddings is altered, or PostgreSQL makes all plans again.';
+    'of the first as have $2 bytes; NULL: they are code of the table''s owner. nearest_rows: the query that finds and '
+    'reads rows for the vector $7, by the index if $8, behind $9 of them, and $10 of them; NULL: there is none. lasts: '
+    'this is true until _searched() gives another version, the table or that of the embeddings is altered, or '
+    'PostgreSQL makes all plans again.';
 
 CREATE OR REPLACE FUNCTION autoembed._lasting_target(pipeline_id integer, version text)
     RETURNS json
@@ -545,16 +689,18 @@ COMMENT ON FUNCTION autoembed._nearest IS
 
 CREATE OR REPLACE FUNCTION autoembed._search_page(
     table_name regclass,
-    embedding_column name,
     query text,
-    mode text,
+    max_rows integer,
+    skip_rows integer,
     condition text,
+    embedding_column name,
+    mode text,
     vector_weight double precision,
-    after integer,
-    last integer,
-    OUT table_id regclass,
+    candidates integer,
+    INOUT search integer,
     OUT pipeline_id integer,
     OUT rows_query text,
+    OUT vector text,
     OUT by_index boolean,
     OUT ranks integer[],
     OUT keys text[],
@@ -562,28 +708,28 @@ CREATE OR REPLACE FUNCTION autoembed._search_page(
     OUT scores double precision[],
     OUT similarities double precision[],
     OUT text_scores double precision[],
+    OUT fell_back boolean,
     OUT problem text,
     OUT hint text,
     OUT errcode text
 )
     LANGUAGE plpython3u
     STABLE
-    -- Python has it go on where that may be necessary.
-    SET hnsw.iterative_scan = 'off'
-    SET hnsw.ef_search = 100
-    -- A plan would show the candidates to a caller who may not read them.
-    SET debug_print_plan = off
 AS $python$
     if GD.get("autoembed") != "@BUILD@":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import search_doors
-    return search_doors.page(table_name, embedding_column, query, mode, condition, vector_weight, after, last)
+    return search_doors.page(
+        table_name, query, max_rows, skip_rows, condition, embedding_column, mode, vector_weight, candidates, search
+    )
 $python$;
 COMMENT ON FUNCTION autoembed._search_page IS
-    'The rows that a search finds behind rank after, up to rank last, by their keys, or the fault that SQL is to raise.'
-    ' They are rows that the caller may read. numbers: of their passages; 0 or NULL: none is known. by_index: whether '
-    'an index has found the nearest, NULL if they were not asked for. rows_query: the rows with the ranks $1, keys $2, '
-    'numbers of passages $3, and scores $4 to $6.';
+    'The query that gives the rows of a page of search(), and its parameters: the ranks $1, keys $2, numbers of '
+    'passages $3 and scores $4 to $6 of rows that the caller may read; or, if there is a vector, that as $7, whether '
+    'an index is asked as $8, skip_rows as $9 and max_rows as $10. In the latter case it may give no rows though there '
+    'are some: then the number of the search is to be handed back. NULL: there are none. candidates: so many of the '
+    'best rows are listed, too. search: the number by which _note_search() counts it. NULL if nothing was looked for. '
+    'problem: the fault that SQL is to raise.';
 
 CREATE OR REPLACE FUNCTION autoembed._rerank_candidates(model text, skip_rows integer)
     RETURNS integer
@@ -689,17 +835,14 @@ COMMENT ON FUNCTION autoembed._rerank IS
     'How well passages answer a query, by a rerank model: a score for each, or the trouble with the model.';
 
 CREATE OR REPLACE FUNCTION autoembed._reranked(
-    pipeline_id integer,
-    rows_query text,
+    page record,
     model text,
     query text,
     candidates integer,
-    INOUT ranks integer[],
-    keys text[],
-    chunk_numbers integer[],
-    INOUT scores double precision[],
-    OUT fell_back boolean
+    skip_rows integer,
+    max_rows integer
 )
+    RETURNS record
     LANGUAGE plpgsql
     STABLE
 AS $plpgsql$
@@ -712,43 +855,50 @@ DECLARE
 BEGIN
     EXECUTE pg_catalog.concat(
         'SELECT pg_catalog.array_agg(p.place), pg_catalog.array_agg(p.passage) FROM ('
-        'SELECT r.place, pg_catalog.left(coalesce(r.chunk, ', autoembed._present_text(pipeline_id), '), $7) '
-        'AS passage FROM (', rows_query, ') AS r(place, hit, key, score, chunk) ORDER BY r.place) AS p '
+        'SELECT r.place, pg_catalog.left(coalesce(r.chunk, ', autoembed._present_text(page.pipeline_id), '), $7) '
+        'AS passage FROM (', page.rows_query, ') AS r(place, hit, key, score, chunk) ORDER BY r.place) AS p '
         'WHERE pg_catalog.btrim(p.passage, $8) OPERATOR(pg_catalog.<>) ''''::pg_catalog.text'
     )
     INTO _places, _passages
-    USING ranks[:candidates], keys[:candidates], chunk_numbers[:candidates], scores[:candidates],
-          scores[:candidates], scores[:candidates], _most_characters, E' \t\r\n'::pg_catalog.text;
-    IF _passages IS NULL THEN
-        RETURN;
+    USING page.ranks[:candidates], page.keys[:candidates], page.numbers[:candidates], page.scores[:candidates],
+          page.scores[:candidates], page.scores[:candidates], _most_characters, E' \t\r\n'::pg_catalog.text;
+    IF _passages IS NOT NULL THEN
+        SELECT r.scores, r.trouble INTO _answer FROM autoembed._rerank(model, query, _passages) AS r;
+        page.fell_back := _answer.scores IS NULL;
     END IF;
-    SELECT r.scores, r.trouble INTO _answer FROM autoembed._rerank(model, query, _passages) AS r;
-    fell_back := _answer.scores IS NULL;
-    IF fell_back THEN
+    IF page.fell_back THEN
         RAISE NOTICE USING
             MESSAGE = pg_catalog.format('the rows are not reranked, because model "%s" gave no scores: %s',
                                         model, _answer.trouble),
             HINT = 'An administrator sees what to do: SELECT * FROM autoembed.doctor().';
-        RETURN;
     END IF;
-    SELECT pg_catalog.array_agg(o.rank ORDER BY o.number), pg_catalog.array_agg(o.score ORDER BY o.number)
-    INTO ranks, scores
+    SELECT pg_catalog.array_agg(o.rank), pg_catalog.array_agg(o.key), pg_catalog.array_agg(o.number),
+           pg_catalog.array_agg(o.score), pg_catalog.array_agg(o.similarity), pg_catalog.array_agg(o.text_score)
+    INTO page.ranks, page.keys, page.numbers, page.scores, page.similarities, page.text_scores
     FROM (
-        SELECT l.number,
-               pg_catalog.row_number() OVER (ORDER BY s.score DESC NULLS LAST, l.rank)::integer AS rank,
+        SELECT pg_catalog.row_number() OVER (ORDER BY s.score DESC NULLS LAST, l.rank)::integer AS rank,
+               l.key, l.number, l.similarity, l.text_score,
                -- The rows behind them have no higher score than the last of them.
-               coalesce(s.score, least(pg_catalog.min(s.score) OVER (), 0::double precision)) AS score
-        FROM pg_catalog.unnest(ranks) WITH ORDINALITY AS l(rank, number)
+               coalesce(s.score, CASE
+                   WHEN _answer.scores IS NULL THEN l.score
+                   ELSE least(pg_catalog.min(s.score) OVER (), 0::double precision)
+               END) AS score
+        FROM ROWS FROM (
+            pg_catalog.unnest(page.ranks), pg_catalog.unnest(page.keys), pg_catalog.unnest(page.numbers),
+            pg_catalog.unnest(page.scores), pg_catalog.unnest(page.similarities), pg_catalog.unnest(page.text_scores)
+        ) AS l(rank, key, number, score, similarity, text_score)
         LEFT JOIN ROWS FROM (
             pg_catalog.unnest(_places), pg_catalog.unnest(_answer.scores)
         ) AS s(rank, score) ON s.rank OPERATOR(pg_catalog.=) l.rank
-    ) AS o;
+    ) AS o
+    WHERE o.rank OPERATOR(pg_catalog.>) skip_rows
+      AND o.rank OPERATOR(pg_catalog.-) skip_rows OPERATOR(pg_catalog.<=) max_rows;
+    RETURN page;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._reranked IS
-    'The ranks and scores of the rows that a search has listed, in the order of the arrays, once a rerank model has '
-    'put the first of them in order by their passages. The rest follows. As they were, with a NOTICE, if the model '
-    'gives no scores: it fell back. The ranks begin at 1.';
+    'A page of _search_page() once a rerank model has put the first of the listed rows in order by their passages. The '
+    'rest follows. The rows are in their old order, with a NOTICE, if the model gives no scores: it fell back.';
 
 CREATE OR REPLACE FUNCTION autoembed._is_pipeline_of(pipeline_id integer, table_id oid)
     RETURNS boolean
@@ -763,15 +913,7 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._is_pipeline_of IS 'Whether a table has the pipeline of this number.';
 
-CREATE OR REPLACE FUNCTION autoembed._note_search(
-    pipeline_id integer,
-    table_id oid,
-    milliseconds double precision,
-    by_index boolean,
-    wanted integer,
-    found integer,
-    fell_back boolean
-)
+CREATE OR REPLACE FUNCTION autoembed._note_search(search integer, found integer, fell_back boolean)
     RETURNS boolean
     LANGUAGE plpython3u
     STABLE
@@ -779,116 +921,27 @@ CREATE OR REPLACE FUNCTION autoembed._note_search(
 AS $python$
     if GD.get("autoembed") != "@BUILD@":
         plpy.execute("SELECT autoembed._load_python()")
-    from autoembed import tally
-    return tally.note(pipeline_id, table_id, milliseconds, by_index, wanted, found, fell_back, plpy.execute)
+    from autoembed import search_doors
+    return search_doors.note(search, found, fell_back)
 $python$;
 COMMENT ON FUNCTION autoembed._note_search IS
-    'Counts a search for search_stats, if the caller may read the table. Runs as the caller, and writes no table.';
+    'Counts a search that the session has begun, by its number, for search_stats. found: how many rows it gave. Writes '
+    'no table.';
 
-CREATE OR REPLACE FUNCTION autoembed._hits(
-    table_name regclass,
-    query text,
-    max_rows integer,
-    skip_rows integer,
-    condition text,
-    embedding_column name,
-    mode text,
-    vector_weight double precision,
-    rerank_model text,
-    OUT ranks integer[],
-    OUT keys text[],
-    OUT chunk_numbers integer[],
-    OUT scores double precision[],
-    OUT similarities double precision[],
-    OUT text_scores double precision[],
-    OUT rows_query text,
-    OUT pipeline_id integer,
-    OUT table_id regclass,
-    OUT by_index boolean,
-    OUT fell_back boolean
-)
+CREATE OR REPLACE FUNCTION autoembed._refuse(problem text, hint text, errcode text)
+    RETURNS void
     LANGUAGE plpgsql
     STABLE
+    SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
-DECLARE
-    -- No search lists more rows.
-    _wanted integer := least(max_rows::bigint OPERATOR(pg_catalog.+) skip_rows, 2147483647);
-    -- So many of the best rows are reranked.
-    _reranked integer := CASE
-        WHEN rerank_model IS NULL THEN 0
-        ELSE autoembed._rerank_candidates(rerank_model, skip_rows)
-    END;
-    -- The ranks that are listed: those of the page, and of the rows to rerank.
-    _after integer := CASE WHEN _reranked OPERATOR(pg_catalog.>) 0 THEN 0 ELSE skip_rows END;
-    _last integer := CASE
-        WHEN _wanted OPERATOR(pg_catalog.>) 0 THEN greatest(_wanted, _reranked)
-        ELSE 0
-    END;
-    _page record;
-    _order record;
 BEGIN
-    IF max_rows IS NULL OR skip_rows IS NULL OR max_rows OPERATOR(pg_catalog.<) 0
-       OR skip_rows OPERATOR(pg_catalog.<) 0 THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'invalid_parameter_value',
-            MESSAGE = pg_catalog.format('max_rows and skip_rows must be 0 or more, not %s and %s',
-                                        coalesce(max_rows::pg_catalog.text, 'NULL'),
-                                        coalesce(skip_rows::pg_catalog.text, 'NULL')),
-            HINT = 'Leave them out for the ten nearest rows.';
-    ELSIF mode OPERATOR(pg_catalog.<>) ALL ('{vector,text,hybrid}'::pg_catalog.text[]) THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'invalid_parameter_value',
-            MESSAGE = pg_catalog.format('mode must be hybrid, vector or text, not %s', mode),
-            HINT = 'Leave it out for hybrid where the table has a text index, and for vector where it has none.';
-    ELSIF (vector_weight OPERATOR(pg_catalog.>=) 0::double precision
-           AND vector_weight OPERATOR(pg_catalog.<=) 1::double precision) IS NOT TRUE THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'invalid_parameter_value',
-            MESSAGE = pg_catalog.format('vector_weight must be from 0 to 1, not %s',
-                                        coalesce(vector_weight::pg_catalog.text, 'NULL')),
-            HINT = 'Leave it out for 0.7.';
+    IF hint = '' THEN
+        RAISE EXCEPTION USING ERRCODE = errcode, MESSAGE = problem;
     END IF;
-    -- An assignment runs no statement, and shows none in the context of an error.
-    _page := autoembed._search_page(
-        table_name, embedding_column, query, mode, condition, vector_weight, _after, _last
-    );
-    IF _page.problem IS NOT NULL AND _page.hint OPERATOR(pg_catalog.=) ''::pg_catalog.text THEN
-        RAISE EXCEPTION USING ERRCODE = _page.errcode, MESSAGE = _page.problem;
-    ELSIF _page.problem IS NOT NULL THEN
-        RAISE EXCEPTION USING ERRCODE = _page.errcode, MESSAGE = _page.problem, HINT = _page.hint;
-    ELSIF _page.pipeline_id IS NULL THEN
-        RETURN;
-    END IF;
-    ranks := _page.ranks;
-    keys := _page.keys;
-    chunk_numbers := _page.numbers;
-    scores := _page.scores;
-    similarities := _page.similarities;
-    text_scores := _page.text_scores;
-    rows_query := _page.rows_query;
-    pipeline_id := _page.pipeline_id;
-    table_id := _page.table_id;
-    by_index := _page.by_index;
-    fell_back := false;
-    IF _reranked OPERATOR(pg_catalog.>) 0 THEN
-        _order := autoembed._reranked(
-            pipeline_id, rows_query, rerank_model, query, _reranked, ranks, keys, chunk_numbers, scores
-        );
-        fell_back := coalesce(_order.fell_back, false);
-        SELECT pg_catalog.array_agg(l.rank), pg_catalog.array_agg(l.key), pg_catalog.array_agg(l.chunk_number),
-               pg_catalog.array_agg(l.score), pg_catalog.array_agg(l.similarity), pg_catalog.array_agg(l.text_score)
-        INTO ranks, keys, chunk_numbers, scores, similarities, text_scores
-        FROM ROWS FROM (
-            pg_catalog.unnest(_order.ranks), pg_catalog.unnest(keys), pg_catalog.unnest(chunk_numbers),
-            pg_catalog.unnest(_order.scores), pg_catalog.unnest(similarities), pg_catalog.unnest(text_scores)
-        ) AS l(rank, key, chunk_number, score, similarity, text_score)
-        WHERE l.rank OPERATOR(pg_catalog.>) skip_rows AND l.rank OPERATOR(pg_catalog.<=) _wanted;
-    END IF;
+    RAISE EXCEPTION USING ERRCODE = errcode, MESSAGE = problem, HINT = hint;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._hits IS
-    'The rows of a page of search(), best first: ranks, keys, numbers of passages and scores, each as an array, and '
-    'the query that gives the rows for these arrays. pipeline_id: NULL if nothing was looked for.';
+COMMENT ON FUNCTION autoembed._refuse IS 'Raises a fault that Python has found. hint: empty if there is none.';
 
 CREATE OR REPLACE FUNCTION autoembed.search(
     like_row anyelement,
@@ -915,15 +968,25 @@ CREATE OR REPLACE FUNCTION autoembed.search(
     )
     LANGUAGE plpgsql
     STABLE
+    -- Python has it go on where that may be necessary.
+    SET hnsw.iterative_scan = 'off'
+    SET hnsw.ef_search = 100
+    -- A plan would show the candidates to a caller who may not read them.
+    SET debug_print_plan = off
 AS $plpgsql$
 #variable_conflict use_column
 DECLARE
-    _began_at CONSTANT timestamptz := pg_catalog.clock_timestamp();
     _table pg_catalog.regclass := (
         SELECT t.typrelid FROM pg_catalog.pg_type AS t
         WHERE t.oid OPERATOR(pg_catalog.=) pg_catalog.pg_typeof(like_row)
     );
-    _hits record;
+    -- So many of the best rows are reranked.
+    _candidates CONSTANT integer := CASE
+        WHEN rerank_model IS NULL THEN 0
+        ELSE autoembed._rerank_candidates(rerank_model, skip_rows)
+    END;
+    _page record;
+    _search integer;
     _found integer := 0;
     _void text;
 BEGIN
@@ -934,22 +997,27 @@ BEGIN
                                         pg_catalog.pg_typeof(like_row)),
             HINT = 'For example: SELECT * FROM autoembed.search(NULL::documents, ''words'').';
     END IF;
-    -- An assignment runs no statement, and shows none in the CONTEXT of a refusal.
-    _hits := autoembed._hits(
-        _table, query, max_rows, skip_rows, condition, embedding_column, mode, vector_weight, rerank_model
-    );
-    IF pg_catalog.cardinality(_hits.keys) OPERATOR(pg_catalog.>) 0 THEN
-        RETURN QUERY EXECUTE _hits.rows_query
-        USING _hits.ranks, _hits.keys, _hits.chunk_numbers, _hits.scores, _hits.similarities, _hits.text_scores;
-        GET DIAGNOSTICS _found = ROW_COUNT;
-    END IF;
-    IF _hits.pipeline_id IS NOT NULL THEN
-        _void := autoembed._note_search(
-            _hits.pipeline_id, _hits.table_id::pg_catalog.oid, (extract(
-                epoch FROM pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) _began_at
-            ) OPERATOR(pg_catalog.*) 1000::numeric)::double precision, _hits.by_index, max_rows, _found,
-            _hits.fell_back
+    LOOP
+        -- An assignment runs no statement, and shows none in the CONTEXT of a refusal.
+        _page := autoembed._search_page(
+            _table, query, max_rows, skip_rows, condition, embedding_column, mode, vector_weight, _candidates, _search
         );
+        IF _page.problem IS NOT NULL THEN
+            _void := autoembed._refuse(_page.problem, _page.hint, _page.errcode);
+        ELSIF _page.rows_query IS NOT NULL THEN
+            IF _candidates OPERATOR(pg_catalog.>) 0 THEN
+                _page := autoembed._reranked(_page, rerank_model, query, _candidates, skip_rows, max_rows);
+            END IF;
+            RETURN QUERY EXECUTE _page.rows_query
+            USING _page.ranks, _page.keys, _page.numbers, _page.scores, _page.similarities, _page.text_scores,
+                  _page.vector, _page.by_index, skip_rows, max_rows;
+            GET DIAGNOSTICS _found = ROW_COUNT;
+        END IF;
+        _search := _page.search;
+        EXIT WHEN _page.vector IS NULL OR _found OPERATOR(pg_catalog.>) 0;
+    END LOOP;
+    IF _search IS NOT NULL THEN
+        _void := autoembed._note_search(_search, _found, _page.fell_back);
     END IF;
 END;
 $plpgsql$;
@@ -978,32 +1046,50 @@ CREATE OR REPLACE FUNCTION autoembed.search(
     )
     LANGUAGE plpgsql
     STABLE
+    -- Python has it go on where that may be necessary.
+    SET hnsw.iterative_scan = 'off'
+    SET hnsw.ef_search = 100
+    -- A plan would show the candidates to a caller who may not read them.
+    SET debug_print_plan = off
 AS $plpgsql$
 #variable_conflict use_column
 DECLARE
-    _began_at CONSTANT timestamptz := pg_catalog.clock_timestamp();
-    _hits CONSTANT record := autoembed._hits(
-        table_name, query, max_rows, skip_rows, condition, embedding_column, mode, vector_weight, rerank_model
-    );
+    -- So many of the best rows are reranked.
+    _candidates CONSTANT integer := CASE
+        WHEN rerank_model IS NULL THEN 0
+        ELSE autoembed._rerank_candidates(rerank_model, skip_rows)
+    END;
+    _page record;
+    _search integer;
     _found integer := 0;
     _void text;
 BEGIN
-    IF pg_catalog.cardinality(_hits.keys) OPERATOR(pg_catalog.>) 0 THEN
-        RETURN QUERY EXECUTE pg_catalog.concat(
-            'SELECT r.rank, r.key, r.score, r.chunk, r.chunk_number, r.chunk_start, r.chunk_end, r.similarity, '
-            'r.text_score FROM (', _hits.rows_query, ') AS r(rank, hit, key, score, chunk, chunk_number, '
-            'chunk_start, chunk_end, similarity, text_score)'
-        )
-        USING _hits.ranks, _hits.keys, _hits.chunk_numbers, _hits.scores, _hits.similarities, _hits.text_scores;
-        GET DIAGNOSTICS _found = ROW_COUNT;
-    END IF;
-    IF _hits.pipeline_id IS NOT NULL THEN
-        _void := autoembed._note_search(
-            _hits.pipeline_id, _hits.table_id::pg_catalog.oid, (extract(
-                epoch FROM pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) _began_at
-            ) OPERATOR(pg_catalog.*) 1000::numeric)::double precision, _hits.by_index, max_rows, _found,
-            _hits.fell_back
+    LOOP
+        -- An assignment runs no statement, and shows none in the CONTEXT of a refusal.
+        _page := autoembed._search_page(
+            table_name, query, max_rows, skip_rows, condition, embedding_column, mode, vector_weight, _candidates,
+            _search
         );
+        IF _page.problem IS NOT NULL THEN
+            _void := autoembed._refuse(_page.problem, _page.hint, _page.errcode);
+        ELSIF _page.rows_query IS NOT NULL THEN
+            IF _candidates OPERATOR(pg_catalog.>) 0 THEN
+                _page := autoembed._reranked(_page, rerank_model, query, _candidates, skip_rows, max_rows);
+            END IF;
+            RETURN QUERY EXECUTE pg_catalog.concat(
+                'SELECT r.rank, r.key, r.score, r.chunk, r.chunk_number, r.chunk_start, r.chunk_end, r.similarity, '
+                'r.text_score FROM (', _page.rows_query, ') AS r(rank, hit, key, score, chunk, chunk_number, '
+                'chunk_start, chunk_end, similarity, text_score)'
+            )
+            USING _page.ranks, _page.keys, _page.numbers, _page.scores, _page.similarities, _page.text_scores,
+                  _page.vector, _page.by_index, skip_rows, max_rows;
+            GET DIAGNOSTICS _found = ROW_COUNT;
+        END IF;
+        _search := _page.search;
+        EXIT WHEN _page.vector IS NULL OR _found OPERATOR(pg_catalog.>) 0;
+    END LOOP;
+    IF _search IS NOT NULL THEN
+        _void := autoembed._note_search(_search, _found, _page.fell_back);
     END IF;
 END;
 $plpgsql$;

@@ -160,7 +160,6 @@ _grant - - - x
 _guide_triggers - x - x
 _has_foreign_types - - - x
 _has_key_expression - - - x
-_hits - x - x
 _hold_index_job - - - x
 _http_hosts - - - x
 _index_job - - - x
@@ -221,6 +220,7 @@ _model_fault - - - x
 _model_identity - - - x
 _move_embeddings - - - x
 _nearest - x - x
+_nearest_rows_slots - - - x
 _needed_columns - x - x
 _never - - - x
 _new_place - x - x
@@ -264,6 +264,7 @@ _readable_text - - - x
 _readers_functions - - - x
 _recall - x - x
 _record_embedded - - - x
+_refuse - x - x
 _release - - - x
 _remove_retired_job - - - x
 _renamed - - - x
@@ -322,6 +323,7 @@ _unschedule - - - x
 _updated - - - x
 _used_types - - - x
 _vault_key - - - x
+_vector_access - - - x
 _vector_digest_expression - x - x
 _vector_faults - - - x
 _vector_index - x - x
@@ -456,7 +458,7 @@ ROUTINES = r"""
                  FROM unnest(%s::text[]) WITH ORDINALITY AS r(name, position) ORDER BY r.position) AS rights
     FROM pg_proc AS p
     WHERE p.pronamespace = 'autoembed'::regnamespace
-      AND p.proname !~ '^_(content|write|scan|text|capture|clear)_[0-9]+$'
+      AND p.proname !~ '^_(content|write|scan|nearest_rows|text|capture|clear)_[0-9]+$'
 """
 COLUMN_LETTERS = "(VALUES ('r', 'SELECT', 1), ('a', 'INSERT', 2), ('w', 'UPDATE', 3)) AS k(letter, name, n)"
 LETTERS = COLUMN_LETTERS.replace(")) AS", "), ('d', 'DELETE', 4)) AS")
@@ -586,6 +588,8 @@ def test_the_functions_of_a_table_are_its_owners_and_nobody_elses(
         ("_capture_1", "postgres", True, []),
         ("_clear_1", "postgres", True, []),
         ("_content_1", alice, True, [alice]),
+        # search() calls it with the rights of its caller.
+        ("_nearest_rows_1", "postgres", False, [people[name] for name in ("nobody", "alice", "bob", "watcher")]),
         ("_scan_1", alice, True, [alice]),
         ("_write_1", alice, True, [alice]),
     ]

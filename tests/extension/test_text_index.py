@@ -363,7 +363,7 @@ def test_whatever_a_caller_asks_the_index_tells_nothing_of_hidden_rows(
     short.execute(f"SELECT autoembed.grant_usage('{stranger}')")
     matches = """
         SELECT unnest(coalesce(p.keys, ARRAY[p.errcode]))
-        FROM autoembed._search_page('pages', NULL, 'apple secret', 'text', {}, 0.7, 0, 10) AS p
+        FROM autoembed._search_page('pages', 'apple secret', 10, 0, {}, NULL, 'text', 0.7, 0, NULL) AS p
     """
     # A condition is the caller's code, and runs with each row that it is asked about.
     short.execute(f"""
@@ -549,6 +549,7 @@ def test_segments_are_merged_that_are_many_or_fill_one(
     ("arguments", "message"),
     [
         ("mode => 'words'", "mode must be hybrid, vector or text, not words"),
+        ("mode => ''", "mode must be hybrid, vector or text, not an empty text"),
         ("vector_weight => 1.5", "vector_weight must be from 0 to 1, not 1.5"),
         ("vector_weight => NULL", "vector_weight must be from 0 to 1, not NULL"),
     ],
