@@ -41,8 +41,6 @@ MAX_OUTSTANDING_MESSAGES = 1000
 MAX_OUTSTANDING_ROWS = 5000
 MAX_CHANGED_ROWS = 1000
 MAX_CHANGED_BYTES = 1_000_000
-
-
 # No search lists more rows.
 MAX_ROWS = 2**31 - 1
 # So many rows at most are found and read by one query: autoembed._nearest_rows_slots() makes it for them.
