@@ -851,7 +851,8 @@ DECLARE
     _most_characters CONSTANT integer := 10000;
     _places integer[];
     _passages pg_catalog.text[];
-    _answer record;
+    _scores double precision[];
+    _trouble pg_catalog.text;
 BEGIN
     EXECUTE pg_catalog.concat(
         'SELECT pg_catalog.array_agg(p.place), pg_catalog.array_agg(p.passage) FROM ('
@@ -863,13 +864,13 @@ BEGIN
     USING page.ranks[:candidates], page.keys[:candidates], page.numbers[:candidates], page.scores[:candidates],
           page.scores[:candidates], page.scores[:candidates], _most_characters, E' \t\r\n'::pg_catalog.text;
     IF _passages IS NOT NULL THEN
-        SELECT r.scores, r.trouble INTO _answer FROM autoembed._rerank(model, query, _passages) AS r;
-        page.fell_back := _answer.scores IS NULL;
+        SELECT r.scores, r.trouble INTO _scores, _trouble FROM autoembed._rerank(model, query, _passages) AS r;
+        page.fell_back := _scores IS NULL;
     END IF;
     IF page.fell_back THEN
         RAISE NOTICE USING
             MESSAGE = pg_catalog.format('the rows are not reranked, because model "%s" gave no scores: %s',
-                                        model, _answer.trouble),
+                                        model, _trouble),
             HINT = 'An administrator sees what to do: SELECT * FROM autoembed.doctor().';
     END IF;
     SELECT pg_catalog.array_agg(o.rank), pg_catalog.array_agg(o.key), pg_catalog.array_agg(o.number),
@@ -880,7 +881,7 @@ BEGIN
                l.key, l.number, l.similarity, l.text_score,
                -- The rows behind them have no higher score than the last of them.
                coalesce(s.score, CASE
-                   WHEN _answer.scores IS NULL THEN l.score
+                   WHEN _scores IS NULL THEN l.score
                    ELSE least(pg_catalog.min(s.score) OVER (), 0::double precision)
                END) AS score
         FROM ROWS FROM (
@@ -888,7 +889,7 @@ BEGIN
             pg_catalog.unnest(page.scores), pg_catalog.unnest(page.similarities), pg_catalog.unnest(page.text_scores)
         ) AS l(rank, key, number, score, similarity, text_score)
         LEFT JOIN ROWS FROM (
-            pg_catalog.unnest(_places), pg_catalog.unnest(_answer.scores)
+            pg_catalog.unnest(_places), pg_catalog.unnest(_scores)
         ) AS s(rank, score) ON s.rank OPERATOR(pg_catalog.=) l.rank
     ) AS o
     WHERE o.rank OPERATOR(pg_catalog.>) skip_rows

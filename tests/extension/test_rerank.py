@@ -165,6 +165,17 @@ def test_rows_without_words_come_last(pages: Connection, api: FakeApi) -> None:
     assert len(requests(api)[0]["texts"]) == 2
 
 
+@STORAGES
+def test_rows_that_all_have_no_words_keep_their_order(pages: Connection, api: FakeApi, column: str) -> None:
+    create(pages, api)
+    attach(pages, column)
+    before = found(pages, reranked=False, max_rows=5, skip_rows=2)
+    pages.execute("UPDATE pages SET body = ' '")
+
+    assert found(pages, max_rows=5, skip_rows=2) == before
+    assert requests(api) == []
+
+
 def test_scores_below_zero_are_above_those_of_the_rows_behind(pages: Connection) -> None:
     attach(pages)
     pages.execute("CREATE SCHEMA app")
