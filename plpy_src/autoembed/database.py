@@ -1437,6 +1437,10 @@ class Database:
         """Has a vector index give as many rows as are asked for, whatever conditions leave out, for this function."""
         self._run("SELECT pg_catalog.set_config('hnsw.iterative_scan', 'strict_order', true)")
 
+    def print_no_plans(self) -> None:
+        """Keeps plans from a caller who may not read all that they look up, for this function."""
+        self._run("SELECT pg_catalog.set_config('debug_print_plan', 'off', true)")
+
     def set_ef_search(self, ef_search: int) -> None:
         """Has a vector index keep so many candidates, for this function."""
         self._run(

@@ -320,6 +320,7 @@ class TextMatches:
         self._pipeline_id: int = target["pipeline_id"]
         self._condition = condition
         self._found = set(keys)
+        here.print_no_plans()
         words = words[:MAX_QUERY_CHARACTERS]
         index = here.text_index(self._pipeline_id, words, keys, MAX_OUTSTANDING_MESSAGES)
         self._terms = index.terms
@@ -408,6 +409,8 @@ class TextMatches:
 
         A text that has changed has no chunk: its number is 0.
         """
+        # A condition may have them printed again.
+        self._here.print_no_plans()
         unread = list(dict.fromkeys(one for one, _ in candidates if one >= 0 and one not in self._read))
         self._read.update(dict.fromkeys(unread))
         self._documents.update(self._here.documents([one for one in unread if one not in self._documents]))

@@ -972,8 +972,6 @@ CREATE OR REPLACE FUNCTION autoembed.search(
     -- Python has it go on where that may be necessary.
     SET hnsw.iterative_scan = 'off'
     SET hnsw.ef_search = 100
-    -- A plan would show the candidates to a caller who may not read them.
-    SET debug_print_plan = off
 AS $plpgsql$
 #variable_conflict use_column
 DECLARE
@@ -1050,8 +1048,6 @@ CREATE OR REPLACE FUNCTION autoembed.search(
     -- Python has it go on where that may be necessary.
     SET hnsw.iterative_scan = 'off'
     SET hnsw.ef_search = 100
-    -- A plan would show the candidates to a caller who may not read them.
-    SET debug_print_plan = off
 AS $plpgsql$
 #variable_conflict use_column
 DECLARE

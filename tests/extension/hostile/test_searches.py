@@ -1,4 +1,4 @@
-"""A search reads the table of somebody else, and runs no code of its owner."""
+"""A search reads the table of somebody else, runs no code of its owner, and shows no hidden row of it."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ CONDITIONS = {
 # None but the last statement of each gives rows.
 SEARCHES = {
     "search by both": "SELECT * FROM autoembed.search('{me}.notes', 'word')",
+    "search by meaning": "SELECT * FROM autoembed.search(NULL::{me}.notes, 'word', mode => 'vector')",
     "search by words": "SELECT * FROM autoembed.search('{me}.notes', 'word', mode => 'text')",
     "search of rows": "SELECT * FROM autoembed.search_rows(NULL::{me}.notes, 'word')",
     "search with a condition": """
@@ -186,3 +187,33 @@ def test_a_key_of_an_embeddings_table_gets_its_type_again_and_the_rows_their_emb
     for search in SEARCHES:
         assert found(db, mallory, search), search
     assert_nothing_gained(db, mallory)
+
+
+@pytest.mark.parametrize("mode", ["vector", "hybrid", "text"])
+def test_no_plan_of_a_search_shows_a_hidden_row(db: Connection, bob: Tenant, mallory: Tenant, mode: str) -> None:
+    bob.run(
+        "ALTER TABLE letters ALTER id TYPE text",
+        "SELECT autoembed.alter_pipeline('letters', text_config => 'english')",
+        "INSERT INTO letters SELECT 'seen' || n, 'a letter' FROM generate_series(1, 30) AS n",
+        "INSERT INTO letters VALUES ('hidden key', 'a letter of secrets')",
+        "ALTER TABLE letters ENABLE ROW LEVEL SECURITY",
+        f"CREATE POLICY seen ON letters TO {mallory.name} USING (id ~ 'seen')",
+        f"GRANT USAGE ON SCHEMA {{me}} TO {mallory.name}; GRANT SELECT ON letters TO {mallory.name}",
+    )
+    db.execute("SELECT autoembed.process()")
+    # Not yet in the index.
+    bob.run("UPDATE letters SET content = 'a letter of more secrets' WHERE id = 'hidden key'")
+    shown: list[str] = []
+    mallory.session.add_notice_handler(lambda notice: shown.append(f"{notice.message_primary}{notice.message_detail}"))
+    mallory.run("SET client_min_messages = log; SET debug_print_plan = on")
+
+    for condition in ("NULL", "$$set_config('debug_print_plan', 'on', false) IS NOT NULL$$"):
+        arguments = f"'{bob.name}.letters', 'secrets', 10, 0, {condition}, NULL, '{mode}'"
+        mallory.session.execute(f"SELECT FROM autoembed.search({arguments})")
+        mallory.session.execute(f"SELECT FROM autoembed._search_page({arguments}, 0.7, 0, NULL)")
+
+    plans = "".join(shown)
+    assert "PLANNEDSTMT" in plans
+    # A plan writes each byte of a text as a number.
+    assert " ".join(str(byte) for byte in b"hidden key") not in plans
+    assert mallory.session.execute("SHOW debug_print_plan").fetchall() == [("on",)]
