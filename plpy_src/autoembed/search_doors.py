@@ -71,7 +71,7 @@ def page(
     except here.Error as error:
         return {**_NO_PAGE, **here.fault_of(error).fields()}
     pipeline = this.target["pipeline_id"], this.target["table_oid"]
-    from_cache = search_text.was_kept and by_index is not None
+    from_cache = before.from_cache if before else search_text.was_kept and by_index is not None
     number = next(_numbers)
     _begun[number] = Begun(began_at, pipeline, by_index, max_rows, from_cache)
     if len(_begun) > MAX_BEGUN:

@@ -918,6 +918,7 @@ CREATE OR REPLACE FUNCTION autoembed._note_search(search integer, found integer,
     RETURNS boolean
     LANGUAGE plpython3u
     STABLE
+    STRICT
     -- A setting of its own takes as long as the count.
 AS $python$
     if GD.get("autoembed") != "@BUILD@":

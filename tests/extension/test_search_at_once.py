@@ -98,6 +98,17 @@ def test_all_rows_of_a_small_table_are_found_at_once(short: Connection, column: 
 
 
 @STORAGES
+def test_a_search_that_goes_on_in_steps_counts_once(short: Connection, column: str) -> None:
+    attach(short, column, rows=4)
+
+    assert found(short, ", skip_rows => 4") == []
+
+    # It has asked for the vector twice, the second time in vain.
+    counts = "SELECT calls, nothing_found, cache_hits FROM autoembed.search_stats"
+    assert short.execute(counts).fetchall() == [(1, 1, 0)]
+
+
+@STORAGES
 def test_a_page_that_one_query_leaves_short_is_found_in_steps(short: Connection, column: str) -> None:
     attach(short, column, more=", chunking => 'none'" if column == "NULL" else "", alike=1)
     index(short, column)
