@@ -455,14 +455,13 @@ DECLARE
     _text text;
 BEGIN
     -- concat() uses output functions. A cast to text may be the owner's, and triggers evaluate this with more rights.
-    -- A text is not copied. An empty string counts as NULL.
-    SELECT string_agg(format(
+    -- A text is not copied. An empty string counts as NULL: nullif() would take its operator from the search_path.
+    SELECT string_agg(format('CASE WHEN %1$s OPERATOR(pg_catalog.<>) '''' THEN %1$s END', format(
                CASE
-                   WHEN a.atttypid IN ('text'::regtype, 'varchar'::regtype) THEN
-                       'nullif(%s.%I::pg_catalog.text, '''')'
-                   ELSE 'nullif(pg_catalog.concat(%s.%I), '''')'
+                   WHEN a.atttypid IN ('text'::regtype, 'varchar'::regtype) THEN '%s.%I::pg_catalog.text'
+                   ELSE 'pg_catalog.concat(%s.%I)'
                END, alias, c.name
-           ), ', ' ORDER BY c.position)
+           )), ', ' ORDER BY c.position)
     INTO _columns
     FROM unnest(autoembed._columns_of(pipeline)) WITH ORDINALITY AS c(name, position)
     LEFT JOIN pg_attribute AS a ON a.attrelid = pipeline.table_id AND a.attname = c.name;

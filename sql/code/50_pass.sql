@@ -613,7 +613,7 @@ CREATE OR REPLACE PROCEDURE autoembed.work(
     LANGUAGE plpgsql
 AS $plpgsql$
 DECLARE
-    _void text;
+    _void pg_catalog.text;
 BEGIN
     _void := autoembed._check_options(batch_size, max_requests, timeout_milliseconds);
     -- In a transaction block, where a lane cannot commit, this fails in PostgreSQL's own words.

@@ -496,9 +496,10 @@ BEGIN
           )
     ) THEN
         nearest_rows := format(
-            'SELECT r.* FROM autoembed._nearest_rows_%s($7, $8, $9, $10) AS r(rank integer, hit %s, key text, '
-            'score double precision, chunk text, chunk_number integer, chunk_start integer, chunk_end integer, '
-            'similarity double precision, text_score double precision)', pipeline_id, table_id
+            'SELECT r.* FROM autoembed._nearest_rows_%s($7, $8, $9, $10) AS r(rank integer, hit %s, '
+            'key pg_catalog.text, score double precision, chunk pg_catalog.text, chunk_number integer, '
+            'chunk_start integer, chunk_end integer, similarity double precision, text_score double precision)',
+            pipeline_id, table_id
         );
     END IF;
     _bits := CASE WHEN has_index THEN autoembed._bits_indexed(_vectors_table, _pipeline.embedding_column) END;
@@ -985,10 +986,10 @@ DECLARE
         WHEN rerank_model IS NULL THEN 0
         ELSE autoembed._rerank_candidates(rerank_model, skip_rows)
     END;
-    _page record;
+    _page pg_catalog.record;
     _search integer;
     _found integer := 0;
-    _void text;
+    _void pg_catalog.text;
 BEGIN
     IF coalesce(_table::pg_catalog.oid, 0::pg_catalog.oid) OPERATOR(pg_catalog.=) 0::pg_catalog.oid THEN
         RAISE EXCEPTION USING
@@ -1057,10 +1058,10 @@ DECLARE
         WHEN rerank_model IS NULL THEN 0
         ELSE autoembed._rerank_candidates(rerank_model, skip_rows)
     END;
-    _page record;
+    _page pg_catalog.record;
     _search integer;
     _found integer := 0;
-    _void text;
+    _void pg_catalog.text;
 BEGIN
     LOOP
         -- An assignment runs no statement, and shows none in the CONTEXT of a refusal.
@@ -1163,7 +1164,8 @@ DECLARE
     _hit like_row%TYPE;
 BEGIN
     IF pg_catalog.pg_typeof(like_row)::pg_catalog.oid OPERATOR(pg_catalog.=) ANY (
-        '{text,varchar,name,regclass}'::pg_catalog.regtype[]::pg_catalog.oid[]
+        '{pg_catalog.text,pg_catalog.varchar,pg_catalog.name,pg_catalog.regclass}'::pg_catalog.regtype[]
+        ::pg_catalog.oid[]
     ) THEN
         RAISE EXCEPTION USING
             ERRCODE = 'datatype_mismatch',

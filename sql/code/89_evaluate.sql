@@ -88,13 +88,13 @@ CREATE OR REPLACE FUNCTION autoembed._unknown_keys(table_name regclass, embeddin
     STABLE
 AS $plpgsql$
 DECLARE
-    _target CONSTANT record := autoembed._search_target(
+    _target CONSTANT pg_catalog.record := autoembed._search_target(
         (autoembed._searched(table_name, embedding_column)).pipeline_id
     );
     _query CONSTANT pg_catalog.text := pg_catalog.concat(
         'SELECT FROM (', _target.matching_query, 'true', _target.matching_end, ') AS r'
     );
-    _key record;
+    _key pg_catalog.record;
     _found pg_catalog.int8;
     _unknown pg_catalog.text[] := '{}'::pg_catalog.text[];
 BEGIN

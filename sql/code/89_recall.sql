@@ -15,7 +15,7 @@ CREATE OR REPLACE FUNCTION autoembed._distances(
     STABLE
 AS $plpgsql$
 DECLARE
-    _found record;
+    _found pg_catalog.record;
 BEGIN
     _found := autoembed._nearest(
         table_name, embedding_column, vector::pg_catalog.text, wanted OPERATOR(pg_catalog.+) 1, by_index, ef_search
@@ -26,7 +26,7 @@ BEGIN
     RETURN ARRAY(
         SELECT f.distance
         FROM ROWS FROM (pg_catalog.unnest(_found.keys), pg_catalog.unnest(_found.distances)) AS f(key, distance)
-        WHERE f.key IS DISTINCT FROM own_key
+        WHERE (f.key OPERATOR(pg_catalog.<>) own_key) IS NOT FALSE
         ORDER BY f.distance
         LIMIT wanted
     );
@@ -47,8 +47,8 @@ CREATE OR REPLACE FUNCTION autoembed._exact_answers(
 AS $plpgsql$
 #variable_conflict use_column
 DECLARE
-    _target record;
-    _query text;
+    _target pg_catalog.record;
+    _query pg_catalog.text;
     _last @extschema:vector@.vector;
 BEGIN
     IF (wanted OPERATOR(pg_catalog.>=) 1 AND sample_rows OPERATOR(pg_catalog.>=) 1) IS NOT TRUE THEN
@@ -217,7 +217,7 @@ DECLARE
     _pipeline autoembed.pipeline := autoembed._owned_pipeline(table_name, embedding_column);
     _has_index CONSTANT boolean := (autoembed._search_target(_pipeline.id)).has_index;
     _wanted CONSTANT integer := 10;
-    _answers record;
+    _answers pg_catalog.record;
 BEGIN
     IF (target OPERATOR(pg_catalog.>) 0::double precision
         AND target OPERATOR(pg_catalog.<=) 1::double precision) IS NOT TRUE THEN

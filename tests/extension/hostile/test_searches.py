@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import psycopg
 import pytest
 
@@ -186,6 +188,49 @@ def test_a_key_of_an_embeddings_table_gets_its_type_again_and_the_rows_their_emb
     assert db.execute(f"SELECT id FROM {mallory.name}.notes_embeddings".encode()).fetchall() == [(1,)]
     for search in SEARCHES:
         assert found(db, mallory, search), search
+    assert_nothing_gained(db, mallory)
+
+
+# What stands before PostgreSQL's own in a search_path.
+SHADOWED_TYPES = "text name oid regclass json jsonb bytea timestamptz".split()
+SHADOWED_OPERATORS = {
+    "=": "text name oid int4 int8 float8",
+    "<>": "text int4",
+    "||": "text bytea",
+    **dict.fromkeys(("<", "<=", ">", ">=", "+", "-", "*"), "int4 int8 float8"),
+}
+
+
+def test_a_search_takes_no_type_or_operator_from_the_search_path(
+    db: Connection, mallory: Tenant, connect: Callable[..., Connection]
+) -> None:
+    mallory.run(
+        ATTACK,
+        """CREATE FUNCTION checked() RETURNS boolean LANGUAGE plpgsql SET search_path = pg_catalog AS
+               'BEGIN PERFORM {me}.attack(); RETURN true; END'""",
+        "CREATE TABLE notes (id int PRIMARY KEY, content text)",
+        "SELECT autoembed.enable('notes', content_columns => '{content}', text_config => 'english')",
+        "INSERT INTO notes VALUES (1, 'word'), (2, 'another word')",
+        *(f"CREATE DOMAIN {{me}}.{type} AS pg_catalog.{type} CHECK ({{me}}.checked())" for type in SHADOWED_TYPES),
+        "CREATE DOMAIN {me}.record AS pg_catalog.text CHECK ({me}.checked())",
+        *(
+            f"""CREATE FUNCTION {{me}}.act(pg_catalog.{left}, pg_catalog.{right}) RETURNS boolean LANGUAGE plpgsql AS
+                    'BEGIN RETURN {{me}}.checked(); END';
+                CREATE OPERATOR {{me}}.{operator} (
+                    LEFTARG = pg_catalog.{left}, RIGHTARG = pg_catalog.{right}, FUNCTION = {{me}}.act
+                )""".replace("CREATE FUNCTION", "CREATE OR REPLACE FUNCTION")
+            for operator, types in SHADOWED_OPERATORS.items()
+            for left in types.split()
+            for right in types.split()
+        ),
+    )
+    db.execute("SELECT autoembed.process()")
+
+    # The names in a condition are the caller's own.
+    for search in SEARCHES.keys() - {"search with a condition"}:
+        session = connect(options=f"-c search_path={mallory.name},pg_catalog,public")
+        assert found(session, mallory, search), search
+
     assert_nothing_gained(db, mallory)
 
 
