@@ -1377,12 +1377,13 @@ class Database:
     def search_target(self, table_id: str, embedding_column: str | None) -> dict[str, Any]:
         """The facts that a search needs: the columns of autoembed._search_target(), and some of this search.
 
-        These are pipeline_id, table_oid, version, and has_policies: whether policies may hide rows from the caller. An
-        error for a caller without the rights to all columns: a search that finds nothing would tell which words no text
-        has.
+        These are pipeline_id, table_oid, vectors_oid, version, and has_policies: whether policies may hide rows from
+        the caller. An error for a caller without the rights to all columns: a search that finds nothing would tell
+        which words no text has.
         """
         [searched] = self._run(
             "SELECT s.*, s.table_id::pg_catalog.oid::pg_catalog.int8 AS table_oid,"
+            " s.vectors_table::pg_catalog.oid::pg_catalog.int8 AS vectors_oid,"
             " pg_catalog.row_security_active(s.table_id) AS has_policies,"
             " pg_catalog.has_table_privilege(s.table_id, 'SELECT') AS may_read,"
             " pg_catalog.current_setting('transaction_isolation') AS isolation"
@@ -1404,7 +1405,18 @@ class Database:
         facts = _facts(row["facts"])
         if lasts and not facts["lasts"]:
             del _kept_plans[query]
-        return {**facts, **{name: searched[name] for name in ("pipeline_id", "table_oid", "version", "has_policies")}}
+        own = ("pipeline_id", "table_oid", "vectors_oid", "version", "has_policies")
+        return {**facts, **{name: searched[name] for name in own}}
+
+    def has_names(self, target: dict[str, Any]) -> bool:
+        """Whether the tables of search_target() have their names yet: a lock on them lets a schema be renamed."""
+        [row] = self._run(
+            "SELECT pg_catalog.to_regclass($1)::pg_catalog.oid::pg_catalog.int8 AS table_oid,"
+            " pg_catalog.to_regclass($2)::pg_catalog.oid::pg_catalog.int8 AS vectors_oid",
+            ["pg_catalog.text", "pg_catalog.text"],
+            [target["table_id"], target["vectors_table"]],
+        )
+        return all(row[name] == target[name] for name in ("table_oid", "vectors_oid"))
 
     def near(self, query: str, vector_type: str, vector: str) -> list[tuple[str, float, int | None]]:
         """The keys, distances and chunks of a query that a search asks. It runs with the rights of the caller."""

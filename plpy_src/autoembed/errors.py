@@ -126,6 +126,7 @@ LOCK_NOT_AVAILABLE = "55P03"
 OBJECT_IN_USE = "55006"
 QUERY_CANCELED = "57014"
 INSUFFICIENT_PRIVILEGE = "42501"
+SERIALIZATION_FAILURE = "40001"
 # A deadlock or a serialization failure, by its beginning: another try may do.
 CONFLICT = "40"
 # By their beginnings: the code names something that is gone, or that it may not use.

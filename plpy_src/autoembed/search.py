@@ -10,8 +10,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from autoembed import search_text
 from autoembed.bm25 import Scores, counted, merged_ids, with_segment
-from autoembed.errors import INSUFFICIENT_PRIVILEGE, Fault, is_nobodys
+from autoembed.errors import INSUFFICIENT_PRIVILEGE, SERIALIZATION_FAILURE, Fault, is_nobodys
 from autoembed.jobs import address_of
 
 if TYPE_CHECKING:
@@ -105,12 +106,13 @@ class Search:
             matches = TextMatches(self._here, self.target, query, self._condition)
             found = matches.best(wanted)
             return [Hit(key, number, score, None, score) for key, (number, score) in found.items()], None
-        vector = self._here.embed(query, self.target)
+        vector = self._vector(query)
         if mode == VECTOR:
             near, by_index = self.nearest(vector, wanted)
             return [Hit(row.key, row.number, row.similarity, row.similarity, None) for row in near], by_index
         count = min(max(CANDIDATES, page_rows), MAX_CANDIDATES)
         near, by_index = self.nearest(vector, 1, at_least=count)
+        self.check_names()
         candidates = near[:count]
         keys = {row.key: None for row in candidates}
         matches = TextMatches(self._here, self.target, query, self._condition, list(keys), vector)
@@ -138,10 +140,26 @@ class Search:
         by_index = self._suits_index(target["row_count"])
         if wanted > ROWS_AT_ONCE or by_index and target["is_binary"]:
             return None, None
-        vector = self._here.embed(query, target)
+        vector = self._vector(query)
         if by_index and target["ef_search"] != DEFAULT_EF_SEARCH:
             self._here.set_ef_search(target["ef_search"])
         return {"rows_query": target["nearest_rows"], "vector": vector}, by_index
+
+    def check_names(self) -> None:
+        """Raises Fault once the names in the queries may mean tables of others, whose code they would run."""
+        if not self._here.has_names(self.target):
+            raise Fault(
+                f"table {self._table_name}, or its schema, was renamed during the search",
+                hint="Search again.",
+                errcode=SERIALIZATION_FAILURE,
+            )
+
+    def _vector(self, query: str) -> str:
+        vector = self._here.embed(query, self.target)
+        if not search_text.was_kept:
+            # A provider takes its time.
+            self.check_names()
+        return vector
 
     def nearest(
         self, vector: str, wanted: int, *, at_least: int = 0, by_index: bool | None = None, ef_search: int | None = None

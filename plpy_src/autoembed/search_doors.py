@@ -65,6 +65,8 @@ def page(
             after = 0 if candidates else skip_rows
             last = max(skip_rows + max_rows, candidates)
             hits, by_index = this.hits(query, mode, vector_weight, last, last - after)
+            # A comparison of many rows takes its time.
+            this.check_names()
             found = _listed(hits[after:last], after, this.target["rows_query"])
     except Fault as fault:
         return {**_NO_PAGE, **fault.fields()}

@@ -316,6 +316,7 @@ COMMENT ON FUNCTION autoembed._nearest_rows_slots IS
 CREATE OR REPLACE FUNCTION autoembed._search_target(
     pipeline_id integer,
     OUT table_id regclass,
+    OUT vectors_table regclass,
     OUT model text,
     OUT vector_type text,
     OUT is_beside boolean,
@@ -354,7 +355,6 @@ CREATE OR REPLACE FUNCTION autoembed._search_target(
 AS $plpgsql$
 DECLARE
     _pipeline autoembed.pipeline;
-    _vectors_table regclass;
     _access record;
     _expression text;
     _operator text;
@@ -396,19 +396,19 @@ BEGIN
     LEFT JOIN pg_class AS e ON e.oid = _pipeline.embeddings_table
     WHERE t.oid = _pipeline.table_id;
     has_texts := autoembed._text_config(_pipeline.id) IS NOT NULL;
-    _vectors_table := coalesce(_pipeline.embeddings_table, _pipeline.table_id);
+    vectors_table := coalesce(_pipeline.embeddings_table, _pipeline.table_id);
     model := coalesce(_pipeline.model, autoembed._default_model());
     _access := autoembed._vector_access(_pipeline);
     vector_type := _access.vector_type;
     _expression := _access.expression;
     _operator := _access.operator;
     has_index := EXISTS (
-        SELECT FROM autoembed._vector_index(_vectors_table, _pipeline.embedding_column) AS i WHERE i.indisvalid
+        SELECT FROM autoembed._vector_index(vectors_table, _pipeline.embedding_column) AS i WHERE i.indisvalid
     ) OR EXISTS (
         SELECT FROM pg_class AS c
-        CROSS JOIN LATERAL autoembed._partition_tree(_vectors_table) AS t
+        CROSS JOIN LATERAL autoembed._partition_tree(vectors_table) AS t
         CROSS JOIN LATERAL autoembed._vector_index(t.relid, _pipeline.embedding_column) AS i
-        WHERE c.oid = _vectors_table AND c.relkind = 'p' AND i.indisvalid
+        WHERE c.oid = vectors_table AND c.relkind = 'p' AND i.indisvalid
     );
     _key := autoembed._key_expression(_pipeline, 't');
     _has_partitions := EXISTS (SELECT FROM pg_class AS c WHERE c.oid = table_id AND c.relkind = 'p');
@@ -442,7 +442,7 @@ BEGIN
         WHERE (a.attrelid = _pipeline.table_id AND a.attname = ANY (_pipeline.key_columns)
                OR a.attrelid = _pipeline.embeddings_table AND a.attname <> _pipeline.embedding_column)
           AND a.atttypid >= 16384
-    ) AND EXISTS (SELECT FROM pg_class AS c WHERE c.oid = _vectors_table AND c.relkind <> 'p');
+    ) AND EXISTS (SELECT FROM pg_class AS c WHERE c.oid = vectors_table AND c.relkind <> 'p');
     -- The code of the owner gets no rights of the caller. A function of PostgreSQL's own can run any query.
     texts_query := CASE WHEN num_nonnulls(_pipeline.content_function, _pipeline.condition) = 0 THEN format(
         'SELECT h."autoembed key" AS key, %s AS content FROM (SELECT t.*, %s AS "autoembed key", '
@@ -471,7 +471,7 @@ BEGIN
         _rows, CASE
             WHEN is_beside THEN format(
                 'JOIN %s AS e ON %s AND e.chunk_number OPERATOR(pg_catalog.=) s.number',
-                _vectors_table, _sent.is_embedding
+                vectors_table, _sent.is_embedding
             )
             ELSE format('WHERE t.%I IS NOT NULL', _pipeline.embedding_column)
         END
@@ -481,7 +481,7 @@ BEGIN
         _key, CASE WHEN is_beside THEN 'e.' ELSE 't.' END || _expression, _operator, vector_type,
         CASE WHEN is_beside THEN 'e.chunk_number' ELSE 'NULL::pg_catalog.int4' END,
         format(_sent_rows, 'pg_catalog.unnest($2) AS s(key)'), _rows, CASE
-            WHEN is_beside THEN format('JOIN %s AS e ON %s', _vectors_table, _sent.is_embedding)
+            WHEN is_beside THEN format('JOIN %s AS e ON %s', vectors_table, _sent.is_embedding)
             ELSE format('WHERE t.%I IS NOT NULL', _pipeline.embedding_column)
         END
     );
@@ -502,7 +502,7 @@ BEGIN
             pipeline_id, table_id
         );
     END IF;
-    _bits := CASE WHEN has_index THEN autoembed._bits_indexed(_vectors_table, _pipeline.embedding_column) END;
+    _bits := CASE WHEN has_index THEN autoembed._bits_indexed(vectors_table, _pipeline.embedding_column) END;
     is_binary := _bits IS NOT NULL;
     -- The candidates of a binary index are compared by their vectors, and the nearest of them found.
     ef_search := coalesce(_pipeline.ef_search, CASE WHEN is_binary THEN 400 ELSE 100 END);
@@ -546,7 +546,7 @@ BEGIN
         '(SELECT %s, v.chunk_number AS "autoembed number", v.%s AS "autoembed vector" FROM %s AS v) AS e',
         (SELECT string_agg(format('v.%I AS "autoembed %s"', k.name, k.number), ', ' ORDER BY k.number)
          FROM unnest(_pipeline.key_columns) WITH ORDINALITY AS k(name, number)),
-        _expression, _vectors_table
+        _expression, vectors_table
     );
     match_start := format(
         'SELECT %s AS hit, %s AS key, e."autoembed vector" %s $1::%s AS distance '
@@ -578,7 +578,7 @@ BEGIN
         'SELECT s.*, ROW(t.*)::%s AS hit, e.chunk_number AS number, e.chunk_start AS start, e.chunk_end AS stop, '
         'e.digest FROM %s %s '
         'LEFT JOIN %5$s AS e ON e.chunk_number OPERATOR(pg_catalog.=) s.chunk_number AND %6$s ORDER BY s.rank) AS h',
-        _passage, _pipeline.table_id, _hits, _rows, _vectors_table, _sent.is_embedding
+        _passage, _pipeline.table_id, _hits, _rows, vectors_table, _sent.is_embedding
     );
 END;
 $plpgsql$;
@@ -866,6 +866,8 @@ BEGIN
           page.scores[:candidates], page.scores[:candidates], _most_characters, E' \t\r\n'::pg_catalog.text;
     IF _passages IS NOT NULL THEN
         SELECT r.scores, r.trouble INTO _scores, _trouble FROM autoembed._rerank(model, query, _passages) AS r;
+        -- Meanwhile the names in the query may have come to mean other tables.
+        page.rows_query := (autoembed._search_target(page.pipeline_id)).rows_query;
         page.fell_back := _scores IS NULL;
     END IF;
     IF page.fell_back THEN

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import psycopg
 import pytest
 
 from extension.hostile.tenants import ATTACK, Tenant, assert_nothing_gained
 from harness import Connection
+from waiting import wait_until
 
 # A table of mallory whose owner's code a careless reader would run. {name}: the key column.
 TABLE = """
@@ -192,7 +195,7 @@ def test_a_key_of_an_embeddings_table_gets_its_type_again_and_the_rows_their_emb
 
 
 # What stands before PostgreSQL's own in a search_path.
-SHADOWED_TYPES = "text name oid regclass json jsonb bytea timestamptz".split()
+SHADOWED_TYPES = ["text", "name", "oid", "regclass", "json", "jsonb", "bytea", "timestamptz"]
 SHADOWED_OPERATORS = {
     "=": "text name oid int4 int8 float8",
     "<>": "text int4",
@@ -262,3 +265,73 @@ def test_no_plan_of_a_search_shows_a_hidden_row(db: Connection, bob: Tenant, mal
     # A plan writes each byte of a text as a number.
     assert " ".join(str(byte) for byte in b"hidden key") not in plans
     assert mallory.session.execute("SHOW debug_print_plan").fetchall() == [("on",)]
+
+
+# A provider that takes as long as a lock is held.
+SLOW_MODELS = """
+    CREATE SCHEMA app;
+    CREATE FUNCTION app.vectors(texts text[]) RETURNS vector[] LANGUAGE plpgsql AS $$
+    BEGIN
+        IF texts = '{slow}' THEN
+            PERFORM pg_advisory_xact_lock(1);
+        END IF;
+        RETURN array_fill('[1,0,0,0,0,0,0,1]'::vector, ARRAY[cardinality(texts)]);
+    END $$;
+    CREATE FUNCTION app.scores(query text, passages text[]) RETURNS real[] LANGUAGE plpgsql AS $$
+    BEGIN
+        PERFORM pg_advisory_xact_lock(1);
+        RETURN array_fill(1::real, ARRAY[cardinality(passages)]);
+    END $$;
+    SELECT autoembed.create_model('waits', 'function', 8, 'app.vectors'), autoembed.set_default_model('waits'),
+           autoembed.create_rerank_model('scores', 'function', 'app.scores');
+"""
+SLOW_SEARCHES = {
+    "embedding": "'slow', mode => 'vector'",
+    "embedding, with a condition": "'slow', mode => 'vector', condition => 'true'",
+    "embedding, for both": "'slow'",
+    "reranking": "'quick', rerank_model => 'scores'",
+}
+
+
+@pytest.mark.parametrize("search", SLOW_SEARCHES)
+def test_a_search_reads_no_table_that_takes_the_place_of_another_meanwhile(
+    db: Connection, mallory: Tenant, connect: Callable[..., Connection], dbname: str, search: str
+) -> None:
+    db.execute(SLOW_MODELS)
+    db.execute(f"GRANT CREATE ON DATABASE {dbname} TO {mallory.name}".encode())
+    mallory.run(
+        ATTACK,
+        "CREATE TABLE notes (id int PRIMARY KEY, content text)",
+        "SELECT autoembed.enable('notes', content_columns => '{content}', text_config => 'english')",
+        "INSERT INTO notes SELECT n, 'a note' FROM generate_series(1, 20) AS n",
+    )
+    db.execute("SELECT autoembed.process()")
+    session = connect()
+    ended: list[Any] = []
+
+    def run() -> None:
+        query = f"SELECT key FROM autoembed.search('{mallory.name}.notes'::regclass, {SLOW_SEARCHES[search]})"
+        try:
+            ended.append(len(session.execute(query.encode()).fetchall()))
+        except psycopg.Error as error:
+            ended.append(error.sqlstate)
+
+    db.execute("SELECT pg_advisory_lock(1)")
+    thread = threading.Thread(target=run)
+    thread.start()
+    wait_until(lambda: db.execute("SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted").rowcount == 1)
+    mallory.run(
+        "ALTER SCHEMA {me} RENAME TO away_{me}; CREATE SCHEMA {me}",
+        """CREATE FUNCTION {me}.checked() RETURNS boolean LANGUAGE plpgsql AS
+               'BEGIN INSERT INTO away_{me}.ran VALUES (current_user); RETURN true; END'""",
+        *(
+            f"CREATE VIEW {{me}}.{name} AS SELECT * FROM away_{{me}}.{name} WHERE {{me}}.checked()"
+            for name in ("notes", "notes_embeddings")
+        ),
+    )
+    db.execute("SELECT pg_advisory_unlock(1)")
+    thread.join()
+    mallory.run("DROP SCHEMA {me} CASCADE; ALTER SCHEMA away_{me} RENAME TO {me}")
+
+    assert ended == [10 if search == "reranking" else "40001"]
+    assert_nothing_gained(db, mallory)
