@@ -973,9 +973,10 @@ CREATE OR REPLACE FUNCTION autoembed.search(
     )
     LANGUAGE plpgsql
     STABLE
-    -- Python has it go on where that may be necessary.
+    -- Python changes these where it has to, and they are as before in the end.
     SET hnsw.iterative_scan = 'off'
     SET hnsw.ef_search = 100
+    SET debug_print_plan = off
 AS $plpgsql$
 #variable_conflict use_column
 DECLARE
@@ -1049,9 +1050,10 @@ CREATE OR REPLACE FUNCTION autoembed.search(
     )
     LANGUAGE plpgsql
     STABLE
-    -- Python has it go on where that may be necessary.
+    -- Python changes these where it has to, and they are as before in the end.
     SET hnsw.iterative_scan = 'off'
     SET hnsw.ef_search = 100
+    SET debug_print_plan = off
 AS $plpgsql$
 #variable_conflict use_column
 DECLARE

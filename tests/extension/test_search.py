@@ -807,3 +807,23 @@ def test_the_number_of_attached_tables_makes_no_search_slower(short: Connection,
     short.execute("ANALYZE autoembed.pipeline")
 
     assert blocks() < before + 20
+
+
+@pytest.mark.parametrize("mode", ["vector", "text", "hybrid"])
+@pytest.mark.parametrize("condition", ["NULL", "'id > 0'"])
+def test_a_search_leaves_the_settings_of_its_caller(short: Connection, mode: str, condition: str) -> None:
+    attach(short, "NULL", ["one", "two"])
+    short.execute("SELECT autoembed.alter_pipeline('pages', text_config => 'simple'); SELECT autoembed.process()")
+    short.execute("CREATE INDEX ON pages_embeddings USING hnsw (embedding halfvec_cosine_ops)")
+    short.execute("UPDATE pg_class SET reltuples = 100000 WHERE relname = 'pages'")
+    short.execute("UPDATE autoembed.pipeline SET ef_search = 300")
+    given = {"debug_print_plan": "on", "hnsw.ef_search": "77", "hnsw.iterative_scan": "relaxed_order"}
+
+    with short.transaction():
+        for name, value in given.items():
+            short.execute(f"SET LOCAL {name} = {value}")
+        search = f"SELECT FROM autoembed.search('pages', 'one', mode => '{mode}', condition => {condition})"
+        assert short.execute(search.encode()).rowcount > 0
+        left = {name: short.execute(f"SHOW {name}").fetchall() for name in given}
+
+    assert left == {name: [(value,)] for name, value in given.items()}
