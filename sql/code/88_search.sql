@@ -248,6 +248,8 @@ BEGIN
         'nearest_vector_type', _access.vector_type,
         'nearest_table', format('ONLY %s', pipeline.table_id),
         'row_type', pipeline.table_id::text,
+        -- An equal key of the embedding may be spelled in another way.
+        'row_key', autoembed._key_expression(pipeline, 't'),
         'row_columns', string_agg(format('t.%I', a.attname), ', ' ORDER BY a.attnum),
         'found_names', string_agg('c' || a.attnum, ', ' ORDER BY a.attnum),
         'found_columns', string_agg('f.c' || a.attnum, ', ' ORDER BY a.attnum),

@@ -7,7 +7,7 @@ SELECT h.rank, h.hit, h.key, h.similarity, {{nearest_passage}}, h.number, h.star
                 1::pg_catalog.float8 OPERATOR(pg_catalog.-) f.distance AS similarity,
                 f.number, f.start, f.stop, f.digest
             FROM (
-                SELECT n.key, n.distance, n.place, n.number, n.start, n.stop, n.digest,
+                SELECT {{row_key}}, n.distance, n.place, n.number, n.start, n.stop, n.digest,
                     n.compared, pg_catalog.count(*) OVER (), {{row_columns}}
                 FROM {{nearest}} AS n
                 JOIN {{nearest_table}} AS t ON {{is_near}}

@@ -128,6 +128,23 @@ def test_a_page_that_one_query_leaves_short_is_found_in_steps(short: Connection,
     assert len(rows) == 10
 
 
+def test_a_key_is_spelled_as_in_the_row(short: Connection) -> None:
+    short.execute("CREATE TABLE pages (id numeric PRIMARY KEY, body text)")
+    short.execute("INSERT INTO pages SELECT n, concat('text ', n) FROM generate_series(1, 20) AS n")
+    short.execute("SELECT autoembed.enable('pages', content_columns => ARRAY['body'])")
+    short.execute("SELECT autoembed.process()")
+    # No trigger tells the embeddings that an equal number has other digits.
+    short.execute("SET session_replication_role = replica")
+    short.execute("UPDATE pages SET id = id::numeric(6, 2)")
+    short.execute("SET session_replication_role = origin")
+    assert is_at_once(short)
+
+    rows = found(short)
+
+    assert rows == found(short, ", condition => 'true'")
+    assert all(row.key.endswith('.00"]') for row in rows)
+
+
 @STORAGES
 @pytest.mark.parametrize(
     "change",
