@@ -146,6 +146,17 @@ def test_a_key_is_spelled_as_in_the_row(short: Connection) -> None:
 
 
 @STORAGES
+def test_types_of_a_schema_before_that_of_postgresql_are_not_taken(short: Connection, column: str) -> None:
+    attach(short, column)
+    rows = found(short)
+    short.execute("CREATE SCHEMA other; CREATE DOMAIN other.text AS int; CREATE DOMAIN other.float8 AS int")
+    short.execute("SET search_path = other, pg_catalog, public")
+
+    assert found(short) == rows
+    assert found(short, ", condition => 'true'") == rows
+
+
+@STORAGES
 @pytest.mark.parametrize(
     "change",
     [
