@@ -488,8 +488,11 @@ BEGIN
         END
     );
 
-    -- The function is made again some time after such a change as it does not fit.
-    IF EXISTS (
+    -- The function is made again some time after such a change as it does not fit. An older snapshot still has it when
+    -- it is gone.
+    IF to_regprocedure(
+        format('autoembed._nearest_rows_%s(text, boolean, integer, integer)', pipeline_id)
+    ) IS NOT NULL AND EXISTS (
         SELECT FROM pg_proc AS p
         WHERE p.pronamespace = 'autoembed'::regnamespace AND p.proname = '_nearest_rows_' || pipeline_id
           AND p.prosrc = autoembed._filled(

@@ -186,6 +186,22 @@ def test_it_follows_a_change_of_the_table(short: Connection, column: str, change
     assert len(rows) == 10
 
 
+@STORAGES
+def test_an_older_snapshot_outlasts_the_function(
+    short: Connection, connect: Callable[..., Connection], column: str
+) -> None:
+    attach(short, column)
+    other = connect()
+    rows = found(other)
+    other.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+    other.execute("SELECT FROM pg_class")
+    short.execute("SELECT autoembed.disable('pages')")
+
+    assert found(other) == rows
+    assert found(other, ", condition => 'true'") == rows
+    other.execute("COMMIT")
+
+
 def test_a_table_with_it_can_be_dropped(short: Connection) -> None:
     attach(short, "NULL")
     made = "SELECT count(*) FROM pg_proc WHERE proname ~ '^_nearest_rows_[0-9]+$'"
