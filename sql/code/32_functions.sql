@@ -737,9 +737,10 @@ BEGIN
         FROM pg_proc AS p
         WHERE p.pronamespace = 'autoembed'::regnamespace
           AND (p.proname IN ('_content_' || pipeline_id, '_write_' || pipeline_id, '_scan_' || pipeline_id,
-                             '_text_' || pipeline_id, '_erase_' || pipeline_id, '_split_' || pipeline_id,
-                             '_nearest_rows_' || pipeline_id)
-               OR with_triggers AND p.proname IN ('_capture_' || pipeline_id, '_clear_' || pipeline_id))
+                             '_text_' || pipeline_id, '_erase_' || pipeline_id, '_split_' || pipeline_id)
+               -- A search may be about to call the last of these. It is replaced, and not used where it does not fit.
+               OR with_triggers AND p.proname IN ('_capture_' || pipeline_id, '_clear_' || pipeline_id,
+                                                  '_nearest_rows_' || pipeline_id))
     LOOP
         EXECUTE format('DROP FUNCTION %s %s', _function, CASE WHEN with_triggers THEN 'CASCADE' END);
     END LOOP;

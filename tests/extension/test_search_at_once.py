@@ -202,6 +202,19 @@ def test_an_older_snapshot_outlasts_the_function(
     other.execute("COMMIT")
 
 
+def test_a_search_that_is_about_to_call_the_function_finds_it(short: Connection) -> None:
+    attach(short, "NULL")
+    made = "SELECT oid FROM pg_proc WHERE proname ~ '^_nearest_rows_[0-9]+$'"
+    before = short.execute(made).fetchall()
+    body = "SELECT prosrc FROM pg_proc WHERE proname ~ '^_nearest_rows_[0-9]+$'"
+    [(old,)] = short.execute(body).fetchall()
+
+    short.execute("ALTER TABLE pages RENAME COLUMN number TO amount")
+
+    assert short.execute(made).fetchall() == before
+    assert short.execute(body).fetchall() != [(old,)]
+
+
 def test_a_table_with_it_can_be_dropped(short: Connection) -> None:
     attach(short, "NULL")
     made = "SELECT count(*) FROM pg_proc WHERE proname ~ '^_nearest_rows_[0-9]+$'"
