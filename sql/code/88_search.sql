@@ -358,6 +358,7 @@ AS $plpgsql$
 DECLARE
     _pipeline autoembed.pipeline;
     _access record;
+    _slots jsonb;
     _expression text;
     _operator text;
     _key text;
@@ -488,17 +489,16 @@ BEGIN
         END
     );
 
-    -- The function is made again some time after such a change as it does not fit. An older snapshot still has it when
-    -- it is gone.
-    IF to_regprocedure(
-        format('autoembed._nearest_rows_%s(text, boolean, integer, integer)', pipeline_id)
-    ) IS NOT NULL AND EXISTS (
+    -- The function is made again some time after such a change as it does not fit, and stays where none fits. An older
+    -- snapshot still has it when it is gone.
+    _slots := autoembed._nearest_rows_slots(_pipeline);
+    IF _slots IS NOT NULL AND EXISTS (
         SELECT FROM pg_proc AS p
-        WHERE p.pronamespace = 'autoembed'::regnamespace AND p.proname = '_nearest_rows_' || pipeline_id
-          AND p.prosrc = autoembed._filled(
-              split_part(autoembed._function_template('nearest_rows'), '$body$', 2),
-              autoembed._nearest_rows_slots(_pipeline)
-          )
+        WHERE p.oid = to_regprocedure(
+            format('autoembed._nearest_rows_%s(text, boolean, integer, integer)', pipeline_id)
+        ) AND p.prosrc = autoembed._filled(
+            split_part(autoembed._function_template('nearest_rows'), '$body$', 2), _slots
+        )
     ) THEN
         nearest_rows := format(
             'SELECT r.* FROM autoembed._nearest_rows_%s($7, $8, $9, $10) AS r(rank integer, hit %s, '

@@ -215,6 +215,18 @@ def test_a_search_that_is_about_to_call_the_function_finds_it(short: Connection)
     assert short.execute(body).fetchall() != [(old,)]
 
 
+@STORAGES
+def test_a_table_that_it_suits_no_more_is_searched_in_steps(short: Connection, column: str) -> None:
+    attach(short, column)
+    before = found(short)
+    assert is_at_once(short)
+
+    short.execute("CREATE DOMAIN number AS int CHECK (VALUE > 0); ALTER TABLE pages ALTER COLUMN id TYPE number")
+
+    assert not is_at_once(short)
+    assert [row.key for row in found(short)] == [row.key for row in before]
+
+
 def test_a_table_with_it_can_be_dropped(short: Connection) -> None:
     attach(short, "NULL")
     made = "SELECT count(*) FROM pg_proc WHERE proname ~ '^_nearest_rows_[0-9]+$'"
