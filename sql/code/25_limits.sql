@@ -1,4 +1,4 @@
--- How often a model may be asked and what it may use a day, for all sessions together.
+-- Limits on the requests to a model, and on its use in a day, for all sessions together.
 
 CREATE OR REPLACE FUNCTION autoembed._spent_budget(name text)
     RETURNS text

@@ -377,7 +377,7 @@ BEGIN
         _void := autoembed._backfill(ARRAY[NEW.id]);
     END IF;
     IF TG_OP = 'INSERT' AND NEW.adopts THEN
-        -- The rows are read before the triggers lock the table against writes. What changes meanwhile has another
+        -- The rows are read before the triggers lock the table against writes. A row that changes meanwhile has another
         -- digest, which the backfill sees.
         _void := autoembed._adopt_vectors(NEW);
         _void := autoembed._lock_table(NEW.table_id, false);

@@ -390,7 +390,7 @@ BEGIN
         RAISE EXCEPTION USING
             ERRCODE = 'duplicate_table',
             MESSAGE = format('relation %s exists and is no embeddings table of %s', _full_name, table_name),
-            -- Who partitions a table gives its name to a new one.
+            -- A table that is partitioned gives its name to a new one.
             HINT = coalesce((
                 SELECT format('It holds the embeddings of partition %1$s. They are used after SELECT '
                               'autoembed.disable(%1$L);', p.table_id)
@@ -765,7 +765,7 @@ BEGIN
     LOOP
     END LOOP;
     _void := autoembed._check_index(_pipeline, coalesce(create_index, false));
-    -- The triggers are there, and no other session can write before this transaction ends. What comes is queued.
+    -- The triggers are there, and no other session can write before this transaction ends. Later writes are queued.
     _is_empty := autoembed._is_empty(enable.table_name);
     IF enqueue_existing AND NOT _is_empty OR create_index THEN
         INSERT INTO autoembed.backfill (pipeline_id, create_index)

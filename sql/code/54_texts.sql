@@ -11,7 +11,7 @@ BEGIN
     RETURN (
         SELECT c.oid::regconfig
         FROM autoembed.pipeline AS p
-        -- Of the thirty that PostgreSQL has, only these are worth a call of format().
+        -- PostgreSQL has thirty of them, and a call of format() for each takes longer.
         JOIN pg_ts_config AS c ON strpos(replace(p.text_config, '""', '"'), c.cfgname::text) > 0
         JOIN pg_namespace AS n ON n.oid = c.cfgnamespace
         WHERE p.id = _text_config.pipeline_id AND format('%I.%I', n.nspname, c.cfgname) = p.text_config

@@ -1,4 +1,4 @@
--- How a long text is cut into chunks.
+-- Long texts are cut into chunks here.
 
 CREATE OR REPLACE FUNCTION autoembed._chunk_size(
     chunking text,

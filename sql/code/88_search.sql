@@ -299,7 +299,7 @@ BEGIN
         FROM (VALUES
             -- An index rounds vectors, so its order is not quite that of the distances.
             ('nearest_rows_by_index', _distance, 15, false),
-            -- No index has this order. Of rows that are as near, the same come first in each search.
+            -- No index has this order. Rows that are as near are in the same order in each search.
             ('nearest_rows_by_comparison', format(
                 '(%s) OPERATOR(pg_catalog.+) 0::pg_catalog.float8, key, number', _distance
             ), 10, true)
@@ -524,7 +524,7 @@ BEGIN
             _table, _key, 't.' || _expression, _operator, vector_type, _pipeline.embedding_column
         );
         near_end := format(') ORDER BY (%s %s $1::%s)', 't.' || _expression, _operator, vector_type);
-        -- No index has this order. Of rows that are as near, the same come first in each search.
+        -- No index has this order. Rows that are as near are in the same order in each search.
         exact_end := near_end || ' OPERATOR(pg_catalog.+) 0::pg_catalog.float8, key';
         IF is_binary THEN
             near_end := format(

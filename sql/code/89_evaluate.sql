@@ -1,4 +1,4 @@
--- How good the answers of a search are, by judgments of the user's own.
+-- The quality of the answers of a search, by judgments of the user's own.
 
 CREATE OR REPLACE FUNCTION autoembed._search_quality(
     found jsonb,

@@ -1,4 +1,4 @@
--- How many of the nearest rows a search finds. Policies run with the rights of the caller and in the caller's
+-- The share of the nearest rows that a search finds. Policies run with the rights of the caller and in the caller's
 -- search_path, as in a search. So all else in the functions that search is qualified.
 
 CREATE OR REPLACE FUNCTION autoembed._distances(

@@ -194,7 +194,7 @@ def test_a_key_of_an_embeddings_table_gets_its_type_again_and_the_rows_their_emb
     assert_nothing_gained(db, mallory)
 
 
-# What stands before PostgreSQL's own in a search_path.
+# These stand before those of PostgreSQL in a search_path.
 SHADOWED_TYPES = ["text", "name", "oid", "regclass", "json", "jsonb", "bytea", "timestamptz"]
 SHADOWED_OPERATORS = {
     "=": "text name oid int4 int8 float8",
