@@ -346,8 +346,8 @@ BEGIN
         -- The subscription would stop at the first embedding that a lane has written before it.
         problem := format('a subscription writes the embeddings table %s, too', pipeline.embeddings_table);
         hint := format('Publish the tables of the application by their names, not their schema: ALTER PUBLICATION … '
-                       'at the publisher; then ALTER SUBSCRIPTION … REFRESH PUBLICATION; SELECT autoembed.resync(%L).',
-                       pipeline.table_id);
+                       'at the publisher; then ALTER SUBSCRIPTION … REFRESH PUBLICATION; '
+                       'SELECT autoembed.resync(%L).', pipeline.table_id);
         errcode := 'waits';
         RETURN;
     END IF;
