@@ -9,12 +9,9 @@ CREATE OR REPLACE FUNCTION autoembed._text_config(pipeline_id integer)
 AS $plpgsql$
 BEGIN
     RETURN (
-        SELECT c.oid::regconfig
+        SELECT CASE WHEN pg_input_is_valid(p.text_config, 'regconfig') THEN p.text_config::regconfig END
         FROM autoembed.pipeline AS p
-        -- PostgreSQL has thirty of them, and a call of format() for each takes longer.
-        JOIN pg_ts_config AS c ON strpos(replace(p.text_config, '""', '"'), c.cfgname::text) > 0
-        JOIN pg_namespace AS n ON n.oid = c.cfgnamespace
-        WHERE p.id = _text_config.pipeline_id AND format('%I.%I', n.nspname, c.cfgname) = p.text_config
+        WHERE p.id = _text_config.pipeline_id
     );
 END;
 $plpgsql$;

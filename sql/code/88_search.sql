@@ -122,13 +122,9 @@ BEGIN
     SELECT p.table_id, coalesce(p.embeddings_table, p.table_id), coalesce(p.model, m.name, autoembed._default_model()),
            p.id,
            -- A call of _text_config() takes as long as the rest of this query.
-           concat_ws(' ', p.xmin, p.ctid, m.xmin, m.ctid, CASE WHEN p.text_config IS NOT NULL THEN (
-               SELECT c.oid
-               FROM pg_ts_config AS c
-               JOIN pg_namespace AS n ON n.oid = c.cfgnamespace
-               WHERE format('%I.%I', n.nspname, c.cfgname) = p.text_config
-                 AND strpos(replace(p.text_config, '""', '"'), c.cfgname::text) > 0
-           ) END),
+           concat_ws(' ', p.xmin, p.ctid, m.xmin, m.ctid, CASE
+               WHEN pg_input_is_valid(p.text_config, 'regconfig') THEN p.text_config::regconfig::oid
+           END),
            -- The first of several sets beside the rows counts until it is detached: another model takes its place at
            -- once.
            count(*) OVER () > 1 AND bool_or(p.embeddings_table IS NULL) OVER (),
@@ -251,8 +247,6 @@ BEGIN
         -- An equal key of the embedding may be spelled in another way.
         'row_key', autoembed._key_expression(pipeline, 't'),
         'row_columns', string_agg(format('t.%I', a.attname), ', ' ORDER BY a.attnum),
-        'found_names', string_agg('c' || a.attnum, ', ' ORDER BY a.attnum),
-        'found_columns', string_agg('f.c' || a.attnum, ', ' ORDER BY a.attnum),
         'nearest_passage', CASE
             WHEN _is_beside THEN autoembed._passage_expression(pipeline, '(h.hit)', 'h.start', 'h.stop', 'h.digest')
             ELSE 'NULL::pg_catalog.text'
@@ -292,8 +286,8 @@ BEGIN
                     ELSE '(%1$s)'
                 END, format('%s ORDER BY %s LIMIT %s) AS x', _nearest, w.ordered_by, l.vectors), _near_keys
             ),
-            'are_enough', concat('f.found OPERATOR(pg_catalog.>=) ($3 OPERATOR(pg_catalog.+) $4)', CASE
-                WHEN w.compares_all THEN format(' OR f.compared OPERATOR(pg_catalog.<) %s', l.vectors)
+            'are_enough', concat('h.found OPERATOR(pg_catalog.>=) ($3 OPERATOR(pg_catalog.+) $4)', CASE
+                WHEN w.compares_all THEN format(' OR h.compared OPERATOR(pg_catalog.<) %s', l.vectors)
             END)
         )))
         FROM (VALUES
