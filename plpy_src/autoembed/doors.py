@@ -13,11 +13,14 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from autoembed import database, heap, providers, rerankers, tally, worker
+from autoembed import heap, providers, rerankers, tally, worker
 from autoembed.batching import estimate_tokens, halves, pack, truncate
 from autoembed.binary import literals
 from autoembed.chunks import FUNCTION, NONE, STRUCTURE, chunks_of, fitting, places, size_of, trimmed
 from autoembed.cutting import Cutter
+from autoembed.database.lanes import Database, is_installed, storable
+from autoembed.database.searches import SearchDatabase
+from autoembed.database.statements import Error
 from autoembed.errors import NO_FAULT, Fault, OverBudget, ProviderTrouble, RowError, Trouble, advice_for
 from autoembed.flight import SLICE_SECONDS, Flight
 from autoembed.forecast import chunk_effort
@@ -67,7 +70,7 @@ Answer = TypeVar("Answer", Embedded, Reranked)
 
 def process(batch_size: int, max_requests: int, timeout_milliseconds: int) -> dict[str, Any]:
     options = worker.Options(batch_size, max_requests, timeout_milliseconds / 1000)
-    here = database.Database(commits=False)
+    here = Database(commits=False)
     here.begin_pass()
     here.clean_up()
     here.merge_segments()
@@ -82,14 +85,14 @@ def work(run_seconds: float, batch_size: int, max_requests: int, timeout_millise
     gc.set_threshold(NEW_OBJECTS)
     # The importer is that of autoembed._load_python().
     __loader__.keep()  # type: ignore[name-defined]
-    here = database.Database(commits=True)
+    here = Database(commits=True)
     name = "autoembed backfill lane" if backfill else "autoembed lane"
     try:
         with here.lane_settings(name), QueryServer(answers, stop_answering) as server:
             worker.work(here, _network, options, run_seconds, backfill=backfill, look_around=server.offer)
-    except database.Error:
+    except Error:
         # DROP EXTENSION while the lane runs is no error.
-        if database.is_installed():
+        if is_installed():
             raise
 
 
@@ -98,7 +101,7 @@ def embed(content: str, model_name: str) -> dict[str, Any]:
     try:
         if not content.strip():
             raise Fault("a blank text has no embedding", hint="Give embed() some words.")
-        here = database.Database(commits=False)
+        here = Database(commits=False)
         vector = _embed_in_turn(here, here.model(model_name), content)
     except Fault as fault:
         return {"embedding": None, "tokens_used": None, **fault.fields()}
@@ -119,7 +122,7 @@ def scores(query: str, passages: list[str], model_name: str, definition: str) ->
         until, reason = _resting.get(definition, (0.0, ""))
         if began_at < until:
             return {"scores": None, "trouble": reason}
-        here = database.Database(commits=False)
+        here = Database(commits=False)
         try:
             kept = json.dumps(_rerank(here, here.model(model_name), query, passages))
         except (Fault, Trouble) as trouble:
@@ -128,7 +131,7 @@ def scores(query: str, passages: list[str], model_name: str, definition: str) ->
             summary = trouble.summary if isinstance(trouble, Trouble) else trouble.problem
             rest = failed_at + RERANK_REST_TIMES * (failed_at - began_at), f"it rests after an error: {summary}"
             _resting[definition] = rest
-            return {"scores": None, "trouble": database.storable(str(trouble))}
+            return {"scores": None, "trouble": storable(str(trouble))}
         _scores.keep(asked, kept)
     return {"scores": json.loads(kept), "trouble": None}
 
@@ -136,7 +139,7 @@ def scores(query: str, passages: list[str], model_name: str, definition: str) ->
 def plan(pipeline_id: int, max_seconds: float | None) -> dict[str, Any]:
     """The faults of the SQL by which a pipeline's texts are read: the columns of autoembed._plan()."""
     try:
-        database.Database(commits=False).plan(pipeline_id, max_seconds)
+        Database(commits=False).plan(pipeline_id, max_seconds)
     except RowError as error:
         return {"problem": None if error.locked or error.slow else str(error), "errcode": error.sqlstate}
     return {"problem": None, "errcode": None}
@@ -147,7 +150,7 @@ def adopt_rows(pipeline_id: int) -> int:
 
     A row that cannot be read is left to the lanes, which tell why.
     """
-    here = database.Database(commits=False)
+    here = Database(commits=False)
     pipeline = here.pipelines([pipeline_id])[pipeline_id]
     adopted = 0
     for keys in _scanned(here, pipeline, ADOPTED_ROWS):
@@ -165,7 +168,7 @@ def adopt_rows(pipeline_id: int) -> int:
     return adopted
 
 
-def _scanned(here: database.Database, pipeline: Pipeline, max_rows: int) -> Iterator[list[str]]:
+def _scanned(here: Database, pipeline: Pipeline, max_rows: int) -> Iterator[list[str]]:
     """The keys of all rows, so many at a time."""
     after, are_all = None, False
     while not are_all:
@@ -175,7 +178,7 @@ def _scanned(here: database.Database, pipeline: Pipeline, max_rows: int) -> Iter
             after = keys[-1]
 
 
-def _readable(here: database.Database, pipeline: Pipeline, keys: list[str]) -> Iterator[dict[str, Row]]:
+def _readable(here: Database, pipeline: Pipeline, keys: list[str]) -> Iterator[dict[str, Row]]:
     """The rows of these keys, part by part. A part that cannot be read is halved, down to the row to blame."""
     try:
         rows, complete = here.rows(pipeline, keys, READ_BYTES)
@@ -194,7 +197,7 @@ def _readable(here: database.Database, pipeline: Pipeline, keys: list[str]) -> I
 def run_as_owner(table_id: str, query: str, max_seconds: float | None) -> dict[str, Any]:
     """The rows of a query that runs with the rights of a table's owner: the columns of autoembed._run_as_owner()."""
     try:
-        found = database.Database(commits=False).run_as_owner(table_id, query, max_seconds)
+        found = Database(commits=False).run_as_owner(table_id, query, max_seconds)
     except RowError as error:
         return {"found": None, "problem": str(error), "errcode": error.sqlstate}
     return {"found": found, "problem": None, "errcode": None}
@@ -203,7 +206,7 @@ def run_as_owner(table_id: str, query: str, max_seconds: float | None) -> dict[s
 def run_statement_as_owner(table_id: str, statement: str) -> dict[str, Any]:
     """Runs a statement with the rights of a table's owner: the columns of autoembed._run_statement_as_owner()."""
     try:
-        database.Database(commits=False).run_statement_as_owner(table_id, statement)
+        Database(commits=False).run_statement_as_owner(table_id, statement)
     except RowError as error:
         return {"problem": str(error), "errcode": error.sqlstate}
     return {"problem": None, "errcode": None}
@@ -216,7 +219,7 @@ def copy_embeddings(
 
     The query gives the old embeddings of the rows whose keys come between its parts. former: how texts were cut.
     """
-    here = database.Database(commits=False)
+    here = Database(commits=False)
     pipeline = here.pipelines([pipeline_id])[pipeline_id]
     old = dataclasses.replace(pipeline, **former)
     if FUNCTION in (old.chunking, pipeline.chunking) or old.chunk_prefix or pipeline.chunk_prefix:
@@ -235,7 +238,7 @@ def copy_embeddings(
 
 
 def _copy(
-    here: database.Database,
+    here: Database,
     table_id: str,
     query: str,
     pipeline: Pipeline,
@@ -290,14 +293,14 @@ def preview(
     outstanding: str | None,
 ) -> Iterator[dict[str, Any]]:
     """The chunks of a row with this text, and its state: the rows of autoembed._preview()."""
-    here = database.Database(commits=False)
+    here = Database(commits=False)
     # Not while the rows are read: PostgreSQL would not show the words of the error.
     pipeline = here.own_pipeline(pipeline_id)
     return _preview(here, pipeline, content, prefix, vector_digest, known_digest, known_vector_digest, outstanding)
 
 
 def _preview(
-    here: database.Database,
+    here: Database,
     pipeline: Pipeline,
     content: str | None,
     prefix: str | None,
@@ -358,7 +361,7 @@ def estimate(
     texts: list[str], prefixes: list[str], model_name: str | None, chunking: str, size: int | None, overlap: int
 ) -> dict[str, Any]:
     """The effort to embed these texts, cut like that behind prefixes: the columns of autoembed._estimate_texts()."""
-    here = database.Database(commits=False)
+    here = Database(commits=False)
     model = here.model(model_name)
     sizes = sizes_of(model, Limiter(model).learnt)
     limit, prefix = sizes.tokens_per_input, model.prefix("document")
@@ -386,7 +389,7 @@ def estimate(
 
 def chunk_size(chunking: str | None, size: int | None, overlap: int | None, model_name: str) -> dict[str, Any]:
     """The most tokens of a chunk, or the fault that SQL is to raise: the columns of autoembed._chunk_size()."""
-    model = database.Database(commits=False).model(model_name)
+    model = Database(commits=False).model(model_name)
     try:
         counter = providers.counter_of(model)
         (around,) = counter.count([""])
@@ -407,7 +410,7 @@ def chunks(
     pieces: list[str | None] | None,
 ) -> Iterator[dict[str, Any]]:
     """The chunks of a text: the rows of autoembed._chunks()."""
-    here = database.Database(commits=False)
+    here = Database(commits=False)
     count = providers.counter_of(here.model(model_name)).count
     text = content or ""
     if chunking == FUNCTION:
@@ -429,7 +432,7 @@ def search_stats() -> Iterator[dict[str, Any]]:
 
     Those of pipelines that are gone are removed.
     """
-    files = tally.of_database(database.Database(commits=False).own_id())
+    files = tally.of_database(SearchDatabase().own_id())
     found = files.all()
     for (pipeline, figures), state in zip(found.items(), _states(found), strict=True):
         if not state["exists"]:
@@ -446,7 +449,7 @@ def search_stats() -> Iterator[dict[str, Any]]:
 
 def reset_search_stats(table: int | None) -> None:
     """Forgets the figures of a table, or of all, that the caller owns: autoembed.reset_search_stats()."""
-    files = tally.of_database(database.Database(commits=False).own_id())
+    files = tally.of_database(SearchDatabase().own_id())
     found = [pipeline for pipeline in files.all() if table in (None, pipeline[1])]
     for pipeline, state in zip(found, _states(found), strict=True):
         if state["owned"]:
@@ -454,7 +457,7 @@ def reset_search_stats(table: int | None) -> None:
 
 
 def _states(pipelines: Collection[tuple[int, int]]) -> list[dict[str, bool]]:
-    return database.Database(commits=False).pipelines_seen(list(pipelines))
+    return SearchDatabase().pipelines_seen(list(pipelines))
 
 
 def search_quality(found: str, grades: str, most: int) -> dict[str, float]:
@@ -475,7 +478,7 @@ def search_quality(found: str, grades: str, most: int) -> dict[str, float]:
 
 def check_model(name: str) -> dict[str, Any] | None:
     """The fault in a model's definition, if there is one. waits: the model cannot be used yet, which is a WARNING."""
-    model = database.Database(commits=False).model(name)
+    model = Database(commits=False).model(name)
     try:
         _check(model)
     except Fault as fault:
@@ -492,7 +495,7 @@ def check_model(name: str) -> dict[str, Any] | None:
 
 def probe(name: str) -> dict[str, Any]:
     """The fault of a model, found by asking it about one word: the columns of autoembed._probe()."""
-    here = database.Database(commits=False)
+    here = Database(commits=False)
     model = here.model(name)
     try:
         _check(model)
@@ -533,7 +536,7 @@ def _without_tokens(model_name: str, trouble: Trouble) -> Fault:
     )
 
 
-def _embed_in_turn(here: database.Database, model: Model, content: str) -> str:
+def _embed_in_turn(here: Database, model: Model, content: str) -> str:
     limiter = Limiter(model)
     if limiter.needs_permits:
         end = time.monotonic() + PATIENCE_SECONDS
@@ -541,7 +544,7 @@ def _embed_in_turn(here: database.Database, model: Model, content: str) -> str:
     return _embed_query(here, model, content)
 
 
-def _wait_for_permit(here: database.Database, model: Model, charges: Sequence[Charge | None], end: float) -> None:
+def _wait_for_permit(here: Database, model: Model, charges: Sequence[Charge | None], end: float) -> None:
     """Waits until the model may be asked once more. Raises ProviderTrouble if that is not so at the end."""
     permit = here.take_permit(model.name, charges, with_slot=False)
     if permit.spent is not None:
@@ -552,14 +555,12 @@ def _wait_for_permit(here: database.Database, model: Model, charges: Sequence[Ch
         _wait(here)
 
 
-def _wait(here: database.Database) -> None:
+def _wait(here: Database) -> None:
     here.check_interrupts()
     time.sleep(SLICE_SECONDS)
 
 
-def _embed_query(
-    here: database.Database, model: Model, content: str, timeout_seconds: float = QUERY_TIMEOUT_SECONDS
-) -> str:
+def _embed_query(here: Database, model: Model, content: str, timeout_seconds: float = QUERY_TIMEOUT_SECONDS) -> str:
     request = Request(model, [content], timeout_seconds, purpose="query")
     provider = provider_of(model)
     call = partial(providers.embed, request, _network, here.call_embedder)
@@ -570,7 +571,7 @@ def _embed_query(
     return literals(answer.vectors)[0]
 
 
-def _rerank(here: database.Database, model: Model, query: str, passages: Sequence[str]) -> list[float]:
+def _rerank(here: Database, model: Model, query: str, passages: Sequence[str]) -> list[float]:
     """The scores of passages. Raises Trouble, too, if they are not there in time."""
     end = time.monotonic() + (model.timeout_seconds or RERANK_TIMEOUT_SECONDS)
     query = query[:MAX_QUERY_CHARACTERS]
@@ -596,7 +597,7 @@ def _rerank(here: database.Database, model: Model, query: str, passages: Sequenc
 
 
 def _answer(
-    here: database.Database,
+    here: Database,
     model: Model,
     call: Callable[[], Answer],
     stopped: threading.Event,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from autoembed.errors import RowError
 
 if TYPE_CHECKING:
-    from autoembed.database import Database
+    from autoembed.database.lanes import Database
     from autoembed.long_text import Text
     from autoembed.model import Model
     from autoembed.records import Chunk, Message, Pipeline, Row

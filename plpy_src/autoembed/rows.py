@@ -23,7 +23,7 @@ from autoembed.records import MAX_TEXT_BYTES, Chunk, Written, changes, digest_of
 if TYPE_CHECKING:
     import numpy as np
 
-    from autoembed.database import Database
+    from autoembed.database.lanes import Database
     from autoembed.long_text import Text
     from autoembed.records import Pipeline
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import itertools
 import time
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from autoembed import database, search_text, tally
+from autoembed import search_text, tally
+from autoembed.database.searches import SearchDatabase
 from autoembed.errors import NO_FAULT, Fault
 from autoembed.search import VECTOR, Hit, Search, checked
+
+if TYPE_CHECKING:
+    from typing import Any
 
 # Searches whose rows are still to be read. An error leaves one behind, so there are never more of them.
 MAX_BEGUN = 100
@@ -49,7 +53,7 @@ def page(
     search: int | None,
 ) -> dict[str, Any]:
     """The rows of a page, or the query that finds them: the columns of autoembed._search_page()."""
-    here = database.Database(commits=False)
+    here = SearchDatabase()
     before = None if search is None else _begun.pop(search, None)
     began_at = before.began_at if before else time.monotonic()
     try:
@@ -101,7 +105,7 @@ def nearest(
     ef_search: int | None,
 ) -> dict[str, Any]:
     """The rows that are nearest to a vector: the columns of autoembed._nearest()."""
-    here = database.Database(commits=False)
+    here = SearchDatabase()
     try:
         search = Search(here, table_name, embedding_column, None)
         rows, _ = search.nearest(vector, wanted, by_index=by_index, ef_search=ef_search)
@@ -128,4 +132,4 @@ def _listed(hits: list[Hit], after: int, rows_query: str) -> dict[str, Any]:
 
 @cache
 def _files() -> tally.Tally:
-    return tally.of_database(database.Database(commits=False).own_id())
+    return tally.of_database(SearchDatabase().own_id())

@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from autoembed import batching, heap, providers
+from autoembed.answers import shorter_limit
 from autoembed.cutting import Cutter
 from autoembed.errors import (
     CameLate,
@@ -27,7 +28,6 @@ from autoembed.errors import (
     RowError,
     Trouble,
     rest_seconds,
-    shorter_limit,
 )
 from autoembed.flight import SLICE_SECONDS, Flight, Turns
 from autoembed.jobs import Job, Ledger, Report, are_keys, open_jobs
@@ -39,7 +39,7 @@ from autoembed.rows import OWNER_READ_BYTES, READ_BYTES, Owners, Pace, Rows, Spe
 if TYPE_CHECKING:
     import numpy as np
 
-    from autoembed.database import Database
+    from autoembed.database.lanes import Database
     from autoembed.network import Network
     from autoembed.records import Chunk, Message, Pipeline
 

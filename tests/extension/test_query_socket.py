@@ -19,7 +19,8 @@ SOCKET = "pg_stat_tmp/autoembed.1.socket"
 LOADED = """
 CREATE FUNCTION loaded() RETURNS text[] LANGUAGE plpython3u AS $$
     import sys
-    heavy = {"numpy", "requests", "onnxruntime", "tokenizers", "json", "typing", "autoembed.doors"}
+    heavy = {"numpy", "requests", "onnxruntime", "tokenizers", "json", "typing", "dataclasses", "ctypes", "email"}
+    heavy |= {"autoembed.bm25", "autoembed.doors"}
     return sorted(heavy & sys.modules.keys())
 $$
 """
@@ -88,7 +89,9 @@ def test_a_new_session_gets_its_vector_from_a_lane_and_imports_nothing_else(
     assert usage == [("all-MiniLM-L6-v2", None, 5)]
 
 
-@pytest.mark.parametrize(("mode", "needed"), [("vector", []), ("hybrid", ["numpy"])])
+@pytest.mark.parametrize(
+    ("mode", "needed"), [("vector", []), ("hybrid", ["numpy", "dataclasses", "ctypes", "autoembed.bm25"])]
+)
 def test_the_first_search_of_a_session_imports_little(
     db: Connection, lane: Lane, session: Callable[[], Connection], mode: str, needed: list[str]
 ) -> None:

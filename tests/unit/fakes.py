@@ -24,7 +24,7 @@ from autoembed.records import MAX_TEXT_BYTES, Backfill, Known, Message, Pipeline
 
 if TYPE_CHECKING:
     # mypy compares the fake's methods with the real ones. Inside a test they cannot be imported: they need plpy.
-    from autoembed.database import Database
+    from autoembed.database.lanes import Database
 else:
     Database = object
 

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoembed import worker
-from autoembed.errors import OverBudget, ProviderTrouble, Refused, rest_seconds, retry_after_seconds, trouble_of_answer
+from autoembed.answers import retry_after_seconds, trouble_of_answer
+from autoembed.errors import OverBudget, ProviderTrouble, Refused, rest_seconds
 from autoembed.limits import (
     HEADROOM,
     NOTHING_KNOWN,

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from autoembed import batching
+from autoembed.answers import shorter_limit, trouble_of_answer
 from autoembed.cutting import limit_of
-from autoembed.errors import ProviderTrouble, Refused, Trouble, shorter_limit, trouble_of_answer
+from autoembed.errors import ProviderTrouble, Refused, Trouble
 from autoembed.providers import sizes_of
 from autoembed.worker import PROBE
 from unit.fakes import PIPELINE, FakeDatabase, FakeProvider, Vector, key_of, vectors_of

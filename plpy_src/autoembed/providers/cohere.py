@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from autoembed import keys
-from autoembed.errors import ProviderTrouble, Refused, Trouble, trouble_of_answer
+from autoembed.answers import trouble_of_answer
+from autoembed.errors import ProviderTrouble, Refused, Trouble
 from autoembed.model import Embedded, Model, Request
 from autoembed.providers import http
 from autoembed.providers.definition import check_tokens_per_input

@@ -6,8 +6,9 @@ import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from autoembed.answers import trouble_of_answer
 from autoembed.batching import estimate_tokens
-from autoembed.errors import Fault, ProviderTrouble, trouble_of_answer
+from autoembed.errors import Fault, ProviderTrouble
 from autoembed.model import Embedded, Model, Request
 from autoembed.providers.definition import check_option_names, check_without
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from autoembed import keys
-from autoembed.errors import ProviderTrouble, Refused, Trouble, trouble_of_answer
+from autoembed.answers import trouble_of_answer
+from autoembed.errors import ProviderTrouble, Refused, Trouble
 from autoembed.model import PREFIXES, Embedded, Model, Request, prefixed
 from autoembed.providers import http
 from autoembed.providers.vectors import matrix

@@ -12,16 +12,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from autoembed import endpoints, keys
-from autoembed.errors import (
-    Fault,
-    ProviderTrouble,
-    Trouble,
-    may_be_a_texts,
-    message_in,
-    summary_of,
-    trouble_of_answer,
-    without_secrets,
-)
+from autoembed.answers import may_be_a_texts, message_in, summary_of, trouble_of_answer, without_secrets
+from autoembed.errors import Fault, ProviderTrouble, Trouble
 from autoembed.model import Embedded, Model, Request, Reranked
 from autoembed.providers.definition import check_options
 

@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from autoembed import keys
-from autoembed.errors import Refused, Trouble, trouble_of_answer
+from autoembed.answers import trouble_of_answer
+from autoembed.errors import Refused, Trouble
 from autoembed.model import PREFIXES, Embedded, Model, Request, prefixed
 from autoembed.providers import http
 from autoembed.providers.vectors import matrix

@@ -12,7 +12,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from autoembed import keys
-from autoembed.errors import ProviderTrouble, Trouble, trouble_of_answer
+from autoembed.answers import trouble_of_answer
+from autoembed.errors import ProviderTrouble, Trouble
 from autoembed.model import Embedded, Model, Request
 from autoembed.providers import http, openai
 from autoembed.providers.definition import check_tokens_per_input
