@@ -386,8 +386,8 @@ $sql$;
 COMMENT ON FUNCTION autoembed._used_types IS
     'These types, and those that they are made of: base types, elements, bounds and attributes.';
 
-CREATE OR REPLACE FUNCTION autoembed._operator(table_id oid, column_name name, strategy integer)
-    RETURNS text
+CREATE OR REPLACE FUNCTION autoembed._key_operator(table_id oid, column_name name, strategy integer)
+    RETURNS oid
     LANGUAGE plpgsql
     STABLE
     SET search_path = pg_catalog, pg_temp
@@ -395,8 +395,8 @@ AS $plpgsql$
 BEGIN
     -- An SQL function would be planned again for each claim: 1 ms.
     -- The operator is that of the index. Its name alone might mean another one, or none if its schema is not searched.
-    RETURN coalesce((
-        SELECT format('OPERATOR(%I.%s)', n.nspname, o.oprname)
+    RETURN (
+        SELECT m.amopopr
         FROM pg_index AS i
         CROSS JOIN LATERAL unnest(i.indkey::smallint[], i.indclass::oid[]) AS k(number, class)
         JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = k.number AND a.attname = column_name
@@ -405,16 +405,32 @@ BEGIN
             ON m.amopfamily = c.opcfamily AND m.amoplefttype = c.opcintype AND m.amoprighttype = c.opcintype
            AND m.amopstrategy = strategy
         JOIN pg_am ON pg_am.oid = m.amopmethod AND pg_am.amname = 'btree'
-        JOIN pg_operator AS o ON o.oid = m.amopopr
-        JOIN pg_namespace AS n ON n.oid = o.oprnamespace
         WHERE i.indrelid = table_id AND i.indisunique
         ORDER BY i.indisprimary DESC, i.indisreplident DESC, i.indexrelid
         LIMIT 1
+    );
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._key_operator IS
+    'The operator by which the index of a key compares a column: 3 for equal, 5 for greater, as B-tree strategies are '
+    'numbered. NULL: there is no such index.';
+
+CREATE OR REPLACE FUNCTION autoembed._operator(table_id oid, column_name name, strategy integer)
+    RETURNS text
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    RETURN coalesce((
+        SELECT format('OPERATOR(%I.%s)', n.nspname, o.oprname)
+        FROM pg_operator AS o
+        JOIN pg_namespace AS n ON n.oid = o.oprnamespace
+        WHERE o.oid = autoembed._key_operator(table_id, column_name, strategy)
     ), CASE strategy WHEN 3 THEN 'OPERATOR(pg_catalog.=)' ELSE 'OPERATOR(pg_catalog.>)' END);
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._operator IS
-    'The operator by which a key column is compared: 3 for equal, 5 for greater, as B-tree strategies are numbered.';
+COMMENT ON FUNCTION autoembed._operator IS 'How an expression writes the operator of _key_operator().';
 
 CREATE OR REPLACE FUNCTION autoembed._is_spelled_one_way(pipeline autoembed.pipeline)
     RETURNS boolean

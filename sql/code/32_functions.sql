@@ -58,7 +58,7 @@ BEGIN
         EXECUTE format('ALTER FUNCTION %s OWNER TO %I', _function, owner);
     END IF;
     IF template_name IN (
-        'may_read', 'may_read_all', 'chunk', 'long_version', 'long_text', 'long_chunk', 'nearest_rows'
+        'may_read', 'may_read_all', 'readable', 'chunk', 'long_version', 'long_text', 'long_chunk', 'nearest_rows'
     ) THEN
         -- It runs with the rights of the reader, who may be any role.
         IF NOT has_function_privilege('public', _function, 'EXECUTE') THEN
@@ -173,6 +173,15 @@ AS $sql$
         'key_names', string_agg(quote_ident(k.name), ', ' ORDER BY k.number),
         'embeddings_key', string_agg(format('e.%I', k.name), ', ' ORDER BY k.number),
         'key_types', string_agg(k.type, ', ' ORDER BY k.number),
+        'readable_columns', string_agg(format('k%s %s', k.number, k.type), ', ' ORDER BY k.number),
+        'readable_key', string_agg('r.k' || k.number, ', ' ORDER BY k.number),
+        'listed_keys', string_agg(format('t.%I AS k%s', k.name, k.number), ', ' ORDER BY k.number),
+        -- Policies of the table keep an operator that is not LEAKPROOF from its indexes: a look at one row reads all.
+        -- A comparison of rows has one operator.
+        'lists_readable', NOT bool_and(k.is_leakproof) AND count(DISTINCT k.equal) = 1,
+        'is_readable', format('(%s) %s ANY (SELECT %s FROM autoembed._readable_%s() AS r)',
+                              string_agg(quote_ident(k.name), ', ' ORDER BY k.number), min(k.equal),
+                              string_agg('r.k' || k.number, ', ' ORDER BY k.number), pipeline.id),
         'is_key', string_agg(format('t.%I %s $%s', k.name, k.equal, k.number), ' AND ' ORDER BY k.number),
         'sent_key_names', string_agg('s.k' || k.number, ', ' ORDER BY k.number),
         -- A row comparison uses the index. It cannot name operators of other schemas: with these, the columns are
@@ -207,6 +216,11 @@ AS $sql$
                        AS last,
                    autoembed._operator(pipeline.table_id, n.name, 3) AS equal,
                    autoembed._operator(pipeline.table_id, n.name, 5) AS greater,
+                   EXISTS (
+                       SELECT FROM pg_operator AS o
+                       JOIN pg_proc AS f ON f.oid = o.oprcode AND f.proleakproof
+                       WHERE o.oid = autoembed._key_operator(pipeline.table_id, n.name, 3)
+                   ) AS is_leakproof,
                    y.typtype = 'e' OR coalesce(nullif(y.typbasetype, 0), y.oid) IN (
                        'bigint'::regtype, 'integer'::regtype, 'smallint'::regtype, 'numeric'::regtype,
                        'boolean'::regtype, 'text'::regtype, 'varchar'::regtype, 'bpchar'::regtype, 'name'::regtype,
@@ -464,6 +478,8 @@ CREATE OR REPLACE FUNCTION autoembed._admit_readers(slots jsonb)
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE
+    _lists_readable CONSTANT boolean := (slots ->> 'lists_readable')::boolean;
+    _unused CONSTANT name := concat(CASE WHEN _lists_readable THEN '_may_read_' ELSE '_readable_' END, slots ->> 'id');
     _outdated regprocedure;
     _view text;
 BEGIN
@@ -472,13 +488,19 @@ BEGIN
         FROM pg_proc AS p
         WHERE p.pronamespace = 'autoembed'::regnamespace
           AND p.proname = ANY (autoembed._readers_functions((slots ->> 'id')::integer))
-          AND p.pronargs > 0
-          AND regexp_replace(pg_get_function_identity_arguments(p.oid), ', (chunk_start|part) .*', '')
-              <> slots ->> 'key_types'
+          AND CASE
+              WHEN p.pronargs > 0 THEN
+                  p.proname = _unused
+                  OR regexp_replace(pg_get_function_identity_arguments(p.oid), ', (chunk_start|part) .*', '')
+                     <> slots ->> 'key_types'
+              WHEN p.proretset THEN
+                  p.proname = _unused
+                  OR pg_get_function_result(p.oid) <> format('TABLE(%s)', slots ->> 'readable_columns')
+          END
     LOOP
         EXECUTE format('DROP FUNCTION %s CASCADE', _outdated);
     END LOOP;
-    PERFORM autoembed._create_function('may_read', slots);
+    PERFORM autoembed._create_function(CASE WHEN _lists_readable THEN 'readable' ELSE 'may_read' END, slots);
     PERFORM autoembed._create_function('may_read_all', slots);
     PERFORM autoembed._create_function('chunk', slots);
     PERFORM autoembed._create_function('long_version', slots);
@@ -493,9 +515,11 @@ BEGIN
         EXECUTE format('DROP POLICY IF EXISTS autoembed_readers ON %s', slots ->> 'embeddings_table');
         -- A subquery is asked once. To ask for each row takes as long as a hundred distances.
         EXECUTE format(
-            'CREATE POLICY autoembed_readers ON %1$s FOR SELECT USING '
-            '((SELECT autoembed._may_read_all_%2$s()) OR autoembed._may_read_%2$s(%3$s))',
-            slots ->> 'embeddings_table', slots ->> 'id', slots ->> 'key_names'
+            'CREATE POLICY autoembed_readers ON %s FOR SELECT USING ((SELECT autoembed._may_read_all_%s()) OR %s)',
+            slots ->> 'embeddings_table', slots ->> 'id', CASE
+                WHEN _lists_readable THEN slots ->> 'is_readable'
+                ELSE format('autoembed._may_read_%s(%s)', slots ->> 'id', slots ->> 'key_names')
+            END
         );
     END IF;
     IF autoembed._chunks_view((slots ->> 'id')::integer, (slots ->> 'embeddings_table')::regclass) IS NULL THEN
@@ -544,7 +568,7 @@ CREATE OR REPLACE FUNCTION autoembed._readers_functions(pipeline_id integer)
     SET search_path = pg_catalog, pg_temp
 AS $sql$
     SELECT array_agg(format('_%s_%s', t.name, pipeline_id)::name)
-    FROM unnest('{may_read,may_read_all,chunk,long_version,long_text,long_chunk}'::text[]) AS t(name);
+    FROM unnest('{may_read,may_read_all,readable,chunk,long_version,long_text,long_chunk}'::text[]) AS t(name);
 $sql$;
 COMMENT ON FUNCTION autoembed._readers_functions IS
     'The names of the functions of a pipeline that run with the rights of a reader.';
@@ -582,11 +606,11 @@ CREATE OR REPLACE FUNCTION autoembed._pipeline_of_policy(policy oid)
     STABLE
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    SELECT substring(p.proname FROM '^_may_read_([0-9]{1,9})$')::integer
+    SELECT substring(p.proname FROM '^_may_read_all_([0-9]{1,9})$')::integer
     FROM pg_depend AS d
     JOIN pg_proc AS p ON p.oid = d.refobjid AND p.pronamespace = 'autoembed'::regnamespace
     WHERE d.classid = 'pg_policy'::regclass AND d.objid = policy AND d.refclassid = 'pg_proc'::regclass
-      AND p.proname ~ '^_may_read_[0-9]{1,9}$'
+      AND p.proname ~ '^_may_read_all_[0-9]{1,9}$'
     LIMIT 1;
 $sql$;
 COMMENT ON FUNCTION autoembed._pipeline_of_policy IS

@@ -185,6 +185,7 @@ _keep_restored_model - - - x
 _keep_restored_queue - - - x
 _key_columns - x - x
 _key_expression - x - x
+_key_operator - x - x
 _key_slots - - - x
 _keys_of_rows - - - x
 _keys_per_message - - - x

@@ -520,6 +520,68 @@ def test_a_reader_of_all_rows_is_not_asked_for_each_of_them(short: Connection, r
     assert seen() == (3, 0)
 
 
+@pytest.mark.parametrize(
+    ("key_type", "key", "columns"),
+    [
+        ("numeric", "n", "id"),
+        ("numeric", "n", "id, tenant"),
+        ("label", "n::text::label", "tenant, id"),
+        ("int[]", "ARRAY[n]", "id"),
+        ("numrange", "numrange(n, n + 1)", "id"),
+        ("citext", "n::text", "id"),
+    ],
+)
+def test_a_reader_whose_rows_are_hidden_reads_a_table_a_few_times_whatever_type_its_key_has(
+    short: Connection,
+    role: Callable[[str], str],
+    connect: Callable[..., Connection],
+    key_type: str,
+    key: str,
+    columns: str,
+) -> None:
+    reader, rows = role("reader"), 200
+    short.execute("CREATE EXTENSION IF NOT EXISTS citext")
+    short.execute(f"CREATE TYPE label AS ENUM ({', '.join(repr(str(n)) for n in range(1, rows + 1))})")
+    short.execute(
+        f"CREATE TABLE pages (id {key_type}, tenant int, n int, shown bool, body text, PRIMARY KEY ({columns}))"
+    )
+    short.execute(f"INSERT INTO pages SELECT {key}, 1, n, n % 2 = 0, 'text ' || n FROM generate_series(1, {rows}) AS n")
+    short.execute("SELECT autoembed.enable('pages', content_columns => '{body}')")
+    short.execute("SELECT autoembed.process()")
+    short.execute("ALTER TABLE pages ENABLE ROW LEVEL SECURITY; CREATE POLICY shown ON pages USING (shown)")
+    short.execute(f"GRANT SELECT ON pages TO {reader}; SELECT autoembed.grant_usage('{reader}')")
+    short.execute("ANALYZE pages, pages_embeddings")
+    texts = [f"text {n}" for n in range(1, rows + 1)]
+    session = connect(user=reader)
+
+    def found() -> list[int]:
+        search = "SELECT (s.hit).n FROM autoembed.search(NULL::pages, 'question') AS s"
+        return [row[0] for row in session.execute(search)]
+
+    assert found() == [n for n in nearest(texts, "question") if n % 2 == 0][:10]
+    assert session.execute("SELECT count(*) FROM pages_embeddings").fetchone() == (rows / 2,)
+    read = rows_read(session, "SELECT FROM autoembed.search(NULL::pages, 'question')", "pages", "pages_embeddings")
+    assert max(read.values()) < 20 * rows
+
+
+def test_the_embeddings_stay_hidden_when_the_key_gets_another_type(
+    short: Connection, role: Callable[[str], str], connect: Callable[..., Connection]
+) -> None:
+    attach(short, "NULL", ["one", "two", "three"])
+    reader = role("reader")
+    short.execute("ALTER TABLE pages ENABLE ROW LEVEL SECURITY; CREATE POLICY two ON pages USING (body = 'two')")
+    short.execute(f"GRANT SELECT ON pages TO {reader}; SELECT autoembed.grant_usage('{reader}')")
+    session = connect(user=reader)
+
+    for key_type in ("numeric", "bigint", "numeric(9, 2)", "numeric", "int", "text"):
+        short.execute(f"ALTER TABLE pages ALTER id TYPE {key_type} USING id::{key_type}")
+        short.execute("SELECT autoembed.process()")
+
+        assert session.execute("SELECT id::numeric::int FROM pages_embeddings").fetchall() == [(2,)]
+        [(body,)] = session.execute("SELECT (s.hit).body FROM autoembed.search(NULL::pages, 'question') AS s")
+        assert body == "two"
+
+
 def change_of_names(db: Connection, column: str) -> None:
     db.execute("ALTER TABLE pages RENAME COLUMN id TO number")
     db.execute("ALTER TABLE pages RENAME COLUMN body TO words")

@@ -52,6 +52,8 @@ SELECT autoembed.enable('documents', content_columns => '{content}', on_change =
 CREATE TABLE parts (a int, b text, year int, body text, PRIMARY KEY (a, b, year)) PARTITION BY RANGE (year);
 CREATE TABLE parts_1 PARTITION OF parts FOR VALUES FROM (0) TO (100);
 SELECT autoembed.enable('parts', 'embedding', content_columns => '{body}', on_change => 'clear');
+CREATE TABLE bills (number numeric PRIMARY KEY, body text);
+SELECT autoembed.enable('bills', content_columns => '{body}');
 CREATE TABLE by_hand (id int PRIMARY KEY, title text, embedding halfvec(8));
 CREATE FUNCTION text_by_hand(b by_hand) RETURNS text LANGUAGE sql AS 'SELECT b.title';
 CREATE TRIGGER queue AFTER INSERT ON by_hand FOR EACH ROW
