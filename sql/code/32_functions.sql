@@ -172,8 +172,8 @@ AS $sql$
         'same_row', string_agg(format('e.%1$I %2$s t.%1$I', k.name, k.equal), ' AND ' ORDER BY k.number),
         'key_names', string_agg(quote_ident(k.name), ', ' ORDER BY k.number),
         'embeddings_key', string_agg(format('e.%I', k.name), ', ' ORDER BY k.number),
-        'key_types', string_agg(k.type, ', ' ORDER BY k.number),
-        'readable_columns', string_agg(format('k%s %s', k.number, k.type), ', ' ORDER BY k.number),
+        'key_types', string_agg(k.bare_type, ', ' ORDER BY k.number),
+        'readable_columns', string_agg(format('k%s %s', k.number, k.bare_type), ', ' ORDER BY k.number),
         'readable_key', string_agg('r.k' || k.number, ', ' ORDER BY k.number),
         'listed_keys', string_agg(format('t.%I AS k%s', k.name, k.number), ', ' ORDER BY k.number),
         -- Policies of the table keep an operator that is not LEAKPROOF from its indexes: a look at one row reads all.
@@ -211,6 +211,8 @@ AS $sql$
         FROM (
             SELECT n.name, n.number,
                    format_type(a.atttypid, a.atttypmod) AS type,
+                   -- A function's parameters and results have no length or scale.
+                   format_type(a.atttypid, NULL) AS bare_type,
                    -- The condition of a scan names columns without their table. Beside them stands nothing else.
                    format('($1::pg_catalog.jsonb ->> %s)::%s', n.number - 1, format_type(a.atttypid, a.atttypmod))
                        AS last,

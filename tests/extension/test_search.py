@@ -582,6 +582,24 @@ def test_the_embeddings_stay_hidden_when_the_key_gets_another_type(
         assert body == "two"
 
 
+@pytest.mark.parametrize(
+    "key_type",
+    ["int", "varchar(20)", "char(3)", "numeric(9, 2)", "timestamptz(3)", "varchar(5)[]", "label", "word", "citext"],
+)
+def test_what_uses_the_embeddings_stays_when_functions_are_made_again(short: Connection, key_type: str) -> None:
+    short.execute("CREATE TYPE label AS ENUM ('a'); CREATE DOMAIN word AS varchar(20); CREATE EXTENSION citext")
+    short.execute(f"CREATE TABLE pages (id {key_type} PRIMARY KEY, body text)")
+    short.execute("SELECT autoembed.enable('pages', content_columns => '{body}')")
+    short.execute("CREATE VIEW mine AS SELECT chunk FROM pages_chunks")
+    policy = "SELECT oid FROM pg_policy WHERE polname = 'autoembed_readers'"
+    before = short.execute(policy).fetchall()
+
+    short.execute("ALTER TABLE pages RENAME body TO words")
+
+    assert short.execute(policy).fetchall() == before
+    assert short.execute("SELECT chunk FROM mine").fetchall() == []
+
+
 def change_of_names(db: Connection, column: str) -> None:
     db.execute("ALTER TABLE pages RENAME COLUMN id TO number")
     db.execute("ALTER TABLE pages RENAME COLUMN body TO words")
