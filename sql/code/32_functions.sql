@@ -177,8 +177,8 @@ AS $sql$
         'readable_key', string_agg('r.k' || k.number, ', ' ORDER BY k.number),
         'listed_keys', string_agg(format('t.%I AS k%s', k.name, k.number), ', ' ORDER BY k.number),
         -- Policies of the table keep an operator that is not LEAKPROOF from its indexes: a look at one row reads all.
-        -- A comparison of rows has one operator.
-        'lists_readable', NOT bool_and(k.is_leakproof) AND count(DISTINCT k.equal) = 1,
+        -- A comparison of rows has one operator, and a function cannot return a composite type as a column.
+        'lists_readable', NOT bool_and(k.is_leakproof) AND count(DISTINCT k.equal) = 1 AND NOT bool_or(k.is_composite),
         'is_readable', format('(%s) %s ANY (SELECT %s FROM autoembed._readable_%s() AS r)',
                               string_agg(quote_ident(k.name), ', ' ORDER BY k.number), min(k.equal),
                               string_agg('r.k' || k.number, ', ' ORDER BY k.number), pipeline.id),
@@ -223,6 +223,7 @@ AS $sql$
                        JOIN pg_proc AS f ON f.oid = o.oprcode AND f.proleakproof
                        WHERE o.oid = autoembed._key_operator(pipeline.table_id, n.name, 3)
                    ) AS is_leakproof,
+                   b.typtype IN ('c', 'd') AS is_composite,
                    y.typtype = 'e' OR coalesce(nullif(y.typbasetype, 0), y.oid) IN (
                        'bigint'::regtype, 'integer'::regtype, 'smallint'::regtype, 'numeric'::regtype,
                        'boolean'::regtype, 'text'::regtype, 'varchar'::regtype, 'bpchar'::regtype, 'name'::regtype,
@@ -231,6 +232,7 @@ AS $sql$
             FROM unnest(pipeline.key_columns) WITH ORDINALITY AS n(name, number)
             JOIN pg_attribute AS a ON a.attrelid = pipeline.table_id AND a.attname = n.name
             JOIN pg_type AS y ON y.oid = a.atttypid
+            JOIN pg_type AS b ON b.oid = coalesce(nullif(y.typbasetype, 0), y.oid)
         ) AS p
     ) AS k
 $sql$;
@@ -770,15 +772,55 @@ BEGIN
     LOOP
         EXECUTE format('DROP FUNCTION %s %s', _function, CASE WHEN with_triggers THEN 'CASCADE' END);
     END LOOP;
-    IF with_triggers THEN
-        PERFORM autoembed._drop_readers(pipeline_id);
-    END IF;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._drop_functions IS
-    'Drops the functions of a pipeline. with_triggers: drops its triggers and their functions too.';
+    'Drops the functions of a pipeline, but those of readers. with_triggers: drops its triggers and their functions '
+    'too.';
 
-CREATE OR REPLACE FUNCTION autoembed._drop_readers(pipeline_id integer)
+CREATE OR REPLACE FUNCTION autoembed._dependents(view regclass)
+    RETURNS text
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT string_agg(DISTINCT coalesce(
+        pg_describe_object('pg_class'::regclass, r.ev_class, 0), pg_describe_object(d.classid, d.objid, d.objsubid)
+    ), ', ')
+    FROM pg_depend AS d
+    LEFT JOIN pg_rewrite AS r ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid
+    WHERE d.deptype = 'n' AND r.ev_class IS DISTINCT FROM view
+      AND (d.refclassid = 'pg_class'::regclass AND d.refobjid = view OR d.refclassid = 'pg_type'::regclass AND EXISTS (
+          SELECT FROM pg_type AS t WHERE t.typrelid = view AND d.refobjid IN (t.oid, t.typarray)
+      ));
+$sql$;
+COMMENT ON FUNCTION autoembed._dependents IS 'The objects that depend on a view; NULL if there are none.';
+
+CREATE OR REPLACE FUNCTION autoembed._check_chunks_view(pipeline_id integer, embeddings_table regclass)
+    RETURNS void
+    LANGUAGE plpgsql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _view CONSTANT regclass := autoembed._chunks_view(pipeline_id, embeddings_table);
+    _dependents CONSTANT text := autoembed._dependents(_view);
+BEGIN
+    IF _dependents IS NOT NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'dependent_objects_still_exist',
+            MESSAGE = format('view %s has to be dropped for this, but other objects depend on it', _view),
+            DETAIL = format('These are: %s.', _dependents),
+            HINT = format('Drop them first, or all of them by DROP VIEW %s CASCADE, and make them again afterwards.',
+                          _view);
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._check_chunks_view IS
+    'Raises an error if something depends on the view of the chunks of a pipeline.';
+
+CREATE OR REPLACE FUNCTION autoembed._drop_readers(pipeline_id integer, embeddings_table regclass)
     RETURNS void
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -786,8 +828,12 @@ CREATE OR REPLACE FUNCTION autoembed._drop_readers(pipeline_id integer)
     SET client_min_messages = warning
 AS $plpgsql$
 DECLARE
+    _view CONSTANT regclass := autoembed._chunks_view(pipeline_id, embeddings_table);
     _function regprocedure;
 BEGIN
+    IF autoembed._dependents(_view) IS NOT NULL THEN
+        RETURN;
+    END IF;
     FOR _function IN
         SELECT p.oid
         FROM pg_proc AS p
@@ -799,4 +845,5 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._drop_readers IS
-    'Drops what lets roles read the embeddings table of a pipeline: functions, the policy, and the view of chunks.';
+    'Drops what lets roles read the embeddings table of a pipeline: functions, the policy, and the view of chunks. All '
+    'of this stays if something depends on the view.';

@@ -44,13 +44,15 @@ DECLARE
     _same_key text;
     _new_keys text := (SELECT string_agg(quote_ident(k.name), ', ') FROM unnest(key_columns) AS k(name));
     _statement text;
+    _void text;
 BEGIN
     SELECT string_agg(quote_ident(k.name), ', '),
            string_agg(format('e.%1$I %2$s t.%1$I', k.name, autoembed._operator(pipeline.embeddings_table, k.name, 3)),
                       ' AND ')
     INTO _old_keys, _same_key
     FROM unnest(pipeline.key_columns) AS k(name);
-    PERFORM autoembed._drop_readers(pipeline.id);
+    _void := autoembed._check_chunks_view(pipeline.id, pipeline.embeddings_table);
+    _void := autoembed._drop_readers(pipeline.id, pipeline.embeddings_table);
     FOR _statement IN
         SELECT s.statement
         FROM (
@@ -150,11 +152,12 @@ AS $plpgsql$
 DECLARE
     _new autoembed.pipeline := pipeline;
     _part jsonb;
+    _void text;
 BEGIN
     -- Lanes may hold jobs with the old keys. These end with the old number.
     UPDATE autoembed.pipeline AS p SET table_id = 0 WHERE p.id = pipeline.id;
     IF pipeline.embeddings_table IS NOT NULL THEN
-        PERFORM autoembed._take_key_beside(pipeline, key_columns);
+        _void := autoembed._take_key_beside(pipeline, key_columns);
     END IF;
     _new.key_columns := _take_key.key_columns;
     INSERT INTO autoembed.pipeline AS p (

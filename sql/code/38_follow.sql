@@ -57,6 +57,7 @@ DECLARE
     _change text;
     _name name;
     _type text;
+    _void text;
 BEGIN
     SELECT c.* INTO _table FROM pg_class AS c WHERE c.oid = pipeline.table_id;
     SELECT c.* INTO _embeddings FROM pg_class AS c WHERE c.oid = pipeline.embeddings_table;
@@ -104,6 +105,7 @@ BEGIN
         -- The functions of the pipeline are made again after this, the policy and the view with them.
         EXECUTE format('DROP POLICY IF EXISTS autoembed_readers ON %s', pipeline.embeddings_table);
         IF EXISTS (SELECT FROM pg_class AS c WHERE c.oid = _view) THEN
+            _void := autoembed._check_chunks_view(pipeline.id, pipeline.embeddings_table);
             EXECUTE format('DROP VIEW %s', _view);
         END IF;
         -- PostgreSQL checks constraints again, and these call functions of the owner, and so may a cast.
@@ -292,6 +294,7 @@ BEGIN
         -- The trigger of a lost column would refuse writes.
         IF _after.managed AND _after.built_from IS DISTINCT FROM 'stopped' THEN
             PERFORM autoembed._drop_functions(_after.id, true);
+            PERFORM autoembed._drop_readers(_after.id, _after.embeddings_table);
             UPDATE autoembed.pipeline AS p SET built_from = 'stopped' WHERE p.id = _after.id;
         END IF;
         -- The other pipeline overwrites vectors, which only a digest of them can show.

@@ -852,6 +852,9 @@ BEGIN
             coalesce(nullif(alter_pipeline.model, ''), _pipeline.model), nullif(alter_pipeline.chunk_prefix, '')
         );
     END IF;
+    IF _moves THEN
+        _void := autoembed._check_chunks_view(_pipeline.id, _pipeline.embeddings_table);
+    END IF;
     IF storage NOT IN ('beside', 'row') THEN
         RAISE EXCEPTION USING
             ERRCODE = 'invalid_parameter_value',
@@ -1010,6 +1013,7 @@ BEGIN
         _ended := _ended || coalesce(
             _pipeline.embeddings_table::text, format('column "%s"', _pipeline.embedding_column)
         );
+        _void := autoembed._check_chunks_view(_pipeline.id, _pipeline.embeddings_table);
         UPDATE autoembed.pipeline AS p SET ended = true WHERE p.id = _pipeline.id;
         IF disable.drop AND _embeddings_table IS NOT NULL THEN
             EXECUTE format('DROP TABLE %s', _embeddings_table);

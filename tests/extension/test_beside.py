@@ -306,6 +306,51 @@ def test_disable_can_drop_the_embeddings(pages: Connection) -> None:
     assert pages.execute("SELECT to_regclass('pages_embeddings')").fetchone() == (None,)
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SELECT autoembed.disable('pages')",
+        "SELECT autoembed.disable('pages', drop => true)",
+        "SELECT autoembed.alter_pipeline('pages', storage => 'row')",
+        "ALTER TABLE pages ALTER id TYPE bigint",
+        "ALTER TABLE pages DROP CONSTRAINT pages_pkey, ADD PRIMARY KEY (views)",
+    ],
+)
+def test_no_statement_takes_away_what_depends_on_the_view_of_chunks(pages: Connection, statement: str) -> None:
+    pages.execute("INSERT INTO pages (id, body, views) VALUES (1, 'one', 1)")
+    process(pages)
+    pages.execute("CREATE VIEW mine AS SELECT chunk FROM pages_chunks")
+
+    with pytest.raises(psycopg.errors.DependentObjectsStillExist) as refused:
+        pages.execute(statement.encode())
+
+    assert refused.value.diag.message_primary == (
+        "view public.pages_chunks has to be dropped for this, but other objects depend on it"
+    )
+    assert refused.value.diag.message_detail == "These are: view public.mine."
+    assert "DROP VIEW public.pages_chunks CASCADE" in str(refused.value.diag.message_hint)
+    assert pages.execute("SELECT chunk FROM mine").fetchall() == [("one",)]
+    pages.execute("DROP VIEW mine")
+    pages.execute(statement.encode())
+
+
+def test_what_depends_on_the_view_of_chunks_stays_when_the_table_or_a_column_goes(pages: Connection) -> None:
+    pages.execute("INSERT INTO pages VALUES (1, 'one')")
+    process(pages)
+    pages.execute("CREATE VIEW mine AS SELECT chunk FROM pages_chunks")
+
+    pages.execute("ALTER TABLE pages DROP COLUMN body")
+    assert pages.execute("SELECT state FROM autoembed.status").fetchone() == ("stopped",)
+    pages.execute("ALTER TABLE pages ADD COLUMN body text DEFAULT 'two'")
+    process(pages)
+    assert pages.execute("SELECT chunk FROM mine").fetchall() == [("two",)]
+
+    pages.execute("DROP TABLE pages")
+    pages.execute("SELECT autoembed._clean_up()")
+    assert pages.execute("SELECT FROM autoembed.pipeline").rowcount == 0
+    assert pages.execute("SELECT to_regclass('mine')::text").fetchone() == ("mine",)
+
+
 def test_resync_makes_the_policy_and_the_view_again_that_somebody_has_dropped(
     pages: Connection, connect: Callable[..., Connection], role: Callable[[str], str]
 ) -> None:

@@ -56,6 +56,7 @@ _check_beside - x - x
 _check_budget - - - x
 _check_chunk_function - - - x
 _check_chunking - x - x
+_check_chunks_view - x - x
 _check_content - x - x
 _check_content_function - - - x
 _check_embedding_column - - - x
@@ -101,6 +102,7 @@ _cron_places - - - x
 _default_model - x x x
 _define - - - x
 _defined - - - x
+_dependents - - - x
 _digests - - - x
 _dimensions - x - x
 _distances - x - x

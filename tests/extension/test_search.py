@@ -584,10 +584,14 @@ def test_the_embeddings_stay_hidden_when_the_key_gets_another_type(
 
 @pytest.mark.parametrize(
     "key_type",
-    ["int", "varchar(20)", "char(3)", "numeric(9, 2)", "timestamptz(3)", "varchar(5)[]", "label", "word", "citext"],
+    [
+        *("int", "varchar(20)", "char(3)", "numeric(9, 2)", "timestamptz(3)", "varchar(5)[]", "citext"),
+        *("label", "word", "pair", "checked_pair"),
+    ],
 )
 def test_what_uses_the_embeddings_stays_when_functions_are_made_again(short: Connection, key_type: str) -> None:
     short.execute("CREATE TYPE label AS ENUM ('a'); CREATE DOMAIN word AS varchar(20); CREATE EXTENSION citext")
+    short.execute("CREATE TYPE pair AS (a int, b text); CREATE DOMAIN checked_pair AS pair CHECK ((VALUE).a > 0)")
     short.execute(f"CREATE TABLE pages (id {key_type} PRIMARY KEY, body text)")
     short.execute("SELECT autoembed.enable('pages', content_columns => '{body}')")
     short.execute("CREATE VIEW mine AS SELECT chunk FROM pages_chunks")
