@@ -120,6 +120,7 @@ LOCK_NOT_AVAILABLE = "55P03"
 OBJECT_IN_USE = "55006"
 QUERY_CANCELED = "57014"
 INSUFFICIENT_PRIVILEGE = "42501"
+DATATYPE_MISMATCH = "42804"
 SERIALIZATION_FAILURE = "40001"
 # A deadlock or a serialization failure, by its beginning: another try may do.
 CONFLICT = "40"

@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from autoembed import search_text
-from autoembed.errors import INSUFFICIENT_PRIVILEGE, SERIALIZATION_FAILURE, Fault, is_nobodys
+from autoembed.errors import DATATYPE_MISMATCH, INSUFFICIENT_PRIVILEGE, SERIALIZATION_FAILURE, Fault, is_nobodys
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -81,6 +81,16 @@ class Search:
                 errcode="55000",
             )
         return mode
+
+    def check_rows(self) -> None:
+        """Raises Fault if the table that is named has no rows to give, because it holds embeddings."""
+        if not self.target["has_rows"]:
+            table = self.target["table_id"]
+            raise Fault(
+                f"table {self._table_name} holds embeddings of table {table}, and a search gives rows of that one",
+                hint=f"Write NULL::{table}, and name the embeddings by embedding_column if there are several.",
+                errcode=DATATYPE_MISMATCH,
+            )
 
     def hits(
         self, query: str, mode: str, vector_weight: float, wanted: int, page_rows: int

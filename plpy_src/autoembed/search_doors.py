@@ -50,6 +50,7 @@ def page(
     mode: str | None,
     vector_weight: float | None,
     candidates: int,
+    has_row_type: bool,
     search: int | None,
 ) -> dict[str, Any]:
     """The rows of a page, or the query that finds them: the columns of autoembed._search_page()."""
@@ -59,6 +60,8 @@ def page(
     try:
         max_rows, skip_rows, vector_weight = checked(max_rows, skip_rows, mode, vector_weight)
         this = Search(here, table_name, embedding_column, condition)
+        if has_row_type:
+            this.check_rows()
         mode = this.mode(mode)
         if not query or not query.strip() or not max_rows:
             return _NO_PAGE

@@ -430,7 +430,8 @@ BEGIN
     ), CASE strategy WHEN 3 THEN 'OPERATOR(pg_catalog.=)' ELSE 'OPERATOR(pg_catalog.>)' END);
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._operator IS 'How an expression writes the operator of _key_operator().';
+COMMENT ON FUNCTION autoembed._operator IS
+    'How an expression writes the operator of _key_operator(), or PostgreSQL''s own where there is none.';
 
 CREATE OR REPLACE FUNCTION autoembed._is_spelled_one_way(pipeline autoembed.pipeline)
     RETURNS boolean

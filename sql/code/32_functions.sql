@@ -177,7 +177,7 @@ AS $sql$
         'readable_key', string_agg('r.k' || k.number, ', ' ORDER BY k.number),
         'listed_keys', string_agg(format('t.%I AS k%s', k.name, k.number), ', ' ORDER BY k.number),
         -- Policies of the table keep an operator that is not LEAKPROOF from its indexes: a look at one row reads all.
-        -- A comparison of rows has one operator, and a function cannot return a composite type as a column.
+        -- A comparison of rows has one operator. A composite type that a function returns is no column of its own.
         'lists_readable', NOT bool_and(k.is_leakproof) AND count(DISTINCT k.equal) = 1 AND NOT bool_or(k.is_composite),
         'is_readable', format('(%s) %s ANY (SELECT %s FROM autoembed._readable_%s() AS r)',
                               string_agg(quote_ident(k.name), ', ' ORDER BY k.number), min(k.equal),
@@ -223,6 +223,7 @@ AS $sql$
                        JOIN pg_proc AS f ON f.oid = o.oprcode AND f.proleakproof
                        WHERE o.oid = autoembed._key_operator(pipeline.table_id, n.name, 3)
                    ) AS is_leakproof,
+                   -- A domain over a domain may be one, too.
                    b.typtype IN ('c', 'd') AS is_composite,
                    y.typtype = 'e' OR coalesce(nullif(y.typbasetype, 0), y.oid) IN (
                        'bigint'::regtype, 'integer'::regtype, 'smallint'::regtype, 'numeric'::regtype,
@@ -787,12 +788,17 @@ AS $sql$
     SELECT string_agg(DISTINCT coalesce(
         pg_describe_object('pg_class'::regclass, r.ev_class, 0), pg_describe_object(d.classid, d.objid, d.objsubid)
     ), ', ')
-    FROM pg_depend AS d
+    FROM (
+        SELECT 'pg_class'::regclass AS class, view::oid AS id
+        UNION ALL
+        SELECT 'pg_type'::regclass, y.id
+        FROM pg_type AS t
+        CROSS JOIN LATERAL (VALUES (t.oid), (t.typarray)) AS y(id)
+        WHERE t.typrelid = view
+    ) AS o
+    JOIN pg_depend AS d ON d.refclassid = o.class AND d.refobjid = o.id AND d.deptype = 'n'
     LEFT JOIN pg_rewrite AS r ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid
-    WHERE d.deptype = 'n' AND r.ev_class IS DISTINCT FROM view
-      AND (d.refclassid = 'pg_class'::regclass AND d.refobjid = view OR d.refclassid = 'pg_type'::regclass AND EXISTS (
-          SELECT FROM pg_type AS t WHERE t.typrelid = view AND d.refobjid IN (t.oid, t.typarray)
-      ));
+    WHERE r.ev_class IS DISTINCT FROM view;
 $sql$;
 COMMENT ON FUNCTION autoembed._dependents IS 'The objects that depend on a view; NULL if there are none.';
 

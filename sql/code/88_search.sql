@@ -62,6 +62,7 @@ CREATE OR REPLACE FUNCTION autoembed._search_page(
     mode text,
     vector_weight double precision,
     candidates integer,
+    has_row_type boolean,
     INOUT search integer,
     OUT pipeline_id integer,
     OUT rows_query text,
@@ -85,7 +86,8 @@ AS $python$
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import search_doors
     return search_doors.page(
-        table_name, query, max_rows, skip_rows, condition, embedding_column, mode, vector_weight, candidates, search
+        table_name, query, max_rows, skip_rows, condition, embedding_column, mode, vector_weight, candidates,
+        has_row_type, search
     )
 $python$;
 COMMENT ON FUNCTION autoembed._search_page IS
@@ -93,7 +95,7 @@ COMMENT ON FUNCTION autoembed._search_page IS
     'passages $3 and scores $4 to $6 of rows that the caller may read; or, if there is a vector, that as $7, whether '
     'an index is asked as $8, skip_rows as $9 and max_rows as $10. In the latter case it may give no rows though there '
     'are some: then the number of the search is to be handed back. NULL: there are none. candidates: so many of the '
-    'best rows are listed, too. search: the number by which _note_search() counts it. NULL if nothing was looked for. '
+    'best rows are listed, too. has_row_type: the table is told by the type of the rows that are wanted. search: the number by which _note_search() counts it. NULL if nothing was looked for. '
     'problem: the fault that SQL is to raise.';
 
 CREATE OR REPLACE FUNCTION autoembed._rerank_candidates(model text, skip_rows integer)
@@ -368,7 +370,8 @@ BEGIN
     LOOP
         -- An assignment runs no statement, and shows none in the CONTEXT of a refusal.
         _page := autoembed._search_page(
-            _table, query, max_rows, skip_rows, condition, embedding_column, mode, vector_weight, _candidates, _search
+            _table, query, max_rows, skip_rows, condition, embedding_column, mode, vector_weight, _candidates, true,
+            _search
         );
         IF _page.problem IS NOT NULL THEN
             _void := autoembed._refuse(_page.problem, _page.hint, _page.errcode);
@@ -435,7 +438,7 @@ BEGIN
         -- An assignment runs no statement, and shows none in the CONTEXT of a refusal.
         _page := autoembed._search_page(
             table_name, query, max_rows, skip_rows, condition, embedding_column, mode, vector_weight, _candidates,
-            _search
+            false, _search
         );
         IF _page.problem IS NOT NULL THEN
             _void := autoembed._refuse(_page.problem, _page.hint, _page.errcode);

@@ -1,4 +1,4 @@
--- The keys of all rows that a role may read which reads the embeddings table. It runs with the rights of the reader.
+-- The keys of all rows that a reader of the embeddings table may read. It runs with the rights of the reader.
 CREATE OR REPLACE FUNCTION autoembed._readable_{{id}}()
     RETURNS TABLE ({{readable_columns}})
     LANGUAGE plpgsql

@@ -149,7 +149,7 @@ def test_every_function_pins_its_search_path(documents: Connection) -> None:
         "autoembed._nearest_rows_1(text,boolean,integer,integer)",
         "autoembed._note_search(integer,integer,boolean)",
         "autoembed._reranked(record,text,text,integer,integer,integer)",
-        "autoembed._search_page(regclass,text,integer,integer,text,name,text,double precision,integer,integer)",
+        "autoembed._search_page(regclass,text,integer,integer,text,name,text,double precision,integer,boolean,integer)",
         "autoembed._unknown_keys(regclass,name,jsonb)",
         "autoembed._work(double precision,integer,integer,integer,boolean)",
         "autoembed.chunk_text(text,text,integer,integer,text)",

@@ -65,6 +65,16 @@ def test_the_nearest_rows_come_first_with_their_scores_from_one_request(
     assert len(api.log()) == before + 1
 
 
+def test_the_row_type_of_an_embeddings_table_is_refused(short: Connection) -> None:
+    attach(short, "NULL", ["one"])
+
+    for call in ("search", "search_rows"):
+        with pytest.raises(psycopg.errors.DatatypeMismatch, match="holds embeddings of table public.pages") as refused:
+            short.execute(f"SELECT * FROM autoembed.{call}(NULL::pages_embeddings, 'one')")
+        assert "NULL::public.pages" in str(refused.value.diag.message_hint)
+    assert short.execute("SELECT key FROM autoembed.search('pages_embeddings', 'one')").fetchall() == [("[1]",)]
+
+
 @STORAGES
 def test_pages_continue_each_other(short: Connection, column: str) -> None:
     texts = [f"text {n}" for n in range(25)]
@@ -771,7 +781,7 @@ def test_a_condition_that_ends_the_query_tells_no_words_of_hidden_rows(
         other.execute("ALTER SEQUENCE calls RESTART")
         page = other.execute(
             "SELECT keys, text_scores"
-            " FROM autoembed._search_page('pages', %s, 10, 0, %s, NULL, 'hybrid', 0.5, 0, NULL)",
+            " FROM autoembed._search_page('pages', %s, 10, 0, %s, NULL, 'hybrid', 0.5, 0, false, NULL)",
             [word, condition],
         ).fetchone()
         assert page == (["[3]"], [0])

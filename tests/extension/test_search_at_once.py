@@ -52,7 +52,9 @@ def found(db: Connection, more: str = "") -> list[Any]:
 
 
 def is_at_once(db: Connection, max_rows: int = 10) -> bool:
-    page = "SELECT vector FROM autoembed._search_page('pages', 'text 7', %s, 0, NULL, NULL, 'vector', 0.7, 0, NULL)"
+    page = (
+        "SELECT vector FROM autoembed._search_page('pages', 'text 7', %s, 0, NULL, NULL, 'vector', 0.7, 0, false, NULL)"
+    )
     return db.execute(page, [max_rows]).fetchall() != [(None,)]
 
 

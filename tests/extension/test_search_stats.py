@@ -163,7 +163,7 @@ def test_no_role_changes_the_figures_of_a_table_that_it_cannot_read(
 
 
 def test_a_search_counts_once(pages: Connection) -> None:
-    page = "SELECT search FROM autoembed._search_page('pages', 'one', 10, 0, NULL, NULL, 'vector', 0.7, 0, NULL)"
+    page = "SELECT search FROM autoembed._search_page('pages', 'one', 10, 0, NULL, NULL, 'vector', 0.7, 0, false, NULL)"
     numbers = [number for _ in range(300) for (number,) in pages.execute(page).fetchall()]
     note = "SELECT autoembed._note_search(%s::integer, 10, false) AS is_counted"
     for nothing in ("NULL, 10, false", f"{numbers[-1]}, NULL, false", f"{numbers[-1]}, 10, NULL"):

@@ -363,7 +363,7 @@ def test_whatever_a_caller_asks_the_index_tells_nothing_of_hidden_rows(
     short.execute(f"SELECT autoembed.grant_usage('{stranger}')")
     matches = """
         SELECT unnest(coalesce(p.keys, ARRAY[p.errcode]))
-        FROM autoembed._search_page('pages', 'apple secret', 10, 0, {}, NULL, 'text', 0.7, 0, NULL) AS p
+        FROM autoembed._search_page('pages', 'apple secret', 10, 0, {}, NULL, 'text', 0.7, 0, false, NULL) AS p
     """
     # A condition is the caller's code, and runs with each row that it is asked about.
     short.execute(f"""

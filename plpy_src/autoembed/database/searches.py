@@ -30,13 +30,15 @@ class SearchDatabase(Statements):
     def search_target(self, table_id: str, embedding_column: str | None) -> dict[str, Any]:
         """The facts that a search needs: the columns of autoembed._search_target(), and some of this search.
 
-        These are pipeline_id, table_oid, vectors_oid, version, and has_policies: whether policies may hide rows from
-        the caller. An error for a caller without the rights to all columns: a search that finds nothing would tell
-        which words no text has.
+        These are pipeline_id, table_oid, vectors_oid, version; has_rows: whether the table that was named is the one of
+        the rows, and not that of their embeddings; and has_policies: whether policies may hide rows from the caller. An
+        error for a caller without the rights to all columns: a search that finds nothing would tell which words no text
+        has.
         """
         [searched] = self._run(
             "SELECT s.*, s.table_id::pg_catalog.oid::pg_catalog.int8 AS table_oid,"
             " s.vectors_table::pg_catalog.oid::pg_catalog.int8 AS vectors_oid,"
+            " s.table_id OPERATOR(pg_catalog.=) $1::pg_catalog.regclass AS has_rows,"
             " pg_catalog.row_security_active(s.table_id) AS has_policies,"
             " pg_catalog.has_table_privilege(s.table_id, 'SELECT') AS may_read,"
             " pg_catalog.current_setting('transaction_isolation') AS isolation"
@@ -58,7 +60,7 @@ class SearchDatabase(Statements):
         facts = _facts(row["facts"])
         if lasts and not facts["lasts"]:
             del _kept_plans[query]
-        own = ("pipeline_id", "table_oid", "vectors_oid", "version", "has_policies")
+        own = ("pipeline_id", "table_oid", "vectors_oid", "version", "has_rows", "has_policies")
         return {**facts, **{name: searched[name] for name in own}}
 
     def has_names(self, target: dict[str, Any]) -> bool:

@@ -258,7 +258,7 @@ def test_no_plan_of_a_search_shows_a_hidden_row(db: Connection, bob: Tenant, mal
     for condition in ("NULL", "$$set_config('debug_print_plan', 'on', false) IS NOT NULL$$"):
         arguments = f"'{bob.name}.letters', 'secrets', 10, 0, {condition}, NULL, '{mode}'"
         mallory.session.execute(f"SELECT FROM autoembed.search({arguments})")
-        mallory.session.execute(f"SELECT FROM autoembed._search_page({arguments}, 0.7, 0, NULL)")
+        mallory.session.execute(f"SELECT FROM autoembed._search_page({arguments}, 0.7, 0, false, NULL)")
 
     plans = "".join(shown)
     assert "PLANNEDSTMT" in plans
