@@ -93,10 +93,11 @@ $python$;
 COMMENT ON FUNCTION autoembed._search_page IS
     'The query that gives the rows of a page of search(), and its parameters: the ranks $1, keys $2, numbers of '
     'passages $3 and scores $4 to $6 of rows that the caller may read; or, if there is a vector, that as $7, whether '
-    'an index is asked as $8, skip_rows as $9 and max_rows as $10. In the latter case it may give no rows though there '
-    'are some: then the number of the search is to be handed back. NULL: there are none. candidates: so many of the '
-    'best rows are listed, too. has_row_type: the table is told by the type of the rows that are wanted. search: the number by which _note_search() counts it. NULL if nothing was looked for. '
-    'problem: the fault that SQL is to raise.';
+    'an index is asked as $8, skip_rows as $9 and max_rows as $10. In the latter case it may give no rows though '
+    'there are some: then the number of the search is to be handed back. NULL: there are none. candidates: so many of '
+    'the best rows are listed, too. has_row_type: the table is told by the type of the rows that are wanted. search: '
+    'the number by which _note_search() counts it. NULL if nothing was looked for. problem: the fault that SQL is to '
+    'raise.';
 
 CREATE OR REPLACE FUNCTION autoembed._rerank_candidates(model text, skip_rows integer)
     RETURNS integer
