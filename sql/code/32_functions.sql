@@ -779,7 +779,7 @@ COMMENT ON FUNCTION autoembed._drop_functions IS
     'Drops the functions of a pipeline, but those of readers. with_triggers: drops its triggers and their functions '
     'too.';
 
-CREATE OR REPLACE FUNCTION autoembed._dependents(view regclass)
+CREATE OR REPLACE FUNCTION autoembed._dependents(view regclass, table_id regclass)
     RETURNS text
     LANGUAGE sql
     STABLE
@@ -798,11 +798,24 @@ AS $sql$
     ) AS o
     JOIN pg_depend AS d ON d.refclassid = o.class AND d.refobjid = o.id AND d.deptype = 'n'
     LEFT JOIN pg_rewrite AS r ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid
-    WHERE r.ev_class IS DISTINCT FROM view;
+    LEFT JOIN pg_policy AS p ON d.classid = 'pg_policy'::regclass AND p.oid = d.objid
+    LEFT JOIN pg_proc AS f ON d.classid = 'pg_proc'::regclass AND f.oid = d.objid
+    LEFT JOIN pg_class AS c ON c.oid = coalesce(
+        r.ev_class, p.polrelid, CASE WHEN d.classid = 'pg_class'::regclass THEN d.objid END
+    )
+    WHERE r.ev_class IS DISTINCT FROM view
+      -- Any role can make a view on another one. A role without a right to the rows is not to stop their owner.
+      AND CASE
+          WHEN EXISTS (SELECT FROM pg_class AS t WHERE t.oid = table_id) THEN
+              has_any_column_privilege(coalesce(c.relowner, f.proowner), table_id, 'SELECT')
+          ELSE true
+      END;
 $sql$;
-COMMENT ON FUNCTION autoembed._dependents IS 'The objects that depend on a view; NULL if there are none.';
+COMMENT ON FUNCTION autoembed._dependents IS
+    'The objects that depend on the view of the chunks of a table, and whose owners may read it; NULL if there are '
+    'none. All count once the table is gone.';
 
-CREATE OR REPLACE FUNCTION autoembed._check_chunks_view(pipeline_id integer, embeddings_table regclass)
+CREATE OR REPLACE FUNCTION autoembed._check_chunks_view(pipeline autoembed.pipeline)
     RETURNS void
     LANGUAGE plpgsql
     STABLE
@@ -810,8 +823,8 @@ CREATE OR REPLACE FUNCTION autoembed._check_chunks_view(pipeline_id integer, emb
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE
-    _view CONSTANT regclass := autoembed._chunks_view(pipeline_id, embeddings_table);
-    _dependents CONSTANT text := autoembed._dependents(_view);
+    _view CONSTANT regclass := autoembed._chunks_view(pipeline.id, pipeline.embeddings_table);
+    _dependents CONSTANT text := autoembed._dependents(_view, pipeline.table_id);
 BEGIN
     IF _dependents IS NOT NULL THEN
         RAISE EXCEPTION USING
@@ -824,9 +837,13 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._check_chunks_view IS
-    'Raises an error if something depends on the view of the chunks of a pipeline.';
+    'Raises an error if something of a reader depends on the view of the chunks of a pipeline.';
 
-CREATE OR REPLACE FUNCTION autoembed._drop_readers(pipeline_id integer, embeddings_table regclass)
+CREATE OR REPLACE FUNCTION autoembed._drop_readers(
+    pipeline_id integer,
+    embeddings_table regclass,
+    table_id regclass
+)
     RETURNS void
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -837,7 +854,7 @@ DECLARE
     _view CONSTANT regclass := autoembed._chunks_view(pipeline_id, embeddings_table);
     _function regprocedure;
 BEGIN
-    IF autoembed._dependents(_view) IS NOT NULL THEN
+    IF autoembed._dependents(_view, table_id) IS NOT NULL THEN
         RETURN;
     END IF;
     FOR _function IN
@@ -852,4 +869,4 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._drop_readers IS
     'Drops what lets roles read the embeddings table of a pipeline: functions, the policy, and the view of chunks. All '
-    'of this stays if something depends on the view.';
+    'of this stays if something of a reader depends on the view.';

@@ -352,7 +352,7 @@ BEGIN
         _strays := ARRAY(SELECT DISTINCT t.pipeline_id FROM autoembed._stray_triggers(NEW.table_id) AS t);
         _void := autoembed._drop_stray_triggers(NEW.table_id);
         -- A dump of the schema alone has brought them.
-        PERFORM autoembed._drop_functions(s.pipeline_id, true), autoembed._drop_readers(s.pipeline_id, NULL)
+        PERFORM autoembed._drop_functions(s.pipeline_id, true), autoembed._drop_readers(s.pipeline_id, NULL, NULL)
         FROM unnest(_strays) AS s(pipeline_id)
         WHERE NOT EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.id = s.pipeline_id);
     END IF;
@@ -457,7 +457,7 @@ BEGIN
     ON CONFLICT ON CONSTRAINT backfill_pkey DO UPDATE SET create_index = true;
     IF pipeline.embeddings_table IS NOT NULL THEN
         -- Its policy and its view go with these functions.
-        PERFORM autoembed._drop_readers(pipeline.id, pipeline.embeddings_table);
+        PERFORM autoembed._drop_readers(pipeline.id, pipeline.embeddings_table, pipeline.table_id);
     END IF;
 END;
 $plpgsql$;
@@ -517,7 +517,7 @@ BEGIN
         VALUES (clock_timestamp(), jsonb_build_object('pipeline', OLD.id, 'truncated', true));
     END IF;
     PERFORM autoembed._drop_functions(OLD.id, true);
-    PERFORM autoembed._drop_readers(OLD.id, OLD.embeddings_table);
+    PERFORM autoembed._drop_readers(OLD.id, OLD.embeddings_table, OLD.table_id);
     PERFORM autoembed._drop_stray_triggers(t.relid)
     FROM autoembed._partition_tree(OLD.table_id) AS t
     WHERE t.level > 0;

@@ -51,8 +51,8 @@ BEGIN
                       ' AND ')
     INTO _old_keys, _same_key
     FROM unnest(pipeline.key_columns) AS k(name);
-    _void := autoembed._check_chunks_view(pipeline.id, pipeline.embeddings_table);
-    _void := autoembed._drop_readers(pipeline.id, pipeline.embeddings_table);
+    _void := autoembed._check_chunks_view(pipeline);
+    _void := autoembed._drop_readers(pipeline.id, pipeline.embeddings_table, pipeline.table_id);
     FOR _statement IN
         SELECT s.statement
         FROM (

@@ -105,8 +105,8 @@ BEGIN
         -- The functions of the pipeline are made again after this, the policy and the view with them.
         EXECUTE format('DROP POLICY IF EXISTS autoembed_readers ON %s', pipeline.embeddings_table);
         IF EXISTS (SELECT FROM pg_class AS c WHERE c.oid = _view) THEN
-            _void := autoembed._check_chunks_view(pipeline.id, pipeline.embeddings_table);
-            EXECUTE format('DROP VIEW %s', _view);
+            _void := autoembed._check_chunks_view(pipeline);
+            EXECUTE format('DROP VIEW %s CASCADE', _view);
         END IF;
         -- PostgreSQL checks constraints again, and these call functions of the owner, and so may a cast.
         _change := format('ALTER TABLE %s ALTER COLUMN %I TYPE %s', pipeline.embeddings_table, _name, _type);
@@ -294,7 +294,7 @@ BEGIN
         -- The trigger of a lost column would refuse writes.
         IF _after.managed AND _after.built_from IS DISTINCT FROM 'stopped' THEN
             PERFORM autoembed._drop_functions(_after.id, true);
-            PERFORM autoembed._drop_readers(_after.id, _after.embeddings_table);
+            PERFORM autoembed._drop_readers(_after.id, _after.embeddings_table, _after.table_id);
             UPDATE autoembed.pipeline AS p SET built_from = 'stopped' WHERE p.id = _after.id;
         END IF;
         -- The other pipeline overwrites vectors, which only a digest of them can show.

@@ -853,7 +853,7 @@ BEGIN
         );
     END IF;
     IF _moves THEN
-        _void := autoembed._check_chunks_view(_pipeline.id, _pipeline.embeddings_table);
+        _void := autoembed._check_chunks_view(_pipeline);
     END IF;
     IF storage NOT IN ('beside', 'row') THEN
         RAISE EXCEPTION USING
@@ -1013,7 +1013,7 @@ BEGIN
         _ended := _ended || coalesce(
             _pipeline.embeddings_table::text, format('column "%s"', _pipeline.embedding_column)
         );
-        _void := autoembed._check_chunks_view(_pipeline.id, _pipeline.embeddings_table);
+        _void := autoembed._check_chunks_view(_pipeline);
         UPDATE autoembed.pipeline AS p SET ended = true WHERE p.id = _pipeline.id;
         IF disable.drop AND _embeddings_table IS NOT NULL THEN
             EXECUTE format('DROP TABLE %s', _embeddings_table);

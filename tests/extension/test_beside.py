@@ -334,6 +334,17 @@ def test_no_statement_takes_away_what_depends_on_the_view_of_chunks(pages: Conne
     pages.execute(statement.encode())
 
 
+@pytest.mark.parametrize("statement", ["SELECT autoembed.disable('pages')", "ALTER TABLE pages ALTER id TYPE bigint"])
+def test_a_view_of_a_role_without_a_right_to_the_rows_stops_nobody(
+    pages: Connection, role: Callable[[str], str], connect: Callable[..., Connection], statement: str
+) -> None:
+    session = connect(user=role("stranger"))
+    session.execute("CREATE TEMP VIEW mine AS SELECT chunk FROM pages_chunks")
+    session.execute("CREATE FUNCTION pg_temp.mine() RETURNS text BEGIN ATOMIC SELECT chunk FROM pages_chunks; END")
+
+    pages.execute(statement.encode())
+
+
 def test_what_depends_on_the_view_of_chunks_stays_when_the_table_or_a_column_goes(pages: Connection) -> None:
     pages.execute("INSERT INTO pages VALUES (1, 'one')")
     process(pages)
