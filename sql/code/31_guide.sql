@@ -1,5 +1,22 @@
 -- Triggers made by hand, as the Supabase guide has them, and the messages that they send.
 
+CREATE OR REPLACE FUNCTION autoembed._may_write_vectors(table_id oid)
+    RETURNS boolean
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT EXISTS (
+        SELECT FROM autoembed.pipeline AS p
+        JOIN pg_proc AS w ON w.proname = '_write_' || p.id AND w.pronamespace = 'autoembed'::regnamespace
+        WHERE p.table_id = _may_write_vectors.table_id AND has_function_privilege(session_user, w.oid, 'EXECUTE')
+    );
+$sql$;
+COMMENT ON FUNCTION autoembed._may_write_vectors IS
+    'Whether the role that has begun the session may write the vectors of a table, as lanes do. A setting tells that a '
+    'lane writes, and any session can have it.';
+
 CREATE OR REPLACE FUNCTION autoembed.queue_embeddings()
     RETURNS trigger
     LANGUAGE plpgsql
@@ -15,6 +32,7 @@ BEGIN
     IF TG_OP = 'UPDATE' AND (
         NEW OPERATOR(pg_catalog.*=) OLD
         OR pg_trigger_depth() = 1 AND current_setting('autoembed.writing', true) = _root::text
+           AND autoembed._may_write_vectors(_root)
     ) THEN
         RETURN NEW;
     END IF;
@@ -71,11 +89,25 @@ CREATE OR REPLACE FUNCTION autoembed.clear_column()
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    _is_changed boolean := NOT NEW OPERATOR(pg_catalog.*=) OLD;
 BEGIN
-    -- A trigger for a generated column fires for the write of a vector, too.
-    IF NOT NEW OPERATOR(pg_catalog.*=) OLD
-       AND (pg_trigger_depth() = 1 AND current_setting('autoembed.writing', true)
-                = coalesce(pg_partition_root(TG_RELID), TG_RELID)::oid::text) IS NOT TRUE THEN
+    -- A trigger for a generated column fires for the write of a vector, too. Any session can have the setting.
+    IF _is_changed AND pg_trigger_depth() = 1 AND current_setting('autoembed.writing', true)
+           = coalesce(pg_partition_root(TG_RELID), TG_RELID)::oid::text THEN
+        EXECUTE (
+            SELECT format('SELECT pg_catalog.record_image_ne(ROW(%s), ROW(%s))',
+                          string_agg(format('($1).%I', a.attname), ', ' ORDER BY a.attnum),
+                          string_agg(format('($2).%I', a.attname), ', ' ORDER BY a.attnum))
+            FROM pg_attribute AS a
+            WHERE a.attrelid = TG_RELID AND a.attnum > 0 AND NOT a.attisdropped
+              -- PostgreSQL computes generated columns after this trigger.
+              AND a.attgenerated = '' AND a.attname <> TG_ARGV[0]
+        )
+        INTO _is_changed
+        USING NEW, OLD;
+    END IF;
+    IF _is_changed THEN
         NEW := jsonb_populate_record(NEW, jsonb_build_object(TG_ARGV[0], NULL));
     END IF;
     RETURN NEW;

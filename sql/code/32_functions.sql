@@ -390,12 +390,13 @@ BEGIN
         END,
         'text_changed', _text_changed,
         'vector_changed', _vector_changed,
-        -- A write of a lane, and not one of a trigger that it fires.
-        'is_lanes_write', format(
+        -- A write of a lane, and not one of a trigger that it fires. No lane writes a table with embeddings beside it.
+        'is_lanes_write', CASE WHEN pipeline.embeddings_table IS NULL THEN format(
             $sql$(pg_catalog.pg_trigger_depth() OPERATOR(pg_catalog.=) 1 AND pg_catalog.current_setting(
-            'autoembed.writing', true) OPERATOR(pg_catalog.=) '%s') IS TRUE$sql$,
+            'autoembed.writing', true) OPERATOR(pg_catalog.=) '%1$s' AND autoembed._may_write_vectors(%1$s)
+            ) IS TRUE$sql$,
             pipeline.table_id::oid
-        ),
+        ) ELSE 'false' END,
         'vector_digest', autoembed._vector_digest_expression(pipeline, 't'),
         'runs_owners_code', _runs_owners_code,
         'read_columns', CASE

@@ -213,6 +213,7 @@ _make_slots - - - x
 _match_function - x - x
 _may_see - x x x
 _may_take_key - - - x
+_may_write_vectors - - - x
 _measured_recall - x - x
 _missing_guide_triggers - x - x
 _missing_object - - - x

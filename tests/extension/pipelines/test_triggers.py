@@ -5,8 +5,16 @@ from __future__ import annotations
 import psycopg
 import pytest
 
-from extension.pipelines.documents import COLUMNS, FORMS, embed, enable, queued, vectors
+from extension.pipelines.documents import COLUMNS, FORMS, assert_fresh, embed, enable, queued, vectors
 from harness import Connection, waiting
+
+PASS_FOR_A_LANE = """
+CREATE ROLE lane_impostor;
+GRANT USAGE ON SCHEMA app TO lane_impostor;
+GRANT SELECT, UPDATE ON documents TO lane_impostor;
+SELECT set_config('autoembed.writing', 'documents'::regclass::oid::text, true);
+SET LOCAL SESSION AUTHORIZATION lane_impostor;
+"""
 
 
 @pytest.mark.parametrize("form", ["two columns", "a template", "a function", "condition"])
@@ -119,3 +127,52 @@ def test_no_row_is_refused_whatever_its_owners_code_raises(db: Connection, form:
     assert {key for [key] in queued(db)} >= {1, 4, 6, 7}
     contents = dict(db.execute("SELECT id, content FROM documents").fetchall())
     assert contents == {1: "bad 2", 2: "c2", 3: "c3", 4: "good", 6: "bad", 7: "good"}
+
+
+@pytest.mark.parametrize("column", ["'embedding'", "NULL"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "content_columns => '{content}'",
+        "content_columns => '{content}', condition => 'published'",
+        "content_function => 'text_of'",
+    ],
+)
+def test_no_role_that_writes_rows_passes_for_a_lane(db: Connection, form: str, column: str) -> None:
+    """A setting tells a trigger that a lane writes a vector. Any session can have it."""
+    db.execute(f"SELECT autoembed.enable('documents', {column}, {form})")
+    embed(db)
+
+    db.execute(PASS_FOR_A_LANE)
+    db.execute("UPDATE documents SET content = 'new' WHERE id = 1")
+    if column != "NULL":
+        db.execute("UPDATE documents SET embedding = array_fill(1, ARRAY[1536])::vector WHERE id = 2")
+    db.execute("RESET SESSION AUTHORIZATION")
+
+    assert queued(db) == ([[1]] if column == "NULL" else [[1], [2]])
+    embed(db)
+    if column != "NULL":
+        assert_fresh(db, "title || ': ' || content" if "text_of" in form else "content")
+
+
+def test_no_role_that_writes_rows_passes_for_a_lane_before_triggers_made_by_hand(db: Connection) -> None:
+    db.execute("""
+        ALTER TABLE documents ADD about text GENERATED ALWAYS AS ('about ' || title) STORED,
+            ADD embedding vector(1536);
+        CREATE TRIGGER queue AFTER INSERT OR UPDATE ON documents
+            FOR EACH ROW EXECUTE FUNCTION autoembed.queue_embeddings('text_of', 'embedding');
+        CREATE TRIGGER clear BEFORE UPDATE OF content, about, embedding ON documents
+            FOR EACH ROW EXECUTE FUNCTION autoembed.clear_column('embedding');
+        UPDATE documents SET note = 'first';
+    """)
+    embed(db)
+    assert set(vectors(db).values()) == {True}
+
+    db.execute(PASS_FOR_A_LANE)
+    db.execute("UPDATE documents SET content = 'new' WHERE id = 1")
+    db.execute("UPDATE documents SET embedding = array_fill(1, ARRAY[1536])::vector WHERE id = 2")
+    db.execute("RESET SESSION AUTHORIZATION")
+
+    assert vectors(db) == {1: False, 2: True, 3: True}
+    embed(db)
+    assert_fresh(db, "title || ': ' || content")
