@@ -81,9 +81,10 @@ def _end_before_exit(every: set[Threads]) -> Any:
         return None
 
     def end_all(code: int, _argument: int) -> None:
-        for threads in list(every):
-            if not threads.end(EXIT_SECONDS):
-                os._exit(code)
+        # Each is ended, even if another one is left.
+        ended = [threads.end(EXIT_SECONDS) for threads in list(every)]
+        if not all(ended):
+            os._exit(code)
 
     callback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_size_t)(end_all)
     on_proc_exit(callback, ctypes.c_size_t(0))

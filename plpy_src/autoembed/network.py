@@ -9,18 +9,24 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from autoembed import endpoints
 from autoembed.errors import CameLate, FellOver, ProviderTrouble
+from autoembed.flight import ended_before_exit, signals_blocked
 
 if TYPE_CHECKING:
     import requests
 
 # A connection is given this long to be made, in seconds.
 CONNECT_TIMEOUT_SECONDS = 10.0
+# Hosts whose addresses are looked up at a time. Nothing ends a look-up, so its thread may outlive the requests.
+MAX_LOOKUPS = 20
+# A request that waits for an address notices after at most this long, in seconds, that it is stopped.
+LOOK_SECONDS = 0.05
 # Environment variables that name certificate authorities: those of requests, and that of OpenSSL.
 CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
 
@@ -43,6 +49,7 @@ class Network:
         self._sockets: dict[int, socket.socket] = {}
         self._deadlines: dict[int, float] = {}
         self._stopped: dict[int, threading.Event] = {}
+        self._lookups: dict[tuple[str, int], _Lookup] = {}
         self._thread = threading.local()
         self._lock = threading.Lock()
 
@@ -157,17 +164,78 @@ class Network:
             if connection is not None:
                 self._sockets[threading.get_ident()] = socket.socket(fileno=os.dup(connection.fileno()))
 
+    def _addresses(self, host: str, port: int, seconds: float) -> list[Any]:
+        """The addresses of a host. A request that is stopped, or has waited for so long, waits for them no longer."""
+        stopped = self._stopped[threading.get_ident()]
+        until = time.monotonic() + seconds
+        lookup = None
+        while not stopped.is_set() and time.monotonic() < until:
+            lookup = lookup or self._lookup(host, port)
+            if lookup is None:
+                time.sleep(LOOK_SECONDS)
+            elif lookup.has_ended(LOOK_SECONDS):
+                return lookup.addresses()
+        raise CameLate(f"the address of {host} was not found within {seconds:g} s")
+
+    def _lookup(self, host: str, port: int) -> _Lookup | None:
+        """The look-up of a host that is under way, or a new one; None: too many are under way."""
+        with self._lock:
+            self._lookups = {place: lookup for place, lookup in self._lookups.items() if not lookup.has_ended()}
+            if (host, port) not in self._lookups and len(self._lookups) < MAX_LOOKUPS:
+                self._lookups[host, port] = _Lookup(host, port)
+            return self._lookups.get((host, port))
+
     def _connected(self) -> requests.Session:
         with self._lock:
             if self._session is None:
-                self._session = _session(self._max_connections, self._watch, lambda: self._thread.sent())
+                self._session = _session(
+                    self._max_connections, self._addresses, self._watch, lambda: self._thread.sent()
+                )
             return self._session
 
 
+class _Lookup:
+    """Looks up the addresses of a host, in a thread of its own that has no socket of a request."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._place = host, port
+        self._found: Future[list[Any]] = Future()
+        self._thread = threading.Thread(target=self._run, name="autoembed look-up", daemon=True)
+        try:
+            with signals_blocked():
+                self._thread.start()
+        except RuntimeError as error:
+            # The system has no thread left.
+            self._found.set_exception(OSError(str(error)))
+
+    def _run(self) -> None:
+        with ended_before_exit(self):
+            try:
+                self._found.set_result(socket.getaddrinfo(*self._place, type=socket.SOCK_STREAM))
+            except BaseException as error:
+                self._found.set_exception(error)
+
+    def has_ended(self, seconds: float = 0.0) -> bool:
+        return bool(wait([self._found], seconds).done)
+
+    def addresses(self) -> list[Any]:
+        return self._found.result()
+
+    def end(self, _seconds: float) -> bool:
+        """Nothing ends it: a backend that leaves does not wait for it."""
+        return not self._thread.is_alive()
+
+
 def _session(
-    max_connections: int, watch: Callable[[socket.socket], None], sent: Callable[[], None]
+    max_connections: int,
+    addresses: Callable[[str, int, float], list[Any]],
+    watch: Callable[[socket.socket], None],
+    sent: Callable[[], None],
 ) -> requests.Session:
-    """A session that passes each socket to watch() before a thread waits on it, and calls sent() after each request."""
+    """A session that passes each socket to watch() before a thread waits on it, and calls sent() after each request.
+
+    addresses: looks up a host, within so many seconds.
+    """
     import requests
     from requests.adapters import HTTPAdapter
     from urllib3.connection import HTTPConnection, HTTPSConnection
@@ -184,7 +252,7 @@ def _session(
             return super().getresponse()  # type: ignore[misc]
 
         def _new_conn(self) -> Any:
-            return _connect(self._dns_host, self.port, self.timeout, self.socket_options, watch)  # type: ignore[attr-defined]
+            return _connect(self._dns_host, self.port, self.timeout, self.socket_options, addresses, watch)  # type: ignore[attr-defined]
 
     class WatchedHTTPConnection(Watched, HTTPConnection):
         pass
@@ -229,7 +297,14 @@ def _session(
     return session
 
 
-def _connect(host: str, port: int, timeout: Any, options: Any, watch: Callable[[socket.socket], None]) -> socket.socket:
+def _connect(
+    host: str,
+    port: int,
+    timeout: Any,
+    options: Any,
+    addresses: Callable[[str, int, float], list[Any]],
+    watch: Callable[[socket.socket], None],
+) -> socket.socket:
     """A connected socket. watch() is given it before it connects, so that connecting can be aborted too.
 
     The name is resolved once: the address that is checked is the address that is connected to.
@@ -237,13 +312,13 @@ def _connect(host: str, port: int, timeout: Any, options: Any, watch: Callable[[
     from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 
     try:
-        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        known = addresses(host, port, timeout)
     except socket.gaierror as error:
         raise NameResolutionError(host, None, error) from error  # type: ignore[arg-type]
     failure: OSError = OSError("no address")
-    allowed = [found for found in addresses if endpoints.may_connect(host, str(found[4][0]))]
-    if addresses and not allowed:
-        raise _never_called(host, str(addresses[0][4][0]))
+    allowed = [found for found in known if endpoints.may_connect(host, str(found[4][0]))]
+    if known and not allowed:
+        raise _never_called(host, str(known[0][4][0]))
     for family, kind, protocol, _, address in allowed:
         connection = socket.socket(family, kind, protocol)
         watch(connection)

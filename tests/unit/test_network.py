@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from autoembed import network as network_module
 from autoembed.errors import ProviderTrouble
 from autoembed.network import Answer, Network
 from fake_api import FakeApi, Server
@@ -588,9 +589,12 @@ class Asking:
         except BaseException as error:
             self.outcome = error
 
+    def has_ended(self) -> bool:
+        return not self.thread.is_alive()
+
     def has_expired(self) -> bool:
         self.network.expire()
-        return not self.thread.is_alive()
+        return self.has_ended()
 
     def seconds_to_let_go(self) -> float:
         """Calls abort() again and again until the thread has ended, like Flight."""
@@ -732,6 +736,97 @@ def test_abort_ends_a_request_that_hangs_at_a_proxy(
 
     assert asking.seconds_to_let_go() < 1
     assert isinstance(asking.outcome, ProviderTrouble)
+
+
+class MuteNames:
+    """A resolver that answers nobody before it is told to. asked: the hosts that it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.answers = threading.Event()
+        self._real = socket.getaddrinfo
+
+    def getaddrinfo(self, host: str, *rest: object, **options: object) -> object:
+        if options.get("flags") == socket.AI_NUMERICHOST:
+            return self._real(host, *rest, **options)  # type: ignore[arg-type]
+        self.asked.append(host)
+        self.answers.wait()
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+
+@pytest.fixture
+def mute_names(monkeypatch: pytest.MonkeyPatch) -> Iterator[MuteNames]:
+    names = MuteNames()
+    monkeypatch.setattr(socket, "getaddrinfo", names.getaddrinfo)
+    yield names
+    names.answers.set()
+
+
+def test_abort_ends_a_request_that_waits_for_a_name_server(network: Network, mute_names: MuteNames) -> None:
+    asking = Asking(network, "http://api.example", 60)
+    wait_until(lambda: mute_names.asked)
+
+    asking.stopped.set()
+
+    wait_until(asking.has_ended)
+    assert isinstance(asking.outcome, ProviderTrouble)
+    assert not mute_names.answers.is_set()
+
+
+def test_a_request_waits_for_a_name_server_no_longer_than_it_has_time(network: Network, mute_names: MuteNames) -> None:
+    asking = Asking(network, "http://api.example", 0.2)
+
+    wait_until(asking.has_ended)
+
+    assert str(asking.outcome) == "the address of api.example was not found within 0.2 s"
+    assert isinstance(asking.outcome, ProviderTrouble)
+    assert not asking.outcome.permanent
+
+
+def test_requests_to_a_host_wait_for_one_look_up_whoever_gave_it_up_before(
+    network: Network, mute_names: MuteNames
+) -> None:
+    """Each request that is given up leaves a thread behind: a session that asks again and again has one."""
+    for _ in range(3):
+        asking = [Asking(network, "http://api.example", 0.1) for _ in range(2)]
+        wait_until(lambda asking=asking: all(one.has_ended() for one in asking))  # type: ignore[misc]
+    last = Asking(network, "http://api.example", 60)
+    assert mute_names.asked == ["api.example"]
+
+    mute_names.answers.set()
+    wait_until(last.has_ended)
+
+    assert "name resolution" in str(last.outcome)
+
+
+def test_so_many_hosts_are_looked_up_at_a_time_and_further_ones_in_turn(
+    network: Network, mute_names: MuteNames, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network_module, "MAX_LOOKUPS", 2)
+    asking = [Asking(network, f"http://{number}.example", 60) for number in range(4)]
+    wait_until(lambda: len(mute_names.asked) == 2)
+    late = [one for number, one in enumerate(asking) if f"{number}.example" not in mute_names.asked]
+    late[0].stopped.set()
+    wait_until(late[0].has_ended)
+    assert len(mute_names.asked) == 2
+
+    mute_names.answers.set()
+    wait_until(lambda: all(one.has_ended() for one in asking))
+
+    assert len(mute_names.asked) == 3
+    assert "name resolution" in str(late[1].outcome)
+
+
+def test_a_system_without_another_thread_is_passing_trouble(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+
+    error = trouble(network, "http://api.example")
+
+    assert str(error) == "no answer from api.example: can't start new thread"
+    assert not error.permanent
 
 
 # --- endpoints ---------------------------------------------------------------------------------------
