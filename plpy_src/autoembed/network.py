@@ -236,6 +236,8 @@ def _session(
 
     addresses: looks up a host, within so many seconds.
     """
+    from http.cookiejar import DefaultCookiePolicy
+
     import requests
     from requests.adapters import HTTPAdapter
     from urllib3.connection import HTTPConnection, HTTPSConnection
@@ -291,6 +293,8 @@ def _session(
             return None
 
     session = UnredirectedSession()
+    # All models share the session, and a cookie may tell of the account of another model's key.
+    session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
     adapter = WatchedAdapter(pool_maxsize=max_connections)
     session.mount("https://", adapter)
     session.mount("http://", adapter)

@@ -260,6 +260,8 @@ def test_a_certificate_that_nobody_knows_needs_somebody_to_act(network: Network,
 def test_a_private_authority_is_trusted_where_it_is_given_and_nowhere_else(
     network: Network, tls_url: str, ca_file: Path
 ) -> None:
+    assert trouble(network, tls_url).permanent
+    # The failed check says nothing of this model.
     assert post(network, tls_url, ca_file=str(ca_file)).status == 200
 
     # Not by the connection that is kept, either.
@@ -393,7 +395,7 @@ def test_a_body_beyond_the_limit_is_not_read_to_its_end(network: Network, api: F
 
 
 class Raw(socketserver.ThreadingTCPServer):
-    """Answers every request with these pieces, one after the other, and closes the connection."""
+    """Answers every request with these pieces, one after the other, and closes the connection, if that is not kept."""
 
     daemon_threads = True
 
@@ -402,6 +404,7 @@ class Raw(socketserver.ThreadingTCPServer):
         self.pieces: Iterable[bytes] = ()
         self.heard: list[bytes] = []
         self.pause_seconds = 0.0
+        self.keeps_connections = False
 
     @property
     def url(self) -> str:
@@ -412,14 +415,21 @@ class _Saying(socketserver.StreamRequestHandler):
     server: Raw
 
     def handle(self) -> None:
+        with contextlib.suppress(OSError):
+            while self._answer() and self.server.keeps_connections:
+                pass
+
+    def _answer(self) -> bool:
+        """Answers a request. Returns False if there is none."""
+        begun = len(self.server.heard)
         while line := self.rfile.readline().strip():
             self.server.heard.append(line)
         self.rfile.read(len(BODY))
-        with contextlib.suppress(OSError):
-            for piece in self.server.pieces:
-                self.wfile.write(piece)
-                # The pause is that of the server in the test, between the pieces of its answer.
-                time.sleep(self.server.pause_seconds)
+        for piece in self.server.pieces:
+            self.wfile.write(piece)
+            # The pause is that of the server in the test, between the pieces of its answer.
+            time.sleep(self.server.pause_seconds)
+        return len(self.server.heard) > begun
 
 
 @pytest.fixture
@@ -910,6 +920,61 @@ def test_a_proxy_is_not_asked_for_a_metadata_service(
     assert connected == []
     assert error.permanent
     assert "which is never called" in str(error)
+
+
+# --- nothing goes from one model to another ----------------------------------------------------------
+
+
+OTHER_HEADERS = {**HEADERS, "Authorization": "Bearer sk-other"}
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n"
+
+
+def test_no_cookie_of_an_answer_goes_with_another_request(network: Network, raw: Raw) -> None:
+    """It would tell a server of the account of another key, and a server could send ever more of them."""
+    raw.keeps_connections = True
+    raw.pieces = [OK + b"Set-Cookie: account=of-right; Path=/\r\nSet-Cookie2: a=b; Version=1\r\n\r\n{}"]
+    for headers in (HEADERS, OTHER_HEADERS):
+        assert post(network, raw.url, headers=headers).status == 200
+
+    assert [line for line in raw.heard if line.lower().startswith(b"cookie")] == []
+    assert len(network._connected().cookies) == 0
+
+
+def test_each_request_has_the_key_of_its_own_model_on_a_kept_connection(network: Network, api: FakeApi) -> None:
+    for headers in (HEADERS, OTHER_HEADERS, {}):
+        post(network, api.base_url, headers=headers)
+
+    assert api.counters()["connections"] == 1
+    keys = [sha256(key).hexdigest() for key in (b"sk-right", b"sk-other")]
+    assert [request["key_sha256"] for request in api.log()] == [*keys, None]
+
+
+def test_what_follows_an_answer_is_no_answer_to_the_next_request(network: Network, raw: Raw) -> None:
+    """A server may send two answers to one request: the second one would be for another key."""
+    raw.keeps_connections = True
+    raw.pieces = [OK + b"\r\n{}" + OK + b"X-Of: the first\r\n\r\n[]"]
+
+    for headers in (HEADERS, OTHER_HEADERS):
+        answer = post(network, raw.url, headers=headers)
+        assert (answer.body, "x-of" in answer.headers) == (b"{}", False)
+
+
+def test_a_request_is_sent_once_whatever_becomes_of_it(network: Network, raw: Raw) -> None:
+    for pieces in ([], [b"HTTP/1.1 503 Busy\r\nRetry-After: 0\r\nContent-Length: 0\r\n\r\n"]):
+        raw.heard = []
+        raw.pieces = pieces
+        with contextlib.suppress(ProviderTrouble):
+            post(network, raw.url)
+
+        assert sum(line.startswith(b"POST") for line in raw.heard) == 1
+
+
+def test_a_connection_whose_answer_was_not_read_to_its_end_is_not_used_again(network: Network, api: FakeApi) -> None:
+    api.behave(faults=[{"big_body": 64 << 20}])
+    trouble(network, api.base_url)
+
+    assert post(network, api.base_url, headers=OTHER_HEADERS).status != 500
+    assert api.counters()["connections"] == 2
 
 
 # --- secrets -----------------------------------------------------------------------------------------
