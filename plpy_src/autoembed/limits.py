@@ -26,6 +26,8 @@ PATIENCE_SECONDS = 10.0
 MINUTE_SECONDS = 61
 # The minutes' worth of a limit that one counts as, by the unit in the header's name.
 PER_MINUTE = {"minute": 1, "second": 60}
+# A larger limit, which limits nobody, is not learnt: no column holds it.
+MAX_PER_MINUTE = 2**31 - 1
 # The names of requests and tokens in x-ratelimit headers with a unit: Mistral's, and those of gateways such as Kong.
 KINDS = {"requests": ("req-", "requests-", ""), "tokens": ("tokens-",)}
 # Together counts by the second, without saying so in the names.
@@ -88,7 +90,8 @@ def limits_in(headers: Mapping[str, str]) -> Limits:
 
 
 def _lowest(told: Iterable[Allowance]) -> Allowance:
-    return min((one for one in told if one.per_minute), key=lambda one: one.per_minute or 0, default=Allowance())
+    held = (one for one in told if 0 < (one.per_minute or 0) <= MAX_PER_MINUTE)
+    return min(held, key=lambda one: one.per_minute or 0, default=Allowance())
 
 
 def _requests_in(headers: Mapping[str, str]) -> Iterator[Allowance]:
