@@ -24,6 +24,8 @@ CHANGES = "the text is different each time"
 KILLS = "lanes ended while they worked on it"
 # A row fails after this many attempts.
 MAX_ATTEMPTS = 5
+# The largest integer of a column.
+MAX_ID = 2**31 - 1
 # By how often messages were read: so many of them are tried together at first, and at most. Those that were read more
 # often are tried alone.
 TRIED_TOGETHER = {2: (100, 2000), 3: (10, 200), 4: (1, 20)}
@@ -62,9 +64,11 @@ def address_of(body: Any) -> Address:
     if not isinstance(body, dict):
         raise ValueError("the message is not an object")
     pipeline_id, keys, attempts = body.get("pipeline"), body.get("keys"), body.get("attempts", 0)
-    if body.get("truncated") is True and isinstance(pipeline_id, int):
+    if pipeline_id is not None and not _is_number(pipeline_id, 1, MAX_ID) or not _is_number(attempts, 0, MAX_ATTEMPTS):
+        raise ValueError("the message's pipeline or attempts is not a number, or out of its range")
+    if body.get("truncated") is True and pipeline_id is not None:
         return Address(pipeline_id, [], 0, truncated=True)
-    if isinstance(body.get("recorded_after"), str) and isinstance(pipeline_id, int):
+    if isinstance(body.get("recorded_after"), str) and pipeline_id is not None:
         return Address(pipeline_id, [], 0, recorded_after=body["recorded_after"])
     if keys is None:
         if body.get("id") is None:
@@ -72,8 +76,6 @@ def address_of(body: Any) -> Address:
         keys = [[body["id"]]]
     if not isinstance(keys, list) or not keys or not all(_is_key(key) for key in keys):
         raise ValueError("the message's keys are not rows' keys")
-    if not isinstance(pipeline_id, int | None) or not isinstance(attempts, int):
-        raise ValueError("the message's pipeline or attempts is not a number")
     return Address(
         pipeline_id,
         list(map(_canonical, keys)),
@@ -82,6 +84,11 @@ def address_of(body: Any) -> Address:
         replaced=body.get("replaced") is True,
         suspect=body.get("suspect") is True,
     )
+
+
+def _is_number(value: Any, least: int, most: int) -> bool:
+    # True is an int, too.
+    return type(value) is int and least <= value <= most
 
 
 def are_keys(texts: Sequence[str]) -> bool:
@@ -262,6 +269,10 @@ def open_jobs(
 
 def _address_in(database: Database, ledger: Ledger, message: Message) -> tuple[int, Address] | None:
     """The pipeline and the rows of a message; None if it is settled already, because it names none."""
+    if message.read_count > MAX_ATTEMPTS + 1:
+        # A row is given up one read before.
+        ledger.fail_message(message, f"{message.read_count - 1} lanes ended while they worked on it")
+        return None
     try:
         address = address_of(message.body)
         pipeline_id = address.pipeline_id or database.resolve(message.body)

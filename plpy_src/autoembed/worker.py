@@ -235,9 +235,11 @@ def _run(database: Database, network: Network, options: Options, messages: list[
         if lane is not None:
             raise
         return ledger.report
-    except BaseException:
-        # After a cancel or a shutdown, all that is not done goes back to the queue at once.
-        ledger.release_open()
+    except BaseException as error:
+        # After a cancel or a shutdown, all that is not done goes back to the queue at once. A message that breaks its
+        # pass is to be found: the reads stay counted, and the lane that ends gives the messages back.
+        if not isinstance(error, Exception) or database.may_pass(error):
+            ledger.release_open()
         ledger.flush()
         raise
 

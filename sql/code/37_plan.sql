@@ -55,8 +55,8 @@ AS $sql$
         UNION ALL
         (SELECT k.key::text
          FROM (
-             SELECT q.message -> 'keys' AS keys FROM autoembed._job AS q
-             WHERE q.pipeline = p.id::text AND jsonb_typeof(q.message -> 'keys') = 'array'
+             SELECT q.keys FROM autoembed._job AS q
+             WHERE q.pipeline = p.id::text
              ORDER BY q.due_at DESC
              LIMIT 10
          ) AS m

@@ -487,7 +487,11 @@ CREATE OR REPLACE FUNCTION autoembed._fail_message(message jsonb, reason text, a
     SET search_path = pg_catalog, pg_temp
 AS $sql$
     INSERT INTO autoembed.failure (message, error_class, reason, attempts)
-    VALUES (coalesce(_fail_message.message, 'null'), 'message', _fail_message.reason, _fail_message.attempts);
+    -- The entry of a backfill has a field of this name.
+    VALUES (CASE jsonb_typeof(_fail_message.message)
+                WHEN 'object' THEN _fail_message.message - 'backfill'
+                ELSE coalesce(_fail_message.message, 'null')
+            END, 'message', _fail_message.reason, _fail_message.attempts);
 $sql$;
 COMMENT ON FUNCTION autoembed._fail_message IS 'Puts a message that names no row on the failed list.';
 

@@ -99,15 +99,12 @@ BEGIN
     WHERE _backfill.force OR k.key::jsonb NOT IN (
         SELECT e.key
         FROM (
-            SELECT q.message FROM autoembed._job AS q
+            SELECT q.keys FROM autoembed._job AS q
             WHERE q.pipeline = _queue_backfill.pipeline_id::text
             -- With more, this look would take longer than it saves.
             LIMIT 1000
         ) AS q
-        CROSS JOIN LATERAL jsonb_array_elements(CASE jsonb_typeof(q.message -> 'keys')
-            WHEN 'array' THEN q.message -> 'keys'
-            ELSE jsonb_build_array(jsonb_build_array(q.message -> 'id'))
-        END) AS e(key)
+        CROSS JOIN LATERAL jsonb_array_elements(q.keys) AS e(key)
     );
     IF _queued IS NULL THEN
         RETURN;
@@ -140,7 +137,8 @@ BEGIN
     _backfill.condition := left(_backfill.condition, 1000);
     _backfill.position := left(_backfill.position, 1000);
     _backfill.index_problem := left(_backfill.index_problem, 1000);
-    PERFORM autoembed._fail_message(jsonb_build_object('backfill', to_jsonb(_backfill)), reason, 1);
+    INSERT INTO autoembed.failure (message, error_class, reason, attempts)
+    VALUES (jsonb_build_object('backfill', to_jsonb(_backfill)), 'message', _fail_backfill.reason, 1);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._fail_backfill IS 'Gives up a backfill, and puts it on the failed list with the reason.';

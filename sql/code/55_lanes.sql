@@ -71,12 +71,21 @@ AS $plpgsql$
 BEGIN
     PERFORM autoembed._gate();
     -- First its own entry, then that of pg_cron: schedule() locks them in this order, too.
-    DELETE FROM autoembed._this_lane;
+    WITH ended AS (
+        DELETE FROM autoembed._this_lane AS l RETURNING l.claimed_at, l.message_ids
+    )
+    UPDATE autoembed._job AS q
+    SET due_at = clock_timestamp()
+    FROM ended AS e
+    CROSS JOIN LATERAL unnest(e.message_ids) AS m(id)
+    -- Another lane may have claimed those that were given back.
+    WHERE q.message_id = m.id AND q.last_read_at <= e.claimed_at AND q.due_at > clock_timestamp();
     PERFORM autoembed._remove_retired_job(pg_backend_pid());
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._leave_lane IS
-    'Signs this session off as a lane, and removes its entry from pg_cron if it is not to come back.';
+    'Signs this session off as a lane, and removes its entry from pg_cron if it is not to come back. Makes the jobs '
+    'that it still has due at once; the attempt stays counted.';
 
 CREATE OR REPLACE FUNCTION autoembed._lane_lives(pid integer, backend_start timestamptz)
     RETURNS boolean

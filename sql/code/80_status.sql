@@ -106,7 +106,8 @@ CROSS JOIN LATERAL (
                    FROM autoembed.embedded AS e
                    WHERE e.pipeline_id = s.id AND e.key = autoembed._short_key((
                        SELECT concat('[', string_agg(v.value::text, ',' ORDER BY v.number), ']')
-                       FROM jsonb_array_elements(d.key) WITH ORDINALITY AS v(value, number)
+                       FROM jsonb_array_elements(CASE jsonb_typeof(d.key) WHEN 'array' THEN d.key END)
+                           WITH ORDINALITY AS v(value, number)
                    ))
                ) > d.claimed_at) IS NOT TRUE) AS in_flight
         FROM (
@@ -115,12 +116,7 @@ CROSS JOIN LATERAL (
                 SELECT k.key, j.last_read_at,
                        j.due_at > clock_timestamp() AND j.message_id IN (SELECT h.message_id FROM held AS h) AS held
                 FROM autoembed._job AS j
-                CROSS JOIN LATERAL jsonb_array_elements(
-                    CASE
-                        WHEN jsonb_typeof(j.message -> 'keys') = 'array' THEN j.message -> 'keys'
-                        ELSE jsonb_build_array(jsonb_build_array(j.message -> 'id'))
-                    END
-                ) AS k(key)
+                CROSS JOIN LATERAL jsonb_array_elements(j.keys) AS k(key)
                 WHERE m.rows <= 100000 AND j.pipeline = s.id::text
             ) AS i
             GROUP BY i.key
@@ -243,9 +239,7 @@ FROM (
     SELECT p.id, replace(k.key::text, ', ', ','), NULL, 'waiting', NULL
     FROM autoembed.pipeline AS p
     JOIN autoembed._job AS q ON q.pipeline = p.id::text
-    CROSS JOIN LATERAL jsonb_array_elements(
-        coalesce(q.message -> 'keys', jsonb_build_array(jsonb_build_array(q.message -> 'id')))
-    ) AS k(key)
+    CROSS JOIN LATERAL jsonb_array_elements(q.keys) AS k(key)
     UNION ALL
     SELECT b.pipeline_id, NULL, NULL, 'waiting', NULL FROM autoembed.backfill AS b WHERE b.scanned_at IS NULL
 ) AS r

@@ -211,11 +211,15 @@ SELECT q.msg_id AS message_id,
        CASE jsonb_typeof(q.message -> 'keys')
            WHEN 'array' THEN jsonb_array_length(q.message -> 'keys')
            ELSE 1
-       END AS rows
+       END AS rows,
+       CASE jsonb_typeof(q.message -> 'keys')
+           WHEN 'array' THEN q.message -> 'keys'
+           ELSE jsonb_build_array(jsonb_build_array(q.message -> 'id'))
+       END AS keys
 FROM pgmq.q_embedding_jobs AS q;
 COMMENT ON VIEW autoembed._job IS
     'The messages of the queue. pipeline: the id as text, empty if the message names none. rows: the number of rows '
-    'that the message names.';
+    'that the message names. keys: these rows, an array in each case.';
 
 -- Catalog comments that have other words in 0.1.0.
 COMMENT ON TABLE autoembed.model IS

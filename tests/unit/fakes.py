@@ -146,7 +146,7 @@ class FakeDatabase(Database):
         self.embedder_takes = math.inf
         self.limits_learnt: list[Limits] = []
         self.statement_timeout: float | None = None
-        self.content_errors: dict[str, RowError | StatementError] = {}
+        self.content_errors: dict[str, Exception] = {}
         self.write_errors: dict[str, RowError | StatementError] = {}
         self.settle_errors: dict[str, RowError] = {}
         self.fail_error: RowError | None = None
@@ -218,6 +218,7 @@ class FakeDatabase(Database):
 
     def leave_lane(self) -> None:
         self.in_lane = False
+        self.claimed.clear()
 
     def clean_up(self) -> None:
         self._note("clean_up")
@@ -359,6 +360,8 @@ class FakeDatabase(Database):
     @staticmethod
     def is_nobodys(error: Exception) -> bool:
         return isinstance(error, StatementError) and error.nobodys
+
+    may_pass = is_nobodys
 
     def resume_model(self, name: str) -> None:
         self._note("resume_model")

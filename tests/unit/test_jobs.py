@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoembed.errors import RowError
-from autoembed.jobs import MAX_ATTEMPTS, Address, Job, Ledger, Report, address_of, isolate
+from autoembed.jobs import MAX_ATTEMPTS, Address, Job, Ledger, Report, address_of, are_keys, isolate
 from autoembed.records import Message
 from unit.fakes import (
     PIPELINE,
@@ -26,6 +26,8 @@ from unit.fakes import (
 from unit.lane import Lane, bodies
 from waiting import wait_until
 
+NO_IDS: list[Any] = [True, False, 0, -1, 2**31, 99_999_999_999, 10**400, "1.0", [3], {}]
+NO_ATTEMPTS: list[Any] = [True, -1, MAX_ATTEMPTS + 1, 99_999_999_999, "1.5"]
 GUIDE = {"id": 7, "schema": "public", "table": "documents", "contentFunction": "f", "embeddingColumn": "embedding"}
 
 
@@ -71,6 +73,15 @@ def test_a_message_is_for_its_rows(body: Any, address: Address) -> None:
         ({"pipeline": "3", "keys": [[1]]}, "the message's pipeline or attempts is not a number"),
         ({"pipeline": 3, "keys": [[1]], "attempts": "many"}, "the message's pipeline or attempts is not a number"),
         ({"pipeline": 3, "keys": [[1]], "attempts": None}, "the message's pipeline or attempts is not a number"),
+        *[
+            ({**rows, "pipeline": number}, "the message's pipeline or attempts is not a number, or out of its range")
+            for number in NO_IDS
+            for rows in ({"keys": [[1]]}, {"truncated": True}, {"recorded_after": ""})
+        ],
+        *[
+            ({"pipeline": 3, "keys": [[1], [2]], "attempts": number}, "pipeline or attempts is not a number, or out of")
+            for number in NO_ATTEMPTS
+        ],
     ],
 )
 def test_a_broken_message_says_what_is_wrong(body: Any, reason: str) -> None:
@@ -85,14 +96,31 @@ JSON = st.recursive(
     ),
     max_leaves=8,
 )
+NUMBERS = st.sampled_from([3, 0, -1, 5, 2**31 - 1, 2**31, 10**400]) | st.integers() | JSON
+MESSAGES = st.fixed_dictionaries(
+    {"pipeline": NUMBERS},
+    optional={
+        "attempts": NUMBERS,
+        "keys": st.lists(st.lists(NUMBERS | st.text(), max_size=2), max_size=2) | JSON,
+        "id": JSON,
+        "truncated": st.booleans(),
+        "recorded_after": st.text() | JSON,
+        "moved": JSON,
+    },
+)
 
 
-@given(JSON)
-def test_any_message_has_an_address_or_is_broken(body: Any) -> None:
+@given(JSON | MESSAGES)
+def test_any_message_has_an_address_that_the_database_takes_or_is_broken(body: Any) -> None:
     try:
-        assert isinstance(address_of(body), Address)
+        address = address_of(body)
     except ValueError as error:
         assert str(error).startswith("the message")
+        return
+    assert address.pipeline_id is None or (type(address.pipeline_id) is int and 0 < address.pipeline_id < 2**31)
+    assert type(address.attempts) is int
+    assert 0 <= address.attempts <= MAX_ATTEMPTS
+    assert are_keys(address.keys)
 
 
 # --- isolation ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from dataclasses import replace
@@ -24,6 +25,7 @@ from unit.fakes import (
     Cancelled,
     FakeDatabase,
     FakeProvider,
+    StatementError,
     Vector,
     key_of,
     vectors_of,
@@ -196,6 +198,57 @@ def test_process_waits_for_its_answers_as_long_as_they_take(
     provider.answer = answer
 
     assert lane.run().completed == 1
+
+
+@pytest.mark.parametrize("keys", [[[7]], [[7], [8]]])
+def test_a_message_that_breaks_each_pass_ends_on_the_failed_list(
+    lane: Lane, database: FakeDatabase, keys: list[list[int]]
+) -> None:
+    """If its read does not stay counted, all messages that are claimed with it come back for ever."""
+    for row_id in range(20):
+        database.put(row_id, f"text {row_id}")
+    database.send({"pipeline": 1, "keys": keys})
+    database.content_errors[key_of(7)] = ZeroDivisionError("a mistake")
+    lanes = 0
+
+    while database.queue and lanes < 40:
+        lanes += 1
+        with contextlib.suppress(ZeroDivisionError):
+            lane.work(run_seconds=0.05)
+
+    assert database.queue == {}
+    assert list(database.failures) == [key_of(7)]
+    assert all(database.is_fresh(row_id) for row_id in range(20) if row_id != 7)
+
+
+def test_a_message_that_breaks_each_pass_before_its_rows_are_known_ends_on_the_failed_list(
+    lane: Lane, database: FakeDatabase
+) -> None:
+    database.put(1, "text")
+    body = {"id": 1, "table": "documents"}
+    database.send(body)
+
+    def fail() -> None:
+        raise StatementError("integer out of range")
+
+    database.interrupts["resolve"] = fail
+    for _ in range(20):
+        with contextlib.suppress(StatementError):
+            lane.work(run_seconds=0.05)
+
+    assert database.queue == {}
+    assert [failed[0] for failed in database.failed_messages] == [body]
+    assert database.is_fresh(1)
+
+
+def test_reads_that_end_for_a_passing_reason_are_not_counted(lane: Lane, database: FakeDatabase) -> None:
+    sent = database.put(1, "text")
+    database.content_errors[key_of(1)] = StatementError("out of memory", nobodys=True)
+
+    with pytest.raises(StatementError):
+        lane.work(run_seconds=0.05)
+
+    assert [(message.id, message.read_count) for message in database.waiting()] == [(sent, 0)]
 
 
 @pytest.mark.parametrize("where", ["content_errors", "write_errors"])

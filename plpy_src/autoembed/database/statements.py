@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import plpy  # type: ignore[import-not-found]
 
-from autoembed.errors import Fault, is_nobodys, row_error
+from autoembed.errors import NOBODYS, PASSING, Fault, is_nobodys, row_error
 
 # The import of typing takes as long as all of these.
 TYPE_CHECKING = False
@@ -49,6 +49,11 @@ class Statements:
         """Whether an error of a statement, Error, is a cancel, a shutdown or a shortage of the server."""
         return is_nobodys(sqlstate_of(error))
 
+    @staticmethod
+    def may_pass(error: Exception) -> bool:
+        """Whether an error may be due to the server, to a cancel or to another session, and not to the data."""
+        return sqlstate_of(error).startswith((*NOBODYS, *PASSING))
+
     def _run(self, sql: str, types: Sequence[str] = (), arguments: Sequence[Any] = ()) -> Any:
         plan = _plans.get(sql)
         if plan is None:
@@ -73,5 +78,8 @@ def sqlstate_of(error: Exception) -> str:
 
 
 def message_body(message: str | None) -> Any:
-    """The body of a message of the queue."""
-    return None if message is None else _decoded(message)
+    """The body of a message of the queue; its text, if it has a number or a depth that Python does not read."""
+    try:
+        return None if message is None else _decoded(message)
+    except (ValueError, RecursionError):
+        return message
