@@ -130,6 +130,8 @@ def scores(query: str, passages: list[str], model_name: str, definition: str) ->
             # The error may quote a passage, and another tenant may have the session's next search.
             summary = trouble.summary if isinstance(trouble, Trouble) else trouble.problem
             rest = failed_at + RERANK_REST_TIMES * (failed_at - began_at), f"it rests after an error: {summary}"
+            for other in [other for other, (until, _) in _resting.items() if until < failed_at]:
+                del _resting[other]
             _resting[definition] = rest
             return {"scores": None, "trouble": storable(str(trouble))}
         _scores.keep(asked, kept)

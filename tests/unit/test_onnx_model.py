@@ -16,7 +16,10 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from autoembed import onnx_model
+from autoembed.model import Model, Request
+from autoembed.network import Network
 from autoembed.onnx_model import OnnxModel, Stopped, batches
+from autoembed.providers import local
 
 # Every token has a vector of its own; the padding's is the largest, so that it shows when it is counted.
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "one", "two", "three", "##e"]
@@ -322,3 +325,24 @@ def test_tokenizing_starts_no_thread(folder: Path) -> None:
     """
     environment = os.environ | {"PYTHONPATH": str(Path(onnx_model.__file__).parents[1])}
     subprocess.run([sys.executable, "-c", program, str(folder)], env=environment, check=True)
+
+
+def test_a_session_keeps_few_local_models_and_those_that_it_used_last(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[int] = []
+
+    class Noted(OnnxModel):
+        def __init__(self, folder: str, *, max_tokens: int) -> None:
+            loaded.append(max_tokens)
+            super().__init__(folder, max_tokens=max_tokens)
+
+    monkeypatch.setattr(onnx_model, "OnnxModel", Noted)
+    monkeypatch.setattr(local, "_loaded", {})
+    monkeypatch.setattr(local, "MAX_MODELS", 2)
+
+    for most in (6, 7, 6, 8, 6, 7):
+        model = Model("tiny", "local", "tiny", 4, base_url=str(folder), max_tokens_per_input=most)
+        assert local.embed(Request(model, ["one"], 5), Network(1)).vectors == pytest.approx(expected("one")[None])
+
+    assert loaded == [6, 7, 8, 7]

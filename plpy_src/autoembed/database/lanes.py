@@ -287,7 +287,7 @@ class Database(TextDatabase):
             self.pipelines([backfill.pipeline_id])
         rows: Any = []
         with self._owners_code(undone=True):
-            rows = self._run(
+            rows = self._run_made(
                 f"SELECT s.key FROM autoembed._scan_{backfill.pipeline_id}($1, $2, $3, $4) AS s",
                 ["pg_catalog.text", "pg_catalog.text", "pg_catalog.int4", "pg_catalog.int8"],
                 [backfill.after, backfill.condition, max_rows, MAX_KEY_BYTES],
@@ -637,7 +637,7 @@ class Database(TextDatabase):
 
         def read(seconds: float) -> Any:
             with self._owners_code(undone=True, seconds=seconds):
-                return self._run(
+                return self._run_made(
                     f"SELECT c.* FROM autoembed._content_{pipeline.id}($1, $2, $3, $4) AS c",
                     ["pg_catalog.text[]", *["pg_catalog.int8"] * 3],
                     [list(keys), max_bytes, MAX_TEXT_BYTES, LONG_TEXT_BYTES],
@@ -662,7 +662,7 @@ class Database(TextDatabase):
         """The pieces that a pipeline's function makes of a text. RowError if it fails."""
         rows: Any = []
         with self._owners_code(undone=True):
-            rows = self._run(
+            rows = self._run_made(
                 f"SELECT s.piece FROM autoembed._split_{pipeline.id}($1, $2, $3) AS s(piece)",
                 ["pg_catalog.text", "pg_catalog.int4", "pg_catalog.int8"],
                 [content, MAX_PIECES, MAX_TEXT_BYTES],
@@ -716,7 +716,7 @@ class Database(TextDatabase):
         """
         until = time.monotonic() + (CALLER_SECONDS if max_seconds is None else max_seconds)
         with self._owners_code(undone=True, seconds=_seconds_left(until)):
-            self._run(f"SELECT FROM autoembed._content_{pipeline_id}('{{}}', 0, 0)")
+            self._run_made(f"SELECT FROM autoembed._content_{pipeline_id}('{{}}', 0, 0)")
         [tried] = self._run("SELECT t.* FROM autoembed._rows_to_try($1) AS t", ["pg_catalog.int4"], [pipeline_id])
         if failing or tried["is_stopped"]:
             others = [*tried["keys"], *self._some_keys(pipeline_id, until)]
@@ -730,7 +730,7 @@ class Database(TextDatabase):
         rows: Any = []
         try:
             with self._owners_code(undone=True, seconds=_seconds_left(until)):
-                rows = self._run(
+                rows = self._run_made(
                     f"SELECT s.key FROM autoembed._scan_{pipeline_id}(NULL, $1, $2, $3) AS s WHERE s.key IS NOT NULL",
                     ["pg_catalog.text", "pg_catalog.int4", "pg_catalog.int8"],
                     [condition, TRIED_ROWS, MAX_KEY_BYTES],
@@ -765,14 +765,14 @@ class Database(TextDatabase):
         """Whether a row has a text; RowError if the owner's code fails for it, or runs too long."""
         texts: list[str] = []
         with self._owners_code(undone=True, seconds=seconds):
-            rows = self._run(
+            rows = self._run_made(
                 f"SELECT c.content FROM autoembed._content_{pipeline_id}($1, 0, $2) AS c",
                 ["pg_catalog.text[]", "pg_catalog.int8"],
                 [[key], TRIED_BYTES],
             )
             texts = [row["content"] for row in rows if row["content"]]
             if texts and cuts:
-                self._run(
+                self._run_made(
                     f"SELECT FROM autoembed._split_{pipeline_id}($1, $2, $3)",
                     ["pg_catalog.text", "pg_catalog.int4", "pg_catalog.int8"],
                     [texts[0], MAX_PIECES, MAX_TEXT_BYTES],
@@ -899,7 +899,7 @@ class Database(TextDatabase):
 
         def write(seconds: float) -> Any:
             with self._owners_code(seconds=seconds):
-                return self._run(
+                return self._run_made(
                     f"SELECT w.* FROM autoembed._write_{pipeline.id}({placeholders}, {embeddings}) AS w",
                     [
                         "pg_catalog.text[]",
@@ -973,7 +973,7 @@ class Database(TextDatabase):
         vector = f"[1{',0' * (pipeline.model.dimensions - 1)}]"
         rows: Any = []
         with self._owners_code(undone=True, writes=True):
-            rows = self._run(
+            rows = self._run_made(
                 f"SELECT w.key, w.outcome FROM autoembed._write_{pipeline.id}($1, $2, $3, $4, pg_catalog.array_fill("
                 f"$5::{pipeline.vector_type}, ARRAY[pg_catalog.cardinality($1)])) AS w",
                 ["pg_catalog.text[]", "pg_catalog.bytea[]", "pg_catalog.text", "pg_catalog.text[]", "pg_catalog.text"],

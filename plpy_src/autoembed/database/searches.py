@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-# Plans of queries that name tables, and have conditions and limits of callers.
-_kept_plans: dict[str, Any] = {}
-MAX_KEPT_PLANS = 50
+# Tables whose facts are kept.
+MAX_KEPT_FACTS = 50
 # The vectors of search texts, by text, model and version of the table's facts: embed() looks up more.
 _vectors = KeptTexts(1_000_000)
 
@@ -56,10 +55,10 @@ class SearchDatabase(Statements):
         )
         # An older snapshot has facts of before a change that PostgreSQL has told of already.
         lasts = searched["isolation"] == "read committed"
-        [row] = plpy.execute(_kept_plan(query, []) if lasts else query)
+        [row] = self._run_made(query) if lasts else plpy.execute(query)
         facts = _facts(row["facts"])
         if lasts and not facts["lasts"]:
-            del _kept_plans[query]
+            self._forget_plan(query)
         own = ("pipeline_id", "table_oid", "vectors_oid", "version", "has_rows", "has_policies")
         return {**facts, **{name: searched[name] for name in own}}
 
@@ -90,14 +89,14 @@ class SearchDatabase(Statements):
 
     def near(self, query: str, vector_type: str, vector: str) -> list[tuple[str, float, int | None]]:
         """The keys, distances and chunks of a query that a search asks. It runs with the rights of the caller."""
-        rows = plpy.execute(_kept_plan(query, [vector_type]), [vector])
+        rows = self._run_made(query, [vector_type], [vector])
         return [(row["key"], row["distance"], row["number"]) for row in rows]
 
     def distances(
         self, query: str, vector_type: str, vector: str, keys: Sequence[str]
     ) -> list[tuple[str, float, int | None]]:
         """The same of rows with these keys."""
-        rows = self._run(query, [vector_type, "pg_catalog.text[]"], [vector, list(keys)])
+        rows = self._run_made(query, [vector_type, "pg_catalog.text[]"], [vector, list(keys)])
         return [(row["key"], row["distance"], row["number"]) for row in rows]
 
     def go_on_by_index(self) -> None:
@@ -124,7 +123,7 @@ class SearchDatabase(Statements):
         With their distances to the vector, if there is one.
         """
         types = ["pg_catalog.text[]", "pg_catalog.int4[]", vector_type]
-        rows = self._run(query, types, [list(keys), list(numbers), vector])
+        rows = self._run_made(query, types, [list(keys), list(numbers), vector])
         return {row["place"] - 1: (row["key"], row["distance"]) for row in rows}
 
     def matching(self, query: str, keys: Sequence[str]) -> set[str]:
@@ -152,7 +151,7 @@ class SearchDatabase(Statements):
 
     def present_texts(self, query: str, keys: Sequence[str], max_bytes: int) -> list[tuple[str, str]]:
         """The keys and present texts of these rows, read with the rights of the caller, up to max_bytes in all."""
-        rows = self._run(query, ["pg_catalog.text[]", "pg_catalog.int8"], [list(keys), max_bytes])
+        rows = self._run_made(query, ["pg_catalog.text[]", "pg_catalog.int8"], [list(keys), max_bytes])
         return [(row["key"], row["content"]) for row in rows if row["content"] and row["content"].strip()]
 
     def pipelines_seen(self, pipelines: Sequence[tuple[int, int]]) -> list[dict[str, bool]]:
@@ -169,17 +168,7 @@ class SearchDatabase(Statements):
         return [dict(row) for row in rows]
 
 
-@lru_cache(maxsize=MAX_KEPT_PLANS)
+@lru_cache(maxsize=MAX_KEPT_FACTS)
 def _facts(text: str) -> dict[str, Any]:
     """The facts of autoembed._lasting_target(), to be read only."""
     return json.loads(text)  # type: ignore[no-any-return]
-
-
-def _kept_plan(query: str, types: Sequence[str]) -> Any:
-    """The plan of one of the queries that the session has used last."""
-    plan = _kept_plans.pop(query, None) or plpy.prepare(query, list(types))
-    # The last one is the one that was used last.
-    _kept_plans[query] = plan
-    if len(_kept_plans) > MAX_KEPT_PLANS:
-        del _kept_plans[next(iter(_kept_plans))]
-    return plan

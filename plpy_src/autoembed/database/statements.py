@@ -21,7 +21,13 @@ Error = plpy.SPIError
 # Fractions stay text: a numeric key must come back with the same digits. json.loads() would make a decoder for each.
 _decoded = json.JSONDecoder(parse_float=str).decode
 
+# Plans of autoembed's own statements, which are so many and no more.
 _plans: dict[str, Any] = {}
+# Plans of statements that a table, its pipeline or a caller has a part in, by text and types. The last one was used
+# last.
+_kept_plans: dict[tuple[str, ...], Any] = {}
+# A plan takes up to 200 kB. A hybrid search has five, and a lane four for each of the 30 tables of a claim.
+MAX_KEPT_PLANS = 150
 
 
 class Statements:
@@ -55,10 +61,24 @@ class Statements:
         return sqlstate_of(error).startswith((*NOBODYS, *PASSING))
 
     def _run(self, sql: str, types: Sequence[str] = (), arguments: Sequence[Any] = ()) -> Any:
+        """Runs a statement whose text is a constant."""
         plan = _plans.get(sql)
         if plan is None:
             plan = _plans[sql] = plpy.prepare(sql, list(types))
         return plpy.execute(plan, list(arguments))
+
+    def _run_made(self, sql: str, types: Sequence[str] = (), arguments: Sequence[Any] = ()) -> Any:
+        """Runs a statement that is made for a table, a pipeline or a caller. Its plan is kept if it is used often."""
+        key = (sql, *types)
+        plan = _kept_plans.pop(key, None) or plpy.prepare(sql, list(types))
+        _kept_plans[key] = plan
+        if len(_kept_plans) > MAX_KEPT_PLANS:
+            del _kept_plans[next(iter(_kept_plans))]
+        return plpy.execute(plan, list(arguments))
+
+    @staticmethod
+    def _forget_plan(sql: str, types: Sequence[str] = ()) -> None:
+        _kept_plans.pop((sql, *types), None)
 
 
 @contextmanager

@@ -26,6 +26,9 @@ MAX_TOKENS_PER_REQUEST = 1_000_000
 MAX_TOKENS_PER_INPUT: int | None = None
 RUNS_IN_BACKEND = False
 
+# Models that a session keeps, each with a hundred megabytes or more.
+MAX_MODELS = 4
+# The last one was used last.
 _loaded: dict[tuple[str, int], OnnxModel] = {}
 # One batch of texts at a time, because it uses all cores.
 _running = threading.Lock()
@@ -100,10 +103,14 @@ def _onnx_model(model: Model) -> OnnxModel:
     from autoembed.onnx_model import OnnxModel
 
     which = (_folder(model), max_tokens(model))
-    if which not in _loaded:
+    loaded = _loaded.pop(which, None)
+    if loaded is None:
         check(model)
-        _loaded[which] = _loading(partial(OnnxModel, which[0], max_tokens=which[1]))
-    return _loaded[which]
+        if len(_loaded) == MAX_MODELS:
+            del _loaded[next(iter(_loaded))]
+        loaded = _loading(partial(OnnxModel, which[0], max_tokens=which[1]))
+    _loaded[which] = loaded
+    return loaded
 
 
 def _loading(load: Callable[[], Loaded]) -> Loaded:
