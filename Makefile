@@ -5,8 +5,10 @@ PYTHON ?= python3
 MAJORS := $(shell awk '/^[0-9]/ { print $$1 }' docker/majors)
 PG ?= $(firstword $(MAJORS))
 IMAGE = autoembed:$(PG)
+TEST_ENV = AUTOEMBED_TEST_IMAGE=$(IMAGE) TESTCONTAINERS_RYUK_DISABLED=true TESTCONTAINERS_CONNECTION_MODE=docker_host TESTCONTAINERS_HOST_OVERRIDE=127.0.0.1
 VERSION = $(shell sed -n "s/^default_version = '\(.*\)'/\1/p" extension/autoembed.control)
 PYTHON_SOURCES = $(wildcard plpy_src build.py docker/*.py packaging/*.py demo/capture.py docs/*.py docs/images/draw.py tests bench)
+LOCK = .venv/lock/bin/uv pip compile --quiet --universal --fork-strategy fewest --generate-hashes --upgrade --custom-compile-command 'make lock'
 SHELL_SCRIPTS = $(wildcard .ci/run docker/*.sh docker/*/*.sh packaging/*.sh demo/*.sh docs/*.sh)
 
 help: ## list the commands
@@ -25,13 +27,13 @@ capture: image ## run the demo, and draw what it prints into docs/images
 	$(PYTHON) demo/capture.py
 
 test: lint image ## run every check and test, on a major (PG=17), or some of the tests (TESTS=)
-	AUTOEMBED_TEST_IMAGE=$(IMAGE) TESTCONTAINERS_RYUK_DISABLED=true TESTCONTAINERS_CONNECTION_MODE=docker_host TESTCONTAINERS_HOST_OVERRIDE=127.0.0.1 .venv/bin/pytest --numprocesses=3 --dist=loadfile $(TESTS)
+	$(TEST_ENV) .venv/bin/pytest --numprocesses=3 --dist=loadfile $(TESTS)
 
 interop: image .interop/stamp ## test with Django, SQLAlchemy and an embedding server, in a venv of its own
-	AUTOEMBED_TEST_IMAGE=$(IMAGE) TESTCONTAINERS_RYUK_DISABLED=true TESTCONTAINERS_CONNECTION_MODE=docker_host TESTCONTAINERS_HOST_OVERRIDE=127.0.0.1 .interop/bin/pytest tests/interop
+	$(TEST_ENV) .interop/bin/pytest tests/interop
 
 chaos: image .venv/stamp ## random work, kills and faults for MINUTES=10, then what it did and whether a promise broke
-	AUTOEMBED_TEST_IMAGE=$(IMAGE) TESTCONTAINERS_RYUK_DISABLED=true .venv/bin/pytest -s tests/extension/test_chaos.py --chaos-minutes=$(or $(MINUTES),10)
+	$(TEST_ENV) .venv/bin/pytest -s tests/extension/test_chaos.py --chaos-minutes=$(or $(MINUTES),10)
 
 bench: image .bench/stamp ## measure autoembed and its rivals side by side, into docs/bench (ROWS=2000 RUNS=3)
 	@# An index that search() is compared with is there for PostgreSQL 17 alone.
@@ -68,12 +70,12 @@ install: build ## install the extension into the PostgreSQL that pg_config names
 
 lock: ## choose the tests' packages anew: requirements-dev.txt from requirements-dev.in
 	$(PYTHON) -m venv .venv/lock && .venv/lock/bin/pip install --quiet uv
-	.venv/lock/bin/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --generate-hashes --upgrade --constraint docker/requirements.txt --custom-compile-command 'make lock' -o requirements-dev.txt requirements-dev.in
-	.venv/lock/bin/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --generate-hashes --upgrade --constraint requirements-dev.txt --custom-compile-command 'make lock' -o tests/interop/requirements.txt tests/interop/requirements.in
-	.venv/lock/bin/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --generate-hashes --upgrade --custom-compile-command 'make lock' -o docs/requirements.txt docs/requirements.in
-	.venv/lock/bin/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --generate-hashes --upgrade --custom-compile-command 'make lock' -o bench/requirements.txt bench/requirements.in
-	.venv/lock/bin/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --generate-hashes --upgrade --custom-compile-command 'make lock' --override bench/pgai/unused.txt -o bench/pgai/requirements.txt bench/pgai/requirements.in
-	.venv/lock/bin/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.12 --generate-hashes --upgrade --no-deps --custom-compile-command 'make lock' -o bench/pg_textsearch/requirements.txt bench/pg_textsearch/requirements.in
+	$(LOCK) --python-version 3.11 --constraint docker/requirements.txt -o requirements-dev.txt requirements-dev.in
+	$(LOCK) --python-version 3.11 --constraint requirements-dev.txt -o tests/interop/requirements.txt tests/interop/requirements.in
+	$(LOCK) --python-version 3.11 -o docs/requirements.txt docs/requirements.in
+	$(LOCK) --python-version 3.11 -o bench/requirements.txt bench/requirements.in
+	$(LOCK) --python-version 3.11 --override bench/pgai/unused.txt -o bench/pgai/requirements.txt bench/pgai/requirements.in
+	$(LOCK) --python-version 3.12 --no-deps -o bench/pg_textsearch/requirements.txt bench/pg_textsearch/requirements.in
 
 clean: ## remove the demo's container, the images and .venv
 	docker rm --force --volumes autoembed-demo
