@@ -521,9 +521,9 @@ def merged(
     order = order[live(documents, dead)[order]]
     place = np.full(len(documents), -1, np.int64)
     place[order] = np.arange(len(order))
-    counts = {number: len(segment.documents) for number, segment in segments.items()}
-    starts = dict(zip(counts, itertools.accumulate(counts.values(), initial=0), strict=False))
-    every = {number: np.arange(count).astype(">u2").tobytes() for number, count in counts.items()}
+    document_counts = {number: len(segment.documents) for number, segment in segments.items()}
+    starts = dict(zip(document_counts, itertools.accumulate(document_counts.values(), initial=0), strict=False))
+    every = {number: np.arange(count).astype(">u2").tobytes() for number, count in document_counts.items()}
     found: list[StoredPosting] = []
     for part in _of_whole_terms(postings):
         sizes = [len(posting.levels) for posting in part]

@@ -55,7 +55,7 @@ LONGEST_CLOSING = 80
 LINES_PER_STEP = 1000
 
 
-class Chunk(NamedTuple):
+class CountedRange(NamedTuple):
     """text[start:end], which begins and ends with a visible character, and its tokens as the model counts them."""
 
     start: int
@@ -73,7 +73,7 @@ class Block(NamedTuple):
 
     start: int
     end: int
-    cutters: tuple[Cutter, ...]
+    cutters: tuple[CutFinder, ...]
     depth: int = 0
     opens: bool = False
     heading: bool = False
@@ -82,7 +82,7 @@ class Block(NamedTuple):
 
 
 # The positions within text[start:end] before which it may be cut, in order.
-Cutter = Callable[["Splitter", int, int], Iterator[int]]
+CutFinder = Callable[["Splitter", int, int], Iterator[int]]
 
 
 def size_of(
@@ -137,7 +137,7 @@ def chunks_of(
     chunking: str = STRUCTURE,
     chunk_overlap: int = 0,
     between_steps: Callable[[], None] = lambda: None,
-) -> Iterator[Chunk]:
+) -> Iterator[CountedRange]:
     """The chunks of a text in order. Together they hold all that is not white space.
 
     chunk_size: the most tokens of a chunk, as `count` counts them. chunk_overlap: the tokens of the chunk before with
@@ -156,7 +156,7 @@ def chunks_of(
 
 def _only_chunk(
     text: Text, count: Count, chunk_size: int, chunking: str, between_steps: Callable[[], None]
-) -> Chunk | None:
+) -> CountedRange | None:
     """The chunk of a text that is one as a whole: most texts are short. None: it is several, or none, or not known."""
     if isinstance(text, LongText) or len(text) > min(COUNTED_CHARACTERS, COUNTED_CHARACTERS_PER_TOKEN * chunk_size):
         return None
@@ -165,7 +165,7 @@ def _only_chunk(
         return None
     between_steps()
     [tokens] = count([text[start:end]])
-    return Chunk(start, end, tokens) if tokens <= chunk_size else None
+    return CountedRange(start, end, tokens) if tokens <= chunk_size else None
 
 
 def may_have_headings(text: str) -> bool:
@@ -219,7 +219,7 @@ def fitting(
     count: Count,
     chunk_size: int,
     between_steps: Callable[[], None] = lambda: None,
-) -> Iterator[Chunk]:
+) -> Iterator[CountedRange]:
     """The parts of a text as chunks. Those that are too long are cut at their structure."""
     parts = iter(parts)
     while batch := list(islice(parts, COUNTED_TEXTS)):
@@ -228,10 +228,10 @@ def fitting(
         tokens = dict(zip(short, count([text[start:end] for start, end in short]), strict=True))
         for start, end in batch:
             if tokens.get((start, end), math.inf) <= chunk_size:
-                yield Chunk(start, end, tokens[start, end])
+                yield CountedRange(start, end, tokens[start, end])
                 continue
             for chunk in chunks_of(text[start:end], count, chunk_size, between_steps=between_steps):
-                yield Chunk(start + chunk.start, start + chunk.end, chunk.tokens)
+                yield CountedRange(start + chunk.start, start + chunk.end, chunk.tokens)
 
 
 class Splitter:
@@ -258,14 +258,14 @@ class Splitter:
         low = max(0, start - MAX_JOINED)
         return self.text[low:end], low
 
-    def split(self, blocks: Iterator[Block], greedy: bool = False) -> Iterator[Chunk]:
+    def split(self, blocks: Iterator[Block], greedy: bool = False) -> Iterator[CountedRange]:
         """The chunks that blocks are packed into. greedy: each is as long as may be."""
         return self._chunks(self._packs(self._pieces(blocks), _all_of if greedy else self._best_cut))
 
-    def whole(self) -> Iterator[Chunk]:
+    def whole(self) -> Iterator[CountedRange]:
         start, end = trimmed(self.text, 0, len(self.text))
         if start < end:
-            yield Chunk(start, end, self._around + sum(self._window_tokens(start, end)))
+            yield CountedRange(start, end, self._around + sum(self._window_tokens(start, end)))
 
     def _window_tokens(self, start: int, end: int) -> Iterator[int]:
         """The tokens of a range, in parts that are counted one by one."""
@@ -375,7 +375,7 @@ class Splitter:
                 best = min(best, (after.depth, digest, number))
         return best[2]
 
-    def _chunks(self, packs: Iterator[list[Block]]) -> Iterator[Chunk]:
+    def _chunks(self, packs: Iterator[list[Block]]) -> Iterator[CountedRange]:
         if self._overlap:
             packs = self._overlapping(packs)
         while batch := list(islice(packs, COUNTED_TEXTS)):
@@ -403,14 +403,14 @@ class Splitter:
             kept = [Block(word.start, end, (), repeats=True)]
         return kept
 
-    def _counted(self, packs: Sequence[list[Block]]) -> Iterator[Chunk]:
+    def _counted(self, packs: Sequence[list[Block]]) -> Iterator[CountedRange]:
         """The chunks of packs. What is counted as a whole may have more tokens than its pieces."""
         several = [pack for pack in packs if len(pack) > 1]
         counts = iter(self._tokens([Block(pack[0].start, pack[-1].end, ()) for pack in several]))
         for pack in packs:
             tokens = next(counts) if len(pack) > 1 else pack[0].tokens
             if tokens <= self._most or len(pack) == 1:
-                yield Chunk(pack[0].start, pack[-1].end, self._around + tokens)
+                yield CountedRange(pack[0].start, pack[-1].end, self._around + tokens)
             else:
                 yield from self._counted([pack[1:]] if pack[0].repeats else halves(pack))
 
@@ -518,9 +518,9 @@ def _code_points(splitter: Splitter, start: int, end: int) -> Iterator[int]:
     return iter(range(start + 1, end))
 
 
-WORDS: tuple[Cutter, ...] = (_words, _clusters, _single_clusters, _code_points)
-PROSE: tuple[Cutter, ...] = (_items, _sentences, *WORDS)
-LINES: tuple[Cutter, ...] = (_blank_lines, _lines, *WORDS)
+WORDS: tuple[CutFinder, ...] = (_words, _clusters, _single_clusters, _code_points)
+PROSE: tuple[CutFinder, ...] = (_items, _sentences, *WORDS)
+LINES: tuple[CutFinder, ...] = (_blank_lines, _lines, *WORDS)
 
 # --- Paragraphs -----------------------------------------------------------------------------------------------------
 
@@ -575,7 +575,7 @@ class _Paragraph:
     start: int
     end: int
     first: str
-    cutters: tuple[Cutter, ...]
+    cutters: tuple[CutFinder, ...]
     is_code: bool = False
     is_heading: bool = False
     lines: int = 1

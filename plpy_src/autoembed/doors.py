@@ -65,7 +65,7 @@ _network = Network(MAX_CONNECTIONS)
 _scores = KeptTexts(SCORE_CACHE_CHARACTERS)
 # By the definitions of rerank models: until when they are not asked, and why.
 _resting: dict[str, tuple[float, str]] = {}
-Answer = TypeVar("Answer", Embedded, Reranked)
+Result = TypeVar("Result", Embedded, Reranked)
 
 
 def process(batch_size: int, max_requests: int, timeout_milliseconds: int) -> dict[str, Any]:
@@ -601,13 +601,13 @@ def _rerank(here: Database, model: Model, query: str, passages: Sequence[str]) -
 def _answer(
     here: Database,
     model: Model,
-    call: Callable[[], Answer],
+    call: Callable[[], Result],
     stopped: threading.Event,
     abort_call: Callable[[], None],
     end: float,
     *,
     in_backend: bool,
-) -> Answer:
+) -> Result:
     """The answer to a request, which is sent as soon as one more may be in flight. Learns the model's limits from it.
 
     stopped: that of the request. abort_call: ends what the call does without the network. end: the moment until which
@@ -626,7 +626,7 @@ def _answer(
     while True:
         with here.slot(model) as has_slot:
             if has_slot:
-                with Flight[None, Answer](1, between_waits, abort) as flight:
+                with Flight[None, Result](1, between_waits, abort) as flight:
                     flight.submit(None, call, here=in_backend)
                     [(_, outcome)] = flight.landed()
         if has_slot:

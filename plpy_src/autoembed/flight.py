@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 # A cancel or a shutdown is noticed after at most this long, in seconds.
 SLICE_SECONDS = 0.05
 # An outcome that has waited for this long, in seconds, comes before newer ones.
-PATIENCE_SECONDS = 0.3
+NEWEST_FIRST_SECONDS = 0.3
 # Kept, since Python makes the set again at each call.
 SIGNALS = frozenset(signal.valid_signals())
 
@@ -192,7 +192,7 @@ class Flight(Generic[Tag, Result]):
             if landed := [future for future in reversed(self._tags) if future in seen_at]:
                 landed = self._in_turn(landed)
                 oldest = min(landed, key=lambda future: seen_at[future])
-                future = oldest if now - seen_at[oldest] > PATIENCE_SECONDS else landed[0]
+                future = oldest if now - seen_at[oldest] > NEWEST_FIRST_SECONDS else landed[0]
                 del seen_at[future]
                 tag = self._tags.pop(future)
                 error = future.exception()

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from autoembed import endpoints
 from autoembed.errors import CameLate, FellOver, ProviderTrouble
-from autoembed.flight import ended_before_exit, signals_blocked
+from autoembed.flight import SLICE_SECONDS, ended_before_exit, signals_blocked
 
 if TYPE_CHECKING:
     import requests
@@ -25,14 +25,12 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT_SECONDS = 10.0
 # Hosts whose addresses are looked up at a time. Nothing ends a look-up, so its thread may outlive the requests.
 MAX_LOOKUPS = 20
-# A request that waits for an address notices after at most this long, in seconds, that it is stopped.
-LOOK_SECONDS = 0.05
 # Environment variables that name certificate authorities: those of requests, and that of OpenSSL.
 CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
 
 
 @dataclass(frozen=True)
-class Answer:
+class HttpAnswer:
     """An HTTP answer; header names are lower case."""
 
     status: int
@@ -64,7 +62,7 @@ class Network:
         ca_file: str | None = None,
         sent: Callable[[], None] = lambda: None,
         stopped: threading.Event | None = None,
-    ) -> Answer:
+    ) -> HttpAnswer:
         """The answer to a POST, whatever its status. Raises ProviderTrouble if it is late or too large.
 
         Redirects are not followed. Certificates are verified. Link-local addresses and metadata services are never
@@ -109,7 +107,7 @@ class Network:
                     if len(received) > max_answer_bytes:
                         raise ProviderTrouble(f"the provider's answer is larger than {max_answer_bytes >> 20} MiB")
                 lower = {name.lower(): value for name, value in response.headers.items()}
-                return Answer(response.status_code, lower, received)
+                return HttpAnswer(response.status_code, lower, received)
         except requests.exceptions.SSLError as error:
             words = _words_of(_innermost(error))
             raise ProviderTrouble(f"no trusted connection to {_host(url)}: {words}", permanent=True) from error
@@ -172,8 +170,8 @@ class Network:
         while not stopped.is_set() and time.monotonic() < until:
             lookup = lookup or self._lookup(host, port)
             if lookup is None:
-                time.sleep(LOOK_SECONDS)
-            elif lookup.has_ended(LOOK_SECONDS):
+                time.sleep(SLICE_SECONDS)
+            elif lookup.has_ended(SLICE_SECONDS):
                 return lookup.addresses()
         raise CameLate(f"the address of {host} was not found within {seconds:g} s")
 

@@ -27,9 +27,9 @@ WAIT, REFUSED = b".", b"-"
 # the sessions that wait would make it worse.
 SILENCE_SECONDS = 0.2
 # A session looks for a cancel so often, in seconds.
-SLICE_SECONDS = 0.05
+ASK_SLICE_SECONDS = 0.05
 # No session waits longer, in seconds.
-PATIENCE_SECONDS = 10.0
+LONGEST_WAIT_SECONDS = 10.0
 
 
 class Question:
@@ -79,7 +79,7 @@ def ask(question: Question, between_waits: Callable[[], object], address: str = 
         if len(packed) > MAX_QUESTION_BYTES:
             return None
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-            connection.settimeout(SLICE_SECONDS)
+            connection.settimeout(ASK_SLICE_SECONDS)
             connection.connect(address)
             if not is_own_peer(connection):
                 return None
@@ -92,7 +92,7 @@ def ask(question: Question, between_waits: Callable[[], object], address: str = 
 
 def _answer(connection: socket.socket, between_waits: Callable[[], object]) -> bytes | None:
     heard_at = time.monotonic()
-    end = heard_at + PATIENCE_SECONDS
+    end = heard_at + LONGEST_WAIT_SECONDS
     while (now := time.monotonic()) < end:
         try:
             answer = connection.recv(MAX_ANSWER_BYTES)

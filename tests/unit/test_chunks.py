@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from autoembed import chunks
 from autoembed.batching import estimate_tokens
-from autoembed.chunks import CHARACTERS_PER_TOKEN, Chunk, chunks_of, fitting, places, size_of
+from autoembed.chunks import CHARACTERS_PER_TOKEN, CountedRange, chunks_of, fitting, places, size_of
 from autoembed.errors import Fault
 from autoembed.long_text import LongText
 
@@ -124,7 +124,7 @@ def test_a_text_that_is_one_chunk_is_counted_once(chunking: str) -> None:
         counted.extend(texts)
         return count_words(texts)
 
-    assert list(chunks_of(text, count, 200, chunking)) == [Chunk(0, len(text), count_words([text])[0])]
+    assert list(chunks_of(text, count, 200, chunking)) == [CountedRange(0, len(text), count_words([text])[0])]
     assert counted == [text]
 
 
@@ -148,7 +148,7 @@ def test_chunks_that_overlap_go_forwards_and_keep_the_limit(text: str, chunk_siz
 def test_a_chunk_of_a_text_is_a_chunk_by_itself_if_it_is_cut_again(text: str) -> None:
     for chunk in chunks_of(text, count_words, 40, "tokens"):
         piece = text[chunk.start : chunk.end]
-        assert list(chunks_of(piece, count_words, 40, "tokens")) == [Chunk(0, len(piece), chunk.tokens)]
+        assert list(chunks_of(piece, count_words, 40, "tokens")) == [CountedRange(0, len(piece), chunk.tokens)]
 
 
 # --- Structure ---
@@ -251,7 +251,7 @@ def test_fixed_windows_know_no_structure() -> None:
 def test_none_is_one_chunk_with_all_its_tokens() -> None:
     text = f"\n{sentences(10_000)}\n"
 
-    assert list(chunks_of(text, count_words, 32, "none")) == [Chunk(1, len(text) - 1, count_words([text])[0])]
+    assert list(chunks_of(text, count_words, 32, "none")) == [CountedRange(1, len(text) - 1, count_words([text])[0])]
 
 
 def test_an_overlap_stays_within_a_section() -> None:

@@ -11,7 +11,7 @@ import pytest
 from autoembed import endpoints
 from autoembed.errors import Fault, ProviderTrouble
 from autoembed.model import Model, Request
-from autoembed.network import Answer, Network
+from autoembed.network import HttpAnswer, Network
 from autoembed.providers import openai
 
 ALLOWED = ("embeddings.internal", "10.1.2.3", "fd12::7")
@@ -171,7 +171,7 @@ def test_a_password_in_a_base_url_is_in_no_error() -> None:
 
 def test_a_host_that_is_allowed_no_more_is_not_called() -> None:
     class Unreachable(Network):
-        def post(self, *_: Any, **__: Any) -> Answer:
+        def post(self, *_: Any, **__: Any) -> HttpAnswer:
             raise AssertionError("called")
 
     with pytest.raises(ProviderTrouble, match="would be called without encryption") as caught:
@@ -218,9 +218,9 @@ def test_a_models_ca_file_goes_with_its_requests() -> None:
     files = []
 
     class Noting(Network):
-        def post(self, *_: Any, ca_file: str | None = None, **__: Any) -> Answer:
+        def post(self, *_: Any, ca_file: str | None = None, **__: Any) -> HttpAnswer:
             files.append(ca_file)
-            return Answer(500, {}, b"")
+            return HttpAnswer(500, {}, b"")
 
     for options in ({"ca_file": "/etc/ssl/our.pem"}, {}):
         with pytest.raises(ProviderTrouble):

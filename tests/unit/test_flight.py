@@ -106,7 +106,7 @@ def test_of_outcomes_that_are_there_the_newest_comes_first_and_each_after_a_brea
 
 def test_an_outcome_that_has_waited_for_a_while_comes_before_newer_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """If the newest always came first, an answer would never come to its rows while new ones arrive fast enough."""
-    monkeypatch.setattr(flight_module, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(flight_module, "NEWEST_FIRST_SECONDS", 0.0)
     landed: list[int] = []
     with Flight[int, None](3, nothing, nothing) as flight:
         flight.submit(0, nothing)

@@ -20,7 +20,7 @@ import pytest
 
 from autoembed import network as network_module
 from autoembed.errors import ProviderTrouble
-from autoembed.network import Answer, Network
+from autoembed.network import HttpAnswer, Network
 from fake_api import FakeApi, Server
 from waiting import soon, wait_until
 
@@ -58,7 +58,7 @@ def post(
     ca_file: str | None = None,
     sent: Callable[[], None] = lambda: None,
     stopped: threading.Event | None = None,
-) -> Answer:
+) -> HttpAnswer:
     return network.post(
         f"{url}/embeddings",
         HEADERS if headers is None else headers,
@@ -555,7 +555,7 @@ def test_only_the_requests_whose_time_is_up_are_ended(network: Network, api: Fak
     long.thread.join(5)
 
     assert isinstance(short.outcome, ProviderTrouble)
-    assert isinstance(long.outcome, Answer)
+    assert isinstance(long.outcome, HttpAnswer)
 
 
 def test_a_body_at_the_limit_is_read(network: Network, api: FakeApi) -> None:
@@ -658,7 +658,7 @@ def test_abort_ends_no_request_that_is_not_stopped(network: Network, api: FakeAp
     assert own.seconds_to_let_go() < 0.5
     api.release()
     others.thread.join()
-    assert isinstance(others.outcome, Answer)
+    assert isinstance(others.outcome, HttpAnswer)
 
 
 def test_the_next_request_after_an_abort_is_answered(network: Network, api: FakeApi) -> None:

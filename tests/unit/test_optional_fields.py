@@ -11,7 +11,7 @@ import pytest
 
 from autoembed.errors import ProviderTrouble, Refused
 from autoembed.model import Model, Request
-from autoembed.network import Answer, Network
+from autoembed.network import HttpAnswer, Network
 from autoembed.providers import azure, openai
 
 MODEL = Model("own", "openai", "some-model", 2, base_url="https://embeddings.example/v1")
@@ -35,10 +35,14 @@ class Server(Network):
         self.answer = answer
         self.requests: list[Fields] = []
 
-    def post(self, url: str, headers: Any, body: bytes, **_: Any) -> Answer:
+    def post(self, url: str, headers: Any, body: bytes, **_: Any) -> HttpAnswer:
         self.requests.append(json.loads(body))
         error = self.error(self.requests[-1])
-        return Answer(200, {}, self.answer) if error is None else Answer(self.status, {}, json.dumps(error).encode())
+        return (
+            HttpAnswer(200, {}, self.answer)
+            if error is None
+            else HttpAnswer(self.status, {}, json.dumps(error).encode())
+        )
 
     @property
     def fields(self) -> list[set[str]]:

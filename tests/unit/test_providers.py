@@ -17,7 +17,7 @@ import pytest
 
 from autoembed.errors import Fault, ProviderTrouble, Refused, Trouble
 from autoembed.model import Embedded, Model, Request
-from autoembed.network import Answer, Network
+from autoembed.network import HttpAnswer, Network
 from autoembed.providers import (
     PROVIDERS,
     azure,
@@ -184,9 +184,9 @@ class Answering(Network):
 
     def __init__(self, body: bytes = b"", status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(1)
-        self.answer = Answer(status, dict(headers or {}), body)
+        self.answer = HttpAnswer(status, dict(headers or {}), body)
 
-    def post(self, url: str, headers: Mapping[str, str], body: bytes, **limits: Any) -> Answer:
+    def post(self, url: str, headers: Mapping[str, str], body: bytes, **limits: Any) -> HttpAnswer:
         self.headers, self.body, self.limits = headers, json.loads(body), limits
         return self.answer
 

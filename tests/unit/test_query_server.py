@@ -207,7 +207,7 @@ def test_a_session_waits_longer_than_a_silence_while_it_is_told_to(
     server: QueryServer, model: Model, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(query_client, "SILENCE_SECONDS", 1.0)
-    monkeypatch.setattr(query_client, "PATIENCE_SECONDS", 60.0)
+    monkeypatch.setattr(query_client, "LONGEST_WAIT_SECONDS", 60.0)
     waits = []
 
     def wait() -> None:
@@ -222,7 +222,7 @@ def test_a_session_waits_longer_than_a_silence_while_it_is_told_to(
 
 
 def test_a_session_does_not_wait_for_ever(server: QueryServer, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(query_client, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(query_client, "LONGEST_WAIT_SECONDS", 0.1)
 
     assert answered(address, question()) is None
 

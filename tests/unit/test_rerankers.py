@@ -13,7 +13,7 @@ import pytest
 from autoembed import rerankers
 from autoembed.errors import Fault, ProviderTrouble, Trouble
 from autoembed.model import Model, Request, Reranked
-from autoembed.network import Answer, Network
+from autoembed.network import HttpAnswer, Network
 from autoembed.rerankers import RERANKERS, function, reranker_of, shortened
 from autoembed.rerankers.scores import finite
 from fake_api import FakeApi, relevance_of, tokens_in
@@ -103,9 +103,9 @@ class Answering(Network):
         super().__init__(1)
         self.answer = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
 
-    def post(self, url: str, headers: Any, body: bytes, **limits: Any) -> Answer:
+    def post(self, url: str, headers: Any, body: bytes, **limits: Any) -> HttpAnswer:
         self.url, self.sent, self.limits = url, json.loads(body), limits
-        return Answer(200, {}, self.answer)
+        return HttpAnswer(200, {}, self.answer)
 
 
 def test_every_provider_has_its_name() -> None:

@@ -77,7 +77,7 @@ LOCK_TIMEOUT_MILLISECONDS = 500
 CHECK_SECONDS = 1.0
 CHECKS_PER_SECOND = 20
 # A wait looks for a cancel so often, in seconds.
-SLICE_SECONDS = 0.1
+SLEEP_SECONDS = 0.1
 # The types of the arguments that describe chunks: prefixes, versions, first and last numbers of rows; keys, numbers,
 # sources, starts, ends, digests.
 CHUNK_COLUMNS = [
@@ -134,7 +134,7 @@ class Database(TextDatabase):
     def between_steps(self) -> None:
         """The same between steps that may be short: at once if an interrupt is pending, and else ten times a second."""
         now = time.monotonic()
-        if interrupt_is_pending() or now - self._looked_at > SLICE_SECONDS:
+        if interrupt_is_pending() or now - self._looked_at > SLEEP_SECONDS:
             self._looked_at = now
             self.check_interrupts()
 
@@ -142,7 +142,7 @@ class Database(TextDatabase):
         """Waits, while other threads may run. A cancel, a timeout or a shutdown ends the wait."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and not interrupt_is_pending():
-            time.sleep(SLICE_SECONDS)
+            time.sleep(SLEEP_SECONDS)
         self.check_interrupts()
 
     # Lanes ---------------------------------------------------------------------------------------

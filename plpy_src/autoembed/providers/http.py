@@ -20,7 +20,7 @@ from autoembed.providers.definition import check_options
 if TYPE_CHECKING:
     from autoembed.network import Network
 
-Answer = TypeVar("Answer", Embedded, Reranked)
+Result = TypeVar("Result", Embedded, Reranked)
 
 # Scores take less. Some servers return the passages with them.
 MAX_SCORES_BYTES = 8 << 20
@@ -99,9 +99,9 @@ def post(
     url: str,
     headers: Mapping[str, str],
     body: Mapping[str, Any],
-    answer_in: Callable[[bytes | bytearray, int, int], Answer],
+    answer_in: Callable[[bytes | bytearray, int, int], Result],
     trouble_of: Callable[[int, Mapping[str, str], bytes | bytearray], Trouble] = trouble_of_answer,
-) -> Answer:
+) -> Result:
     """The result of answer_in() for a 200 answer. Raises the result of trouble_of() for any other.
 
     answer_in: is given the body, the count of texts and the dimensions.
@@ -123,9 +123,9 @@ def _post(
     url: str,
     headers: Mapping[str, str],
     body: Mapping[str, Any],
-    answer_in: Callable[[bytes | bytearray, int, int], Answer],
+    answer_in: Callable[[bytes | bytearray, int, int], Result],
     trouble_of: Callable[[int, Mapping[str, str], bytes | bytearray], Trouble],
-) -> Answer:
+) -> Result:
     # The check is repeated because a host may have lost its permission since the model was defined.
     fault = endpoints.fault_of(url, request.model.http_hosts)
     if fault is not None:
