@@ -156,6 +156,10 @@ class Flight(Generic[Tag, Result]):
         """The number of calls that are made or wait to be made."""
         return len(self._tags) + len(self._here)
 
+    def outcomes(self) -> int:
+        """The number of calls in threads whose outcomes have not landed yet."""
+        return sum(future.done() for future in self._tags)
+
     def submit(self, tag: Tag, call: Callable[[], Result], *, here: bool = False) -> None:
         """Has a call made. landed() returns its tag with the outcome. here: in the backend's own thread."""
         if here:

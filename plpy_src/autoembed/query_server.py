@@ -26,6 +26,8 @@ MAX_WAITING = 400
 QUESTION_SECONDS = 1.0
 # Questions to one model are embedded so many at a time.
 MAX_TOGETHER = 8
+# The name of both threads.
+THREADS = "autoembed search texts"
 # Those that wait are told so this often, in seconds.
 WAIT_SECONDS = 0.05
 
@@ -70,6 +72,11 @@ class QueryServer:
     def __exit__(self, *_: object) -> None:
         self.end()
 
+    def __len__(self) -> int:
+        """The number of questions that wait, but for those that are being embedded."""
+        with self._changed:
+            return sum(map(len, self._waiting.values()))
+
     def offer(self) -> None:
         """Begins to serve, unless a lane does, or this system cannot."""
         if self._threads or self._ends:
@@ -82,7 +89,9 @@ class QueryServer:
             self._selector.register(woken, selectors.EVENT_READ, lambda _: None)
             opened.enter_context(ended_before_exit(self))
             self._opened = opened.pop_all()
-            self._threads = [threading.Thread(target=work, daemon=True) for work in (self._converse, self._compute)]
+            self._threads = [
+                threading.Thread(target=work, name=THREADS, daemon=True) for work in (self._converse, self._compute)
+            ]
             try:
                 with signals_blocked():
                     for thread in self._threads:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import signal
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 
@@ -34,8 +33,7 @@ class Gate:
 
     def wait(self) -> str:
         self.inside += 1
-        self.opened.wait(5)
-        return "through"
+        return "through" if self.opened.wait(20) else "too late"
 
     def abort(self) -> None:
         self.aborts += 1
@@ -97,7 +95,7 @@ def test_of_outcomes_that_are_there_the_newest_comes_first_and_each_after_a_brea
     with Flight[int, int](3, lambda: looks.append(None), nothing) as flight:
         for number in range(3):
             flight.submit(number, lambda number=number: number)  # type: ignore[misc]
-        wait_until(lambda: all(future.done() for future in flight._tags))
+        wait_until(lambda: flight.outcomes() == len(flight))
 
         assert [tag for tag, _ in flight.landed()] == [2, 1, 0]
 
@@ -114,7 +112,7 @@ def test_an_outcome_that_has_waited_for_a_while_comes_before_newer_ones(monkeypa
             landed.append(tag)
             for number in range(2 * tag + 1, 2 * tag + 3) if tag < 20 else ():
                 flight.submit(number, nothing)
-            wait_until(lambda: all(future.done() for future in flight._tags))
+            wait_until(lambda: flight.outcomes() == len(flight))
 
     # A breath after they were seen, outcomes land in the order in which they came.
     assert landed.index(1) < 5
@@ -125,7 +123,7 @@ def test_each_second_outcome_is_a_preferred_one_and_the_others_have_their_turns_
     with Flight[int, None](6, nothing, nothing, lambda tags: [tag for tag in tags if tag < 3]) as flight:
         for number in range(6):
             flight.submit(number, nothing)
-        wait_until(lambda: all(future.done() for future in flight._tags))
+        wait_until(lambda: flight.outcomes() == len(flight))
 
         landed = [tag for tag, _ in flight.landed()]
 
@@ -173,11 +171,8 @@ def test_a_call_that_runs_leaves_time_between_waits() -> None:
 
     with Flight[int, str](1, look, gate.abort) as flight:
         flight.submit(1, gate.wait)
-        started = time.monotonic()
-
         assert list(flight.landed()) == [(1, "through")]
 
-    assert time.monotonic() - started < 1
     assert gate.aborts == 0
 
 
@@ -189,13 +184,13 @@ def test_an_exception_in_look_aborts_the_calls_and_comes_out() -> None:
         raise Cancelled
 
     gate = Gate()
-    started = time.monotonic()
     with pytest.raises(Cancelled), Flight[int, str](2, look, gate.abort) as flight:
         for number in range(2):
             flight.submit(number, gate.wait)
         list(flight.landed())
 
-    assert time.monotonic() - started < 1
+    # Not the end of the calls' own time.
+    assert gate.opened.is_set()
     assert gate.aborts >= 1
 
 
@@ -286,7 +281,7 @@ def test_calls_for_the_backends_thread_are_made_there_one_by_one_and_keep_no_thr
 
         assert next(landing) == ("first", "here")
         gate.opened.set()
-        wait_until(lambda: flight._tags and next(iter(flight._tags)).done())
+        wait_until(lambda: flight.outcomes() == 1)
         assert next(landing) == ("thread", "through")
         assert list(landing) == [("second", "here")]
 
@@ -356,7 +351,7 @@ def test_a_call_in_the_backends_thread_leaves_the_others_as_much_time_as_the_las
             flight.submit("never", gate.wait)
             wait_until(lambda: gate.inside == 1)
             flight.submit("soon", lambda: "")
-            wait_until(lambda: [future.done() for future in flight._tags] == [False, True])
+            wait_until(lambda: flight.outcomes() == 1)
         elif clock.now >= 10:
             clock.now += 1
 

@@ -273,9 +273,9 @@ def test_askers_take_turns(server: QueryServer, model: Model, address: str, monk
     monkeypatch.setattr(query_server, "MAX_TOGETHER", 1)
     greedy = [question(f"greedy {n}", "greedy") for n in range(4)]
     with asking(address, *greedy) as answers:
-        wait_until(lambda: sum(map(len, server._waiting.values())) == 3)
+        wait_until(lambda: len(server) == 3)
         with asking(address, question("modest", "modest")) as [modest]:
-            wait_until(lambda: len(server._waiting) == 2)
+            wait_until(lambda: len(server) == 4)
             model.goes_on.set()
             assert modest() == "[6]"
         assert [answer() for answer in answers] == ["[8]"] * 4
@@ -291,7 +291,7 @@ def test_questions_to_one_model_are_embedded_together(server: QueryServer, model
             answers = []
             for waiting, one in enumerate(others, 1):
                 answers += stack.enter_context(asking(address, one))
-                wait_until(lambda waiting=waiting: sum(map(len, server._waiting.values())) == waiting)  # type: ignore[misc]
+                wait_until(lambda waiting=waiting: len(server) == waiting)  # type: ignore[misc]
             model.goes_on.set()
             assert [answer() for answer in (first, *answers)] == ["[1]"] * 4
 
@@ -305,11 +305,11 @@ def test_an_asker_has_a_share_of_the_places(
     with asking(address, question("1", "greedy")) as [first]:
         wait_until(lambda: model.calls)
         with asking(address, question("2", "greedy"), question("3", "greedy")) as others:
-            wait_until(lambda: sum(map(len, server._waiting.values())) == 2)
+            wait_until(lambda: len(server) == 2)
 
             assert answered(address, question("one more", "greedy")) is None
             with asking(address, question("modest", "modest")) as [modest]:
-                wait_until(lambda: len(server._waiting) == 2)
+                wait_until(lambda: len(server) == 3)
                 model.goes_on.set()
                 assert modest() == "[6]"
             assert [answer() for answer in (first, *others)] == ["[1]", "[1]", "[1]"]
@@ -346,8 +346,8 @@ def test_the_question_of_a_session_that_is_gone_is_not_embedded(
         wait_until(lambda: model.texts == ["first"])
         with contextlib.closing(_connected(address)) as session:
             session.send(question("second").packed())
-            wait_until(lambda: len(server._waiting) == 1)
-        wait_until(lambda: not server._waiting)
+            wait_until(lambda: len(server) == 1)
+        wait_until(lambda: len(server) == 0)
         model.goes_on.set()
         assert first() == "[5]"
 
@@ -359,7 +359,7 @@ def test_an_end_stops_what_is_under_way_and_leaves_nothing(server: QueryServer, 
     with asking(address, question("first")) as [first]:
         wait_until(lambda: model.calls)
         with asking(address, question("second")) as [second]:
-            wait_until(lambda: server._waiting)
+            wait_until(lambda: len(server) == 1)
 
             assert server.end()
 
@@ -368,7 +368,9 @@ def test_an_end_stops_what_is_under_way_and_leaves_nothing(server: QueryServer, 
 
 
 def test_its_threads_receive_no_signal(server: QueryServer) -> None:
-    for thread in server._threads:
+    threads = [thread for thread in threading.enumerate() if thread.name == query_server.THREADS]
+    assert len(threads) == 2
+    for thread in threads:
         mask = int(
             next(
                 line.split()[1]
