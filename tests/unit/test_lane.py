@@ -741,7 +741,7 @@ def test_the_texts_of_an_owner_of_few_rows_are_sent_alone_and_written_first(
     def look() -> None:
         if sum(map(len, provider.requests)) == 21 and not all_are_sent.is_set():
             all_are_sent.set()
-            wait_until(lambda: all(call.done() for flight in flights() for call in vars(flight)["_tags"]))
+            wait_until(lambda: all(flight.outcomes() == len(flight) for flight in flights()))
 
     def write(pipeline: Pipeline, *arguments: Any) -> dict[str, Written]:
         written.append(pipeline.id)
