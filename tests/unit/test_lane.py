@@ -13,7 +13,7 @@ import pytest
 
 from autoembed import heap, worker
 from autoembed.errors import ProviderTrouble, Refused, RowError
-from autoembed.flight import _threads as flights
+from autoembed.flight import Flight
 from autoembed.jobs import Report
 from autoembed.limits import Limiter, Permit
 from autoembed.records import Backfill, Pipeline, Written
@@ -731,6 +731,14 @@ def test_the_texts_of_an_owner_of_few_rows_are_sent_alone_and_written_first(
     for row_id in range(20):
         database.put(row_id, f"text {row_id}")
     database.put(1000, "another's", pipeline_id=2)
+    flights: list[Flight[Any, Any]] = []
+
+    def entered(flight: Flight[Any, Any]) -> Flight[Any, Any]:
+        flights.append(flight)
+        return enter(flight)
+
+    enter = Flight.__enter__
+    monkeypatch.setattr(Flight, "__enter__", entered)
     all_are_sent = threading.Event()
     written: list[int] = []
 
@@ -741,7 +749,8 @@ def test_the_texts_of_an_owner_of_few_rows_are_sent_alone_and_written_first(
     def look() -> None:
         if sum(map(len, provider.requests)) == 21 and not all_are_sent.is_set():
             all_are_sent.set()
-            wait_until(lambda: all(flight.outcomes() == len(flight) for flight in flights()))
+            [flight] = flights
+            wait_until(lambda: flight.outcomes() == len(flight))
 
     def write(pipeline: Pipeline, *arguments: Any) -> dict[str, Written]:
         written.append(pipeline.id)
