@@ -1,22 +1,5 @@
 -- Triggers made by hand, as the Supabase guide has them, and the messages that they send.
 
-CREATE OR REPLACE FUNCTION autoembed._may_write_vectors(table_id oid)
-    RETURNS boolean
-    LANGUAGE sql
-    STABLE
-    SECURITY DEFINER
-    SET search_path = pg_catalog, pg_temp
-AS $sql$
-    SELECT EXISTS (
-        SELECT FROM autoembed.pipeline AS p
-        JOIN pg_proc AS w ON w.proname = '_write_' || p.id AND w.pronamespace = 'autoembed'::regnamespace
-        WHERE p.table_id = _may_write_vectors.table_id AND has_function_privilege(session_user, w.oid, 'EXECUTE')
-    );
-$sql$;
-COMMENT ON FUNCTION autoembed._may_write_vectors IS
-    'Whether the role that has begun the session may write the vectors of a table, as lanes do. A setting tells that a '
-    'lane writes, and any session can have it.';
-
 CREATE OR REPLACE FUNCTION autoembed.queue_embeddings()
     RETURNS trigger
     LANGUAGE plpgsql

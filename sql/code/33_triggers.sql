@@ -1,5 +1,25 @@
 -- The triggers of a pipeline, and the checks that they exist and are enabled.
 
+CREATE OR REPLACE FUNCTION autoembed._may_write_vectors(table_id oid)
+    RETURNS boolean
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    -- The functions that write run as their owner, but leave the setting role as it is.
+    SELECT EXISTS (
+        SELECT FROM autoembed.pipeline AS p
+        JOIN pg_proc AS w ON w.proname = '_write_' || p.id AND w.pronamespace = 'autoembed'::regnamespace
+        WHERE p.table_id = _may_write_vectors.table_id
+          AND (has_function_privilege(session_user, w.oid, 'EXECUTE')
+               OR has_function_privilege(nullif(current_setting('role'), 'none')::name, w.oid, 'EXECUTE'))
+    );
+$sql$;
+COMMENT ON FUNCTION autoembed._may_write_vectors IS
+    'Whether the role of the session, or the one that it has taken, may write the vectors of a table, as lanes do. A '
+    'setting tells that a lane writes, and any session can have it.';
+
 CREATE OR REPLACE FUNCTION autoembed._trigger_name(pipeline_id integer, event text)
     RETURNS name
     LANGUAGE sql

@@ -52,6 +52,13 @@ def is_asked(server: Server, host: str) -> bool:
     return host.encode() in run(server, "cat", "/tmp/asked")
 
 
+def begin(session: Connection, call: str, server: Server, host: str) -> Call:
+    """A call in another thread, which has asked for the address of the host."""
+    caller = Call(session, CALLS[call])
+    wait_until(lambda: is_asked(server, host))
+    return caller
+
+
 @pytest.fixture(scope="session")
 def mute_server(server: Server) -> Server:
     hang_up_names(server)
@@ -85,8 +92,7 @@ def test_a_cancelled_call_does_not_wait_for_a_name_server(
 ) -> None:
     session = connect()
     pid = session.info.backend_pid
-    caller = Call(session, CALLS[call])
-    wait_until(lambda: is_asked(mute_server, host))
+    caller = begin(session, call, mute_server, host)
 
     cancelled_at = time.monotonic()
     texts.execute("SELECT pg_cancel_backend(%s)", [pid])
@@ -108,8 +114,7 @@ def test_a_terminated_backend_does_not_wait_for_a_name_server(
 ) -> None:
     session = connect()
     pid = session.info.backend_pid
-    caller = Call(session, CALLS[call])
-    wait_until(lambda: is_asked(mute_server, host))
+    caller = begin(session, call, mute_server, host)
 
     terminated_at = time.monotonic()
     texts.execute("SELECT pg_terminate_backend(%s)", [pid])

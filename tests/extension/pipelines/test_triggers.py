@@ -176,3 +176,11 @@ def test_no_role_that_writes_rows_passes_for_a_lane_before_triggers_made_by_hand
     assert vectors(db) == {1: False, 2: True, 3: True}
     embed(db)
     assert_fresh(db, "title || ': ' || content")
+
+
+def test_a_role_that_is_taken_to_embed_passes_for_a_lane(db: Connection) -> None:
+    enable(db)
+    db.execute("CREATE ROLE lane_taker NOINHERIT; GRANT postgres TO lane_taker")
+    db.execute("SET LOCAL SESSION AUTHORIZATION lane_taker; SET LOCAL ROLE postgres")
+    embed(db)
+    assert queued(db) == []
