@@ -126,13 +126,11 @@ class TextMatches:
 
         None: they are no fewer than these candidates, take longer to find, or are too many or not known.
         """
-        if not self._target["has_plain_keys"]:
-            return None
         candidates = min(candidates, self._scores.most, FEW_ROWS)
         estimated, cost = self._here.estimated_matches(self._target, self._condition)
         if estimated is None or estimated > candidates or cost > candidates * COST_OF_CANDIDATE:
             return None
-        keys = self._here.keys(f"{self._target['keys_query']}{self._condition or 'true'}\n) LIMIT {4 * FEW_ROWS}")
+        keys = self._here.keys(f"{self._target['keys_query']}{self._condition or 'true'}\n)) AS t LIMIT {4 * FEW_ROWS}")
         return keys if len(keys) < 4 * FEW_ROWS else None
 
     def _visible(self, candidates: Sequence[tuple[int, float]]) -> list[tuple[str, int, float]]:

@@ -427,7 +427,7 @@ BEGIN
         FROM pg_operator AS o
         JOIN pg_namespace AS n ON n.oid = o.oprnamespace
         WHERE o.oid = autoembed._key_operator(table_id, column_name, strategy)
-    ), CASE strategy WHEN 3 THEN 'OPERATOR(pg_catalog.=)' ELSE 'OPERATOR(pg_catalog.>)' END);
+    ), format('OPERATOR(pg_catalog.%s)', (ARRAY['<', '<=', '=', '>=', '>'])[strategy]));
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._operator IS
@@ -748,7 +748,30 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._short_keys IS 'The same for many keys, in their order.';
 
-CREATE OR REPLACE FUNCTION autoembed._key_expression(pipeline autoembed.pipeline, alias text)
+CREATE OR REPLACE FUNCTION autoembed._is_plain(type_id oid)
+    RETURNS boolean
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    RETURN (
+        SELECT t.typtype = 'e' OR coalesce(nullif(t.typbasetype, 0), t.oid) IN (
+            'bigint'::regtype, 'integer'::regtype, 'smallint'::regtype, 'numeric'::regtype, 'boolean'::regtype,
+            'text'::regtype, 'varchar'::regtype, 'bpchar'::regtype, 'name'::regtype, 'uuid'::regtype
+        )
+        FROM pg_type AS t
+        WHERE t.oid = type_id
+    );
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._is_plain IS 'Whether no setting of a session changes how values of a type are written.';
+
+CREATE OR REPLACE FUNCTION autoembed._key_expression(
+    pipeline autoembed.pipeline,
+    alias text,
+    spelling text DEFAULT 'pg_catalog.concat(%s)'
+)
     RETURNS text
     LANGUAGE plpgsql
     STABLE
@@ -758,19 +781,40 @@ BEGIN
     RETURN (
         SELECT format('pg_catalog.concat(''['', %s, '']'')', string_agg(
             CASE
-                WHEN coalesce(nullif(t.typbasetype, 0), t.oid)
-                     IN ('bigint'::regtype, 'integer'::regtype, 'smallint'::regtype)
-                THEN format('%s.%I', alias, k.name)
-                ELSE format('pg_catalog.to_json(pg_catalog.concat(%s.%I))', alias, k.name)
+                WHEN b.id IN ('bigint'::regtype, 'integer'::regtype, 'smallint'::regtype) THEN v.value
+                ELSE format('pg_catalog.to_json(%s)', format(
+                    CASE WHEN autoembed._is_plain(t.oid) THEN 'pg_catalog.concat(%s)' ELSE spelling END, v.value
+                ))
             END, ', '','', ' ORDER BY k.position))
         FROM unnest(pipeline.key_columns) WITH ORDINALITY AS k(name, position)
         JOIN pg_attribute AS a ON a.attrelid = pipeline.table_id AND a.attname = k.name
         JOIN pg_type AS t ON t.oid = a.atttypid
+        CROSS JOIN LATERAL (SELECT coalesce(nullif(t.typbasetype, 0), t.oid)) AS b(id)
+        CROSS JOIN LATERAL (SELECT format('%s.%I', alias, k.name)) AS v(value)
     );
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._key_expression IS
-    'The SQL expression that gives the key of the row of that alias as a JSON array.';
+    'The SQL expression that gives the key of the row of that alias as a JSON array. spelling: the expression of a '
+    'value whose text depends on settings of the session, around the value. Without it, the text depends on them.';
+
+CREATE OR REPLACE FUNCTION autoembed._key_text(value anyelement)
+    RETURNS text
+    LANGUAGE sql
+    STABLE
+    PARALLEL SAFE
+    SET search_path = pg_catalog, pg_temp
+    -- The settings with which lanes make keys, as in _output_settings().
+    SET TimeZone = 'UTC'
+    SET DateStyle = 'ISO, YMD'
+    SET IntervalStyle = 'postgres'
+    SET extra_float_digits = 1
+    SET bytea_output = 'hex'
+AS $sql$
+    SELECT concat(value);
+$sql$;
+COMMENT ON FUNCTION autoembed._key_text IS
+    'The text of a value of a key, as lanes write it, whatever the settings of the session are.';
 
 CREATE OR REPLACE FUNCTION autoembed._has_key_expression(pipeline autoembed.pipeline, alias text)
     RETURNS text

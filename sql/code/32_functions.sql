@@ -225,11 +225,7 @@ AS $sql$
                    ) AS is_leakproof,
                    -- A domain over a domain may be one, too.
                    b.typtype IN ('c', 'd') AS is_composite,
-                   y.typtype = 'e' OR coalesce(nullif(y.typbasetype, 0), y.oid) IN (
-                       'bigint'::regtype, 'integer'::regtype, 'smallint'::regtype, 'numeric'::regtype,
-                       'boolean'::regtype, 'text'::regtype, 'varchar'::regtype, 'bpchar'::regtype, 'name'::regtype,
-                       'uuid'::regtype
-                   ) AS is_plain
+                   autoembed._is_plain(y.oid) AS is_plain
             FROM unnest(pipeline.key_columns) WITH ORDINALITY AS n(name, number)
             JOIN pg_attribute AS a ON a.attrelid = pipeline.table_id AND a.attname = n.name
             JOIN pg_type AS y ON y.oid = a.atttypid

@@ -77,7 +77,9 @@ BEGIN
                               n.nspname, t.typname, b.value)
                    ELSE b.value
                END AS value,
-               CASE WHEN NOT (autoembed._is_superusers(t.oid) OR t.typtype = 'e') THEN 'pg_catalog.concat' END AS call,
+               CASE
+                   WHEN NOT (autoembed._is_superusers(t.oid) OR t.typtype = 'e') THEN 'autoembed._key_text'
+               END AS call,
                CASE
                    WHEN autoembed._is_superusers(t.oid) THEN b.operator
                    ELSE 'OPERATOR(pg_catalog.=)'
@@ -225,6 +227,7 @@ DECLARE
     _slots jsonb;
     _keys text;
     _near_keys text;
+    _key_order text;
     _distance text;
     _nearest text;
     _query CONSTANT text := autoembed._function_template('nearest_rows_query');
@@ -245,7 +248,7 @@ BEGIN
         'nearest_table', format('ONLY %s', pipeline.table_id),
         'row_type', pipeline.table_id::text,
         -- An equal key of the embedding may be spelled in another way.
-        'row_key', autoembed._key_expression(pipeline, 't'),
+        'row_key', autoembed._key_expression(pipeline, 't', 'autoembed._key_text(%s)'),
         'row_columns', string_agg(format('t.%I', a.attname), ', ' ORDER BY a.attnum),
         'nearest_passage', CASE
             WHEN _is_beside THEN autoembed._passage_expression(pipeline, '(h.hit)', 'h.start', 'h.stop', 'h.digest')
@@ -259,19 +262,22 @@ BEGIN
                't.%I %s n.k%s', k.name, autoembed._operator(pipeline.table_id, k.name, 3), k.number
            ), ' AND ' ORDER BY k.number)),
            string_agg(format('v.%I AS k%s', k.name, k.number), ', ' ORDER BY k.number),
-           string_agg('y.k' || k.number, ', ' ORDER BY k.number)
-    INTO _slots, _keys, _near_keys
+           string_agg('y.k' || k.number, ', ' ORDER BY k.number),
+           string_agg(format(
+               'v.%I USING %s', k.name, autoembed._operator(pipeline.table_id, k.name, 1)
+           ), ', ' ORDER BY k.number)
+    INTO _slots, _keys, _near_keys, _key_order
     FROM unnest(pipeline.key_columns) WITH ORDINALITY AS k(name, number);
     _distance := format('v.%s %s given._vector', _access.expression, _access.operator);
     _nearest := format(
         'SELECT x.*, CASE WHEN x.raw OPERATOR(pg_catalog.=) ''NaN''::pg_catalog.float8 THEN 1 ELSE x.raw END '
         'AS distance, pg_catalog.row_number() OVER () AS place, pg_catalog.count(*) OVER () AS compared '
-        'FROM (SELECT %s, %s, %s AS key, %s AS raw FROM %s ',
+        'FROM (SELECT %s, %s, %s AS raw FROM %s ',
         _keys, CASE
             WHEN _is_beside THEN 'v.chunk_number AS number, v.chunk_start AS start, v.chunk_end AS stop, v.digest'
             ELSE 'NULL::pg_catalog.int4 AS number, NULL::pg_catalog.int4 AS start, NULL::pg_catalog.int4 AS stop, '
                 'NULL::pg_catalog.bytea AS digest'
-        END, autoembed._key_expression(pipeline, 'v'), _distance, CASE
+        END, _distance, CASE
             WHEN _is_beside THEN format('%s AS v', pipeline.embeddings_table)
             ELSE format('ONLY %s AS v WHERE v.%I IS NOT NULL', pipeline.table_id, pipeline.embedding_column)
         END
@@ -295,7 +301,7 @@ BEGIN
             ('nearest_rows_by_index', _distance, 15, false),
             -- No index has this order. Rows that are as near are in the same order in each search.
             ('nearest_rows_by_comparison', format(
-                '(%s) OPERATOR(pg_catalog.+) 0::pg_catalog.float8, key, number', _distance
+                '(%s) OPERATOR(pg_catalog.+) 0::pg_catalog.float8, %s, number', _distance, _key_order
             ), 10, true)
         ) AS w(slot, ordered_by, wanted, compares_all)
         CROSS JOIN LATERAL (
@@ -330,7 +336,6 @@ CREATE OR REPLACE FUNCTION autoembed._search_target(
     OUT matching_query text,
     OUT matching_end text,
     OUT keys_query text,
-    OUT has_plain_keys boolean,
     OUT is_chunked boolean,
     OUT has_few_chunks boolean,
     OUT row_count double precision,
@@ -362,11 +367,15 @@ DECLARE
     _sent_rows text;
     _rows text;
     _embeddings text;
-    _key_columns text;
+    _key_order text;
+    _own_key text;
     _table text;
+    _rows_meant text;
     -- PostgreSQL takes a look-up of a row for one in each partition, and would read all rows instead.
     _has_partitions boolean;
+    _lookup_start text;
     _lookup_end text;
+    _end text;
     _bits integer;
     _hits text;
     -- A composite value has its long columns read. PostgreSQL makes a volatile one only for rows within a limit.
@@ -407,12 +416,21 @@ BEGIN
         CROSS JOIN LATERAL autoembed._vector_index(t.relid, _pipeline.embedding_column) AS i
         WHERE c.oid = vectors_table AND c.relkind = 'p' AND i.indisvalid
     );
-    _key := autoembed._key_expression(_pipeline, 't');
+    -- The text index has keys as lanes write them.
+    _key := autoembed._key_expression(_pipeline, 't', 'autoembed._key_text(%s)');
+    -- A match function has no right to call this.
+    _own_key := autoembed._key_expression(_pipeline, 't', 'pg_catalog.record_send(ROW(%s))');
     _has_partitions := EXISTS (SELECT FROM pg_class AS c WHERE c.oid = table_id AND c.relkind = 'p');
     -- Rows of tables that inherit from it have keys of their own.
     _table := CASE WHEN _has_partitions THEN '' ELSE 'ONLY ' END || table_id;
-    _lookup_end := CASE WHEN _has_partitions THEN ') AND %s OFFSET 0) AS t' ELSE ')) AS t WHERE %s' END;
-    _key_columns := (SELECT string_agg(format('t.%I', k.name), ', ') FROM unnest(_pipeline.key_columns) AS k(name));
+    -- A condition stands behind the table's own name, and beside no other one.
+    _rows_meant := format('(SELECT * FROM %s WHERE (', _table);
+    _lookup_start := CASE WHEN _has_partitions THEN 'LATERAL (SELECT t.* FROM ' ELSE '' END || _rows_meant;
+    _lookup_end := CASE WHEN _has_partitions THEN ')) AS t WHERE %s OFFSET 0) AS t' ELSE ')) AS t WHERE %s' END;
+    -- Rows that are as near are in the same order in each search.
+    SELECT string_agg(format('t.%I USING %s', k.name, autoembed._operator(table_id, k.name, 1)), ', ' ORDER BY k.number)
+    INTO _key_order
+    FROM unnest(_pipeline.key_columns) WITH ORDINALITY AS k(name, number);
     _sent := autoembed._sent_keys(_pipeline);
     _sent_rows := format('(SELECT s.*, %s FROM %%s OFFSET 0) AS s', replace(_sent.key_values, '%', '%%'));
     _hits := format(
@@ -424,14 +442,6 @@ BEGIN
         CASE WHEN _has_partitions THEN 'CROSS JOIN LATERAL (SELECT t.* FROM %s AS t WHERE %s OFFSET 0) AS t'
              ELSE 'JOIN %s AS t ON %s' END,
         _table, _sent.is_row
-    );
-    has_plain_keys := NOT EXISTS (
-        SELECT FROM unnest(_pipeline.key_columns) AS k(name)
-        JOIN pg_attribute AS a ON a.attrelid = _pipeline.table_id AND a.attname = k.name
-        WHERE a.atttypid NOT IN (
-            'bigint'::regtype, 'integer'::regtype, 'smallint'::regtype, 'numeric'::regtype, 'boolean'::regtype,
-            'text'::regtype, 'varchar'::regtype, 'bpchar'::regtype, 'name'::regtype, 'uuid'::regtype
-        )
     );
     -- The types that initdb made stay as they are. The indexes of partitions come and go without their table.
     lasts := NOT EXISTS (
@@ -450,11 +460,11 @@ BEGIN
         format(_sent_rows, 'pg_catalog.unnest($1) WITH ORDINALITY AS s(key, place)'), _rows
     ) END;
     matching_query := format(
-        'SELECT %s AS key FROM %s CROSS JOIN LATERAL (SELECT %s FROM %s AS t WHERE (',
-        _key, format(_sent_rows, 'pg_catalog.unnest($1) AS s(key)'), _key_columns, _table
+        'SELECT %s AS key FROM %s CROSS JOIN %s',
+        _key, format(_sent_rows, 'pg_catalog.unnest($1) AS s(key)'), _lookup_start
     );
     matching_end := format(_lookup_end, _sent.is_row);
-    keys_query := format('SELECT %s AS key FROM %s AS t WHERE (', _key, _table);
+    keys_query := format('SELECT %s AS key FROM %s', _key, _rows_meant);
     visible_start := format('SELECT s.place, %s AS key, ', _key);
     visible_distance := format(
         '%s %s $3::%s', CASE WHEN is_beside THEN 'e.' ELSE 't.' END || _expression, _operator, vector_type
@@ -508,21 +518,20 @@ BEGIN
     _hit := format('CASE WHEN pg_catalog.clock_timestamp() IS NOT NULL THEN ROW(t.*)::%s END', _pipeline.table_id);
     IF NOT is_beside THEN
         match_start := format(
-            'SELECT %7$s AS hit, %2$s AS key, %3$s %4$s $1::%5$s AS distance FROM %1$s AS t '
-            'WHERE t.%6$I IS NOT NULL AND (',
-            _table, _key, 't.' || _expression, _operator, vector_type, _pipeline.embedding_column, _hit
+            'SELECT %s AS hit, %s AS key, %s %s $1::%s AS distance FROM %s',
+            _hit, _own_key, 't.' || _expression, _operator, vector_type, _rows_meant
         );
         near_start := format(
-            'SELECT %2$s AS key, %3$s %4$s $1::%5$s AS distance, NULL::pg_catalog.int4 AS number FROM %1$s AS t '
-            'WHERE t.%6$I IS NOT NULL AND (',
-            _table, _key, 't.' || _expression, _operator, vector_type, _pipeline.embedding_column
+            'SELECT %s AS key, %s %s $1::%s AS distance, NULL::pg_catalog.int4 AS number FROM %s',
+            _key, 't.' || _expression, _operator, vector_type, _rows_meant
         );
-        near_end := format(') ORDER BY (%s %s $1::%s)', 't.' || _expression, _operator, vector_type);
-        -- No index has this order. Rows that are as near are in the same order in each search.
-        exact_end := near_end || ' OPERATOR(pg_catalog.+) 0::pg_catalog.float8, key';
+        _end := format(')) AS t WHERE t.%I IS NOT NULL ORDER BY ', _pipeline.embedding_column);
+        near_end := format('%s(%s %s $1::%s)', _end, 't.' || _expression, _operator, vector_type);
+        -- No index has this order.
+        exact_end := format('%s OPERATOR(pg_catalog.+) 0::pg_catalog.float8, %s', near_end, _key_order);
         IF is_binary THEN
             near_end := format(
-                ') ORDER BY (%s OPERATOR(@extschema:vector@.<~>) %s)',
+                '%s(%s OPERATOR(@extschema:vector@.<~>) %s)', _end,
                 autoembed._bits(format('t.%I', _pipeline.embedding_column), _bits),
                 autoembed._bits('$1::' || vector_type, _bits)
             );
@@ -536,7 +545,7 @@ BEGIN
         RETURN;
     END IF;
 
-    -- A condition names columns without their table. No name of a column of the embeddings table can be meant.
+    -- No name of a column of the embeddings table can be meant in a condition.
     SELECT string_agg(format('e."autoembed %s" %s t.%I', k.number, autoembed._operator(
                _pipeline.table_id, k.name, 3), k.name), ' AND ' ORDER BY k.number)
     INTO _same_key
@@ -548,21 +557,21 @@ BEGIN
         _expression, vectors_table
     );
     match_start := format(
-        'SELECT %s AS hit, %s AS key, e."autoembed vector" %s $1::%s AS distance '
-        'FROM %s CROSS JOIN LATERAL (SELECT t.* FROM %s AS t WHERE (',
-        _hit, _key, _operator, vector_type, _embeddings, _table
+        'SELECT %s AS hit, %s AS key, e."autoembed vector" %s $1::%s AS distance FROM %s CROSS JOIN %s',
+        _hit, _own_key, _operator, vector_type, _embeddings, _lookup_start
     );
     near_start := format(
         'SELECT %s AS key, e."autoembed vector" %s $1::%s AS distance, e."autoembed number" AS number '
-        'FROM %s CROSS JOIN LATERAL (SELECT %s FROM %s AS t WHERE (',
-        _key, _operator, vector_type, _embeddings, _key_columns, _table
+        'FROM %s CROSS JOIN %s',
+        _key, _operator, vector_type, _embeddings, _lookup_start
     );
     near_end := format(
         '%s ORDER BY (e."autoembed vector" %s $1::%s)', format(_lookup_end, _same_key), _operator, vector_type
     );
     exact_end := format(
-        ')) AS t WHERE %s ORDER BY (e."autoembed vector" %s $1::%s) OPERATOR(pg_catalog.+) 0::pg_catalog.float8, key, '
-        'e."autoembed number"', _same_key, _operator, vector_type
+        '%s WHERE %s ORDER BY (e."autoembed vector" %s $1::%s) OPERATOR(pg_catalog.+) 0::pg_catalog.float8, %s, '
+        'e."autoembed number"',
+        CASE WHEN _has_partitions THEN ')) AS t) AS t' ELSE ')) AS t' END, _same_key, _operator, vector_type, _key_order
     );
     IF is_binary THEN
         near_end := format(
@@ -591,10 +600,10 @@ COMMENT ON FUNCTION autoembed._search_target IS
     'ranks $1, keys $2, numbers of passages $3, and scores $4 to $6. visible_start, visible_end: which of the chunks '
     'with keys $1 and numbers $2 the caller may read, around visible_distance, which is that to the vector $3, or a '
     'NULL. matching_query, matching_end: which rows with keys $1 fulfil the condition between them. keys_query: which '
-    'rows fulfil the condition behind it. has_plain_keys: no setting of the session changes how keys are written. '
-    'ef_search: how many candidates an index keeps. texts_query: the present texts of the rows with keys $1, as many '
-    'of the first as have $2 bytes; NULL: they are code of the table''s owner. nearest_rows: the query that finds and '
-    'reads rows for the vector $7, by the index if $8, behind $9 of them, and $10 of them; NULL: there is none. lasts: '
+    'rows fulfil the condition behind it, before two brackets and AS t. ef_search: how many candidates an index keeps. '
+    'texts_query: the present texts of the rows with keys $1, as many of the first as have $2 bytes; NULL: they are '
+    'code of the table''s owner. nearest_rows: the query that finds and reads rows for the vector $7, by the index if '
+    '$8, behind $9 of them, and $10 of them; NULL: there is none. lasts: '
     'this is true until _searched() gives another version, the table or that of the embeddings is altered, or '
     'PostgreSQL makes all plans again.';
 
@@ -628,7 +637,8 @@ BEGIN
     RETURN format(
         'SELECT v.%1$I::%2$s AS vector, %3$s AS key FROM %4$s AS v WHERE v.ctid OPERATOR(pg_catalog.=) ANY (ARRAY('
         'SELECT r.ctid FROM %4$s AS r WHERE r.%1$I IS NOT NULL ORDER BY pg_catalog.random() LIMIT $1))',
-        _pipeline.embedding_column, '@extschema:vector@.vector', autoembed._key_expression(_pipeline, 'v'),
+        _pipeline.embedding_column, '@extschema:vector@.vector',
+        autoembed._key_expression(_pipeline, 'v', 'autoembed._key_text(%s)'),
         coalesce(_pipeline.embeddings_table, _pipeline.table_id)
     );
 END;

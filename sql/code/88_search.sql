@@ -15,7 +15,7 @@ DECLARE
     _plan pg_catalog.json;
 BEGIN
     EXECUTE pg_catalog.concat(
-        'EXPLAIN (FORMAT JSON) SELECT FROM ', table_id, ' AS t WHERE (', coalesce(condition, 'true'), E'\n)'
+        'EXPLAIN (FORMAT JSON) SELECT FROM ', table_id, ' WHERE (', coalesce(condition, 'true'), E'\n)'
     ) INTO _plan;
     matches := (_plan OPERATOR(pg_catalog.#>>) '{0,Plan,Plan Rows}'::pg_catalog.text[])::double precision;
     cost := (_plan OPERATOR(pg_catalog.#>>) '{0,Plan,Total Cost}'::pg_catalog.text[])::double precision;

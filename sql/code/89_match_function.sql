@@ -43,10 +43,10 @@ BEGIN
            -- Columns that the filter does not name are not read. A vector as JSON takes long, and nobody filters by it.
            string_agg(format(
                'CASE WHEN $2 OPERATOR(pg_catalog.?) %1$L::pg_catalog.text ' || CASE
-                   WHEN autoembed._is_superusers(a.atttypid) THEN 'THEN t.%2$I END AS %2$I'
+                   WHEN autoembed._is_superusers(a.atttypid) THEN 'THEN %2$I.%1$I END AS %1$I'
                    -- to_jsonb() would call a cast of the type's owner.
-                   ELSE 'AND t.%2$I IS NOT NULL THEN pg_catalog.concat(t.%2$I) END AS %2$I'
-               END, a.attname, a.attname), ', ' ORDER BY a.attnum)
+                   ELSE 'AND %2$I.%1$I IS NOT NULL THEN pg_catalog.concat(%2$I.%1$I) END AS %1$I'
+               END, a.attname, _table), ', ' ORDER BY a.attnum)
                FILTER (WHERE a.atttypid NOT IN (SELECT v.id FROM autoembed._vector_types() AS v)),
            bool_or(a.attname = 'metadata' AND a.atttypid = 'jsonb'::regtype),
            min(a.attname::text) FILTER (
@@ -64,8 +64,8 @@ BEGIN
     _row := format('(SELECT pg_catalog.to_jsonb(r.*) FROM (SELECT %s) AS r)', _row);
     IF _metadata THEN
         _row := format(
-            '((CASE WHEN pg_catalog.jsonb_typeof(t.metadata) OPERATOR(pg_catalog.=) ''object''::pg_catalog.text '
-            'THEN t.metadata ELSE ''{}''::pg_catalog.jsonb END) OPERATOR(pg_catalog.||) %s)', _row
+            '((CASE WHEN pg_catalog.jsonb_typeof(%1$I.metadata) OPERATOR(pg_catalog.=) ''object''::pg_catalog.text '
+            'THEN %1$I.metadata ELSE ''{}''::pg_catalog.jsonb END) OPERATOR(pg_catalog.||) %2$s)', _table, _row
         );
     END IF;
     signature := format('%I.%I(%s, pg_catalog.int4, pg_catalog.jsonb)', _schema, name, _vector);

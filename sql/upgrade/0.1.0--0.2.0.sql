@@ -40,6 +40,7 @@ DROP FUNCTION autoembed._backfill;
 DROP FUNCTION autoembed._estimate_texts;
 DROP FUNCTION autoembed._price_and_rate;
 DROP FUNCTION autoembed.estimate;
+DROP FUNCTION autoembed._key_expression;
 
 -- A parallel restore loads these tables in any order.
 ALTER TABLE autoembed.pipeline DROP CONSTRAINT pipeline_model_fkey;

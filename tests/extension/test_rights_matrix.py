@@ -174,6 +174,7 @@ _is_chosen - - - x
 _is_empty - x - x
 _is_key - - - x
 _is_pipeline_of - x x x
+_is_plain - x - x
 _is_retired - - - x
 _is_spelled_one_way - - - x
 _is_subscribed - x - x
@@ -189,6 +190,7 @@ _key_columns - x - x
 _key_expression - x - x
 _key_operator - x - x
 _key_slots - - - x
+_key_text - x - x
 _keys_of_rows - - - x
 _keys_per_message - - - x
 _labels - - - x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -102,6 +103,41 @@ def test_pages_continue_each_other_where_all_rows_are_as_near(short: Connection,
     keys = [row.key for skip in range(0, 320, 40) for row in short.execute(search, [skip, mode])]
 
     assert len(keys) == len(set(keys)) == 300
+
+
+# Names of the tables in the queries of a search, too.
+@pytest.mark.parametrize("name", ["pages", "t", "s", "e", "h", "body", "Odd %s {{id}}"])
+@pytest.mark.parametrize("parts", ["", " PARTITION BY RANGE (id)"], ids=["one table", "partitions"])
+@STORAGES
+def test_a_condition_may_name_its_table(short: Connection, column: str, parts: str, name: str) -> None:
+    table = '"' + name + '"'
+    short.execute(f"CREATE TABLE {table} (id int PRIMARY KEY, body text){parts}".encode())
+    short.execute("CREATE TABLE read_by (page int)")
+    if parts:
+        short.execute(f"CREATE TABLE low PARTITION OF {table} FOR VALUES FROM (0) TO (100)".encode())
+    short.execute(f"INSERT INTO {table} SELECT n, 'word' || n || ' word' FROM generate_series(1, 30) AS n".encode())
+    short.execute("INSERT INTO read_by VALUES (7), (9)")
+    short.execute(
+        f"SELECT autoembed.enable('{table}', {column}, content_columns => '{{body}}', text_config => 'simple')".encode()
+    )
+    while short.execute("SELECT read FROM autoembed.process()").fetchone() != (0,):
+        pass
+    conditions = {
+        f"{table}.id IN (7, 9)": [7, 9],
+        f"public.{table}.id = 7": [7],
+        f"EXISTS (SELECT FROM read_by WHERE read_by.page = {table}.id)": [7, 9],
+        f"{table}.tableoid > 0 AND id < 3": [1, 2],
+    }
+    for condition, keys in conditions.items():
+        for mode in ("vector", "text", "hybrid"):
+            found = short.execute(
+                "SELECT key FROM autoembed.search(%s::regclass, 'word', condition => %s, mode => %s)",
+                [table, condition, mode],
+            )
+            assert sorted(row.key for row in found) == [f"[{key}]" for key in keys], (condition, mode)
+    short.execute("SELECT autoembed.create_match_function(%s, name => 'match')", [table])
+    found = short.execute("""SELECT id FROM match(autoembed.embed('word'), filter => '{"id": 7}')""")
+    assert [row.id for row in found] == [7]
 
 
 def test_a_page_behind_all_rows_is_empty(short: Connection) -> None:
@@ -772,19 +808,22 @@ def test_a_condition_that_ends_the_query_tells_no_words_of_hidden_rows(
             SELECT CASE nextval('calls') WHEN 1 THEN '[{"Plan": {"Plan Rows": 1, "Total Cost": 1}}]' ELSE '[3]' END
         $$"""
     )
-    condition = (
-        "true); SELECT pg_temp.answer() AS key, 0.5::float8 AS distance, 1 AS number"
-        " FROM (SELECT NULL::halfvec AS embedding) AS t WHERE (true"
+    answer = "; SELECT pg_temp.answer() AS key, 0.5::float8 AS distance, 1 AS number FROM"
+    vector = f"array_fill(1::real, '{{{DIMENSIONS}}}')::halfvec AS embedding"
+    # None fits all queries of a search: a condition stands in one bracket or in two.
+    conditions = (
+        f"true){answer} (SELECT 1 AS id, {vector}) AS t WHERE (true",
+        f"true)) AS t{answer} (SELECT 1 AS id, {vector} WHERE (true",
     )
 
-    for word in ("secret", "pear"):
+    for word, condition in itertools.product(("secret", "pear"), conditions):
         other.execute("ALTER SEQUENCE calls RESTART")
         page = other.execute(
-            "SELECT keys, text_scores"
+            "SELECT keys, text_scores, errcode"
             " FROM autoembed._search_page('pages', %s, 10, 0, %s, NULL, 'hybrid', 0.5, 0, false, NULL)",
             [word, condition],
         ).fetchone()
-        assert page == (["[3]"], [0])
+        assert page == (None, None, "42601")
 
 
 @STORAGES
@@ -921,3 +960,72 @@ def test_a_search_leaves_the_settings_of_its_caller(short: Connection, mode: str
         left = {name: short.execute(f"SHOW {name}").fetchall() for name in given}
 
     assert left == {name: [(value,)] for name, value in given.items()}
+
+
+# Keys whose texts depend on settings of the session, made of a number.
+SPELLED_KEYS = {
+    "float8": "n / 3.0",
+    "float4": "n / 3.0",
+    "float8[]": "ARRAY[n / 3.0, n]",
+    "date": "date '2026-01-01' + n",
+    "timestamp": "timestamp '2026-01-01 23:59:58.75' + n * interval '1 day'",
+    "timestamptz": "timestamptz '2026-01-01 23:59:58.75+00' + n * interval '1 day'",
+    "timetz": "timetz '03:04:05+05:30' + n * interval '1 second'",
+    "interval": "n * interval '-1 month 2 days -03:04:05.6'",
+    "bytea": "decode('5c2700' || lpad(to_hex(n), 2, '0'), 'hex')",
+    "tstzrange": "tstzrange(timestamptz '2026-01-01' + n * interval '1 day', NULL)",
+    "moment": "(timestamptz '2026-01-01' + n * interval '1 day', n / 3.0)::moment",
+    "far": "n / 3.0",
+}
+OUTPUT_SETTINGS = [
+    "SET extra_float_digits = 0; SET DateStyle = 'SQL, DMY'; SET TimeZone = 'Asia/Kolkata';"
+    " SET IntervalStyle = 'sql_standard'; SET bytea_output = 'escape'",
+    "SET extra_float_digits = -15; SET DateStyle = 'German'; SET TimeZone = 'America/New_York';"
+    " SET IntervalStyle = 'iso_8601'; SET bytea_output = 'escape'",
+    "SET extra_float_digits = 3; SET DateStyle = 'Postgres, MDY'; SET TimeZone = 'Asia/Kolkata';"
+    " SET IntervalStyle = 'postgres_verbose'",
+]
+
+
+@STORAGES
+def test_no_setting_of_a_session_hides_a_row_or_its_words(short: Connection, column: str) -> None:
+    fruits = ["apple", "pear", "plum", "apple pear", "apple apple plum"]
+    # The words of a row tell it from the others, and so do its scores.
+    text = f"((ARRAY{fruits})[1 + n % {len(fruits)}]) || repeat(' word', n) || ' text' || n"
+    short.execute("CREATE TYPE moment AS (at timestamptz, share float8); CREATE DOMAIN far AS float8")
+    tables = {"int": "n", **SPELLED_KEYS}
+    for number, (key_type, value) in enumerate(tables.items()):
+        short.execute(f"CREATE TABLE keys{number} (k {key_type}, n int, body text, PRIMARY KEY (k))")
+        short.execute(f"INSERT INTO keys{number} SELECT {value}, n, {text} FROM generate_series(1, 30) AS n".encode())
+        short.execute(
+            f"SELECT autoembed.enable('keys{number}', {column}, content_columns => '{{body}}', text_config => 'simple')"
+        )
+        short.execute(f"SELECT autoembed.create_match_function('keys{number}')")
+    while short.execute("SELECT read FROM autoembed.process()").fetchone() != (0,):
+        pass
+
+    def answers(table: str, mode: str, condition: str | None) -> tuple[list[tuple[Any, ...]], list[str]]:
+        rows = short.execute(
+            "SELECT p.page, s.rank, (s.hit).n, s.similarity::numeric(9, 7), s.text_score::numeric(9, 7), s.key"
+            " FROM unnest('{0,10,20}'::int[]) AS p(page), autoembed.search("
+            f"NULL::{table}, 'apple text3', 10, p.page, %s, mode => %s) AS s",
+            [condition, mode],
+        ).fetchall()
+        return [row[:-1] for row in rows], [row.key for row in rows]
+
+    expected = {
+        (mode, condition): answers("keys0", mode, condition)[0]
+        for mode in ("vector", "text", "hybrid")
+        for condition in (None, "n % 2 = 0")
+    }
+    assert [len(found) for found in expected.values()] == [30, 15, 18, 9, 30, 15]
+    spellings: dict[tuple[str, str, str | None], list[str]] = {}
+    for settings in OUTPUT_SETTINGS:
+        short.execute(settings)
+        for number, key_type in list(enumerate(tables))[1:]:
+            for (mode, condition), rows in expected.items():
+                found, keys = answers(f"keys{number}", mode, condition)
+                assert found == rows, (settings, key_type, mode, condition)
+                assert spellings.setdefault((key_type, mode, condition), keys) == keys, (settings, key_type, mode)
+            match = f"SELECT n FROM match_keys{number}(autoembed.embed('apple text3'), 30)"
+            assert [row.n for row in short.execute(match)] == [row[2] for row in expected["vector", None]], key_type
