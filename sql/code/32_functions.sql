@@ -173,7 +173,7 @@ AS $sql$
         'key_names', string_agg(quote_ident(k.name), ', ' ORDER BY k.number),
         'embeddings_key', string_agg(format('e.%I', k.name), ', ' ORDER BY k.number),
         'key_types', string_agg(k.bare_type, ', ' ORDER BY k.number),
-        'readable_columns', string_agg(format('k%s %s', k.number, k.bare_type), ', ' ORDER BY k.number),
+        'readable_columns', string_agg(format('%I %s', 'k' || k.number, k.bare_type), ', ' ORDER BY k.number),
         'readable_key', string_agg('r.k' || k.number, ', ' ORDER BY k.number),
         'listed_keys', string_agg(format('t.%I AS k%s', k.name, k.number), ', ' ORDER BY k.number),
         -- Policies of the table keep an operator that is not LEAKPROOF from its indexes: a look at one row reads all.
@@ -241,7 +241,8 @@ CREATE OR REPLACE FUNCTION autoembed._slots(pipeline autoembed.pipeline)
     LANGUAGE plpgsql
     STABLE
     SET search_path = pg_catalog, pg_temp
-    SET quote_all_identifiers = off
+    -- SQL needs no quotes around some words that PL/pgSQL reserves: begin, by, if, loop.
+    SET quote_all_identifiers = on
     SET standard_conforming_strings = on
 AS $plpgsql$
 DECLARE
@@ -478,6 +479,8 @@ CREATE OR REPLACE FUNCTION autoembed._admit_readers(slots jsonb)
     RETURNS void
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
+    -- The slots have such names.
+    SET quote_all_identifiers = on
 AS $plpgsql$
 DECLARE
     _lists_readable CONSTANT boolean := (slots ->> 'lists_readable')::boolean;
@@ -493,7 +496,7 @@ BEGIN
           AND CASE
               WHEN p.pronargs > 0 THEN
                   p.proname = _unused
-                  OR regexp_replace(pg_get_function_identity_arguments(p.oid), ', (chunk_start|part) .*', '')
+                  OR regexp_replace(pg_get_function_identity_arguments(p.oid), ', "(chunk_start|part)" .*', '')
                      <> slots ->> 'key_types'
               WHEN p.proretset THEN
                   p.proname = _unused

@@ -185,3 +185,67 @@ def test_a_role_that_is_taken_to_embed_passes_for_a_lane(db: Connection) -> None
     db.execute("SELECT autoembed.process()")
     assert vectors(db) == {1: True, 2: True, 3: True}
     assert queued(db) == []
+
+
+# pl_reserved_kwlist.h. SQL lets some of them be names without quotes.
+RESERVED = """
+    all begin by case declare else end execute for foreach from if in into loop not null or strict then to using when
+    while
+"""
+# pl_unreserved_kwlist.h.
+UNRESERVED = """
+    absolute alias and array assert backward call chain close collate column column_name commit constant constraint
+    constraint_name continue current cursor datatype debug default detail diagnostics do dump elseif elsif errcode error
+    exception exit fetch first forward get hint import info insert is last log merge message message_text move next no
+    notice open option perform pg_context pg_datatype_name pg_exception_context pg_exception_detail pg_exception_hint
+    pg_routine_oid print_strict_params prior query raise relative reset return returned_sqlstate reverse rollback
+    row_count rowtype schema schema_name scroll set slice sqlstate stacked table table_name type use_column use_variable
+    variable_conflict warning
+"""
+
+
+@pytest.mark.parametrize("storage", ["inline", "beside"])
+def test_columns_may_have_the_names_of_all_keywords_of_plpgsql(db: Connection, storage: str) -> None:
+    words = [f'"{word}"' for word in (RESERVED + UNRESERVED).split()]
+    embedding = "embedding_column => 'e', on_change => 'clear', " * (storage == "inline")
+    for start in range(0, len(words), 30):
+        # A key has 32 columns at most.
+        keys, contents = words[start : start + 30], words[:start] + words[start + 30 :]
+        db.execute(
+            f"CREATE TABLE words ({' int, '.join(keys)} int, {' text, '.join(contents)} text, z text,"
+            f" PRIMARY KEY ({', '.join(keys)}))"
+        )
+        db.execute(f"SELECT autoembed.enable('words', {embedding}content_columns => '{{{','.join(contents)}}}')")
+        for number in "12":
+            db.execute(f"INSERT INTO words ({', '.join(keys)}) VALUES ({', '.join(number * len(keys))})")
+        embed(db)
+        for word in contents:
+            db.execute("DELETE FROM pgmq.q_embedding_jobs; UPDATE words SET z = 'seen'")
+            db.execute(f"UPDATE words SET {word} = 'new' WHERE {keys[0]} = 1")
+            assert queued(db) == [[1] * len(keys)]
+        db.execute(f"UPDATE words SET {keys[-1]} = 3 WHERE {keys[0]} = 2")
+        assert len(queued(db)) == 3
+        embed(db)
+        rows = "SELECT count(e) FROM words" if storage == "inline" else "SELECT count(*) FROM words_embeddings"
+        assert db.execute(rows.encode()).fetchall() == [(1,)]
+        db.execute("DROP TABLE words; SELECT autoembed._drop_orphaned_pipelines()")
+
+
+def test_a_column_may_be_renamed_to_a_keyword_of_plpgsql(db: Connection) -> None:
+    """The key, the content and the embedding, each to any of them."""
+    names, words = ["k", "c", "e"], RESERVED.split()
+    db.execute("CREATE TABLE words (k int PRIMARY KEY, c text, z text)")
+    db.execute("SELECT autoembed.enable('words', 'e', content_columns => '{c}', on_change => 'clear')")
+    db.execute("INSERT INTO words VALUES (1, NULL, NULL), (2, NULL, NULL)")
+    embed(db)
+    for number in range(len(words)):
+        after = [words[number - role] for role in range(3)]
+        for role in range(3):
+            db.execute(f'ALTER TABLE words RENAME "{names[role]}" TO new_{role}')
+        for role in range(3):
+            db.execute(f'ALTER TABLE words RENAME new_{role} TO "{after[role]}"')
+        names = key, content, embedding = after
+        db.execute(f"UPDATE words SET z = '{number}'; UPDATE words SET \"{content}\" = '{number}' WHERE \"{key}\" = 1")
+        assert queued(db) == [[1]], names
+        embed(db)
+        assert db.execute(f'SELECT count("{embedding}") FROM words').fetchall() == [(1,)], names
