@@ -68,7 +68,8 @@ class Search:
     ) -> None:
         self._here = here
         self._table_name = table_name
-        self._condition = condition
+        # A blank condition is none.
+        self._condition = condition if condition and condition.strip() else None
         self.target = here.search_target(table_name, embedding_column)
 
     def mode(self, mode: str | None) -> str:
@@ -314,7 +315,7 @@ def tried_next(tried: int, found: int, wanted: int) -> int:
 
 
 def _spread(values: Mapping[str, float]) -> dict[str, float]:
-    """These values, from 0 for the least of them to 1. 0 if all are equal."""
+    """These values, from 0 for the least of them to 1. If all are equal, 1 where they are above 0."""
     least = min(values.values(), default=0.0)
     width = max(values.values(), default=0.0) - least
-    return {key: (value - least) / width if width else 0.0 for key, value in values.items()}
+    return {key: (value - least) / width if width else float(value > 0) for key, value in values.items()}

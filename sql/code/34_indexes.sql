@@ -1,6 +1,6 @@
 -- HNSW indexes on embedding columns.
 
-CREATE OR REPLACE FUNCTION autoembed._vector_indexes(table_id regclass, embedding_column name)
+CREATE OR REPLACE FUNCTION autoembed._indexes_on_vectors(table_id regclass, embedding_column name)
     RETURNS SETOF pg_index
     LANGUAGE sql
     STABLE
@@ -10,8 +10,8 @@ AS $sql$
     FROM pg_index AS i
     JOIN pg_class AS c ON c.oid = i.indexrelid
     JOIN pg_am AS m ON m.oid = c.relam AND m.amname IN ('hnsw', 'ivfflat')
-    JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attname = _vector_indexes.embedding_column
-    WHERE i.indrelid = _vector_indexes.table_id
+    JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attname = _indexes_on_vectors.embedding_column
+    WHERE i.indrelid = _indexes_on_vectors.table_id
       -- The index is on the column, or on an expression with it.
       AND (a.attnum = i.indkey[0] OR i.indkey[0] = 0 AND EXISTS (
           SELECT FROM pg_depend AS d
@@ -20,8 +20,38 @@ AS $sql$
       ))
     ORDER BY i.indisvalid DESC;
 $sql$;
+COMMENT ON FUNCTION autoembed._indexes_on_vectors IS
+    'The indexes of pgvector on the embeddings of a table or partition, valid ones first.';
+
+CREATE OR REPLACE FUNCTION autoembed._serves_searches(index pg_index)
+    RETURNS boolean
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    -- A search compares by cosine, among all rows. It sets nothing of ivfflat, which finds few of the nearest rows then.
+    SELECT m.amname = 'hnsw' AND index.indpred IS NULL
+        AND o.opcname IN ('vector_cosine_ops', 'halfvec_cosine_ops', 'bit_hamming_ops')
+    FROM pg_opclass AS o
+    JOIN pg_am AS m ON m.oid = o.opcmethod
+    WHERE o.oid = index.indclass[0];
+$sql$;
+COMMENT ON FUNCTION autoembed._serves_searches IS
+    'Whether a search can use an index on embeddings: HNSW, of all rows, for the cosine distance or for bits.';
+
+CREATE OR REPLACE FUNCTION autoembed._vector_indexes(table_id regclass, embedding_column name)
+    RETURNS SETOF pg_index
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT i.*
+    FROM autoembed._indexes_on_vectors(table_id, embedding_column) AS i
+    WHERE autoembed._serves_searches(i)
+    ORDER BY i.indisvalid DESC;
+$sql$;
 COMMENT ON FUNCTION autoembed._vector_indexes IS
-    'The indexes on the embeddings of a table or partition, valid ones first.';
+    'The indexes on the embeddings of a table or partition that searches can use, valid ones first.';
 
 CREATE OR REPLACE FUNCTION autoembed._vector_index(table_id regclass, embedding_column name)
     RETURNS SETOF pg_index
@@ -32,7 +62,7 @@ AS $sql$
     SELECT i.* FROM autoembed._vector_indexes(table_id, embedding_column) AS i LIMIT 1;
 $sql$;
 COMMENT ON FUNCTION autoembed._vector_index IS
-    'The index on the embeddings of a table or partition, a valid one first. No row if there is none.';
+    'The index of a table or partition that searches use, a valid one first. No row if there is none.';
 
 CREATE OR REPLACE FUNCTION autoembed._is_binary(index pg_index)
     RETURNS boolean

@@ -7,6 +7,7 @@ CREATE OR REPLACE FUNCTION autoembed._pipeline_checks(pipeline autoembed.pipelin
 AS $plpgsql$
 DECLARE
     _state record;
+    _unused text;
     _index record;
 BEGIN
     SELECT s.*,
@@ -78,6 +79,19 @@ BEGIN
         ok := finding IS NOT NULL
             OR _state.index_problem IS NULL AND coalesce(autoembed._estimated_rows(_state.vectors_table), 0) < 10000;
         finding := coalesce(finding, 'none' || coalesce(', it could not be built: ' || _state.index_problem, ''));
+        SELECT string_agg(i.indexrelid::regclass::text, ', ' ORDER BY i.indexrelid) INTO _unused
+        FROM (
+            SELECT t.relid FROM autoembed._partition_tree(_state.vectors_table) AS t
+            UNION
+            SELECT _state.vectors_table
+        ) AS r
+        CROSS JOIN LATERAL autoembed._indexes_on_vectors(r.relid, _state.embedding_column) AS i
+        WHERE NOT autoembed._serves_searches(i);
+        IF _unused IS NOT NULL THEN
+            ok := ok AND NOT starts_with(finding, 'none');
+            finding := format('%s; searches cannot use %s: they need HNSW, all rows and the cosine distance',
+                              finding, _unused);
+        END IF;
         advice := CASE WHEN NOT ok THEN CASE WHEN _index.key IS NULL THEN _index.hint ELSE advice END END;
         RETURN NEXT;
     END IF;

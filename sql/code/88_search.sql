@@ -535,9 +535,10 @@ AS $plpgsql$
 DECLARE
     _hit like_row%TYPE;
 BEGIN
-    IF pg_catalog.pg_typeof(like_row)::pg_catalog.oid OPERATOR(pg_catalog.=) ANY (
-        '{pg_catalog.text,pg_catalog.varchar,pg_catalog.name,pg_catalog.regclass}'::pg_catalog.regtype[]
-        ::pg_catalog.oid[]
+    IF NOT EXISTS (
+        SELECT FROM pg_catalog.pg_type AS t
+        WHERE t.oid OPERATOR(pg_catalog.=) pg_catalog.pg_typeof(like_row)::pg_catalog.oid
+          AND t.typrelid OPERATOR(pg_catalog.<>) 0::pg_catalog.oid
     ) THEN
         RAISE EXCEPTION USING
             ERRCODE = 'datatype_mismatch',

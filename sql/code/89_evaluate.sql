@@ -41,8 +41,27 @@ DECLARE
               AND a.attname OPERATOR(pg_catalog.=) n.name
         )
     );
+    -- A key in JSON is the text of its value. Any other is written as search() writes keys.
+    _key CONSTANT pg_catalog.text := (
+        SELECT CASE
+            WHEN a.atttypid OPERATOR(pg_catalog.=) ANY (ARRAY[
+                'pg_catalog.json'::pg_catalog.regtype, 'pg_catalog.jsonb'::pg_catalog.regtype
+            ]::pg_catalog.oid[]) THEN 't.key::pg_catalog.jsonb OPERATOR(pg_catalog.#>>) ''{}''::pg_catalog.text[]'
+            ELSE 'CASE WHEN pg_catalog.num_nulls(t.key) OPERATOR(pg_catalog.=) 0 THEN autoembed._key_text(t.key) END'
+        END
+        FROM pg_catalog.pg_attribute AS a
+        WHERE a.attrelid OPERATOR(pg_catalog.=) judgments::pg_catalog.oid
+          AND a.attname OPERATOR(pg_catalog.=) 'key'::pg_catalog.name
+    );
     _left_out pg_catalog.int8;
+    _no_number pg_catalog.text;
 BEGIN
+    IF judgments IS NULL THEN
+        RAISE EXCEPTION USING 
+            ERRCODE = 'null_value_not_allowed',
+            MESSAGE = 'judgments must not be NULL',
+            HINT = 'Give a table or view with the columns query and key.';
+    END IF;
     IF _missing IS NOT NULL THEN
         RAISE EXCEPTION USING
             ERRCODE = 'undefined_column',
@@ -61,15 +80,30 @@ BEGIN
             MESSAGE = pg_catalog.format('%s of the judgments %s have no query, key or grade, and do not count',
                                         _left_out, judgments);
     END IF;
+    EXECUTE pg_catalog.format(
+        'SELECT pg_catalog.min(j.one OPERATOR(pg_catalog.->>) ''grade'') '
+        'FROM (SELECT pg_catalog.to_jsonb(t.*) AS one FROM %s AS t) AS j '
+        'WHERE (pg_catalog.pg_input_is_valid(j.one OPERATOR(pg_catalog.->>) ''grade'', ''pg_catalog.float8'') '
+        'AND pg_catalog.lower(pg_catalog.btrim(j.one OPERATOR(pg_catalog.->>) ''grade'')) '
+        'OPERATOR(pg_catalog.!~) ''^([+-]?inf|nan)'') IS FALSE',
+        judgments
+    ) INTO _no_number;
+    IF _no_number IS NOT NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = pg_catalog.format('the judgments %s have the grade %s, which is no number',
+                                        judgments, pg_catalog.left(_no_number, 100)),
+            HINT = 'A grade tells how well the row answers: a number above 0.';
+    END IF;
     RETURN QUERY EXECUTE pg_catalog.format(
         'SELECT g.query, pg_catalog.jsonb_agg(g.key), pg_catalog.jsonb_agg(g.grade) FROM ('
-        'SELECT j.one OPERATOR(pg_catalog.->>) ''query'' AS query, j.one OPERATOR(pg_catalog.->) ''key'' AS key, '
+        'SELECT j.one OPERATOR(pg_catalog.->>) ''query'' AS query, j.key, '
         'pg_catalog.max(CASE WHEN j.one OPERATOR(pg_catalog.?) ''grade'' '
         'THEN (j.one OPERATOR(pg_catalog.->>) ''grade'')::pg_catalog.float8 ELSE 1 END) AS grade '
-        'FROM (SELECT pg_catalog.to_jsonb(t.*) AS one FROM %s AS t) AS j GROUP BY 1, 2) AS g '
+        'FROM (SELECT pg_catalog.to_jsonb(t.*) AS one, %s AS key FROM %s AS t) AS j GROUP BY 1, 2) AS g '
         'WHERE g.grade OPERATOR(pg_catalog.>) 0::pg_catalog.float8 AND g.query IS NOT NULL '
-        'AND g.key OPERATOR(pg_catalog.<>) ''null''::pg_catalog.jsonb GROUP BY g.query',
-        judgments
+        'AND g.key IS NOT NULL GROUP BY g.query',
+        _key, judgments
     );
     IF NOT FOUND THEN
         RAISE EXCEPTION USING
@@ -82,8 +116,8 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._judgments IS
     'The queries of a table of judgments, each with the keys of the rows that answer it and their grades.';
 
-CREATE OR REPLACE FUNCTION autoembed._unknown_keys(table_name regclass, embedding_column name, keys jsonb)
-    RETURNS text[]
+CREATE OR REPLACE FUNCTION autoembed._judged_keys(table_name regclass, embedding_column name, keys jsonb)
+    RETURNS jsonb
     LANGUAGE plpgsql
     STABLE
 AS $plpgsql$
@@ -92,11 +126,11 @@ DECLARE
         (autoembed._searched(table_name, embedding_column)).pipeline_id
     );
     _query CONSTANT pg_catalog.text := pg_catalog.concat(
-        'SELECT FROM (', _target.matching_query, 'true', _target.matching_end, ') AS r'
+        'SELECT r.key FROM (', _target.matching_query, 'true', _target.matching_end, ') AS r'
     );
     _key pg_catalog.record;
-    _found pg_catalog.int8;
-    _unknown pg_catalog.text[] := '{}'::pg_catalog.text[];
+    _found pg_catalog.text;
+    _spellings pg_catalog.jsonb := '{}'::pg_catalog.jsonb;
 BEGIN
     FOR _key IN
         -- A key of one column may be written as it is, or as search() writes it.
@@ -113,25 +147,23 @@ BEGIN
         ) AS k
         ORDER BY k.text
     LOOP
+        _found := NULL;
         FOR _number IN 1 .. pg_catalog.cardinality(_key.candidates) LOOP
             BEGIN
-                EXECUTE _query USING _key.candidates[_number:_number];
-                GET DIAGNOSTICS _found = ROW_COUNT;
+                EXECUTE _query INTO _found USING _key.candidates[_number:_number];
             EXCEPTION WHEN data_exception THEN
                 -- It is no value of the key's type.
-                _found := 0;
+                _found := NULL;
             END;
-            EXIT WHEN _found OPERATOR(pg_catalog.>) 0;
+            EXIT WHEN _found IS NOT NULL;
         END LOOP;
-        IF _found OPERATOR(pg_catalog.=) 0 THEN
-            _unknown := _unknown OPERATOR(pg_catalog.||) _key.text;
-        END IF;
+        _spellings := _spellings OPERATOR(pg_catalog.||) pg_catalog.jsonb_build_object(_key.text, _found);
     END LOOP;
-    RETURN _unknown;
+    RETURN _spellings;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._unknown_keys IS
-    'Those of these keys that are of no row of a table that the caller may read.';
+COMMENT ON FUNCTION autoembed._judged_keys IS
+    'These keys, each with how search() writes it; NULL: it is of no row that the caller may read.';
 
 CREATE OR REPLACE FUNCTION autoembed.evaluate_search(
     table_name regclass,
@@ -160,6 +192,7 @@ DECLARE
     _queries pg_catalog.text[];
     _keys pg_catalog.jsonb;
     _grades pg_catalog.jsonb;
+    _spellings pg_catalog.jsonb;
     _unknown pg_catalog.text[];
 BEGIN
     IF (max_rows OPERATOR(pg_catalog.>=) 1) IS NOT TRUE THEN
@@ -175,8 +208,11 @@ BEGIN
         FROM autoembed._judgments(judgments) AS j
     LOOP
     END LOOP;
-    _unknown := autoembed._unknown_keys(
+    _spellings := autoembed._judged_keys(
         table_name, embedding_column, pg_catalog.jsonb_path_query_array(_keys, '$[*][*]')
+    );
+    _unknown := ARRAY(
+        SELECT k.key FROM pg_catalog.jsonb_each_text(_spellings) AS k WHERE k.value IS NULL ORDER BY k.key
     );
     IF pg_catalog.cardinality(_unknown) OPERATOR(pg_catalog.>) 0 THEN
         RAISE NOTICE USING
@@ -223,17 +259,8 @@ BEGIN
                 FROM ROWS FROM (
                     pg_catalog.jsonb_array_elements(j.keys), pg_catalog.jsonb_array_elements(j.grades)
                 ) AS g(key, grade)
-                WHERE CASE
-                    WHEN pg_catalog.jsonb_typeof(g.key) OPERATOR(pg_catalog.=) 'array'::pg_catalog.text
-                        THEN g.key OPERATOR(pg_catalog.=) s.key::pg_catalog.jsonb
-                    WHEN pg_catalog.jsonb_array_length(s.key::pg_catalog.jsonb) OPERATOR(pg_catalog.>) 1
-                        THEN (g.key OPERATOR(pg_catalog.#>>) '{}'::pg_catalog.text[])::pg_catalog.jsonb
-                            OPERATOR(pg_catalog.=) s.key::pg_catalog.jsonb
-                    -- A key of one column may be written as it is, or as search() writes it.
-                    ELSE (g.key OPERATOR(pg_catalog.#>>) '{}'::pg_catalog.text[]) OPERATOR(pg_catalog.=) ANY (
-                        ARRAY[s.key, s.key::pg_catalog.jsonb OPERATOR(pg_catalog.->>) 0]
-                    )
-                END
+                WHERE (_spellings OPERATOR(pg_catalog.->>) (g.key OPERATOR(pg_catalog.#>>) '{}'::pg_catalog.text[]))
+                    OPERATOR(pg_catalog.=) s.key
                 LIMIT 1
             ) AS a ON true
         ) AS f

@@ -114,7 +114,8 @@ BEGIN
     _middle := (recall + _z ^ 2 / (2 * _n)) / (1 + _z ^ 2 / _n);
     _half := _z / (1 + _z ^ 2 / _n) * sqrt(recall * (1 - recall) / _n + _z ^ 2 / (4 * _n ^ 2));
     recall_low := greatest(0, _middle - _half);
-    recall_high := least(1, _middle + _half);
+    -- Sums of floats are not exact.
+    recall_high := greatest(recall, least(1, _middle + _half));
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._recall IS

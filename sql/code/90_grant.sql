@@ -41,15 +41,15 @@ BEGIN
         _chunk_function_of, _chunk_text, _chunking, _clears, _columns_of, _content_expression, _content_function,
         _content_function_of, _cron_is_here, _dimensions, _distances, _drop_orphaned_pipelines, _drop_stray_triggers,
         _estimate_texts, _estimated_matches, _exact_answers, _execute, _full_text_config, _guide_triggers, _index_key,
-        _is_binary, _is_empty, _is_plain, _is_subscribed, _judgments, _key_columns, _key_expression, _key_operator,
-        _key_text, _lanes_are_starting, _lasting_target, _load_python, _lock_holder, _lock_table, _look_through,
-        _make_embeddings_table, _match_function, _measured_recall, _missing_guide_triggers, _nearest, _needed_columns,
-        _new_place, _note_search, _operator, _owned_pipeline, _owned_pipelines, _partition_triggers, _pipeline_checks,
-        _prefix_expression, _prefix_of, _present_text, _preview, _python_sources, _read_condition, _recall, _refuse,
-        _replace_index, _rerank, _rerank_candidates, _reranked, _reset_search_stats, _restore_advisory_locks,
-        _run_as_owner, _run_statement_as_owner, _running_lanes, _sample_query, _search_page, _search_quality,
-        _search_target, _searched, _set_paused, _stray_triggers, _template, _trigger_name, _trigger_problems,
-        _unknown_keys, _vector_digest_expression, _vector_index, _vector_indexes, _waits_for_commit
+        _indexes_on_vectors, _is_binary, _is_empty, _is_plain, _is_subscribed, _judged_keys, _judgments, _key_columns,
+        _key_expression, _key_operator, _key_text, _lanes_are_starting, _lasting_target, _load_python, _lock_holder,
+        _lock_table, _look_through, _make_embeddings_table, _match_function, _measured_recall, _missing_guide_triggers,
+        _nearest, _needed_columns, _new_place, _note_search, _operator, _owned_pipeline, _owned_pipelines,
+        _partition_triggers, _pipeline_checks, _prefix_expression, _prefix_of, _present_text, _preview, _python_sources,
+        _read_condition, _recall, _refuse, _replace_index, _rerank, _rerank_candidates, _reranked, _reset_search_stats,
+        _restore_advisory_locks, _run_as_owner, _run_statement_as_owner, _running_lanes, _sample_query, _search_page,
+        _search_quality, _search_target, _searched, _serves_searches, _set_paused, _stray_triggers, _template,
+        _trigger_name, _trigger_problems, _vector_digest_expression, _vector_index, _vector_indexes, _waits_for_commit
     }');
     -- The role gets rights to columns only. A right to the whole table, which 0.1.0 granted, includes LOCK TABLE, and
     -- that stops all lanes.

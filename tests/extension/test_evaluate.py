@@ -132,6 +132,7 @@ def test_a_caller_needs_the_rights_to_the_rows_and_the_judgments(pages: Connecti
     ("arguments", "sqlstate", "message"),
     [
         ("'judged', 0", "22023", "max_rows must be 1 or more, not 0"),
+        ("NULL", "22004", "judgments must not be NULL"),
         ("'pages'", "42703", "the judgments pages have no column query, key"),
         ("'empty'", "P0002", "the judgments empty have no query with a grade above 0"),
     ],
@@ -142,3 +143,41 @@ def test_what_makes_no_sense_is_refused(pages: Connection, arguments: str, sqlst
         pages.execute(f"SELECT * FROM autoembed.evaluate_search('pages', {arguments})")
     assert refusal.value.sqlstate == sqlstate
     assert refusal.value.diag.message_hint
+
+
+@pytest.mark.parametrize(
+    ("type", "one", "other"),
+    [
+        ("timestamptz", "2026-01-02 03:04:05.75+00", "2026-01-03 03:04:05+00"),
+        ("timestamp", "2026-01-02 03:04:05.75", "2026-01-03 03:04:05"),
+        ("boolean", "true", "false"),
+        ("char(4)", "a", "b"),
+        ("int[]", "{1,2}", "{2,1}"),
+        ("float8", "0.3333333333333333", "0.6666666666666666"),
+        ("date", "2026-01-02", "2026-01-03"),
+    ],
+)
+@pytest.mark.parametrize("judged", ["key", "to_jsonb(key::text)"], ids=["typed", "json"])
+def test_a_key_of_any_type_counts_as_found(
+    db: Connection, api: FakeApi, type: str, one: str, other: str, judged: str
+) -> None:
+    db.execute(f"CREATE TABLE notes (id {type} PRIMARY KEY, body text)".encode())
+    db.execute("INSERT INTO notes VALUES (%s, 'apple'), (%s, 'pear')", [one, other])
+    db.execute("SELECT autoembed.enable('notes', content_columns => '{body}'); SELECT autoembed.process()")
+    db.execute("SET DateStyle = 'German'; SET TimeZone = 'Asia/Kolkata'")
+    judgments = f"SELECT n.query, {judged} AS key FROM (SELECT body, id FROM notes) AS n(query, key)"
+    db.execute(f"CREATE TABLE judged AS {judgments}".encode())
+
+    with warnings_of(db) as heard:
+        rows = db.execute("SELECT mode, ndcg, mrr, recall FROM autoembed.evaluate_search('notes', 'judged')").fetchall()
+
+    assert (rows, heard) == ([("vector", 1, 1, 1)], [])
+
+
+@pytest.mark.parametrize("grade", ["NaN", "Infinity", "-inf", "good"])
+def test_a_grade_that_is_no_number_is_refused(pages: Connection, grade: str) -> None:
+    pages.execute("ALTER TABLE judged ALTER COLUMN grade TYPE text")
+    pages.execute("UPDATE judged SET grade = %s WHERE key = 3", [grade])
+
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match=f"have the grade {grade}, which is no number"):
+        pages.execute("SELECT * FROM autoembed.evaluate_search('pages', 'judged')")

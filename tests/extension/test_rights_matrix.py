@@ -168,6 +168,7 @@ _index_job - - - x
 _index_key - x - x
 _index_may_be_built - - - x
 _index_texts - - - x
+_indexes_on_vectors - x - x
 _inherits - - - x
 _is_binary - x - x
 _is_chosen - - - x
@@ -183,6 +184,7 @@ _is_uncommitted - - - x
 _job_of_lane - - - x
 _job_runs - - - x
 _jobs_of_dropped_databases - - - x
+_judged_keys - x - x
 _judgments - x - x
 _keep_restored_model - - - x
 _keep_restored_queue - - - x
@@ -304,6 +306,7 @@ _search_target - x - x
 _searched - x - x
 _segments_to_merge - - - x
 _sent_keys - - - x
+_serves_searches - x - x
 _set_paused - x - x
 _settle - - - x
 _short_key - x x x
@@ -324,7 +327,6 @@ _tokens_taken - - - x
 _trigger_name - x - x
 _trigger_problems - x - x
 _unindexed - - - x
-_unknown_keys - x - x
 _unschedule - - - x
 _updated - - - x
 _used_types - - - x

@@ -140,6 +140,45 @@ def test_a_condition_may_name_its_table(short: Connection, column: str, parts: s
     assert [row.id for row in found] == [7]
 
 
+@pytest.mark.parametrize("condition", ["", " \n"])
+@pytest.mark.parametrize("mode", ["vector", "hybrid"])
+def test_a_blank_condition_is_none(short: Connection, mode: str, condition: str) -> None:
+    attach(short, "NULL", ["one", "two"])
+    short.execute("SELECT autoembed.alter_pipeline('pages', text_config => 'english')")
+    search = "SELECT key FROM autoembed.search('pages', 'one', condition => %s, mode => %s)"
+
+    assert {row.key for row in short.execute(search, [condition, mode])} == {"[1]", "[2]"}
+
+
+@STORAGES
+@pytest.mark.parametrize(
+    "index",
+    [
+        "hnsw (embedding halfvec_cosine_ops) WHERE {key} > 90",
+        "hnsw (embedding halfvec_ip_ops)",
+        "hnsw (embedding halfvec_l2_ops)",
+        "ivfflat (embedding halfvec_cosine_ops) WITH (lists = 20)",
+    ],
+)
+def test_an_index_that_finds_not_all_of_the_nearest_rows_serves_no_search(
+    short: Connection, column: str, index: str
+) -> None:
+    attach(short, column, ["the same text"] * 50 + [f"text {n}" for n in range(50)])
+    table = "pages_embeddings" if column == "NULL" else "pages"
+    short.execute(f"CREATE INDEX odd ON {table} USING {index.format(key='id')}")
+    # The number of rows from which a search uses an index.
+    short.execute("UPDATE pg_class SET reltuples = 20000 WHERE relname IN ('pages', 'pages_embeddings')")
+    search = "SELECT key FROM autoembed.search('pages', 'the same text', 10, skip_rows => %s)"
+
+    pages = [[row.key for row in short.execute(search, [skip])] for skip in range(0, 100, 10)]
+
+    assert len({key for page in pages for key in page}) == 100
+    checks = short.execute("SELECT ok, finding, advice FROM autoembed.doctor() WHERE subject LIKE 'index of %'")
+    [check] = checks.fetchall()
+    assert not check.ok and "searches cannot use public.odd: they need HNSW" in check.finding
+    assert "USING hnsw (embedding" in check.advice
+
+
 def test_a_page_behind_all_rows_is_empty(short: Connection) -> None:
     attach(short, "NULL", ["a text"])
     search = "SELECT key FROM autoembed.search('pages', 'question', max_rows => %s, skip_rows => %s)"
@@ -198,6 +237,14 @@ def test_a_mistake_in_a_condition_is_one_sentence(
             "search_rows('pg_class'::regclass, 'words')",
             "42804",
             "search_rows() needs a row of a table, not a value of type regclass",
+        ),
+        *(
+            (
+                f"search_rows({value}, 'words')",
+                "42804",
+                f"search_rows() needs a row of a table, not a value of type {type}",
+            )
+            for value, type in [("1", "integer"), ("NULL::jsonb", "jsonb"), ("NULL::pg_class[]", "pg_class[]")]
         ),
         ("search(NULL::regclass, 'words')", "22004", "table_name must not be NULL"),
         ("search(NULL, 'words')", "22004", "table_name must not be NULL"),

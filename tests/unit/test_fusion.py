@@ -78,3 +78,9 @@ def test_the_scores_are_spread_and_those_that_are_shown_are_not() -> None:
 )
 def test_as_many_candidates_are_tried_as_should_do(tried: int, found: int, wanted: int, expected: int) -> None:
     assert tried_next(tried, found, wanted) == expected
+
+
+def test_rows_that_are_equally_good_have_the_best_score() -> None:
+    assert [hit.score for hit in fused(near(0.5), {}, {"[1]": 2.0}, 0.7)] == [pytest.approx(1.0)]
+    assert [hit.score for hit in fused(near(0.5, 0.5), {}, {}, 0.7)] == [0.7, 0.7]
+    assert [hit.score for hit in fused(near(1.5), {}, {}, 0.7)] == [0.0]
