@@ -156,6 +156,14 @@ class Known:
     replaced: int = 0
     age_seconds: float | None = None
 
+    @property
+    def keeps_vectors(self) -> bool:
+        """Whether vectors beside the row are those of their chunks.
+
+        A row that is embedded again by request has an empty digest, and one with vectors of somebody else, too.
+        """
+        return bool(self.digest) and self.vector_digest != b""
+
     def describes(self, row: Row, digest: bytes) -> bool:
         """Whether the row has the vector that was written for the text of this digest."""
         if self.digest != digest or row.vector_digest is None:

@@ -490,8 +490,7 @@ class Rows:
                     # Some texts take ten times as long as others of their length.
                     self._ledger.release(job)
                     continue
-                # A row that is embedded again by request has an empty digest.
-                kept = job.row.digests if job.row and (known is None or known.digest) else ()
+                kept = job.row.digests if job.row and (known is None or known.keeps_vectors) else ()
                 began_at = time.monotonic()
                 try:
                     texts = self._cut(pipeline, job, kept)

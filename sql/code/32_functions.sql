@@ -374,6 +374,19 @@ BEGIN
                            autoembed._key_expression(pipeline, 'o'), autoembed._has_key_expression(pipeline, 'o')),
         'new_rows', format('SELECT %s AS key FROM new_rows AS n WHERE %s',
                            autoembed._key_expression(pipeline, 'n'), autoembed._has_key_expression(pipeline, 'n')),
+        -- Of the embeddings table. A row has several embeddings there.
+        'lost_rows', format('SELECT DISTINCT %s AS key FROM old_rows AS o', autoembed._key_expression(pipeline, 'o')),
+        -- Texts of keys and numbers are compared without code of their types.
+        'replaced_rows', format(
+            'SELECT DISTINCT r.key FROM (SELECT unnest(ARRAY[o.key, n.key]) AS key '
+            'FROM (SELECT %s AS key, o.chunk_number, o.digest, o.%I AS embedding FROM old_rows AS o) AS o '
+            'FULL JOIN (SELECT %s AS key, n.chunk_number, n.digest, n.%I AS embedding FROM new_rows AS n) AS n '
+            'ON n.key = o.key AND n.chunk_number = o.chunk_number '
+            'WHERE record_image_ne(ROW(o.key, o.digest, o.embedding), ROW(n.key, n.digest, n.embedding))) AS r '
+            'WHERE r.key IS NOT NULL',
+            autoembed._key_expression(pipeline, 'o'), pipeline.embedding_column,
+            autoembed._key_expression(pipeline, 'n'), pipeline.embedding_column
+        ),
         'with_text', CASE
             WHEN pipeline.condition IS NULL THEN ''
             ELSE (
@@ -730,14 +743,17 @@ BEGIN
             || jsonb_build_object(_piece, autoembed._filled(autoembed._function_template(_piece), slots));
     END LOOP;
     SELECT _pieces || jsonb_object_agg(r.name, autoembed._filled(
-        autoembed._function_template('queue_rows'), slots || jsonb_build_object('rows', r.rows)
+        autoembed._function_template('queue_rows'),
+        slots || jsonb_build_object('rows', r.rows, 'said_of_rows', coalesce(r.said, ''))
     ))
     INTO _pieces
     FROM (VALUES
-        ('queue_old_rows', slots ->> 'old_rows'),
-        ('queue_new_rows', slots ->> 'new_rows'),
-        ('queue_new_rows_with_text', concat(slots ->> 'new_rows', slots ->> 'with_text'))
-    ) AS r(name, rows);
+        ('queue_old_rows', slots ->> 'old_rows', NULL),
+        ('queue_new_rows', slots ->> 'new_rows', NULL),
+        ('queue_new_rows_with_text', concat(slots ->> 'new_rows', slots ->> 'with_text'), NULL),
+        ('queue_lost_rows', slots ->> 'lost_rows', NULL),
+        ('queue_replaced_rows', slots ->> 'replaced_rows', ', "replaced": true')
+    ) AS r(name, rows, said);
     IF (slots ->> 'runs_owners_code')::boolean THEN
         PERFORM autoembed._create_function('text', slots, _owner);
         PERFORM autoembed._create_function('capture_by_owners_code', slots || _pieces);
@@ -746,6 +762,8 @@ BEGIN
     END IF;
     IF slots ->> 'embeddings_table' IS NULL THEN
         PERFORM autoembed._create_function('clear', slots || _pieces);
+    ELSE
+        PERFORM autoembed._create_function('watch', slots || _pieces);
     END IF;
 END;
 $plpgsql$;
@@ -769,7 +787,7 @@ BEGIN
                              '_text_' || pipeline_id, '_erase_' || pipeline_id, '_split_' || pipeline_id)
                -- A search may be about to call the last of these. It is replaced, and not used where it does not fit.
                OR with_triggers AND p.proname IN ('_capture_' || pipeline_id, '_clear_' || pipeline_id,
-                                                  '_nearest_rows_' || pipeline_id))
+                                                  '_watch_' || pipeline_id, '_nearest_rows_' || pipeline_id))
     LOOP
         EXECUTE format('DROP FUNCTION %s %s', _function, CASE WHEN with_triggers THEN 'CASCADE' END);
     END LOOP;

@@ -120,6 +120,23 @@ BEGIN
         END IF;
     END LOOP;
     PERFORM autoembed._build_partition_triggers(pipeline);
+    FOR _name, _definition IN
+        SELECT t.name, t.definition
+        FROM pg_class AS e
+        CROSS JOIN (VALUES
+            ('update', 'AFTER UPDATE ON %s REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows'),
+            ('delete', 'AFTER DELETE ON %s REFERENCING OLD TABLE AS old_rows'),
+            ('truncate', 'AFTER TRUNCATE ON %s')
+        ) AS t(name, definition)
+        WHERE e.oid = pipeline.embeddings_table
+    LOOP
+        EXECUTE format('CREATE OR REPLACE TRIGGER %I ' || _definition || ' EXECUTE FUNCTION autoembed._watch_%s()',
+                       autoembed._trigger_name(pipeline.id, _name), pipeline.embeddings_table, pipeline.id);
+        IF pipeline.replicated THEN
+            EXECUTE format('ALTER TABLE %s ENABLE ALWAYS TRIGGER %I',
+                           pipeline.embeddings_table, autoembed._trigger_name(pipeline.id, _name));
+        END IF;
+    END LOOP;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._build_triggers IS 'Makes the triggers of a pipeline. Replaces those that exist.';
@@ -211,7 +228,7 @@ AS $sql$
           AND t.tgrelid IN (
               SELECT r.relid FROM autoembed._partition_tree(pipeline.table_id) AS r
               UNION ALL
-              SELECT pipeline.table_id
+              VALUES (pipeline.table_id), (pipeline.embeddings_table)
           )
         UNION ALL
         SELECT t.relid, 'autoembed_truncate', t.state
@@ -228,6 +245,14 @@ AS $sql$
           SELECT FROM found AS f
           WHERE f.tgrelid = pipeline.table_id AND f.tgname = autoembed._trigger_name(pipeline.id, e.event)
       )
+    UNION ALL
+    SELECT format('no trigger for %s on its embeddings table', e.event), NULL
+    FROM unnest('{update,delete,truncate}'::text[]) AS e(event)
+    JOIN pg_class AS c ON c.oid = pipeline.embeddings_table
+    WHERE pipeline.managed AND NOT EXISTS (
+        SELECT FROM found AS f
+        WHERE f.tgrelid = pipeline.embeddings_table AND f.tgname = autoembed._trigger_name(pipeline.id, e.event)
+    )
     UNION ALL
     SELECT format('no trigger for truncate on partition %s', t.relid), NULL
     FROM autoembed._partition_triggers(pipeline) AS t
@@ -267,13 +292,16 @@ CREATE OR REPLACE FUNCTION autoembed._stray_triggers(table_id oid DEFAULT NULL)
 AS $sql$
     SELECT t.tgrelid, t.tgname, f.id
     FROM (
-        SELECT p.oid, substring(p.proname FROM '[0-9]+$')::integer AS id
+        SELECT p.oid, substring(p.proname FROM '[0-9]+$')::integer AS id, split_part(p.proname, '_', 2) AS kind
         FROM pg_proc AS p
-        WHERE p.pronamespace = 'autoembed'::regnamespace AND p.proname ~ '^_(capture|clear)_[0-9]{1,9}$'
+        WHERE p.pronamespace = 'autoembed'::regnamespace AND p.proname ~ '^_(capture|clear|watch)_[0-9]{1,9}$'
     ) AS f
     JOIN pg_trigger AS t ON t.tgfoid = f.oid AND t.tgparentid = 0
     WHERE (_stray_triggers.table_id IS NULL OR t.tgrelid = _stray_triggers.table_id)
-      AND NOT EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.id = f.id AND p.table_id = t.tgrelid)
+      AND NOT EXISTS (
+          SELECT FROM autoembed.pipeline AS p
+          WHERE p.id = f.id AND t.tgrelid = CASE f.kind WHEN 'watch' THEN p.embeddings_table ELSE p.table_id END
+      )
     UNION ALL
     SELECT t.tgrelid, t.tgname, NULL
     FROM pg_trigger AS t

@@ -569,7 +569,12 @@ AS $sql$
             p.embeddings_table IS NULL
             OR EXISTS (
                 SELECT FROM pg_class AS e
-                WHERE e.oid = p.embeddings_table AND (e.relhastriggers OR e.relhasrules OR e.relforcerowsecurity)
+                WHERE e.oid = p.embeddings_table AND (e.relhasrules OR e.relforcerowsecurity)
+            )
+            OR EXISTS (
+                SELECT FROM pg_trigger AS g
+                WHERE g.tgrelid = p.embeddings_table
+                  AND g.tgfoid IS DISTINCT FROM to_regproc('autoembed._watch_' || p.id)
             )
             OR EXISTS (
                 SELECT FROM pg_constraint AS c WHERE c.conrelid = p.embeddings_table AND c.contype NOT IN ('p', 'n')

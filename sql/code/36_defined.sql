@@ -130,7 +130,9 @@ AS $sql$
     INSERT INTO autoembed.backfill AS b (pipeline_id)
     SELECT p.id FROM autoembed.pipeline AS p WHERE p.id = ANY (ids) FOR KEY SHARE
     ON CONFLICT ON CONSTRAINT backfill_pkey DO UPDATE
-    SET position = NULL, rows_queued = 0, scanned_at = NULL, index_problem = NULL, started_at = clock_timestamp();
+    -- To embed all rows again, where some were asked for, would cost more than they are.
+    SET condition = CASE WHEN b.force THEN b.condition END, position = NULL, rows_queued = 0, scanned_at = NULL, index_problem = NULL,
+        started_at = clock_timestamp();
 $sql$;
 COMMENT ON FUNCTION autoembed._backfill IS
     'Has lanes scan the rows of pipelines for embeddings that are missing or stale.';
@@ -349,8 +351,16 @@ BEGIN
         RETURN NULL;
     END IF;
     IF TG_OP = 'INSERT' THEN
-        _strays := ARRAY(SELECT DISTINCT t.pipeline_id FROM autoembed._stray_triggers(NEW.table_id) AS t);
+        _strays := ARRAY(
+            SELECT DISTINCT t.pipeline_id
+            FROM (VALUES (NEW.table_id), (NEW.embeddings_table)) AS r(relid)
+            CROSS JOIN LATERAL autoembed._stray_triggers(r.relid) AS t
+            WHERE r.relid IS NOT NULL
+        );
         _void := autoembed._drop_stray_triggers(NEW.table_id);
+        IF NEW.embeddings_table IS NOT NULL THEN
+            _void := autoembed._drop_stray_triggers(NEW.embeddings_table);
+        END IF;
         -- A dump of the schema alone has brought them.
         PERFORM autoembed._drop_functions(s.pipeline_id, true), autoembed._drop_readers(s.pipeline_id, NULL, NULL)
         FROM unnest(_strays) AS s(pipeline_id)

@@ -199,7 +199,11 @@ AS $sql$
     UPDATE autoembed.embedded AS e
     SET vector_digest = ''
     WHERE e.pipeline_id = _note_replaced.pipeline_id AND e.key = ANY (autoembed._short_keys(keys))
-      AND e.vector_digest IS NULL;
+      -- A vector in the row shows it by its digest. Those beside the rows have none of their own.
+      AND (e.vector_digest IS NULL OR EXISTS (
+          SELECT FROM autoembed.pipeline AS p
+          WHERE p.id = _note_replaced.pipeline_id AND p.embeddings_table IS NOT NULL
+      ));
 $sql$;
 COMMENT ON FUNCTION autoembed._note_replaced IS
     'Records that somebody else has replaced the vectors of these rows. Rows whose vector has a digest show it.';

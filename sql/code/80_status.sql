@@ -59,11 +59,13 @@ SELECT s.table_id::text AS table_name,
        clock_timestamp() - q.oldest_at AS oldest_waiting,
        a.rows_per_second,
        -- Neither says that all is done before it is.
-       CASE WHEN w.left = 0 THEN 100.0
+       CASE WHEN NOT s.sound THEN NULL
+            WHEN w.left = 0 THEN 100.0
             WHEN w.left > 0 THEN
                 least(round(100 * (1 - w.left::numeric / greatest(r.rows, e.embedded, w.left, 1)), 1), 99.9)
        END AS percent_done,
-       CASE WHEN w.left = 0 THEN interval '0'
+       CASE WHEN NOT s.sound THEN NULL
+            WHEN w.left = 0 THEN interval '0'
             WHEN e.stale > 0 AND b.pipeline_id IS NULL THEN NULL
             WHEN t.rows_per_second > 0 THEN
                 make_interval(secs => least(ceil(w.left / t.rows_per_second), 1e10)::double precision)
@@ -77,7 +79,9 @@ CROSS JOIN LATERAL (SELECT autoembed._estimated_rows(s.table_id) AS rows) AS r
 CROSS JOIN LATERAL (
     SELECT (SELECT count(*) FROM autoembed.embedded AS e WHERE e.pipeline_id = s.id) AS embedded,
            CASE
-               WHEN s.stale_since IS NULL THEN 0
+               -- A scan has read all rows since. The next look of a lane ends it.
+               WHEN s.stale_since IS NULL
+                   OR b.scanned_at IS NOT NULL AND b.condition IS NULL AND b.started_at >= s.stale_since THEN 0
                ELSE (SELECT count(*) FROM autoembed.embedded AS e
                      WHERE e.pipeline_id = s.id AND (e.embedded_at >= s.stale_since) IS NOT TRUE)
            END AS stale
@@ -294,8 +298,10 @@ CREATE OR REPLACE FUNCTION autoembed.wait_until_fresh(table_name regclass, timeo
 AS $plpgsql$
 DECLARE
     _end timestamptz := clock_timestamp() + make_interval(secs => timeout_seconds);
+    _look_at timestamptz := '-infinity';
     _owned CONSTANT autoembed.pipeline[] := autoembed._owned_pipelines(table_name, NULL);
     _pipelines CONSTANT integer[] := ARRAY(SELECT p.id FROM unnest(_owned) AS p);
+    _stopped record;
     _failed bigint;
 BEGIN
     IF current_setting('transaction_isolation') <> 'read committed' THEN
@@ -326,7 +332,25 @@ BEGIN
             RETURN false;
         END IF;
         PERFORM pg_sleep(least(0.02, extract(epoch FROM _end - clock_timestamp())));
+        -- The look for a reason takes as long as many looks at the queue.
+        IF clock_timestamp() >= _look_at THEN
+            EXIT WHEN EXISTS (
+                SELECT FROM autoembed._own_pipeline_state AS s WHERE s.id = ANY (_pipelines) AND NOT s.sound
+            );
+            _look_at := clock_timestamp() + interval '1 second';
+        END IF;
     END LOOP;
+    SELECT s.blocked, s.hint INTO _stopped
+    FROM autoembed._own_pipeline_state AS s
+    WHERE s.id = ANY (_pipelines) AND NOT s.sound
+    ORDER BY s.id
+    LIMIT 1;
+    IF FOUND THEN
+        RAISE NOTICE USING
+            MESSAGE = format('rows of table %s are not being embedded: %s', table_name, _stopped.blocked),
+            HINT = coalesce(_stopped.hint, '');
+        RETURN false;
+    END IF;
     SELECT count(*) INTO _failed FROM autoembed.failed AS f WHERE f.table_name = wait_until_fresh.table_name::text;
     IF _failed > 0 THEN
         RAISE WARNING USING
@@ -340,5 +364,5 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.wait_until_fresh IS
     'Waits until no committed row of a table that the caller owns waits to be embedded. Returns false if '
-    'timeout_seconds pass before that, or, with a WARNING, if rows were given up. An error if it could never see the '
+    'timeout_seconds pass before that, at once if the table is stopped, or, with a WARNING, if rows were given up. An error if it could never see the '
     'end: in a REPEATABLE READ or SERIALIZABLE transaction, or in one that has changed the table.';

@@ -7,6 +7,7 @@ CREATE FUNCTION autoembed._erase_{{id}}(keys text[], part pg_catalog.regclass DE
     SET search_path = {{search_path}}
     -- The plan is made once, perhaps while the table is small.
     SET enable_seqscan = off
+    SET autoembed.erasing = '{{id}}'
 AS $body$
 #variable_conflict use_column
 BEGIN

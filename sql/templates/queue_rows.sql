@@ -1,7 +1,7 @@
 -- Most statements change few rows. To number these would cost half as much again.
         INSERT INTO autoembed._job (due_at, message)
         SELECT pg_catalog.clock_timestamp(), pg_catalog.concat(
-                   '{"pipeline": {{id}}, "keys": [', pg_catalog.string_agg(k.key, ','), ']}'
+                   '{"pipeline": {{id}}, "keys": [', pg_catalog.string_agg(k.key, ','), ']{{said_of_rows}}}'
                )::pg_catalog.jsonb
         FROM (SELECT r.key FROM ({{rows}}) AS r LIMIT {{keys_per_message}} OPERATOR(pg_catalog.+) 1) AS k
         HAVING pg_catalog.count(*) OPERATOR(pg_catalog.>=) 1
@@ -10,7 +10,7 @@
         IF NOT FOUND THEN
             INSERT INTO autoembed._job (due_at, message)
             SELECT pg_catalog.clock_timestamp(), pg_catalog.concat(
-                       '{"pipeline": {{id}}, "keys": [', pg_catalog.string_agg(k.key, ','), ']}'
+                       '{"pipeline": {{id}}, "keys": [', pg_catalog.string_agg(k.key, ','), ']{{said_of_rows}}}'
                    )::pg_catalog.jsonb
             FROM (
                 SELECT r.key, (pg_catalog.row_number() OVER () OPERATOR(pg_catalog.-) 1)

@@ -33,7 +33,7 @@ BEGIN
     ),
     -- Rows that another session has locked are left out. A lane waits for no application and for no other lane.
     locked AS MATERIALIZED (
-        SELECT s.*, {{old_columns}},
+        SELECT s.*, {{old_columns}}, t.{{embedding_column}} AS present,
                CASE
                    WHEN {{version}} = s.version THEN true
                    ELSE {{content_digest}} IS NOT DISTINCT FROM s.content
@@ -57,13 +57,17 @@ BEGIN
     SELECT s.key,
            CASE WHEN w.unchanged THEN 'written'
                 WHEN w.key IS NOT NULL THEN 'overtaken'
+                -- A trigger of the table may leave out an UPDATE that changes nothing.
+                WHEN l.unchanged AND NOT pg_catalog.record_image_ne(ROW(l.present), ROW(l.embedding)) THEN 'written'
                 -- A trigger or a policy of the table has left the row out.
                 WHEN l.unchanged THEN 'skipped'
                 WHEN l.key IS NOT NULL THEN 'changed'
                 WHEN EXISTS (SELECT FROM {{table}} AS t WHERE {{same_key}}) THEN 'locked'
                 ELSE 'gone'
            END,
-           w.vector_digest
+           CASE WHEN w.key IS NOT NULL THEN w.vector_digest
+                WHEN l.unchanged THEN (SELECT {{vector_digest}} FROM {{table}} AS t WHERE {{same_key}})
+           END
     FROM sent AS s
     LEFT JOIN locked AS l ON l.key = s.key
     LEFT JOIN (

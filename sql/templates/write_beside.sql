@@ -28,6 +28,7 @@ CREATE FUNCTION autoembed._write_{{id}}(
     SECURITY DEFINER
     SET search_path = {{search_path}}
     {{output_settings}}
+    SET autoembed.writing = '{{table_id}}'
     -- The plans are made once, perhaps while the table is small.
     {{plan_settings}}
 AS $body$
@@ -107,8 +108,10 @@ BEGIN
             ON CONFLICT ({{key_names}}, chunk_number) DO UPDATE
             SET chunk_start = excluded.chunk_start, chunk_end = excluded.chunk_end, digest = excluded.digest,
                 {{embedding_column}} = excluded.{{embedding_column}}
-            WHERE (e.chunk_start, e.chunk_end, e.digest)
-                IS DISTINCT FROM (excluded.chunk_start, excluded.chunk_end, excluded.digest);
+            WHERE pg_catalog.record_image_ne(
+                ROW(e.chunk_start, e.chunk_end, e.digest, e.{{embedding_column}}),
+                ROW(excluded.chunk_start, excluded.chunk_end, excluded.digest, excluded.{{embedding_column}})
+            );
             -- Another text before, and a row that is gone, leave chunks behind.
             DELETE FROM {{embeddings_table}} AS d
             WHERE d.ctid = ANY (ARRAY(

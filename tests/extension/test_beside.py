@@ -187,10 +187,12 @@ def test_reembed_sends_an_unchanged_text_again(pages: Connection, api: FakeApi) 
     assert_beside(pages)
 
 
-def test_an_embedding_that_somebody_deletes_is_made_again_by_resync(pages: Connection) -> None:
+def test_an_embedding_that_is_deleted_unseen_is_made_again_by_resync(pages: Connection) -> None:
     pages.execute("INSERT INTO pages VALUES (1, 'one'), (2, 'two')")
     process(pages)
-    pages.execute("DELETE FROM pages_embeddings WHERE id = 1")
+    with pages.transaction():
+        pages.execute("SET LOCAL session_replication_role = replica")
+        pages.execute("DELETE FROM pages_embeddings WHERE id = 1")
     assert pages.execute("SELECT state FROM autoembed.preview('pages', '1')").fetchone() == ("missing",)
     assert pages.execute("SELECT state FROM autoembed.preview('pages', '2')").fetchone() == ("fresh",)
 
@@ -199,6 +201,130 @@ def test_an_embedding_that_somebody_deletes_is_made_again_by_resync(pages: Conne
     process(pages)
 
     assert_beside(pages)
+
+
+# What somebody may do to the embeddings of three rows, and the number of texts that are sent again.
+WRITES_BESIDE = {
+    "TRUNCATE": ("TRUNCATE pages_embeddings", 5),
+    "DELETE": ("DELETE FROM pages_embeddings WHERE id < 3", 2),
+    # An equal chunk of the row is left.
+    "part": ("DELETE FROM pages_embeddings WHERE chunk_number = 2", 0),
+    "vector": (
+        "UPDATE pages_embeddings AS e SET embedding = o.embedding FROM pages_embeddings AS o"
+        " WHERE e.id = 1 AND o.id = 2 AND o.chunk_number = 1",
+        1,
+    ),
+    "digest": ("UPDATE pages_embeddings SET digest = '' WHERE id = 2", 1),
+    "key": ("UPDATE pages_embeddings SET id = 9 WHERE id = 2", 1),
+    "in a trigger": (
+        "CREATE FUNCTION empty() RETURNS trigger LANGUAGE plpgsql AS"
+        " 'BEGIN DELETE FROM pages_embeddings; RETURN NULL; END';"
+        " CREATE TABLE button (); CREATE TRIGGER empty AFTER INSERT ON button EXECUTE FUNCTION empty();"
+        " INSERT INTO button DEFAULT VALUES",
+        5,
+    ),
+}
+LONG = "\n\n".join(f"Paragraph {n} has some more words in it, so that it is a chunk." for n in range(2))
+
+
+@pytest.mark.parametrize("written", WRITES_BESIDE)
+def test_embeddings_that_somebody_takes_away_or_overwrites_are_made_again(
+    pages: Connection, api: FakeApi, written: str
+) -> None:
+    """If nobody looks at the embeddings table, such rows count as embedded, and no search finds them."""
+    statement, texts = WRITES_BESIDE[written]
+    pages.execute("SELECT autoembed.alter_pipeline('pages', chunk_size => 20)")
+    process(pages)
+    pages.execute("INSERT INTO pages VALUES (1, 'one'), (2, 'two'), (3, %s)", [LONG])
+    process(pages)
+    embeddings = "SELECT * FROM pages_embeddings ORDER BY id, chunk_number"
+    before = pages.execute(embeddings).fetchall()
+    assert [row.id for row in before] == [1, 2, 3, 3, 3, 3]
+
+    pages.execute(statement.encode())
+
+    assert pages.execute("SELECT autoembed.wait_until_fresh('pages', 0)").fetchone() == (False,)
+    while process(pages).read:
+        pass
+    assert pages.execute(embeddings).fetchall() == before
+    assert pages.execute("SELECT autoembed.wait_until_fresh('pages', 0)").fetchone() == (True,)
+    # Equal chunks are sent once.
+    assert len(api.texts()) == 5 + texts
+
+
+@pytest.mark.parametrize("on_change", ["keep", "clear"])
+def test_what_lanes_and_the_rows_own_triggers_do_beside_queues_nothing_more(pages: Connection, on_change: str) -> None:
+    """If each DELETE beside a row queues it, all changes of rows are queued twice."""
+    pages.execute("SELECT autoembed.alter_pipeline('pages', on_change => %s, chunk_size => 20)", [on_change])
+    process(pages)
+    pages.execute("INSERT INTO pages VALUES (1, 'one'), (2, 'two'), (3, %s)", [LONG])
+    for change, messages in [
+        ("UPDATE pages SET body = 'other' WHERE id = 3", 1),
+        ("UPDATE pages SET body = '' WHERE id = 3", 1),
+        ("UPDATE pages SET id = 4 WHERE id = 1", 1),
+        ("DELETE FROM pages WHERE id = 4", 1),
+        ("TRUNCATE pages", 1),
+    ]:
+        process(pages)
+        assert waiting(pages) == 0
+        pages.execute(change.encode())
+        assert waiting(pages) == messages, change
+        assert pages.execute("SELECT count(*) FROM autoembed.backfill WHERE scanned_at IS NULL").fetchone() == (0,)
+
+
+def test_another_column_of_the_embeddings_table_is_its_owners(pages: Connection, api: FakeApi) -> None:
+    pages.execute("INSERT INTO pages VALUES (1, 'one'), (2, 'two')")
+    process(pages)
+    pages.execute("ALTER TABLE pages_embeddings ADD COLUMN seen integer")
+
+    pages.execute("UPDATE pages_embeddings SET seen = 1, embedding = embedding")
+
+    assert waiting(pages) == 0
+
+
+def test_a_trigger_of_the_owner_that_overwrites_each_embedding_costs_ever_fewer_requests(
+    pages: Connection, api: FakeApi
+) -> None:
+    pages.execute(
+        "CREATE FUNCTION turn() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " UPDATE pages_embeddings SET embedding = (embedding::vector * array_fill(-1, ARRAY[1536])::vector)::halfvec"
+        " WHERE id = NEW.id; RETURN NULL; END $$"
+    )
+    pages.execute(
+        "CREATE TRIGGER turn AFTER INSERT OR UPDATE ON pages_embeddings FOR EACH ROW"
+        " WHEN (pg_trigger_depth() = 0) EXECUTE FUNCTION turn()"
+    )
+
+    pages.execute("INSERT INTO pages VALUES (1, 'one')")
+    for _ in range(20):
+        pages.execute("UPDATE pgmq.q_embedding_jobs SET vt = now()")
+        process(pages)
+
+    assert 5 <= len(api.texts()) <= 8
+    assert waiting(pages) == 1
+
+
+def test_the_triggers_of_an_embeddings_table_come_and_go_with_its_pipeline(pages: Connection) -> None:
+    pages.execute("INSERT INTO pages VALUES (1, 'one')")
+    process(pages)
+    triggers = "SELECT count(*) FROM pg_trigger WHERE tgrelid = 'pages_embeddings'::regclass AND NOT tgisinternal"
+    assert pages.execute(triggers).fetchone() == (3,)
+
+    pages.execute("DROP TRIGGER autoembed_1_delete ON pages_embeddings")
+    pages.execute("ALTER TABLE pages_embeddings DISABLE TRIGGER autoembed_1_update")
+    assert pages.execute("SELECT count(*) FROM autoembed.doctor() WHERE NOT ok").fetchone() != (0,)
+    pages.execute("SELECT autoembed.resync('pages')")
+    enabled = f"{triggers} AND tgenabled = 'O'"
+    assert pages.execute(enabled).fetchone() == (3,)
+
+    pages.execute("ALTER TABLE pages_embeddings RENAME TO other; CREATE SCHEMA s; ALTER TABLE pages SET SCHEMA s")
+    pages.execute("TRUNCATE s.other")
+    process(pages)
+    assert pages.execute("SELECT count(*) FROM s.other").fetchone() == (1,)
+
+    pages.execute("SELECT autoembed.disable('s.pages')")
+    assert pages.execute(triggers.replace("pages_embeddings", "s.other")).fetchone() == (0,)
+    pages.execute("DELETE FROM s.other; TRUNCATE s.other")
 
 
 def test_an_application_that_holds_a_row_does_not_hold_up_its_embedding(

@@ -251,3 +251,22 @@ def test_a_lane_replaces_what_is_written_while_it_runs(notes: Connection, connec
             notes.execute(f"UPDATE notes SET embedding = {written}, views = 9 WHERE id = {key}")
         wait_until(lambda: all(is_right(notes, key) for key in (1, 2, 3)))
     assert waiting(notes) == 0
+
+
+@pytest.mark.parametrize("again", ["reembed", "enable"])
+def test_a_write_that_changes_nothing_may_be_left_out(notes: Connection, api: FakeApi, again: str) -> None:
+    """If a row that is left out has refused its vector, each text is sent five times, and its row fails."""
+    notes.execute(
+        "CREATE TRIGGER z BEFORE UPDATE ON notes FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()"
+    )
+    before = inputs(notes)
+    if again == "reembed":
+        notes.execute("SELECT autoembed.reembed('notes')")
+    else:
+        notes.execute("SELECT autoembed.disable('notes')")
+        notes.execute(ATTACHED["columns"])
+
+    process(notes)
+
+    assert (inputs(notes), waiting(notes), state_of(notes)) == (before + 3, 0, "fresh")
+    assert notes.execute("SELECT count(*) FROM autoembed.failed").fetchone() == (0,)

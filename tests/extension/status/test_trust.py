@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 
 import pytest
 
 from extension.status.steps import Connect, add, one, process, status
+from fake_api import FakeApi
 from harness import Connection
 from lanes import running_lanes
 
@@ -128,3 +130,43 @@ def test_a_lane_has_a_name_for_those_who_watch_the_server(
         row = one(fake, "SELECT application_name FROM pg_stat_activity WHERE pid = %s", lane.pid)
 
     assert row.application_name == name
+
+
+@pytest.mark.parametrize("change", ["ALTER TABLE pages DROP COLUMN body", "DROP TABLE pages_embeddings CASCADE"])
+def test_a_stopped_table_is_never_fresh_and_says_so_at_once(db: Connection, api: FakeApi, change: str) -> None:
+    """If only the queue is looked at, a table that queues nothing any more is fresh."""
+    db.execute("CREATE TABLE pages (id int PRIMARY KEY, body text, note text)")
+    db.execute("SELECT autoembed.enable('pages', content_columns => '{body}')")
+    db.execute("INSERT INTO pages VALUES (1, 'one')")
+    db.execute("SELECT autoembed.process()")
+    assert one(db, "SELECT autoembed.wait_until_fresh('pages', 0) AS fresh").fresh
+    db.execute(change.encode())
+    db.execute("INSERT INTO pages (id, note) VALUES (2, 'two')")
+
+    said: list[tuple[str, str | None]] = []
+    db.add_notice_handler(lambda note: said.append((str(note.message_primary), note.message_hint)))
+    began_at = time.monotonic()
+    assert not one(db, "SELECT autoembed.wait_until_fresh('pages', 600) AS fresh").fresh
+
+    assert time.monotonic() - began_at < 60
+    row = one(db, "SELECT * FROM autoembed.status")
+    assert (row.state, row.percent_done, row.time_left) == ("stopped", None, None)
+    [(message, hint)] = said
+    assert row.reason in message and hint == row.hint
+
+
+def test_status_and_wait_until_fresh_tell_the_same_after_a_change_of_the_model_and_back(
+    notes: Connection, api: FakeApi
+) -> None:
+    """If vectors are stale until a lane has time for the end of a scan, all is fresh and stale at once."""
+    notes.execute("SELECT autoembed.create_model('other', provider => 'fake', dimensions => 7)")
+    add(notes, 1, 5)
+    process(notes)
+    notes.execute("SELECT autoembed.alter_pipeline('notes', model => 'other')")
+    notes.execute("SELECT autoembed.alter_pipeline('notes', model => '')")
+    # One pass scans the rows. The next one ends the scan.
+    notes.execute("SELECT autoembed.process()")
+
+    assert one(notes, "SELECT autoembed.wait_until_fresh('notes', 0) AS fresh").fresh
+    assert one(notes, "SELECT count(*) AS scans FROM autoembed.backfill").scans == 1
+    assert (status(notes).state, status(notes).stale) == ("idle", 0)
