@@ -36,7 +36,7 @@ class Model:
 
     dimensions: 0: it reranks, and makes no vectors.
     identity: a JSON array that SQL makes. Two models with the same identity produce interchangeable vectors.
-    learnt: the limits in the provider's answers, a row of autoembed.model_limit; None: it never answered.
+    learnt: the limits in the provider's answers, by the names in autoembed.model_limit; None: it never answered.
     http_hosts: the hosts that may be called without encryption.
     vault_secrets: by reference, vault:NAME, its vault_key, or its vault_fault: why it cannot be had.
     """

@@ -139,6 +139,21 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._vault_key IS
     'The key that vault:NAME refers to, or why it cannot be had; nothing for other references.';
 
+CREATE OR REPLACE FUNCTION autoembed._learnt(model text)
+    RETURNS jsonb
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    -- Of values of one name the last one stays.
+    SELECT jsonb_object_agg(l.name, l.value ORDER BY l.at)
+    FROM autoembed.model_limit AS l
+    WHERE l.model = _learnt.model;
+$sql$;
+COMMENT ON FUNCTION autoembed._learnt IS
+    'The limits of a model by name, as autoembed.model_limit has them; NULL: it never answered.';
+
 CREATE OR REPLACE FUNCTION autoembed._model_facts(model autoembed.model)
     RETURNS jsonb
     LANGUAGE plpgsql
@@ -151,13 +166,7 @@ BEGIN
         || jsonb_build_object(
             'identity', autoembed._model_identity(model),
             'http_hosts', autoembed._http_hosts(),
-            'learnt', (
-                SELECT to_jsonb(l)
-                FROM autoembed.model_limit AS l
-                WHERE l.model = (_model_facts.model).name
-                ORDER BY l.at DESC
-                LIMIT 1
-            )
+            'learnt', autoembed._learnt((_model_facts.model).name)
         )
         || jsonb_build_object('vault_secrets', (
             SELECT coalesce(jsonb_object_agg(r.reference, to_jsonb(v)), '{}')

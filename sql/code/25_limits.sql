@@ -176,103 +176,31 @@ COMMENT ON FUNCTION autoembed._take_permit IS
     'the requests in flight. Both NULL: all slots are taken, or the budget is spent. The charges are in seconds of '
     'each allowance, with the seconds that may have been saved up.';
 
-CREATE OR REPLACE FUNCTION autoembed._tokens_taken(model text)
-    RETURNS integer
-    LANGUAGE sql
-    STABLE
-    SECURITY DEFINER
-    SET search_path = pg_catalog, pg_temp
-AS $sql$
-    SELECT l.tokens_per_input
-    FROM autoembed.model_limit AS l
-    WHERE l.model = _tokens_taken.model
-    ORDER BY l.at DESC
-    LIMIT 1;
-$sql$;
-COMMENT ON FUNCTION autoembed._tokens_taken IS
-    'The tokens of a text that a model is known to take, by estimate, as it refused a longer one; NULL: it refused '
-    'none.';
-
-CREATE OR REPLACE FUNCTION autoembed._learn_tokens_taken(model text, tokens integer)
+CREATE OR REPLACE FUNCTION autoembed._learn(model text, limits jsonb)
     RETURNS boolean
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 BEGIN
-    IF current_setting('transaction_read_only')::boolean
-       OR autoembed._tokens_taken(_learn_tokens_taken.model) <= tokens THEN
+    -- embed() works in these too.
+    IF current_setting('transaction_read_only')::boolean THEN
         RETURN false;
     END IF;
-    INSERT INTO autoembed.model_limit
-        (model, requests_per_minute, requests_at_once, tokens_per_minute, tokens_at_once, tokens_per_input,
-         inputs_per_request)
-    SELECT m.name, l.requests_per_minute, l.requests_at_once, l.tokens_per_minute, l.tokens_at_once, tokens,
-           l.inputs_per_request
+    INSERT INTO autoembed.model_limit (model, name, value)
+    SELECT m.name, l.key, l.value::integer
+    -- Unless it was dropped meanwhile.
     FROM autoembed.model AS m
-    LEFT JOIN LATERAL (
-        SELECT n.* FROM autoembed.model_limit AS n WHERE n.model = m.name ORDER BY n.at DESC LIMIT 1
-    ) AS l ON true
-    WHERE m.name = _learn_tokens_taken.model;
+    CROSS JOIN jsonb_each_text(_learn.limits) AS l
+    WHERE m.name = _learn.model
+      -- A shorter text was refused before.
+      AND (l.key = 'tokens_per_input'
+           AND (autoembed._learnt(m.name) ->> l.key)::integer <= l.value::integer) IS NOT TRUE;
     RETURN FOUND;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._learn_tokens_taken IS
-    'Notes that a model took a text of about so many tokens after it had refused a longer one. Returns whether that is '
-    'new.';
-
-CREATE OR REPLACE FUNCTION autoembed._learn_limits(
-    model text,
-    requests_per_minute integer,
-    requests_at_once integer,
-    tokens_per_minute integer,
-    tokens_at_once integer
-)
-    RETURNS void
-    LANGUAGE plpgsql
-    SECURITY DEFINER
-    SET search_path = pg_catalog, pg_temp
-AS $plpgsql$
-BEGIN
-    IF NOT current_setting('transaction_read_only')::boolean THEN
-        -- Unless it was dropped meanwhile.
-        INSERT INTO autoembed.model_limit
-            (model, requests_per_minute, requests_at_once, tokens_per_minute, tokens_at_once, tokens_per_input,
-             inputs_per_request)
-        SELECT m.name, _learn_limits.requests_per_minute, _learn_limits.requests_at_once,
-               _learn_limits.tokens_per_minute, _learn_limits.tokens_at_once, l.tokens_per_input, l.inputs_per_request
-        FROM autoembed.model AS m
-        LEFT JOIN LATERAL (
-            SELECT n.* FROM autoembed.model_limit AS n WHERE n.model = m.name ORDER BY n.at DESC LIMIT 1
-        ) AS l ON true
-        WHERE m.name = _learn_limits.model;
-    END IF;
-END;
-$plpgsql$;
-COMMENT ON FUNCTION autoembed._learn_limits IS
-    'Notes the limits that an answer told; NULLs: it told none.';
-
-CREATE OR REPLACE FUNCTION autoembed._learn_inputs_taken(model text, inputs integer)
-    RETURNS void
-    LANGUAGE plpgsql
-    SECURITY DEFINER
-    SET search_path = pg_catalog, pg_temp
-AS $plpgsql$
-BEGIN
-    INSERT INTO autoembed.model_limit
-        (model, requests_per_minute, requests_at_once, tokens_per_minute, tokens_at_once, tokens_per_input,
-         inputs_per_request)
-    SELECT m.name, l.requests_per_minute, l.requests_at_once, l.tokens_per_minute, l.tokens_at_once,
-           l.tokens_per_input, inputs
-    FROM autoembed.model AS m
-    LEFT JOIN LATERAL (
-        SELECT n.* FROM autoembed.model_limit AS n WHERE n.model = m.name ORDER BY n.at DESC LIMIT 1
-    ) AS l ON true
-    WHERE m.name = _learn_inputs_taken.model;
-END;
-$plpgsql$;
-COMMENT ON FUNCTION autoembed._learn_inputs_taken IS
-    'Notes how many texts a request of a model may have to be answered in time; NULL: any number.';
+COMMENT ON FUNCTION autoembed._learn IS
+    'Notes limits of a model by name, as autoembed.model_limit has them. Returns whether any of them is new.';
 
 CREATE OR REPLACE FUNCTION autoembed._forget_permits()
     RETURNS void
@@ -284,9 +212,9 @@ BEGIN
     IF (SELECT min(p.at) FROM autoembed.permit AS p) < clock_timestamp() - interval '10 minutes' THEN
         DELETE FROM autoembed.permit AS p
         WHERE greatest(p.at, p.requests_until, p.tokens_until) < clock_timestamp() - interval '5 minutes';
-        DELETE FROM autoembed.model_limit AS l
-        WHERE EXISTS (SELECT FROM autoembed.model_limit AS n WHERE n.model = l.model AND n.at > l.at);
     END IF;
+    DELETE FROM autoembed.model_limit AS l
+    WHERE EXISTS (SELECT FROM autoembed.model_limit AS n WHERE n.model = l.model AND n.name = l.name AND n.at > l.at);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._forget_permits IS

@@ -301,8 +301,8 @@ BEGIN
         SELECT p.problem, p.advice INTO _problem, _advice FROM autoembed._probe(_row.name) AS p;
         ok := _row.until IS NULL AND _problem IS NULL;
         finding := coalesce(_problem, 'rests until ' || _row.until || ': ' || _row.reason, 'answers')
-            || coalesce('; it refused a longer text, so texts are cut at about ' || autoembed._tokens_taken(_row.name)
-                        || ' tokens', '');
+            || coalesce('; it refused a longer text, so texts are cut at about '
+                        || (autoembed._learnt(_row.name) ->> 'tokens_per_input') || ' tokens', '');
         advice := CASE
             WHEN _problem IS NOT NULL THEN _advice
             WHEN _row.until IS NOT NULL THEN

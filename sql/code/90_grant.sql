@@ -108,7 +108,7 @@ BEGIN
           AND (p.proname = ANY ('{
                    _call_embedder, _check_options, _claim, _clean_up, _digests, _enter_lane, _extend, _fail,
                    _fail_backfill, _fail_message, _forget, _forget_all, _free_slots, _gate, _index_texts,
-                   _lane_is_wanted, _learn_inputs_taken, _learn_limits, _learn_tokens_taken, _leave_lane, _load_python,
+                   _lane_is_wanted, _learn, _learnt, _leave_lane, _load_python,
                    _next_backfill, _note_plan, _note_replaced, _note_usage, _paid_chunks, _paid_vectors, _pay_chunks,
                    _pipelines, _python_sources, _queue_backfill, _record_embedded, _release, _replace_segments,
                    _requeue, _resolve, _rest_model, _rest_pipelines, _rows_to_try, _runs_owners_code,

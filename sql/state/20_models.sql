@@ -100,28 +100,22 @@ COMMENT ON COLUMN autoembed.model_rest.summary IS 'The same without words of the
 CREATE TABLE autoembed.model_limit (
     model text NOT NULL REFERENCES autoembed.model (name) ON UPDATE CASCADE ON DELETE CASCADE,
     at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
-    requests_per_minute integer,
-    requests_at_once integer,
-    tokens_per_minute integer,
-    tokens_at_once integer,
-    tokens_per_input integer,
-    inputs_per_request integer
+    name text NOT NULL,
+    value integer
 );
+CREATE INDEX model_limit_model_idx ON autoembed.model_limit (model, name, at DESC);
 -- A publication of all tables would refuse each UPDATE and DELETE of a table without a replica identity.
 ALTER TABLE autoembed.model_limit REPLICA IDENTITY FULL;
 COMMENT ON TABLE autoembed.model_limit IS
-    'The limits that the providers'' answers tell. The newest row of a model counts. Rows are added and never changed, '
-    'so no session waits for another one''s row.';
+    'The limits that the providers'' answers tell. The newest row of a model and a name counts. Rows are added and '
+    'never changed, so no session waits for another one''s row.';
 COMMENT ON COLUMN autoembed.model_limit.model IS 'The model.';
 COMMENT ON COLUMN autoembed.model_limit.at IS 'When the answer came.';
-COMMENT ON COLUMN autoembed.model_limit.requests_per_minute IS 'Requests a minute; NULL: the answers do not tell.';
-COMMENT ON COLUMN autoembed.model_limit.requests_at_once IS 'The most requests that were left after a request.';
-COMMENT ON COLUMN autoembed.model_limit.tokens_per_minute IS 'Tokens a minute; NULL: the answers do not tell.';
-COMMENT ON COLUMN autoembed.model_limit.tokens_at_once IS 'The most tokens that were left after a request.';
-COMMENT ON COLUMN autoembed.model_limit.tokens_per_input IS
-    'Tokens of a text that it took after it had refused a longer one, by estimate; NULL: it has refused none.';
-COMMENT ON COLUMN autoembed.model_limit.inputs_per_request IS
-    'Texts of one request that it is sent since it did not answer more in time; NULL: any number.';
+COMMENT ON COLUMN autoembed.model_limit.name IS
+    'requests_per_minute, tokens_per_minute. requests_at_once, tokens_at_once: the most that were left after a '
+    'request. tokens_per_input: tokens of a text that it took after it had refused a longer one, by estimate. '
+    'inputs_per_request: texts of one request that it is sent since it did not answer more in time.';
+COMMENT ON COLUMN autoembed.model_limit.value IS 'The limit; NULL: there is none, or the answers do not tell.';
 
 -- The table is not logged. A crash forgets the last minute's requests, and the provider itself refuses excess ones.
 CREATE UNLOGGED TABLE autoembed.permit (

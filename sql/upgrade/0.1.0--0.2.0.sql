@@ -268,10 +268,8 @@ COMMENT ON COLUMN autoembed.model_rest.failures IS 'Failed requests in a row.';
 COMMENT ON COLUMN autoembed.model_rest.needs_attention IS
     'Whether a person must act (a wrong key, an unknown model), rather than wait.';
 COMMENT ON TABLE autoembed.model_limit IS
-    'The limits that the providers'' answers tell. The newest row of a model counts. Rows are added and never changed, '
-    'so no session waits for another one''s row.';
-COMMENT ON COLUMN autoembed.model_limit.requests_at_once IS 'The most requests that were left after a request.';
-COMMENT ON COLUMN autoembed.model_limit.tokens_at_once IS 'The most tokens that were left after a request.';
+    'The limits that the providers'' answers tell. The newest row of a model and a name counts. Rows are added and '
+    'never changed, so no session waits for another one''s row.';
 COMMENT ON TABLE autoembed.permit IS
     'The requests of the last minutes to models with limits. Rows are added and never changed, so the transaction of a '
     'caller keeps no lane waiting.';
@@ -366,12 +364,22 @@ COMMENT ON COLUMN autoembed.usage_day.rows IS 'Rows that have these texts.';
 ALTER TABLE pgmq.meta REPLICA IDENTITY FULL;
 ALTER TABLE pgmq.topic_bindings REPLICA IDENTITY USING INDEX topic_bindings_unique_pattern_queue;
 ALTER TABLE autoembed.model_limit REPLICA IDENTITY FULL;
-ALTER TABLE autoembed.model_limit ADD COLUMN tokens_per_input integer;
-ALTER TABLE autoembed.model_limit ADD COLUMN inputs_per_request integer;
-COMMENT ON COLUMN autoembed.model_limit.inputs_per_request IS
-    'Texts of one request that it is sent since it did not answer more in time; NULL: any number.';
-COMMENT ON COLUMN autoembed.model_limit.tokens_per_input IS
-    'Tokens of a text that it took after it had refused a longer one, by estimate; NULL: it has refused none.';
+DROP FUNCTION autoembed._learn_limits;
+-- The next answers tell them again.
+DELETE FROM autoembed.model_limit;
+ALTER TABLE autoembed.model_limit
+    DROP COLUMN requests_per_minute,
+    DROP COLUMN requests_at_once,
+    DROP COLUMN tokens_per_minute,
+    DROP COLUMN tokens_at_once,
+    ADD COLUMN name text NOT NULL,
+    ADD COLUMN value integer;
+CREATE INDEX model_limit_model_idx ON autoembed.model_limit (model, name, at DESC);
+COMMENT ON COLUMN autoembed.model_limit.name IS
+    'requests_per_minute, tokens_per_minute. requests_at_once, tokens_at_once: the most that were left after a '
+    'request. tokens_per_input: tokens of a text that it took after it had refused a longer one, by estimate. '
+    'inputs_per_request: texts of one request that it is sent since it did not answer more in time.';
+COMMENT ON COLUMN autoembed.model_limit.value IS 'The limit; NULL: there is none, or the answers do not tell.';
 ALTER TABLE autoembed.usage_entry REPLICA IDENTITY FULL;
 ALTER TABLE autoembed.usage_day REPLICA IDENTITY FULL;
 

@@ -320,8 +320,9 @@ def test_a_budget_in_money_needs_a_price(db: Connection, call: str) -> None:
 def test_a_changed_model_forgets_the_limits_that_it_learnt(db: Connection, api: FakeApi) -> None:
     api.behave(rate_limit={"requests_per_minute": 600, "burst_requests": 5, "tokens_per_minute": 90_000})
     db.execute("SELECT autoembed.embed('a question')")
-    limits = "SELECT requests_per_minute, requests_at_once, tokens_per_minute FROM autoembed.model_limit"
-    assert db.execute(limits).fetchall() == [(600, 4, 90_000)]
+    limits = "SELECT name, value FROM autoembed.model_limit WHERE name <> 'tokens_at_once' ORDER BY name"
+    told = [("requests_at_once", 4), ("requests_per_minute", 600), ("tokens_per_minute", 90_000)]
+    assert db.execute(limits).fetchall() == told
 
     alter(db, max_inputs_per_request=7)
 
@@ -339,3 +340,31 @@ def test_permits_are_forgotten_after_some_minutes(db: Connection, api: FakeApi) 
     db.execute("SELECT autoembed.process()")
 
     assert db.execute("SELECT count(*) FROM autoembed.permit").fetchone() == (1,)
+
+
+def test_what_two_sessions_learn_at_a_time_is_kept_of_both(db: Connection, api: FakeApi, connect: Connect) -> None:
+    """If each note copies the newest one that it sees, the later one takes back what the other has learnt."""
+    learn = "SELECT autoembed._learn('text-embedding-3-small', %s)"
+    one, other = connect(), connect()
+    one.autocommit = other.autocommit = False
+    one.execute(learn, ['{"inputs_per_request": 7}'])
+    other.execute(learn, ['{"tokens_per_input": 900}'])
+    one.commit()
+    other.commit()
+
+    learnt = "SELECT autoembed._learnt('text-embedding-3-small') AS limits"
+    assert db.execute(learnt).fetchone() == ({"inputs_per_request": 7, "tokens_per_input": 900},)
+    assert db.execute(learn, ['{"tokens_per_input": 901}']).fetchone() == (False,)
+    assert db.execute(learn, ['{"tokens_per_input": 800, "inputs_per_request": null}']).fetchone() == (True,)
+    assert db.execute(learnt).fetchone() == ({"inputs_per_request": None, "tokens_per_input": 800},)
+
+
+def test_limits_that_have_changed_are_forgotten_though_nobody_takes_permits(db: Connection, api: FakeApi) -> None:
+    for inputs in range(100):
+        db.execute(
+            "SELECT autoembed._learn('text-embedding-3-small', jsonb_build_object('inputs_per_request', %s))", [inputs]
+        )
+
+    db.execute("SELECT autoembed.process()")
+
+    assert db.execute("SELECT name, value FROM autoembed.model_limit").fetchall() == [("inputs_per_request", 99)]

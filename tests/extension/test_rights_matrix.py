@@ -203,9 +203,8 @@ _lane_lives - x x x
 _lane_roles - - - x
 _lanes_are_starting - x - x
 _lasting_target - x - x
-_learn_inputs_taken - - - x
-_learn_limits - - - x
-_learn_tokens_taken - - - x
+_learn - - - x
+_learnt - - - x
 _leave_lane - - - x
 _list_queue - - - x
 _load_python - x x x
@@ -323,7 +322,6 @@ _take_permit - - - x
 _take_slot - - - x
 _template - x - x
 _text_config - - - x
-_tokens_taken - - - x
 _trigger_name - x - x
 _trigger_problems - x - x
 _unindexed - - - x

@@ -595,24 +595,27 @@ class Database(TextDatabase):
         )
 
     def learn_limits(self, model: str, limits: Limits) -> None:
-        self._run(
-            "SELECT autoembed._learn_limits($1, $2, $3, $4, $5)",
-            ["pg_catalog.text", *["pg_catalog.int4"] * 4],
-            [model, *limits.requests, *limits.tokens],
+        self._learn(
+            model,
+            requests_per_minute=limits.requests.per_minute,
+            requests_at_once=limits.requests.at_once,
+            tokens_per_minute=limits.tokens.per_minute,
+            tokens_at_once=limits.tokens.at_once,
         )
 
     def learn_inputs_taken(self, model: str, inputs: int | None) -> None:
         """Notes how many texts a request of a model may have to be answered in time; None: any number."""
-        self._run(
-            "SELECT autoembed._learn_inputs_taken($1, $2)", ["pg_catalog.text", "pg_catalog.int4"], [model, inputs]
-        )
+        self._learn(model, inputs_per_request=inputs)
 
     def learn_tokens_taken(self, model: str, tokens: int) -> bool:
         """Notes that a model takes texts of so many tokens and refused a longer one. Returns whether that is new."""
+        return self._learn(model, tokens_per_input=tokens)
+
+    def _learn(self, model: str, **limits: int | None) -> bool:
         [row] = self._run(
-            "SELECT autoembed._learn_tokens_taken($1, $2) AS is_new",
-            ["pg_catalog.text", "pg_catalog.int4"],
-            [model, tokens],
+            "SELECT autoembed._learn($1, $2) AS is_new",
+            ["pg_catalog.text", "pg_catalog.jsonb"],
+            [model, json.dumps(limits)],
         )
         return bool(row["is_new"])
 
