@@ -128,6 +128,14 @@ CREATE EVENT TRIGGER autoembed_check_policy
     WHEN TAG IN ('CREATE POLICY')
     EXECUTE FUNCTION autoembed._check_policy();
 
+DROP EVENT TRIGGER IF EXISTS autoembed_check_restored;
+CREATE EVENT TRIGGER autoembed_check_restored
+    ON ddl_command_end
+    WHEN TAG IN ('CREATE FUNCTION', 'GRANT')
+    EXECUTE FUNCTION autoembed._check_restored();
+-- A restore may say that it is a replica.
+ALTER EVENT TRIGGER autoembed_check_restored ENABLE ALWAYS;
+
 DROP EVENT TRIGGER IF EXISTS autoembed_protect_functions;
 CREATE EVENT TRIGGER autoembed_protect_functions
     ON ddl_command_end

@@ -66,15 +66,7 @@ BEGIN
         END IF;
         RETURN;
     END IF;
-    -- Default privileges may have granted the function to any role.
-    FOR _role IN
-        SELECT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END
-        FROM pg_proc AS p
-        CROSS JOIN LATERAL aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) AS a
-        WHERE p.oid = _function AND a.grantee <> p.proowner
-    LOOP
-        EXECUTE format('REVOKE ALL ON FUNCTION %s FROM %s', _function, _role);
-    END LOOP;
+    PERFORM autoembed._close_function(_function);
     IF template_name IN ('content', 'content_beside', 'scan', 'split', 'write', 'write_beside') THEN
         FOR _role IN SELECT r.role::text FROM autoembed._lane_roles() AS r(role) LOOP
             EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %s', _function, _role);
@@ -98,6 +90,162 @@ AS $sql$
     WHERE p.oid = 'autoembed.work'::regproc AND a.grantee NOT IN (0, p.proowner);
 $sql$;
 COMMENT ON FUNCTION autoembed._lane_roles IS 'The roles that grant_lane() lets run lanes.';
+
+CREATE OR REPLACE FUNCTION autoembed._open_to(function oid)
+    RETURNS text
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT string_agg(DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END, ', ')
+    FROM pg_proc AS p
+    CROSS JOIN LATERAL aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) AS a
+    WHERE p.oid = function AND p.prosecdef AND a.grantee <> p.proowner
+      AND a.grantee::regrole NOT IN (SELECT r.role FROM autoembed._lane_roles() AS r(role));
+$sql$;
+COMMENT ON FUNCTION autoembed._open_to IS
+    'The roles that may call a function which runs with the rights of its owner, besides the owner and the lanes. NULL '
+    'if there are none.';
+
+CREATE OR REPLACE FUNCTION autoembed._close_function(function oid)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _roles CONSTANT text := autoembed._open_to(function);
+BEGIN
+    IF _roles IS NOT NULL THEN
+        EXECUTE format('REVOKE ALL ON FUNCTION %s FROM %s', function::regprocedure, _roles);
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._close_function IS
+    'Takes the right to call a function that runs with the rights of its owner from all roles but the owner and the '
+    'lanes. A dump restored without its rights, and default privileges, give it to others.';
+
+CREATE OR REPLACE FUNCTION autoembed._open_functions(pipeline_id integer DEFAULT NULL)
+    RETURNS TABLE (function regprocedure, roles text)
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT f.oid, autoembed._open_to(f.oid)
+    FROM (
+        SELECT p.oid FROM pg_proc AS p
+        WHERE _open_functions.pipeline_id IS NULL AND p.pronamespace = 'autoembed'::regnamespace
+        UNION ALL
+        SELECT p.oid FROM pg_proc AS p
+        WHERE p.pronamespace = 'autoembed'::regnamespace AND p.proname = ANY (ARRAY(
+            SELECT format('_%s_%s', t.name, _open_functions.pipeline_id)::name
+            FROM unnest('{capture,clear,content,erase,scan,split,text,watch,write}'::text[]) AS t(name)
+            WHERE _open_functions.pipeline_id IS NOT NULL
+        ))
+    ) AS f
+    WHERE autoembed._open_to(f.oid) IS NOT NULL
+      AND NOT EXISTS (
+          SELECT FROM pg_depend AS d
+          WHERE d.classid = 'pg_proc'::regclass AND d.objid = f.oid AND d.deptype = 'e'
+      )
+    ORDER BY f.oid::regprocedure::text;
+$sql$;
+COMMENT ON FUNCTION autoembed._open_functions IS
+    'The functions of a pipeline that roles may call which must not. pipeline_id: NULL: those of all pipelines and '
+    'models.';
+
+CREATE OR REPLACE FUNCTION autoembed._is_open(embeddings_table regclass)
+    RETURNS boolean
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT EXISTS (
+        SELECT FROM pg_class AS c
+        CROSS JOIN LATERAL aclexplode(c.relacl) AS a
+        WHERE c.oid = embeddings_table AND c.relkind = 'r' AND NOT c.relrowsecurity AND a.grantee <> c.relowner
+    );
+$sql$;
+COMMENT ON FUNCTION autoembed._is_open IS
+    'Whether an embeddings table has no row level security, and other roles than its owner have rights to it.';
+
+CREATE OR REPLACE FUNCTION autoembed._open_tables()
+    RETURNS TABLE (pipeline_id integer, embeddings_table regclass)
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT p.id, p.embeddings_table
+    FROM autoembed.pipeline AS p
+    -- Most have it, and are not looked at one by one.
+    JOIN pg_class AS c ON c.oid = p.embeddings_table AND NOT c.relrowsecurity
+    -- One owner has not to wait for the table of another.
+    WHERE pg_has_role(coalesce(nullif(current_setting('role'), 'none'), session_user), c.relowner, 'USAGE')
+      AND autoembed._is_open(p.embeddings_table);
+$sql$;
+COMMENT ON FUNCTION autoembed._open_tables IS
+    'The embeddings tables that show all embeddings to every role that may read them, and whose owner''s rights the '
+    'session has.';
+
+CREATE OR REPLACE FUNCTION autoembed._mend_restored()
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+    SET lock_timeout = '5s'
+AS $plpgsql$
+DECLARE
+    _open record;
+BEGIN
+    PERFORM autoembed._close_function(f.function) FROM autoembed._open_functions() AS f;
+    FOR _open IN SELECT t.* FROM autoembed._open_tables() AS t LOOP
+        BEGIN
+            EXECUTE format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY', _open.embeddings_table);
+            PERFORM autoembed._admit_readers(s.slots)
+            FROM autoembed.pipeline AS p
+            CROSS JOIN LATERAL autoembed._slots(p) AS s(slots)
+            WHERE p.id = _open.pipeline_id AND s.slots ->> 'vector_type' IS NOT NULL;
+        EXCEPTION WHEN lock_not_available THEN
+            PERFORM set_config('lock_timeout', '10ms', true);
+            RAISE WARNING USING
+                ERRCODE = 'object_not_in_prerequisite_state',
+                MESSAGE = format('table %s has no row level security, and is in use by another transaction',
+                                 _open.embeddings_table),
+                HINT = format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY; until then other roles see all embeddings.',
+                              _open.embeddings_table);
+        END;
+    END LOOP;
+    PERFORM autoembed._grant_to_readers(p.id, p.embeddings_table, false)
+    FROM autoembed.pipeline AS p
+    JOIN pg_class AS c ON c.oid = p.embeddings_table AND c.relrowsecurity AND c.relacl IS NULL;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._mend_restored IS
+    'Takes away what a restore without rights or policies has given to all roles: functions that run as their owners, '
+    'and embeddings tables without row level security. Gives readers the rights that such a restore has left out.';
+
+CREATE OR REPLACE FUNCTION autoembed._check_restored()
+    RETURNS event_trigger
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF TG_TAG = 'CREATE FUNCTION' THEN
+        PERFORM autoembed._close_function(d.objid)
+        FROM pg_event_trigger_ddl_commands() AS d
+        WHERE d.classid = 'pg_proc'::regclass AND d.schema_name = 'autoembed' AND NOT d.in_extension;
+    ELSIF EXISTS (SELECT FROM pg_event_trigger_ddl_commands() AS d WHERE d.object_type = 'TABLE')
+          AND EXISTS (SELECT FROM autoembed._open_tables()) THEN
+        -- A dump grants last. Its policies would be there by now.
+        PERFORM autoembed._mend_restored();
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._check_restored IS
+    'Keeps functions and embeddings of owners from other roles where a restore leaves out rights or policies.';
 
 CREATE OR REPLACE FUNCTION autoembed._changed_expression(table_id oid, columns name[])
     RETURNS text
@@ -499,6 +647,7 @@ DECLARE
     _lists_readable CONSTANT boolean := (slots ->> 'lists_readable')::boolean;
     _unused CONSTANT name := concat(CASE WHEN _lists_readable THEN '_may_read_' ELSE '_readable_' END, slots ->> 'id');
     _outdated regprocedure;
+    _is_new boolean := false;
     _view text;
 BEGIN
     FOR _outdated IN
@@ -530,6 +679,7 @@ BEGIN
         WHERE o.polrelid = (slots ->> 'embeddings_table')::regclass AND o.polname = 'autoembed_readers'
           AND autoembed._pipeline_of_policy(o.oid) = (slots ->> 'id')::integer
     ) THEN
+        _is_new := true;
         EXECUTE format('DROP POLICY IF EXISTS autoembed_readers ON %s', slots ->> 'embeddings_table');
         -- A subquery is asked once. To ask for each row takes as long as a hundred distances.
         EXECUTE format(
@@ -568,16 +718,64 @@ BEGIN
             _view, slots ->> 'embeddings_key', slots ->> 'id', slots ->> 'embeddings_table'
         );
         EXECUTE format('ALTER VIEW %s OWNER TO %I', _view, slots ->> 'owner');
-        EXECUTE format('GRANT SELECT ON %s TO PUBLIC', _view);
         EXECUTE format('COMMENT ON VIEW %s IS %L', _view, format(
             'The chunks of %s with their texts. A text that has changed since is NULL.',
             (slots ->> 'table_id')::oid::regclass
         ));
     END IF;
+    PERFORM autoembed._grant_to_readers(
+        (slots ->> 'id')::integer, (slots ->> 'embeddings_table')::regclass, _is_new
+    );
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._admit_readers IS
     'Lets those read the embeddings and the chunks of a row who may read the row.';
+
+CREATE OR REPLACE FUNCTION autoembed._readables(pipeline_id integer, embeddings_table regclass)
+    RETURNS TABLE (id regclass, grants oid[])
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT c.oid, CASE
+        WHEN c.relacl IS NOT NULL THEN ARRAY(
+            SELECT a.grantee FROM aclexplode(c.relacl) AS a
+            WHERE a.grantee <> c.relowner AND a.privilege_type = 'SELECT'
+        )
+    END
+    FROM pg_class AS c
+    WHERE c.oid IN (embeddings_table, autoembed._chunks_view(pipeline_id, embeddings_table));
+$sql$;
+COMMENT ON FUNCTION autoembed._readables IS
+    'The embeddings table of a pipeline and the view of its chunks. grants: the roles besides the owner that may read '
+    'it, 0 for PUBLIC. NULL: it has never had a grant, or a restore has left them out.';
+
+CREATE OR REPLACE FUNCTION autoembed._grant_to_readers(
+    pipeline_id integer,
+    embeddings_table regclass,
+    though_revoked boolean
+)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _readable regclass;
+BEGIN
+    FOR _readable IN
+        SELECT r.id FROM autoembed._readables(pipeline_id, embeddings_table) AS r
+        -- An owner may name the roles instead.
+        WHERE coalesce(r.grants, '{}') = '{}' AND (though_revoked OR r.grants IS NULL)
+    LOOP
+        EXECUTE format('GRANT SELECT ON %s TO PUBLIC', _readable);
+    END LOOP;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._grant_to_readers IS
+    'Lets all roles SELECT from an embeddings table and its view of chunks, whose policy shows them the rows that they '
+    'may read. Grants nothing where roles are named. though_revoked: the right comes back if somebody took it away.';
 
 CREATE OR REPLACE FUNCTION autoembed._readers_functions(pipeline_id integer)
     RETURNS name[]

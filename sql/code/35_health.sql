@@ -333,8 +333,14 @@ BEGIN
                        pipeline.embeddings_table, pipeline.table_id)
             ELSE format('the embeddings table of table %s was dropped', pipeline.table_id)
         END;
-        hint := format('Attach the table again: SELECT autoembed.disable(%L); then SELECT autoembed.enable(%L, …).',
-                       pipeline.table_id, pipeline.table_id);
+        hint := CASE
+            WHEN EXISTS (SELECT FROM pg_class AS c WHERE c.oid = pipeline.embeddings_table AND c.relkind = 'r') THEN
+                format('Give it back: ALTER TABLE %s OWNER TO %I;',
+                       pipeline.embeddings_table, pg_get_userbyid(_owner))
+            ELSE
+                format('Attach the table again: SELECT autoembed.disable(%1$L); then SELECT autoembed.enable(%1$L, …).',
+                       pipeline.table_id)
+        END;
         errcode := 'waits';
         RETURN;
     END IF;
@@ -591,6 +597,50 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._runs_owners_code IS
     'Whether code of the owner may run when texts of a pipeline are read, or its embeddings are written.';
+
+CREATE OR REPLACE FUNCTION autoembed._rights_problems(pipeline autoembed.pipeline)
+    RETURNS TABLE (problem text, cure text)
+    LANGUAGE sql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT 'other roles may call ' || string_agg(f.function::text, ', '),
+           string_agg(format('REVOKE ALL ON FUNCTION %s FROM %s;', f.function, f.roles), ' ')
+    FROM autoembed._open_functions(pipeline.id) AS f
+    HAVING count(*) > 0
+    UNION ALL
+    SELECT format('table %s has no row level security, so other roles see all embeddings', pipeline.embeddings_table),
+           format('SELECT autoembed.resync(%L);', pipeline.table_id)
+    WHERE autoembed._is_open(pipeline.embeddings_table)
+    UNION ALL
+    SELECT format('table %s has no policy autoembed_readers, so no other role than its owner finds embeddings',
+                  pipeline.embeddings_table),
+           format('SELECT autoembed.resync(%L);', pipeline.table_id)
+    WHERE EXISTS (SELECT FROM pg_class AS c WHERE c.oid = pipeline.embeddings_table AND c.relkind = 'r')
+      AND NOT EXISTS (
+          SELECT FROM pg_policy AS o
+          WHERE o.polrelid = pipeline.embeddings_table AND o.polname = 'autoembed_readers'
+            AND autoembed._pipeline_of_policy(o.oid) = pipeline.id
+      )
+    UNION ALL
+    SELECT format('roles that may read table %s may not read %s', pipeline.table_id,
+                  string_agg(r.id::text, ', ' ORDER BY r.id)),
+           string_agg(format('GRANT SELECT ON %s TO PUBLIC;', r.id), ' ' ORDER BY r.id)
+    FROM autoembed._readables(pipeline.id, pipeline.embeddings_table) AS r
+    WHERE coalesce(r.grants, '{}') = '{}' AND EXISTS (
+        SELECT FROM pg_class AS t
+        CROSS JOIN LATERAL (
+            SELECT t.relacl AS acl UNION ALL SELECT k.attacl FROM pg_attribute AS k WHERE k.attrelid = t.oid
+        ) AS r
+        CROSS JOIN LATERAL aclexplode(r.acl) AS a
+        WHERE t.oid = pipeline.table_id AND a.grantee <> t.relowner AND a.privilege_type = 'SELECT'
+    )
+    HAVING count(*) > 0;
+$sql$;
+COMMENT ON FUNCTION autoembed._rights_problems IS
+    'Rights to a pipeline''s functions and embeddings that other roles have and must not, or need and lack, and the '
+    'SQL that mends it.';
 
 CREATE OR REPLACE FUNCTION autoembed._check_pipeline(
     pipeline autoembed.pipeline,

@@ -225,6 +225,11 @@ BEGIN
             NEW := autoembed._with_content_function(NEW, autoembed._content_function_of(NEW));
         END IF;
         NEW := autoembed._with_chunk_function(NEW, autoembed._chunk_function_of(NEW));
+        -- The dump may be restored without its rights, or without its policies.
+        PERFORM autoembed._close_function(f.function) FROM autoembed._open_functions(NEW.id) AS f;
+        IF autoembed._is_open(NEW.embeddings_table) THEN
+            EXECUTE format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY', NEW.embeddings_table);
+        END IF;
         RETURN NEW;
     END IF;
     -- A dump of the schema alone restores functions and triggers without their pipelines. Their numbers are taken.
@@ -242,7 +247,10 @@ BEGIN
         RAISE EXCEPTION USING
             ERRCODE = 'insufficient_privilege',
             MESSAGE = format('table %s and its embeddings table do not belong to the same role', NEW.table_id),
-            HINT = 'Leave it to enable() to make the embeddings table.';
+            HINT = (
+                SELECT format('ALTER TABLE %s OWNER TO %I;', NEW.embeddings_table, pg_get_userbyid(c.relowner))
+                FROM pg_class AS c WHERE c.oid = NEW.table_id
+            );
     END IF;
     IF NEW.managed AND NEW.key_columns IS NULL THEN
         NEW.key_columns := coalesce(autoembed._key_columns(NEW.table_id), '{}');
@@ -367,11 +375,16 @@ BEGIN
         WHERE NOT EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.id = s.pipeline_id);
     END IF;
     IF NOT autoembed._build_pipeline(NEW.id) AND NEW.embeddings_table IS NOT NULL THEN
+        IF autoembed._is_open(NEW.embeddings_table) THEN
+            EXECUTE format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY', NEW.embeddings_table);
+        END IF;
         -- Somebody may have dropped the policy or the view.
         PERFORM autoembed._admit_readers(s.slots)
         FROM autoembed._slots(NEW) AS s(slots)
         WHERE s.slots ->> 'vector_type' IS NOT NULL;
     END IF;
+    PERFORM autoembed._close_function(f.function) FROM autoembed._open_functions(NEW.id) AS f;
+    PERFORM autoembed._grant_to_readers(NEW.id, NEW.embeddings_table, true);
     -- PostgreSQL plans the statements of a lane, under the guards of a lane.
     IF autoembed._missing_object(NEW) IS NULL AND EXISTS (
         SELECT FROM pg_proc AS p

@@ -444,7 +444,6 @@ BEGIN
     ));
     -- A policy shows a role the embeddings of the rows that it may read.
     EXECUTE format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY', _full_name);
-    EXECUTE format('GRANT SELECT ON %s TO PUBLIC', _full_name);
     EXECUTE format('COMMENT ON TABLE %s IS %L', _full_name,
                    format('The embeddings of the rows of %s, one for each chunk of a row''s text.', table_name));
     FOR _comment IN

@@ -42,6 +42,14 @@ BEGIN
     finding := coalesce(finding, 'in place');
     RETURN NEXT;
 
+    subject := format('rights of %s', _state.name);
+    SELECT string_agg(r.problem, '; '), string_agg(r.cure, ' ')
+    INTO finding, advice
+    FROM autoembed._rights_problems(pipeline) AS r;
+    ok := finding IS NULL;
+    finding := coalesce(finding, 'in place');
+    RETURN NEXT;
+
     IF _state.sound THEN
         subject := format('index of %s', _state.name);
         SELECT k.* INTO _index FROM autoembed._index_key(pipeline) AS k;
@@ -124,7 +132,7 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._pipeline_checks IS
-    'The checks of doctor() of one pipeline: its table, triggers, index, recall and failed rows.';
+    'The checks of doctor() of one pipeline: its table, triggers, rights, index, recall and failed rows.';
 
 CREATE OR REPLACE FUNCTION autoembed._running_lanes(backfill boolean)
     RETURNS bigint
@@ -326,6 +334,24 @@ BEGIN
         finding := format('a dump has brought them without their pipeline: %s', _row.names);
         advice := format('Attach the table: SELECT autoembed.enable(%L, …); or take them away: '
                          'SELECT autoembed.disable(%L);', _row.stray_on, _row.stray_on);
+        RETURN NEXT;
+    END LOOP;
+
+    FOR _row IN
+        SELECT string_agg(f.function::text, ', ') AS names,
+               string_agg(format('REVOKE ALL ON FUNCTION %s FROM %s;', f.function, f.roles), ' ') AS cure
+        FROM autoembed._open_functions() AS f
+        -- The others are named with their pipelines.
+        WHERE NOT EXISTS (
+            SELECT FROM autoembed.pipeline AS p CROSS JOIN LATERAL autoembed._open_functions(p.id) AS o
+            WHERE o.function = f.function
+        )
+        HAVING count(*) > 0
+    LOOP
+        subject := 'rights of functions';
+        ok := false;
+        finding := 'other roles may call ' || _row.names;
+        advice := _row.cure;
         RETURN NEXT;
     END LOOP;
 

@@ -1166,6 +1166,31 @@ def test_the_view_of_chunks_follows_the_owner(pages: Connection, role: Callable[
     pages.execute("RESET ROLE")
 
 
+def test_an_embeddings_table_that_was_given_away_comes_back_by_the_hint(
+    pages: Connection, role: Callable[[str], str]
+) -> None:
+    pages.execute("INSERT INTO pages VALUES (1, 'one')")
+    process(pages)
+    other = role("other")
+    give = f"GRANT CREATE ON SCHEMA public TO {other}; ALTER TABLE pages_embeddings OWNER TO {other}"
+    pages.execute(give)
+
+    [state] = pages.execute("SELECT reason, hint FROM autoembed.status").fetchall()
+    assert state.reason == "the embeddings table public.pages_embeddings has another owner than table public.pages"
+    pages.execute(state.hint.removeprefix("Give it back: ").encode())
+    pages.execute("INSERT INTO pages VALUES (2, 'two')")
+    process(pages)
+    assert texts_of_chunks(pages) == [(1, "one"), (2, "two")]
+
+    pages.execute(f"{give}; SELECT autoembed.disable('pages')")
+    enable = "SELECT autoembed.enable('pages', content_columns => '{body}')"
+    with pytest.raises(psycopg.errors.InsufficientPrivilege, match="do not belong to the same role") as caught:
+        pages.execute(enable)
+    pages.execute(str(caught.value.diag.message_hint).encode())
+    pages.execute(enable)
+    assert texts_of_chunks(pages) == [(1, "one"), (2, "two")]
+
+
 def test_a_table_may_change_hands_again_and_has_one_view_of_chunks(
     pages: Connection, role: Callable[[str], str]
 ) -> None:

@@ -682,3 +682,154 @@ def test_a_restored_table_follows_the_truncate_of_a_partition(db: Connection, re
     while waiting(copy):
         copy.execute("SELECT autoembed.process()")
     assert copy.execute("SELECT count(*) FROM autoembed.embedded").fetchone() == (140,)
+
+
+# A dump of which an option leaves a part out ---------------------------------------------------------
+
+OPEN_FUNCTIONS = """
+    SELECT p.oid::regprocedure::text AS name
+    FROM pg_proc AS p
+    WHERE p.pronamespace = 'autoembed'::regnamespace AND p.prosecdef
+      AND has_function_privilege('public', p.oid, 'EXECUTE')
+    ORDER BY 1
+"""
+RIGHTS = "SELECT finding, advice FROM autoembed.doctor() WHERE NOT ok AND subject LIKE 'rights of %' ORDER BY subject"
+WITHOUT_EVENT_TRIGGERS = (
+    "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET event_triggers = off', current_database()); END $$"
+)
+
+
+@pytest.fixture
+def shelves(db: Connection) -> Connection:
+    """A table with embeddings beside the rows, and a model of a function of the user's."""
+    db.execute("CREATE FUNCTION numbers(texts text[]) RETURNS vector[] LANGUAGE sql AS 'SELECT ARRAY[]::vector[]'")
+    db.execute("SELECT autoembed.create_model('test', 'fake', 8)")
+    db.execute("SELECT autoembed.create_model('own', 'function', 8, model_id => 'public.numbers')")
+    db.execute("CREATE TABLE shelves (id int PRIMARY KEY, content text)")
+    db.execute("SELECT autoembed.enable('shelves', content_columns => '{content}', model => 'test')")
+    db.execute("INSERT INTO shelves VALUES (1, 'one'), (2, 'two')")
+    process(db)
+    return db
+
+
+@pytest.mark.parametrize(
+    ("options", "restore_options"), [("-Fc", "--no-acl"), ("--no-acl", ""), ("-Fc", "--no-acl --no-owner -j2")]
+)
+def test_a_restore_without_rights_gives_no_role_the_functions_of_an_owner(
+    shelves: Connection, role: Role, restored: Restore, server: Server, options: str, restore_options: str
+) -> None:
+    shelves.execute("ALTER DEFAULT PRIVILEGES GRANT EXECUTE ON FUNCTIONS TO PUBLIC")
+    copy = restored(options, restore_options)
+
+    assert copy.execute(OPEN_FUNCTIONS).fetchall() == []
+    nobody = role("nobody")
+    copy.execute(f"SELECT autoembed.grant_usage('{nobody}')")
+    with server.connect(copy.info.dbname, user=nobody) as session:
+        for call in ("_content_1(array['[1]'], 9, 9, 9)", "_erase_1(array['[1]'], 'shelves'::regclass)"):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege, match="permission denied for function"):
+                session.execute(f"SELECT autoembed.{call}".encode())
+        copy.execute(f"GRANT SELECT ON shelves TO {nobody}")
+        assert session.execute("SELECT count(*) FROM shelves_embeddings").fetchone() == (2,)
+        assert session.execute("SELECT count(chunk) FROM shelves_chunks").fetchone() == (2,)
+    assert copy.execute(RIGHTS).fetchall() == []
+
+
+def test_a_restore_without_rights_and_event_triggers_is_named_and_mended(
+    shelves: Connection, role: Role, restored: Restore
+) -> None:
+    copy = restored("-Fc", "--no-acl", before=WITHOUT_EVENT_TRIGGERS)
+
+    # The row of the pipeline has closed its own functions.
+    [left] = copy.execute(OPEN_FUNCTIONS).fetchall()
+    assert left.name.startswith("autoembed._embed_document_")
+    [found] = copy.execute(RIGHTS).fetchall()
+    assert found.finding == f"other roles may call {left.name}"
+    copy.execute(found.advice.encode())
+    assert copy.execute(OPEN_FUNCTIONS).fetchall() == []
+    copy.execute(f"GRANT EXECUTE ON FUNCTION {left.name}, autoembed._content_1 TO PUBLIC".encode())
+    assert len(copy.execute(RIGHTS).fetchall()) == 2
+
+    copy.execute(f"SELECT autoembed.grant_usage('{role('someone')}')")
+
+    assert copy.execute(OPEN_FUNCTIONS).fetchall() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "restore_options"),
+    [
+        # As --no-policies, which is an option since PostgreSQL 18.
+        ("-Fc", "-L <(pg_restore -l /tmp/restored_* | grep -vE 'POLICY|ROW SECURITY')"),
+        ("-Fc", "-j2 -L <(pg_restore -l /tmp/restored_* | grep -vE 'POLICY|ROW SECURITY')"),
+        ("-Fc --section=pre-data --section=data", ""),
+    ],
+)
+def test_a_restore_without_policies_shows_embeddings_to_readers_of_the_rows_alone(
+    shelves: Connection, role: Role, restored: Restore, server: Server, options: str, restore_options: str
+) -> None:
+    copy = restored(options, restore_options)
+
+    assert copy.execute("SELECT relrowsecurity FROM pg_class WHERE relname = 'shelves_embeddings'").fetchone() == (
+        True,
+    )
+    reader, nobody = role("reader"), role("nobody")
+    copy.execute(f"GRANT SELECT ON shelves TO {reader}")
+    copy.execute("SELECT autoembed.resync('shelves')")
+    for name, rows in ((reader, 2), (nobody, 0)):
+        with server.connect(copy.info.dbname, user=name) as session:
+            if rows:
+                assert session.execute("SELECT count(*) FROM shelves_embeddings").fetchone() == (rows,)
+            else:
+                with pytest.raises(psycopg.errors.InsufficientPrivilege, match="table shelves\n"):
+                    session.execute("SELECT count(*) FROM shelves_embeddings")
+
+
+def test_an_open_embeddings_table_is_named_and_the_next_grant_closes_it(
+    shelves: Connection, role: Role, connect: Connect
+) -> None:
+    nobody = role("nobody")
+    shelves.execute("DROP POLICY autoembed_readers ON shelves_embeddings")
+    shelves.execute("ALTER TABLE shelves_embeddings DISABLE ROW LEVEL SECURITY")
+    [found] = shelves.execute(RIGHTS).fetchall()
+    assert "no row level security, so other roles see all embeddings; table" in found.finding
+    assert "has no policy autoembed_readers" in found.finding
+
+    shelves.execute(f"GRANT SELECT ON shelves_embeddings TO {nobody}")
+
+    assert shelves.execute(RIGHTS).fetchall() == []
+    with connect(user=nobody) as session, pytest.raises(psycopg.errors.InsufficientPrivilege):
+        session.execute("SELECT FROM shelves_embeddings")
+
+
+def test_a_reader_whose_right_to_the_embeddings_was_taken_away_is_named_and_gets_it_back(
+    shelves: Connection, role: Role, connect: Connect
+) -> None:
+    reader = role("reader")
+    shelves.execute("REVOKE ALL ON ALL TABLES IN SCHEMA public FROM PUBLIC")
+    # Nobody else may read the rows.
+    assert shelves.execute(RIGHTS).fetchall() == []
+    shelves.execute(f"GRANT SELECT (content) ON shelves TO {reader}; GRANT SELECT ON shelves TO {reader}")
+    [found] = shelves.execute(RIGHTS).fetchall()
+    assert found == (
+        "roles that may read table public.shelves may not read public.shelves_embeddings, public.shelves_chunks",
+        "GRANT SELECT ON public.shelves_embeddings TO PUBLIC; GRANT SELECT ON public.shelves_chunks TO PUBLIC;",
+    )
+
+    with connect(user=reader) as session:
+        shelves.execute(found.advice.encode())
+        assert session.execute("SELECT count(chunk) FROM shelves_chunks").fetchone() == (2,)
+        shelves.execute("REVOKE ALL ON ALL TABLES IN SCHEMA public FROM PUBLIC; SELECT autoembed.resync('shelves')")
+        assert session.execute("SELECT count(chunk) FROM shelves_chunks").fetchone() == (2,)
+        shelves.execute(
+            "REVOKE ALL ON ALL TABLES IN SCHEMA public FROM PUBLIC; SELECT autoembed.disable('shelves');"
+            "SELECT autoembed.enable('shelves', content_columns => '{content}', model => 'test')"
+        )
+        assert session.execute("SELECT count(chunk) FROM shelves_chunks").fetchone() == (2,)
+        # An owner may name the readers.
+        shelves.execute(
+            "REVOKE ALL ON ALL TABLES IN SCHEMA public FROM PUBLIC;"
+            f"GRANT SELECT ON shelves_embeddings, shelves_chunks TO {role('other')};"
+            "SELECT autoembed.resync('shelves')"
+        )
+        assert shelves.execute(RIGHTS).fetchall() == []
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            session.execute("SELECT FROM shelves_embeddings")

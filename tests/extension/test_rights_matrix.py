@@ -73,6 +73,7 @@ _check_own - x - x
 _check_owner - x - x
 _check_pipeline - x x x
 _check_policy - - - x
+_check_restored - - - x
 _check_table - - - x
 _check_template - x - x
 _check_trigger - - - x
@@ -86,6 +87,7 @@ _chunks_view - - - x
 _claim - - - x
 _clean_up - - - x
 _clears - x - x
+_close_function - - - x
 _columns_of - x - x
 _compute_virtual - - - x
 _content_bytes_expression - - - x
@@ -159,6 +161,7 @@ _function_named - - - x
 _function_template - - - x
 _gate - - - x
 _grant - - - x
+_grant_to_readers - - - x
 _guide_triggers - x - x
 _has_foreign_types - - - x
 _has_key_expression - - - x
@@ -174,6 +177,7 @@ _is_binary - x - x
 _is_chosen - - - x
 _is_empty - x - x
 _is_key - - - x
+_is_open - - - x
 _is_pipeline_of - x x x
 _is_plain - x - x
 _is_retired - - - x
@@ -218,6 +222,7 @@ _may_see - x x x
 _may_take_key - - - x
 _may_write_vectors - - - x
 _measured_recall - x - x
+_mend_restored - - - x
 _missing_guide_triggers - x - x
 _missing_object - - - x
 _model - - - x
@@ -236,6 +241,9 @@ _note_plan - - - x
 _note_replaced - - - x
 _note_search - x - x
 _note_usage - - - x
+_open_functions - - - x
+_open_tables - - - x
+_open_to - - - x
 _operator - x - x
 _output_settings - - - x
 _owned_pipeline - x - x
@@ -268,6 +276,7 @@ _queue_backfill - - - x
 _queue_recorded - - - x
 _read_condition - x - x
 _readable_text - - - x
+_readables - - - x
 _readers_functions - - - x
 _recall - x - x
 _record_embedded - - - x
@@ -288,6 +297,7 @@ _rest_model - - - x
 _rest_pipelines - - - x
 _restore_advisory_locks - x - x
 _retry_failure - - - x
+_rights_problems - x - x
 _rows_of - - - x
 _rows_to_try - - - x
 _run_as_owner - x - x
@@ -530,7 +540,7 @@ def test_an_owner_has_doctor_usage_and_retry_failed_of_the_own_tables(
         checks = alice.execute("SELECT * FROM autoembed.doctor()").fetchall()
         assert {row.subject.rpartition(" ")[2] for row in checks} == {"lanes", f"{tables['alice']}.embedding"}
         assert {row.subject.partition(" ")[0]: row.ok for row in checks} == {
-            "lanes": False, "table": True, "triggers": True, "index": True, "failed": False,
+            "lanes": False, "table": True, "triggers": True, "rights": True, "index": True, "failed": False,
         }  # fmt: skip
         assert "a superuser" in checks[0].advice
         [failed] = [row for row in checks if row.subject.startswith("failed")]
