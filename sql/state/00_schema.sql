@@ -7,6 +7,13 @@ BEGIN
                              current_database(), getdatabaseencoding()),
             HINT = 'Make another: CREATE DATABASE app TEMPLATE template0 ENCODING ''UTF8'' LOCALE ''C.UTF-8'';';
     END IF;
+    IF to_regnamespace('autoembed') IS NOT NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'duplicate_schema',
+            MESSAGE = 'the schema autoembed exists already, and autoembed makes its own',
+            HINT = 'Drop it if it is empty: DROP SCHEMA autoembed; or give it another name: '
+                'ALTER SCHEMA autoembed RENAME TO …;';
+    END IF;
 END;
 $$;
 

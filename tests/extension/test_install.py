@@ -94,6 +94,16 @@ def test_a_queue_of_the_guides_name_is_one_clear_error(db: Connection) -> None:
     assert "pgmq.drop_queue" in (caught.value.diag.message_hint or "")
 
 
+def test_a_schema_of_the_extensions_name_is_one_clear_error(db: Connection) -> None:
+    db.execute("DROP EXTENSION autoembed CASCADE; CREATE SCHEMA autoembed")
+
+    with pytest.raises(psycopg.errors.DuplicateSchema, match="the schema autoembed exists already") as caught:
+        db.execute("CREATE EXTENSION autoembed")
+
+    db.execute(str(caught.value.diag.message_hint).split(": ")[1].split(" or ")[0].encode())
+    db.execute("CREATE EXTENSION autoembed")
+
+
 def test_the_members_of_the_extension_are_those_in_the_list(db: Connection) -> None:
     rows = db.execute("""
         SELECT pg_describe_object(d.classid, d.objid, 0) AS member
