@@ -297,12 +297,24 @@ BEGIN
                           pipeline.embeddings_table);
         hint := format('Give it a default, or: ALTER TABLE %s ALTER COLUMN %I DROP NOT NULL;',
                        pipeline.embeddings_table, _column);
+        RETURN;
     END IF;
+    SELECT format('role %I, the owner of table %s, has no right to %s', r.name, c.oid::regclass, m.rights),
+           format('GRANT %s ON %s TO %I;', m.rights, c.oid::regclass, r.name)
+    INTO problem, hint
+    FROM pg_class AS c
+    CROSS JOIN pg_get_userbyid(c.relowner) AS r(name)
+    CROSS JOIN LATERAL (
+        SELECT string_agg(p.privilege, ', ') AS rights
+        FROM unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) AS p(privilege)
+        WHERE NOT has_table_privilege(c.relowner, c.oid, p.privilege)
+    ) AS m
+    WHERE c.oid = pipeline.embeddings_table AND m.rights IS NOT NULL;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._check_embeddings_table IS
     'The reason why no embedding can be written into the embeddings table of a pipeline, and the cure: somebody has '
-    'altered it. NULLs if there is none.';
+    'altered it, or revoked rights. NULLs if there is none.';
 
 CREATE OR REPLACE FUNCTION autoembed._check_embedding_column(
     pipeline autoembed.pipeline,
@@ -598,6 +610,99 @@ $sql$;
 COMMENT ON FUNCTION autoembed._runs_owners_code IS
     'Whether code of the owner may run when texts of a pipeline are read, or its embeddings are written.';
 
+CREATE OR REPLACE FUNCTION autoembed._check_vector_rights(
+    role oid,
+    type oid,
+    names boolean,
+    OUT problem text,
+    OUT hint text
+)
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _type record;
+    _missing text;
+BEGIN
+    SELECT t.typnamespace, t.typnamespace::regnamespace AS schema, t.typsend INTO _type
+    FROM pg_type AS t
+    WHERE t.oid = type;
+    IF names AND NOT has_schema_privilege(role, _type.typnamespace, 'USAGE') THEN
+        problem := format('role %I has no right to use schema %s, which has the types of pgvector',
+                          pg_get_userbyid(role), _type.schema);
+        hint := format('GRANT USAGE ON SCHEMA %s TO %I;', _type.schema, pg_get_userbyid(role));
+        RETURN;
+    END IF;
+    _missing := (
+        SELECT string_agg(f.id::regprocedure::text, ', ' ORDER BY f.id)
+        FROM (
+            SELECT c.castfunc::oid AS id FROM pg_cast AS c WHERE c.castsource = type AND c.castfunc <> 0
+            UNION ALL
+            SELECT o.oprcode::oid FROM pg_operator AS o
+            WHERE o.oprname = '<=>' AND o.oprleft = type AND o.oprright = type
+            UNION ALL
+            SELECT p.oid FROM pg_proc AS p
+            WHERE p.proname = 'binary_quantize' AND p.proargtypes = ARRAY[type]::oidvector
+              AND p.pronamespace = _type.typnamespace
+            UNION ALL
+            SELECT _type.typsend::oid
+        ) AS f
+        WHERE NOT has_function_privilege(role, f.id, 'EXECUTE')
+    );
+    IF _missing IS NOT NULL THEN
+        problem := format('role %I has no right to execute functions of pgvector: %s', pg_get_userbyid(role), _missing);
+        -- Everybody has it by default, and readers need it, too.
+        hint := format('GRANT EXECUTE ON FUNCTION %s TO PUBLIC;', _missing);
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._check_vector_rights IS
+    'The reason why a role can write or compare no vectors of a type, and the cure. NULLs if there is none. names: '
+    'whether the role''s statements name functions of the type.';
+
+CREATE OR REPLACE FUNCTION autoembed._refuse_without_vectors(
+    table_name regclass,
+    embedding_column name,
+    caller name
+)
+    RETURNS void
+    LANGUAGE plpgsql
+    STABLE
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _check record;
+BEGIN
+    FOR _check IN
+        SELECT c.*
+        FROM autoembed._vector_types() AS v
+        JOIN pg_class AS t ON t.oid = table_name
+        LEFT JOIN pg_attribute AS a ON a.attrelid = t.oid AND a.attname = embedding_column AND NOT a.attisdropped
+        JOIN pg_roles AS r ON r.oid = t.relowner OR r.rolname = caller
+        CROSS JOIN LATERAL (
+            SELECT k.* FROM autoembed._check_vector_rights(
+                r.oid, v.id, r.rolname = caller OR embedding_column IS NOT NULL
+            ) AS k
+            UNION ALL
+            -- The caller makes a column of it.
+            SELECT format('role %I has no right to use type %s', caller, v.id::regtype),
+                   format('GRANT USAGE ON TYPE %s TO %I;', v.id::regtype, caller)
+            WHERE r.rolname = caller AND a.attname IS NULL AND NOT has_type_privilege(r.oid, v.id, 'USAGE')
+        ) AS c
+        -- A column of another type is refused for that.
+        WHERE CASE WHEN a.attname IS NULL THEN v.name = 'halfvec' ELSE v.id = a.atttypid END AND c.problem IS NOT NULL
+        LIMIT 1
+    LOOP
+        RAISE EXCEPTION USING
+            ERRCODE = 'insufficient_privilege', MESSAGE = _check.problem, HINT = _check.hint;
+    END LOOP;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._refuse_without_vectors IS
+    'Fails if the caller, or the owner of a table, lacks the rights to pgvector that embeddings of the table need.';
+
 CREATE OR REPLACE FUNCTION autoembed._rights_problems(pipeline autoembed.pipeline)
     RETURNS TABLE (problem text, cure text)
     LANGUAGE sql
@@ -686,6 +791,18 @@ BEGIN
     CROSS JOIN pg_get_userbyid(c.relowner) AS r(name)
     WHERE c.oid = pipeline.table_id AND NOT has_schema_privilege(c.relowner, c.relnamespace, 'USAGE');
     IF problem IS NOT NULL THEN
+        RETURN;
+    END IF;
+
+    SELECT c.* INTO problem, hint
+    FROM pg_class AS t
+    JOIN pg_attribute AS a ON a.attrelid = _vectors_table AND a.attname = pipeline.embedding_column
+    CROSS JOIN LATERAL autoembed._check_vector_rights(
+        t.relowner, a.atttypid, pipeline.embeddings_table IS NULL
+    ) AS c
+    WHERE t.oid = pipeline.table_id;
+    IF problem IS NOT NULL THEN
+        errcode := 'waits';
         RETURN;
     END IF;
 

@@ -722,6 +722,7 @@ BEGIN
         END IF;
     END IF;
 
+    _void := autoembed._refuse_without_vectors(enable.table_name, enable.embedding_column, current_user);
     _dimensions := autoembed._dimensions(enable.model);
     _adds_column := enable.embedding_column IS NOT NULL AND NOT EXISTS (
         SELECT FROM pg_attribute AS a
@@ -956,6 +957,10 @@ AS $plpgsql$
 DECLARE
     _void text;
 BEGIN
+    _void := autoembed._refuse_without_vectors(
+        pipeline.table_id,
+        CASE WHEN pipeline.embeddings_table IS NOT NULL THEN pipeline.embedding_column END, current_user
+    );
     IF pipeline.embeddings_table IS NULL THEN
         embeddings_table := autoembed._make_embeddings_table(
             pipeline.table_id, NULL, autoembed._dimensions(_new_place.model)

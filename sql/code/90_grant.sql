@@ -48,11 +48,11 @@ BEGIN
         _lock_table, _look_through, _make_embeddings_table, _match_function, _measured_recall, _missing_guide_triggers,
         _nearest, _needed_columns, _new_place, _note_search, _operator, _owned_pipeline, _owned_pipelines,
         _partition_triggers, _pipeline_checks, _prefix_expression, _prefix_of, _present_text, _preview, _python_sources,
-        _read_condition, _recall, _refuse, _replace_index, _rerank, _rerank_candidates, _reranked, _reset_search_stats,
-        _restore_advisory_locks, _rights_problems, _run_as_owner, _run_statement_as_owner, _running_lanes,
-        _sample_query, _search_page, _search_quality, _search_target, _searched, _serves_searches, _set_paused,
-        _stray_triggers, _template, _trigger_name, _trigger_problems, _vector_digest_expression, _vector_index,
-        _vector_indexes, _waits_for_commit
+        _read_condition, _recall, _refuse, _refuse_without_vectors, _replace_index, _rerank, _rerank_candidates,
+        _reranked, _reset_search_stats, _restore_advisory_locks, _rights_problems, _run_as_owner,
+        _run_statement_as_owner, _running_lanes, _sample_query, _search_page, _search_quality, _search_target,
+        _searched, _serves_searches, _set_paused, _stray_triggers, _template, _trigger_name, _trigger_problems,
+        _vector_digest_expression, _vector_index, _vector_indexes, _waits_for_commit
     }');
     -- The role gets rights to columns only. A right to the whole table, which 0.1.0 granted, includes LOCK TABLE, and
     -- that stops all lanes.

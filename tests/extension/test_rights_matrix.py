@@ -77,6 +77,7 @@ _check_restored - - - x
 _check_table - - - x
 _check_template - x - x
 _check_trigger - - - x
+_check_vector_rights - - - x
 _chunk_call - x - x
 _chunk_function_of - x - x
 _chunk_size - - - x
@@ -281,6 +282,7 @@ _readers_functions - - - x
 _recall - x - x
 _record_embedded - - - x
 _refuse - x - x
+_refuse_without_vectors - x - x
 _release - - - x
 _remove_retired_job - - - x
 _renamed - - - x

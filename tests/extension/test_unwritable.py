@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import psycopg
 import pytest
 
 from fake_api import FakeApi
@@ -209,3 +210,76 @@ def test_a_table_that_takes_its_vectors_is_tried_once(notes: Connection, connect
 
     assert notes.execute("SELECT count(*) FROM notes WHERE embedding IS NULL").fetchone() == (0,)
     assert notes.execute("SELECT last_value FROM writes").fetchone() == (501,)
+
+
+# Rights to pgvector ----------------------------------------------------------------------------------
+
+VECTOR_RIGHTS = [
+    ("REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA public FROM PUBLIC", "has no right to execute functions of pgvector: "),
+    ("REVOKE USAGE ON SCHEMA public FROM PUBLIC", "has no right to use schema public, which has the types of pgvector"),
+    ("REVOKE USAGE ON TYPE halfvec FROM PUBLIC", "has no right to use type public.halfvec"),
+]
+
+
+@pytest.fixture
+def app(db: Connection, api: FakeApi, role: Callable[[str], str]) -> str:
+    """A role that has a table in a schema of its own, and may attach it."""
+    owner = role("app")
+    db.execute(f"SELECT autoembed.grant_usage('{owner}')")
+    db.execute(f"CREATE SCHEMA app AUTHORIZATION {owner}; CREATE TABLE app.notes (id int PRIMARY KEY, body text)")
+    db.execute(f"INSERT INTO app.notes VALUES (1, 'one'), (2, 'two'); ALTER TABLE app.notes OWNER TO {owner}")
+    return owner
+
+
+@pytest.mark.parametrize("column", ["", "'embedding', "])
+@pytest.mark.parametrize(("change", "problem"), VECTOR_RIGHTS)
+def test_enable_asks_for_the_rights_to_pgvector_that_are_missing(
+    db: Connection, app: str, connect: Callable[..., Connection], column: str, change: str, problem: str
+) -> None:
+    db.execute(change.encode())
+    enable = f"SELECT autoembed.enable('app.notes', {column}content_columns => '{{body}}')".encode()
+
+    with connect(user=app) as session:
+        with pytest.raises(psycopg.errors.InsufficientPrivilege, match=f"role {app} {problem}") as caught:
+            session.execute(enable)
+        assert "CREATE TABLE" not in str(caught.value.diag.context)
+        assert "ALTER TABLE" not in str(caught.value.diag.context)
+        db.execute(str(caught.value.diag.message_hint).encode())
+        session.execute(enable)
+    db.execute("SELECT autoembed.process()")
+    assert db.execute("SELECT embedded FROM autoembed.status").fetchone() == (2,)
+
+
+@pytest.mark.parametrize("column", ["", "'embedding', "])
+def test_no_text_is_paid_for_while_its_owner_may_not_execute_the_functions_of_pgvector(
+    db: Connection, api: FakeApi, app: str, column: str
+) -> None:
+    db.execute(f"SELECT autoembed.enable('app.notes', {column}content_columns => '{{body}}')".encode())
+    db.execute("REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA public FROM PUBLIC")
+
+    counts = db.execute("SELECT read, failed, requests FROM autoembed.process()").fetchone()
+
+    assert counts == (0, 0, 0)
+    [state] = db.execute("SELECT state, reason, hint FROM autoembed.status").fetchall()
+    assert state.state == "stopped"
+    assert state.reason.startswith(f"role {app} has no right to execute functions of pgvector: ")
+    db.execute(state.hint.encode())
+    db.execute("SELECT autoembed.process()")
+    assert sorted(api.texts()) == ["one", "two"]
+    assert db.execute("SELECT embedded, failed FROM autoembed.status").fetchone() == (2, 0)
+
+
+def test_no_text_is_paid_for_while_its_owner_may_not_write_the_embeddings_table(
+    db: Connection, api: FakeApi, app: str
+) -> None:
+    db.execute("SELECT autoembed.enable('app.notes', content_columns => '{body}')")
+    db.execute(f"REVOKE INSERT, DELETE ON app.notes_embeddings FROM {app}")
+
+    db.execute("SELECT autoembed.process()")
+
+    [state] = db.execute("SELECT state, reason, hint FROM autoembed.status").fetchall()
+    assert (state.state, api.texts()) == ("stopped", [])
+    assert state.reason == f"role {app}, the owner of table app.notes_embeddings, has no right to INSERT, DELETE"
+    db.execute(state.hint.encode())
+    db.execute("SELECT autoembed.process()")
+    assert db.execute("SELECT embedded, failed FROM autoembed.status").fetchone() == (2, 0)
