@@ -719,8 +719,12 @@ BEGIN
         );
         EXECUTE format('ALTER VIEW %s OWNER TO %I', _view, slots ->> 'owner');
         EXECUTE format('COMMENT ON VIEW %s IS %L', _view, format(
-            'The chunks of %s with their texts. A text that has changed since is NULL.',
-            (slots ->> 'table_id')::oid::regclass
+            'The chunks of %s with their texts. A text that has changed since is NULL.', (
+                SELECT concat_ws('.', n.nspname, c.relname)
+                FROM pg_class AS c
+                JOIN pg_namespace AS n ON n.oid = c.relnamespace
+                WHERE c.oid = (slots ->> 'table_id')::oid
+            )
         ));
     END IF;
     PERFORM autoembed._grant_to_readers(
