@@ -29,7 +29,8 @@ CREATE OR REPLACE FUNCTION autoembed._serves_searches(index pg_index)
     STABLE
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    -- A search compares by cosine, among all rows. It sets nothing of ivfflat, which finds few of the nearest rows then.
+    -- A search compares by cosine, among all rows.
+    -- It sets nothing of ivfflat, which finds few of the nearest rows then.
     SELECT m.amname = 'hnsw' AND index.indpred IS NULL
         AND o.opcname IN ('vector_cosine_ops', 'halfvec_cosine_ops', 'bit_hamming_ops')
     FROM pg_opclass AS o

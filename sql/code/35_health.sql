@@ -350,8 +350,8 @@ BEGIN
                 format('Give it back: ALTER TABLE %s OWNER TO %I;',
                        pipeline.embeddings_table, pg_get_userbyid(_owner))
             ELSE
-                format('Attach the table again: SELECT autoembed.disable(%1$L); then SELECT autoembed.enable(%1$L, …).',
-                       pipeline.table_id)
+                format('Attach the table again: SELECT autoembed.disable(%1$L); '
+                       'then SELECT autoembed.enable(%1$L, …).', pipeline.table_id)
         END;
         errcode := 'waits';
         RETURN;

@@ -131,8 +131,8 @@ AS $sql$
     SELECT p.id FROM autoembed.pipeline AS p WHERE p.id = ANY (ids) FOR KEY SHARE
     ON CONFLICT ON CONSTRAINT backfill_pkey DO UPDATE
     -- To embed all rows again, where some were asked for, would cost more than they are.
-    SET condition = CASE WHEN b.force THEN b.condition END, position = NULL, rows_queued = 0, scanned_at = NULL, index_problem = NULL,
-        started_at = clock_timestamp();
+    SET condition = CASE WHEN b.force THEN b.condition END, position = NULL, rows_queued = 0,
+        scanned_at = NULL, index_problem = NULL, started_at = clock_timestamp();
 $sql$;
 COMMENT ON FUNCTION autoembed._backfill IS
     'Has lanes scan the rows of pipelines for embeddings that are missing or stale.';

@@ -364,5 +364,6 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.wait_until_fresh IS
     'Waits until no committed row of a table that the caller owns waits to be embedded. Returns false if '
-    'timeout_seconds pass before that, at once if the table is stopped, or, with a WARNING, if rows were given up. An error if it could never see the '
-    'end: in a REPEATABLE READ or SERIALIZABLE transaction, or in one that has changed the table.';
+    'timeout_seconds pass before that, at once if the table is stopped, or, with a WARNING, if rows were given up. '
+    'An error if it could never see the end: in a REPEATABLE READ or SERIALIZABLE transaction, '
+    'or in one that has changed the table.';

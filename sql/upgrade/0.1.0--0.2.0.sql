@@ -267,9 +267,6 @@ COMMENT ON COLUMN autoembed.model_rest.until IS 'When one request tries it again
 COMMENT ON COLUMN autoembed.model_rest.failures IS 'Failed requests in a row.';
 COMMENT ON COLUMN autoembed.model_rest.needs_attention IS
     'Whether a person must act (a wrong key, an unknown model), rather than wait.';
-COMMENT ON TABLE autoembed.model_limit IS
-    'The limits that the providers'' answers tell. The newest row of a model and a name counts. Rows are added and '
-    'never changed, so no session waits for another one''s row.';
 COMMENT ON TABLE autoembed.permit IS
     'The requests of the last minutes to models with limits. Rows are added and never changed, so the transaction of a '
     'caller keeps no lane waiting.';
@@ -363,23 +360,29 @@ COMMENT ON COLUMN autoembed.usage_day.rows IS 'Rows that have these texts.';
 -- A publication of all tables would refuse each UPDATE and DELETE of a table without a replica identity.
 ALTER TABLE pgmq.meta REPLICA IDENTITY FULL;
 ALTER TABLE pgmq.topic_bindings REPLICA IDENTITY USING INDEX topic_bindings_unique_pattern_queue;
-ALTER TABLE autoembed.model_limit REPLICA IDENTITY FULL;
 DROP FUNCTION autoembed._learn_limits;
--- The next answers tell them again.
-DELETE FROM autoembed.model_limit;
-ALTER TABLE autoembed.model_limit
-    DROP COLUMN requests_per_minute,
-    DROP COLUMN requests_at_once,
-    DROP COLUMN tokens_per_minute,
-    DROP COLUMN tokens_at_once,
-    ADD COLUMN name text NOT NULL,
-    ADD COLUMN value integer;
+-- The next answers tell its rows again.
+DROP TABLE autoembed.model_limit;
+CREATE TABLE autoembed.model_limit (
+    model text NOT NULL REFERENCES autoembed.model (name) ON UPDATE CASCADE ON DELETE CASCADE,
+    at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    name text NOT NULL,
+    value integer
+);
 CREATE INDEX model_limit_model_idx ON autoembed.model_limit (model, name, at DESC);
+-- A publication of all tables would refuse each UPDATE and DELETE of a table without a replica identity.
+ALTER TABLE autoembed.model_limit REPLICA IDENTITY FULL;
+COMMENT ON TABLE autoembed.model_limit IS
+    'The limits that the providers'' answers tell. The newest row of a model and a name counts. Rows are added and '
+    'never changed, so no session waits for another one''s row.';
+COMMENT ON COLUMN autoembed.model_limit.model IS 'The model.';
+COMMENT ON COLUMN autoembed.model_limit.at IS 'When the answer came.';
 COMMENT ON COLUMN autoembed.model_limit.name IS
     'requests_per_minute, tokens_per_minute. requests_at_once, tokens_at_once: the most that were left after a '
     'request. tokens_per_input: tokens of a text that it took after it had refused a longer one, by estimate. '
     'inputs_per_request: texts of one request that it is sent since it did not answer more in time.';
 COMMENT ON COLUMN autoembed.model_limit.value IS 'The limit; NULL: there is none, or the answers do not tell.';
+
 ALTER TABLE autoembed.usage_entry REPLICA IDENTITY FULL;
 ALTER TABLE autoembed.usage_day REPLICA IDENTITY FULL;
 
