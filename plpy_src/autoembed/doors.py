@@ -509,6 +509,12 @@ def probe(name: str) -> dict[str, Any]:
         return {"problem": fault.problem, "advice": fault.hint}
     except Trouble as trouble:
         return {"problem": str(trouble), "advice": RERANK_ADVICE if model.reranks else advice_for(trouble)}
+    except Exception as error:
+        if here.may_pass(error):
+            raise
+        # doctor() has more to tell. The error's text may hold a key.
+        problem = f"an unexpected {type(error).__name__} in the provider {model.provider}"
+        return {"problem": problem, "advice": "Correct its definition with autoembed.alter_model()."}
     return {"problem": None, "advice": None}
 
 

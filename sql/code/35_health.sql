@@ -909,7 +909,8 @@ COMMENT ON VIEW autoembed._pipeline_state IS 'Every pipeline, and the reason why
 
 CREATE OR REPLACE FUNCTION autoembed._warn_of_blocked_pipelines(
     only_with_jobs boolean DEFAULT false,
-    resting text[] DEFAULT NULL
+    resting text[] DEFAULT NULL,
+    model text DEFAULT NULL
 )
     RETURNS void
     LANGUAGE plpgsql
@@ -941,6 +942,7 @@ BEGIN
         SELECT p.id
         FROM autoembed.pipeline AS p
         WHERE (resting IS NULL OR coalesce(p.model, _default_model) = ANY (resting))
+          AND coalesce(p.model, _default_model) = coalesce(_warn_of_blocked_pipelines.model, p.model, _default_model)
           AND (NOT only_with_jobs
                OR EXISTS (SELECT FROM autoembed._job AS q WHERE q.pipeline = p.id::text))
         ORDER BY p.id
@@ -961,7 +963,7 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._warn_of_blocked_pipelines IS
     'Warns of pipelines that wait, with the reason and the cure. resting: warns in the server''s log alone, and for a '
     'fifth of a second, of the pipelines that wait for one of these models. An empty array: of the problems that the '
-    'log does not have yet.';
+    'log does not have yet. model: only of those that use this model.';
 
 CREATE OR REPLACE FUNCTION autoembed._rest_pipelines(owner bigint, pipeline_ids integer[], reason text)
     RETURNS void

@@ -19,7 +19,10 @@ DECLARE
     _void text;
 BEGIN
     IF table_name IS NULL THEN
-        RAISE EXCEPTION USING ERRCODE = 'null_value_not_allowed', MESSAGE = 'table_name must not be NULL';
+        RAISE EXCEPTION USING
+            ERRCODE = 'null_value_not_allowed',
+            MESSAGE = 'table_name must not be NULL',
+            HINT = 'Give the name of a table, such as ''public.documents''.';
     ELSIF _found = '{}' THEN
         _void := autoembed._check_owner(table_name);
         RAISE EXCEPTION USING
@@ -168,10 +171,12 @@ BEGIN
             MESSAGE = format('one of content_columns, content_function and content_template must be given, not %s',
                              num_nonnulls(content_columns, content_function, content_template)),
             HINT = 'For example: content_columns => ''{title,content}''.';
-    ELSIF cardinality(content_columns) = 0 OR array_position(content_columns, NULL) IS NOT NULL THEN
+    ELSIF cardinality(content_columns) = 0
+          OR EXISTS (SELECT FROM unnest(content_columns) AS c(name) WHERE c.name IS NULL OR c.name = '')
+          OR array_ndims(content_columns) > 1 THEN
         RAISE EXCEPTION USING
             ERRCODE = 'invalid_parameter_value',
-            MESSAGE = 'content_columns names no column or contains NULL',
+            MESSAGE = 'content_columns names no column or contains NULL, an empty name or an array',
             HINT = 'For example: content_columns => ''{title,content}''.';
     END IF;
     _void := autoembed._check_template('content_template', content_template, E'# {title}\\n\\n{content}');
@@ -672,7 +677,15 @@ DECLARE
     _void text;
 BEGIN
     IF table_name IS NULL THEN
-        RAISE EXCEPTION USING ERRCODE = 'null_value_not_allowed', MESSAGE = 'table_name must not be NULL';
+        RAISE EXCEPTION USING
+            ERRCODE = 'null_value_not_allowed',
+            MESSAGE = 'table_name must not be NULL',
+            HINT = 'Give the name of a table, such as ''public.documents''.';
+    ELSIF embedding_column = '' THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_name',
+            MESSAGE = 'embedding_column is an empty name',
+            HINT = 'Name a column, or leave it out: the embeddings are then kept beside the rows.';
     ELSIF embedding_column IS NOT NULL AND embeddings_table IS NOT NULL THEN
         RAISE EXCEPTION USING
             ERRCODE = 'invalid_parameter_value',

@@ -90,13 +90,18 @@ BEGIN
     CROSS JOIN LATERAL (
         SELECT CASE
             WHEN n.key = 'dimensions' THEN 'from 1 to 16000'
+            WHEN n.key = 'max_requests_in_flight' THEN 'from 1 to 1000'
+            WHEN n.key = 'timeout_seconds' THEN 'above 0 and at most 3600'
             WHEN n.key IN ('price_per_million_tokens', 'daily_token_budget', 'daily_cost_budget') THEN '0 or more'
             ELSE 'above 0'
         END AS range
     ) AS r
+    -- NaN is larger than any other number.
     WHERE NOT CASE r.range
         WHEN 'from 1 to 16000' THEN n.value::numeric BETWEEN 1 AND 16000
-        WHEN '0 or more' THEN n.value::numeric >= 0
+        WHEN 'from 1 to 1000' THEN n.value::numeric BETWEEN 1 AND 1000
+        WHEN 'above 0 and at most 3600' THEN n.value::numeric > 0 AND n.value::numeric <= 3600
+        WHEN '0 or more' THEN n.value::numeric >= 0 AND n.value::numeric < 'Infinity'
         ELSE n.value::numeric > 0
     END
     ORDER BY n.key
@@ -255,7 +260,7 @@ COMMENT ON FUNCTION autoembed.create_model IS
     'tokens_per_minute, max_requests_in_flight: limits for all sessions together, by default those in the provider''s '
     'answers. price_per_million_tokens: its price. daily_token_budget, daily_cost_budget: the most that it may use in '
     'a day (UTC), in tokens or at that price. options: settings of the provider. timeout_seconds: how long a request '
-    'may take.';
+    'may take, an hour at most.';
 
 CREATE OR REPLACE FUNCTION autoembed.create_rerank_model(
     name text,
@@ -378,7 +383,7 @@ BEGIN
     _void := autoembed._build_embedders(alter_model.name);
     PERFORM autoembed._make_slots(alter_model.name);
     PERFORM autoembed.resume_model(alter_model.name);
-    PERFORM autoembed._warn_of_blocked_pipelines();
+    PERFORM autoembed._warn_of_blocked_pipelines(model => alter_model.name);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.alter_model IS

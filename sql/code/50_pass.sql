@@ -504,7 +504,9 @@ COMMENT ON FUNCTION autoembed._fail_message IS 'Puts a message that names no row
 CREATE OR REPLACE FUNCTION autoembed._check_options(
     batch_size integer,
     max_requests integer,
-    timeout_milliseconds integer
+    timeout_milliseconds integer,
+    run_seconds double precision DEFAULT 0,
+    backfill boolean DEFAULT false
 )
     RETURNS void
     LANGUAGE plpgsql
@@ -516,16 +518,22 @@ DECLARE
 BEGIN
     SELECT o.* INTO _option
     FROM (VALUES
-        ('batch_size', batch_size),
-        ('max_requests', max_requests),
-        ('timeout_milliseconds', timeout_milliseconds)
-    ) AS o(name, value)
-    WHERE (o.value >= 1) IS NOT TRUE
+        ('batch_size', batch_size, 1, 100000),
+        ('max_requests', max_requests, 1, 1000),
+        ('timeout_milliseconds', timeout_milliseconds, 1, 3600000),
+        ('run_seconds', run_seconds, 0, 1000000000),
+        ('backfill', backfill::integer, 0, 1)
+    ) AS o(name, value, least, most)
+    WHERE (o.value BETWEEN o.least AND o.most) IS NOT TRUE
     LIMIT 1;
     IF FOUND THEN
         RAISE EXCEPTION USING
             ERRCODE = 'invalid_parameter_value',
-            MESSAGE = format('%s must be at least 1, not %s', _option.name, coalesce(_option.value::text, 'NULL')),
+            MESSAGE = CASE _option.name
+                WHEN 'backfill' THEN 'backfill must be true or false, not NULL'
+                ELSE format('%s must be from %s to %s, not %s', _option.name, _option.least, _option.most,
+                            coalesce(_option.value::text, 'NULL'))
+            END,
             HINT = format('Leave %s out for its default.', _option.name);
     END IF;
 END;
@@ -623,7 +631,7 @@ AS $plpgsql$
 DECLARE
     _void pg_catalog.text;
 BEGIN
-    _void := autoembed._check_options(batch_size, max_requests, timeout_milliseconds);
+    _void := autoembed._check_options(batch_size, max_requests, timeout_milliseconds, run_seconds, backfill);
     -- In a transaction block, where a lane cannot commit, this fails in PostgreSQL's own words.
     COMMIT;
     CALL autoembed._work(run_seconds, batch_size, max_requests, timeout_milliseconds, backfill);

@@ -32,10 +32,13 @@ BEGIN
         WHERE c.oid = nullif(text_config, '')::regconfig
     );
 EXCEPTION
-    WHEN undefined_object THEN
+    WHEN undefined_object OR invalid_name THEN
         RAISE EXCEPTION USING
-            ERRCODE = 'undefined_object',
-            MESSAGE = SQLERRM,
+            ERRCODE = SQLSTATE,
+            MESSAGE = CASE
+                WHEN SQLSTATE = '42602' THEN format('"%s" is not the name of a text search configuration', text_config)
+                ELSE SQLERRM
+            END,
             HINT = 'Give one of your own with its schema, such as public.my_config. All of them: SELECT oid::regconfig '
                 'FROM pg_ts_config.';
 END;

@@ -297,13 +297,21 @@ CREATE OR REPLACE FUNCTION autoembed.wait_until_fresh(table_name regclass, timeo
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE
-    _end timestamptz := clock_timestamp() + make_interval(secs => timeout_seconds);
+    _end timestamptz;
     _look_at timestamptz := '-infinity';
     _owned CONSTANT autoembed.pipeline[] := autoembed._owned_pipelines(table_name, NULL);
     _pipelines CONSTANT integer[] := ARRAY(SELECT p.id FROM unnest(_owned) AS p);
     _stopped record;
     _failed bigint;
 BEGIN
+    IF (timeout_seconds BETWEEN 0 AND 1000000000) IS NOT TRUE THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = format('timeout_seconds must be from 0 to 1000000000, not %s',
+                             coalesce(timeout_seconds::text, 'NULL')),
+            HINT = 'Leave it out for a minute.';
+    END IF;
+    _end := clock_timestamp() + make_interval(secs => timeout_seconds);
     IF current_setting('transaction_isolation') <> 'read committed' THEN
         RAISE EXCEPTION USING
             ERRCODE = 'invalid_transaction_state',
@@ -364,6 +372,6 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.wait_until_fresh IS
     'Waits until no committed row of a table that the caller owns waits to be embedded. Returns false if '
-    'timeout_seconds pass before that, at once if the table is stopped, or, with a WARNING, if rows were given up. '
-    'An error if it could never see the end: in a REPEATABLE READ or SERIALIZABLE transaction, '
-    'or in one that has changed the table.';
+    'timeout_seconds pass before that, at once if the table is stopped, or, with a WARNING, if rows were given up. An '
+    'error if it could never see the end: in a REPEATABLE READ or SERIALIZABLE transaction, or in one that has '
+    'changed the table.';

@@ -186,6 +186,19 @@ BEGIN
         _pipeline.chunk_function := _chunking.chunk_function;
         _pipeline.chunk_function_oid := NULL;
     END IF;
+    -- The rows are read by a query, whose error would name what nobody has written.
+    IF _pipeline.content_function IS NOT NULL AND autoembed._content_function_of(_pipeline) IS NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'undefined_function',
+            MESSAGE = format('there is no function "%s" of one row of %s', _pipeline.content_function, table_name),
+            HINT = format('Create it, as a function of one argument of type %s that returns text.', table_name);
+    ELSIF _pipeline.chunk_function IS NOT NULL AND autoembed._chunk_function_of(_pipeline) IS NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'undefined_function',
+            MESSAGE = format('there is no function "%s" that cuts a text', _pipeline.chunk_function),
+            HINT = 'Give chunking as structure, tokens or none, or the name of a function of one text that returns a '
+                'set of texts.';
+    END IF;
     _pipeline.chunk_size := coalesce(estimate.chunk_size, _pipeline.chunk_size);
     _pipeline.chunk_overlap := coalesce(estimate.chunk_overlap, _pipeline.chunk_overlap, 0);
     _pipeline.chunk_prefix := nullif(coalesce(estimate.chunk_prefix, _pipeline.chunk_prefix), '');

@@ -140,7 +140,10 @@ BEGIN
     ORDER BY p.id
     LIMIT 1;
     IF table_name IS NULL THEN
-        RAISE EXCEPTION USING ERRCODE = 'null_value_not_allowed', MESSAGE = 'table_name must not be NULL';
+        RAISE EXCEPTION USING
+            ERRCODE = 'null_value_not_allowed',
+            MESSAGE = 'table_name must not be NULL',
+            HINT = 'Give the name of a table, such as ''public.documents''.';
     ELSIF pipeline_id IS NULL OR _is_ambiguous THEN
         SELECT 'Name one of them: ' || string_agg(format(
                    'embedding_column => %L', coalesce(c.relname, p.embedding_column)

@@ -187,11 +187,20 @@ DECLARE
     _model autoembed.model := autoembed._model(model, true);
     _answer record;
 BEGIN
-    -- A search sends no more. Any role that may search can call this function itself.
-    IF cardinality(passages) > 1000 THEN
+    -- Any role that may search can call this function itself.
+    IF query IS NULL OR passages IS NULL OR array_ndims(passages) > 1 OR array_position(passages, NULL) IS NOT NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'null_value_not_allowed',
+            MESSAGE = 'query and passages must be texts, and one of them is NULL or an array of arrays',
+            HINT = 'Give a query and an array of passages.';
+    ELSIF cardinality(passages) > 1000 THEN
         RAISE EXCEPTION USING
             ERRCODE = 'program_limit_exceeded',
-            MESSAGE = format('%s passages are more than a model reranks at once, which is 1000', cardinality(passages));
+            MESSAGE = format('%s passages are more than a model reranks at once, which is 1000', cardinality(passages)),
+            HINT = 'Give fewer passages. A search sends no more.';
+    ELSIF cardinality(passages) = 0 THEN
+        scores := '{}';
+        RETURN;
     END IF;
     -- An assignment runs no statement, and shows none in the context of an error.
     _answer := autoembed._scores(query, passages, _model.name, _model::text);

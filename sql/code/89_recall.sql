@@ -59,6 +59,18 @@ BEGIN
                                         coalesce(sample_rows::pg_catalog.text, 'NULL')),
             HINT = 'Leave them out for the ten nearest rows of a hundred.';
     END IF;
+    IF wanted OPERATOR(pg_catalog.>) 10000 OR sample_rows OPERATOR(pg_catalog.>) 1000000 THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = pg_catalog.format('max_rows can be at most 10000 and sample_rows 1000000, not %s and %s',
+                                        wanted, sample_rows),
+            HINT = 'Leave them out for the ten nearest rows of a hundred.';
+    ELSIF EXISTS (SELECT FROM pg_catalog.unnest(queries) AS q(text) WHERE q.text IS NULL) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'null_value_not_allowed',
+            MESSAGE = 'one of the queries is NULL',
+            HINT = 'Give texts, or leave queries out: rows stand for them.';
+    END IF;
     _target := autoembed._searched(table_name, embedding_column);
     IF queries IS NULL THEN
         FOR vector, key IN EXECUTE autoembed._sample_query(_target.pipeline_id) USING sample_rows LOOP

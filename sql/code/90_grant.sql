@@ -1,10 +1,29 @@
 -- The rights of owners of tables, of monitors and of lanes.
 
+CREATE OR REPLACE FUNCTION autoembed._check_role(role regrole)
+    RETURNS void
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_roles AS r WHERE r.oid = role) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'undefined_object',
+            MESSAGE = format('role %s does not exist', coalesce(role::text, 'NULL')),
+            HINT = 'Give the name of a role, such as ''app''.';
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._check_role IS 'Fails unless the role exists.';
+
 CREATE OR REPLACE FUNCTION autoembed._grant(role regrole, functions text[])
     RETURNS void
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    _void text := autoembed._check_role(role);
 BEGIN
     EXECUTE format('GRANT USAGE ON SCHEMA autoembed TO %s', role);
     EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %s', (
@@ -33,8 +52,10 @@ CREATE OR REPLACE FUNCTION autoembed.grant_usage(role regrole)
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    _void text;
 BEGIN
-    PERFORM autoembed._grant(role, '{
+    _void := autoembed._grant(role, '{
         alter_pipeline, chunk_text, clear_column, create_match_function, disable, doctor, embed, embed_query, enable,
         estimate, evaluate_search, measure_recall, pause, preview, queue_embeddings, reembed, reset_search_stats,
         resume, resync, retry_failed, search, search_rows, tune, wait_until_fresh, _advisory_locks, _alter_as_owner,
@@ -85,8 +106,10 @@ CREATE OR REPLACE FUNCTION autoembed.grant_monitor(role regrole)
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    _void text;
 BEGIN
-    PERFORM autoembed._grant(role, '{}');
+    _void := autoembed._grant(role, '{}');
     EXECUTE format('GRANT SELECT ON autoembed.model_rest TO %s', role);
     EXECUTE format('GRANT pg_monitor TO %s', role);
 END;
@@ -101,6 +124,7 @@ CREATE OR REPLACE FUNCTION autoembed.grant_lane(role regrole)
 AS $plpgsql$
 DECLARE
     _function regprocedure;
+    _void text := autoembed._check_role(role);
 BEGIN
     EXECUTE format('GRANT USAGE ON SCHEMA autoembed TO %s', role);
     EXECUTE format('GRANT EXECUTE ON PROCEDURE autoembed.work, autoembed._work TO %s', role);

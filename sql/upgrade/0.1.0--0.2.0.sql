@@ -361,6 +361,7 @@ COMMENT ON COLUMN autoembed.usage_day.rows IS 'Rows that have these texts.';
 ALTER TABLE pgmq.meta REPLICA IDENTITY FULL;
 ALTER TABLE pgmq.topic_bindings REPLICA IDENTITY USING INDEX topic_bindings_unique_pattern_queue;
 DROP FUNCTION autoembed._learn_limits;
+DROP FUNCTION autoembed._warn_of_blocked_pipelines;
 -- The next answers tell its rows again.
 DROP TABLE autoembed.model_limit;
 CREATE TABLE autoembed.model_limit (

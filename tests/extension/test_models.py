@@ -98,11 +98,27 @@ def test_limits_of_a_model_hold_below_the_providers(documents: Connection, api: 
                 ("max_tokens_per_input", 0, "above 0"),
                 ("requests_per_minute", 0, "above 0"),
                 ("tokens_per_minute", 0, "above 0"),
-                ("max_requests_in_flight", 0, "above 0"),
+                ("max_requests_in_flight", 0, "from 1 to 1000"),
+                ("max_requests_in_flight", 2147483647, "from 1 to 1000"),
                 ("price_per_million_tokens", -0.5, "0 or more"),
                 ("daily_token_budget", -1, "0 or more"),
                 ("daily_cost_budget", -1, "0 or more"),
-                ("timeout_seconds", 0, "above 0"),
+                ("timeout_seconds", 0, "above 0 and at most 3600"),
+                ("timeout_seconds", 3601, "above 0 and at most 3600"),
+            ]
+        ),
+        *(
+            (f"{call}, {argument} => '{value}')", f"{argument} must be {rule}, not {value}", "22023")
+            for call in [
+                "create_model('m', 'fake', 3",
+                "create_rerank_model('m', 'tei'",
+                "alter_model('all-MiniLM-L6-v2'",
+            ]
+            for value in ["NaN", "Infinity"]
+            for argument, rule in [
+                ("price_per_million_tokens", "0 or more"),
+                ("daily_cost_budget", "0 or more"),
+                ("timeout_seconds", "above 0 and at most 3600"),
             ]
         ),
         ("alter_model('all-MiniLM-L6-v2', dimensions => 0)", "dimensions must be from 1 to 16000, not 0", "22023"),
@@ -242,3 +258,29 @@ def test_a_model_whose_folder_is_missing_is_a_warning_at_once(db: Connection) ->
         db.execute("SELECT autoembed.create_model('mine', 'local', 384, base_url => '/models/mine')")
 
     assert any("/models/mine/model.onnx does not exist on the server" in warning for warning in heard)
+
+
+def test_alter_model_warns_of_the_tables_of_this_model_alone(documents: Connection) -> None:
+    documents.execute("SELECT autoembed.create_model('other', 'fake', 3)")
+    documents.execute("INSERT INTO documents (title, content) VALUES ('t', 'c')")
+    documents.execute("DROP FUNCTION embedding_input")
+
+    with warnings_of(documents) as heard:
+        documents.execute("SELECT autoembed.alter_model('other', timeout_seconds => 5)")
+    assert heard == []
+
+    with warnings_of(documents) as heard:
+        documents.execute("SELECT autoembed.alter_model('text-embedding-3-small', timeout_seconds => 5)")
+    assert any("public.documents.embedding is not being embedded" in warning for warning in heard)
+
+
+def test_one_model_with_a_time_that_is_no_number_does_not_end_doctor(documents: Connection) -> None:
+    """A dump of an older version may bring such a model."""
+    documents.execute("SELECT autoembed.create_rerank_model('broken', 'tei', base_url => 'http://127.0.0.1:1')")
+    documents.execute("UPDATE autoembed.model SET timeout_seconds = 'NaN' WHERE name = 'broken'")
+
+    [told] = documents.execute("SELECT * FROM autoembed.doctor() WHERE subject = 'model broken'").fetchall()
+
+    assert not told.ok
+    assert told.finding == "an unexpected TypeError in the provider tei"
+    assert told.advice

@@ -74,6 +74,7 @@ _check_owner - x - x
 _check_pipeline - x x x
 _check_policy - - - x
 _check_restored - - - x
+_check_role - - - x
 _check_table - - - x
 _check_template - x - x
 _check_trigger - - - x
