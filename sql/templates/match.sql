@@ -12,6 +12,8 @@ CREATE OR REPLACE FUNCTION {{function}}(
     STABLE
     SET search_path = pg_catalog, {{schema}}, pg_temp
 AS $body$
+-- A column of a composite type may have the name of an alias below.
+#variable_conflict use_column
 DECLARE
     _wanted CONSTANT pg_catalog.int8 := coalesce(match_count, 10);
     _limit pg_catalog.int8 := {{limit}};

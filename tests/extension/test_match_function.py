@@ -245,6 +245,38 @@ def test_names_are_data(api_db: Connection, column: str) -> None:
     assert [row[1] for row in named] == ["two", "one"]
 
 
+# The aliases and the variables of sql/templates/ and of a search.
+ALIASES = """
+    a b c d e f g h i j k l m n o p q r s t u v w x y z key hit rank score distance place number start stop digest raw
+    compared fetched found listed given vector content keys written locked sent old new _hits _limit _r
+"""
+
+
+@STORAGES
+def test_columns_of_a_composite_type_may_have_the_names_of_aliases(api_db: Connection, column: str) -> None:
+    api_db.execute("CREATE TYPE pair AS (first int, second text)")
+    columns = ", ".join(f'"{name}" pair' for name in ALIASES.split())
+    api_db.execute(f"CREATE TABLE documents (id int PRIMARY KEY, body text, {columns})".encode())
+    arguments = f"{column}, content_columns => '{{body}}', text_config => 'english', condition => 'id > 0'"
+    api_db.execute(f"SELECT autoembed.enable('documents', {arguments})".encode())
+    api_db.execute("INSERT INTO documents (id, body, c) VALUES (1, 'one', (1, 'x')), (2, 'two', NULL)")
+    api_db.execute("SELECT autoembed.process(); SELECT autoembed.create_match_function('documents')")
+
+    found = api_db.execute("SELECT id, body, (c).second FROM match_documents(%s, 1)", [vector("one")]).fetchall()
+
+    assert found == [(1, "one", "x")]
+    filtered = api_db.execute("SELECT id FROM match_documents(%s, filter => %s)", [vector("one"), '{"body": "two"}'])
+    assert filtered.fetchall() == [(2,)]
+    for mode in ("vector", "text", "hybrid"):
+        rows = api_db.execute("SELECT key FROM autoembed.search('documents', 'one', 1, mode => %s)", [mode]).fetchall()
+        assert rows == [("[1]",)], mode
+    if column == "NULL":
+        assert api_db.execute("SELECT chunk FROM documents_chunks ORDER BY id").fetchall() == [("one",), ("two",)]
+    api_db.execute("UPDATE documents SET body = 'three', c = (3, 'z') WHERE id = 2; DELETE FROM documents WHERE id = 1")
+    api_db.execute("SELECT autoembed.process()")
+    assert api_db.execute("SELECT id, body FROM match_documents(%s)", [vector("three")]).fetchall() == [(2, "three")]
+
+
 @STORAGES
 @pytest.mark.parametrize("filter", ["{}", '{"even": true}'])
 def test_long_columns_are_read_of_the_nearest_rows_alone(attached: Connection, column: str, filter: str) -> None:
