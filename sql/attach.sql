@@ -98,6 +98,12 @@ CREATE EVENT TRIGGER autoembed_follow_tables
     WHEN TAG IN ('ALTER TABLE', 'ALTER TYPE', 'CREATE INDEX', 'ALTER INDEX', 'CREATE TABLE', 'CREATE SCHEMA')
     EXECUTE FUNCTION autoembed._follow_tables();
 
+DROP EVENT TRIGGER IF EXISTS autoembed_follow_schemas;
+CREATE EVENT TRIGGER autoembed_follow_schemas
+    ON ddl_command_end
+    WHEN TAG IN ('ALTER SCHEMA')
+    EXECUTE FUNCTION autoembed._follow_schemas();
+
 DROP EVENT TRIGGER IF EXISTS autoembed_follow_rewrite;
 CREATE EVENT TRIGGER autoembed_follow_rewrite
     ON table_rewrite

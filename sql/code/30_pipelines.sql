@@ -321,6 +321,23 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._needed_columns IS
     'The columns without which a pipeline cannot work, its embedding column aside.';
 
+CREATE OR REPLACE FUNCTION autoembed._objects_named(name text)
+    RETURNS TABLE (class regclass, id oid, namespace oid)
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT 'pg_proc'::regclass, p.oid, p.pronamespace FROM pg_proc AS p WHERE p.proname = _objects_named.name
+    UNION ALL
+    SELECT 'pg_operator'::regclass, p.oid, p.oprnamespace FROM pg_operator AS p WHERE p.oprname = _objects_named.name
+    UNION ALL
+    SELECT 'pg_type'::regclass, t.oid, t.typnamespace FROM pg_type AS t WHERE t.typname = _objects_named.name
+    UNION ALL
+    SELECT 'pg_collation'::regclass, c.oid, c.collnamespace FROM pg_collation AS c
+    WHERE c.collname = _objects_named.name;
+$sql$;
+COMMENT ON FUNCTION autoembed._objects_named IS 'The functions, operators, types and collations of a name.';
+
 CREATE OR REPLACE FUNCTION autoembed._missing_object(pipeline autoembed.pipeline)
     RETURNS text
     LANGUAGE plpgsql
@@ -333,20 +350,15 @@ BEGIN
         SELECT concat_ws(' ', o.value ->> 'type', o.key)
         FROM jsonb_each(pipeline.condition_objects) AS o
         WHERE NOT EXISTS (
-            SELECT FROM (
-                SELECT 'pg_proc'::regclass AS class, p.oid FROM pg_proc AS p WHERE p.proname = o.value ->> 'name'
-                UNION ALL
-                SELECT 'pg_operator'::regclass, p.oid FROM pg_operator AS p WHERE p.oprname = o.value ->> 'name'
-                UNION ALL
-                SELECT 'pg_type'::regclass, t.oid FROM pg_type AS t WHERE t.typname = o.value ->> 'name'
-                UNION ALL
-                SELECT 'pg_collation'::regclass, c.oid FROM pg_collation AS c WHERE c.collname = o.value ->> 'name'
-            ) AS c
-            CROSS JOIN LATERAL pg_identify_object(c.class, c.oid, 0) AS i
-            -- An object of the same identity that was created since is as good. Its types may have other names by now:
-            -- the condition does not name them.
-            WHERE i.identity = o.key
-               OR c.oid::text = o.value ->> 'oid' AND split_part(i.identity, '(', 1) = split_part(o.key, '(', 1)
+            SELECT FROM autoembed._objects_named(o.value ->> 'name') AS c
+            CROSS JOIN LATERAL pg_identify_object(c.class, c.id, 0) AS i
+            -- An object of the same identity that was created since is as good, once the other is gone. Its types may
+            -- have other names by now: the condition does not name them.
+            WHERE i.identity = o.key AND NOT EXISTS (
+                      SELECT FROM autoembed._objects_named(o.value ->> 'name') AS k
+                      WHERE k.id::text = o.value ->> 'oid' AND k.namespace <> c.namespace
+                  )
+               OR c.id::text = o.value ->> 'oid' AND split_part(i.identity, '(', 1) = split_part(o.key, '(', 1)
         )
         ORDER BY o.key
         LIMIT 1
@@ -555,35 +567,64 @@ COMMENT ON FUNCTION autoembed._prefix_expression IS
 CREATE OR REPLACE FUNCTION autoembed._function_guard(function oid, problem text)
     RETURNS text
     LANGUAGE sql
-    IMMUTABLE
+    STABLE
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    -- NULL: there is no such function.
-    SELECT format($$IF pg_catalog.has_function_privilege(%s::pg_catalog.oid, 'EXECUTE') IS NULL THEN
+    -- NULL: there is no such function. Its schema may have another name, and another schema its name.
+    SELECT format($$IF pg_catalog.has_function_privilege(%s::pg_catalog.oid, 'EXECUTE') IS NULL
+        OR (pg_catalog.to_regnamespace(%L)::pg_catalog.oid OPERATOR(pg_catalog.=) %s::pg_catalog.oid) IS NOT TRUE THEN
         RAISE EXCEPTION USING ERRCODE = 'undefined_function', MESSAGE = %L;
-    END IF;$$, coalesce(function, 0), problem);
+    END IF;$$, coalesce(function, 0), n.oid::regnamespace, coalesce(n.oid, 0), problem)
+    FROM (VALUES (function)) AS f(id)
+    LEFT JOIN pg_proc AS p ON p.oid = f.id
+    LEFT JOIN pg_namespace AS n ON n.oid = p.pronamespace;
 $sql$;
-COMMENT ON FUNCTION autoembed._function_guard IS 'A statement that fails with this problem once a function is gone.';
+COMMENT ON FUNCTION autoembed._function_guard IS
+    'A statement that fails with this problem once a function is gone, or its schema has another name.';
+
+CREATE OR REPLACE FUNCTION autoembed._condition_guard(pipeline autoembed.pipeline)
+    RETURNS text
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+    SET quote_all_identifiers = off
+AS $sql$
+    SELECT format($$IF (%s) IS NOT TRUE THEN
+        RAISE EXCEPTION USING ERRCODE = 'undefined_object',
+            MESSAGE = 'a schema that the condition names has another name';
+    END IF;$$, string_agg(DISTINCT coalesce(format(
+        'pg_catalog.to_regnamespace(%L)::pg_catalog.oid OPERATOR(pg_catalog.=) ' || n.oid || '::pg_catalog.oid',
+        n.oid::regnamespace
+    ), 'false'), ' AND '))
+    FROM jsonb_each(pipeline.condition_objects) AS o
+    LEFT JOIN LATERAL (
+        SELECT c.namespace FROM autoembed._objects_named(o.value ->> 'name') AS c WHERE c.id::text = o.value ->> 'oid'
+    ) AS k ON true
+    LEFT JOIN pg_namespace AS n
+        ON starts_with(o.key, format('%I.', n.nspname)) AND n.oid = coalesce(k.namespace, n.oid)
+    -- The identity of a type of PostgreSQL has no schema.
+    WHERE strpos(split_part(o.key, '(', 1), '.') > 0 AND n.nspname IS DISTINCT FROM 'pg_catalog'
+    HAVING count(*) > 0;
+$sql$;
+COMMENT ON FUNCTION autoembed._condition_guard IS
+    'A statement that fails once a schema that a condition names has another name. NULL: it names none.';
 
 CREATE OR REPLACE FUNCTION autoembed._content_guard(pipeline autoembed.pipeline)
     RETURNS text
-    LANGUAGE plpgsql
+    LANGUAGE sql
     STABLE
     SET search_path = pg_catalog, pg_temp
-AS $plpgsql$
-BEGIN
-    IF pipeline.content_function IS NULL THEN
-        RETURN '';
-    END IF;
-    RETURN autoembed._function_guard(
-        autoembed._content_function_of(pipeline),
-        format('the content function %s was dropped or replaced', pipeline.content_function)
-    );
-END;
-$plpgsql$;
+AS $sql$
+    SELECT concat_ws(' ', autoembed._condition_guard(pipeline), CASE
+        WHEN pipeline.content_function IS NOT NULL THEN autoembed._function_guard(
+            autoembed._content_function_of(pipeline),
+            format('the content function %s was dropped or replaced', pipeline.content_function)
+        )
+    END);
+$sql$;
 COMMENT ON FUNCTION autoembed._content_guard IS
-    'A statement that fails once the content function of a pipeline is another one of the same name. Empty if the '
-    'pipeline has none.';
+    'The statements that fail once the content function of a pipeline, or an object of its condition, may be another '
+    'one of the same name. Empty if the pipeline has neither.';
 
 CREATE OR REPLACE FUNCTION autoembed._content_bytes_expression(pipeline autoembed.pipeline, alias text)
     RETURNS text

@@ -303,6 +303,37 @@ $sql$;
 COMMENT ON FUNCTION autoembed._compute_virtual IS
     'The block that puts the virtual columns that a pipeline needs into the row r of a trigger, which has NULL there.';
 
+CREATE OR REPLACE FUNCTION autoembed._is_renamed(table_id regclass)
+    RETURNS text
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    -- A restore gives all tables other OIDs, and the schema autoembed another one, too. Lanes make the functions again.
+    SELECT format(
+        '(pg_catalog.to_regclass(%L)::pg_catalog.oid OPERATOR(pg_catalog.=) %s::pg_catalog.oid) IS NOT TRUE AND '
+        'pg_catalog.to_regnamespace(''autoembed'')::pg_catalog.oid OPERATOR(pg_catalog.=) %s::pg_catalog.oid',
+        table_id, table_id::oid, 'autoembed'::regnamespace::oid
+    );
+$sql$;
+COMMENT ON FUNCTION autoembed._is_renamed IS
+    'The SQL expression that says whether the present name of a table means no table any more, or another one. False in '
+    'a function that a dump has brought.';
+
+CREATE OR REPLACE FUNCTION autoembed._table_guard(table_id regclass)
+    RETURNS text
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT format($$IF %s THEN
+        RAISE EXCEPTION USING ERRCODE = 'undefined_table', MESSAGE = %L;
+    END IF;$$, autoembed._is_renamed(table_id), format('the name %s means another table than before', table_id));
+$sql$;
+COMMENT ON FUNCTION autoembed._table_guard IS
+    'A statement that fails once the name of a table means another one. It stands behind a lock on the table, which '
+    'keeps its name.';
+
 CREATE OR REPLACE FUNCTION autoembed._key_slots(pipeline autoembed.pipeline)
     RETURNS jsonb
     LANGUAGE sql
@@ -428,6 +459,9 @@ BEGIN
         -- Rows of tables that inherit from it have keys of their own.
         'table', CASE c.relkind WHEN 'r' THEN 'ONLY ' ELSE '' END || c.oid::regclass::text,
         'table_literal', quote_literal(c.oid::regclass),
+        'is_renamed', autoembed._is_renamed(c.oid),
+        'table_guard', autoembed._table_guard(c.oid),
+        'embeddings_guard', autoembed._table_guard(pipeline.embeddings_table),
         'owner', pg_get_userbyid(c.relowner),
         'search_path', format('%I, public, pg_temp', n.nspname),
         'embedding_column', quote_ident(pipeline.embedding_column),
@@ -590,6 +624,27 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._slots IS
     'The facts on which the functions of a pipeline depend, as names and pieces of SQL for the templates.';
 
+CREATE OR REPLACE FUNCTION autoembed._keep_name(table_id regclass)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _name CONSTANT text := table_id;
+BEGIN
+    EXECUTE format('LOCK TABLE %s IN ACCESS SHARE MODE', _name);
+    IF to_regclass(_name) IS DISTINCT FROM table_id THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'serialization_failure',
+            MESSAGE = format('table %s is being renamed', _name),
+            HINT = 'Try it again.';
+    END IF;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._keep_name IS
+    'Keeps a table''s name as it is until the transaction ends: a rename of the table or of its schema waits.';
+
 CREATE OR REPLACE FUNCTION autoembed._build_pipeline(pipeline_id integer)
     RETURNS boolean
     LANGUAGE plpgsql
@@ -614,6 +669,14 @@ BEGIN
     IF _is_built AND _built_from = md5('@BUILD@' || _slots::text) THEN
         RETURN false;
     END IF;
+    -- The statements below name the tables. Nobody gives the names to others meanwhile.
+    PERFORM autoembed._keep_name(t.id)
+    FROM autoembed.pipeline AS p
+    CROSS JOIN LATERAL (VALUES (1, p.table_id), (2, p.embeddings_table)) AS t(number, id)
+    JOIN pg_class AS c ON c.oid = t.id
+    WHERE p.id = pipeline_id
+    ORDER BY t.number;
+    SELECT autoembed._slots(p) INTO STRICT _slots FROM autoembed.pipeline AS p WHERE p.id = pipeline_id;
     IF EXISTS (
         SELECT FROM pg_class AS c
         WHERE c.oid = to_regclass(_slots ->> 'embeddings_table') AND NOT c.relrowsecurity
@@ -1072,21 +1135,21 @@ CREATE OR REPLACE FUNCTION autoembed._drop_readers(
 AS $plpgsql$
 DECLARE
     _view CONSTANT regclass := autoembed._chunks_view(pipeline_id, embeddings_table);
+    _keeps_view CONSTANT boolean := autoembed._dependents(_view, table_id) IS NOT NULL;
     _function regprocedure;
 BEGIN
-    IF autoembed._dependents(_view, table_id) IS NOT NULL THEN
-        RETURN;
-    END IF;
     FOR _function IN
         SELECT p.oid
         FROM pg_proc AS p
         WHERE p.pronamespace = 'autoembed'::regnamespace
           AND p.proname = ANY (autoembed._readers_functions(pipeline_id))
+          -- Row security stays on, and shows nobody anything without the policy.
+          AND (p.proname ~ '^_(may_read|may_read_all|readable)_[0-9]+$' OR NOT _keeps_view)
     LOOP
         EXECUTE format('DROP FUNCTION %s CASCADE', _function);
     END LOOP;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._drop_readers IS
-    'Drops what lets roles read the embeddings table of a pipeline: functions, the policy, and the view of chunks. All '
-    'of this stays if something of a reader depends on the view.';
+    'Drops what lets roles read the embeddings table of a pipeline: functions, the policy, and the view of chunks. The '
+    'view stays if something of a reader depends on it.';

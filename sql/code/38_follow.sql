@@ -539,6 +539,88 @@ COMMENT ON FUNCTION autoembed._follow_tables IS
     'Has pipelines follow changes of their tables, indexes and types. Warns of a table that takes the name of an '
     'attached one.';
 
+CREATE OR REPLACE FUNCTION autoembed._follow_schemas()
+    RETURNS event_trigger
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _ids integer[];
+    _table regclass;
+    _void text;
+BEGIN
+    WITH renamed AS (
+        SELECT d.objid AS id FROM pg_event_trigger_ddl_commands() AS d WHERE d.classid = 'pg_namespace'::regclass
+    ),
+    -- The functions of a pipeline name all of these.
+    inside AS (
+        SELECT c.oid AS id FROM pg_class AS c JOIN renamed AS n ON n.id = c.relnamespace
+        UNION
+        SELECT f.oid FROM pg_proc AS f JOIN renamed AS n ON n.id = f.pronamespace
+        UNION
+        SELECT o.oid FROM pg_operator AS o JOIN renamed AS n ON n.id = o.oprnamespace
+        UNION
+        SELECT c.oid FROM pg_collation AS c JOIN renamed AS n ON n.id = c.collnamespace
+        UNION
+        SELECT t.oid FROM pg_type AS t JOIN renamed AS n ON n.id = t.typnamespace
+    ),
+    types AS (
+        SELECT y.id
+        FROM (
+            SELECT DISTINCT a.atttypid AS id
+            FROM autoembed.pipeline AS p
+            JOIN pg_attribute AS a ON a.attrelid = p.table_id AND a.attnum > 0 AND NOT a.attisdropped
+        ) AS y
+        WHERE EXISTS (SELECT FROM autoembed._used_types(ARRAY[y.id]) AS u(id) JOIN inside AS i ON i.id = u.id)
+    )
+    SELECT array_agg(p.id ORDER BY p.id) INTO _ids
+    FROM autoembed.pipeline AS p
+    WHERE EXISTS (
+        SELECT FROM (
+            SELECT p.table_id::oid AS id
+            UNION ALL
+            SELECT r.relid FROM autoembed._partition_tree(p.table_id) AS r
+            UNION ALL
+            SELECT unnest(ARRAY[p.embeddings_table, p.content_function_oid, p.chunk_function_oid]::oid[])
+            UNION ALL
+            SELECT (o.value ->> 'oid')::oid FROM jsonb_each(p.condition_objects) AS o
+            UNION ALL
+            SELECT autoembed._key_operator(p.table_id, k.name, s.strategy)
+            FROM unnest(p.key_columns) AS k(name)
+            CROSS JOIN (VALUES (3), (5)) AS s(strategy)
+        ) AS u
+        JOIN inside AS i ON i.id = u.id
+    )
+    OR EXISTS (
+        SELECT FROM pg_attribute AS a JOIN types AS t ON t.id = a.atttypid
+        WHERE a.attrelid = p.table_id AND a.attnum > 0 AND NOT a.attisdropped
+    );
+    -- A statement that runs looks its names up again at any time. The owner of a schema may drop the tables in it, so it
+    -- may lock them, too.
+    FOR _table IN
+        SELECT DISTINCT t.id
+        FROM autoembed.pipeline AS p
+        CROSS JOIN LATERAL (
+            SELECT p.table_id::oid AS id
+            UNION ALL
+            SELECT p.embeddings_table
+            UNION ALL
+            SELECT r.relid FROM autoembed._partition_tree(p.table_id) AS r
+        ) AS t
+        JOIN pg_class AS c ON c.oid = t.id
+        WHERE p.id = ANY (_ids)
+        ORDER BY t.id
+    LOOP
+        _void := autoembed._lock_table(_table, true);
+    END LOOP;
+    _void := autoembed._follow(_ids);
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._follow_schemas IS
+    'Has pipelines follow a new name of a schema that has their tables or what these use. Nobody uses the tables '
+    'meanwhile.';
+
 CREATE OR REPLACE FUNCTION autoembed._follow_rewrite()
     RETURNS event_trigger
     LANGUAGE plpgsql
@@ -638,13 +720,44 @@ COMMENT ON FUNCTION autoembed._follow_functions IS
     'Has pipelines follow changes of the functions that give and cut their texts, and of those in their conditions. A '
     'new body may give other texts.';
 
+CREATE OR REPLACE FUNCTION autoembed._deny_readers(embeddings_table regclass)
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+    SET client_min_messages = warning
+    SET lock_timeout = '100ms'
+AS $plpgsql$
+BEGIN
+    EXECUTE format('DROP POLICY IF EXISTS autoembed_readers ON %s', embeddings_table);
+EXCEPTION WHEN lock_not_available THEN
+    -- A reader holds the table. The functions that the policy calls know the dropped one by its OID.
+    NULL;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._deny_readers IS
+    'Drops the policy of an embeddings table whose table is dropped. Row security stays on, and shows nobody anything '
+    'then.';
+
 CREATE OR REPLACE FUNCTION autoembed._follow_drops()
     RETURNS event_trigger
     LANGUAGE plpgsql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    _embeddings_table regclass;
 BEGIN
+    -- A table of the same name may come before a lane ends the pipeline.
+    FOR _embeddings_table IN
+        SELECT p.embeddings_table
+        FROM pg_event_trigger_dropped_objects() AS d
+        JOIN autoembed.pipeline AS p ON p.table_id = d.objid
+        JOIN pg_class AS c ON c.oid = p.embeddings_table
+        WHERE d.classid = 'pg_class'::regclass AND d.objsubid = 0
+    LOOP
+        PERFORM autoembed._deny_readers(_embeddings_table);
+    END LOOP;
     PERFORM autoembed._follow(array_agg(p.id))
     FROM autoembed.pipeline AS p
     WHERE p.table_id IN (
@@ -692,6 +805,8 @@ CREATE OR REPLACE FUNCTION autoembed._protect_functions()
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
+DECLARE
+    _function record;
 BEGIN
     -- The functions of a pipeline belong to the table's owner. The owner could make them SECURITY INVOKER, and so have
     -- them run with the rights of a lane, which may be a superuser.
@@ -711,7 +826,27 @@ BEGIN
             ERRCODE = 'object_not_in_prerequisite_state',
             MESSAGE = 'schema @extschema:vector@ cannot be renamed: autoembed finds pgvector in it by this name';
     END IF;
+    -- The owner of a schema could put its own function in the place of a model's, which runs as the owner of that one.
+    -- No lock on a table tells whether one is running. The caller may not look into autoembed.
+    SELECT f.oid::regprocedure AS id, n.oid::regnamespace AS schema INTO _function
+    FROM pg_event_trigger_ddl_commands() AS d
+    JOIN pg_namespace AS n ON d.classid = 'pg_namespace'::regclass AND n.oid = d.objid
+    JOIN pg_proc AS f ON f.pronamespace = n.oid AND NOT pg_has_role(f.proowner, 'USAGE')
+    JOIN pg_proc AS w
+        ON w.pronamespace = 'autoembed'::regnamespace AND w.proname ~ '^_(embed_document|embed_query|rerank)_'
+       AND w.proowner = f.proowner AND strpos(w.prosrc, format('.%I(', f.proname)) > 0
+    CROSS JOIN LATERAL (SELECT substring(w.proconfig[1] FROM '^search_path=(.*), public, pg_temp$') AS schema) AS s
+    WHERE to_regnamespace(s.schema) IS NULL
+    LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'insufficient_privilege',
+            MESSAGE = format('schema %s cannot be renamed: a model of autoembed calls %s by its name',
+                             _function.schema, _function.id),
+            HINT = 'The owner of the function, or a superuser, can rename it.';
+    END IF;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._protect_functions IS
-    'Keeps table owners from altering the functions made for them, and everybody from renaming the schema of pgvector.';
+    'Keeps table owners from altering the functions made for them, everybody from renaming the schema of pgvector, and '
+    'others than the owner of a model''s function from renaming its schema.';

@@ -597,12 +597,17 @@ DECLARE
         'ExclusiveLock,AccessExclusiveLock}'::text[]
         || CASE WHEN exclusive THEN '{AccessShareLock,RowShareLock}'::text[] ELSE '{}' END;
     _end CONSTANT timestamptz := clock_timestamp() + interval '5 seconds';
+    _name text;
     _holder record;
 BEGIN
     LOOP
         BEGIN
-            EXECUTE format('LOCK TABLE %s IN %s MODE', table_id, _mode);
-            RETURN;
+            _name := table_id;
+            EXECUTE format('LOCK TABLE %s IN %s MODE', _name, _mode);
+            -- Somebody may have renamed the schema at the last moment, and given the name to another table.
+            IF to_regclass(_name) = table_id THEN
+                RETURN;
+            END IF;
         EXCEPTION
             WHEN lock_not_available THEN
                 NULL;

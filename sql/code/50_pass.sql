@@ -28,6 +28,8 @@ CREATE OR REPLACE FUNCTION autoembed._pipelines(ids integer[], unchecked integer
     SET search_path = pg_catalog, pg_temp
     -- A plan made for each list of ids would cost each claim half a millisecond.
     SET plan_cache_mode = force_generic_plan
+    -- A tenant may have locked its table. No lane waits for that.
+    SET lock_timeout = '10ms'
 AS $plpgsql$
 #variable_conflict use_column
 DECLARE

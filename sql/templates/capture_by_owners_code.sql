@@ -37,6 +37,7 @@ BEGIN
         {{erase_row}}
     ELSIF TG_OP = 'INSERT' THEN
         BEGIN
+            {{table_guard}}
             {{queue_new_rows_with_text}}
         EXCEPTION WHEN OTHERS OR assert_failure OR query_canceled THEN
             {{raise_if_cancelled}}

@@ -11,6 +11,9 @@ CREATE OR REPLACE FUNCTION autoembed._chunk_{{id}}(
     STABLE
 AS $body$
 BEGIN
+    IF {{is_renamed}} THEN
+        RETURN NULL;
+    END IF;
     RETURN (
         SELECT CASE WHEN {{content_bytes}} OPERATOR(pg_catalog.<=) {{long_bytes}} THEN {{passage}} END
         FROM {{table}} AS t

@@ -42,10 +42,11 @@ DECLARE
     _part_bytes CONSTANT integer := 4194304;
     _context text;
 BEGIN
-    {{content_guard}}
     -- A lane does not wait for a lock on the table. The mode is that of a write, so a row that cannot be written is not
     -- embedded.
     LOCK TABLE {{table}} IN ROW EXCLUSIVE MODE NOWAIT;
+    {{table_guard}}
+    {{content_guard}}
     OPEN _rows;
     LOOP
         FETCH _rows INTO key, content, vector_digest, bytes, own_key, version, _locked_by, _table, _place;

@@ -48,10 +48,12 @@ DECLARE
     _part_bytes CONSTANT integer := 4194304;
     _context text;
 BEGIN
-    {{content_guard}}
     -- A lane does not wait for a lock. A text whose embedding cannot be written is not sent.
     LOCK TABLE {{table}} IN ACCESS SHARE MODE NOWAIT;
     LOCK TABLE {{embeddings_table}} IN ROW EXCLUSIVE MODE NOWAIT;
+    {{table_guard}}
+    {{embeddings_guard}}
+    {{content_guard}}
     OPEN _rows;
     LOOP
         FETCH _rows INTO key, content, bytes, own_key, version, digests, numbers, prefix;

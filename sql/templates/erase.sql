@@ -11,6 +11,8 @@ CREATE FUNCTION autoembed._erase_{{id}}(keys text[], part pg_catalog.regclass DE
 AS $body$
 #variable_conflict use_column
 BEGIN
+    LOCK TABLE {{embeddings_table}} IN ROW EXCLUSIVE MODE;
+    {{embeddings_guard}}
     IF part IS NOT NULL THEN
         EXECUTE pg_catalog.format({{erase_part}}, part);
     ELSIF keys IS NULL THEN

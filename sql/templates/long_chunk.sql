@@ -5,6 +5,9 @@ CREATE OR REPLACE FUNCTION autoembed._long_chunk_{{id}}({{key_types}}, part text
     STABLE
 AS $body$
 BEGIN
+    IF {{is_renamed}} THEN
+        RETURN NULL;
+    END IF;
     RETURN (SELECT {{long_passage}} FROM {{table}} AS t WHERE {{is_key}});
 END;
 $body$

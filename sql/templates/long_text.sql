@@ -5,6 +5,9 @@ CREATE OR REPLACE FUNCTION autoembed._long_text_{{id}}({{key_types}})
     STABLE
 AS $body$
 BEGIN
+    IF {{is_renamed}} THEN
+        RETURN NULL;
+    END IF;
     RETURN (SELECT {{readable_text}} FROM {{table}} AS t WHERE {{is_key}});
 END;
 $body$

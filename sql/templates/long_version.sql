@@ -6,6 +6,9 @@ CREATE OR REPLACE FUNCTION autoembed._long_version_{{id}}({{key_types}})
     STABLE
 AS $body$
 BEGIN
+    IF {{is_renamed}} THEN
+        RETURN NULL;
+    END IF;
     RETURN (
         SELECT pg_catalog.concat_ws(' ', '{{id}}', t.tableoid, t.ctid, t.xmin)
         FROM {{table}} AS t

@@ -6,6 +6,9 @@ CREATE OR REPLACE FUNCTION autoembed._may_read_{{id}}({{key_types}})
     STABLE
 AS $body$
 BEGIN
+    IF {{is_renamed}} THEN
+        RETURN false;
+    END IF;
     RETURN EXISTS (SELECT {{read_columns}} FROM {{table}} AS t WHERE {{is_key}});
 END;
 $body$

@@ -6,7 +6,8 @@ CREATE OR REPLACE FUNCTION autoembed._may_read_all_{{id}}()
     STABLE
 AS $body$
 BEGIN
-    RETURN pg_catalog.has_table_privilege({{table_literal}}::pg_catalog.text, 'SELECT'::pg_catalog.text)
+    RETURN NOT ({{is_renamed}})
+        AND pg_catalog.has_table_privilege({{table_literal}}::pg_catalog.text, 'SELECT'::pg_catalog.text)
         AND NOT pg_catalog.row_security_active({{table_literal}}::pg_catalog.text);
 END;
 $body$

@@ -6,6 +6,9 @@ CREATE OR REPLACE FUNCTION autoembed._readable_{{id}}()
 AS $body$
 #variable_conflict use_column
 BEGIN
+    IF {{is_renamed}} THEN
+        RETURN;
+    END IF;
     -- PostgreSQL asks for the rights to all columns that are named, and computes none that is not wanted.
     RETURN QUERY SELECT {{readable_key}} FROM (SELECT {{listed_keys}}, ROW({{read_columns}}) FROM {{table}} AS t) AS r;
 END;

@@ -11,6 +11,7 @@ DECLARE
     _context text;
 BEGIN
     LOCK TABLE {{table}} IN ACCESS SHARE MODE NOWAIT;
+    {{table_guard}}
     FOR key IN EXECUTE pg_catalog.concat(
         {{scan_query}},
         -- A scan that begins has no key to start after.

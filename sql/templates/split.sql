@@ -11,6 +11,9 @@ DECLARE
     _piece text;
     _context text;
 BEGIN
+    -- The lock keeps the name of the function's schema.
+    LOCK TABLE {{table}} IN ACCESS SHARE MODE NOWAIT;
+    {{table_guard}}
     {{chunk_guard}}
     FOR _piece IN SELECT s.piece::pg_catalog.text FROM {{chunk_call}}(content) AS s(piece) LOOP
         max_pieces := max_pieces OPERATOR(pg_catalog.-) 1;

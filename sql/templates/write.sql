@@ -19,13 +19,14 @@ AS $body$
 DECLARE
     _context text;
 BEGIN
-    {{content_guard}}
     -- The request was sent for another model. An answer of the present model may have come first.
     IF model IS DISTINCT FROM {{model}} THEN
         RETURN QUERY SELECT s.key, 'changed', NULL::pg_catalog.bytea FROM pg_catalog.unnest(keys) AS s(key);
         RETURN;
     END IF;
     LOCK TABLE {{table}} IN ROW EXCLUSIVE MODE NOWAIT;
+    {{table_guard}}
+    {{content_guard}}
     FOR key, outcome, vector_digest IN
     WITH sent AS MATERIALIZED (
         SELECT s.key, s.content, s.version, s.embedding, {{sent_keys}}

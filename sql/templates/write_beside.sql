@@ -40,7 +40,6 @@ DECLARE
     _written text[];
     _overtaken text[];
 BEGIN
-    {{content_guard}}
     -- The request was sent for another model. An answer of the present model may have come first.
     IF model IS DISTINCT FROM {{model}} THEN
         RETURN QUERY SELECT s.key, 'changed', NULL FROM pg_catalog.unnest(keys) AS s(key);
@@ -48,6 +47,9 @@ BEGIN
     END IF;
     LOCK TABLE {{table}} IN ACCESS SHARE MODE NOWAIT;
     LOCK TABLE {{embeddings_table}} IN ROW EXCLUSIVE MODE NOWAIT;
+    {{table_guard}}
+    {{embeddings_guard}}
+    {{content_guard}}
     -- Another session that writes the same row has locked the first of its chunks, or writes number 1.
     SELECT pg_catalog.array_agg(CASE WHEN p.first IS NOT NULL AND l.is_free IS NULL THEN 'locked' END ORDER BY s.number)
     INTO _outcomes

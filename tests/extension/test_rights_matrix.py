@@ -92,6 +92,7 @@ _clears - x - x
 _close_function - - - x
 _columns_of - x - x
 _compute_virtual - - - x
+_condition_guard - - - x
 _content_bytes_expression - - - x
 _content_expression - x - x
 _content_function - x - x
@@ -106,6 +107,7 @@ _cron_places - - - x
 _default_model - x x x
 _define - - - x
 _defined - - - x
+_deny_readers - - - x
 _dependents - - - x
 _digests - - - x
 _dimensions - x - x
@@ -144,6 +146,7 @@ _follow_one - - - x
 _follow_others - - - x
 _follow_partitions - - - x
 _follow_rewrite - - - x
+_follow_schemas - - - x
 _follow_tables - - - x
 _follow_truncate - - - x
 _forget - - - x
@@ -182,6 +185,7 @@ _is_key - - - x
 _is_open - - - x
 _is_pipeline_of - x x x
 _is_plain - x - x
+_is_renamed - - - x
 _is_retired - - - x
 _is_spelled_one_way - - - x
 _is_subscribed - x - x
@@ -192,6 +196,7 @@ _job_runs - - - x
 _jobs_of_dropped_databases - - - x
 _judged_keys - x - x
 _judgments - x - x
+_keep_name - - - x
 _keep_restored_model - - - x
 _keep_restored_queue - - - x
 _key_columns - x - x
@@ -243,6 +248,7 @@ _note_plan - - - x
 _note_replaced - - - x
 _note_search - x - x
 _note_usage - - - x
+_objects_named - - - x
 _open_functions - - - x
 _open_tables - - - x
 _open_to - - - x
@@ -328,6 +334,7 @@ _spent_budget - - - x
 _stage - - - x
 _start_advice - - - x
 _stray_triggers - x - x
+_table_guard - - - x
 _table_shape - - - x
 _take_key - - - x
 _take_key_beside - - - x
