@@ -95,7 +95,11 @@ CREATE EVENT TRIGGER autoembed_follow_drops
 DROP EVENT TRIGGER IF EXISTS autoembed_follow_tables;
 CREATE EVENT TRIGGER autoembed_follow_tables
     ON ddl_command_end
-    WHEN TAG IN ('ALTER TABLE', 'ALTER TYPE', 'CREATE INDEX', 'ALTER INDEX', 'CREATE TABLE', 'CREATE SCHEMA')
+    -- PostgreSQL takes ALTER VIEW and its like for tables and types, too.
+    WHEN TAG IN (
+        'ALTER TABLE', 'ALTER TYPE', 'CREATE INDEX', 'ALTER INDEX', 'CREATE TABLE', 'CREATE SCHEMA', 'ALTER VIEW',
+        'ALTER MATERIALIZED VIEW', 'ALTER FOREIGN TABLE'
+    )
     EXECUTE FUNCTION autoembed._follow_tables();
 
 DROP EVENT TRIGGER IF EXISTS autoembed_follow_schemas;

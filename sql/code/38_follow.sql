@@ -388,6 +388,41 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._follow IS 'Has pipelines follow a change of their own tables.';
 
+CREATE OR REPLACE FUNCTION autoembed._follow_unseen()
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+    -- A tenant may have locked its table. No lane waits for that.
+    SET lock_timeout = '10ms'
+AS $plpgsql$
+DECLARE
+    _pipeline autoembed.pipeline;
+    -- There may be thousands. The next second looks at others.
+    _until CONSTANT timestamptz := clock_timestamp() + interval '10 milliseconds';
+BEGIN
+    FOR _pipeline IN SELECT p.* FROM autoembed.pipeline AS p ORDER BY random() LOOP
+        EXIT WHEN clock_timestamp() > _until;
+        CONTINUE WHEN NOT EXISTS (
+            SELECT FROM pg_attribute AS a
+            CROSS JOIN LATERAL (SELECT _pipeline.table_shape -> 'columns' ->> a.attnum::text AS name) AS b
+            WHERE a.attrelid = _pipeline.table_id AND a.attnum > 0 AND (a.attisdropped OR a.attname <> b.name)
+              AND b.name IS NOT NULL
+        );
+        BEGIN
+            PERFORM autoembed._keep_name(_pipeline.table_id);
+            PERFORM autoembed._follow(ARRAY[_pipeline.id]);
+        EXCEPTION WHEN OTHERS THEN
+            -- Another look comes.
+            NULL;
+        END;
+    END LOOP;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._follow_unseen IS
+    'Has pipelines follow columns that were renamed or dropped, and no event trigger has seen it. Until then their '
+    'triggers refuse writes.';
+
 CREATE OR REPLACE FUNCTION autoembed._follow_others(ids integer[], text_changed boolean DEFAULT false)
     RETURNS void
     LANGUAGE plpgsql
@@ -491,7 +526,11 @@ BEGIN
         WHERE q.table_shape -> 'partitions' @> (p.table_shape -> 'partitions')
     );
     _void := autoembed._follow(_ids);
-    IF TG_TAG = 'ALTER TYPE' THEN
+    -- ALTER TABLE, too, may rename an attribute of a composite type.
+    IF EXISTS (
+        SELECT FROM pg_event_trigger_ddl_commands() AS d
+        WHERE d.classid = 'pg_type'::regclass OR d.object_type LIKE 'composite type%'
+    ) THEN
         -- The text of a value may depend on its type.
         PERFORM autoembed._follow_others(ARRAY(
             SELECT p.id FROM autoembed.pipeline AS p
@@ -512,7 +551,7 @@ BEGIN
         ));
     END IF;
 
-    IF TG_TAG = 'ALTER TABLE' THEN
+    IF TG_TAG IN ('ALTER TABLE', 'ALTER INDEX') THEN
         FOR _rename IN
             SELECT DISTINCT ON (c.oid) c.oid::regclass AS new_table, o.oid::regclass AS old_table
             FROM pg_event_trigger_ddl_commands() AS d

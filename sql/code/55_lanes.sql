@@ -112,6 +112,7 @@ AS $plpgsql$
 BEGIN
     PERFORM autoembed._drop_orphaned_pipelines();
     PERFORM autoembed._finish_backfills();
+    PERFORM autoembed._follow_unseen();
     PERFORM autoembed._plan_stopped();
     PERFORM autoembed._fold_usage();
     WITH dead AS (
@@ -134,5 +135,5 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._clean_up IS
-    'Ends the pipelines of dropped tables and the backfills that are done. Makes the jobs of lanes whose process is '
-    'gone due at once; the attempt stays counted.';
+    'Ends the pipelines of dropped tables and the backfills that are done, and follows columns that were renamed '
+    'or dropped unseen. Makes the jobs of lanes whose process is gone due at once; the attempt stays counted.';

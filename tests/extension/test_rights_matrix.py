@@ -149,6 +149,7 @@ _follow_rewrite - - - x
 _follow_schemas - - - x
 _follow_tables - - - x
 _follow_truncate - - - x
+_follow_unseen - - - x
 _forget - - - x
 _forget_all - - - x
 _forget_ended - - - x

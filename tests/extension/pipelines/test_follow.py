@@ -28,6 +28,15 @@ RENAMES: dict[str, tuple[str, dict[str, str]]] = {
         'ALTER TABLE documents RENAME content TO "Inhalt ""x"" ü"',
         {"content": '"Inhalt ""x"" ü"'},
     ),
+    "content column, by ALTER VIEW": ("ALTER VIEW documents RENAME content TO text", {"content": "text"}),
+    "content columns for each other, by ALTER MATERIALIZED VIEW": (
+        "ALTER MATERIALIZED VIEW documents RENAME title TO x;"
+        "ALTER MATERIALIZED VIEW documents RENAME content TO title;"
+        "ALTER MATERIALIZED VIEW documents RENAME x TO content",
+        {"title": "content", "content": "title"},
+    ),
+    "key column, by ALTER FOREIGN TABLE": ("ALTER FOREIGN TABLE documents RENAME id TO number", {"id": "number"}),
+    "table, by ALTER INDEX": ("ALTER INDEX documents RENAME TO papers", {"documents": "papers"}),
     "key column": ("ALTER TABLE documents RENAME id TO number", {"id": "number"}),
     "embedding column": ('ALTER TABLE documents RENAME embedding TO "my {vector}"', {"embedding": '"my {vector}"'}),
     "columns of the condition": (
@@ -194,3 +203,36 @@ def test_a_pipeline_stops_or_ends_with_what_it_is_made_of_and_the_table_goes_on(
         db.execute("SELECT autoembed.process()")
         assert db.execute("SELECT state FROM autoembed.status").fetchall() == [("stopped",)]
         assert db.execute("SELECT tgname FROM pg_trigger WHERE tgname ~ 'autoembed_[0-9]'").fetchall() == []
+
+
+# With event triggers off, and what the application writes then.
+UNSEEN = {
+    "a renamed column": "ALTER TABLE documents RENAME content TO text",
+    "columns that change places": (
+        "ALTER TABLE documents RENAME title TO x; ALTER TABLE documents RENAME content TO title;"
+        "ALTER TABLE documents RENAME x TO content"
+    ),
+    "a dropped column": "ALTER TABLE documents DROP content",
+}
+
+
+@pytest.mark.parametrize("change", UNSEEN)
+def test_a_change_of_columns_that_no_event_trigger_sees_stops_writes_for_a_moment(
+    db: Connection, api: FakeApi, change: str
+) -> None:
+    attach(db)
+    embed(db)
+    db.execute("SET LOCAL event_triggers = off")
+    db.execute(UNSEEN[change])
+    db.execute("SET LOCAL event_triggers = on")
+
+    embed(db)
+
+    db.execute("UPDATE documents SET title = 'written' WHERE id = 1")
+    db.execute("DELETE FROM documents WHERE id = 2")
+    if change != "a dropped column":
+        embed(db)
+        words = {"content": "text"} if change == "a renamed column" else {"title": "content", "content": "title"}
+        assert db.execute("SELECT content_columns FROM autoembed.pipeline").fetchone() == (
+            [words.get(name, name) for name in ("title", "content")],
+        )
