@@ -28,6 +28,7 @@ from autoembed.kept import KeptTexts
 from autoembed.limits import NOTHING_KNOWN, PATIENCE_SECONDS, Charge, Limiter
 from autoembed.model import Embedded, Model, Request, Reranked, Share
 from autoembed.network import Network
+from autoembed.outbox import PROBE
 from autoembed.providers import COMPUTED_HERE, counter_of, most_tokens_of, provider_of, sizes_of
 from autoembed.quality import quality_of, summary
 from autoembed.query_models import answers, stop_answering
@@ -502,9 +503,9 @@ def probe(name: str) -> dict[str, Any]:
     try:
         _check(model)
         if model.reranks:
-            _rerank(here, model, worker.PROBE, [worker.PROBE])
+            _rerank(here, model, PROBE, [PROBE])
         else:
-            _embed_query(here, model, worker.PROBE, PROBE_TIMEOUT_SECONDS)
+            _embed_query(here, model, PROBE, PROBE_TIMEOUT_SECONDS)
     except Fault as fault:
         return {"problem": fault.problem, "advice": fault.hint}
     except Trouble as trouble:
@@ -554,12 +555,12 @@ def _embed_in_turn(here: Database, model: Model, content: str) -> str:
 
 def _wait_for_permit(here: Database, model: Model, charges: Sequence[Charge | None], end: float) -> None:
     """Waits until the model may be asked once more. Raises ProviderTrouble if that is not so at the end."""
-    permit = here.take_permit(model.name, charges, with_slot=False)
+    permit = here.take_permit(model.name, charges, end - time.monotonic(), with_slot=False)
     if permit.spent is not None:
         raise OverBudget(permit.spent)
+    if permit.possible_at is not None:
+        raise ProviderTrouble(f"its limits allow no request for {permit.possible_at - time.monotonic():.0f} s")
     while permit.at is not None and time.monotonic() < permit.at:
-        if permit.at > end:
-            raise ProviderTrouble(f"its limits allow no request for {permit.at - time.monotonic():.0f} s")
         _wait(here)
 
 

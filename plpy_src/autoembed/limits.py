@@ -20,7 +20,7 @@ HEADROOM = 1.03
 SAVED_SECONDS = 0.1
 # The first request to an unknown model goes alone for at most this long, in seconds.
 FIRST_ANSWER_SECONDS = 1.0
-# A pass, or embed(), waits this long for its turn, in seconds.
+# A pass waits this long for the turn of a request, and embed() for its own, in seconds.
 PATIENCE_SECONDS = 10.0
 # A limit that takes longer than this to be whole again, in seconds, is not one of a minute.
 MINUTE_SECONDS = 61
@@ -58,14 +58,16 @@ class Charge(NamedTuple):
 class Permit(NamedTuple):
     """The permission to send a request.
 
-    at: the moment, by time.monotonic(); None: no slot is free. slot: where the number of requests in flight is limited.
-    spent: why nothing may be sent for rest_seconds.
+    at: the moment, by time.monotonic(); None: it is not given. slot: where the number of requests in flight is limited.
+    spent: why nothing may be sent for rest_seconds. possible_at: the moment that the limits allow, which is too far
+    away. Neither, and no permission: no slot is free.
     """
 
     at: float | None = None
     slot: int | None = None
     spent: str | None = None
     rest_seconds: float = 0.0
+    possible_at: float | None = None
 
 
 NOTHING_KNOWN = Limits()
@@ -208,12 +210,15 @@ class Limiter:
         """Charges a request of so many tokens, by estimate: in requests, and in tokens less those overpaid before."""
         requests, token_allowance = self._allowances()
         refund = min(self._overpaid, tokens)
-        self._overpaid -= refund
         age = now - self._told_at
         return (
             charge_for(1, requests, self._told.requests.at_once, age),
             charge_for(tokens - refund, token_allowance, self._told.tokens.at_once, age),
         )
+
+    def charged(self, tokens: int) -> None:
+        """Takes note that a permit for so many tokens was given."""
+        self._overpaid -= min(self._overpaid, tokens)
 
     def learn_from(self, outcome: object, now: float) -> bool:
         """Takes the limits from the headers of an answer. Returns whether they differ from those known before."""

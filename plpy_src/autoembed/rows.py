@@ -17,6 +17,7 @@ from autoembed.chunks import FUNCTION, NONE
 from autoembed.cutting import Cutter, sent_of
 from autoembed.errors import Fault, PassEnded, RowError
 from autoembed.jobs import CHANGES, MAX_ATTEMPTS, REFUSED, Job, Ledger
+from autoembed.limits import PATIENCE_SECONDS
 from autoembed.providers import COMPUTED_HERE, most_tokens_of
 from autoembed.records import MAX_TEXT_BYTES, Chunk, Written, changes, digest_of_chunks, first_number
 
@@ -58,6 +59,8 @@ AHEAD_SECONDS = 1.0
 FUNCTION_AHEAD_SECONDS = 0.5
 # The texts of the first request to a model that embeds in the lane's own process.
 FIRST_TEXTS = 10
+# A slow server that is sent fewer texts in a request is sent any number again from this one on.
+MOST_TEXTS = 2048
 # The fixed cost of a write statement, in seconds.
 WRITE_SECONDS = 0.003
 # The first guess for a row of a table with a vector index, in seconds.
@@ -125,12 +128,9 @@ class Pace:
         return min(self._max_rows, requests * self._batch_size)
 
 
-# No request has more texts.
-MOST_TEXTS = 2048
-
-
 class Speeds:
-    """The speeds of models that run in this process, one request at a time, and the sizes that others answer in time.
+    """The speeds of models that run in this process, one request at a time, the sizes that others answer in time, and
+    when their limits allow the next request.
 
     first_texts: the most in the first request.
     """
@@ -139,6 +139,16 @@ class Speeds:
         self._first_texts = first_texts
         self._texts_per_second: dict[str, float] = {}
         self._most_texts: dict[str, int] = {}
+        self._allowed_from: dict[str, float] = {}
+
+    def allows_from(self, model: str, at: float) -> None:
+        """Takes note that the limits of a model allow no request before a moment. It may be altered meanwhile."""
+        self._allowed_from[model] = min(at, time.monotonic() + 2 * PATIENCE_SECONDS) - PATIENCE_SECONDS
+
+    def not_allowed(self) -> set[str]:
+        """The models for which nothing is to be claimed yet, since the turn of a request would be too far away."""
+        now = time.monotonic()
+        return {model for model, at in self._allowed_from.items() if now < at}
 
     def came_late(self, model: str, texts: int) -> None:
         """Takes note of a request without an answer in time. The next ones have at most half as many texts."""

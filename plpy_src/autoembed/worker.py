@@ -6,33 +6,31 @@ import math
 import random
 import threading
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from autoembed import batching, heap, providers
-from autoembed.answers import shorter_limit
 from autoembed.cutting import Cutter
 from autoembed.errors import (
     CameLate,
     Fault,
-    FellOver,
     OverBudget,
     PassEnded,
     ProviderTrouble,
     RanTooLong,
     Refused,
     RowError,
-    Trouble,
     rest_seconds,
 )
 from autoembed.flight import SLICE_SECONDS, Flight, Turns
 from autoembed.jobs import Job, Ledger, Report, are_keys, open_jobs
-from autoembed.limits import FIRST_ANSWER_SECONDS, NOTHING_KNOWN, PATIENCE_SECONDS, Limiter, Permit
+from autoembed.limits import FIRST_ANSWER_SECONDS, NOTHING_KNOWN
 from autoembed.model import Embedded, Model, Request, Share, Trial
+from autoembed.outbox import Outbox
 from autoembed.providers import PROVIDERS, provider_of, sizes_of
 from autoembed.rows import OWNER_READ_BYTES, READ_BYTES, Owners, Pace, Rows, Speeds, owners_of_few
 
@@ -57,8 +55,6 @@ FULL_POLL_SECONDS = 0.3
 LOOK_AROUND_SECONDS = 1.0
 # A lane for backfills merges so many times in each look, if there is as much to merge.
 BACKFILL_MERGES = 5
-# A model that has not answered for this long, in seconds, holds up no other: nothing more is claimed for it.
-BUSY_SECONDS = 1.0
 # The threads of a lane, as a multiple of the requests that one model may have at a time.
 THREADS_PER_REQUEST = 4
 # Requests to a model that embeds in this process: one is worked on, the next one waits.
@@ -67,14 +63,8 @@ REQUESTS_HERE = 2
 FUNCTION_SECONDS = 1.0
 # A lane whose time is up waits so long for its answers, in seconds.
 ENDING_SECONDS = 2.0
-# A server that has ended a connection without an answer may start again for so long, in seconds.
-RESTART_SECONDS = 10.0
 # A model that has failed so often is asked by a probe before it is sent texts.
 ASKED_AFTER_FAILURES = 2
-# The pause between two tries to reach it, in seconds.
-RESTART_POLL_SECONDS = 0.5
-# A text that no model refuses. It shows whether a text or the whole request is to blame.
-PROBE = "autoembed"
 
 
 @dataclass(frozen=True)
@@ -185,7 +175,9 @@ class _Lane:
 
     def works(self) -> bool:
         """Makes a pass, if something is due. Returns whether it was."""
-        messages = self.claim(self.pace.max_rows(), [], [], sorted(self.owners.resting()))
+        messages = self.claim(
+            self.pace.max_rows(), [], sorted(self.speeds.not_allowed()), sorted(self.owners.resting())
+        )
         if not messages:
             self._database.commit()
             return False
@@ -277,58 +269,6 @@ def _claim_backfill(
     return []
 
 
-@dataclass
-class Outbox:
-    """One model's part of a pass.
-
-    jobs: the open ones, by text. unsent: texts that no request holds yet. accepted: the model has answered in this
-    pass. suspended: requests that failed, until it is known whether the model answers others.
-    too_long: texts that were refused for their length, and wait for the outcome of a trial, each with its trouble.
-    long: long texts with chunks that no request holds yet: they take turns, behind all that waits.
-    waiting: requests that the model's limits do not allow yet. permit: that of the first. slots: all that are held.
-    fell_at: when its server last ended a connection without an answer; None: not since a text was last looked for.
-    has_suspects: there are texts of which one may have felled the server before this pass.
-    asks_first: nothing is sent before a probe is answered.
-    again_at: until then, nothing is sent.
-    """
-
-    limiter: Limiter
-    jobs: dict[str, list[Job]] = field(default_factory=lambda: defaultdict(list))
-    unsent: list[str] = field(default_factory=list)
-    long: deque[Job] = field(default_factory=deque)
-    accepted: bool = False
-    trouble: ProviderTrouble | None = None
-    suspended: list[tuple[Request, Trouble]] = field(default_factory=list)
-    too_long: dict[str, Trouble] = field(default_factory=dict)
-    failures: int = 0
-    waiting: deque[Request] = field(default_factory=deque)
-    in_flight: int = 0
-    permit: Permit | None = None
-    slots: set[int] = field(default_factory=set)
-    fell_at: float | None = None
-    has_suspects: bool = False
-    asks_first: bool = False
-    again_at: float = 0.0
-    began_at: float = field(default_factory=time.monotonic)
-    # When the model last answered, or was first asked while nothing was in flight.
-    heard_at: float = field(default_factory=time.monotonic)
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether the model has not answered for a while."""
-        return self.in_flight > 0 and time.monotonic() - self.heard_at > BUSY_SECONDS
-
-    @property
-    def needs_care(self) -> bool:
-        """Whether the model has failed, and has open jobs still."""
-        return not self.is_idle and bool(self.trouble or self.suspended or self.failures)
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing of the model is open."""
-        return not (self.jobs or self.in_flight or self.waiting or self.suspended or self.unsent or self.long)
-
-
 @dataclass(eq=False)
 class Cut:
     """A job whose long text is cut into chunks in a thread."""
@@ -390,7 +330,7 @@ class _Pass:
             try:
                 self._flight = flight
                 self._load(flight, messages)
-                while flight or self._waiting() or self._rows.uncut or self._rows.some_are_unwritten:
+                while flight or self._has_work():
                     for landed, outcome in flight.landed():
                         self._wait_until_sent()
                         self._database.lock_lanes()
@@ -401,13 +341,13 @@ class _Pass:
                             self._land(flight, landed, outcome)
                         self._commit()
                         self._launch(flight)
-                    if self._waiting() or self._rows.uncut or self._rows.some_are_unwritten:
+                    if self._has_work():
                         time.sleep(SLICE_SECONDS)
                         self._between_waits()
             except _TimeIsUp:
                 # The requests that are left are ended, and their jobs released.
                 for outbox in self._outboxes.values():
-                    self._keep_suspects(outbox, "the lane's time was up")
+                    outbox.keep_suspects("the lane's time was up")
             finally:
                 self._flight = None
                 for model, outbox in self._outboxes.items():
@@ -457,12 +397,7 @@ class _Pass:
 
     def _put(self, chosen: Iterable[tuple[Job, str]]) -> None:
         for job, text in chosen:
-            outbox = self._outbox(job.pipeline)
-            if text not in outbox.jobs:
-                outbox.unsent.append(text)
-            outbox.jobs[text].append(job)
-            if job.unsent and job not in outbox.long:
-                outbox.long.append(job)
+            self._outbox(job.pipeline).put(job, text)
 
     def _cut_next(self, flight: _Flight) -> None:
         """Has the shortest of the long texts cut into chunks. Several at a time would leave the lane little time."""
@@ -496,46 +431,27 @@ class _Pass:
     def _send(self, flight: _Flight, *, first: bool = False) -> None:
         few = self._owners_of_few()
         for model, outbox in self._outboxes.items():
-            unsent, outbox.unsent = outbox.unsent, []
+            unsent = outbox.take_unsent()
             # In requests of their own, so that their answers do not wait until those of others are written. If limits
             # allow few requests, all travel together.
             apart = set() if outbox.limiter.needs_permits else few
-            suspects = self._suspects_in(outbox, unsent)
+            suspects = outbox.suspects_in(unsent)
             unsent = [text for text in unsent if not any(text in group for group in suspects)]
-            of_few = dict.fromkeys(text for text in unsent if apart and self._owners_of(outbox, [text]) <= apart)
+            of_few = dict.fromkeys(text for text in unsent if apart and outbox.owners_of([text]) <= apart)
             self._submit(model, [text for text in unsent if text not in of_few], first=first)
             self._submit(model, list(of_few), first=True)
             asks = suspects or outbox.failures >= ASKED_AFTER_FAILURES
             if asks and not (outbox.accepted or outbox.trouble or outbox.is_idle):
-                self._ask_first(model, outbox)
+                outbox.ask_first()
             for group in suspects:
                 outbox.has_suspects = True
-                self._submit(model, list(group), suspect=True)
+                self._submit(model, group, suspect=True)
         self._launch(flight)
         self._cut_next(flight)
-
-    def _ask_first(self, model: Model, outbox: Outbox) -> None:
-        """Sends a probe before all others: a server that is not there does not fall over a text."""
-        if outbox.in_flight == 0 and outbox.permit is None and not any(other.probe for other in outbox.waiting):
-            outbox.waiting.appendleft(self._request(model, [PROBE], probe=True))
-            outbox.asks_first = True
-
-    @staticmethod
-    def _suspects_in(outbox: Outbox, texts: Iterable[str]) -> list[dict[str, None]]:
-        """Those of these texts of which one may have felled the server, in groups that travel apart."""
-        groups: dict[int, dict[str, None]] = defaultdict(dict)
-        for text in texts:
-            if number := next((job.suspects for job in outbox.jobs[text] if job.suspects), 0):
-                groups[number][text] = None
-        return list(groups.values())
 
     def _owners_of_few(self) -> set[int]:
         """The owners of few of the rows that the lane holds. They do not wait for those of many."""
         return owners_of_few(Counter(job.pipeline.owner for job in self._held_jobs()))
-
-    @staticmethod
-    def _owners_of(outbox: Outbox, texts: Iterable[str]) -> set[int]:
-        return {job.pipeline.owner for text in texts for job in outbox.jobs.get(text, ())}
 
     def _of_few(self, landed: Sequence[Request | Cut]) -> Sequence[Request | Cut]:
         """Those of these requests whose rows, if there are any, are all of owners of few."""
@@ -543,14 +459,22 @@ class _Pass:
         return [
             one
             for one in landed
-            if few and isinstance(one, Request) and self._owners_of(self._outboxes[one.model], one.texts) <= few
+            if few and isinstance(one, Request) and self._outboxes[one.model].owners_of(one.texts) <= few
         ]
 
     def _outbox(self, pipeline: Pipeline) -> Outbox:
         outbox = self._outboxes.get(pipeline.model)
         if outbox is None or outbox.is_idle:
             self._speeds.recall(pipeline.model.name, pipeline.model.inputs_taken)
-            outbox = self._outboxes[pipeline.model] = Outbox(Limiter(pipeline.model), failures=pipeline.failures)
+            outbox = Outbox(
+                pipeline.model,
+                self._rows,
+                self._ledger,
+                self._timeout_seconds(pipeline.model),
+                self._stopped,
+                pipeline.failures,
+            )
+            self._outboxes[pipeline.model] = outbox
         return outbox
 
     def _claim_more(self, flight: _Flight, lane: _Lane) -> None:
@@ -564,7 +488,7 @@ class _Pass:
         # In requests: those the lane may hold, those it holds, and those that may be added.
         most = self._pace.max_rows() // batch_size
         held = -(-sum(len(jobs) for outbox in others for jobs in outbox.jobs.values()) // batch_size)
-        under_way = sum(outbox.in_flight + len(outbox.waiting) for outbox in others)
+        under_way = sum(len(outbox.in_flight) + len(outbox.waiting) for outbox in others)
         free = min(self._options.max_requests - under_way, most - held)
         now = time.monotonic()
         if now < self._claim_at and 2 * free < most:
@@ -578,7 +502,7 @@ class _Pass:
         messages = lane.claim(
             max(free, 1) * batch_size,
             self._ledger.open_message_ids(),
-            sorted(busy | shaky),
+            sorted(busy | shaky | self._speeds.not_allowed()),
             # The code of an owner is slow, or the rows are many. What is claimed now would only wait behind it.
             sorted(self._rows.owners_behind() | self._owners.resting() | holders),
         )
@@ -624,54 +548,56 @@ class _Pass:
         # A new change waits behind the request that is being worked on.
         most = min(most, self._texts_ahead(model) or most)
         packed = batching.pack(texts, most, sizes.tokens_per_request, model.prefix("document"))
-        requests = [self._request(model, part, suspect=suspect) for part in packed]
-        if not first:
-            outbox.waiting.extend(requests)
-            return
-        # A probe, and a request that has its permit, keep their place.
-        has_place = outbox.waiting and (outbox.waiting[0].probe or outbox.permit is not None)
-        ahead = [outbox.waiting.popleft()] if has_place else []
-        outbox.waiting.extendleft(reversed([*ahead, *requests]))
+        outbox.add([outbox.request(part, suspect=suspect) for part in packed], first=first)
 
-    def _request(self, model: Model, texts: Sequence[str], *, probe: bool = False, suspect: bool = False) -> Request:
+    def _timeout_seconds(self, model: Model) -> float:
         holds_up = self._in_lane and provider_of(model).RUNS_IN_BACKEND
-        usual = FUNCTION_SECONDS if holds_up else self._options.timeout_seconds
-        seconds = model.timeout_seconds or usual
-        return Request(model, texts, seconds, probe=probe, suspect=suspect, stopped=self._stopped)
+        return model.timeout_seconds or (FUNCTION_SECONDS if holds_up else self._options.timeout_seconds)
 
-    def _waiting(self) -> int:
-        return sum(len(outbox.waiting) + len(outbox.long) for outbox in self._outboxes.values())
+    def _has_work(self) -> bool:
+        """Whether something is left that is not in flight."""
+        waits = any(outbox.has_next for outbox in self._outboxes.values())
+        return waits or bool(self._rows.uncut) or self._rows.some_are_unwritten
 
     def _launch(self, flight: _Flight) -> None:
         """Sends the requests that the limits of their models allow by now."""
         for model, outbox in self._outboxes.items():
-            provider = provider_of(model)
-            while self._has_next(model, outbox) and self._is_its_turn(flight, model, outbox):
-                request = outbox.waiting.popleft()
-                if outbox.permit is not None:
-                    request.slot, outbox.permit = outbox.permit.slot, None
+            in_backend = provider_of(model).RUNS_IN_BACKEND
+            while (request := self._next(flight, outbox)) is not None:
+                outbox.send(request)
                 self._ledger.report.requests += 1
-                if outbox.in_flight == 0:
-                    outbox.heard_at = time.monotonic()
-                outbox.in_flight += 1
-                request.sent_at = time.monotonic()
-                if not provider.RUNS_IN_BACKEND:
+                if not in_backend:
                     self._leaving.append(request)
                 call = partial(providers.embed, request, self._network, self._database.call_embedder)
-                flight.submit(request, call, here=provider.RUNS_IN_BACKEND)
+                flight.submit(request, call, here=in_backend)
+            if outbox.permit is not None and not outbox.has_next:
+                self._free(model, outbox.take_permit_back())
+                self._database.commit()
 
-    def _has_next(self, model: Model, outbox: Outbox) -> bool:
-        """Whether a request waits. If none does, the next chunks of a long text become one."""
-        while not outbox.waiting and outbox.long and outbox.in_flight < self._options.max_requests:
+    def _next(self, flight: _Flight, outbox: Outbox) -> Request | None:
+        """The next request of a model, if it may be sent now. Asks for its permit if it has none."""
+        self._unroll(outbox)
+        request = outbox.next()
+        if request is None or not self._has_room(outbox):
+            return None
+        if not outbox.limiter.needs_permits:
+            return request
+        if outbox.permit is None:
+            self._ask_for_permit(flight, outbox, request)
+        at = outbox.permit and outbox.permit.at
+        return None if at is None or time.monotonic() < at else request
+
+    def _unroll(self, outbox: Outbox) -> None:
+        """Where no request waits, makes one of the next chunks of a long text."""
+        while not outbox.waiting and outbox.long and len(outbox.in_flight) < self._options.max_requests:
             job = outbox.long[0]
             if job.outcome is None:
-                self._put([(job, text) for text in self._rows.next_texts(job, self._options.batch_size)])
-                unsent, outbox.unsent = outbox.unsent, []
-                self._submit(model, unsent)
+                for text in self._rows.next_texts(job, self._options.batch_size):
+                    outbox.put(job, text)
+                self._submit(outbox.model, outbox.take_unsent())
             outbox.long.popleft()
             if job.outcome is None and job.unsent:
                 outbox.long.append(job)
-        return bool(outbox.waiting)
 
     def _wait_until_sent(self) -> None:
         """Gives requests a moment to be sent: their threads need the interpreter, which a statement keeps."""
@@ -680,46 +606,40 @@ class _Pass:
             request.sent.wait(end - time.monotonic())
         self._leaving.clear()
 
-    def _is_its_turn(self, flight: _Flight, model: Model, outbox: Outbox) -> bool:
-        """Whether the first request that waits may be sent now. Asks for its permit if it has none."""
-        elapsed = time.monotonic() - outbox.began_at
-        if outbox.in_flight >= min(self._options.max_requests, model.max_requests_in_flight or math.inf):
-            return False
-        is_asked = bool(outbox.suspended or outbox.asks_first)
-        if is_asked and not outbox.waiting[0].probe or time.monotonic() < outbox.again_at:
-            return False
-        if outbox.in_flight >= REQUESTS_HERE and self._texts_ahead(model) is not None:
-            return False
-        # A text that a server falls over must not take the answers to others with it.
-        careful = outbox.fell_at is not None or outbox.has_suspects
-        if outbox.in_flight and (careful or self._speeds.is_late(model.name)):
-            return False
-        if outbox.in_flight and outbox.limiter.learnt is None and elapsed < FIRST_ANSWER_SECONDS:
-            return False
-        if not outbox.limiter.needs_permits:
+    def _has_room(self, outbox: Outbox) -> bool:
+        """Whether one more request to a model may be in flight."""
+        model, in_flight = outbox.model, len(outbox.in_flight)
+        if in_flight == 0:
             return True
-        if outbox.permit is None:
-            if elapsed > PATIENCE_SECONDS:
-                self._release_waiting(outbox, [], "the model's limits allow no request yet")
-                return False
-            self._ask_for_permit(flight, outbox)
-        return outbox.permit is not None and outbox.permit.at is not None and time.monotonic() >= outbox.permit.at
+        if in_flight >= min(self._options.max_requests, model.max_requests_in_flight or math.inf):
+            return False
+        if in_flight >= REQUESTS_HERE and self._texts_ahead(model) is not None:
+            return False
+        if outbox.is_careful or self._speeds.is_late(model.name):
+            return False
+        return outbox.limiter.learnt is not None or time.monotonic() >= outbox.began_at + FIRST_ANSWER_SECONDS
 
-    def _ask_for_permit(self, flight: _Flight, outbox: Outbox) -> None:
-        """Asks for a permit for the first request that waits. Gives the model up if its budget is spent."""
-        request = outbox.waiting[0]
-        prefix = request.model.prefix("document")
-        request.tokens = sum(batching.estimate_tokens(prefix + text) for text in request.texts)
-        charges = outbox.limiter.charge(request.tokens, time.monotonic())
-        permit = self._database.take_permit(request.model.name, charges, with_slot=True)
-        if permit.spent is not None:
-            outbox.waiting.popleft()
-            self._give_up_model(flight, request, OverBudget(permit.spent, retry_after_seconds=permit.rest_seconds))
-        elif permit.at is not None:
-            outbox.permit = permit
-            outbox.slots.update([] if permit.slot is None else [permit.slot])
+    def _ask_for_permit(self, flight: _Flight, outbox: Outbox, request: Request) -> None:
+        """Asks for a permit for the next request. Gives the model up if its budget is spent."""
+        prefix = outbox.model.prefix("document")
+        tokens = sum(batching.estimate_tokens(prefix + text) for text in request.texts)
+        patience = outbox.patience()
+        charges = outbox.limiter.charge(tokens, time.monotonic())
+        permit = self._database.take_permit(outbox.model.name, charges, patience, with_slot=True)
         # The commit comes at once: other lanes wait for their turn.
         self._database.commit()
+        if permit.spent is not None:
+            trouble = OverBudget(permit.spent, retry_after_seconds=permit.rest_seconds)
+            self._give_up_model(flight, outbox, None, trouble)
+        elif permit.at is not None:
+            outbox.allow(permit, tokens)
+        elif permit.possible_at is None and patience > 0:
+            outbox.refused_at = outbox.refused_at or time.monotonic()
+        else:
+            if permit.possible_at is not None:
+                self._speeds.allows_from(outbox.model.name, permit.possible_at)
+            outbox.run_out_of_patience()
+            self._commit()
 
     def _land(self, flight: _Flight, request: Request, outcome: _Outcome) -> None:
         outbox = self._outboxes[request.model]
@@ -731,28 +651,28 @@ class _Pass:
             outcome = outbox.trouble
         match outcome:
             case RanTooLong() if len(request.texts) > 1:
-                self._send_fewer(flight, request, outbox)
-            case ProviderTrouble() if self._may_be_a_texts(outbox, request, outcome):
-                self._suspend(request, outcome)
-            case ProviderTrouble() if self._may_be_starting(outbox, request, outcome):
-                self._send_later(request)
+                self._send_fewer(flight, outbox, request)
+            case ProviderTrouble() if outbox.may_be_a_texts(request, outcome):
+                outbox.suspend(request, outcome)
+            case ProviderTrouble() if outbox.may_be_starting(request, outcome):
+                outbox.send_later(request)
             case ProviderTrouble():
-                self._give_up_model(flight, request, outcome)
+                self._give_up_model(flight, outbox, request, outcome)
             case Refused():
-                self._refuse(request, outcome)
+                outbox.refuse(request, outcome)
             case Exception():
                 # A mistake in this code must not end every lane again and again. Its text may hold a key.
                 trouble = ProviderTrouble(
                     f"an unexpected {type(outcome).__name__} in the provider {request.model.provider}"
                 )
-                self._give_up_model(flight, request, trouble)
+                self._give_up_model(flight, outbox, request, trouble)
             case BaseException():
                 raise outcome
             case Embedded(vectors, tokens):
                 if outcome.seconds is not None:
                     self._speeds.embedded(request.model.name, len(request.texts), outcome.seconds)
                 self._database.note_usage(request.model.name, self._shares(request, tokens), request.slot)
-                self._accept(request, vectors, outcome.cut)
+                self._accept(outbox, request, vectors, outcome.cut)
 
     def _note_time(self, request: Request, outcome: _Outcome) -> None:
         """Has a slow server be sent fewer texts at a time, and more once it answers quickly."""
@@ -770,9 +690,7 @@ class _Pass:
 
     def _note_limits(self, outbox: Outbox, request: Request, outcome: _Outcome) -> None:
         """Takes the model's limits from an answer. A request that failed frees its slot."""
-        outbox.in_flight -= 1
-        outbox.heard_at = time.monotonic()
-        outbox.slots.discard(request.slot or 0)
+        outbox.land(request)
         if isinstance(outcome, Embedded):
             outbox.limiter.correct_estimate(request.tokens, outcome.tokens)
         elif request.slot is not None:
@@ -780,32 +698,26 @@ class _Pass:
         if outbox.limiter.learn_from(outcome, time.monotonic()):
             self._database.learn_limits(request.model.name, outbox.limiter.learnt or NOTHING_KNOWN)
             # The requests that still wait may have too many tokens.
-            self._pack_again(request.model, outbox, [])
+            self._submit(outbox.model, outbox.unpack())
 
-    def _pack_again(self, model: Model, outbox: Outbox, texts: Sequence[str]) -> None:
-        """Packs the texts of requests that wait, and these, by what is known now.
-
-        A probe, a trial, suspects and a permit keep theirs.
-        """
-        waiting: list[Request] = []
-        if outbox.permit is None and not any(other.probe or other.trial for other in outbox.waiting):
-            waiting = [other for other in outbox.waiting if not other.suspect]
-            outbox.waiting = deque(other for other in outbox.waiting if other.suspect)
-        self._submit(model, [*texts, *(text for other in waiting for text in other.texts)])
-
-    def _send_fewer(self, flight: _Flight, request: Request, outbox: Outbox) -> None:
+    def _send_fewer(self, flight: _Flight, outbox: Outbox, request: Request) -> None:
         """Sends the texts of a request that took an SQL function too long again, fewer at a time."""
         self._speeds.ran_too_long(request.model.name, len(request.texts), request.timeout_seconds)
-        unsent = self._withdraw(flight, request.model, outbox)
-        self._pack_again(request.model, outbox, [text for one in [request, *unsent] for text in one.texts])
+        self._withdraw(flight, outbox)
+        unpacked = outbox.unpack()
+        if request.suspect:
+            self._submit(outbox.model, request.texts, suspect=True)
+            self._submit(outbox.model, unpacked)
+        else:
+            self._submit(outbox.model, [*request.texts, *unpacked])
 
-    def _withdraw(self, flight: _Flight, model: Model, outbox: Outbox) -> list[Request]:
+    def _withdraw(self, flight: _Flight, outbox: Outbox) -> None:
         """Takes back the requests of a model that were handed over, and have not begun."""
-        withdrawn = flight.withdraw(lambda other: isinstance(other, Request) and other.model == model)
-        unsent = [other for other in withdrawn if isinstance(other, Request)]
-        self._ledger.report.requests -= len(unsent)
-        outbox.in_flight -= len(unsent)
-        return unsent
+        withdrawn = flight.withdraw(lambda other: isinstance(other, Request) and other.model == outbox.model)
+        requests = [other for other in withdrawn if isinstance(other, Request)]
+        self._ledger.report.requests -= len(requests)
+        self._leaving = [other for other in self._leaving if other not in requests]
+        self._free(outbox.model, outbox.take_back(requests))
 
     def _free(self, model: Model, slots: Iterable[int]) -> None:
         if slots:
@@ -830,65 +742,13 @@ class _Pass:
             for number, ((pipeline_id, own), part) in enumerate(zip(texts.items(), parts, strict=True))
         ]
 
-    def _refuse(self, request: Request, refusal: Refused) -> None:
-        """Looks for the text to blame, as soon as the model is known to accept others."""
-        outbox = self._outboxes[request.model]
-        if outbox.accepted:
-            self._split(request, refusal)
-        else:
-            self._suspend(request, refusal)
-
-    @staticmethod
-    def _may_be_a_texts(outbox: Outbox, request: Request, trouble: ProviderTrouble) -> bool:
-        """Whether a text may be to blame for trouble of a request. A wait that the provider asks for comes first."""
-        if request.probe or outbox.trouble is not None or not trouble.may_be_a_texts:
-            return False
-        return request.suspect or outbox.failures > 0 or not trouble.retry_after_seconds
-
-    @staticmethod
-    def _may_be_starting(outbox: Outbox, request: Request, trouble: ProviderTrouble) -> bool:
-        """Whether the reason may be that a server that fell over a text is not there again yet."""
-        if outbox.trouble is not None or not (isinstance(trouble, FellOver) or request.probe and not trouble.permanent):
-            return False
-        if trouble.may_be_a_texts and outbox.failures > 0:
-            # Something is there, and fails each time.
-            return False
-        # The request that the server fell over may still be in flight.
-        return outbox.in_flight > 0 or (
-            outbox.fell_at is not None and time.monotonic() < outbox.fell_at + RESTART_SECONDS
-        )
-
-    def _send_later(self, request: Request) -> None:
-        """Sends a request again after a pause, a probe before all others."""
-        outbox = self._outboxes[request.model]
-        again = self._request(request.model, request.texts, probe=request.probe, suspect=request.suspect)
-        again.trial = request.trial
-        if request.probe:
-            outbox.waiting.appendleft(again)
-        else:
-            outbox.waiting.append(again)
-        outbox.again_at = time.monotonic() + RESTART_POLL_SECONDS
-
-    def _suspend(self, request: Request, trouble: Trouble) -> None:
-        """Keeps a request that failed until the model has answered another one. Sends a probe."""
-        outbox = self._outboxes[request.model]
-        if isinstance(trouble, FellOver):
-            outbox.fell_at = time.monotonic()
-        outbox.suspended.append((request, trouble))
-        if len(outbox.suspended) == 1:
-            probe = self._request(request.model, [PROBE], probe=True)
-            outbox.waiting.appendleft(probe)
-
-    def _accept(self, request: Request, vectors: np.ndarray, cut: Iterable[int]) -> None:
-        outbox = self._outboxes[request.model]
-        outbox.accepted = True
+    def _accept(self, outbox: Outbox, request: Request, vectors: np.ndarray, cut: Iterable[int]) -> None:
         # A probe that went first says little of texts: it passes limits that they exceed.
         if outbox.failures and not outbox.asks_first:
             self._database.resume_model(request.model.name)
             outbox.failures = 0
-        outbox.asks_first = False
         if request.trial is not None:
-            self._learn_tokens_taken(request.model, request.trial)
+            self._learn_tokens_taken(outbox, request.trial)
         elif not request.probe:
             for number in cut:
                 for job in outbox.jobs[request.texts[number]]:
@@ -896,150 +756,33 @@ class _Pass:
             self._apply(request, vectors)
             for text in request.texts:
                 del outbox.jobs[text]
-        suspended, outbox.suspended = outbox.suspended, []
-        for failed, trouble in suspended:
-            self._split(failed, trouble)
-        if not any(other.suspect for other in outbox.waiting):
-            outbox.fell_at = None
-            outbox.has_suspects = False
+        outbox.accept(request)
 
-    def _split(self, request: Request, trouble: Trouble) -> None:
-        """Halves a request that failed until the text to blame stands alone."""
-        outbox = self._outboxes[request.model]
-        if len(request.texts) > 1:
-            for half in batching.halves(list(request.texts)):
-                outbox.waiting.append(self._request(request.model, half, suspect=True))
-        elif request.trial is None:
-            self._refuse_text(request.model, request.texts[0], trouble)
-        elif not self._try_shorter(request.model, request.trial.text, request.texts[0], trouble):
-            # Length is not the reason.
-            while outbox.too_long:
-                self._give_up_text(outbox, *outbox.too_long.popitem())
-
-    def _refuse_text(self, model: Model, text: str, trouble: Trouble) -> None:
-        """Fails the rows of a text that stands alone, unless it is too long and may be cut."""
-        outbox = self._outboxes[model]
-        jobs = outbox.jobs[text]
-        cuttable = [job for job in jobs if job.pipeline.may_cut]
-        if not cuttable:
-            self._give_up_text(outbox, text, trouble)
-        elif outbox.too_long:
-            if shorter_limit(trouble, self._tokens(model, text)) is None:
-                self._give_up_text(outbox, text, trouble)
-            else:
-                outbox.too_long[text] = trouble
-        elif self._try_shorter(model, text, text, trouble):
-            outbox.too_long[text] = trouble
-        else:
-            self._give_up_text(outbox, text, trouble)
-
-    def _try_shorter(self, model: Model, text: str, refused: str, trouble: Trouble) -> bool:
-        """Sends the beginning of a text, if the length of the text or beginning that was refused may be the reason."""
-        limit = shorter_limit(trouble, self._tokens(model, refused))
-        beginning = refused if limit is None else batching.truncate(refused, limit, model.prefix("document"))
-        if limit is None or len(beginning) == len(refused) or provider_of(model).RUNS_IN_BACKEND:
-            return False
-        request = self._request(model, [beginning])
-        request.trial = Trial(text, limit)
-        self._outboxes[model].waiting.append(request)
-        return True
-
-    def _learn_tokens_taken(self, model: Model, trial: Trial) -> None:
+    def _learn_tokens_taken(self, outbox: Outbox, trial: Trial) -> None:
         """Notes the length that a model takes. The rows whose texts were too long are read, cut and sent again."""
-        if self._database.learn_tokens_taken(model.name, trial.tokens):
+        if self._database.learn_tokens_taken(outbox.model.name, trial.tokens):
             self._database.log(
-                f'autoembed cuts texts for model "{model.name}" at about {trial.tokens} tokens: '
+                f'autoembed cuts texts for model "{outbox.model.name}" at about {trial.tokens} tokens: '
                 "its provider has refused a longer one"
             )
-        outbox = self._outboxes[model]
-        while outbox.too_long:
-            text, trouble = outbox.too_long.popitem()
-            for job in outbox.jobs.pop(text):
-                if job.outcome is None and job.pipeline.may_cut:
-                    self._ledger.retry(job, 0.0)
-                elif job.outcome is None:
-                    self._rows.refuse(job, str(trouble), at_once=isinstance(trouble, Refused))
+        outbox.read_shorter()
 
-    def _give_up_text(self, outbox: Outbox, text: str, trouble: Trouble) -> None:
-        for job in outbox.jobs.pop(text):
-            # Another chunk of the row may have been refused before.
-            if job.outcome is None:
-                is_fall = isinstance(trouble, FellOver)
-                self._rows.refuse(job, str(trouble), at_once=isinstance(trouble, Refused), alone=is_fall)
-
-    @staticmethod
-    def _tokens(model: Model, text: str) -> int:
-        return batching.estimate_tokens(model.prefix("document") + text)
-
-    def _give_up_model(self, flight: _Flight, request: Request, trouble: ProviderTrouble) -> None:
-        """Lets the model rest, for all lanes, and releases the jobs that were to be sent."""
-        outbox = self._outboxes[request.model]
+    def _give_up_model(
+        self, flight: _Flight, outbox: Outbox, request: Request | None, trouble: ProviderTrouble
+    ) -> None:
+        """Lets the model rest, for all lanes, and releases what was to be sent, and the request that failed."""
         if outbox.trouble is not trouble:
             outbox.trouble = trouble
             # Where limits are known, the lanes come back one by one without a random delay.
             paced = outbox.limiter.paces and trouble.retry_after_seconds is not None
             seconds = rest_seconds(trouble, outbox.failures, 0.0 if paced else random.random())
-            name = request.model.name
+            name = outbox.model.name
             is_new = self._database.rest_model(name, seconds, trouble.permanent, trouble)
             if is_new and self._lane is not None:
                 # The server's log has one warning for each outage.
                 self._database.warn_of_blocked_pipelines([name])
-        unsent = self._withdraw(flight, request.model, outbox)
-        for failed, reason in outbox.suspended:
-            self._blame_texts(outbox, failed, reason, str(trouble))
-        self._keep_suspects(outbox, str(trouble))
-        outbox.accepted = outbox.asks_first = False
-        suspended = [refused for refused, _ in outbox.suspended]
-        self._release_waiting(outbox, [request, *unsent, *suspended], str(trouble))
-        outbox.suspended = []
-        for text in outbox.too_long:
-            for job in outbox.jobs.pop(text):
-                self._ledger.release(job, str(trouble))
-        outbox.too_long.clear()
-
-    def _blame_texts(self, outbox: Outbox, request: Request, trouble: Trouble, rests_for: str) -> None:
-        """Has the text be looked for that has felled a server for longer than a pass waits.
-
-        The texts of the request travel without others from now on. If they did so already, and the model had answered
-        before, each half of them goes on without the other, until the row to blame stands alone. rests_for: why the
-        model rests.
-        """
-        if request.trial or not isinstance(trouble, ProviderTrouble) or isinstance(trouble, CameLate):
-            return
-        # In an outage, no text is to blame. It may be one that began just now.
-        may_be = outbox.accepted or not (request.suspect or outbox.failures or trouble.permanent)
-        jobs = self._open_jobs(outbox, request) if may_be else []
-        if not request.suspect:
-            self._ledger.suspect(jobs, rests_for)
-        elif len(jobs) == 1 or len(request.texts) == 1:
-            for job in jobs:
-                self._rows.refuse(job, str(trouble), at_once=False, alone=True)
-        else:
-            for half in batching.halves(jobs):
-                self._ledger.suspect(half, rests_for)
-
-    def _keep_suspects(self, outbox: Outbox, reason: str) -> None:
-        """Gives suspects of which nothing is known yet back to the queue, as they would have been sent."""
-        for request in [*(failed for failed, _ in outbox.suspended), *outbox.waiting]:
-            if request.suspect:
-                self._ledger.suspect(self._open_jobs(outbox, request), reason)
-
-    @staticmethod
-    def _open_jobs(outbox: Outbox, request: Request) -> list[Job]:
-        """The jobs of a request's texts that have no outcome."""
-        jobs = dict.fromkeys(job for text in request.texts for job in outbox.jobs.get(text, ()))
-        return [job for job in jobs if job.outcome is None]
-
-    def _release_waiting(self, outbox: Outbox, requests: Iterable[Request], reason: str) -> None:
-        """Gives the jobs of these requests, and of all that waits, back to the queue unchanged."""
-        for request in [*requests, *outbox.waiting]:
-            for text in [] if request.probe or request.trial else request.texts:
-                for job in outbox.jobs.pop(text):
-                    self._ledger.release(job, reason)
-        for job in outbox.long:
-            self._ledger.release(job, reason)
-        outbox.waiting.clear()
-        outbox.long.clear()
+        self._withdraw(flight, outbox)
+        outbox.give_up(request, str(trouble))
 
     # Apply ---------------------------------------------------------------------------------------
 

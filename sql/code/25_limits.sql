@@ -106,6 +106,7 @@ CREATE OR REPLACE FUNCTION autoembed._take_permit(
     requests_saved_seconds double precision,
     tokens_seconds double precision,
     tokens_saved_seconds double precision,
+    patience_seconds double precision,
     OUT wait_seconds double precision,
     OUT slot integer,
     OUT spent text,
@@ -132,9 +133,34 @@ BEGIN
         wait_seconds := 0;
         RETURN;
     END IF;
+    wait_seconds := 0;
+    IF num_nonnulls(requests_seconds, tokens_seconds) > 0 THEN
+        IF in_turn THEN
+            -- A lane commits at once. A caller's transaction may last: it takes no turn, and what it takes is seen
+            -- late.
+            PERFORM FROM autoembed.model AS m WHERE m.name = _take_permit.model FOR NO KEY UPDATE;
+        END IF;
+        _now := clock_timestamp();
+        _requests_until := (
+            SELECT max(p.requests_until) FROM autoembed.permit AS p WHERE p.model = _take_permit.model
+        );
+        _tokens_until := (
+            SELECT max(p.tokens_until) FROM autoembed.permit AS p WHERE p.model = _take_permit.model
+        );
+        -- NULL where there is no limit; greatest() passes over a NULL.
+        _requests_until := greatest(_requests_until, _now - make_interval(secs => requests_saved_seconds))
+            + make_interval(secs => requests_seconds);
+        _tokens_until := greatest(_tokens_until, _now - make_interval(secs => tokens_saved_seconds))
+            + make_interval(secs => tokens_seconds);
+        wait_seconds := extract(epoch FROM greatest(_now, _requests_until, _tokens_until) - _now);
+        IF wait_seconds > patience_seconds THEN
+            RETURN;
+        END IF;
+    END IF;
     IF with_slot AND in_turn THEN
         slot := autoembed._take_slot(_take_permit.model, true);
         IF slot IS NULL THEN
+            wait_seconds := NULL;
             RETURN;
         END IF;
         slot := nullif(slot, 0);
@@ -144,37 +170,19 @@ BEGIN
         WHERE s.model = _take_permit.model AND autoembed._lane_lives(s.pid, s.backend_start)
     ) >= (SELECT m.max_requests_in_flight FROM autoembed.model AS m WHERE m.name = _take_permit.model) THEN
         -- A caller's transaction may last, so it holds no slot. It waits until one is free.
+        wait_seconds := NULL;
         RETURN;
     END IF;
-    wait_seconds := 0;
-    IF num_nonnulls(requests_seconds, tokens_seconds) = 0 THEN
-        RETURN;
+    IF _now IS NOT NULL THEN
+        INSERT INTO autoembed.permit (model, at, requests_until, tokens_until)
+        VALUES (_take_permit.model, _now, _requests_until, _tokens_until);
     END IF;
-    IF in_turn THEN
-        -- A lane commits at once. A caller's transaction may last: it takes no turn, and what it takes is seen late.
-        PERFORM FROM autoembed.model AS m WHERE m.name = _take_permit.model FOR NO KEY UPDATE;
-    END IF;
-    _now := clock_timestamp();
-    _requests_until := (
-        SELECT max(p.requests_until) FROM autoembed.permit AS p WHERE p.model = _take_permit.model
-    );
-    _tokens_until := (
-        SELECT max(p.tokens_until) FROM autoembed.permit AS p WHERE p.model = _take_permit.model
-    );
-    -- NULL where there is no limit; greatest() passes over a NULL.
-    _requests_until := greatest(_requests_until, _now - make_interval(secs => requests_saved_seconds))
-        + make_interval(secs => requests_seconds);
-    _tokens_until := greatest(_tokens_until, _now - make_interval(secs => tokens_saved_seconds))
-        + make_interval(secs => tokens_seconds);
-    INSERT INTO autoembed.permit (model, at, requests_until, tokens_until)
-    VALUES (_take_permit.model, _now, _requests_until, _tokens_until);
-    wait_seconds := extract(epoch FROM greatest(_now, _requests_until, _tokens_until) - _now);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._take_permit IS
     'A permit for one request: the seconds to wait, and the slot, where with_slot asks for one and the model limits '
-    'the requests in flight. Both NULL: all slots are taken, or the budget is spent. The charges are in seconds of '
-    'each allowance, with the seconds that may have been saved up.';
+    'the requests in flight. Both NULL: all slots are taken, or the budget is spent. More seconds than the patience: '
+    'nothing is taken. The charges are in seconds of each allowance, with the seconds that may have been saved up.';
 
 CREATE OR REPLACE FUNCTION autoembed._learn(model text, limits jsonb)
     RETURNS boolean

@@ -317,8 +317,8 @@ AS $sql$
     );
 $sql$;
 COMMENT ON FUNCTION autoembed._is_renamed IS
-    'The SQL expression that says whether the present name of a table means no table any more, or another one. False in '
-    'a function that a dump has brought.';
+    'The SQL expression that says whether the present name of a table means no table any more, or another one. False '
+    'in a function that a dump has brought.';
 
 CREATE OR REPLACE FUNCTION autoembed._table_guard(table_id regclass)
     RETURNS text

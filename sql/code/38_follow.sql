@@ -635,8 +635,8 @@ BEGIN
         SELECT FROM pg_attribute AS a JOIN types AS t ON t.id = a.atttypid
         WHERE a.attrelid = p.table_id AND a.attnum > 0 AND NOT a.attisdropped
     );
-    -- A statement that runs looks its names up again at any time. The owner of a schema may drop the tables in it, so it
-    -- may lock them, too.
+    -- A statement that runs looks its names up again at any time. The owner of a schema may drop the tables in it,
+    -- so it may lock them, too.
     FOR _table IN
         SELECT DISTINCT t.id
         FROM autoembed.pipeline AS p

@@ -130,6 +130,22 @@ def test_a_callers_open_transaction_keeps_no_lane_waiting(
             wait_until(lambda: documents.execute(done).fetchone() == (20,))
 
 
+def test_a_pass_takes_no_permit_that_is_too_far_away(documents: Connection, api: FakeApi) -> None:
+    """If it took one, each pass would put the next request of all others off by half a minute."""
+    alter(documents, requests_per_minute=2)
+    fill(documents, 3)
+
+    for _ in range(2):
+        documents.execute("SELECT autoembed.process(batch_size => 1)")
+
+    assert len(api.log()) == 1
+    assert documents.execute("SELECT count(*) FROM autoembed.permit").fetchone() == (1,)
+    assert waiting(documents) == 2
+    assert_untouched(documents)
+    [[seconds]] = documents.execute("SELECT extract(epoch FROM max(requests_until) - max(at)) FROM autoembed.permit")
+    assert seconds < 1
+
+
 # --- requests in flight --------------------------------------------------------------------------------
 
 

@@ -269,8 +269,8 @@ def test_a_text_that_fells_its_server_for_longer_than_a_pass_waits_is_found_and_
     """If each pass begins with the same rows, the server falls for ever, and nothing is embedded."""
     process(documents)
     documents.execute(
-        "DO LANGUAGE plpython3u $$ from autoembed import worker; worker.RESTART_SECONDS = 0.1;"
-        " worker.RESTART_POLL_SECONDS = 0.02 $$"
+        "DO LANGUAGE plpython3u $$ from autoembed import outbox; outbox.RESTART_SECONDS = 0.1;"
+        " outbox.RESTART_POLL_SECONDS = 0.02 $$"
     )
     api.behave(faults=[{"fall": 0.5, "match": "poison", "times": "forever"}])
     insert(documents, *[f"text {n}" for n in range(40)], "poison", *[f"text {n}" for n in range(41, 100)])

@@ -106,6 +106,27 @@ def test_a_lane_goes_on_with_what_comes_and_commits_as_it_goes(mine: Connection,
     assert one(mine, "SELECT count(*) FROM notes WHERE (embedding::vector::real[])[1] = length(content)") == 500
 
 
+@pytest.mark.parametrize("limits", ["", ", max_requests_in_flight => 2"], ids=["without slots", "with slots"])
+def test_a_function_that_refuses_some_texts_and_is_slow_with_others_holds_up_no_pass(
+    mine: Connection, limits: str
+) -> None:
+    """If the request that asks whether it takes others at all is lost, the pass waits for its answer for ever."""
+    slow = "IF strpos(array_to_string(texts, ' '), 'slow') > 0 THEN PERFORM pg_sleep(0.3 * cardinality(texts)); END IF;"
+    define(mine, POISON.replace("{statement}", "RAISE 'not these words';") + slow)
+    mine.execute(f"SELECT autoembed.alter_model('mine', timeout_seconds => 1{limits})")
+    attach(mine, "mine", "first")
+    mine.execute("SELECT autoembed.process()")
+    mine.execute("INSERT INTO notes (content) SELECT 'poison ' || n FROM generate_series(1, 5) AS n")
+    mine.execute("INSERT INTO notes (content) SELECT 'slow ' || n FROM generate_series(1, 5) AS n")
+
+    mine.execute("SELECT autoembed.process(batch_size => 5, max_requests => 2)")
+
+    assert one(mine, "SELECT count(*) FROM notes WHERE embedding IS NOT NULL") == 6
+    assert one(mine, "SELECT count(*) FROM autoembed.failed") == 5
+    assert one(mine, "SELECT count(*) FROM autoembed.slot WHERE pid IS NOT NULL") == 0
+    assert is_settled(mine)
+
+
 def test_halfvecs_do_as_well(db: Connection) -> None:
     db.execute(
         "CREATE FUNCTION public.halves(texts text[]) RETURNS halfvec[] LANGUAGE sql"

@@ -8,6 +8,7 @@ import json
 import math
 import struct
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -135,8 +136,13 @@ class FakeDatabase(Database):
         self.scan_error: RowError | None = None
         self.failed_backfills: list[str] = []
         self.usage: list[Share] = []
-        # The next ones; then as many as are asked for, at once.
+        # The next ones; then as many as the limits of the models allow.
         self.permits: list[Permit] = []
+        # The limits of each model, beside its own; the time that each request takes of them; and the slots in use.
+        self.limits: dict[str, Any] = {}
+        self.seconds_per_request = 0.0
+        self.requests_until = -math.inf
+        self.slots_held: set[int] = set()
         self.charges: list[tuple[Charge | None, ...]] = []
         # The models that were left out of each claim.
         self.busy: list[list[str]] = []
@@ -342,7 +348,12 @@ class FakeDatabase(Database):
 
     def pipelines(self, ids: Sequence[int], *, after_error: bool = False) -> dict[int, Pipeline]:
         self._note("pipelines")
-        return {number: self.defined[number] for number in ids if number in self.defined}
+        found = {number: self.defined[number] for number in ids if number in self.defined}
+        return {number: replace(one, model=self._limited(one.model)) for number, one in found.items()}
+
+    def _limited(self, model: Model) -> Model:
+        learnt = {**(model.learnt or {}), **self.limits["learnt"]} if "learnt" in self.limits else model.learnt
+        return replace(model, **{**self.limits, "learnt": learnt})
 
     def rest_model(self, name: str, seconds: float, needs_attention: bool, trouble: Trouble) -> bool:
         self._note("rest_model")
@@ -477,20 +488,36 @@ class FakeDatabase(Database):
     ) -> list[bytes | None]:
         self._note("call_embedder")
         self.embedder_timeouts.append(timeout_seconds)
-        if len(texts) > self.embedder_takes:
-            raise RanTooLong("too long")
         if any(part in text for part in self.bad_texts for text in texts):
             raise Refused("not these words")
+        if len(texts) > self.embedder_takes:
+            raise RanTooLong("too long")
         return [struct.pack(">hh3f", 3, 0, *vector_of(text)) for text in texts]
 
-    def take_permit(self, model: str, charges: Sequence[Charge | None], *, with_slot: bool) -> Permit:
+    def take_permit(
+        self, model: str, charges: Sequence[Charge | None], patience_seconds: float, *, with_slot: bool
+    ) -> Permit:
         self._note("take_permit")
         self.charges.append(tuple(charges))
-        return self.permits.pop(0) if self.permits else Permit(0.0)
+        now = time.monotonic()
+        at = self.permits[0].at if self.permits else max(now, self.requests_until + self.seconds_per_request)
+        if at is not None and at - now > patience_seconds:
+            return Permit(possible_at=at)
+        if self.permits:
+            return self.permits.pop(0)
+        most = self.limits.get("max_requests_in_flight")
+        slot = None if most is None else next((n for n in range(1, most + 1) if n not in self.slots_held), 0)
+        if slot == 0:
+            return Permit()
+        if slot is not None:
+            self.slots_held.add(slot)
+        self.requests_until = at or now
+        return Permit(at, slot)
 
     def free_slots(self, model: str, slots: Sequence[int]) -> None:
         self._note("free_slots")
         self.slots_freed.extend(slots)
+        self.slots_held.difference_update(slots)
 
     def learn_limits(self, model: str, limits: Limits) -> None:
         self._note("learn_limits")
@@ -514,6 +541,7 @@ class FakeDatabase(Database):
     def note_usage(self, model: str, shares: Sequence[Share], slot: int | None) -> None:
         self.usage.extend(shares)
         self.slots_freed.extend([] if slot is None else [slot])
+        self.slots_held.discard(slot or 0)
 
     def queue_recorded(self, pipeline_id: int, after: str) -> None:
         self._note("queue_recorded")

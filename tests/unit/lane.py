@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from autoembed import worker
-from autoembed.errors import ProviderTrouble, Refused
+from autoembed.errors import ProviderTrouble, Refused, Trouble
 from autoembed.jobs import Report
 from autoembed.providers import PROVIDERS
 from autoembed.records import Message
@@ -31,8 +31,8 @@ class Lane:
         options = Options(batch_size, max_requests, timeout_seconds)
         return worker.run_pass(self.database, self.network, options)
 
-    def work(self, run_seconds: float, max_requests: int = 1, *, backfill: bool = False) -> None:
-        options = Options(100, max_requests, 60)
+    def work(self, run_seconds: float, max_requests: int = 1, *, batch_size: int = 100, backfill: bool = False) -> None:
+        options = Options(batch_size, max_requests, 60)
         worker.work(self.database, self.network, options, run_seconds, backfill=backfill)
 
     def stop_when(self, condition: Callable[[], object]) -> None:
@@ -62,7 +62,7 @@ class Lane:
 
         self.provider.answer = answer
 
-    def stumble(self, trouble: Callable[[], ProviderTrouble], *guilty: str) -> None:
+    def stumble(self, trouble: Callable[[], Trouble], *guilty: str) -> None:
         """Has requests that contain one of these parts of texts end in trouble from now on."""
 
         def answer(texts: list[str]) -> Vector:

@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 
-from autoembed import heap, worker
+from autoembed import heap, outbox, worker
 from autoembed.errors import ProviderTrouble, Refused, RowError
 from autoembed.flight import Flight
-from autoembed.jobs import Report
-from autoembed.limits import Limiter, Permit
+from autoembed.jobs import Ledger, Report
+from autoembed.limits import Permit
+from autoembed.model import Request
+from autoembed.outbox import Outbox
 from autoembed.records import Backfill, Pipeline, Written
-from autoembed.rows import Pace
-from autoembed.worker import Outbox
+from autoembed.rows import Owners, Pace, Rows
 from unit.fakes import (
     MODEL,
     PIPELINE,
@@ -368,17 +369,22 @@ def test_a_scan_that_returns_no_keys_ends(
 @pytest.mark.parametrize(
     ("in_flight", "seconds_ago", "is_busy"), [(0, 0.0, False), (0, 9.0, False), (2, 0.5, False), (2, 1.5, True)]
 )
-def test_a_model_is_busy_that_has_not_answered_for_a_while(in_flight: int, seconds_ago: float, is_busy: bool) -> None:
-    outbox = Outbox(Limiter(MODEL), in_flight=in_flight, heard_at=time.monotonic() - seconds_ago)
+def test_a_model_is_busy_that_has_not_answered_for_a_while(
+    database: FakeDatabase, in_flight: int, seconds_ago: float, is_busy: bool
+) -> None:
+    ledger = Ledger(database, [])
+    requests = {Request(MODEL, ["text"], 60) for _ in range(in_flight)}
+    heard_at = time.monotonic() - seconds_ago
+    model = Outbox(MODEL, Rows(database, ledger, Owners()), ledger, 60, in_flight=requests, heard_at=heard_at)
 
-    assert outbox.is_busy is is_busy
+    assert model.is_busy is is_busy
 
 
 @pytest.mark.parametrize("provider_runs", [1, 3])
 def test_a_model_that_does_not_answer_holds_up_no_other(
     lane: Lane, database: FakeDatabase, monkeypatch: pytest.MonkeyPatch, provider_runs: int
 ) -> None:
-    monkeypatch.setattr(worker, "BUSY_SECONDS", 0.1)
+    monkeypatch.setattr(outbox, "BUSY_SECONDS", 0.1)
     silent = lane.add_model("silent")
     for row_id in range(10, 10 + provider_runs):
         database.put(row_id, f"silent {row_id}", pipeline_id=2)

@@ -6,13 +6,12 @@ import dataclasses
 import threading
 import time
 from collections.abc import Mapping
-from itertools import count
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoembed import worker
+from autoembed import outbox
 from autoembed.answers import retry_after_seconds, trouble_of_answer
 from autoembed.errors import OverBudget, ProviderTrouble, Refused, rest_seconds
 from autoembed.limits import (
@@ -284,7 +283,13 @@ def test_tokens_that_were_estimated_and_not_used_are_given_back_once() -> None:
     limiter.correct_estimate(estimated=100, tokens=None)
     limiter.correct_estimate(estimated=100, tokens=120)
 
-    taken = [tokens.seconds for _, tokens in [limiter.charge(20, 0) for _ in range(3)] if tokens]
+    taken = []
+    for _ in range(3):
+        # One that is refused takes nothing.
+        limiter.charge(20, 0)
+        _, tokens = limiter.charge(20, 0)
+        limiter.charged(20)
+        taken.append(tokens and tokens.seconds)
 
     assert taken == pytest.approx([0, 10 * HEADROOM, 20 * HEADROOM])
 
@@ -469,18 +474,51 @@ def test_a_spent_budget_puts_back_what_waits_and_keeps_what_was_sent(lane: Lane)
     assert [message.read_count for message in lane.database.waiting()] == [0, 0]
 
 
-def test_what_waits_too_long_goes_back_untouched(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
-    define(lane, requests_per_minute=1)
-    monkeypatch.setattr(worker, "PATIENCE_SECONDS", 0.2)
+def test_what_would_wait_too_long_goes_back_untouched_at_once(lane: Lane) -> None:
+    define(lane, requests_per_minute=2)
+    lane.database.seconds_per_request = 30
     put(lane, 3)
-    numbers = count()
-    lane.database.interrupts["take_permit"] = lambda: lane.database.permits.append(
-        Permit(time.monotonic() + (0.3 if next(numbers) else 0.0))
-    )
+    began_at = time.monotonic()
 
     report = lane.run(batch_size=1, max_requests=3)
 
-    # One at once, one that was promised, and the third in another pass.
-    assert (report.completed, report.retried) == (2, 1)
+    assert (report.completed, report.retried, report.requests) == (1, 2, 1)
+    assert time.monotonic() - began_at < 5
     assert lane.database.rests == []
-    assert [message.read_count for message in lane.database.waiting()] == [0]
+    assert [message.read_count for message in lane.database.waiting()] == [0, 0]
+
+
+def test_each_request_has_the_whole_patience(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that has lasted for longer goes on."""
+    define(lane, requests_per_minute=1)
+    monkeypatch.setattr(outbox, "PATIENCE_SECONDS", 0.3)
+    lane.database.seconds_per_request = 0.2
+    put(lane, 4)
+
+    assert lane.run(batch_size=1, max_requests=4).completed == 4
+
+
+def test_what_finds_no_free_slot_goes_back_untouched(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox, "PATIENCE_SECONDS", 0.2)
+    lane.database.limits = {"max_requests_in_flight": 1}
+    lane.database.slots_held = {1}
+    put(lane, 3)
+
+    report = lane.run(batch_size=1, max_requests=3)
+
+    assert (report.completed, report.retried, report.requests) == (0, 3, 0)
+    assert lane.database.statements.count("take_permit") > 2
+    assert [message.read_count for message in lane.database.waiting()] == [0, 0, 0]
+
+
+def test_a_lane_claims_nothing_for_a_model_whose_limits_allow_nothing(lane: Lane) -> None:
+    define(lane, requests_per_minute=1)
+    lane.database.seconds_per_request = 60
+    put(lane, 3)
+    lane.stop_when(lambda: lane.database.statements.count("claim") > 5)
+
+    lane.work(20, batch_size=1)
+
+    assert len(lane.provider.requests) == 1
+    assert lane.database.statements.count("take_permit") == 2
+    assert lane.database.busy[-1] == ["small"]

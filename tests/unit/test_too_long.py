@@ -11,8 +11,8 @@ from autoembed import batching
 from autoembed.answers import shorter_limit, trouble_of_answer
 from autoembed.cutting import limit_of
 from autoembed.errors import ProviderTrouble, Refused, Trouble
+from autoembed.outbox import PROBE
 from autoembed.providers import sizes_of
-from autoembed.worker import PROBE
 from unit.fakes import PIPELINE, FakeDatabase, FakeProvider, Vector, key_of, vectors_of
 from unit.lane import Lane
 

@@ -565,16 +565,26 @@ class Database(TextDatabase):
 
     # Limits --------------------------------------------------------------------------------------
 
-    def take_permit(self, model: str, charges: Sequence[Charge | None], *, with_slot: bool) -> Permit:
+    def take_permit(
+        self, model: str, charges: Sequence[Charge | None], patience_seconds: float, *, with_slot: bool
+    ) -> Permit:
         """A permit for one more request of a model. To be committed at once where that is possible."""
         [row] = self._run(
-            "SELECT p.* FROM autoembed._take_permit($1, $2, $3, $4, $5, $6, $7) AS p",
-            ["pg_catalog.text", "pg_catalog.bool", "pg_catalog.bool", *["pg_catalog.float8"] * 4],
-            [model, self._commits, with_slot, *(value for charge in charges for value in charge or (None, None))],
+            "SELECT p.* FROM autoembed._take_permit($1, $2, $3, $4, $5, $6, $7, $8) AS p",
+            ["pg_catalog.text", "pg_catalog.bool", "pg_catalog.bool", *["pg_catalog.float8"] * 5],
+            [
+                model,
+                self._commits,
+                with_slot,
+                *(value for charge in charges for value in charge or (None, None)),
+                patience_seconds,
+            ],
         )
         wait = row["wait_seconds"]
         at = None if wait is None else time.monotonic() + wait
-        return Permit(at, row["slot"], row["spent"], row["rest_seconds"] or 0.0)
+        if wait is not None and wait > patience_seconds:
+            return Permit(possible_at=at)
+        return Permit(at, slot=row["slot"], spent=row["spent"], rest_seconds=row["rest_seconds"] or 0.0)
 
     @contextmanager
     def slot(self, model: Model) -> Iterator[bool]:
