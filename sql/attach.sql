@@ -119,6 +119,14 @@ CREATE EVENT TRIGGER autoembed_follow_functions
     WHEN TAG IN ('CREATE FUNCTION', 'ALTER FUNCTION', 'ALTER ROUTINE')
     EXECUTE FUNCTION autoembed._follow_functions();
 
+DROP EVENT TRIGGER IF EXISTS autoembed_follow_grants;
+CREATE EVENT TRIGGER autoembed_follow_grants
+    ON ddl_command_end
+    WHEN TAG IN ('GRANT', 'REVOKE')
+    EXECUTE FUNCTION autoembed._follow_grants();
+-- A restore may say that it is a replica.
+ALTER EVENT TRIGGER autoembed_follow_grants ENABLE ALWAYS;
+
 -- No statement of a job can say this itself: CREATE INDEX CONCURRENTLY stands alone.
 DROP EVENT TRIGGER IF EXISTS autoembed_build_without_workers;
 CREATE EVENT TRIGGER autoembed_build_without_workers

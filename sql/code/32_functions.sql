@@ -179,15 +179,13 @@ CREATE OR REPLACE FUNCTION autoembed._open_tables()
 AS $sql$
     SELECT p.id, p.embeddings_table
     FROM autoembed.pipeline AS p
-    -- Most have it, and are not looked at one by one.
-    JOIN pg_class AS c ON c.oid = p.embeddings_table AND NOT c.relrowsecurity
+    JOIN pg_class AS c ON c.oid = p.embeddings_table AND c.relkind = 'r' AND NOT c.relrowsecurity
     -- One owner has not to wait for the table of another.
-    WHERE pg_has_role(coalesce(nullif(current_setting('role'), 'none'), session_user), c.relowner, 'USAGE')
-      AND autoembed._is_open(p.embeddings_table);
+    WHERE pg_has_role(coalesce(nullif(current_setting('role'), 'none'), session_user), c.relowner, 'USAGE');
 $sql$;
 COMMENT ON FUNCTION autoembed._open_tables IS
-    'The embeddings tables that show all embeddings to every role that may read them, and whose owner''s rights the '
-    'session has.';
+    'The embeddings tables without row level security whose owner''s rights the session has. A role that may read one '
+    'sees all embeddings.';
 
 CREATE OR REPLACE FUNCTION autoembed._mend_restored()
     RETURNS void
@@ -217,9 +215,7 @@ BEGIN
                               _open.embeddings_table);
         END;
     END LOOP;
-    PERFORM autoembed._grant_to_readers(p.id, p.embeddings_table, false)
-    FROM autoembed.pipeline AS p
-    JOIN pg_class AS c ON c.oid = p.embeddings_table AND c.relrowsecurity AND c.relacl IS NULL;
+    PERFORM autoembed._share_embeddings();
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._mend_restored IS
@@ -710,7 +706,6 @@ DECLARE
     _lists_readable CONSTANT boolean := (slots ->> 'lists_readable')::boolean;
     _unused CONSTANT name := concat(CASE WHEN _lists_readable THEN '_may_read_' ELSE '_readable_' END, slots ->> 'id');
     _outdated regprocedure;
-    _is_new boolean := false;
     _view text;
 BEGIN
     FOR _outdated IN
@@ -742,7 +737,6 @@ BEGIN
         WHERE o.polrelid = (slots ->> 'embeddings_table')::regclass AND o.polname = 'autoembed_readers'
           AND autoembed._pipeline_of_policy(o.oid) = (slots ->> 'id')::integer
     ) THEN
-        _is_new := true;
         EXECUTE format('DROP POLICY IF EXISTS autoembed_readers ON %s', slots ->> 'embeddings_table');
         -- A subquery is asked once. To ask for each row takes as long as a hundred distances.
         EXECUTE format(
@@ -790,59 +784,117 @@ BEGIN
             )
         ));
     END IF;
-    PERFORM autoembed._grant_to_readers(
-        (slots ->> 'id')::integer, (slots ->> 'embeddings_table')::regclass, _is_new
-    );
+    PERFORM autoembed._share_embeddings((slots ->> 'id')::integer);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._admit_readers IS
     'Lets those read the embeddings and the chunks of a row who may read the row.';
 
-CREATE OR REPLACE FUNCTION autoembed._readables(pipeline_id integer, embeddings_table regclass)
-    RETURNS TABLE (id regclass, grants oid[])
+CREATE OR REPLACE FUNCTION autoembed._unshared(pipeline_id integer DEFAULT NULL)
+    RETURNS TABLE (problem text, cure text)
     LANGUAGE sql
     STABLE
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    SELECT c.oid, CASE
-        WHEN c.relacl IS NOT NULL THEN ARRAY(
-            SELECT a.grantee FROM aclexplode(c.relacl) AS a
-            WHERE a.grantee <> c.relowner AND a.privilege_type = 'SELECT'
+    WITH shared AS (
+        SELECT p, t.oid AS table_id, t.relacl, t.relowner AS owner, e.oid AS embeddings_table, e.relacl AS given,
+               e.relrowsecurity AS has_policy
+        FROM autoembed.pipeline AS p
+        JOIN pg_class AS t ON t.oid = p.table_id
+        JOIN pg_class AS e ON e.oid = p.embeddings_table AND e.relowner = t.relowner AND e.relkind = 'r'
+        WHERE p.id = coalesce(_unshared.pipeline_id, p.id)
+    ),
+    readable AS (
+        SELECT s.embeddings_table AS id, s.table_id, s.given, s.owner, s.has_policy FROM shared AS s
+        UNION ALL
+        -- The views of the chunks, which _chunks_view() finds one by one.
+        SELECT DISTINCT v.oid, s.table_id, v.relacl, s.owner, s.has_policy
+        FROM shared AS s
+        JOIN pg_depend AS t
+            ON t.classid = 'pg_rewrite'::regclass AND t.refclassid = 'pg_class'::regclass
+            AND t.refobjid = s.embeddings_table
+        JOIN pg_rewrite AS r ON r.oid = t.objid
+        JOIN pg_class AS v ON v.oid = r.ev_class AND v.relkind = 'v' AND v.relowner = s.owner
+        JOIN pg_depend AS d
+            ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid AND d.refclassid = 'pg_proc'::regclass
+        JOIN pg_proc AS f
+            ON f.oid = d.refobjid AND f.pronamespace = 'autoembed'::regnamespace
+            AND f.proname = concat('_chunk_', (s.p).id)
+    ),
+    reader AS (
+        SELECT s.table_id, a.grantee
+        FROM shared AS s
+        CROSS JOIN LATERAL aclexplode(s.relacl) AS a
+        WHERE a.privilege_type = 'SELECT' AND a.grantee <> s.owner
+        UNION
+        -- A right to all columns that the text is made of will do.
+        SELECT s.table_id, g.grantee
+        FROM shared AS s
+        CROSS JOIN LATERAL (
+            SELECT DISTINCT x.grantee, CASE x.grantee WHEN 0 THEN 'public' ELSE pg_get_userbyid(x.grantee) END AS name
+            FROM pg_attribute AS a
+            CROSS JOIN LATERAL aclexplode(a.attacl) AS x
+            WHERE a.attrelid = s.table_id AND a.attacl IS NOT NULL AND x.privilege_type = 'SELECT'
+              AND x.grantee <> s.owner
+        ) AS g
+        WHERE NOT EXISTS (
+            SELECT FROM pg_attribute AS a
+            WHERE a.attrelid = s.table_id AND a.attnum > 0 AND NOT a.attisdropped
+              AND ((s.p).content_function IS NOT NULL OR a.attname = ANY (autoembed._needed_columns(s.p)))
+              AND NOT has_column_privilege(g.name, s.table_id, a.attnum, 'SELECT')
         )
-    END
-    FROM pg_class AS c
-    WHERE c.oid IN (embeddings_table, autoembed._chunks_view(pipeline_id, embeddings_table));
+    ),
+    wanted AS (
+        SELECT r.id, r.table_id, w.grantee FROM readable AS r
+        JOIN reader AS w ON w.table_id = r.table_id AND r.has_policy
+    ),
+    given AS (
+        SELECT r.id, r.table_id, a.grantee, bool_or(a.grantor = r.owner) AS by_owner
+        FROM readable AS r
+        CROSS JOIN LATERAL aclexplode(r.given) AS a
+        WHERE a.privilege_type = 'SELECT' AND a.grantee <> r.owner
+        GROUP BY r.id, r.table_id, a.grantee
+    ),
+    changed AS (
+        SELECT id, table_id, w.id IS NOT NULL AS is_reader, string_agg(
+                   CASE grantee WHEN 0 THEN 'PUBLIC' ELSE grantee::regrole::text END, ', ' ORDER BY grantee
+               ) AS roles
+        FROM wanted AS w
+        FULL JOIN given AS g USING (id, table_id, grantee)
+        WHERE w.id IS NULL AND g.by_owner OR g.id IS NULL
+        GROUP BY id, table_id, w.id IS NOT NULL
+    )
+    -- The event trigger that follows a GRANT fires for each of these statements, too.
+    SELECT format(CASE WHEN c.is_reader THEN '%s may read %s, and not %s' ELSE '%s may not read %s, but %s' END,
+                  c.roles, string_agg(DISTINCT c.table_id::regclass::text, ', '),
+                  string_agg(c.id::regclass::text, ', ' ORDER BY c.id)),
+           format(CASE WHEN c.is_reader THEN 'GRANT SELECT ON %1$s TO %2$s;'
+                       ELSE 'REVOKE SELECT ON %1$s FROM %2$s CASCADE;' END,
+                  string_agg(c.id::regclass::text, ', ' ORDER BY c.id), c.roles)
+    FROM changed AS c
+    GROUP BY c.is_reader, c.roles;
 $sql$;
-COMMENT ON FUNCTION autoembed._readables IS
-    'The embeddings table of a pipeline and the view of its chunks. grants: the roles besides the owner that may read '
-    'it, 0 for PUBLIC. NULL: it has never had a grant, or a restore has left them out.';
+COMMENT ON FUNCTION autoembed._unshared IS
+    'Where the readers of a table and those of its embeddings and chunks are not the same roles, and the SQL that '
+    'mends it. pipeline_id: NULL: of all tables.';
 
-CREATE OR REPLACE FUNCTION autoembed._grant_to_readers(
-    pipeline_id integer,
-    embeddings_table regclass,
-    though_revoked boolean
-)
+CREATE OR REPLACE FUNCTION autoembed._share_embeddings(pipeline_id integer DEFAULT NULL)
     RETURNS void
     LANGUAGE plpgsql
-    SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE
-    _readable regclass;
+    _cure text;
 BEGIN
-    FOR _readable IN
-        SELECT r.id FROM autoembed._readables(pipeline_id, embeddings_table) AS r
-        -- An owner may name the roles instead.
-        WHERE coalesce(r.grants, '{}') = '{}' AND (though_revoked OR r.grants IS NULL)
-    LOOP
-        EXECUTE format('GRANT SELECT ON %s TO PUBLIC', _readable);
+    FOR _cure IN SELECT u.cure FROM autoembed._unshared(pipeline_id) AS u LOOP
+        EXECUTE _cure;
     END LOOP;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._grant_to_readers IS
-    'Lets all roles SELECT from an embeddings table and its view of chunks, whose policy shows them the rows that they '
-    'may read. Grants nothing where roles are named. though_revoked: the right comes back if somebody took it away.';
+COMMENT ON FUNCTION autoembed._share_embeddings IS
+    'Gives the roles that may read a table the right to read its embeddings table and the view of its chunks, and '
+    'takes it from all others. pipeline_id: NULL: of all tables.';
 
 CREATE OR REPLACE FUNCTION autoembed._readers_functions(pipeline_id integer)
     RETURNS name[]

@@ -715,9 +715,10 @@ AS $sql$
     FROM autoembed._open_functions(pipeline.id) AS f
     HAVING count(*) > 0
     UNION ALL
-    SELECT format('table %s has no row level security, so other roles see all embeddings', pipeline.embeddings_table),
+    SELECT format('table %s has no row level security, so roles that may read it see all embeddings', c.oid::regclass),
            format('SELECT autoembed.resync(%L);', pipeline.table_id)
-    WHERE autoembed._is_open(pipeline.embeddings_table)
+    FROM pg_class AS c
+    WHERE c.oid = pipeline.embeddings_table AND c.relkind = 'r' AND NOT c.relrowsecurity
     UNION ALL
     SELECT format('table %s has no policy autoembed_readers, so no other role than its owner finds embeddings',
                   pipeline.embeddings_table),
@@ -729,19 +730,7 @@ AS $sql$
             AND autoembed._pipeline_of_policy(o.oid) = pipeline.id
       )
     UNION ALL
-    SELECT format('roles that may read table %s may not read %s', pipeline.table_id,
-                  string_agg(r.id::text, ', ' ORDER BY r.id)),
-           string_agg(format('GRANT SELECT ON %s TO PUBLIC;', r.id), ' ' ORDER BY r.id)
-    FROM autoembed._readables(pipeline.id, pipeline.embeddings_table) AS r
-    WHERE coalesce(r.grants, '{}') = '{}' AND EXISTS (
-        SELECT FROM pg_class AS t
-        CROSS JOIN LATERAL (
-            SELECT t.relacl AS acl UNION ALL SELECT k.attacl FROM pg_attribute AS k WHERE k.attrelid = t.oid
-        ) AS r
-        CROSS JOIN LATERAL aclexplode(r.acl) AS a
-        WHERE t.oid = pipeline.table_id AND a.grantee <> t.relowner AND a.privilege_type = 'SELECT'
-    )
-    HAVING count(*) > 0;
+    SELECT u.problem, u.cure FROM autoembed._unshared(pipeline.id) AS u;
 $sql$;
 COMMENT ON FUNCTION autoembed._rights_problems IS
     'Rights to a pipeline''s functions and embeddings that other roles have and must not, or need and lack, and the '

@@ -375,7 +375,7 @@ BEGIN
         WHERE NOT EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.id = s.pipeline_id);
     END IF;
     IF NOT autoembed._build_pipeline(NEW.id) AND NEW.embeddings_table IS NOT NULL THEN
-        IF autoembed._is_open(NEW.embeddings_table) THEN
+        IF EXISTS (SELECT FROM pg_class AS c WHERE c.oid = NEW.embeddings_table AND NOT c.relrowsecurity) THEN
             EXECUTE format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY', NEW.embeddings_table);
         END IF;
         -- Somebody may have dropped the policy or the view.
@@ -384,7 +384,7 @@ BEGIN
         WHERE s.slots ->> 'vector_type' IS NOT NULL;
     END IF;
     PERFORM autoembed._close_function(f.function) FROM autoembed._open_functions(NEW.id) AS f;
-    PERFORM autoembed._grant_to_readers(NEW.id, NEW.embeddings_table, true);
+    PERFORM autoembed._share_embeddings(NEW.id);
     -- PostgreSQL plans the statements of a lane, under the guards of a lane.
     IF autoembed._missing_object(NEW) IS NULL AND EXISTS (
         SELECT FROM pg_proc AS p

@@ -839,6 +839,20 @@ COMMENT ON FUNCTION autoembed._follow_drops IS
     'Has pipelines follow that their tables have lost a column, a key, a function or a partition, however it was '
     'dropped.';
 
+CREATE OR REPLACE FUNCTION autoembed._follow_grants()
+    RETURNS event_trigger
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    -- It is not told whose rights have changed.
+    PERFORM autoembed._share_embeddings();
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._follow_grants IS
+    'Has those read the embeddings of a table who may read the table.';
+
 CREATE OR REPLACE FUNCTION autoembed._protect_functions()
     RETURNS event_trigger
     LANGUAGE plpgsql

@@ -4,6 +4,7 @@ CREATE OR REPLACE FUNCTION autoembed._may_read_all_{{id}}()
     RETURNS boolean
     LANGUAGE plpgsql
     STABLE
+    COST 0.01
 AS $body$
 BEGIN
     RETURN NOT ({{is_renamed}})

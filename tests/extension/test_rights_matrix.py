@@ -142,6 +142,7 @@ _follow - - - x
 _follow_drops - - - x
 _follow_embeddings_table - - - x
 _follow_functions - - - x
+_follow_grants - - - x
 _follow_one - - - x
 _follow_others - - - x
 _follow_partitions - - - x
@@ -167,7 +168,6 @@ _function_named - - - x
 _function_template - - - x
 _gate - - - x
 _grant - - - x
-_grant_to_readers - - - x
 _guide_triggers - x - x
 _has_foreign_types - - - x
 _has_key_expression - - - x
@@ -285,7 +285,6 @@ _queue_backfill - - - x
 _queue_recorded - - - x
 _read_condition - x - x
 _readable_text - - - x
-_readables - - - x
 _readers_functions - - - x
 _recall - x - x
 _record_embedded - - - x
@@ -328,6 +327,7 @@ _sent_keys - - - x
 _serves_searches - x - x
 _set_paused - x - x
 _settle - - - x
+_share_embeddings - - - x
 _short_key - x x x
 _short_keys - - - x
 _slots - - - x
@@ -347,6 +347,7 @@ _trigger_name - x - x
 _trigger_problems - x - x
 _unindexed - - - x
 _unschedule - - - x
+_unshared - - - x
 _updated - - - x
 _used_types - - - x
 _vault_key - - - x
