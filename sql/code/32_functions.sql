@@ -548,6 +548,10 @@ BEGIN
         END,
         'has_old_key', autoembed._has_key_expression(pipeline, 'OLD'),
         'has_new_key', autoembed._has_key_expression(pipeline, 'NEW'),
+        'moved_keys', (SELECT format('ARRAY[%s]', string_agg(format(
+                           'CASE WHEN %s THEN %s END', autoembed._has_key_expression(pipeline, r.row),
+                           autoembed._key_expression(pipeline, r.row)
+                       ), ', ' ORDER BY r.row)) FROM (VALUES ('NEW'), ('OLD')) AS r(row)),
         'old_rows', format('SELECT %s AS key FROM old_rows AS o WHERE %s',
                            autoembed._key_expression(pipeline, 'o'), autoembed._has_key_expression(pipeline, 'o')),
         'new_rows', format('SELECT %s AS key FROM new_rows AS n WHERE %s',
@@ -629,7 +633,8 @@ AS $plpgsql$
 DECLARE
     _name CONSTANT text := table_id;
 BEGIN
-    EXECUTE format('LOCK TABLE %s IN ACCESS SHARE MODE', _name);
+    -- Another session may hold a partition.
+    EXECUTE format('LOCK TABLE ONLY %s IN ACCESS SHARE MODE', _name);
     IF to_regclass(_name) IS DISTINCT FROM table_id THEN
         RAISE EXCEPTION USING
             ERRCODE = 'serialization_failure',
@@ -1002,8 +1007,8 @@ AS $sql$
                       'END IF;'),
         -- The embeddings of a key that changes belong to no row.
         ('erase_update', CASE slots ->> 'on_change'
-            WHEN 'clear' THEN 'erase(ARRAY[{{old_key}}, {{new_key}}]);'
-            ELSE 'IF {{key_changed}} THEN erase(ARRAY[{{old_key}}, {{new_key}}]); END IF;'
+            WHEN 'clear' THEN 'erase({{moved_keys}});'
+            ELSE 'IF {{key_changed}} THEN erase({{moved_keys}}); END IF;'
         END)
     ) AS e(slot, statement);
 $sql$;

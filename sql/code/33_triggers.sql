@@ -114,10 +114,6 @@ BEGIN
         EXECUTE format('CREATE OR REPLACE TRIGGER %I ' || _definition || ' EXECUTE FUNCTION autoembed._%s_%s()',
                        autoembed._trigger_name(pipeline.id, _name), pipeline.table_id,
                        CASE _name WHEN 'clear' THEN 'clear' ELSE 'capture' END, pipeline.id);
-        IF pipeline.replicated THEN
-            EXECUTE format('ALTER TABLE %s ENABLE ALWAYS TRIGGER %I',
-                           pipeline.table_id, autoembed._trigger_name(pipeline.id, _name));
-        END IF;
     END LOOP;
     PERFORM autoembed._build_partition_triggers(pipeline);
     FOR _name, _definition IN
@@ -132,10 +128,19 @@ BEGIN
     LOOP
         EXECUTE format('CREATE OR REPLACE TRIGGER %I ' || _definition || ' EXECUTE FUNCTION autoembed._watch_%s()',
                        autoembed._trigger_name(pipeline.id, _name), pipeline.embeddings_table, pipeline.id);
-        IF pipeline.replicated THEN
-            EXECUTE format('ALTER TABLE %s ENABLE ALWAYS TRIGGER %I',
-                           pipeline.embeddings_table, autoembed._trigger_name(pipeline.id, _name));
-        END IF;
+    END LOOP;
+    -- An event trigger follows an ALTER TABLE, and finds all triggers made.
+    FOR _definition IN
+        SELECT format('ALTER TABLE %s %s', t.tgrelid::regclass,
+                      string_agg(format('ENABLE ALWAYS TRIGGER %I', t.tgname), ', '))
+        FROM unnest('{insert,delete,update,truncate,clear}'::text[]) AS n(name)
+        JOIN pg_trigger AS t
+            ON t.tgname = autoembed._trigger_name(pipeline.id, n.name) AND t.tgenabled <> 'A'
+            AND t.tgrelid IN (pipeline.table_id, pipeline.embeddings_table)
+        WHERE pipeline.replicated
+        GROUP BY t.tgrelid
+    LOOP
+        EXECUTE _definition;
     END LOOP;
 END;
 $plpgsql$;

@@ -41,7 +41,8 @@ AS $sql$
         FROM used AS u
         JOIN pg_enum AS e ON e.enumtypid = u.id
         UNION ALL
-        SELECT 'composite ' || t.oid, string_agg(format_type(a.atttypid, a.atttypmod), ',' ORDER BY a.attnum)
+        SELECT 'composite ' || t.oid,
+               string_agg(format('%I %s', a.attname, format_type(a.atttypid, a.atttypmod)), ',' ORDER BY a.attnum)
         FROM used AS u
         JOIN pg_type AS t ON t.oid = u.id AND t.typtype = 'c'
         JOIN pg_attribute AS a ON a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped
@@ -49,8 +50,8 @@ AS $sql$
     ) AS f;
 $sql$;
 COMMENT ON FUNCTION autoembed._labels IS
-    'The names of enum values, and the types of attributes, in the types of a table''s columns. The text of a value '
-    'depends on them.';
+    'The names of enum values, and the names and types of attributes, in the types of a table''s columns. The text of '
+    'a value depends on them.';
 
 CREATE OR REPLACE FUNCTION autoembed._table_shape(pipeline autoembed.pipeline)
     RETURNS jsonb
@@ -68,14 +69,15 @@ AS $sql$
         'key_numbers', (SELECT jsonb_agg(a.attnum ORDER BY a.attnum) FROM pg_attribute AS a
                         WHERE a.attrelid = pipeline.table_id AND a.attname = ANY (pipeline.key_columns)),
         'labels', autoembed._labels(pipeline.table_id),
-        'columns', (SELECT jsonb_object_agg(a.attnum, a.attname) FROM pg_attribute AS a
+        -- A table may lose all its columns.
+        'columns', (SELECT coalesce(jsonb_object_agg(a.attnum, a.attname), '{}') FROM pg_attribute AS a
                     WHERE a.attrelid = pipeline.table_id AND a.attnum > 0 AND NOT a.attisdropped),
         'type', (SELECT concat_ws(' ', a.attnum, format_type(a.atttypid, a.atttypmod)) FROM pg_attribute AS a
                  WHERE a.attrelid = coalesce(pipeline.embeddings_table, pipeline.table_id)
                    AND a.attname = pipeline.embedding_column),
-        'contents', (SELECT jsonb_object_agg(a.attnum, concat_ws(
+        'contents', (SELECT coalesce(jsonb_object_agg(a.attnum, concat_ws(
                          ' ', format_type(a.atttypid, a.atttypmod), pg_get_expr(d.adbin, d.adrelid)
-                     ))
+                     )), '{}')
                      FROM pg_attribute AS a
                      LEFT JOIN pg_attrdef AS d ON a.attgenerated <> '' AND d.adrelid = a.attrelid AND d.adnum = a.attnum
                      WHERE a.attrelid = pipeline.table_id AND a.attnum > 0 AND NOT a.attisdropped
@@ -83,6 +85,15 @@ AS $sql$
         'partitions', (SELECT coalesce(jsonb_agg(t.relid::oid::bigint ORDER BY t.relid::oid), '[]')
                        FROM autoembed._partition_tree(pipeline.table_id) AS t
                        WHERE t.isleaf),
+        'functions', (SELECT coalesce(jsonb_agg(d.digest ORDER BY d.digest), '[]')
+                      FROM (
+                          -- The OIDs of a dump are those of another database.
+                          SELECT md5(concat(f.prosrc, pg_get_function_sqlbody(f.oid), f.proconfig)) AS digest
+                          FROM pg_proc AS f
+                          WHERE f.oid IN (pipeline.content_function_oid, pipeline.chunk_function_oid)
+                             OR f.oid IN (SELECT to_regprocedure(o.identity)
+                                          FROM jsonb_object_keys(pipeline.condition_objects) AS o(identity))
+                      ) AS d),
         'owner', (SELECT c.relowner::bigint FROM pg_class AS c WHERE c.oid = pipeline.table_id)
     );
 $sql$;
@@ -90,7 +101,28 @@ COMMENT ON FUNCTION autoembed._table_shape IS
     'The facts of a table that its pipeline follows. name: the name of the table. key: whether the key columns are a '
     'key. key_numbers: the numbers of the columns that were one last. labels: the names of enum values and attributes '
     'by type. columns: the names by number. type: the number and the type of the embedding column. contents: the types '
-    'and expressions of the other columns. partitions: the OIDs of the leaves. owner: the OID of the owner.';
+    'and expressions of the other columns. partitions: the OIDs of the leaves. functions: digests of those that give '
+    'or cut the texts. owner: the OID of the owner.';
+
+CREATE OR REPLACE FUNCTION autoembed._text_facts(pipeline autoembed.pipeline)
+    RETURNS jsonb
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT jsonb_build_object('functions', pipeline.table_shape -> 'functions', 'columns', coalesce((
+        SELECT jsonb_object_agg(c.key, CASE WHEN pipeline.content_function IS NOT NULL THEN c.value END)
+        FROM jsonb_each_text(pipeline.table_shape -> 'columns') AS c
+        WHERE c.value = ANY (n.names)
+           -- A content function may read any column, and its name.
+           OR pipeline.content_function IS NOT NULL
+              AND (c.value <> pipeline.embedding_column OR pipeline.embeddings_table IS NOT NULL)
+    ), '{}'))
+    FROM (SELECT autoembed._needed_columns(pipeline)::text[] AS names) AS n;
+$sql$;
+COMMENT ON FUNCTION autoembed._text_facts IS
+    'The facts of table_shape that say which columns and functions the texts are made of. Another column may have the '
+    'name of one that was dropped.';
 
 CREATE OR REPLACE FUNCTION autoembed._renamed(names name[], renames jsonb)
     RETURNS name[]
@@ -220,11 +252,11 @@ DECLARE
 BEGIN
     -- The row comes from a dump. It was sound once, and the triggers of its table are restored later.
     IF TG_OP = 'INSERT' AND NEW.built_from IS NOT NULL THEN
-        NEW.table_shape := autoembed._table_shape(NEW);
         IF autoembed._content_function_of(NEW) IS NOT NULL THEN
             NEW := autoembed._with_content_function(NEW, autoembed._content_function_of(NEW));
         END IF;
         NEW := autoembed._with_chunk_function(NEW, autoembed._chunk_function_of(NEW));
+        NEW.table_shape := autoembed._table_shape(NEW);
         -- The dump may be restored without its rights, or without its policies.
         PERFORM autoembed._close_function(f.function) FROM autoembed._open_functions(NEW.id) AS f;
         IF autoembed._is_open(NEW.embeddings_table) THEN

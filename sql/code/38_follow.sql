@@ -231,7 +231,7 @@ DECLARE
     _before autoembed.pipeline;
     _after autoembed.pipeline;
     _shape jsonb;
-    _names CONSTANT text[] := '{key,labels,name,former_name}'::text[];
+    _names CONSTANT text[] := '{key,labels,functions,name,former_name}'::text[];
     _key name[];
     _changed text[];
     _check record;
@@ -247,10 +247,9 @@ BEGIN
     _after := autoembed._after_renames(_before);
     _shape := _after.table_shape;
     -- The restore of a dump switches check_function_bodies off. Its last statements need the functions of the dump.
-    -- The next pass replaces them.
+    -- The next pass replaces them, and a lane finds by the former shape what there is to follow.
     IF NOT current_setting('check_function_bodies')::boolean
        AND _before.table_shape - _names = _shape - _names THEN
-        UPDATE autoembed.pipeline AS p SET table_shape = _shape WHERE p.id = _before.id;
         RETURN;
     END IF;
     -- A column that is renamed may take the name of a column that another pipeline has lost.
@@ -337,7 +336,13 @@ BEGIN
     -- The vectors have another type, or the texts may have changed, or a partition has brought rows. No trigger
     -- sees such a change.
     IF text_changed OR _changed <> '{}'
+       -- Where a column is missing, none of the texts can be read. Another change brings it back.
+       OR _check.errcode IS DISTINCT FROM 'undefined_column'
+          -- Version 0.1.0 noted less.
+          AND _before.table_shape ? 'functions' AND autoembed._text_facts(_before) <> autoembed._text_facts(_after)
        OR _before.table_shape ->> 'type' <> _shape ->> 'type'
+       -- Rows may have got a key while there was none. A restore brings keys after the rows.
+       OR max_seconds IS NULL AND (_shape -> 'key')::boolean AND NOT (_before.table_shape -> 'key')::boolean
        OR EXISTS (
            SELECT FROM jsonb_array_elements(_shape -> 'partitions') AS n(id)
            WHERE NOT _before.table_shape -> 'partitions' @> n.id
@@ -349,14 +354,23 @@ BEGIN
        AND _after.built_from IS DISTINCT FROM 'stopped' THEN
         PERFORM autoembed._build_partition_triggers(_after);
     END IF;
-    IF _after.managed AND _after.built_from IS DISTINCT FROM 'stopped' AND autoembed._inherits(_after.table_id)
-       AND EXISTS (
-           SELECT FROM pg_trigger AS t
-           WHERE t.tgrelid = _after.table_id AND t.tgname = autoembed._trigger_name(_after.id, 'insert')
-             -- This bit of pg_trigger.tgtype is set in a trigger of rows.
-             AND t.tgtype & 1 = 0
-       ) THEN
+    IF _after.managed AND _after.built_from IS DISTINCT FROM 'stopped' AND (
+        autoembed._inherits(_after.table_id) AND EXISTS (
+            SELECT FROM pg_trigger AS t
+            WHERE t.tgrelid = _after.table_id AND t.tgname = autoembed._trigger_name(_after.id, 'insert')
+              -- This bit of pg_trigger.tgtype is set in a trigger of rows.
+              AND t.tgtype & 1 = 0
+        )
+        OR _check.problem IS NULL AND autoembed._clears(_after) AND NOT EXISTS (
+            SELECT FROM pg_trigger AS t
+            WHERE t.tgrelid = _after.table_id AND t.tgname = autoembed._trigger_name(_after.id, 'clear')
+        )
+    ) THEN
         PERFORM autoembed._build_triggers(_after);
+    ELSIF _after.managed AND _check.errcode <> 'waits' AND autoembed._clears(_after) THEN
+        -- Nothing would bring the vectors back.
+        EXECUTE format('DROP TRIGGER IF EXISTS %I ON %s',
+                       autoembed._trigger_name(_after.id, 'clear'), _after.table_id);
     END IF;
     IF NOT _shape -> 'partitions' @> (_before.table_shape -> 'partitions') THEN
         PERFORM autoembed._drop_stray_triggers(c.oid)
@@ -387,41 +401,6 @@ AS $sql$
     SELECT autoembed._follow_one(i.id, text_changed) FROM unnest(ids) AS i(id);
 $sql$;
 COMMENT ON FUNCTION autoembed._follow IS 'Has pipelines follow a change of their own tables.';
-
-CREATE OR REPLACE FUNCTION autoembed._follow_unseen()
-    RETURNS void
-    LANGUAGE plpgsql
-    SECURITY DEFINER
-    SET search_path = pg_catalog, pg_temp
-    -- A tenant may have locked its table. No lane waits for that.
-    SET lock_timeout = '10ms'
-AS $plpgsql$
-DECLARE
-    _pipeline autoembed.pipeline;
-    -- There may be thousands. The next second looks at others.
-    _until CONSTANT timestamptz := clock_timestamp() + interval '10 milliseconds';
-BEGIN
-    FOR _pipeline IN SELECT p.* FROM autoembed.pipeline AS p ORDER BY random() LOOP
-        EXIT WHEN clock_timestamp() > _until;
-        CONTINUE WHEN NOT EXISTS (
-            SELECT FROM pg_attribute AS a
-            CROSS JOIN LATERAL (SELECT _pipeline.table_shape -> 'columns' ->> a.attnum::text AS name) AS b
-            WHERE a.attrelid = _pipeline.table_id AND a.attnum > 0 AND (a.attisdropped OR a.attname <> b.name)
-              AND b.name IS NOT NULL
-        );
-        BEGIN
-            PERFORM autoembed._keep_name(_pipeline.table_id);
-            PERFORM autoembed._follow(ARRAY[_pipeline.id]);
-        EXCEPTION WHEN OTHERS THEN
-            -- Another look comes.
-            NULL;
-        END;
-    END LOOP;
-END;
-$plpgsql$;
-COMMENT ON FUNCTION autoembed._follow_unseen IS
-    'Has pipelines follow columns that were renamed or dropped, and no event trigger has seen it. Until then their '
-    'triggers refuse writes.';
 
 CREATE OR REPLACE FUNCTION autoembed._follow_others(ids integer[], text_changed boolean DEFAULT false)
     RETURNS void
@@ -468,6 +447,59 @@ COMMENT ON FUNCTION autoembed._follow_others IS
     'Has pipelines follow a change of a type or a function, whose owner need not own their tables and waits a second '
     'for them at most. Those that cannot follow in that time are scanned.';
 
+CREATE OR REPLACE FUNCTION autoembed._follow_unseen()
+    RETURNS void
+    LANGUAGE plpgsql
+    SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp
+    -- No lane waits for a lock.
+    SET lock_timeout = '10ms'
+    SET check_function_bodies = on
+    -- A warning is for the server's log alone.
+    SET client_min_messages = error
+AS $plpgsql$
+DECLARE
+    _id integer;
+    -- A tenant may have thousands of tables. The next second looks at others.
+    _until timestamptz := clock_timestamp() + interval '10 milliseconds';
+    _end CONSTANT timestamptz := clock_timestamp() + interval '0.3 seconds';
+BEGIN
+    FOR _id IN
+        SELECT p.id
+        FROM autoembed.pipeline AS p
+        JOIN pg_class AS c ON c.oid = p.table_id
+        -- A restore that goes on brings triggers last.
+        WHERE NOT p.managed OR p.built_from = 'stopped' OR EXISTS (
+            SELECT FROM pg_trigger AS t
+            WHERE t.tgrelid = p.table_id AND t.tgname = autoembed._trigger_name(p.id, 'insert')
+        )
+        ORDER BY random()
+    LOOP
+        EXIT WHEN clock_timestamp() > _until;
+        BEGIN
+            PERFORM autoembed._keep_name(p.table_id), autoembed._follow_one(p.id, false, 0.5)
+            FROM autoembed.pipeline AS p
+            CROSS JOIN autoembed._table_shape(p) AS s(shape)
+            CROSS JOIN LATERAL (
+                -- These are what the pipeline knows of the past.
+                SELECT CASE WHEN (s.shape -> 'key')::boolean THEN '{former_name}' ELSE '{former_name,key_numbers}' END
+            ) AS f(facts)
+            WHERE p.id = _id AND p.table_shape - f.facts::text[] <> s.shape - f.facts::text[];
+            IF FOUND THEN
+                _until := least(_end, clock_timestamp() + interval '10 milliseconds');
+            END IF;
+        EXCEPTION WHEN OTHERS THEN
+            -- Another look comes.
+            NULL;
+        END;
+    END LOOP;
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._follow_unseen IS
+    'Has pipelines follow what no event trigger has told: a change by a session that did not see the pipeline yet, or '
+    'where event triggers were off. Until then triggers that name an old column refuse writes. Looks for a hundredth '
+    'of a second, and longer while it finds something.';
+
 CREATE OR REPLACE FUNCTION autoembed._follow_partitions(table_id oid)
     RETURNS void
     LANGUAGE plpgsql
@@ -506,6 +538,15 @@ BEGIN
     touched AS (
         SELECT a.id FROM altered AS a
         UNION
+        -- ALTER TYPE … CASCADE alters the tables of the type.
+        SELECT c.oid
+        FROM pg_event_trigger_ddl_commands() AS d
+        JOIN pg_type AS y
+            ON d.classid = 'pg_type'::regclass AND y.oid = d.objid
+            OR d.classid = 'pg_class'::regclass AND y.typrelid = d.objid
+        JOIN pg_class AS c ON c.reloftype = y.oid
+        WHERE TG_TAG = 'ALTER TYPE'
+        UNION
         SELECT i.inhrelid FROM touched AS t JOIN pg_inherits AS i ON i.inhparent = t.id
     )
     SELECT array_agg(DISTINCT p.id) INTO _ids
@@ -526,8 +567,8 @@ BEGIN
         WHERE q.table_shape -> 'partitions' @> (p.table_shape -> 'partitions')
     );
     _void := autoembed._follow(_ids);
-    -- ALTER TABLE, too, may rename an attribute of a composite type.
-    IF EXISTS (
+    -- ALTER TABLE, too, may rename an attribute of a composite type, and each table has a type of its rows.
+    IF TG_TAG = 'ALTER TABLE' OR EXISTS (
         SELECT FROM pg_event_trigger_ddl_commands() AS d
         WHERE d.classid = 'pg_type'::regclass OR d.object_type LIKE 'composite type%'
     ) THEN
@@ -735,7 +776,7 @@ BEGIN
                AND NOT EXISTS (SELECT FROM pg_proc AS k WHERE k.oid = p.chunk_function_oid)
     );
     PERFORM autoembed._find_functions(_ids);
-    PERFORM autoembed._follow_others(array_agg(p.id ORDER BY p.id), TG_TAG = 'CREATE FUNCTION')
+    PERFORM autoembed._follow_others(array_agg(p.id ORDER BY p.id), true)
     FROM autoembed.pipeline AS p
     CROSS JOIN LATERAL (
         SELECT d.objid FROM pg_event_trigger_ddl_commands() AS d WHERE d.classid = 'pg_proc'::regclass
@@ -743,7 +784,7 @@ BEGIN
     WHERE p.id = ANY (_ids) AND f.objid IN (autoembed._content_function_of(p), autoembed._chunk_function_of(p))
     HAVING count(*) > 0;
     -- PostgreSQL may choose a function of other arguments in a condition than before.
-    PERFORM autoembed._follow_others(array_agg(w.id ORDER BY w.id), TG_TAG = 'CREATE FUNCTION' AND w.is_it)
+    PERFORM autoembed._follow_others(array_agg(w.id ORDER BY w.id), w.is_it)
     FROM (
         SELECT p.id, bool_or(d.object_identity = o.key OR d.objid::text = o.value ->> 'oid') AS is_it
         FROM pg_event_trigger_ddl_commands() AS d
@@ -757,7 +798,7 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._follow_functions IS
     'Has pipelines follow changes of the functions that give and cut their texts, and of those in their conditions. A '
-    'new body may give other texts.';
+    'new body or setting may give other texts.';
 
 CREATE OR REPLACE FUNCTION autoembed._deny_readers(embeddings_table regclass)
     RETURNS void

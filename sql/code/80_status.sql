@@ -298,7 +298,7 @@ CREATE OR REPLACE FUNCTION autoembed.wait_until_fresh(table_name regclass, timeo
 AS $plpgsql$
 DECLARE
     _end timestamptz;
-    _look_at timestamptz := '-infinity';
+    _look_at timestamptz := clock_timestamp();
     _owned CONSTANT autoembed.pipeline[] := autoembed._owned_pipelines(table_name, NULL);
     _pipelines CONSTANT integer[] := ARRAY(SELECT p.id FROM unnest(_owned) AS p);
     _stopped record;

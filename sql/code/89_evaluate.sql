@@ -119,7 +119,6 @@ COMMENT ON FUNCTION autoembed._judgments IS
 CREATE OR REPLACE FUNCTION autoembed._judged_keys(table_name regclass, embedding_column name, keys jsonb)
     RETURNS jsonb
     LANGUAGE plpgsql
-    STABLE
 AS $plpgsql$
 DECLARE
     _target CONSTANT pg_catalog.record := autoembed._search_target(

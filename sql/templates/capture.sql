@@ -10,7 +10,7 @@ BEGIN
     IF TG_OP OPERATOR(pg_catalog.=) 'UPDATE' THEN
         -- A vector that is not a lane's is replaced. A row whose key is NULL cannot be found again.
         IF NOT ({{key_changed}} OR {{text_changed}} OR {{vector_changed}} AND NOT {{is_lanes_write}})
-           OR NOT ({{has_old_key}} AND {{has_new_key}}) THEN
+           OR NOT ({{has_new_key}} OR {{has_old_key}} AND {{key_changed}}) THEN
             RETURN NULL;
         END IF;
         {{queue_update}}

@@ -24,7 +24,7 @@ BEGIN
             -- No row is refused for its embedding. The lane meets the error again, and reports it.
             _changed := true;
         END;
-        IF NOT _changed OR NOT ({{has_old_key}} AND {{has_new_key}}) THEN
+        IF NOT _changed OR NOT ({{has_new_key}} OR {{has_old_key}} AND {{key_changed}}) THEN
             RETURN NULL;
         END IF;
         {{queue_update}}

@@ -1,8 +1,10 @@
 INSERT INTO autoembed._job (due_at, message)
         VALUES (pg_catalog.clock_timestamp(), pg_catalog.concat(
             '{"pipeline": {{id}}, "keys": [',
-            CASE WHEN {{key_changed}} THEN pg_catalog.concat({{old_key}}, ',') END,
-            {{new_key}},
+            pg_catalog.concat_ws(
+                ',', CASE WHEN {{key_changed}} AND {{has_old_key}} THEN {{old_key}} END,
+                CASE WHEN {{has_new_key}} THEN {{new_key}} END
+            ),
             CASE WHEN {{key_changed}} THEN '], "moved": true}'
                  WHEN {{vector_changed}} THEN '], "replaced": true}'
                  ELSE ']}' END

@@ -81,6 +81,12 @@ def wrong(db: Connection, table: str = "t", text: str = TEXT, embedding: str = "
 
 # Followed ----------------------------------------------------------------------------------------
 
+READS_NAMES = (
+    "CREATE FUNCTION f(r t) RETURNS text LANGUAGE sql STABLE AS"
+    " $$SELECT concat(j ->> 'a', j ->> 'more') FROM to_jsonb(r) AS j$$;"
+    " SELECT autoembed.alter_pipeline('t', content_function => 'f'); SELECT autoembed.process();"
+    " SELECT autoembed.process(); SELECT autoembed.process()"
+)
 FOLLOWED = {
     # The migration: (the statements, texts that are sent again, the text of a row after it).
     "a content column gets another type": ("ALTER TABLE t ALTER a TYPE varchar(100)", 0, TEXT),
@@ -167,6 +173,70 @@ FOLLOWED = {
         "ALTER TABLE t DROP COLUMN b; ALTER TABLE t ADD COLUMN b text DEFAULT 'new'",
         ROWS,
         TEXT,
+    ),
+    "a content column is replaced in one statement": (
+        "ALTER TABLE t DROP COLUMN b, ADD COLUMN b text DEFAULT 'new'",
+        ROWS,
+        TEXT,
+    ),
+    "a column of the template is replaced in one statement": (
+        "SELECT autoembed.alter_pipeline('t', content_template => '{a}+{b}'); SELECT autoembed.process();"
+        " SELECT autoembed.process();"
+        " ALTER TABLE t DROP COLUMN IF EXISTS b, ADD COLUMN IF NOT EXISTS b text DEFAULT 'n'",
+        2 * ROWS,
+        "a || '+' || b",
+    ),
+    "columns that the content function reads are swapped": (
+        f"{READS_NAMES}; ALTER TABLE t RENAME a TO x; ALTER TABLE t RENAME b TO a; ALTER TABLE t RENAME x TO b",
+        2 * ROWS,
+        "a",
+    ),
+    "a column that the content function reads is added": (
+        f"{READS_NAMES}; ALTER TABLE t ADD COLUMN more text DEFAULT 'more'",
+        2 * ROWS,
+        "a || 'more'",
+    ),
+    "the content function gets a setting": (
+        "CREATE FUNCTION f(t) RETURNS text LANGUAGE sql STABLE"
+        " AS $$SELECT $1.a || current_setting('application_name')$$;"
+        " SELECT autoembed.alter_pipeline('t', content_function => 'f'); SELECT autoembed.process();"
+        " SELECT autoembed.process(); ALTER FUNCTION f SET application_name = 'set'",
+        2 * ROWS,
+        "a || 'set'",
+    ),
+    "an attribute of a composite type is renamed": (
+        "CREATE TYPE pair AS (x int); ALTER TABLE t ADD COLUMN p pair DEFAULT ROW(1);"
+        " CREATE FUNCTION f(t) RETURNS text LANGUAGE sql STABLE AS $$SELECT $1.a || to_jsonb($1.p)$$;"
+        " SELECT autoembed.alter_pipeline('t', content_function => 'f'); SELECT autoembed.process();"
+        " SELECT autoembed.process(); ALTER TYPE pair RENAME ATTRIBUTE x TO y",
+        2 * ROWS,
+        "a || to_jsonb(p)",
+    ),
+    "a column is added to the table whose row is the content": (
+        "CREATE TABLE other (x int); ALTER TABLE t ALTER b TYPE other USING ROW(1)::other;"
+        " ALTER TABLE other ADD COLUMN y int",
+        ROWS,
+        TEXT.replace("nullif(b, '')", "b::text"),
+    ),
+    "no function bodies are checked": (
+        f"{READS_NAMES}; SET check_function_bodies = off;"
+        " CREATE OR REPLACE FUNCTION f(r t) RETURNS text LANGUAGE sql STABLE AS $$SELECT upper(r.a)$$;"
+        " RESET check_function_bodies; SELECT autoembed.process()",
+        2 * ROWS,
+        "upper(a)",
+    ),
+    "event triggers do not fire": (
+        "SET session_replication_role = replica; ALTER TABLE t RENAME a TO aa;"
+        " ALTER TABLE t ALTER b TYPE varchar(50) USING upper(b); RESET session_replication_role",
+        ROWS,
+        TEXT.replace("a,", "aa,", 1),
+    ),
+    "event triggers do not fire for the content function": (
+        f"{READS_NAMES}; SET session_replication_role = replica;"
+        " CREATE OR REPLACE FUNCTION f(r t) RETURNS text LANGUAGE sql STABLE AS $$SELECT upper(r.a)$$;"
+        " RESET session_replication_role; SELECT autoembed.process()",
+        2 * ROWS,
+        "upper(a)",
     ),
     "a content column is replaced by a generated one": (
         "ALTER TABLE t DROP COLUMN b; ALTER TABLE t ADD COLUMN b text GENERATED ALWAYS AS (upper(a)) STORED",
@@ -959,3 +1029,73 @@ def test_a_row_whose_key_is_spelled_in_another_way_counts_once(
     assert t.execute("SELECT reason FROM autoembed.failed").fetchall() == []
     found = "SELECT count(*) FROM autoembed.search(NULL::keyed, 'text', mode => 'vector', max_rows => 9)"
     assert one(t, found).count == 2
+
+
+# What no row may suffer by ---------------------------------------------------------------------------
+
+
+def test_a_table_may_lose_all_its_columns(t: Connection) -> None:
+    t.execute(b"ALTER TABLE t DROP COLUMN id, DROP COLUMN a, DROP COLUMN b, DROP COLUMN c, DROP COLUMN embedding")
+    t.execute("INSERT INTO t DEFAULT VALUES")
+    process(t)
+    assert status(t).reason == 'table public.t has no column "id"'
+
+
+def test_a_stopped_pipeline_clears_no_vectors(t: Connection) -> None:
+    """A trigger before the write sees no generated column."""
+    t.execute("SELECT autoembed.alter_pipeline('t', on_change => 'clear')")
+    t.execute("ALTER TABLE t DROP COLUMN b, ADD COLUMN b text GENERATED ALWAYS AS (upper(a)) STORED")
+    t.execute("UPDATE t SET c = 0; UPDATE t SET a = 'new' WHERE id = 1")
+    assert "generated" in status(t).reason
+    assert one(t, "SELECT count(embedding) FROM t").count == ROWS
+
+    t.execute("ALTER TABLE t DROP COLUMN b, ADD COLUMN b text DEFAULT 'b'")
+    process(t)
+    assert (status(t).state, wrong(t)) == ("idle", [])
+    t.execute("UPDATE t SET c = 1; UPDATE t SET a = 'newer' WHERE id = 1")
+    assert one(t, "SELECT count(embedding) FROM t").count == ROWS - 1
+
+
+@pytest.mark.parametrize("key", ["id", "id, c"])
+def test_a_row_that_gets_its_key_while_the_table_has_none_is_embedded(t: Connection, key: str) -> None:
+    t.execute(f"ALTER TABLE t DROP CONSTRAINT t_pkey, ADD PRIMARY KEY ({key})".encode())
+    process(t)
+    t.execute("ALTER TABLE t DROP CONSTRAINT t_pkey; ALTER TABLE t ALTER id DROP NOT NULL")
+    t.execute("INSERT INTO t VALUES (NULL, 'late', 'row', 7)")
+    t.execute("UPDATE t SET id = 77 WHERE id IS NULL; UPDATE t SET id = NULL WHERE id = 1")
+    t.execute("DELETE FROM t WHERE id IS NULL")
+    t.execute(f"ALTER TABLE t ADD PRIMARY KEY ({key})".encode())
+    process(t)
+    assert (status(t).state, wrong(t)) == ("idle", [])
+    assert one(t, "SELECT count(*) FROM autoembed.embedded").count == ROWS
+
+
+def test_a_table_of_a_type_follows_its_attributes(db: Connection) -> None:
+    db.execute("SELECT autoembed.create_model('test', 'fake', 8)")
+    db.execute("CREATE TYPE shape AS (id int, a text, b text); CREATE TABLE t OF shape (PRIMARY KEY (id))")
+    db.execute("SELECT autoembed.enable('t', content_columns => '{a,b}', model => 'test')")
+    db.execute("INSERT INTO t VALUES (1, 'a', 'b')")
+    process(db)
+    db.execute("ALTER TYPE shape RENAME ATTRIBUTE a TO aa CASCADE")
+    db.execute("UPDATE t SET aa = 'new'")
+    process(db)
+    assert (status(db).state, sent(db)) == ("idle", 2)
+
+
+def test_a_session_that_did_not_see_enable_is_followed(t: Connection, connect: Connect) -> None:
+    """Its event triggers do not see the pipeline. A function that it replaces is old to enable()."""
+    t.execute("CREATE TABLE s (id int PRIMARY KEY, a text, b text); INSERT INTO s VALUES (1, 'a', 'b')")
+    t.execute("CREATE FUNCTION g(s) RETURNS text LANGUAGE sql AS $$SELECT $1.a$$")
+    with connect() as other:
+        other.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT")
+        other.execute("CREATE OR REPLACE FUNCTION g(s) RETURNS text LANGUAGE sql AS $$SELECT upper($1.a)$$")
+        t.execute("SELECT autoembed.enable('s', 'embedding', content_function => 'g', model => 'test')")
+        t.execute("SELECT autoembed.enable('s', 'second', content_columns => '{b}', model => 'test')")
+        process(t)
+        other.execute("ALTER TABLE s RENAME b TO bb")
+        other.execute("COMMIT")
+    process(t)
+    t.execute("UPDATE s SET bb = 'new'")
+    process(t)
+    assert wrong(t, "s", "upper(a)") == []
+    assert wrong(t, "s", "bb", "second") == []

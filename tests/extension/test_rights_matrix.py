@@ -343,6 +343,7 @@ _take_permit - - - x
 _take_slot - - - x
 _template - x - x
 _text_config - - - x
+_text_facts - - - x
 _trigger_name - x - x
 _trigger_problems - x - x
 _unindexed - - - x

@@ -46,6 +46,11 @@ def subscribe(db: Connection) -> None:
     )
 
 
+def wait_for_copies(db: Connection) -> None:
+    """A copy waits for all transactions of the publisher's server, and holds its table. Here both are one server."""
+    wait_until(lambda: db.execute("SELECT FROM pg_subscription_rel WHERE srsubstate <> 'r'").fetchone() is None, 30)
+
+
 def wait_for(db: Connection, bodies: list[str]) -> None:
     wait_until(lambda: [row.body for row in db.execute("SELECT body FROM notes ORDER BY id")] == bodies, 30)
 
@@ -101,6 +106,7 @@ def test_no_lane_stops_a_subscription_that_brings_embeddings(publisher: Connecti
     publisher.execute(f"CREATE TABLE own.pages_embeddings ({columns}, PRIMARY KEY (id, chunk_number))")
     publisher.execute("ALTER PUBLICATION notes ADD TABLES IN SCHEMA own")
     subscribe(subscriber)
+    wait_for_copies(subscriber)
     subscriber.execute("SELECT autoembed.resync('own.pages')")
     publisher.execute("INSERT INTO own.pages VALUES (1, 'one')")
     wait_until(lambda: subscriber.execute("SELECT FROM own.pages").rowcount == 1, 30)
@@ -119,6 +125,7 @@ def test_no_lane_stops_a_subscription_that_brings_embeddings(publisher: Connecti
     publisher.execute("ALTER PUBLICATION notes DROP TABLES IN SCHEMA own")
     publisher.execute("ALTER PUBLICATION notes ADD TABLE own.pages")
     subscriber.execute("ALTER SUBSCRIPTION notes REFRESH PUBLICATION")
+    wait_for_copies(subscriber)
     subscriber.execute("SELECT autoembed.resync('own.pages')")
     publisher.execute("INSERT INTO own.pages VALUES (2, 'two')")
     wait_until(lambda: embedded_pages() == 2, 30)

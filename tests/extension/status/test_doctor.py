@@ -70,6 +70,7 @@ def test_all_is_well_on_a_healthy_server_and_its_log_stays_quiet(cron: Connectio
         f"model {MODEL}",
         "table public.notes.embedding",
         "triggers of public.notes.embedding",
+        "rights of public.notes.embedding",
         "index of public.notes.embedding",
         "failed rows of public.notes.embedding",
         "queue",
