@@ -101,6 +101,7 @@ class Backfill:
 
     after: the last key that was queued; None: none yet. condition: which rows are wanted; None: all.
     failures: how often the provider of the model has failed in a row. owner: the OID of the table's owner.
+    problem: the reason why the condition may not run; None: it may.
     """
 
     pipeline_id: int
@@ -110,6 +111,7 @@ class Backfill:
     failures: int
     model: str = ""
     provider: str = ""
+    problem: str | None = None
 
 
 @dataclass(frozen=True)

@@ -250,6 +250,9 @@ def _claim_backfill(
     backfill = database.next_backfill(dedicated=dedicated, busy_models=busy_models, busy_owners=busy_owners)
     if backfill is None:
         return []
+    if backfill.problem:
+        database.fail_backfill(backfill, backfill.problem)
+        return []
     max_rows = min(max_rows, speeds.texts_ahead(backfill.model, backfill.provider) or max_rows)
     if backfill.failures:
         # A provider that failed last time is tried with one row.

@@ -322,52 +322,95 @@ COMMENT ON FUNCTION autoembed._needed_columns IS
     'The columns without which a pipeline cannot work, its embedding column aside.';
 
 CREATE OR REPLACE FUNCTION autoembed._objects_named(name text)
-    RETURNS TABLE (class regclass, id oid, namespace oid)
+    RETURNS TABLE (class regclass, id oid, namespace oid, owner oid, yields boolean)
     LANGUAGE sql
     STABLE
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    SELECT 'pg_proc'::regclass, p.oid, p.pronamespace FROM pg_proc AS p WHERE p.proname = _objects_named.name
+    SELECT 'pg_proc'::regclass, p.oid, p.pronamespace, p.proowner,
+           p.pronargdefaults > 0 OR p.provariadic <> 0 OR EXISTS (
+               SELECT FROM unnest(p.proargtypes) AS a(id) JOIN pg_type AS t ON t.oid = a.id AND t.typtype = 'p'
+           )
+    FROM pg_proc AS p
+    WHERE p.proname = _objects_named.name
     UNION ALL
-    SELECT 'pg_operator'::regclass, p.oid, p.oprnamespace FROM pg_operator AS p WHERE p.oprname = _objects_named.name
+    SELECT 'pg_operator'::regclass, p.oid, p.oprnamespace, p.oprowner, EXISTS (
+               SELECT FROM pg_type AS t WHERE t.oid IN (p.oprleft, p.oprright) AND t.typtype = 'p'
+           )
+    FROM pg_operator AS p
+    WHERE p.oprname = _objects_named.name
     UNION ALL
-    SELECT 'pg_type'::regclass, t.oid, t.typnamespace FROM pg_type AS t WHERE t.typname = _objects_named.name
+    SELECT 'pg_type'::regclass, t.oid, t.typnamespace, t.typowner, false FROM pg_type AS t
+    WHERE t.typname = _objects_named.name
     UNION ALL
-    SELECT 'pg_collation'::regclass, c.oid, c.collnamespace FROM pg_collation AS c
+    SELECT 'pg_collation'::regclass, c.oid, c.collnamespace, c.collowner, false FROM pg_collation AS c
     WHERE c.collname = _objects_named.name;
 $sql$;
-COMMENT ON FUNCTION autoembed._objects_named IS 'The functions, operators, types and collations of a name.';
+COMMENT ON FUNCTION autoembed._objects_named IS
+    'The functions, operators, types and collations of a name. yields: PostgreSQL prefers another one of that name '
+    'that has exactly the types of the arguments.';
 
-CREATE OR REPLACE FUNCTION autoembed._missing_object(pipeline autoembed.pipeline)
-    RETURNS text
-    LANGUAGE plpgsql
+CREATE OR REPLACE FUNCTION autoembed._condition_objects(table_id regclass, objects jsonb)
+    RETURNS TABLE (description text, class regclass, id oid, namespace oid, name text, rivals oid[], problem text)
+    LANGUAGE sql
     STABLE
     SET search_path = pg_catalog, pg_temp
     SET quote_all_identifiers = off
-AS $plpgsql$
-BEGIN
-    RETURN (
-        SELECT concat_ws(' ', o.value ->> 'type', o.key)
-        FROM jsonb_each(pipeline.condition_objects) AS o
-        WHERE NOT EXISTS (
-            SELECT FROM autoembed._objects_named(o.value ->> 'name') AS c
+AS $sql$
+    SELECT concat_ws(' ', o.value ->> 'type', o.key), f.class, f.id, f.namespace, o.value ->> 'name', f.rivals, CASE
+               WHEN f.id IS NULL THEN 'is gone or has another name'
+               WHEN NOT f.trusted THEN format('belongs to role %I now', pg_get_userbyid(f.owner))
+               WHEN f.rival IS NOT NULL THEN
+                   format('yields to one of role %I of the same name', pg_get_userbyid(f.rival))
+           END
+    FROM jsonb_each(objects) AS o
+    JOIN pg_class AS t ON t.oid = table_id
+    LEFT JOIN LATERAL (
+        WITH named AS (
+            SELECT c.*, i.identity, c.id::text = o.value ->> 'oid' AS is_known,
+                   -- Its owner may run code as the table's owner anyway, or could when the condition was given.
+                   -- Version 0.1.0 noted no owner.
+                   c.id::text = o.value ->> 'oid' OR pg_has_role(c.owner, t.relowner, 'SET')
+                   OR pg_get_userbyid(c.owner) = coalesce(o.value ->> 'owner', pg_get_userbyid(c.owner)) AS trusted
+            FROM autoembed._objects_named(o.value ->> 'name') AS c
             CROSS JOIN LATERAL pg_identify_object(c.class, c.id, 0) AS i
-            -- An object of the same identity that was created since is as good, once the other is gone. Its types may
-            -- have other names by now: the condition does not name them.
-            WHERE i.identity = o.key AND NOT EXISTS (
-                      SELECT FROM autoembed._objects_named(o.value ->> 'name') AS k
-                      WHERE k.id::text = o.value ->> 'oid' AND k.namespace <> c.namespace
-                  )
-               OR c.id::text = o.value ->> 'oid' AND split_part(i.identity, '(', 1) = split_part(o.key, '(', 1)
         )
-        ORDER BY o.key
+        SELECT c.*, r.ids AS rivals, r.owner AS rival
+        FROM named AS c
+        LEFT JOIN LATERAL (
+            SELECT array_agg(n.id ORDER BY n.id) AS ids, min(n.owner) FILTER (WHERE NOT n.trusted) AS owner
+            FROM named AS n
+            WHERE c.yields AND n.class = c.class AND n.namespace = c.namespace
+        ) AS r ON true
+        -- An object of the same identity that was created since is as good, once the other is gone. Its types may have
+        -- other names by now: the condition does not name them.
+        WHERE c.identity = o.key
+              AND NOT EXISTS (SELECT FROM named AS k WHERE k.is_known AND k.namespace <> c.namespace)
+           OR c.is_known AND split_part(c.identity, '(', 1) = split_part(o.key, '(', 1)
+        ORDER BY c.is_known DESC, c.trusted DESC
         LIMIT 1
-    );
-END;
-$plpgsql$;
-COMMENT ON FUNCTION autoembed._missing_object IS
-    'A function, operator, type or collation of a pipeline''s condition that no longer has the name that it has there. '
-    'NULL if there is none.';
+    ) AS f ON true
+    ORDER BY o.key;
+$sql$;
+COMMENT ON FUNCTION autoembed._condition_objects IS
+    'The functions, operators, types and collations of a condition on a table. objects: as in '
+    'autoembed.pipeline.condition_objects. rivals: those of the same name among which PostgreSQL chooses; NULL: there '
+    'is no choice. problem: the reason why the condition may not run with the rights of the table''s owner.';
+
+CREATE OR REPLACE FUNCTION autoembed._condition_problem(table_id regclass, objects jsonb)
+    RETURNS text
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT format('the condition on table %s uses %s, which %s', table_id, o.description, o.problem)
+    FROM autoembed._condition_objects(table_id, objects) AS o
+    WHERE o.problem IS NOT NULL
+    LIMIT 1;
+$sql$;
+COMMENT ON FUNCTION autoembed._condition_problem IS
+    'A sentence about a function, operator, type or collation of a condition on a table that no longer is what it was. '
+    'NULL if there is none. objects: as in autoembed.pipeline.condition_objects.';
 
 CREATE OR REPLACE FUNCTION autoembed._used_types(types oid[])
     RETURNS SETOF oid
@@ -591,23 +634,37 @@ CREATE OR REPLACE FUNCTION autoembed._condition_guard(pipeline autoembed.pipelin
 AS $sql$
     SELECT format($$IF (%s) IS NOT TRUE THEN
         RAISE EXCEPTION USING ERRCODE = 'undefined_object',
-            MESSAGE = 'a schema that the condition names has another name';
-    END IF;$$, string_agg(DISTINCT coalesce(format(
-        'pg_catalog.to_regnamespace(%L)::pg_catalog.oid OPERATOR(pg_catalog.=) ' || n.oid || '::pg_catalog.oid',
-        n.oid::regnamespace
-    ), 'false'), ' AND '))
-    FROM jsonb_each(pipeline.condition_objects) AS o
-    LEFT JOIN LATERAL (
-        SELECT c.namespace FROM autoembed._objects_named(o.value ->> 'name') AS c WHERE c.id::text = o.value ->> 'oid'
-    ) AS k ON true
-    LEFT JOIN pg_namespace AS n
-        ON starts_with(o.key, format('%I.', n.nspname)) AND n.oid = coalesce(k.namespace, n.oid)
-    -- The identity of a type of PostgreSQL has no schema.
-    WHERE strpos(split_part(o.key, '(', 1), '.') > 0 AND n.nspname IS DISTINCT FROM 'pg_catalog'
+            MESSAGE = 'an object that the condition names is gone, is another one or is in a schema of another name';
+    END IF;$$, string_agg(CASE
+        WHEN o.problem IS NOT NULL THEN 'false'
+        ELSE concat_ws(
+            ' AND ',
+            format('pg_catalog.to_regnamespace(%L)::pg_catalog.oid OPERATOR(pg_catalog.=) %s::pg_catalog.oid',
+                   o.namespace::regnamespace, o.namespace),
+            format('EXISTS (SELECT FROM pg_catalog.%1$I AS o WHERE o.oid OPERATOR(pg_catalog.=) %2$s::pg_catalog.oid '
+                   'AND o.%3$I OPERATOR(pg_catalog.=) %4$L::pg_catalog.name '
+                   'AND o.%5$I OPERATOR(pg_catalog.=) %6$s::pg_catalog.oid)',
+                   c.relname, o.id, n.name_column, o.name, n.namespace_column, o.namespace),
+            CASE WHEN o.rivals IS NOT NULL THEN
+                format('ARRAY(SELECT o.oid FROM pg_catalog.%1$I AS o WHERE o.%2$I OPERATOR(pg_catalog.=) '
+                       '%3$L::pg_catalog.name AND o.%4$I OPERATOR(pg_catalog.=) %5$s::pg_catalog.oid ORDER BY o.oid) '
+                       'OPERATOR(pg_catalog.=) %6$L::pg_catalog.oid[]',
+                       c.relname, n.name_column, o.name, n.namespace_column, o.namespace, o.rivals)
+            END
+        )
+    END, ' AND ' ORDER BY o.description))
+    FROM autoembed._condition_objects(pipeline.table_id, pipeline.condition_objects) AS o
+    LEFT JOIN pg_class AS c ON c.oid = o.class
+    LEFT JOIN (VALUES
+        ('pg_proc', 'proname', 'pronamespace'),
+        ('pg_operator', 'oprname', 'oprnamespace'),
+        ('pg_type', 'typname', 'typnamespace'),
+        ('pg_collation', 'collname', 'collnamespace')
+    ) AS n(class, name_column, namespace_column) ON n.class = c.relname
     HAVING count(*) > 0;
 $sql$;
 COMMENT ON FUNCTION autoembed._condition_guard IS
-    'A statement that fails once a schema that a condition names has another name. NULL: it names none.';
+    'A statement that fails once an object that a condition names may be another one. NULL: it names none.';
 
 CREATE OR REPLACE FUNCTION autoembed._content_guard(pipeline autoembed.pipeline)
     RETURNS text

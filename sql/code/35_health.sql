@@ -750,7 +750,6 @@ AS $plpgsql$
 DECLARE
     _vectors_table regclass := coalesce(pipeline.embeddings_table, pipeline.table_id);
     _unpublished regclass;
-    _missing text;
     _model autoembed.model;
     _type text;
     _type_dimensions integer;
@@ -805,10 +804,8 @@ BEGIN
         RETURN;
     END IF;
 
-    _missing := autoembed._missing_object(pipeline);
-    IF _missing IS NOT NULL THEN
-        problem := format('the condition on table %s uses %s, which is gone or has another name',
-                          pipeline.table_id, _missing);
+    problem := autoembed._condition_problem(pipeline.table_id, pipeline.condition_objects);
+    IF problem IS NOT NULL THEN
         hint := autoembed._continue_advice(pipeline, NULL);
         errcode := 'waits';
         RETURN;

@@ -418,7 +418,7 @@ BEGIN
     PERFORM autoembed._close_function(f.function) FROM autoembed._open_functions(NEW.id) AS f;
     PERFORM autoembed._share_embeddings(NEW.id);
     -- PostgreSQL plans the statements of a lane, under the guards of a lane.
-    IF autoembed._missing_object(NEW) IS NULL AND EXISTS (
+    IF autoembed._condition_problem(NEW.table_id, NEW.condition_objects) IS NULL AND EXISTS (
         SELECT FROM pg_proc AS p
         WHERE p.pronamespace = 'autoembed'::regnamespace AND p.proname = '_content_' || NEW.id
     ) THEN

@@ -293,21 +293,24 @@ BEGIN
                WHERE a.attrelid = k.conrelid AND a.attnum = ANY (k.conkey) AND a.attnum > 0
            ), '{}'),
            coalesce((
-               SELECT jsonb_object_agg(i.identity, jsonb_build_object('type', i.type, 'oid', d.refobjid::text, 'name', (
-                   SELECT p.proname FROM pg_proc AS p
-                   WHERE p.oid = d.refobjid AND d.refclassid = 'pg_proc'::regclass
-                   UNION ALL
-                   SELECT p.oprname FROM pg_operator AS p
-                   WHERE p.oid = d.refobjid AND d.refclassid = 'pg_operator'::regclass
-                   UNION ALL
-                   SELECT t.typname FROM pg_type AS t
-                   WHERE t.oid = d.refobjid AND d.refclassid = 'pg_type'::regclass
-                   UNION ALL
-                   SELECT c.collname FROM pg_collation AS c
-                   WHERE c.oid = d.refobjid AND d.refclassid = 'pg_collation'::regclass
-               )))
+               SELECT jsonb_object_agg(i.identity, jsonb_build_object(
+                   'type', i.type, 'oid', d.refobjid::text, 'name', o.name, 'owner', pg_get_userbyid(o.owner)
+               ))
                FROM pg_depend AS d
                CROSS JOIN LATERAL pg_identify_object(d.refclassid, d.refobjid, 0) AS i
+               CROSS JOIN LATERAL (
+                   SELECT p.proname AS name, p.proowner AS owner FROM pg_proc AS p
+                   WHERE p.oid = d.refobjid AND d.refclassid = 'pg_proc'::regclass
+                   UNION ALL
+                   SELECT p.oprname, p.oprowner FROM pg_operator AS p
+                   WHERE p.oid = d.refobjid AND d.refclassid = 'pg_operator'::regclass
+                   UNION ALL
+                   SELECT t.typname, t.typowner FROM pg_type AS t
+                   WHERE t.oid = d.refobjid AND d.refclassid = 'pg_type'::regclass
+                   UNION ALL
+                   SELECT c.collname, c.collowner FROM pg_collation AS c
+                   WHERE c.oid = d.refobjid AND d.refclassid = 'pg_collation'::regclass
+               ) AS o
                WHERE d.classid = 'pg_constraint'::regclass
                  AND d.objid = k.oid
                  AND d.refclassid IN (
@@ -948,7 +951,7 @@ BEGIN
         alter_pipeline.model, alter_pipeline.condition, alter_pipeline.chunking, alter_pipeline.chunk_size,
         alter_pipeline.chunk_overlap, alter_pipeline.chunk_prefix, nullif(alter_pipeline.text_config, '')
     ) > 0 THEN
-        PERFORM autoembed._look_through(_pipeline, NULL, false);
+        PERFORM autoembed._look_through(_pipeline, NULL, '{}', false);
     END IF;
     IF alter_pipeline.binary_index <> _pipeline.binary_index THEN
         PERFORM autoembed._replace_index(_pipeline.id);
@@ -1115,7 +1118,7 @@ BEGIN
         END IF;
         -- This assignment fires the trigger that makes missing or disabled triggers again.
         UPDATE autoembed.pipeline AS p SET on_change = p.on_change WHERE p.id = _pipeline.id AND p.managed;
-        PERFORM autoembed._look_through(_pipeline, NULL, false);
+        PERFORM autoembed._look_through(_pipeline, NULL, '{}', false);
     END LOOP;
 END;
 $plpgsql$;
@@ -1138,13 +1141,18 @@ DECLARE
     _pipeline CONSTANT autoembed.pipeline := autoembed._owned_pipeline(table_name, embedding_column);
     _condition CONSTANT record := autoembed._read_condition(_pipeline.table_id, reembed.condition);
 BEGIN
-    PERFORM autoembed._look_through(_pipeline, _condition.condition, true);
+    PERFORM autoembed._look_through(_pipeline, _condition.condition, _condition.objects, true);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.reembed IS
     'Embeds all rows of a table that the caller owns again, or those for which a condition holds, fresh or not.';
 
-CREATE OR REPLACE FUNCTION autoembed._look_through(pipeline autoembed.pipeline, condition text, force boolean)
+CREATE OR REPLACE FUNCTION autoembed._look_through(
+    pipeline autoembed.pipeline,
+    condition text,
+    condition_objects jsonb,
+    force boolean
+)
     RETURNS void
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
@@ -1152,14 +1160,15 @@ CREATE OR REPLACE FUNCTION autoembed._look_through(pipeline autoembed.pipeline, 
 AS $plpgsql$
 BEGIN
     -- A backfill in progress is widened, not replaced: to all rows, unless both have the same condition.
-    INSERT INTO autoembed.backfill AS b (pipeline_id, condition, force, create_index)
-    SELECT p.id, _look_through.condition, _look_through.force, false
+    INSERT INTO autoembed.backfill AS b (pipeline_id, condition, condition_objects, force, create_index)
+    SELECT p.id, _look_through.condition, _look_through.condition_objects, _look_through.force, false
     FROM autoembed.pipeline AS p
     WHERE p.id = (_look_through.pipeline).id
     -- It does not end meanwhile.
     FOR KEY SHARE
     ON CONFLICT ON CONSTRAINT backfill_pkey DO UPDATE
     SET condition = CASE WHEN b.condition = excluded.condition THEN excluded.condition END,
+        condition_objects = excluded.condition_objects,
         force = b.force OR excluded.force,
         position = NULL, rows_queued = 0, started_at = clock_timestamp(), scanned_at = NULL,
         index_problem = NULL;

@@ -2,7 +2,8 @@
 
 CREATE OR REPLACE FUNCTION autoembed._next_backfill(dedicated boolean, busy_models text[], busy_owners bigint[])
     RETURNS TABLE (
-        pipeline_id integer, owner bigint, after text, condition text, failures integer, model text, provider text
+        pipeline_id integer, owner bigint, after text, condition text, failures integer, model text, provider text,
+        problem text
     )
     LANGUAGE plpgsql
     SECURITY DEFINER
@@ -25,7 +26,7 @@ BEGIN
     -- Backfills take turns, so that none holds up another, whether its scan works or fails.
     RETURN QUERY
     WITH next AS (
-        SELECT b.pipeline_id, c.relowner::bigint AS owner, s.failures, m.name, m.provider
+        SELECT b.pipeline_id, s.table_id, c.relowner::bigint AS owner, s.failures, m.name, m.provider
         FROM autoembed.backfill AS b
         JOIN autoembed._pipeline_state AS s ON s.id = b.pipeline_id AND s.blocked IS NULL
         JOIN pg_class AS c ON c.oid = s.table_id AND c.relowner <> ALL (busy_owners::oid[])
@@ -44,12 +45,16 @@ BEGIN
     RETURNING b.pipeline_id, n.owner,
               CASE WHEN octet_length(b.position) > 10000000 THEN 'the position is too long' ELSE b.position END,
               CASE WHEN octet_length(b.condition) > 1000000 THEN 'the condition is too long' ELSE b.condition END,
-              n.failures, n.name, n.provider;
+              n.failures, n.name, n.provider,
+              CASE WHEN b.condition IS NOT NULL THEN
+                  autoembed._condition_problem(n.table_id, b.condition_objects)
+              END;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._next_backfill IS
     'The next backfill to scan for, locked until the commit. dedicated: the caller is a lane for backfills alone. '
-    'busy_models, busy_owners: those for which the lane holds enough.';
+    'busy_models, busy_owners: those for which the lane holds enough. problem: the reason why the condition may not '
+    'run; NULL: it may.';
 
 CREATE OR REPLACE FUNCTION autoembed._queue_backfill(
     pipeline_id integer,

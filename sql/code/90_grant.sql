@@ -89,9 +89,9 @@ BEGIN
                             recall, recall_measured_at, chunk_function, chunk_prefix, binary_index, former_chunking)
                     ON autoembed.pipeline TO %s', role);
     EXECUTE format('GRANT SELECT,
-                    INSERT (pipeline_id, condition, force, create_index),
-                    UPDATE (condition, force, create_index, position, rows_queued, started_at, scanned_at,
-                            index_problem)
+                    INSERT (pipeline_id, condition, condition_objects, force, create_index),
+                    UPDATE (condition, condition_objects, force, create_index, position, rows_queued, started_at,
+                            scanned_at, index_problem)
                     ON autoembed.backfill TO %s', role);
     EXECUTE format('GRANT SELECT ON autoembed._row_state, autoembed._own_pipeline_state TO %s', role);
     EXECUTE format('GRANT SELECT, UPDATE (retried) ON autoembed._own_failure TO %s', role);

@@ -68,7 +68,7 @@ COMMENT ON COLUMN autoembed.pipeline.condition_columns IS
     'The columns that the condition uses: {name in the condition: present name}.';
 COMMENT ON COLUMN autoembed.pipeline.condition_objects IS
     'The functions, operators, types and collations that the condition uses, apart from PostgreSQL''s own: {full name: '
-    'kind}.';
+    '{type, name, owner, oid}}. The owner is the one when the condition was given, and the OID is of that database';
 COMMENT ON COLUMN autoembed.pipeline.model IS 'Its model; NULL: the default model.';
 COMMENT ON COLUMN autoembed.pipeline.on_change IS
     'The fate of a vector whose text changes. keep: it stays until the new one is written. clear: it is cleared at '
@@ -157,7 +157,8 @@ CREATE TABLE autoembed.backfill (
     served_at timestamptz DEFAULT clock_timestamp(),
     scanned_at timestamptz,
     index_problem text,
-    rows_recorded bigint NOT NULL DEFAULT 0
+    rows_recorded bigint NOT NULL DEFAULT 0,
+    condition_objects jsonb NOT NULL DEFAULT '{}'
 );
 COMMENT ON TABLE autoembed.backfill IS
     'The tables that lanes scan, in the order of their keys, for embeddings that are missing or stale.';
@@ -174,6 +175,8 @@ COMMENT ON COLUMN autoembed.backfill.index_problem IS
     'The reason why the index could not be built. No lane tries again.';
 COMMENT ON COLUMN autoembed.backfill.rows_recorded IS
     'The number of those rows that had an embedding when it was asked for. If there were more, rows have gone unseen.';
+COMMENT ON COLUMN autoembed.backfill.condition_objects IS
+    'The functions, operators, types and collations that the condition uses, as in autoembed.pipeline.';
 
 SELECT pg_catalog.pg_extension_config_dump('autoembed.backfill', '');
 

@@ -37,6 +37,8 @@ DROP FUNCTION autoembed.alter_pipeline;
 DROP FUNCTION autoembed.disable;
 DROP FUNCTION autoembed._content_function;
 DROP FUNCTION autoembed._backfill;
+DROP FUNCTION autoembed._look_through;
+DROP FUNCTION autoembed._missing_object;
 DROP FUNCTION autoembed._estimate_texts;
 DROP FUNCTION autoembed._price_and_rate;
 DROP FUNCTION autoembed.estimate;
@@ -289,7 +291,7 @@ COMMENT ON COLUMN autoembed.pipeline.condition_columns IS
     'The columns that the condition uses: {name in the condition: present name}.';
 COMMENT ON COLUMN autoembed.pipeline.condition_objects IS
     'The functions, operators, types and collations that the condition uses, apart from PostgreSQL''s own: {full name: '
-    'kind}.';
+    '{type, name, owner, oid}}. The owner is the one when the condition was given, and the OID is of that database';
 COMMENT ON COLUMN autoembed.pipeline.on_change IS
     'The fate of a vector whose text changes. keep: it stays until the new one is written. clear: it is cleared at '
     'once.';
@@ -316,6 +318,9 @@ COMMENT ON COLUMN autoembed.backfill.index_problem IS
 ALTER TABLE autoembed.backfill ADD COLUMN rows_recorded bigint NOT NULL DEFAULT 0;
 COMMENT ON COLUMN autoembed.backfill.rows_recorded IS
     'The number of those rows that had an embedding when it was asked for. If there were more, rows have gone unseen.';
+ALTER TABLE autoembed.backfill ADD COLUMN condition_objects jsonb NOT NULL DEFAULT '{}';
+COMMENT ON COLUMN autoembed.backfill.condition_objects IS
+    'The functions, operators, types and collations that the condition uses, as in autoembed.pipeline.';
 COMMENT ON TABLE autoembed.embedded IS
     'The digest of the text from which each embedding was made. A text with the same digest is not sent again.';
 ALTER TABLE autoembed.embedded ADD COLUMN vector_digest bytea;

@@ -93,6 +93,8 @@ _close_function - - - x
 _columns_of - x - x
 _compute_virtual - - - x
 _condition_guard - - - x
+_condition_objects - - - x
+_condition_problem - - - x
 _content_bytes_expression - - - x
 _content_expression - x - x
 _content_function - x - x
@@ -232,7 +234,6 @@ _may_write_vectors - - - x
 _measured_recall - x - x
 _mend_restored - - - x
 _missing_guide_triggers - x - x
-_missing_object - - - x
 _model - - - x
 _model_changed - - - x
 _model_facts - - - x
@@ -419,6 +420,7 @@ _row_state - r - rawd
 _this_lane - - - rawd
 backfill - r - rawd
 backfill.condition - raw - raw
+backfill.condition_objects - raw - raw
 backfill.create_index - raw - raw
 backfill.force - raw - raw
 backfill.index_problem - rw - raw

@@ -275,6 +275,7 @@ class Database(TextDatabase):
             row["failures"],
             row["model"],
             row["provider"],
+            row["problem"],
         )
 
     def scan(self, backfill: Backfill, max_rows: int) -> tuple[list[str], bool]:

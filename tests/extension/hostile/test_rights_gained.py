@@ -560,3 +560,108 @@ def test_the_owner_of_the_database_cannot_put_another_schema_in_the_place_of_pgv
         mallory.run("CREATE SCHEMA mine", "ALTER SCHEMA mine RENAME TO own", "DROP SCHEMA own")
     finally:
         db.execute(f"ALTER DATABASE {dbname} OWNER TO CURRENT_USER")
+
+
+# The function that bob's condition calls, in a schema where others may create functions, and what mallory puts in its
+# place: when it is gone, or beside it.
+REPLACED = {
+    "the function is dropped": (
+        "CREATE FUNCTION shared.wanted(id int) RETURNS boolean LANGUAGE sql RETURN id > 0",
+        "shared.wanted(id)",
+        "DROP FUNCTION shared.wanted",
+        "CREATE FUNCTION shared.wanted(id int) RETURNS boolean LANGUAGE sql AS 'SELECT {me}.attack() IS NOT NULL'",
+    ),
+    "the function takes any type": (
+        "CREATE FUNCTION shared.wanted(id anyelement) RETURNS boolean LANGUAGE sql AS 'SELECT id IS NOT NULL'",
+        "shared.wanted(id)",
+        None,
+        "CREATE FUNCTION shared.wanted(id int) RETURNS boolean LANGUAGE sql AS 'SELECT {me}.attack() IS NOT NULL'",
+    ),
+    "the function has a default": (
+        "CREATE FUNCTION shared.wanted(id int, low int DEFAULT 0) RETURNS boolean LANGUAGE sql RETURN id > low",
+        "shared.wanted(id)",
+        None,
+        "CREATE FUNCTION shared.wanted(id int) RETURNS boolean LANGUAGE sql AS 'SELECT {me}.attack() IS NOT NULL'",
+    ),
+    "the function takes any number": (
+        "CREATE FUNCTION shared.wanted(VARIADIC ids int[]) RETURNS boolean LANGUAGE sql RETURN ids[1] > 0",
+        "shared.wanted(id)",
+        None,
+        "CREATE FUNCTION shared.wanted(id int) RETURNS boolean LANGUAGE sql AS 'SELECT {me}.attack() IS NOT NULL'",
+    ),
+    "the operator is dropped": (
+        "CREATE FUNCTION shared.greater(a int, b int) RETURNS boolean LANGUAGE sql RETURN a > b;"
+        "CREATE OPERATOR shared.>>> (FUNCTION = shared.greater, LEFTARG = int, RIGHTARG = int)",
+        "id OPERATOR(shared.>>>) 0",
+        "DROP OPERATOR shared.>>> (int, int)",
+        "CREATE FUNCTION shared.mine(a int, b int) RETURNS boolean LANGUAGE sql AS 'SELECT {me}.attack() IS NOT NULL';"
+        "CREATE OPERATOR shared.>>> (FUNCTION = shared.mine, LEFTARG = int, RIGHTARG = int)",
+    ),
+    "the domain is dropped": (
+        "CREATE DOMAIN shared.number AS int",
+        "id::shared.number > 0",
+        "DROP DOMAIN shared.number",
+        "CREATE FUNCTION shared.mine(a int) RETURNS boolean LANGUAGE sql AS 'SELECT {me}.attack() IS NOT NULL';"
+        "CREATE DOMAIN shared.number AS int CHECK (shared.mine(VALUE))",
+    ),
+}
+
+
+@pytest.mark.parametrize("event_triggers", ["on", "off"])
+@pytest.mark.parametrize("place", REPLACED)
+def test_what_takes_the_place_of_an_object_of_a_condition_does_not_run_as_the_owner(
+    db: Connection, mallory: Tenant, bob: Tenant, place: str, event_triggers: str
+) -> None:
+    create, condition, drop, replace = REPLACED[place]
+    db.execute("CREATE SCHEMA shared; GRANT USAGE ON SCHEMA shared TO PUBLIC")
+    db.execute(f"GRANT CREATE ON SCHEMA shared TO {mallory.name}; {create}".encode())
+    mallory.run(ATTACK, f"GRANT USAGE ON SCHEMA {mallory.name} TO PUBLIC; GRANT INSERT ON ran TO PUBLIC")
+    bob.run("CREATE TABLE chosen (id int PRIMARY KEY, content text)")
+    bob.session.execute(
+        "SELECT autoembed.enable('chosen', content_columns => '{content}', condition => %s)", [condition]
+    )
+    bob.run("INSERT INTO chosen VALUES (1, 'one')")
+    db.execute("SELECT autoembed.process()")
+    assert bob.session.execute("SELECT FROM chosen_embeddings").rowcount == 1
+
+    if drop:
+        db.execute(drop.encode())
+    db.execute(f"SET event_triggers = {event_triggers}; SET ROLE {mallory.name}")
+    db.execute(replace.replace("{me}", mallory.name).encode())
+    db.execute("RESET ROLE; RESET event_triggers")
+    bob.run("UPDATE chosen SET content = 'two'")
+    for _ in range(3):
+        db.execute("SELECT autoembed.process()")
+    bob.run("UPDATE chosen SET content = 'three'")
+
+    assert ran_as(db, mallory) == set()
+    [state] = db.execute("SELECT state, reason FROM autoembed.status WHERE table_name LIKE '%chosen'").fetchall()
+    assert (state.state, mallory.name in state.reason) == ("stopped", True)
+
+    bob.session.execute("SELECT autoembed.alter_pipeline('chosen', condition => 'id > 0')")
+    for _ in range(3):
+        db.execute("SELECT autoembed.process()")
+    assert ran_as(db, mallory) == set()
+    assert db.execute("SELECT state FROM autoembed.status WHERE table_name LIKE '%chosen'").fetchone() == ("idle",)
+
+
+@pytest.mark.parametrize("place", REPLACED)
+def test_nor_does_it_in_a_condition_of_a_backfill(db: Connection, mallory: Tenant, bob: Tenant, place: str) -> None:
+    create, condition, drop, replace = REPLACED[place]
+    db.execute("CREATE SCHEMA shared; GRANT USAGE ON SCHEMA shared TO PUBLIC")
+    db.execute(f"GRANT CREATE ON SCHEMA shared TO {mallory.name}; {create}".encode())
+    mallory.run(ATTACK, f"GRANT USAGE ON SCHEMA {mallory.name} TO PUBLIC; GRANT INSERT ON ran TO PUBLIC")
+    bob.run("CREATE TABLE chosen (id int PRIMARY KEY, content text)")
+    bob.run("SELECT autoembed.enable('chosen', content_columns => '{content}')", "INSERT INTO chosen VALUES (1, 'one')")
+    for _ in range(3):
+        db.execute("SELECT autoembed.process()")
+    bob.session.execute("SELECT autoembed.reembed('chosen', condition => %s)", [condition])
+
+    if drop:
+        db.execute(drop.encode())
+    mallory.run(replace)
+    db.execute("SELECT autoembed.process()")
+
+    assert ran_as(db, mallory) == set()
+    [failed] = db.execute("SELECT reason FROM autoembed.failed WHERE table_name LIKE '%chosen'").fetchall()
+    assert failed.reason.startswith("the condition on table ") and mallory.name in failed.reason
