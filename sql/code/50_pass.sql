@@ -119,18 +119,26 @@ DECLARE
     stage CONSTANT text := format('pg_temp.%I', name);
     usable boolean;
     is_there boolean;
+    is_old boolean;
 BEGIN
     SELECT pg_has_role('pg_read_server_files', 'USAGE')
            AND has_database_privilege(current_database(), 'TEMPORARY')
            -- An owner's code could make a table of that name first. Only the lane's own table is used.
            AND coalesce(bool_and(pg_get_userbyid(c.relowner) = current_user), true),
-           count(*) > 0
-    INTO usable, is_there
+           count(*) > 0,
+           count(*) > count(a.attnum)
+    INTO usable, is_there, is_old
     FROM pg_class AS c
+    LEFT JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attname = 'v' AND a.atttypid = vector_type
     WHERE c.relnamespace = pg_my_temp_schema() AND c.relname = name;
     IF NOT usable THEN
         RETURN NULL;
-    ELSIF NOT is_there THEN
+    END IF;
+    -- pgvector may be another one since, and has taken its column along.
+    IF is_old THEN
+        EXECUTE format('DROP TABLE %s', stage);
+    END IF;
+    IF is_old OR NOT is_there THEN
         EXECUTE format(
             'CREATE TEMPORARY TABLE %s (n integer, v %s STORAGE %s) ON COMMIT DELETE ROWS', stage, vector_type, storage
         );

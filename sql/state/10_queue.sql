@@ -2,6 +2,9 @@
 
 DO LANGUAGE plpgsql $plpgsql$
 BEGIN
+    -- DROP SCHEMA … CASCADE drops the extension with the schema of pgvector, and leaves the queue on pgmq's list.
+    DELETE FROM pgmq.meta AS m
+    WHERE m.queue_name = 'embedding_jobs' AND to_regclass('pgmq.q_embedding_jobs') IS NULL;
     IF EXISTS (SELECT FROM pgmq.meta AS m WHERE m.queue_name = 'embedding_jobs') THEN
         RAISE EXCEPTION USING
             ERRCODE = 'duplicate_object',

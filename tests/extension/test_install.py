@@ -94,6 +94,23 @@ def test_a_queue_of_the_guides_name_is_one_clear_error(db: Connection) -> None:
     assert "pgmq.drop_queue" in (caught.value.diag.message_hint or "")
 
 
+def test_a_reset_that_drops_the_schema_of_pgvector_leaves_nothing_in_the_way(db: Connection) -> None:
+    db.execute("CREATE TABLE documents (id int PRIMARY KEY, content text)")
+    db.execute("SELECT autoembed.create_model('fake', 'fake', 3), autoembed.set_default_model('fake')")
+    enable = "SELECT autoembed.enable('documents', content_columns => '{content}')"
+    db.execute(enable.encode())
+
+    for _ in range(2):
+        db.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public; GRANT USAGE ON SCHEMA public TO PUBLIC")
+        db.execute("CREATE EXTENSION autoembed CASCADE")
+        db.execute("CREATE TABLE documents (id int PRIMARY KEY, content text); INSERT INTO documents VALUES (1, 'one')")
+        db.execute("SELECT autoembed.create_model('fake', 'fake', 3), autoembed.set_default_model('fake')")
+        db.execute(enable.encode())
+        while db.execute("SELECT FROM autoembed.backfill").rowcount:
+            db.execute("SELECT autoembed.process()")
+        assert db.execute("SELECT count(*) FROM documents_embeddings").fetchone() == (1,)
+
+
 def test_a_schema_of_the_extensions_name_is_one_clear_error(db: Connection) -> None:
     db.execute("DROP EXTENSION autoembed CASCADE; CREATE SCHEMA autoembed")
 
