@@ -274,10 +274,14 @@ BEGIN
     UPDATE autoembed.lane SET stop = true;
     -- Without an argument, the lanes keep the role that was chosen for them before.
     _role := coalesce(_role, (
-        SELECT j.username FROM cron.job AS j
+        SELECT j.username
+        FROM cron.job AS j
+        JOIN pg_roles AS r ON r.rolname = j.username
         WHERE j.jobname ~ '^autoembed-(lane|backfill)-[0-9]+(@.*)?$' AND j.database = current_database()
         LIMIT 1
     ), current_user);
+    -- PostgreSQL does not drop a role that has a right. Jobs of a role that is gone fail each second.
+    EXECUTE format('GRANT USAGE ON SCHEMA autoembed TO %I', _role);
     PERFORM autoembed._unschedule('(lane|backfill)-[0-9]+');
     PERFORM cron.schedule_in_database(
         'autoembed-lane-' || n, '1 second', 'CALL autoembed.work()', current_database(), _role
@@ -345,7 +349,12 @@ COMMENT ON FUNCTION autoembed._forget_runs IS
     'Deletes pg_cron''s records of runs of lanes that are more than an hour old, and the lanes of databases that '
     'were dropped, or that ended without removing their retired entries.';
 
-CREATE OR REPLACE FUNCTION autoembed._lane_jobs(backfill boolean, OUT scheduled bigint, OUT last_message text)
+CREATE OR REPLACE FUNCTION autoembed._lane_jobs(
+    backfill boolean,
+    OUT scheduled bigint,
+    OUT last_message text,
+    OUT missing_role text
+)
     LANGUAGE plpgsql
     STABLE
     SECURITY DEFINER
@@ -364,8 +373,8 @@ BEGIN
               )
             ORDER BY d.runid DESC
             LIMIT 1
-        )
-        INTO scheduled, last_message
+        ), min(j.username) FILTER (WHERE to_regrole(quote_ident(j.username)) IS NULL)
+        INTO scheduled, last_message, missing_role
         FROM cron.job AS j
         WHERE j.active AND j.schedule <> autoembed._never()
           AND j.database = current_database() AND j.command ~ 'autoembed[.]work'
@@ -375,7 +384,8 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._lane_jobs IS
     'The number of lanes that pg_cron is to run in this database, of those for backfills or of the others, and the '
-    'message with which the last one failed, if none has ended well since. NULLs without pg_cron.';
+    'message with which the last one failed, if none has ended well since. missing_role: the one that is to run them '
+    'and does not exist. NULLs without pg_cron.';
 
 CREATE OR REPLACE FUNCTION autoembed._full_limit(OUT name text, OUT problem text)
     LANGUAGE sql

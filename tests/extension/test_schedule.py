@@ -6,6 +6,7 @@ import re
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import psycopg
 import pytest
@@ -457,3 +458,29 @@ def test_doctor_names_a_lane_that_does_not_go_on(cron: Connection, scheduled: Se
     assert f"pg_terminate_backend({pid})" in row.advice
     # A lane that waits for work goes on all the time.
     wait_until(lambda: not cron.execute(frozen).fetchall())
+
+
+def test_the_role_that_runs_the_lanes_cannot_be_dropped(cron: Connection) -> None:
+    role = f"boss_{uuid.uuid4().hex[:12]}"
+    cron.execute(f"CREATE ROLE {role} SUPERUSER LOGIN")
+    try:
+        cron.execute(f"SELECT autoembed.schedule(1, 0, '{role}')")
+        with pytest.raises(psycopg.errors.DependentObjectsStillExist):
+            cron.execute(f"DROP ROLE {role}")
+        cron.execute("SELECT autoembed.unschedule()")
+        wait_until(lambda: lane_sessions(cron) == [], 60)
+        cron.execute(f"SELECT autoembed.schedule(1, 0, '{role}')")
+    finally:
+        cron.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+    # The jobs of such a role fail each second.
+    wait_until(lambda: not lane_check(cron).ok, 60)
+    advice = lane_check(cron).advice
+    assert advice == f"Role {role} does not exist. SELECT autoembed.schedule(); makes the jobs again."
+    cron.execute("SELECT autoembed.schedule()")
+    assert {row.username for row in cron.execute("SELECT username FROM cron.job")} == {"postgres"}
+    wait_until(lambda: lane_check(cron).ok, 60)
+
+
+def lane_check(db: Connection) -> Any:
+    return db.execute("SELECT ok, advice FROM autoembed.doctor() WHERE subject = 'lanes'").fetchone()

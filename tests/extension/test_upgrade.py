@@ -497,7 +497,9 @@ KEPT = {
     " FROM autoembed.model AS m ORDER BY m.name",
     "setting": "SELECT * FROM autoembed.setting ORDER BY name",
     "model_rest": "SELECT model, until, failures, needs_attention, reason FROM autoembed.model_rest",
-    "backfill": "SELECT to_jsonb(b) - '{served_at,rows_recorded,condition_objects}'::text[] FROM autoembed.backfill AS b",
+    "backfill": (
+        "SELECT to_jsonb(b) - '{served_at,rows_recorded,condition_objects}'::text[] FROM autoembed.backfill AS b"
+    ),
     "embedded": "SELECT pipeline_id, key, digest, truncated FROM autoembed.embedded ORDER BY pipeline_id, key",
     "failure": "SELECT * FROM autoembed.failure ORDER BY id",
     "usage": "SELECT to_jsonb(u) - 'cost' FROM autoembed.usage AS u ORDER BY u.day, u.model, u.table_name::text",
