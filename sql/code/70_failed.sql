@@ -42,7 +42,8 @@ CREATE OR REPLACE VIEW autoembed._own_failure WITH (security_barrier) AS
 SELECT f.id,
        p.table_id,
        f.error_class,
-       false AS retried
+       false AS retried,
+       p.embeddings_table
 FROM autoembed.failure AS f
 LEFT JOIN autoembed.pipeline AS p
     ON p.id = coalesce(
@@ -75,8 +76,8 @@ BEGIN
             'keys', jsonb_build_array(_failure.key::jsonb)
         )));
     ELSE
-        INSERT INTO autoembed.backfill (pipeline_id, condition, force, create_index)
-        SELECT b.pipeline_id, b.condition, b.force, b.create_index
+        INSERT INTO autoembed.backfill (pipeline_id, condition, condition_objects, force, create_index)
+        SELECT b.pipeline_id, b.condition, coalesce(b.condition_objects, '{}'), b.force, b.create_index
         FROM jsonb_populate_record(NULL::autoembed.backfill, _failure.message -> 'backfill') AS b
         JOIN autoembed.pipeline AS p ON p.id = b.pipeline_id
         FOR KEY SHARE OF p
@@ -98,7 +99,7 @@ BEGIN
     -- The view decides by the caller's rights, which a SECURITY DEFINER function does not know.
     UPDATE autoembed._own_failure AS f
     SET retried = true
-    WHERE (retry_failed.table_name IS NULL OR f.table_id = retry_failed.table_name)
+    WHERE (retry_failed.table_name IS NULL OR retry_failed.table_name IN (f.table_id, f.embeddings_table))
       AND (retry_failed.error_class IS NULL OR f.error_class = retry_failed.error_class);
     GET DIAGNOSTICS _retried = ROW_COUNT;
     RETURN _retried;

@@ -27,6 +27,7 @@ DECLARE
     _row jsonb;
     _chunk record;
 BEGIN
+    table_name := _pipeline.table_id;
     -- A key of one column may be given as its value; a longer one is a JSON array.
     IF cardinality(_pipeline.key_columns) = 1 AND key !~ '^[[:space:]]*[[]' THEN
         _key := jsonb_build_array(key);
@@ -170,6 +171,7 @@ DECLARE
 BEGIN
     IF num_nonnulls(content_columns, content_function, content_template) = 0 THEN
         _pipeline := autoembed._owned_pipeline(table_name, embedding_column);
+        table_name := _pipeline.table_id;
     ELSE
         _void := autoembed._check_owner(table_name);
         _void := autoembed._check_content(content_columns, content_function, content_template, true);

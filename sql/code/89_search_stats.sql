@@ -69,11 +69,9 @@ CREATE OR REPLACE FUNCTION autoembed.reset_search_stats(table_name regclass DEFA
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
-DECLARE
-    _void text;
 BEGIN
     IF table_name IS NOT NULL THEN
-        _void := autoembed._check_owner(table_name);
+        table_name := (autoembed._owned_pipelines(table_name, NULL))[1].table_id;
     END IF;
     PERFORM autoembed._reset_search_stats(table_name);
 END;

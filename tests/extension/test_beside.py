@@ -593,6 +593,26 @@ def test_a_table_may_have_several_embeddings_tables_and_a_column(pages: Connecti
     assert pages.execute("SELECT count(*) FROM autoembed.pipeline").fetchone() == (2,)
 
 
+def test_each_of_several_sets_is_named_by_its_embeddings_table(pages: Connection) -> None:
+    pages.execute(
+        "SELECT autoembed.enable('pages', content_template => 'x {body}', embeddings_table => 'others', model => 'two')"
+        " FROM (SELECT autoembed.create_model('two', 'fake', 3)) AS m"
+    )
+    pages.execute("INSERT INTO pages VALUES (1, 'one')")
+    process(pages)
+
+    for table, text in (("pages_embeddings", "one"), ("others", "x one")):
+        assert pages.execute("SELECT content FROM autoembed.preview(%s, '1')", [table]).fetchall() == [(text,)]
+        assert pages.execute("SELECT tokens > 0 AS any FROM autoembed.estimate(%s)", [table]).fetchall() == [(True,)]
+        pages.execute("SELECT autoembed.reset_search_stats(%s)", [table])
+    pages.execute(
+        "INSERT INTO autoembed.failure (pipeline_id, key, error_class, reason, attempts)"
+        " SELECT p.id, '[1]', 'row', 'odd', 1 FROM autoembed.pipeline AS p"
+    )
+    assert pages.execute("SELECT autoembed.retry_failed('others')").fetchall() == [(1,)]
+    assert pages.execute("SELECT autoembed.retry_failed('pages')").fetchall() == [(1,)]
+
+
 def test_the_tables_owner_owns_the_embeddings_and_runs_all_that_hangs_on_them(
     db: Connection, api: FakeApi, role: Callable[[str], str], connect: Callable[..., Connection]
 ) -> None:

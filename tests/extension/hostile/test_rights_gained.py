@@ -661,6 +661,8 @@ def test_nor_does_it_in_a_condition_of_a_backfill(db: Connection, mallory: Tenan
         db.execute(drop.encode())
     mallory.run(replace)
     db.execute("SELECT autoembed.process()")
+    bob.run("SELECT autoembed.retry_failed('chosen')")
+    db.execute("SELECT autoembed.process()")
 
     assert ran_as(db, mallory) == set()
     [failed] = db.execute("SELECT reason FROM autoembed.failed WHERE table_name LIKE '%chosen'").fetchall()
