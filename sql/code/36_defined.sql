@@ -91,8 +91,11 @@ AS $sql$
                           SELECT md5(concat(f.prosrc, pg_get_function_sqlbody(f.oid), f.proconfig)) AS digest
                           FROM pg_proc AS f
                           WHERE f.oid IN (pipeline.content_function_oid, pipeline.chunk_function_oid)
-                             OR f.oid IN (SELECT to_regprocedure(o.identity)
-                                          FROM jsonb_object_keys(pipeline.condition_objects) AS o(identity))
+                             OR pipeline.condition_objects <> '{}' AND f.oid IN (
+                                 SELECT o.id
+                                 FROM autoembed._condition_objects(pipeline.table_id, pipeline.condition_objects) AS o
+                                 WHERE o.class = 'pg_proc'::regclass
+                             )
                       ) AS d),
         'owner', (SELECT c.relowner::bigint FROM pg_class AS c WHERE c.oid = pipeline.table_id)
     );

@@ -236,6 +236,8 @@ DECLARE
     _changed text[];
     _check record;
     _rival autoembed.pipeline;
+    -- The partitions that are none any more.
+    _left oid[];
 BEGIN
     SELECT p.* INTO _before
     FROM autoembed.pipeline AS p
@@ -346,6 +348,8 @@ BEGIN
        OR EXISTS (
            SELECT FROM jsonb_array_elements(_shape -> 'partitions') AS n(id)
            WHERE NOT _before.table_shape -> 'partitions' @> n.id
+             -- One that becomes a partition itself keeps its rows.
+             AND n.id::bigint::oid <> _after.table_id
              AND NOT autoembed._is_empty(n.id::bigint::oid::regclass)
        ) THEN
         PERFORM autoembed._backfill(ARRAY[_after.id]);
@@ -372,11 +376,13 @@ BEGIN
         EXECUTE format('DROP TRIGGER IF EXISTS %I ON %s',
                        autoembed._trigger_name(_after.id, 'clear'), _after.table_id);
     END IF;
-    IF NOT _shape -> 'partitions' @> (_before.table_shape -> 'partitions') THEN
-        PERFORM autoembed._drop_stray_triggers(c.oid)
+    _left := ARRAY(
+        SELECT o.id::bigint::oid
         FROM jsonb_array_elements(_before.table_shape -> 'partitions') AS o(id)
-        JOIN pg_class AS c ON c.oid = o.id::bigint::oid
-        WHERE NOT _shape -> 'partitions' @> o.id;
+        WHERE NOT _shape -> 'partitions' @> o.id AND o.id::bigint::oid <> _after.table_id
+    );
+    IF _left <> '{}' THEN
+        PERFORM autoembed._drop_stray_triggers(c.oid) FROM pg_class AS c WHERE c.oid = ANY (_left);
         -- A partition has taken rows away. A lane finds the others.
         INSERT INTO autoembed._job (due_at, message)
         VALUES (clock_timestamp(), jsonb_build_object('pipeline', _after.id, 'recorded_after', ''));

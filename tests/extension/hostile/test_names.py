@@ -82,6 +82,11 @@ def rename(db: Connection, mallory: Tenant, *, followed: bool) -> None:
         db.execute("SET event_triggers = off; ALTER SCHEMA app RENAME TO renamed; RESET event_triggers")
 
 
+def grant(db: Connection, table: str, tenant: Tenant) -> None:
+    """A right to the rows is one to the embeddings, whose columns the fake table has."""
+    db.execute(f"GRANT SELECT ON {table} TO {tenant.name}".encode())
+
+
 def assert_fresh(db: Connection) -> None:
     """Each row has its own embeddings, and nothing else has any."""
     # Lanes look at a table that has a job.
@@ -100,7 +105,7 @@ def test_the_owner_of_a_schema_gains_nothing_by_its_former_name(
     for use, (who, statement) in USES.items():
         attach(db, owner_of_schema, bob, MORE[more])
         rename(db, owner_of_schema, followed=followed)
-        db.execute(f"GRANT SELECT ON renamed.doc_embeddings TO {owner_of_schema.name}".encode())
+        grant(db, "renamed.doc", owner_of_schema)
         owner_of_schema.run(FAKES, fakes)
         session = bob.session if who == "bob" else db
         try:
@@ -213,7 +218,7 @@ def test_schemas_that_change_places_all_the_time_mislead_no_lane(
     db: Connection, owner_of_schema: Tenant, bob: Tenant, start_lane: Callable[[], Lane]
 ) -> None:
     attach(db, owner_of_schema, bob)
-    db.execute(f"GRANT SELECT ON app.doc_embeddings TO {owner_of_schema.name}".encode())
+    grant(db, "app.doc", owner_of_schema)
     owner_of_schema.run("ALTER SCHEMA app RENAME TO renamed", FAKES, FAKE_TABLES, "ALTER SCHEMA app RENAME TO fake_app")
     lane = start_lane()
     ends = time.monotonic() + 8
@@ -277,7 +282,7 @@ def test_a_request_in_flight_is_not_written_to_a_table_of_the_former_name(
             waiting = "SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
             wait_until(lambda: db.execute(waiting).rowcount == 1)
             rename(db, owner_of_schema, followed=followed)
-            db.execute(f"GRANT SELECT ON renamed.doc_embeddings TO {owner_of_schema.name}".encode())
+            grant(db, "renamed.doc", owner_of_schema)
             owner_of_schema.run(FAKES, FAKE_TABLES, "ALTER TABLE app.doc ALTER body TYPE text")
             owner_of_schema.run("DELETE FROM ran; INSERT INTO app.doc VALUES (6, 'a text')")
         finally:
