@@ -41,6 +41,7 @@ class Address(NamedTuple):
     truncated: the table was emptied, and there are no keys.
     moved: rows have changed their keys, so the digests known under these keys belong to other rows.
     replaced: somebody else has replaced the rows' vectors.
+    echo: a trigger has changed the rows when a lane wrote a vector.
     suspect: a server may have fallen over one of the texts, which travel without others.
     recorded_after: rows may have gone unseen. The rows with a record are to be queued, those behind this key, and there
     are no other keys.
@@ -54,6 +55,7 @@ class Address(NamedTuple):
     replaced: bool = False
     recorded_after: str | None = None
     suspect: bool = False
+    echo: bool = False
 
 
 def address_of(body: Any) -> Address:
@@ -83,6 +85,7 @@ def address_of(body: Any) -> Address:
         moved=body.get("moved") is True,
         replaced=body.get("replaced") is True,
         suspect=body.get("suspect") is True,
+        echo=body.get("echo") is True,
     )
 
 
@@ -290,7 +293,7 @@ def _forget_changed(database: Database, found: list[tuple[int, Address]]) -> tup
     """
     changed: dict[int, list[Address]] = defaultdict(list)
     for pipeline_id, address in found:
-        if address.truncated or address.moved or address.replaced:
+        if address.truncated or address.moved or address.replaced or address.echo:
             changed[pipeline_id].append(address)
     pipelines = database.pipelines(sorted(changed)) if changed else {}
     resting, unfinished = set(), set()
@@ -303,13 +306,16 @@ def _forget_changed(database: Database, found: list[tuple[int, Address]]) -> tup
             continue
         moved = [key for address in addresses if address.moved for key in address.keys]
         replaced = [key for address in addresses if address.replaced for key in address.keys]
+        echoed = [key for address in addresses if address.echo for key in address.keys]
         try:
             if any(address.truncated for address in addresses) and not database.forget_all(pipeline_id):
                 unfinished.add(pipeline_id)
             if moved:
                 database.forget(pipeline, moved)
             if replaced:
-                database.note_replaced(pipeline_id, replaced)
+                database.note_replaced(pipeline_id, replaced, echo=False)
+            if echoed:
+                database.note_replaced(pipeline_id, echoed, echo=True)
         except RowError as error:
             database.rest_pipelines(pipeline.owner, [pipeline_id], str(error))
             resting.add(pipeline_id)

@@ -23,6 +23,8 @@ LONG_TEXT_BYTES = 1 << 20
 MAX_PIECES = 100_000
 # A text may begin with many equal chunks. So many of them may be the first one of those that were written.
 TRIED_PLACES = 100
+# The record of a row has this digest of its vector if a lane's write has changed the row by a trigger.
+ECHO = b"\0"
 # So many times within an hour, a vector that somebody else has replaced is made again at once.
 FREE_REPLACEMENTS = 5
 # After that the waits double, up to this, in seconds.
@@ -149,7 +151,8 @@ class Row:
 class Known:
     """The record of a row: the digests of its text and of its vector.
 
-    vector_digest: None: not known. replaced: how often in a row somebody else has replaced the vector.
+    vector_digest: None: not known. replaced: how often in a row somebody else has replaced the vector, or the write of
+    the vector has changed the text.
     age_seconds: the time since the vector was written; None: not known.
     """
 
@@ -172,9 +175,9 @@ class Known:
             return False
         return self.vector_digest is None or self.vector_digest == row.vector_digest
 
-    def wait_seconds(self) -> float:
-        """The time for which a vector that somebody else keeps replacing is not made again."""
-        if self.replaced < FREE_REPLACEMENTS:
+    def wait_seconds(self, digest: bytes) -> float:
+        """The time for which a vector of a text of this digest is not made again, because that would not end."""
+        if self.replaced < FREE_REPLACEMENTS or digest != self.digest and self.vector_digest != ECHO:
             return 0.0
         wait = min(2.0 ** (self.replaced - FREE_REPLACEMENTS), MAX_REPLACEMENT_SECONDS)
         return max(0.0, wait - (self.age_seconds or 0.0))

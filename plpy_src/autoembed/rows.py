@@ -19,7 +19,7 @@ from autoembed.errors import Fault, PassEnded, RowError
 from autoembed.jobs import CHANGES, MAX_ATTEMPTS, REFUSED, Job, Ledger
 from autoembed.limits import PATIENCE_SECONDS
 from autoembed.providers import COMPUTED_HERE, most_tokens_of
-from autoembed.records import MAX_TEXT_BYTES, Chunk, Written, changes, digest_of_chunks, first_number
+from autoembed.records import ECHO, MAX_TEXT_BYTES, Chunk, Written, changes, digest_of_chunks, first_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -477,8 +477,11 @@ class Rows:
                 job.vector_digest = job.row.vector_digest
                 unchanged.append(job)
                 continue
-            if known is not None and known.digest == job.digest and (wait := known.wait_seconds()):
-                self._ledger.retry(job, wait, "something else keeps replacing its embedding")
+            if known is not None and (wait := known.wait_seconds(job.digest)):
+                reason = "something else keeps replacing its embedding"
+                if known.vector_digest == ECHO:
+                    reason = "a trigger changes its text each time that its embedding is written"
+                self._ledger.retry(job, wait, reason)
                 continue
             if job.row is not None and job.row.is_locked:
                 self._ledger.retry(job, LOCKED_DELAY_SECONDS, LOCKED)

@@ -58,7 +58,12 @@ BEGIN
                 FROM autoembed.pipeline AS p
                 WHERE p.table_id = _root AND p.embedding_column = TG_ARGV[1]
             )
-        )
+        ) || CASE
+            -- Another trigger changes the row where a lane writes a vector, and the lane would write for ever.
+            WHEN pg_trigger_depth() > 1 AND current_setting('autoembed.writing', true) <> ''
+                 AND autoembed._may_write_vectors(_root) THEN '{"echo": true}'
+            ELSE '{}'
+        END::jsonb
     );
     RETURN NEW;
 END;

@@ -589,6 +589,13 @@ BEGIN
             ) IS TRUE$sql$,
             pipeline.table_id::oid
         ) ELSE 'false' END,
+        'is_echo', format(
+            $sql$pg_catalog.pg_trigger_depth() OPERATOR(pg_catalog.>) 1
+                 AND pg_catalog.current_setting('autoembed.writing', true) OPERATOR(pg_catalog.<>) ''
+                 AND autoembed._may_write_vectors(%s) AND (%s)$sql$,
+            -- The owner's code does not run there.
+            pipeline.table_id::oid, CASE WHEN _runs_owners_code THEN 'true' ELSE _text_changed END
+        ),
         'vector_digest', autoembed._vector_digest_expression(pipeline, 't'),
         'runs_owners_code', _runs_owners_code,
         'read_columns', CASE

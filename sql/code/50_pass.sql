@@ -184,9 +184,9 @@ BEGIN
     ON CONFLICT ON CONSTRAINT embedded_pkey DO UPDATE
     SET digest = excluded.digest, truncated = excluded.truncated, vector_digest = excluded.vector_digest,
         embedded_at = excluded.embedded_at,
-        -- The text is the same, so the vector was not.
+        -- The text is the same, so the vector was not. Or the former write has changed the text.
         replaced = CASE
-            WHEN NOT written OR e.digest <> excluded.digest THEN 0
+            WHEN NOT written OR e.digest <> excluded.digest AND e.vector_digest IS DISTINCT FROM '\x00' THEN 0
             WHEN e.embedded_at > clock_timestamp() - interval '1 hour' THEN least(e.replaced + 1, 100)
             ELSE 1
         END
@@ -200,23 +200,25 @@ COMMENT ON FUNCTION autoembed._record_embedded IS
     'Records the digests of the text from which each embedding was made and of the vector, and takes the rows off the '
     'failed list. written: the vectors were written now.';
 
-CREATE OR REPLACE FUNCTION autoembed._note_replaced(pipeline_id integer, keys text[])
+CREATE OR REPLACE FUNCTION autoembed._note_replaced(pipeline_id integer, keys text[], echo boolean)
     RETURNS void
     LANGUAGE sql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
     UPDATE autoembed.embedded AS e
-    SET vector_digest = ''
+    -- No vector has one of these digests.
+    SET vector_digest = CASE WHEN echo THEN '\x00'::bytea ELSE '' END
     WHERE e.pipeline_id = _note_replaced.pipeline_id AND e.key = ANY (autoembed._short_keys(keys))
       -- A vector in the row shows it by its digest. Those beside the rows have none of their own.
-      AND (e.vector_digest IS NULL OR EXISTS (
+      AND (echo OR e.vector_digest IS NULL OR EXISTS (
           SELECT FROM autoembed.pipeline AS p
           WHERE p.id = _note_replaced.pipeline_id AND p.embeddings_table IS NOT NULL
       ));
 $sql$;
 COMMENT ON FUNCTION autoembed._note_replaced IS
-    'Records that somebody else has replaced the vectors of these rows. Rows whose vector has a digest show it.';
+    'Records that somebody else has replaced the vectors of these rows. Rows whose vector has a digest show it. echo: '
+    'a trigger has changed these rows when a lane wrote a vector.';
 
 CREATE OR REPLACE FUNCTION autoembed._pay_chunks(pipeline_id integer, key text, digests bytea[], vectors bytea[])
     RETURNS void

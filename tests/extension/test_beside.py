@@ -593,6 +593,26 @@ def test_a_table_may_have_several_embeddings_tables_and_a_column(pages: Connecti
     assert pages.execute("SELECT count(*) FROM autoembed.pipeline").fetchone() == (2,)
 
 
+def test_a_text_that_each_write_of_its_embeddings_changes_costs_ever_fewer_requests(
+    pages: Connection, api: FakeApi
+) -> None:
+    pages.execute("INSERT INTO pages VALUES (1, 'one')")
+    process(pages)
+    pages.execute(
+        "CREATE FUNCTION echo() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN UPDATE pages SET body = body || '.' WHERE id = NEW.id; RETURN NULL; END $$;"
+        " CREATE TRIGGER echo AFTER INSERT OR UPDATE ON pages_embeddings FOR EACH ROW EXECUTE FUNCTION echo()"
+    )
+    before = len(api.texts())
+
+    pages.execute("UPDATE pages SET body = 'new'")
+    for _ in range(30):
+        pages.execute("UPDATE pgmq.q_embedding_jobs SET vt = now()")
+        process(pages)
+
+    assert 5 <= len(api.texts()) - before <= 8
+
+
 def test_each_of_several_sets_is_named_by_its_embeddings_table(pages: Connection) -> None:
     pages.execute(
         "SELECT autoembed.enable('pages', content_template => 'x {body}', embeddings_table => 'others', model => 'two')"

@@ -193,6 +193,53 @@ def test_a_vector_that_is_replaced_after_each_write_costs_ever_fewer_requests(no
     assert is_right(notes)
 
 
+# The tables whose text a trigger changes each time that a vector is written, by the table of the vector.
+ECHOES = {"itself": {"notes": "notes"}, "by way of another table": {"notes": "twins", "twins": "notes"}}
+
+
+@pytest.mark.parametrize("attached", ATTACHED)
+@pytest.mark.parametrize("echo", ECHOES)
+def test_a_text_that_each_write_of_its_vector_changes_costs_ever_fewer_requests(
+    db: Connection, api: FakeApi, attached: str, echo: str
+) -> None:
+    make_notes(db)
+    db.execute(ATTACHED[attached])
+    fill(db)
+    if "twins" in ECHOES[echo]:
+        db.execute("CREATE TABLE twins (LIKE notes INCLUDING ALL)")
+        db.execute("SELECT autoembed.enable('twins', 'embedding', content_columns => '{body}')")
+        db.execute("INSERT INTO twins SELECT id, body FROM notes")
+        process(db)
+    for table, changed in ECHOES[echo].items():
+        db.execute(
+            f"CREATE FUNCTION echo_{table}() RETURNS trigger LANGUAGE plpgsql AS"
+            f" $$ BEGIN UPDATE {changed} SET body = body || '.' WHERE id = NEW.id; RETURN NULL; END $$;"
+            f" CREATE TRIGGER echo AFTER UPDATE OF embedding ON {table} FOR EACH ROW"
+            f" WHEN (NEW.embedding IS NOT NULL AND OLD.embedding IS DISTINCT FROM NEW.embedding)"
+            f" EXECUTE FUNCTION echo_{table}()"
+        )
+    before = inputs(db)
+
+    db.execute("UPDATE notes SET body = 'new' WHERE id = 1")
+    for _ in range(30):
+        db.execute("UPDATE pgmq.q_embedding_jobs SET vt = now()")
+        process(db)
+
+    assert 5 <= inputs(db) - before <= 8 * len(ECHOES[echo])
+    assert waiting(db) == 1
+    for table in ECHOES[echo]:
+        db.execute(f"DROP TRIGGER echo ON {table}")
+    # Other rows are not held up.
+    db.execute("UPDATE notes SET body = 'other' WHERE id = 2")
+    process(db)
+    assert is_right(db, 2)
+    db.execute("UPDATE autoembed.embedded SET embedded_at = now() - interval '20 minutes'")
+    db.execute("UPDATE pgmq.q_embedding_jobs SET vt = now()")
+    process(db)
+    assert is_right(db)
+    assert waiting(db) == 0
+
+
 @pytest.mark.parametrize("attached", ["columns", "by hand"])
 def test_another_type_of_the_column_makes_no_vector_stale(db: Connection, api: FakeApi, attached: str) -> None:
     """If digests of the old type are compared with vectors of the new one, every text is sent again."""

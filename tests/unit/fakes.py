@@ -402,7 +402,7 @@ class FakeDatabase(Database):
             if key in self.embedded
         }
 
-    def note_replaced(self, pipeline_id: int, keys: Sequence[str]) -> None:
+    def note_replaced(self, pipeline_id: int, keys: Sequence[str], *, echo: bool) -> None:
         self._note("note_replaced")
         self._raise_for(keys)
         for key in keys:

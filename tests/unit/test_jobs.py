@@ -45,6 +45,8 @@ GUIDE = {"id": 7, "schema": "public", "table": "documents", "contentFunction": "
         ({"pipeline": 3, "keys": [[1, "é"]], "attempts": 4}, Address(3, ['[1,"é"]'], 4)),
         ({"pipeline": 3, "keys": [[1]], "unknown": True}, Address(3, ["[1]"], 0)),
         ({"pipeline": 3, "keys": [["1.50"]]}, Address(3, ['["1.50"]'], 0)),
+        ({"pipeline": 3, "keys": [[1]], "replaced": True}, Address(3, ["[1]"], 0, replaced=True)),
+        ({**GUIDE, "pipeline": 3, "echo": True}, Address(3, ["[7]"], 0, echo=True)),
         ({"pipeline": 3, "truncated": True}, Address(3, [], 0, truncated=True)),
         ({"pipeline": 3, "recorded_after": ""}, Address(3, [], 0, recorded_after="")),
     ],

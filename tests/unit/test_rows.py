@@ -13,7 +13,7 @@ import pytest
 from autoembed import rows
 from autoembed.errors import PassEnded, RowError
 from autoembed.jobs import MAX_ATTEMPTS, Job, Ledger, Outcome, Report
-from autoembed.records import Known, Pipeline, Row, first_number
+from autoembed.records import ECHO, Known, Pipeline, Row, first_number
 from autoembed.rows import Owners, Pace, Rows, Speeds, owners_of_few
 from unit.fakes import (
     MODEL,
@@ -1163,7 +1163,10 @@ def test_a_lane_begins_carefully_where_an_index_makes_writing_slow(indexed: bool
 def test_a_vector_that_is_replaced_again_and_again_waits_longer_each_time(
     replaced: int, age: float | None, wait: float
 ) -> None:
-    assert Known(b"text", b"vector", replaced, age).wait_seconds() == pytest.approx(wait)
+    assert Known(b"text", b"vector", replaced, age).wait_seconds(b"text") == pytest.approx(wait)
+    assert Known(b"text", b"vector", replaced, age).wait_seconds(b"another text") == 0.0
+    # The write of the vector changes the text each time.
+    assert Known(b"text", ECHO, replaced, age).wait_seconds(b"another text") == pytest.approx(wait)
 
 
 @pytest.mark.parametrize(

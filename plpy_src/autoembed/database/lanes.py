@@ -1038,13 +1038,13 @@ class Database(TextDatabase):
                 [pipeline.id, list(keys), list(digests), list(vector_digests), list(truncated), written],
             )
 
-    def note_replaced(self, pipeline_id: int, keys: Sequence[str]) -> None:
-        """Records that somebody else has replaced the vectors of rows."""
+    def note_replaced(self, pipeline_id: int, keys: Sequence[str], *, echo: bool) -> None:
+        """Records that somebody else has replaced the vectors of rows; echo: that a lane's write has changed them."""
         with row_errors():
             self._run(
-                "SELECT autoembed._note_replaced($1, $2)",
-                ["pg_catalog.int4", "pg_catalog.text[]"],
-                [pipeline_id, list(keys)],
+                "SELECT autoembed._note_replaced($1, $2, $3)",
+                ["pg_catalog.int4", "pg_catalog.text[]", "pg_catalog.bool"],
+                [pipeline_id, list(keys), echo],
             )
 
     def forget(self, pipeline: Pipeline, keys: Sequence[str]) -> None:
