@@ -146,7 +146,7 @@ CREATE OR REPLACE FUNCTION autoembed._learnt(model text)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    -- Of values of one name the last one stays.
+    -- The last of the values of one name stays.
     SELECT jsonb_object_agg(l.name, l.value ORDER BY l.at)
     FROM autoembed.model_limit AS l
     WHERE l.model = _learnt.model;

@@ -556,7 +556,7 @@ BEGIN
                            autoembed._key_expression(pipeline, 'o'), autoembed._has_key_expression(pipeline, 'o')),
         'new_rows', format('SELECT %s AS key FROM new_rows AS n WHERE %s',
                            autoembed._key_expression(pipeline, 'n'), autoembed._has_key_expression(pipeline, 'n')),
-        -- Of the embeddings table. A row has several embeddings there.
+        -- These are of the embeddings table. A row has several embeddings there.
         'lost_rows', format('SELECT DISTINCT %s AS key FROM old_rows AS o', autoembed._key_expression(pipeline, 'o')),
         -- Texts of keys and numbers are compared without code of their types.
         'replaced_rows', format(

@@ -59,7 +59,7 @@ BEGIN
         alter_pipeline, chunk_text, clear_column, create_match_function, disable, doctor, embed, embed_query, enable,
         estimate, evaluate_search, measure_recall, pause, preview, queue_embeddings, reembed, reset_search_stats,
         resume, resync, retry_failed, search, search_rows, tune, wait_until_fresh, _advisory_locks, _alter_as_owner,
-        _as_owner, _beginning, _bits, _check_attachable, _check_beside, _check_chunking, _check_chunks_view,
+        _arguments, _as_owner, _beginning, _bits, _check_attachable, _check_beside, _check_chunking, _check_chunks_view,
         _check_content, _check_index, _check_on_change, _check_own, _check_owner, _check_template, _chunk_call,
         _chunk_function_of, _chunk_text, _chunking, _clears, _columns_of, _content_expression, _content_function,
         _content_function_of, _cron_is_here, _dimensions, _distances, _drop_orphaned_pipelines, _drop_stray_triggers,

@@ -33,7 +33,7 @@ _advisory_locks - x - x
 _after_drop - - - x
 _after_renames - - - x
 _alter_as_owner - x - x
-_arguments - - - x
+_arguments - x - x
 _as_owner - x - x
 _backfill - - - x
 _backfill_lane_is_scheduled - - - x
@@ -574,6 +574,22 @@ def test_an_owner_has_doctor_usage_and_retry_failed_of_the_own_tables(
         pass
     missing = f"SELECT count(*) FROM {tables['alice']} WHERE embedding IS NULL"
     assert db.execute(missing.encode()).fetchone() == (0,)
+
+
+def test_an_owner_has_doctor_of_a_table_with_triggers_by_hand(
+    db: Connection, people: dict[str, str], connect: Connect
+) -> None:
+    with connect(user=people["alice"]) as alice:
+        alice.execute("CREATE TABLE by_hand (id int PRIMARY KEY, content text, embedding halfvec(8))")
+        alice.execute("CREATE FUNCTION hand_text(b by_hand) RETURNS text LANGUAGE sql IMMUTABLE RETURN b.content")
+        alice.execute(
+            "CREATE TRIGGER embed AFTER INSERT OR UPDATE ON by_hand FOR EACH ROW"
+            " EXECUTE FUNCTION autoembed.queue_embeddings('hand_text', 'embedding')"
+        )
+        found = alice.execute(
+            "SELECT subject, ok FROM autoembed.doctor() WHERE subject LIKE 'triggers of %'"
+        ).fetchall()
+    assert [(row.subject.partition(".")[2], row.ok) for row in found] == [("by_hand.embedding", True)]
 
 
 def matrix(db: Connection, sql: str, people: dict[str, str]) -> list[str]:
