@@ -186,7 +186,7 @@ BEGIN
         embedded_at = excluded.embedded_at,
         -- The text is the same, so the vector was not. Or the former write has changed the text.
         replaced = CASE
-            WHEN NOT written OR e.digest <> excluded.digest AND e.vector_digest IS DISTINCT FROM '\x00' THEN 0
+            WHEN NOT written OR e.digest <> excluded.digest AND e.vector_digest IS DISTINCT FROM E'\\x00' THEN 0
             WHEN e.embedded_at > clock_timestamp() - interval '1 hour' THEN least(e.replaced + 1, 100)
             ELSE 1
         END
@@ -208,7 +208,7 @@ CREATE OR REPLACE FUNCTION autoembed._note_replaced(pipeline_id integer, keys te
 AS $sql$
     UPDATE autoembed.embedded AS e
     -- No vector has one of these digests.
-    SET vector_digest = CASE WHEN echo THEN '\x00'::bytea ELSE '' END
+    SET vector_digest = CASE WHEN echo THEN E'\\x00'::bytea ELSE '' END
     WHERE e.pipeline_id = _note_replaced.pipeline_id AND e.key = ANY (autoembed._short_keys(keys))
       -- A vector in the row shows it by its digest. Those beside the rows have none of their own.
       AND (echo OR e.vector_digest IS NULL OR EXISTS (
