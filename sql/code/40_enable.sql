@@ -364,6 +364,12 @@ BEGIN
             ERRCODE = CASE WHEN name = '' THEN 'invalid_name' ELSE 'name_too_long' END,
             MESSAGE = format('the embeddings table''s name "%s" must have from 1 to 63 bytes', name),
             HINT = 'Leave embeddings_table out for the name of the table with _embeddings.';
+    ELSIF name LIKE '%.%' THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_name',
+            MESSAGE = format('the embeddings table''s name "%s" has a dot', name),
+            DETAIL = format('The embeddings table is in schema %I, as its table is.', _table.nspname),
+            HINT = format('Give the name alone, such as %L.', regexp_replace(name, '^.*[.]', ''));
     END IF;
     _full_name := format(
         '%I.%I', _table.nspname, coalesce(name, autoembed._beginning(_table.relname, 52) || '_embeddings')
@@ -634,10 +640,10 @@ BEGIN
         ERRCODE = 'lock_not_available',
         MESSAGE = format('table %s is in use by another transaction', table_id),
         DETAIL = format('A lock on it is held by %s.', coalesce(_holder.holder, 'a prepared transaction')),
-        HINT = coalesce(
-            format('Call it again when that has ended. To end it: SELECT pg_terminate_backend(%s).', _holder.pid),
-            'See pg_prepared_xacts.'
-        );
+        HINT = CASE
+            WHEN _holder.pid IS NULL THEN 'See pg_prepared_xacts.'
+            ELSE format('Call it again when that has ended. To end it: SELECT pg_terminate_backend(%s).', _holder.pid)
+        END;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._lock_table IS
@@ -684,6 +690,8 @@ DECLARE
     _condition record;
     _void text;
 BEGIN
+    -- An empty name means the default model, as in alter_pipeline().
+    model := nullif(model, '');
     IF table_name IS NULL THEN
         RAISE EXCEPTION USING
             ERRCODE = 'null_value_not_allowed',
@@ -763,7 +771,7 @@ BEGIN
             enable.table_name, enable.embedding_column, _dimensions
         ));
     END IF;
-    _condition := autoembed._read_condition(enable.table_name, enable.condition);
+    _condition := autoembed._read_condition(enable.table_name, nullif(enable.condition, ''));
     -- The loop keeps this statement out of the CONTEXT of a refusal.
     FOR _pipeline IN
         INSERT INTO autoembed.pipeline AS p (
