@@ -87,10 +87,13 @@ AS $sql$
                        WHERE t.isleaf),
         'functions', (SELECT coalesce(jsonb_agg(d.digest ORDER BY d.digest), '[]')
                       FROM (
-                          -- The OIDs of a dump are those of another database.
+                          -- The OIDs of a dump, or before pg_upgrade, are those of another database.
                           SELECT md5(concat(f.prosrc, pg_get_function_sqlbody(f.oid), f.proconfig)) AS digest
                           FROM pg_proc AS f
-                          WHERE f.oid IN (pipeline.content_function_oid, pipeline.chunk_function_oid)
+                          WHERE pipeline.content_function IS NOT NULL
+                                AND f.oid = (SELECT autoembed._content_function_of(pipeline))
+                             OR pipeline.chunk_function IS NOT NULL
+                                AND f.oid = (SELECT autoembed._chunk_function_of(pipeline))
                              OR pipeline.condition_objects <> '{}' AND f.oid IN (
                                  SELECT o.id
                                  FROM autoembed._condition_objects(pipeline.table_id, pipeline.condition_objects) AS o
