@@ -164,7 +164,7 @@ def test_a_key_of_any_type_counts_as_found(
     db.execute(f"CREATE TABLE notes (id {type} PRIMARY KEY, body text)".encode())
     db.execute("INSERT INTO notes VALUES (%s, 'apple'), (%s, 'pear')", [one, other])
     db.execute("SELECT autoembed.enable('notes', content_columns => '{body}'); SELECT autoembed.process()")
-    db.execute("SET DateStyle = 'German'; SET TimeZone = 'Asia/Kolkata'")
+    db.execute("SET DateStyle = 'German'; SET TimeZone = 'Asia/Kathmandu'")
     judgments = f"SELECT n.query, {judged} AS key FROM (SELECT body, id FROM notes) AS n(query, key)"
     db.execute(f"CREATE TABLE judged AS {judgments}".encode())
 

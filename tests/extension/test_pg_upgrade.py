@@ -127,7 +127,11 @@ def test_everything_goes_on_after_pg_upgrade(run: Run) -> None:
     run(psql("SELECT autoembed.resume('stories')"))
     run(psql("INSERT INTO parts VALUES (6, 'bad'), (7, 'good'); UPDATE stories SET body = 'new' WHERE id = 1"))
     run(psql("DELETE FROM manuals WHERE id = 1; UPDATE manuals SET body = 'new' WHERE id = 2"))
-    assert run(psql("SELECT failed FROM autoembed.process()")) == "0"
+    # A pass may leave rows of a scan to the next one.
+    read = "1"
+    while read != "0":
+        read, failed = run(psql("SELECT read, failed FROM autoembed.process()")).split("|")
+        assert failed == "0"
     assert run(psql("SELECT count(*) FROM autoembed._job")) == "0"
 
     assert run(psql("SELECT string_agg(id::text, ' ' ORDER BY id) FROM notes WHERE embedding IS NULL")) == ""
