@@ -690,8 +690,6 @@ DECLARE
     _condition record;
     _void text;
 BEGIN
-    -- An empty name means the default model, as in alter_pipeline().
-    model := nullif(model, '');
     IF table_name IS NULL THEN
         RAISE EXCEPTION USING
             ERRCODE = 'null_value_not_allowed',
@@ -771,7 +769,7 @@ BEGIN
             enable.table_name, enable.embedding_column, _dimensions
         ));
     END IF;
-    _condition := autoembed._read_condition(enable.table_name, nullif(enable.condition, ''));
+    _condition := autoembed._read_condition(enable.table_name, enable.condition);
     -- The loop keeps this statement out of the CONTEXT of a refusal.
     FOR _pipeline IN
         INSERT INTO autoembed.pipeline AS p (

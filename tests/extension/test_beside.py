@@ -604,13 +604,6 @@ def test_an_embeddings_table_is_named_without_a_schema(db: Connection) -> None:
     assert db.execute("SELECT to_regclass('public.vectors') IS NOT NULL").fetchone() == (True,)
 
 
-def test_an_empty_condition_or_model_is_none(db: Connection) -> None:
-    db.execute("SELECT autoembed.create_model('fake', 'fake', 3), autoembed.set_default_model('fake')")
-    db.execute("CREATE TABLE notes (id int PRIMARY KEY, body text)")
-    db.execute("SELECT autoembed.enable('notes', content_columns => '{body}', condition => '', model => '')")
-    assert db.execute("SELECT condition, model FROM autoembed.pipeline").fetchall() == [(None, None)]
-
-
 def test_a_text_that_each_write_of_its_embeddings_changes_costs_ever_fewer_requests(
     pages: Connection, api: FakeApi
 ) -> None:
