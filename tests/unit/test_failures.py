@@ -354,21 +354,23 @@ def test_after_the_wait_the_text_at_fault_is_looked_for_without_further_waits(
     assert database.rests == []
 
 
+def twenty_in_time(texts: list[str]) -> Vector:
+    """The answer of a server that takes too long for more than twenty texts."""
+    # It is busy with the request that came too late, and the probe waits behind it.
+    if len(texts) > 20 or texts == [PROBE]:
+        late = CameLate("no answer in time")
+        late.may_be_a_texts = True
+        raise late
+    return vectors_of(texts)
+
+
 def test_a_server_that_is_too_slow_for_a_full_request_is_sent_fewer_texts(
     lane: Lane, database: FakeDatabase, provider: FakeProvider
 ) -> None:
     for row_id in range(100):
         database.put(row_id, f"text {row_id}")
 
-    def answer(texts: list[str]) -> Vector:
-        # The server is busy with the request that came too late, and the probe waits behind it.
-        if len(texts) > 20 or texts == [PROBE]:
-            late = CameLate("no answer in time")
-            late.may_be_a_texts = True
-            raise late
-        return vectors_of(texts)
-
-    provider.answer = answer
+    provider.answer = twenty_in_time
     lane.stop_when(lambda: not database.queue)
 
     lane.work(20)
@@ -383,14 +385,7 @@ def test_calls_of_process_learn_one_after_the_other_how_many_texts_a_slow_server
     for row_id in range(100):
         database.put(row_id, f"text {row_id}")
 
-    def answer(texts: list[str]) -> Vector:
-        if len(texts) > 20 or texts == [PROBE]:
-            late = CameLate("no answer in time")
-            late.may_be_a_texts = True
-            raise late
-        return vectors_of(texts)
-
-    provider.answer = answer
+    provider.answer = twenty_in_time
     for _ in range(4):
         lane.run()
 
