@@ -885,7 +885,9 @@ AS $sql$
                        ELSE 'REVOKE SELECT ON %1$s FROM %2$s CASCADE;' END,
                   string_agg(c.id::regclass::text, ', ' ORDER BY c.id), c.roles)
     FROM changed AS c
-    GROUP BY c.is_reader, c.roles;
+    JOIN pg_class AS t ON t.oid = c.table_id
+    -- A table that one owner has locked keeps no other table from it.
+    GROUP BY c.is_reader, c.roles, t.relowner;
 $sql$;
 COMMENT ON FUNCTION autoembed._unshared IS
     'Where the readers of a table and those of its embeddings and chunks are not the same roles, and the SQL that '

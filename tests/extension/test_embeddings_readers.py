@@ -140,6 +140,23 @@ def test_resync_gives_back_a_right_that_was_changed_without_event_triggers(peopl
     assert (may_read(people, reader), may_read(people, stranger)) == (True, False)
 
 
+def test_an_embeddings_table_that_is_held_stops_no_grant_of_another_table(
+    people: Connection, role: Role, connect: Connect
+) -> None:
+    reader = role("reader")
+    people.execute(f"SET event_triggers = off; GRANT SELECT ON people TO {reader}; RESET event_triggers")
+    people.execute("CREATE TABLE other (id int)")
+    holder = connect()
+    holder.execute("BEGIN; ALTER TABLE people_embeddings SET (fillfactor = 90)")
+
+    connect(options="-c statement_timeout=20s").execute(f"GRANT SELECT ON other TO {reader}")
+
+    assert people.execute("SELECT has_table_privilege(%s, 'other', 'SELECT') AS may", [reader]).fetchone() == (True,)
+    holder.rollback()
+    people.execute(f"GRANT SELECT ON other TO {reader}")
+    assert may_read(people, reader)
+
+
 def test_many_rights_that_differ_are_given_at_once(people: Connection, role: Role) -> None:
     """Each GRANT of the event trigger fires it again."""
     reader = role("reader")
