@@ -215,7 +215,7 @@ BEGIN
                               _open.embeddings_table);
         END;
     END LOOP;
-    PERFORM autoembed._share_embeddings();
+    PERFORM autoembed._share_embeddings(ARRAY(SELECT p.id FROM autoembed.pipeline AS p));
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._mend_restored IS
@@ -796,26 +796,29 @@ BEGIN
             )
         ));
     END IF;
-    PERFORM autoembed._share_embeddings((slots ->> 'id')::integer);
+    PERFORM autoembed._share_embeddings(ARRAY[(slots ->> 'id')::integer]);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._admit_readers IS
     'Lets those read the embeddings and the chunks of a row who may read the row.';
 
-CREATE OR REPLACE FUNCTION autoembed._unshared(pipeline_id integer DEFAULT NULL)
+CREATE OR REPLACE FUNCTION autoembed._unshared(pipeline_ids integer[])
     RETURNS TABLE (problem text, cure text)
-    LANGUAGE sql
+    -- PL/pgSQL keeps the plan, which takes longer to make than the query.
+    LANGUAGE plpgsql
     STABLE
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
-AS $sql$
+AS $plpgsql$
+BEGIN
+    RETURN QUERY
     WITH shared AS (
         SELECT p, t.oid AS table_id, t.relacl, t.relowner AS owner, e.oid AS embeddings_table, e.relacl AS given,
                e.relrowsecurity AS has_policy
         FROM autoembed.pipeline AS p
         JOIN pg_class AS t ON t.oid = p.table_id
         JOIN pg_class AS e ON e.oid = p.embeddings_table AND e.relowner = t.relowner AND e.relkind = 'r'
-        WHERE p.id = coalesce(_unshared.pipeline_id, p.id)
+        WHERE p.id = ANY (pipeline_ids)
     ),
     readable AS (
         SELECT s.embeddings_table AS id, s.table_id, s.given, s.owner, s.has_policy FROM shared AS s
@@ -888,12 +891,13 @@ AS $sql$
     JOIN pg_class AS t ON t.oid = c.table_id
     -- A table that one owner has locked keeps no other table from it.
     GROUP BY c.is_reader, c.roles, t.relowner;
-$sql$;
+END;
+$plpgsql$;
 COMMENT ON FUNCTION autoembed._unshared IS
-    'Where the readers of a table and those of its embeddings and chunks are not the same roles, and the SQL that '
-    'mends it. pipeline_id: NULL: of all tables.';
+    'Where the readers of the tables of these pipelines and those of their embeddings and chunks are not the same '
+    'roles, and the SQL that mends it.';
 
-CREATE OR REPLACE FUNCTION autoembed._share_embeddings(pipeline_id integer DEFAULT NULL)
+CREATE OR REPLACE FUNCTION autoembed._share_embeddings(pipeline_ids integer[])
     RETURNS void
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
@@ -901,14 +905,14 @@ AS $plpgsql$
 DECLARE
     _cure text;
 BEGIN
-    FOR _cure IN SELECT u.cure FROM autoembed._unshared(pipeline_id) AS u LOOP
+    FOR _cure IN SELECT u.cure FROM autoembed._unshared(pipeline_ids) AS u LOOP
         EXECUTE _cure;
     END LOOP;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._share_embeddings IS
-    'Gives the roles that may read a table the right to read its embeddings table and the view of its chunks, and '
-    'takes it from all others. pipeline_id: NULL: of all tables.';
+    'Gives the roles that may read the tables of these pipelines the right to read their embeddings tables and the '
+    'views of their chunks, and takes it from all others.';
 
 CREATE OR REPLACE FUNCTION autoembed._readers_functions(pipeline_id integer)
     RETURNS name[]

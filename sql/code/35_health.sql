@@ -730,7 +730,7 @@ AS $sql$
             AND autoembed._pipeline_of_policy(o.oid) = pipeline.id
       )
     UNION ALL
-    SELECT u.problem, u.cure FROM autoembed._unshared(pipeline.id) AS u;
+    SELECT u.problem, u.cure FROM autoembed._unshared(ARRAY[pipeline.id]) AS u;
 $sql$;
 COMMENT ON FUNCTION autoembed._rights_problems IS
     'Rights to a pipeline''s functions and embeddings that other roles have and must not, or need and lack, and the '

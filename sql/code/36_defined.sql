@@ -422,7 +422,7 @@ BEGIN
         WHERE s.slots ->> 'vector_type' IS NOT NULL;
     END IF;
     PERFORM autoembed._close_function(f.function) FROM autoembed._open_functions(NEW.id) AS f;
-    PERFORM autoembed._share_embeddings(NEW.id);
+    PERFORM autoembed._share_embeddings(ARRAY[NEW.id]);
     -- PostgreSQL plans the statements of a lane, under the guards of a lane.
     IF autoembed._condition_problem(NEW.table_id, NEW.condition_objects) IS NULL AND EXISTS (
         SELECT FROM pg_proc AS p

@@ -498,13 +498,18 @@ BEGIN
             -- Another look comes.
             NULL;
         END;
+        BEGIN
+            PERFORM autoembed._share_embeddings(ARRAY[_id]);
+        EXCEPTION WHEN OTHERS THEN
+            NULL;
+        END;
     END LOOP;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._follow_unseen IS
     'Has pipelines follow what no event trigger has told: a change by a session that did not see the pipeline yet, or '
-    'where event triggers were off. Until then triggers that name an old column refuse writes. Looks for a hundredth '
-    'of a second, and longer while it finds something.';
+    'where event triggers were off. Until then triggers that name an old column refuse writes. Gives readers the rights '
+    'that could not be given at once. Looks for a hundredth of a second, and longer while it finds something.';
 
 CREATE OR REPLACE FUNCTION autoembed._follow_partitions(table_id oid)
     RETURNS void
@@ -894,14 +899,27 @@ CREATE OR REPLACE FUNCTION autoembed._follow_grants()
     SET lock_timeout = '1s'
 AS $plpgsql$
 DECLARE
+    -- A row of a catalog that is older was written by a transaction that is over.
+    _age CONSTANT integer := age(pg_snapshot_xmin(pg_current_snapshot())::xid);
+    _ids integer[];
     _cure text;
 BEGIN
-    -- It is not told whose rights have changed.
-    FOR _cure IN SELECT u.cure FROM autoembed._unshared() AS u LOOP
+    IF NOT EXISTS (SELECT FROM pg_event_trigger_ddl_commands() AS d WHERE d.object_type = 'TABLE') THEN
+        RETURN;
+    END IF;
+    -- It is not told whose rights have changed. To compare those of a table takes longer than to see whether it may be
+    -- that one, and so would a join.
+    SELECT array_agg(p.id) INTO _ids
+    FROM autoembed.pipeline AS p
+    WHERE least(
+        (SELECT min(age(c.xmin)) FROM pg_class AS c WHERE c.oid IN (p.table_id, p.embeddings_table)),
+        (SELECT min(age(a.xmin)) FROM pg_attribute AS a WHERE a.attrelid = p.table_id)
+    ) <= _age;
+    FOR _cure IN SELECT u.cure FROM autoembed._unshared(_ids) AS u LOOP
         BEGIN
             EXECUTE _cure;
         EXCEPTION WHEN OTHERS THEN
-            -- Another owner may hold its table. doctor() names what is left, and the next GRANT mends it.
+            -- Another owner may hold its table. A lane gives what is left.
             PERFORM set_config('lock_timeout', '10ms', true);
         END;
     END LOOP;
