@@ -560,6 +560,7 @@ BEGIN
         FOR EACH ROW
         WHEN (NEW.queue_name = 'embedding_jobs')
         EXECUTE FUNCTION autoembed._keep_restored_queue();
+    ALTER TABLE pgmq.meta ENABLE ALWAYS TRIGGER autoembed_keep_restored;
     IF autoembed._cron_is_here() THEN
         INSERT INTO cron.job SELECT j.* FROM jsonb_populate_recordset(NULL::cron.job, _jobs) AS j;
     END IF;

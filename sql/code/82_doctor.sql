@@ -326,6 +326,22 @@ BEGIN
     END LOOP;
 
     FOR _row IN
+        SELECT r.kind, coalesce(r.definition ->> 'table_id', r.definition ->> 'name') AS name, r.problem,
+               format('FROM autoembed.restored WHERE kind = %L AND definition ->> %L = %L', r.kind, k.key,
+                      r.definition ->> k.key) AS place
+        FROM autoembed.restored AS r
+        CROSS JOIN LATERAL (SELECT CASE r.kind WHEN 'pipeline' THEN 'id' ELSE 'name' END AS key) AS k
+        ORDER BY r.kind, name
+    LOOP
+        subject := format('%s of %s', _row.kind, _row.name);
+        ok := false;
+        finding := concat_ws(': ', 'a restore could not bring it back', _row.problem);
+        advice := format('Restore what is missing, then UPDATE autoembed.restored SET problem = NULL; or forget it: '
+                         'DELETE %s;', _row.place);
+        RETURN NEXT;
+    END LOOP;
+
+    FOR _row IN
         SELECT t.stray_on, string_agg(quote_ident(t.name), ', ') AS names
         FROM autoembed._stray_triggers() AS t
         GROUP BY t.stray_on
