@@ -288,10 +288,10 @@ BEGIN
 
     RETURN QUERY SELECT c.* FROM autoembed._lane_checks() AS c;
 
-    FOR _row IN SELECT j.* FROM autoembed._jobs_of_dropped_databases() AS j ORDER BY j.name LOOP
+    FOR _row IN SELECT j.* FROM autoembed._broken_jobs() AS j ORDER BY j.name LOOP
         subject := format('job %s', _row.name);
         ok := false;
-        finding := format('database "%s" does not exist', _row.database);
+        finding := _row.problem;
         advice := format('SELECT cron.unschedule(%s);', _row.jobid);
         RETURN NEXT;
     END LOOP;

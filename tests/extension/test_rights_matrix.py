@@ -41,6 +41,7 @@ _before_drop - - - x
 _beginning - x - x
 _bits - x - x
 _bits_indexed - - - x
+_broken_jobs - - - x
 _build_embedders - - - x
 _build_index - - - x
 _build_partition_triggers - - - x
@@ -198,7 +199,6 @@ _is_superusers - - - x
 _is_uncommitted - - - x
 _job_of_lane - - - x
 _job_runs - - - x
-_jobs_of_dropped_databases - - - x
 _judged_keys - x - x
 _judgments - x - x
 _keep_name - - - x
