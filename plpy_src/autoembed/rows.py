@@ -15,7 +15,7 @@ from autoembed import batching
 from autoembed.bm25 import MAX_CHARACTERS, STATEMENT_CHARACTERS, parts
 from autoembed.chunks import FUNCTION, NONE
 from autoembed.cutting import Cutter, sent_of
-from autoembed.errors import Fault, PassEnded, RowError
+from autoembed.errors import DISK_FULL, Fault, PassEnded, RowError
 from autoembed.jobs import CHANGES, MAX_ATTEMPTS, REFUSED, Job, Ledger
 from autoembed.limits import PATIENCE_SECONDS
 from autoembed.providers import COMPUTED_HERE, most_tokens_of
@@ -945,13 +945,23 @@ class Rows:
 
         The table may have become unusable since the claim, or have been dropped, or its embeddings have moved, or its
         functions were not there, or PostgreSQL may refuse the statement for any row, or the owner's code fails for all
-        of them. A cancel is counted, since the code of the owner may have raised it, and ends the pass, since it may be
-        a real one.
+        of them. A full disk makes the pipeline rest. A cancel is counted, since the code of the owner may have raised
+        it, and ends the pass, since it may be a real one.
         """
 
         def look() -> Pipeline | None:
             return self._database.pipelines([pipeline.id], after_error=True).get(pipeline.id)
 
+        if error.sqlstate == DISK_FULL:
+            # Where an owner's code may have raised it, its rows have their attempts.
+            is_owners = self._database.runs_owners_code(pipeline, writes=True)
+            self._database.rest_pipelines(pipeline.owner, [pipeline.id], str(error))
+            for job in jobs:
+                if is_owners:
+                    self.retry_or_fail(job, error)
+                else:
+                    self._ledger.release(job, str(error))
+            return True
         now = None
         if not (error.cancels or error.locked or error.slow):
             # A dump of an older version brings its functions, which are made again now.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psycopg
 import pytest
 
 from fake_api import FakeApi
-from harness import Connection, waiting
+from harness import Connection, Server, waiting
 from waiting import wait_until
 
 Connect = Callable[..., Connection]
@@ -283,3 +283,42 @@ def test_no_text_is_paid_for_while_its_owner_may_not_write_the_embeddings_table(
     db.execute(state.hint.encode())
     db.execute("SELECT autoembed.process()")
     assert db.execute("SELECT embedded, failed FROM autoembed.status").fetchone() == (2, 0)
+
+
+@pytest.fixture
+def small_disk(server: Server, dbname: str) -> Iterator[Callable[[str], None]]:
+    """Runs commands where the tablespace small_disk is, on a disk of its own."""
+
+    def run(command: str) -> None:
+        code, said = server.container.get_wrapped_container().exec_run(["sh", "-c", f"cd /dev/shm; {command}"])
+        assert code == 0, said
+
+    run("mkdir small_disk && chown postgres small_disk")
+    with server.connect() as session:
+        session.execute("CREATE TABLESPACE small_disk LOCATION '/dev/shm/small_disk'")
+        yield run
+        server.drop_database(dbname)
+        session.execute("DROP TABLESPACE small_disk")
+    run("rm -rf small_disk filler")
+
+
+def test_rows_wait_for_a_full_disk(db: Connection, api: FakeApi, small_disk: Callable[[str], None]) -> None:
+    for name in ("notes", "others"):
+        db.execute(f"CREATE TABLE {name} (id int PRIMARY KEY, body text)".encode())
+        db.execute("SELECT autoembed.enable(%s, content_columns => '{body}')", [name])
+    db.execute("ALTER TABLE notes_embeddings SET TABLESPACE small_disk")
+    small_disk("dd if=/dev/zero of=filler bs=8k 2> /dev/null; test -s filler")
+    db.execute("INSERT INTO notes SELECT n, 'note ' || n FROM generate_series(1, 20) AS n")
+    db.execute("INSERT INTO others SELECT n, 'other ' || n FROM generate_series(1, 20) AS n")
+
+    process(db)
+    process(db)
+
+    states = "SELECT table_name, state, embedded, failed FROM autoembed.status ORDER BY 1"
+    assert db.execute(states).fetchall() == [("notes", "resting", 0, 0), ("others", "idle", 20, 0)]
+    [reason] = db.execute("SELECT reason AS words FROM autoembed.status WHERE table_name = 'notes'").fetchall()
+    assert reason.words.startswith("it rests after an error: ") and "No space left on device" in reason.words
+    small_disk("rm filler")
+    db.execute("UPDATE autoembed.pipeline_rest SET until = now()")
+    drain(db)
+    assert db.execute(states).fetchall() == [("notes", "idle", 20, 0), ("others", "idle", 20, 0)]

@@ -127,6 +127,8 @@ class FakeDatabase(Database):
         self.extended: list[list[int]] = []
         self.rests: list[Rest] = []
         self.rested_pipelines: list[tuple[int, list[int], str]] = []
+        # Whether code of the owner may run.
+        self.owners_code = False
         self.resumed: list[str] = []
         self.logged: list[str] = []
         self.tokens_taken: list[int] = []
@@ -363,6 +365,9 @@ class FakeDatabase(Database):
     def rest_pipelines(self, owner: int, pipeline_ids: Sequence[int], reason: str) -> None:
         self._note("rest_pipelines")
         self.rested_pipelines.append((owner, list(pipeline_ids), reason))
+
+    def runs_owners_code(self, pipeline: Pipeline, *, writes: bool) -> bool:
+        return self.owners_code
 
     def plan_again(self, pipeline_id: int, failing: Sequence[str] = ()) -> RowError | None:
         self._note("plan_again")

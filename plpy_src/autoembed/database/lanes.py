@@ -932,12 +932,14 @@ class Database(TextDatabase):
         try:
             return run(OWNER_SECONDS)
         except RowError as error:
-            if not error.slow or len(keys) > 1:
-                raise
-            sql = "SELECT autoembed._runs_owners_code($1, $2) AS runs"
-            if self._run(sql, ["pg_catalog.int4", "pg_catalog.bool"], [pipeline.id, writes])[0]["runs"]:
+            if not error.slow or len(keys) > 1 or self.runs_owners_code(pipeline, writes=writes):
                 raise
         return run(OWN_SECONDS)
+
+    def runs_owners_code(self, pipeline: Pipeline, *, writes: bool) -> bool:
+        """Whether code of the owner may run when texts are read, or, with writes, when embeddings are written."""
+        sql = "SELECT autoembed._runs_owners_code($1, $2) AS runs"
+        return bool(self._run(sql, ["pg_catalog.int4", "pg_catalog.bool"], [pipeline.id, writes])[0]["runs"])
 
     def pay_chunks(self, pipeline: Pipeline, key: str, chunks: Sequence[Chunk]) -> None:
         """Keeps the vectors of some chunks of a row until the row is written."""
