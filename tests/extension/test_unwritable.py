@@ -322,3 +322,20 @@ def test_rows_wait_for_a_full_disk(db: Connection, api: FakeApi, small_disk: Cal
     db.execute("UPDATE autoembed.pipeline_rest SET until = now()")
     drain(db)
     assert db.execute(states).fetchall() == [("notes", "idle", 20, 0), ("others", "idle", 20, 0)]
+
+
+def test_an_event_trigger_that_refuses_ddl_fails_no_row(db: Connection, connect: Connect, api: FakeApi) -> None:
+    for name, column in (("notes", "embedding"), ("others", None)):
+        db.execute(f"CREATE TABLE {name} (id int PRIMARY KEY, body text)".encode())
+        db.execute("SELECT autoembed.enable(%s, %s, content_columns => '{body}')", [name, column])
+        db.execute(f"INSERT INTO {name} VALUES (1, 'one'), (2, 'two')".encode())
+    db.execute("CREATE FUNCTION refuse() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no DDL'; END $$")
+    for event in ("start", "end"):
+        db.execute(f"CREATE EVENT TRIGGER refuse ON ddl_command_{event} EXECUTE FUNCTION refuse()".encode())
+
+        with connect() as lane:
+            lane.execute("CALL autoembed.work(1)")
+
+        states = "SELECT table_name, state, embedded, failed FROM autoembed.status ORDER BY 1"
+        assert db.execute(states).fetchall() == [("notes", "idle", 2, 0), ("others", "idle", 2, 0)]
+        db.execute("DROP EVENT TRIGGER refuse; UPDATE notes SET body = body || 2; UPDATE others SET body = body || 2")
