@@ -5,6 +5,21 @@ CREATE OR REPLACE TRIGGER autoembed_keep_restored
     FOR EACH ROW
     WHEN (NEW.queue_name = 'embedding_jobs')
     EXECUTE FUNCTION autoembed._keep_restored_queue();
+-- A restore may say that it is a replica.
+ALTER TABLE pgmq.meta ENABLE ALWAYS TRIGGER autoembed_keep_restored;
+
+CREATE OR REPLACE TRIGGER take
+    AFTER INSERT OR UPDATE ON autoembed.restored
+    FOR EACH ROW
+    WHEN (NEW.problem IS NULL)
+    EXECUTE FUNCTION autoembed._take_restored();
+ALTER TABLE autoembed.restored ENABLE ALWAYS TRIGGER take;
+
+CREATE OR REPLACE TRIGGER forget
+    AFTER DELETE ON autoembed.restored
+    FOR EACH ROW
+    WHEN (OLD.problem IS NOT NULL)
+    EXECUTE FUNCTION autoembed._forget_restored();
 
 CREATE OR REPLACE TRIGGER keep_restored
     BEFORE INSERT ON autoembed.model
@@ -153,6 +168,13 @@ CREATE EVENT TRIGGER autoembed_check_restored
     EXECUTE FUNCTION autoembed._check_restored();
 -- A restore may say that it is a replica.
 ALTER EVENT TRIGGER autoembed_check_restored ENABLE ALWAYS;
+
+DROP EVENT TRIGGER IF EXISTS autoembed_follow_restore;
+CREATE EVENT TRIGGER autoembed_follow_restore
+    ON ddl_command_end
+    WHEN TAG IN ('ALTER TABLE')
+    EXECUTE FUNCTION autoembed._follow_restore();
+ALTER EVENT TRIGGER autoembed_follow_restore ENABLE ALWAYS;
 
 DROP EVENT TRIGGER IF EXISTS autoembed_protect_functions;
 CREATE EVENT TRIGGER autoembed_protect_functions

@@ -122,6 +122,7 @@ QUERY_CANCELED = "57014"
 INSUFFICIENT_PRIVILEGE = "42501"
 DATATYPE_MISMATCH = "42804"
 SERIALIZATION_FAILURE = "40001"
+DISK_FULL = "53100"
 # A deadlock or a serialization failure, by its beginning: another try may do.
 CONFLICT = "40"
 # By their beginnings: the code names something that is gone, or that it may not use.

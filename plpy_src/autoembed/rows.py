@@ -15,7 +15,7 @@ from autoembed import batching
 from autoembed.bm25 import MAX_CHARACTERS, STATEMENT_CHARACTERS, parts
 from autoembed.chunks import FUNCTION, NONE
 from autoembed.cutting import Cutter, sent_of
-from autoembed.errors import Fault, PassEnded, RowError
+from autoembed.errors import DISK_FULL, Fault, PassEnded, RowError
 from autoembed.jobs import CHANGES, MAX_ATTEMPTS, REFUSED, Job, Ledger
 from autoembed.limits import PATIENCE_SECONDS
 from autoembed.providers import COMPUTED_HERE, most_tokens_of
@@ -438,14 +438,14 @@ class Rows:
 
     def _take_own_keys(self, pipeline: Pipeline, jobs: list[Job]) -> None:
         """Settles jobs whose key is written in another way than that of their row, which is queued by its own key."""
-        keys: dict[int, list[str]] = defaultdict(list)
+        keys: dict[int, dict[str, list[int]]] = defaultdict(dict)
         for job in jobs:
             if job.row and job.row.own_key:
                 # A type that writes a key in another way each time it reads it ends here.
-                keys[job.attempts + 1].append(job.row.own_key)
+                keys[job.attempts + 1][job.row.own_key] = job.message_ids
         for attempts, own in keys.items():
             if attempts < MAX_ATTEMPTS:
-                self._database.requeue(pipeline.id, own, attempts)
+                self._database.requeue(pipeline.id, list(own), attempts, [ids[0] for ids in own.values()])
         self._forget(pipeline, jobs)
 
     def to_embed(self, pipeline: Pipeline, jobs: list[Job]) -> list[tuple[Job, str]]:
@@ -945,13 +945,23 @@ class Rows:
 
         The table may have become unusable since the claim, or have been dropped, or its embeddings have moved, or its
         functions were not there, or PostgreSQL may refuse the statement for any row, or the owner's code fails for all
-        of them. A cancel is counted, since the code of the owner may have raised it, and ends the pass, since it may be
-        a real one.
+        of them. A full disk makes the pipeline rest. A cancel is counted, since the code of the owner may have raised
+        it, and ends the pass, since it may be a real one.
         """
 
         def look() -> Pipeline | None:
             return self._database.pipelines([pipeline.id], after_error=True).get(pipeline.id)
 
+        if error.sqlstate == DISK_FULL:
+            # Where an owner's code may have raised it, its rows have their attempts.
+            is_owners = self._database.runs_owners_code(pipeline, writes=True)
+            self._database.rest_pipelines(pipeline.owner, [pipeline.id], str(error))
+            for job in jobs:
+                if is_owners:
+                    self.retry_or_fail(job, error)
+                else:
+                    self._ledger.release(job, str(error))
+            return True
         now = None
         if not (error.cancels or error.locked or error.slow):
             # A dump of an older version brings its functions, which are made again now.

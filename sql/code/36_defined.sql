@@ -628,9 +628,11 @@ BEGIN
         WHERE m.name = coalesce(p.model, autoembed._default_model())
           AND CASE TG_TABLE_NAME
               WHEN 'model' THEN m.name = to_jsonb(NEW) ->> 'name'
-              ELSE p.model IS NULL AND autoembed._model_identity(m) <> autoembed._model_identity(autoembed._model(
-                  CASE WHEN TG_OP = 'UPDATE' THEN to_jsonb(OLD) ->> 'value' ELSE 'all-MiniLM-L6-v2' END
-              ))
+              ELSE p.model IS NULL AND autoembed._model_identity(m) IS DISTINCT FROM (
+                  -- The model before may be gone.
+                  SELECT autoembed._model_identity(o) FROM autoembed.model AS o
+                  WHERE o.name = CASE WHEN TG_OP = 'UPDATE' THEN to_jsonb(OLD) ->> 'value' ELSE 'all-MiniLM-L6-v2' END
+              )
           END
           AND EXISTS (SELECT FROM autoembed.embedded AS e WHERE e.pipeline_id = p.id)
     LOOP

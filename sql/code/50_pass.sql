@@ -139,9 +139,15 @@ BEGIN
         EXECUTE format('DROP TABLE %s', stage);
     END IF;
     IF is_old OR NOT is_there THEN
-        EXECUTE format(
-            'CREATE TEMPORARY TABLE %s (n integer, v %s STORAGE %s) ON COMMIT DELETE ROWS', stage, vector_type, storage
-        );
+        BEGIN
+            EXECUTE format(
+                'CREATE TEMPORARY TABLE %s (n integer, v %s STORAGE %s) ON COMMIT DELETE ROWS',
+                stage, vector_type, storage
+            );
+        EXCEPTION WHEN OTHERS THEN
+            -- An event trigger may refuse all DDL.
+            RETURN NULL;
+        END;
     ELSIF may_have_rows THEN
         EXECUTE format('TRUNCATE %s', stage);
     END IF;

@@ -299,8 +299,8 @@ COMMENT ON FUNCTION autoembed.schedule IS
     'of those that it ran before. role: whose rights they have; NULL: that of the lanes before, or the caller''s. '
     'Returns the number of lanes, not counting those for backfills.';
 
-CREATE OR REPLACE FUNCTION autoembed._jobs_of_dropped_databases()
-    RETURNS TABLE (jobid bigint, name text, database text)
+CREATE OR REPLACE FUNCTION autoembed._broken_jobs()
+    RETURNS TABLE (jobid bigint, name text, is_of_dropped_database boolean, problem text)
     LANGUAGE plpgsql
     STABLE
     SECURITY DEFINER
@@ -309,15 +309,22 @@ AS $plpgsql$
 BEGIN
     IF autoembed._cron_is_here() THEN
         RETURN QUERY
-        SELECT j.jobid, j.jobname::text, j.database
+        SELECT j.jobid, coalesce(j.jobname::text, j.jobid::text), d.datname IS NULL, CASE
+                   WHEN r.rolname IS NULL THEN
+                       format('role "%s" does not exist, and pg_cron starts no job of anybody', j.username)
+                   ELSE format('database "%s" does not exist', j.database)
+               END
         FROM cron.job AS j
-        WHERE j.jobname ~ '^autoembed-(lane|backfill)-[0-9]+(@.*)?$'
-          AND NOT EXISTS (SELECT FROM pg_database AS d WHERE d.datname = j.database);
+        LEFT JOIN pg_database AS d ON d.datname = j.database
+        LEFT JOIN pg_roles AS r ON r.rolname = j.username
+        WHERE r.rolname IS NULL
+           OR d.datname IS NULL AND j.jobname ~ '^autoembed-(lane|backfill)-[0-9]+(@.*)?$';
     END IF;
 END;
 $plpgsql$;
-COMMENT ON FUNCTION autoembed._jobs_of_dropped_databases IS
-    'The lanes that pg_cron is to run in databases that do not exist.';
+COMMENT ON FUNCTION autoembed._broken_jobs IS
+    'The lanes that pg_cron is to run in databases that do not exist, and all jobs of roles that do not exist: for one '
+    'of these, pg_cron ends each time that it reads its list.';
 
 CREATE OR REPLACE FUNCTION autoembed._forget_runs()
     RETURNS void
@@ -327,7 +334,7 @@ CREATE OR REPLACE FUNCTION autoembed._forget_runs()
 AS $plpgsql$
 BEGIN
     IF to_regclass('cron.job_run_details') IS NOT NULL THEN
-        PERFORM cron.unschedule(j.jobid) FROM autoembed._jobs_of_dropped_databases() AS j;
+        PERFORM cron.unschedule(j.jobid) FROM autoembed._broken_jobs() AS j WHERE j.is_of_dropped_database;
         -- Those of lanes that were killed before they could remove them.
         PERFORM cron.unschedule(j.jobid)
         FROM cron.job AS j
@@ -560,6 +567,7 @@ BEGIN
         FOR EACH ROW
         WHEN (NEW.queue_name = 'embedding_jobs')
         EXECUTE FUNCTION autoembed._keep_restored_queue();
+    ALTER TABLE pgmq.meta ENABLE ALWAYS TRIGGER autoembed_keep_restored;
     IF autoembed._cron_is_here() THEN
         INSERT INTO cron.job SELECT j.* FROM jsonb_populate_recordset(NULL::cron.job, _jobs) AS j;
     END IF;

@@ -209,6 +209,8 @@ BEGIN
             WHEN ok THEN NULL
             WHEN _jobs.missing_role IS NOT NULL THEN
                 format('Role %I does not exist. SELECT autoembed.schedule(); makes the jobs again.', _jobs.missing_role)
+            WHEN _jobs.scheduled > 0 AND current_setting('cron.launch_active_jobs', true) = 'off' THEN
+                'ALTER SYSTEM SET cron.launch_active_jobs = on; SELECT pg_reload_conf();'
             WHEN _jobs.scheduled > 0 AND _full.name IS NOT NULL THEN
                 format('Raise %s and restart the server, or run fewer lanes with autoembed.schedule().', _full.name)
             WHEN _jobs.scheduled > 0 THEN
@@ -288,10 +290,10 @@ BEGIN
 
     RETURN QUERY SELECT c.* FROM autoembed._lane_checks() AS c;
 
-    FOR _row IN SELECT j.* FROM autoembed._jobs_of_dropped_databases() AS j ORDER BY j.name LOOP
+    FOR _row IN SELECT j.* FROM autoembed._broken_jobs() AS j ORDER BY j.name LOOP
         subject := format('job %s', _row.name);
         ok := false;
-        finding := format('database "%s" does not exist', _row.database);
+        finding := _row.problem;
         advice := format('SELECT cron.unschedule(%s);', _row.jobid);
         RETURN NEXT;
     END LOOP;
@@ -323,6 +325,22 @@ BEGIN
 
     FOR _pipeline IN SELECT p.* FROM autoembed.pipeline AS p ORDER BY p.id LOOP
         RETURN QUERY SELECT c.* FROM autoembed._pipeline_checks(_pipeline) AS c;
+    END LOOP;
+
+    FOR _row IN
+        SELECT r.kind, coalesce(r.definition ->> 'table_id', r.definition ->> 'name') AS name, r.problem,
+               format('FROM autoembed.restored WHERE kind = %L AND definition ->> %L = %L', r.kind, k.key,
+                      r.definition ->> k.key) AS place
+        FROM autoembed.restored AS r
+        CROSS JOIN LATERAL (SELECT CASE r.kind WHEN 'pipeline' THEN 'id' ELSE 'name' END AS key) AS k
+        ORDER BY r.kind, name
+    LOOP
+        subject := format('%s of %s', _row.kind, _row.name);
+        ok := false;
+        finding := concat_ws(': ', 'a restore could not bring it back', _row.problem);
+        advice := format('Restore what is missing, then UPDATE autoembed.restored SET problem = NULL; or forget it: '
+                         'DELETE %s;', _row.place);
+        RETURN NEXT;
     END LOOP;
 
     FOR _row IN

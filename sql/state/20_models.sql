@@ -64,8 +64,6 @@ INSERT INTO autoembed.model (name, provider, model_id, dimensions, api_key, pric
 VALUES ('all-MiniLM-L6-v2', 'local', 'all-MiniLM-L6-v2', 384, NULL, NULL, true),
        ('text-embedding-3-small', 'openai', 'text-embedding-3-small', 1536, 'env:OPENAI_API_KEY', 0.02, true);
 
-SELECT pg_catalog.pg_extension_config_dump('autoembed.model', 'WHERE NOT builtin');
-
 CREATE TABLE autoembed.setting (
     name text PRIMARY KEY CHECK (name IN ('default_model', 'http_hosts')),
     value text NOT NULL

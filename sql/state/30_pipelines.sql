@@ -136,7 +136,6 @@ ALTER TABLE autoembed.pipeline ADD CONSTRAINT pipeline_definition_is_short CHECK
     AND octet_length(condition_objects::text) <= 100000
 ) NOT VALID;
 
-SELECT pg_catalog.pg_extension_config_dump('autoembed.pipeline', '');
 SELECT pg_catalog.pg_extension_config_dump('autoembed.pipeline_id_seq', '');
 
 -- The owner of a table has the rights over its pipelines. The policy knows the caller, which a SECURITY DEFINER

@@ -8,6 +8,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import psycopg
@@ -137,7 +138,7 @@ def embedded(db: Connection) -> dict[str, list[str]]:
     return found
 
 
-def definitions(db: Connection) -> list[object]:
+def definitions(db: Connection) -> list[Any]:
     return db.execute(
         "SELECT p.id, p.table_id::text, p.embedding_column, p.key_columns, p.content_columns, p.content_template,"
         " p.content_function, p.content_function_id, p.condition, p.condition_columns, p.model, p.on_change,"
@@ -155,7 +156,7 @@ CONTENTS = {
     "usage": "SELECT * FROM autoembed.usage ORDER BY day, model, table_name::text",
     "queue": "SELECT msg_id, message FROM pgmq.q_embedding_jobs ORDER BY msg_id",
     "backfill": "SELECT * FROM autoembed.backfill ORDER BY pipeline_id",
-    "queues": "SELECT queue_name FROM pgmq.meta",
+    "queues": "SELECT queue_name FROM pgmq.meta ORDER BY queue_name",
     "triggers": "SELECT tgrelid::regclass::text, tgname, tgenabled FROM pg_trigger"
     " WHERE NOT tgisinternal ORDER BY 1, 2",
     "functions": "SELECT p.oid::regprocedure::text, p.proowner::regrole::text, p.prosecdef, p.proacl::text"
@@ -684,7 +685,104 @@ def test_a_restored_table_follows_the_truncate_of_a_partition(db: Connection, re
     assert copy.execute("SELECT count(*) FROM autoembed.embedded").fetchone() == (140,)
 
 
+# Each is a dump and what restores it, in turn.
+DATA_ALONE = {
+    "plain": [("-s", ""), ("-a --disable-triggers", "")],
+    "custom": [("-Fc", "-s"), ("-Fc", "-a --disable-triggers")],
+    "parallel": [("-Fd", "-s"), ("-Fd", "-a --disable-triggers -j4")],
+    "inserts": [("-Fc", "-s"), ("-Fc --inserts", "-a -1 --disable-triggers")],
+    "replica": [("-Fc", "-s"), ("-Fc", "-a")],
+    "sections": [(f"-Fc --section={name}", "") for name in ("pre-data", "data", "post-data")],
+}
+ROLE = "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET session_replication_role = {}', current_database()); END $$"
+
+
+@pytest.mark.parametrize("form", DATA_ALONE)
+def test_a_restore_of_the_data_alone_brings_back_all_of_it(lived_in: Connection, restored: Restore, form: str) -> None:
+    lived_in.execute("SELECT pgmq.create('another'), autoembed.set_default_model('other')")
+    lived_in.execute("SELECT autoembed.pause('pages'), autoembed.resync('notes')")
+
+    for options, restore_options in DATA_ALONE[form]:
+        role = "replica" if form == "replica" and restore_options == "-a" else "origin"
+        copy = restored(options, restore_options, before=ROLE.format(role))
+
+    assert_same(copy, lived_in)
+
+
+def test_the_triggers_of_a_restore_of_the_data_send_no_text_again(
+    lived_in: Connection, restored: Restore, api: FakeApi
+) -> None:
+    restored("-Fc", "-s")
+    copy = restored("-Fc", "-a")
+    assert definitions(copy) == definitions(lived_in)
+    sent = len(api.texts())
+
+    process(copy)
+
+    # The one that failed is tried again.
+    assert set(api.texts()[sent:]) <= {"# t\n\npoison", "autoembed"}
+    assert embedded(copy) == embedded(lived_in)
+
+
 # A dump of which an option leaves a part out ---------------------------------------------------------
+
+LEFT_OUT = "SELECT subject, finding, advice FROM autoembed.doctor() WHERE finding LIKE 'a restore %' ORDER BY subject"
+
+
+@pytest.mark.parametrize(
+    ("options", "restore_options"), [("", ""), ("--inserts", "-1"), ("-Fc", ""), ("-Fd -j2", "-j4"), ("-Fc", "-1")]
+)
+def test_a_table_that_a_dump_leaves_out_costs_its_own_pipeline_alone(
+    lived_in: Connection, restored: Restore, api: FakeApi, options: str, restore_options: str
+) -> None:
+    lived_in.execute('ALTER TABLE notes RENAME TO "My notes"; UPDATE "My notes" SET body = \'waits\' WHERE id = 1')
+    sent = len(api.texts())
+
+    copy = restored(f"{options} --exclude-table='\"My notes\"'", restore_options)
+
+    assert definitions(copy) == [row for row in definitions(lived_in) if row.table_id != '"My notes"']
+    assert len(definitions(copy)) == 4
+    [left] = copy.execute(LEFT_OUT).fetchall()
+    assert left.subject == 'pipeline of public."My notes"'
+    assert left.finding == 'a restore could not bring it back: relation "public.My notes" does not exist'
+    process(copy)
+
+    restored(f"{options} -t '\"My notes\"'", restore_options)
+    copy.execute(left.advice.split("; or forget it: ")[0].removeprefix("Restore what is missing, then ").encode())
+
+    assert copy.execute(LEFT_OUT).fetchall() == []
+    assert definitions(copy) == definitions(lived_in)
+    process(copy)
+    # doctor() sends a word of its own.
+    assert [text for text in api.texts()[sent:] if text != "autoembed"] == ["h1\n\nwaits"]
+
+
+def test_a_pipeline_that_a_restore_has_left_out_can_be_forgotten(lived_in: Connection, restored: Restore) -> None:
+    lived_in.execute("UPDATE notes SET body = 'waits' WHERE id = 1")
+    copy = restored("--exclude-table=notes")
+    [left] = copy.execute(LEFT_OUT).fetchall()
+
+    copy.execute(left.advice.split("; or forget it: ")[1].encode())
+    process(copy)
+
+    assert copy.execute(LEFT_OUT).fetchall() == []
+    assert copy.execute("SELECT FROM pg_proc WHERE proname ~ '^_content_1$'").fetchall() == []
+    for table, column in (("embedded", "pipeline_id::text"), ("_job", "pipeline")):
+        assert copy.execute(f"SELECT FROM autoembed.{table} WHERE {column} = '1'".encode()).fetchall() == []
+
+
+def test_a_dump_without_the_embeddings_brings_back_the_tables_that_hold_their_own(
+    lived_in: Connection, restored: Restore
+) -> None:
+    copy = restored("--exclude-table='*_embeddings' --exclude-table='*_chunks'")
+
+    assert len(definitions(copy)) == 4
+    [left] = copy.execute(LEFT_OUT).fetchall()
+    assert (left.subject, left.finding) == (
+        "pipeline of public.manuals",
+        'a restore could not bring it back: relation "public.manuals_embeddings" does not exist',
+    )
+
 
 OPEN_FUNCTIONS = """
     SELECT p.oid::regprocedure::text AS name

@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from fake_api import FakeApi
-from harness import GUIDE_TABLE, GUIDE_TRIGGERS, Connection, warnings_of
+from harness import GUIDE_TABLE, GUIDE_TRIGGERS, Connection, insert, warnings_of
 
 
 def models(db: Connection) -> list[tuple[Any, ...]]:
@@ -251,6 +251,19 @@ def test_set_default_model_warns_of_columns_it_does_not_fit(documents: Connectio
         documents.execute("SELECT autoembed.set_default_model('all-MiniLM-L6-v2')")
 
     assert any("1536 dimensions" in warning and "ALTER TABLE public.documents" in warning for warning in heard)
+
+
+def test_a_default_model_that_is_gone_is_replaced_by_another(documents: Connection) -> None:
+    insert(documents, "one")
+    documents.execute("SELECT autoembed.process(); SELECT autoembed.create_model('other', 'fake', 1536)")
+    documents.execute("DELETE FROM autoembed.model WHERE name = 'text-embedding-3-small'")
+
+    with warnings_of(documents) as heard:
+        documents.execute("SELECT autoembed.set_default_model('other')")
+
+    assert any("public.documents.embedding holds vectors of another model" in warning for warning in heard)
+    documents.execute("SELECT autoembed.resync('documents'); SELECT autoembed.process(); SELECT autoembed.process()")
+    assert documents.execute("SELECT state, embedded FROM autoembed.status").fetchone() == ("idle", 1)
 
 
 def test_a_model_whose_folder_is_missing_is_a_warning_at_once(db: Connection) -> None:

@@ -41,6 +41,7 @@ _before_drop - - - x
 _beginning - x - x
 _bits - x - x
 _bits_indexed - - - x
+_broken_jobs - - - x
 _build_embedders - - - x
 _build_index - - - x
 _build_partition_triggers - - - x
@@ -148,6 +149,7 @@ _follow_grants - - - x
 _follow_one - - - x
 _follow_others - - - x
 _follow_partitions - - - x
+_follow_restore - - - x
 _follow_rewrite - - - x
 _follow_schemas - - - x
 _follow_tables - - - x
@@ -160,6 +162,7 @@ _forget_old_keys - - - x
 _forget_part - - - x
 _forget_permits - - - x
 _forget_postings - - - x
+_forget_restored - - - x
 _forget_runs - - - x
 _forget_texts - - - x
 _free_slots - - - x
@@ -196,7 +199,6 @@ _is_superusers - - - x
 _is_uncommitted - - - x
 _job_of_lane - - - x
 _job_runs - - - x
-_jobs_of_dropped_databases - - - x
 _judged_keys - x - x
 _judgments - x - x
 _keep_name - - - x
@@ -341,6 +343,7 @@ _table_shape - - - x
 _take_key - - - x
 _take_key_beside - - - x
 _take_permit - - - x
+_take_restored - - - x
 _take_slot - - - x
 _template - x - x
 _text_config - - - x
@@ -469,6 +472,7 @@ pipeline.text_config - raw - raw
 pipeline.truncate - raw - raw
 pipeline_rest - - - rawd
 progress - r r rawd
+restored - - - rawd
 search_stats - r r rawd
 setting - - - rawd
 slot - - - rawd

@@ -360,6 +360,35 @@ def test_a_dropped_database_leaves_no_lane_behind(scheduled: Server, cron: Conne
     assert jobs(cron) == []
 
 
+def test_a_job_of_a_dropped_role_that_keeps_lanes_from_starting_is_named(cron: Connection) -> None:
+    role = f"former_{uuid.uuid4().hex[:8]}"
+    cron.execute(f"CREATE ROLE {role} LOGIN")
+    cron.execute("SELECT cron.schedule_in_database('report', '0 0 1 1 *', 'SELECT 1', 'postgres', %s)", [role])
+    cron.execute(f"DROP ROLE {role}")
+    cron.execute("SELECT autoembed.schedule()")
+    wait_until(lambda: not lane_check(cron).ok, 60)
+
+    [found] = cron.execute("SELECT * FROM autoembed.doctor() WHERE subject LIKE 'job %'").fetchall()
+
+    assert (found.subject, found.ok) == ("job report", False)
+    assert found.finding == f'role "{role}" does not exist, and pg_cron starts no job of anybody'
+    cron.execute(found.advice)
+    wait_until(lambda: lane_check(cron).ok, 60)
+
+
+def test_the_setting_that_keeps_all_jobs_from_starting_is_named(cron: Connection) -> None:
+    cron.execute("ALTER SYSTEM SET cron.launch_active_jobs = off")
+    cron.execute("SELECT pg_reload_conf(), autoembed.schedule()")
+    wait_until(lambda: not lane_check(cron).ok, 60)
+
+    for statement in lane_check(cron).advice.split("; "):
+        assert "cron.launch_active_jobs = on" in statement or "pg_reload_conf()" in statement
+        cron.execute(statement)
+
+    wait_until(lambda: lane_check(cron).ok, 60)
+    cron.execute("ALTER SYSTEM RESET cron.launch_active_jobs")
+
+
 def test_the_reason_of_a_lane_that_fails_is_told_while_the_next_one_starts(cron: Connection) -> None:
     cron.execute("DELETE FROM cron.job_run_details")
     cron.execute("SELECT cron.schedule('autoembed-lane-1', '0 0 2 1 *', 'CALL autoembed.work()')")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psycopg
 import pytest
 
 from fake_api import FakeApi
-from harness import Connection, waiting
+from harness import Connection, Server, waiting
 from waiting import wait_until
 
 Connect = Callable[..., Connection]
@@ -283,3 +283,77 @@ def test_no_text_is_paid_for_while_its_owner_may_not_write_the_embeddings_table(
     db.execute(state.hint.encode())
     db.execute("SELECT autoembed.process()")
     assert db.execute("SELECT embedded, failed FROM autoembed.status").fetchone() == (2, 0)
+
+
+@pytest.fixture
+def small_disk(server: Server, dbname: str) -> Iterator[Callable[[str], None]]:
+    """Runs commands where the tablespace small_disk is, on a disk of its own."""
+
+    def run(command: str) -> None:
+        code, said = server.container.get_wrapped_container().exec_run(["sh", "-c", f"cd /dev/shm; {command}"])
+        assert code == 0, said
+
+    run("mkdir small_disk && chown postgres small_disk")
+    with server.connect() as session:
+        session.execute("CREATE TABLESPACE small_disk LOCATION '/dev/shm/small_disk'")
+        yield run
+        server.drop_database(dbname)
+        session.execute("DROP TABLESPACE small_disk")
+    run("rm -rf small_disk filler")
+
+
+def test_rows_wait_for_a_full_disk(db: Connection, api: FakeApi, small_disk: Callable[[str], None]) -> None:
+    for name in ("notes", "others"):
+        db.execute(f"CREATE TABLE {name} (id int PRIMARY KEY, body text)".encode())
+        db.execute("SELECT autoembed.enable(%s, content_columns => '{body}')", [name])
+    db.execute("ALTER TABLE notes_embeddings SET TABLESPACE small_disk")
+    small_disk("dd if=/dev/zero of=filler bs=8k 2> /dev/null; test -s filler")
+    db.execute("INSERT INTO notes SELECT n, 'note ' || n FROM generate_series(1, 20) AS n")
+    db.execute("INSERT INTO others SELECT n, 'other ' || n FROM generate_series(1, 20) AS n")
+
+    process(db)
+    process(db)
+
+    states = "SELECT table_name, state, embedded, failed FROM autoembed.status ORDER BY 1"
+    assert db.execute(states).fetchall() == [("notes", "resting", 0, 0), ("others", "idle", 20, 0)]
+    [reason] = db.execute("SELECT reason AS words FROM autoembed.status WHERE table_name = 'notes'").fetchall()
+    assert reason.words.startswith("it rests after an error: ") and "No space left on device" in reason.words
+    small_disk("rm filler")
+    db.execute("UPDATE autoembed.pipeline_rest SET until = now()")
+    drain(db)
+    assert db.execute(states).fetchall() == [("notes", "idle", 20, 0), ("others", "idle", 20, 0)]
+
+
+def test_an_event_trigger_that_refuses_ddl_fails_no_row(db: Connection, connect: Connect, api: FakeApi) -> None:
+    for name, column in (("notes", "embedding"), ("others", None)):
+        db.execute(f"CREATE TABLE {name} (id int PRIMARY KEY, body text)".encode())
+        db.execute("SELECT autoembed.enable(%s, %s, content_columns => '{body}')", [name, column])
+        db.execute(f"INSERT INTO {name} VALUES (1, 'one'), (2, 'two')".encode())
+    db.execute("CREATE FUNCTION refuse() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no DDL'; END $$")
+    for event in ("start", "end"):
+        db.execute(f"CREATE EVENT TRIGGER refuse ON ddl_command_{event} EXECUTE FUNCTION refuse()".encode())
+
+        with connect() as lane:
+            lane.execute("CALL autoembed.work(1)")
+
+        states = "SELECT table_name, state, embedded, failed FROM autoembed.status ORDER BY 1"
+        assert db.execute(states).fetchall() == [("notes", "idle", 2, 0), ("others", "idle", 2, 0)]
+        db.execute("DROP EVENT TRIGGER refuse; UPDATE notes SET body = body || 2; UPDATE others SET body = body || 2")
+
+
+@pytest.mark.parametrize("lock", ["SELECT FROM notes FOR UPDATE", "LOCK TABLE notes"])
+def test_the_time_that_a_locked_row_has_waited_is_told(notes: Connection, connect: Connect, lock: str) -> None:
+    notes.execute("INSERT INTO notes VALUES (1, 'one'), (2, 'two')")
+    notes.execute("UPDATE pgmq.q_embedding_jobs SET enqueued_at = now() - interval '1 hour'")
+    with connect() as other, other.transaction():
+        other.execute(lock.encode())
+
+        for _ in range(3):
+            process(notes)
+
+        waits = "SELECT waiting, oldest_waiting > '1 hour' AS long FROM autoembed.status"
+        assert notes.execute(waits).fetchall() == [(2, True)]
+        [queue] = notes.execute("SELECT ok, finding FROM autoembed.doctor() WHERE subject = 'queue'").fetchall()
+        assert not queue.ok and "the oldest has waited 01:00:" in queue.finding
+    drain(notes)
+    assert notes.execute("SELECT count(embedding) FROM notes").fetchone() == (2,)

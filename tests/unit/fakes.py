@@ -127,6 +127,8 @@ class FakeDatabase(Database):
         self.extended: list[list[int]] = []
         self.rests: list[Rest] = []
         self.rested_pipelines: list[tuple[int, list[int], str]] = []
+        # Whether code of the owner may run.
+        self.owners_code = False
         self.resumed: list[str] = []
         self.logged: list[str] = []
         self.tokens_taken: list[int] = []
@@ -292,12 +294,15 @@ class FakeDatabase(Database):
         pipeline_id: int,
         keys: Sequence[str],
         attempts: int,
+        message_ids: Sequence[int],
         *,
         read_count: int = 0,
         delay_seconds: float = 0.0,
         suspect: bool = False,
     ) -> None:
         self._note("requeue")
+        # How long the rows have waited is known from these.
+        assert set(message_ids) & self.queue.keys()
         body = {"pipeline": pipeline_id, "keys": [json.loads(key) for key in keys], "attempts": attempts}
         message_id = self.send(body | ({"suspect": True} if suspect else {}))
         self.queue[message_id] = replace(self.queue[message_id], read_count=read_count)
@@ -363,6 +368,9 @@ class FakeDatabase(Database):
     def rest_pipelines(self, owner: int, pipeline_ids: Sequence[int], reason: str) -> None:
         self._note("rest_pipelines")
         self.rested_pipelines.append((owner, list(pipeline_ids), reason))
+
+    def runs_owners_code(self, pipeline: Pipeline, *, writes: bool) -> bool:
+        return self.owners_code
 
     def plan_again(self, pipeline_id: int, failing: Sequence[str] = ()) -> RowError | None:
         self._note("plan_again")

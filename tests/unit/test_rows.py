@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from autoembed import rows
-from autoembed.errors import PassEnded, RowError
+from autoembed.errors import DISK_FULL, PassEnded, RowError
 from autoembed.jobs import MAX_ATTEMPTS, Job, Ledger, Outcome, Report
 from autoembed.records import ECHO, Known, Pipeline, Row, first_number
 from autoembed.rows import Owners, Pace, Rows, Speeds, owners_of_few
@@ -845,6 +845,22 @@ def test_a_cancel_in_an_owners_code_counts_its_rows_rests_the_owner_and_ends_the
     assert outcomes_of(jobs) == ["counted", "counted"]
     assert desk.database.rested_pipelines == [(10, [], "canceling statement due to user request")] * 2
     assert list(desk.database.failures) == [last.key]
+
+
+@pytest.mark.parametrize("where", ["content_errors", "write_errors", "settle_errors"])
+@pytest.mark.parametrize(("runs_code", "outcome"), [(False, "released"), (True, "counted")])
+def test_a_pipeline_waits_for_a_full_disk(desk: Desk, where: str, runs_code: bool, outcome: str) -> None:
+    """An owner's code may have raised it: then its rows have an attempt less."""
+    jobs = desk.put("one", "two")
+    full = RowError("No space left on device", sqlstate=DISK_FULL)
+    getattr(desk.database, where).update({job.key: full for job in jobs})
+    desk.database.owners_code = runs_code
+
+    (desk.read if where == "content_errors" else desk.write)(jobs)
+
+    assert outcomes_of(jobs) == [outcome] * 2
+    assert desk.database.rested_pipelines == [(10, [1], "No space left on device")]
+    assert desk.database.failures == {}
 
 
 @pytest.mark.parametrize(

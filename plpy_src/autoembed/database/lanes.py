@@ -232,22 +232,27 @@ class Database(TextDatabase):
         pipeline_id: int,
         keys: Sequence[str],
         attempts: int,
+        message_ids: Sequence[int],
         *,
         read_count: int = 0,
         delay_seconds: float = 0.0,
         suspect: bool = False,
     ) -> None:
-        """Queues rows in one message. read_count: how often it counts as read before. suspect: see Address."""
+        """Queues rows in one message. message_ids: those that have named them, and are still there.
+
+        read_count: how often it counts as read before. suspect: see Address.
+        """
         self._run(
-            "SELECT autoembed._requeue($1, $2, $3, $4, $5, $6)",
+            "SELECT autoembed._requeue($1, $2, $3, $4, $5, $6, $7)",
             [
                 "pg_catalog.int4",
                 "pg_catalog.jsonb",
                 *["pg_catalog.int4"] * 2,
                 "pg_catalog.float8",
                 "pg_catalog.bool",
+                "pg_catalog.int8[]",
             ],
-            [pipeline_id, f"[{','.join(keys)}]", attempts, read_count, delay_seconds, suspect],
+            [pipeline_id, f"[{','.join(keys)}]", attempts, read_count, delay_seconds, suspect, list(message_ids)],
         )
 
     # Backfills -----------------------------------------------------------------------------------
@@ -932,12 +937,14 @@ class Database(TextDatabase):
         try:
             return run(OWNER_SECONDS)
         except RowError as error:
-            if not error.slow or len(keys) > 1:
-                raise
-            sql = "SELECT autoembed._runs_owners_code($1, $2) AS runs"
-            if self._run(sql, ["pg_catalog.int4", "pg_catalog.bool"], [pipeline.id, writes])[0]["runs"]:
+            if not error.slow or len(keys) > 1 or self.runs_owners_code(pipeline, writes=writes):
                 raise
         return run(OWN_SECONDS)
+
+    def runs_owners_code(self, pipeline: Pipeline, *, writes: bool) -> bool:
+        """Whether code of the owner may run when texts are read, or, with writes, when embeddings are written."""
+        sql = "SELECT autoembed._runs_owners_code($1, $2) AS runs"
+        return bool(self._run(sql, ["pg_catalog.int4", "pg_catalog.bool"], [pipeline.id, writes])[0]["runs"])
 
     def pay_chunks(self, pipeline: Pipeline, key: str, chunks: Sequence[Chunk]) -> None:
         """Keeps the vectors of some chunks of a row until the row is written."""
