@@ -542,7 +542,7 @@ CREATE OR REPLACE FUNCTION autoembed.search_rows(
     ROWS 10
 AS $plpgsql$
 DECLARE
-    _hit like_row%TYPE;
+    _found pg_catalog.record;
 BEGIN
     IF NOT EXISTS (
         SELECT FROM pg_catalog.pg_type AS t
@@ -556,15 +556,16 @@ BEGIN
             HINT = 'For example: SELECT * FROM autoembed.search_rows(NULL::documents, ''words''). search() takes the '
                 'name of a table.';
     END IF;
-    -- The loop keeps this statement out of the CONTEXT of a refusal.
-    FOR _hit IN
-        SELECT (s.hit).*
+    -- The loop keeps this statement out of the CONTEXT of a refusal. Its plan outlives a change of the table's columns,
+    -- so it must not name them.
+    FOR _found IN
+        SELECT s.hit
         FROM autoembed.search(
             like_row, query, max_rows, skip_rows, condition, embedding_column, mode, vector_weight, rerank_model
         ) AS s
         ORDER BY s.rank
     LOOP
-        RETURN NEXT _hit;
+        RETURN NEXT _found.hit;
     END LOOP;
 END;
 $plpgsql$;

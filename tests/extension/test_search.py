@@ -754,6 +754,27 @@ def test_what_a_session_knows_of_a_table_does_not_outlive_a_change(
         assert [sorted(other.execute(form.encode()).fetchall()) for form in forms] == [sorted(one) for one in before]
 
 
+def test_a_session_that_has_searched_shows_each_column_after_a_change_of_columns(
+    short: Connection, connect: Callable[..., Connection]
+) -> None:
+    short.execute("CREATE TABLE notes (id integer PRIMARY KEY, old text, a text, body text)")
+    short.execute("INSERT INTO notes VALUES (1, 'o', 'a', 'one'), (2, 'o', 'a', 'two')")
+    short.execute("SELECT autoembed.enable('notes', content_columns => '{body}'), autoembed.process()")
+    other = connect()
+    other.prepare_threshold = None
+    search = "SELECT * FROM autoembed.search_rows(NULL::notes, 'two')"
+
+    for change in (
+        "ALTER TABLE notes DROP COLUMN old",
+        "ALTER TABLE notes ADD COLUMN b text DEFAULT 'b'",
+        "ALTER TABLE notes ALTER COLUMN a TYPE varchar(9)",
+        "ALTER TABLE notes RENAME COLUMN a TO c; ALTER TABLE notes DROP COLUMN b",
+    ):
+        other.execute(search)
+        short.execute(change.encode())
+        assert sorted(other.execute(search).fetchall()) == short.execute("TABLE notes ORDER BY id").fetchall(), change
+
+
 @STORAGES
 def test_what_an_older_snapshot_shows_of_a_table_is_not_kept(
     short: Connection, connect: Callable[..., Connection], column: str
