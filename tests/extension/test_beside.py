@@ -718,6 +718,28 @@ def test_embeddings_that_others_refer_to_go_with_a_truncate_as_soon_as_they_can(
     assert_beside(pages)
 
 
+@pytest.mark.parametrize("isolation", ["READ COMMITTED", "REPEATABLE READ"])
+def test_a_truncate_leaves_no_embeddings_that_its_snapshot_does_not_show(
+    pages: Connection, connect: Callable[..., Connection], isolation: str
+) -> None:
+    pages.execute("INSERT INTO pages VALUES (1, 'one')")
+    process(pages)
+    other, reader = connect(), connect()
+    other.execute(f"BEGIN ISOLATION LEVEL {isolation}")
+    other.execute("SELECT count(*) FROM pg_class")
+    pages.execute("INSERT INTO pages VALUES (2, 'two')")
+    process(pages)
+    # The embeddings table cannot be truncated meanwhile.
+    reader.execute("BEGIN; TABLE pages_embeddings")
+
+    other.execute("TRUNCATE pages; INSERT INTO pages VALUES (1, 'new'); COMMIT")
+    reader.execute("COMMIT")
+
+    process(pages)
+    process(pages)
+    assert_beside(pages)
+
+
 @pytest.mark.parametrize(
     ("table", "arguments", "sqlstate", "message"),
     [
