@@ -545,6 +545,13 @@ BEGIN
                 ELSE format('a relation of kind "%s"', _table.relkind)
             END),
             HINT = 'Attach the table that holds the rows.';
+    ELSIF _table.relnamespace::regnamespace::text IN ('autoembed', 'pg_catalog', 'information_schema') THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'wrong_object_type',
+            MESSAGE = format('%s belongs to %s, and cannot be attached', table_id, CASE
+                WHEN _table.relnamespace = 'autoembed'::regnamespace THEN 'autoembed' ELSE 'PostgreSQL'
+            END),
+            HINT = 'Attach a table of your own.';
     ELSIF _table.relkind = 'p' AND builds_index THEN
         RAISE EXCEPTION USING
             ERRCODE = 'feature_not_supported',
@@ -560,7 +567,7 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._check_attachable IS
-    'Refuses what is no permanent, whole table, and an index on the rows of a partitioned table.';
+    'Refuses what is no permanent, whole table of a user, and an index on the rows of a partitioned table.';
 
 CREATE OR REPLACE FUNCTION autoembed._lock_holder(
     table_id regclass,
