@@ -33,7 +33,8 @@ def embed(
 ) -> dict[str, Any]:
     """The vector of a search text, or the fault that SQL is to raise: the columns of autoembed._embed().
 
-    definition: the row of the model as text. A vector that is kept is of the same text and the same definition.
+    definition: the row of the model and the version of its function. A vector that is kept is of the same text and
+    definition.
     local_model: base_url, model_id, max_tokens_per_input, query_prefix and dimensions, if a lane may embed the text.
     """
     global was_kept

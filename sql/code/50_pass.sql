@@ -678,8 +678,8 @@ AS $python$
     )
 $python$;
 COMMENT ON FUNCTION autoembed._embed IS
-    'The embedding of a search text by a model, or why there is none. definition: the row of the model. A session '
-    'keeps vectors of the same text and definition. local_model: what a lane needs to know of the model to embed the '
+    'The embedding of a search text by a model, or why there is none. definition: the row of the model and the '
+    'version of its function. A session keeps vectors of the same text and definition. local_model: what a lane needs to know of the model to embed the '
     'text; NULL: the session is to do it. asker: whose texts take turns with those of others there. tokens_used: those '
     'that a lane has used, and nobody has noted.';
 
@@ -715,7 +715,13 @@ BEGIN
         ];
     END IF;
     _answer := autoembed._embed(
-        content, _model.name, _model::text, _local_model, concat(session_user, ' ', current_setting('role'))
+        content,
+        _model.name,
+        concat(_model, CASE
+            WHEN _model.provider = 'function' THEN autoembed._embedder_version(_model, 'query')
+        END),
+        _local_model,
+        concat(session_user, ' ', current_setting('role'))
     );
     IF _answer.problem IS NOT NULL THEN
         RAISE EXCEPTION USING MESSAGE = _answer.problem, HINT = _answer.hint, ERRCODE = _answer.errcode;

@@ -166,8 +166,8 @@ AS $python$
     return doors.scores(query, passages, model_name, definition)
 $python$;
 COMMENT ON FUNCTION autoembed._scores IS
-    'How well passages answer a query, by a rerank model, or why that is not known. definition: the row of the model. '
-    'A session keeps the scores of the same query, passages and definition.';
+    'How well passages answer a query, by a rerank model, or why that is not known. definition: the row of the model '
+    'and the version of its function. A session keeps the scores of the same query, passages and definition.';
 
 CREATE OR REPLACE FUNCTION autoembed._rerank(
     model text,
@@ -203,7 +203,14 @@ BEGIN
         RETURN;
     END IF;
     -- An assignment runs no statement, and shows none in the context of an error.
-    _answer := autoembed._scores(query, passages, _model.name, _model::text);
+    _answer := autoembed._scores(
+        query,
+        passages,
+        _model.name,
+        concat(_model, CASE
+            WHEN _model.provider = 'function' THEN autoembed._embedder_version(_model, 'rerank')
+        END)
+    );
     scores := _answer.scores;
     trouble := _answer.trouble;
 END;

@@ -122,6 +122,7 @@ _drop_stray_triggers - x - x
 _drop_texts - - - x
 _embed - - - x
 _embedder - - - x
+_embedder_version - - - x
 _end - - - x
 _ended - - - x
 _enter_lane - - - x
