@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from fake_api import FakeApi, embedding_of
 from harness import Connection, waiting, warnings_of
+from waiting import wait_until
 
 COLUMNS = "chunk_number, chunk_start, chunk_end, embedding::text::halfvec::real[]"
 
@@ -407,6 +409,25 @@ def test_a_table_that_takes_the_place_of_a_dropped_one_is_attached(pages: Connec
         pages.execute("CREATE TABLE pages (id int PRIMARY KEY, body text)")
         pages.execute("SELECT autoembed.enable('pages', content_columns => '{body}')")
     assert pages.execute("SELECT count(*) FROM pages_embeddings").fetchone() == (0,)
+
+    pages.execute("INSERT INTO pages VALUES (2, 'two')")
+    process(pages)
+    assert_beside(pages)
+
+
+def test_a_lane_that_ends_the_dropped_one_meanwhile_is_waited_for(
+    pages: Connection, connect: Callable[..., Connection]
+) -> None:
+    lane = connect()
+    pages.execute("DROP TABLE pages; CREATE TABLE pages (id int PRIMARY KEY, body text)")
+    lane.execute("BEGIN")
+    lane.execute("SELECT autoembed._drop_orphaned_pipelines()")
+
+    with ThreadPoolExecutor(1) as pool:
+        enabled = pool.submit(pages.execute, "SELECT autoembed.enable('pages', content_columns => '{body}')")
+        wait_until(lambda: enabled.done() or lane.execute("SELECT FROM pg_locks WHERE NOT granted").fetchall() != [])
+        lane.execute("COMMIT")
+        enabled.result()
 
     pages.execute("INSERT INTO pages VALUES (2, 'two')")
     process(pages)
