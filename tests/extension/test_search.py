@@ -1055,6 +1055,31 @@ OUTPUT_SETTINGS = [
 ]
 
 
+@pytest.mark.parametrize("options", ["", ", chunk_prefix => '{share}'"], ids=["", "prefix"])
+def test_no_setting_of_a_session_hides_a_passage(short: Connection, options: str) -> None:
+    short.execute("CREATE TABLE notes (id int PRIMARY KEY, body text, at timestamptz, share float8)")
+    short.execute(
+        "INSERT INTO notes SELECT n, 'text ' || n, now() + n * interval '1 day', n / 3.0 FROM generate_series(1, 9) n"
+    )
+    short.execute(f"SELECT autoembed.enable('notes', content_template => '{{body}}, {{at}}'{options})".encode())
+    short.execute("SELECT autoembed.process()")
+    short.execute("CREATE INDEX ON notes_embeddings USING hnsw (embedding halfvec_cosine_ops)")
+
+    def passages() -> list[Any]:
+        found = []
+        for arguments in ("", ", condition => 'id > 0'", ", mode => 'vector', skip_rows => 1"):
+            search = f"SELECT key, chunk FROM autoembed.search('notes', 'text 3'{arguments}) ORDER BY key"
+            found.append(short.execute(search.encode()).fetchall())
+        return [*found, short.execute("SELECT chunk FROM notes_chunks ORDER BY id").fetchall()]
+
+    expected = passages()
+    assert [len(found) for found in expected] == [9, 9, 8, 9]
+    assert all(found[-1] for found in sum(expected, []))
+    for settings in OUTPUT_SETTINGS:
+        short.execute(settings.encode())
+        assert passages() == expected, settings
+
+
 @STORAGES
 def test_no_setting_of_a_session_hides_a_row_or_its_words(short: Connection, column: str) -> None:
     fruits = ["apple", "pear", "plum", "apple pear", "apple apple plum"]
