@@ -607,6 +607,15 @@ BEGIN
     END IF;
     SELECT p.* INTO read, completed, retried, failed, requests, failed_jobs
     FROM autoembed._process(batch_size, max_requests, timeout_milliseconds) AS p;
+EXCEPTION WHEN invalid_transaction_state OR transaction_rollback THEN
+    -- Python puts words of its own around those of PostgreSQL.
+    RAISE EXCEPTION USING
+        ERRCODE = SQLSTATE,
+        MESSAGE = regexp_replace(SQLERRM, '^spiexceptions\.\w+: ', ''),
+        HINT = CASE
+            WHEN SQLSTATE = '25006' THEN 'process() writes: call it on the primary server, in a READ WRITE transaction.'
+            ELSE 'Repeat the transaction.'
+        END;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.process IS
