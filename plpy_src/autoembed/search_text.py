@@ -71,5 +71,15 @@ def _embedded_by_lane(
     return _without_fault(answer.literal, answer.tokens)
 
 
+def cancelled(words: str) -> dict[str, Any]:
+    return {
+        "embedding": None,
+        "tokens_used": None,
+        "problem": words,
+        "hint": "The model had not answered yet.",
+        "errcode": "57014",
+    }
+
+
 def _without_fault(vector: str, tokens_used: int | None = None) -> dict[str, Any]:
     return {"embedding": vector, "tokens_used": tokens_used, "problem": None, "hint": None, "errcode": None}

@@ -682,9 +682,15 @@ AS $python$
     if GD.get("autoembed") != "@BUILD@":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import search_text
-    return search_text.embed(
-        content, model_name, definition, local_model, asker, lambda: plpy.execute("SELECT 1")
-    )
+    try:
+        return search_text.embed(
+            content, model_name, definition, local_model, asker, lambda: plpy.execute("SELECT 1")
+        )
+    except plpy.SPIError as error:
+        if error.sqlstate != "57014":
+            raise
+        # Python would put words of its own around those of PostgreSQL.
+        return search_text.cancelled(str(error))
 $python$;
 COMMENT ON FUNCTION autoembed._embed IS
     'The embedding of a search text by a model, or why there is none. definition: the row of the model and the '
