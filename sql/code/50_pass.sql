@@ -611,7 +611,7 @@ EXCEPTION WHEN invalid_transaction_state OR transaction_rollback THEN
     -- Python puts words of its own around those of PostgreSQL.
     RAISE EXCEPTION USING
         ERRCODE = SQLSTATE,
-        MESSAGE = regexp_replace(SQLERRM, '^spiexceptions\.\w+: ', ''),
+        MESSAGE = regexp_replace(SQLERRM, '^spiexceptions[.][[:alpha:]]+: ', ''),
         HINT = CASE
             WHEN SQLSTATE = '25006' THEN 'process() writes: call it on the primary server, in a READ WRITE transaction.'
             ELSE 'Repeat the transaction.'
@@ -694,9 +694,9 @@ AS $python$
 $python$;
 COMMENT ON FUNCTION autoembed._embed IS
     'The embedding of a search text by a model, or why there is none. definition: the row of the model and the '
-    'version of its function. A session keeps vectors of the same text and definition. local_model: what a lane needs to know of the model to embed the '
-    'text; NULL: the session is to do it. asker: whose texts take turns with those of others there. tokens_used: those '
-    'that a lane has used, and nobody has noted.';
+    'version of its function. A session keeps vectors of the same text and definition. local_model: what a lane needs '
+    'to know of the model to embed the text; NULL: the session is to do it. asker: whose texts take turns with those '
+    'of others there. tokens_used: those that a lane has used, and nobody has noted.';
 
 CREATE OR REPLACE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     RETURNS @extschema:vector@.vector

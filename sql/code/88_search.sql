@@ -213,6 +213,12 @@ BEGIN
     );
     scores := _answer.scores;
     trouble := _answer.trouble;
+EXCEPTION WHEN query_canceled THEN
+    -- Python puts words of its own around those of PostgreSQL.
+    RAISE EXCEPTION USING
+        ERRCODE = 'query_canceled',
+        MESSAGE = regexp_replace(SQLERRM, '^spiexceptions[.][[:alpha:]]+: ', ''),
+        HINT = 'The model had not answered yet.';
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._rerank IS
@@ -235,6 +241,7 @@ DECLARE
     _most_characters CONSTANT integer := 10000;
     _places integer[];
     _passages pg_catalog.text[];
+    _answer pg_catalog.record;
     _scores double precision[];
     _trouble pg_catalog.text;
 BEGIN
@@ -248,7 +255,10 @@ BEGIN
     USING page.ranks[:candidates], page.keys[:candidates], page.numbers[:candidates], page.scores[:candidates],
           page.scores[:candidates], page.scores[:candidates], _most_characters, E' \t\r\n'::pg_catalog.text;
     IF _passages IS NOT NULL THEN
-        SELECT r.scores, r.trouble INTO _scores, _trouble FROM autoembed._rerank(model, query, _passages) AS r;
+        -- An assignment runs no statement, and shows none in the CONTEXT of an error.
+        _answer := autoembed._rerank(model, query, _passages);
+        _scores := _answer.scores;
+        _trouble := _answer.trouble;
         -- Meanwhile the names in the query may have come to mean other tables.
         page.rows_query := (autoembed._search_target(page.pipeline_id)).rows_query;
         page.fell_back := _scores IS NULL;

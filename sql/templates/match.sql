@@ -79,8 +79,10 @@ BEGIN
         END IF;
         RAISE EXCEPTION USING
             ERRCODE = 'data_exception',
-            MESSAGE = pg_catalog.format('query_embedding has %s dimensions, and the embeddings of table %s have others',
-                                        pg_catalog.cardinality(query_embedding::pg_catalog.float4[]), {{table_literal}}),
+            MESSAGE = pg_catalog.format(
+                'query_embedding has %s dimensions, and the embeddings of table %s have others',
+                pg_catalog.cardinality(query_embedding::pg_catalog.float4[]), {{table_literal}}
+            ),
             HINT = 'Have the model of the table make it.';
     END;
     PERFORM pg_catalog.set_config('hnsw.iterative_scan', _scan_before, true),

@@ -458,6 +458,19 @@ def test_a_function_reranks(pages: Connection, type: str) -> None:
     assert pages.execute("SELECT count(*) FROM pg_proc WHERE proname LIKE '\\_rerank\\_%%32'").fetchone() == (0,)
 
 
+def test_a_timeout_of_the_statement_is_told_in_postgresqls_words(pages: Connection) -> None:
+    attach(pages)
+    define(pages, "PERFORM pg_sleep(60); RETURN NULL;")
+    pages.execute("SELECT autoembed.create_rerank_model('best', 'function', 'app.relevance', timeout_seconds => 60)")
+    pages.execute("SET statement_timeout = '500ms'")
+
+    with pytest.raises(psycopg.errors.QueryCanceled) as refusal:
+        found(pages)
+
+    assert str(refusal.value.diag.message_primary).startswith("canceling statement due to")
+    assert "Traceback" not in str(refusal.value.diag.context)
+
+
 BODIES = {
     "an error": ("RAISE EXCEPTION 'out of order';", "out of order"),
     "NULL": ("RETURN NULL;", "returned 0 scores for 32 passages"),
