@@ -114,7 +114,8 @@ def embed(content: str, model_name: str) -> dict[str, Any]:
 def scores(query: str, passages: list[str], model_name: str, definition: str) -> dict[str, Any]:
     """The scores of passages by a rerank model, or the trouble with it: the columns of autoembed._scores().
 
-    definition: the row of the model as text. Scores that are kept are of the same passages and the same definition.
+    definition: the row of the model and the version of its function. Scores that are kept are of the same passages
+    and the same definition.
     """
     asked = (definition, query, hashlib.sha256(json.dumps(passages).encode()).hexdigest())
     kept = _scores.get(asked)

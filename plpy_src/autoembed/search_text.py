@@ -33,7 +33,8 @@ def embed(
 ) -> dict[str, Any]:
     """The vector of a search text, or the fault that SQL is to raise: the columns of autoembed._embed().
 
-    definition: the row of the model as text. A vector that is kept is of the same text and the same definition.
+    definition: the row of the model and the version of its function. A vector that is kept is of the same text and
+    definition.
     local_model: base_url, model_id, max_tokens_per_input, query_prefix and dimensions, if a lane may embed the text.
     """
     global was_kept
@@ -68,6 +69,16 @@ def _embedded_by_lane(
     if answer is None or answer.literal.count(",") + 1 != int(dimensions or 0):
         return None
     return _without_fault(answer.literal, answer.tokens)
+
+
+def cancelled(words: str) -> dict[str, Any]:
+    return {
+        "embedding": None,
+        "tokens_used": None,
+        "problem": words,
+        "hint": "The model had not answered yet.",
+        "errcode": "57014",
+    }
 
 
 def _without_fault(vector: str, tokens_used: int | None = None) -> dict[str, Any]:

@@ -82,6 +82,17 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._purposes IS 'For what a model that is an SQL function is called.';
 
+CREATE OR REPLACE FUNCTION autoembed._embedder_version(model autoembed.model, purpose text)
+    RETURNS text
+    LANGUAGE sql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $sql$
+    SELECT concat(p.xmin, p.ctid) FROM pg_proc AS p WHERE p.oid = (autoembed._embedder(model, purpose)).function_id;
+$sql$;
+COMMENT ON FUNCTION autoembed._embedder_version IS
+    'Another text whenever somebody replaces the function that a model names.';
+
 CREATE OR REPLACE FUNCTION autoembed._build_embedders(name text)
     RETURNS void
     LANGUAGE plpgsql

@@ -768,6 +768,30 @@ COMMENT ON FUNCTION autoembed._passage_expression IS
     'its prefix, is another by now, or if a function gives the text. part: the expression of that part, where it is '
     'known.';
 
+CREATE OR REPLACE FUNCTION autoembed._passage_of_hit(pipeline autoembed.pipeline)
+    RETURNS text
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+DECLARE
+    _passage CONSTANT text := autoembed._passage_expression(pipeline, '(h.hit)', 'h.start', 'h.stop', 'h.digest');
+BEGIN
+    IF pipeline.embeddings_table IS NULL OR pipeline.content_function IS NOT NULL
+       OR autoembed._has_plain_text(pipeline) THEN
+        RETURN _passage;
+    END IF;
+    -- The caller may have other settings than lanes.
+    RETURN format(
+        'coalesce(%s, autoembed._chunk_%s(%s, h.start, h.stop, h.digest))', _passage, pipeline.id,
+        (SELECT string_agg(format('(h.hit).%I', k.name), ', ' ORDER BY k.number)
+         FROM unnest(pipeline.key_columns) WITH ORDINALITY AS k(name, number))
+    );
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._passage_of_hit IS
+    'The SQL expression of the passage of a row that search() has found, whatever the settings of its caller are.';
+
 CREATE OR REPLACE FUNCTION autoembed._vector_digest_expression(pipeline autoembed.pipeline, alias text)
     RETURNS text
     LANGUAGE sql
@@ -864,6 +888,25 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._is_plain IS 'Whether no setting of a session changes how values of a type are written.';
+
+CREATE OR REPLACE FUNCTION autoembed._has_plain_text(pipeline autoembed.pipeline)
+    RETURNS boolean
+    LANGUAGE plpgsql
+    STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $plpgsql$
+BEGIN
+    RETURN NOT EXISTS (
+        SELECT FROM pg_attribute AS a
+        WHERE a.attrelid = pipeline.table_id AND NOT autoembed._is_plain(a.atttypid)
+          AND a.attname = ANY (
+              autoembed._columns_of(pipeline) || autoembed._columns_of(autoembed._prefix_of(pipeline))
+          )
+    );
+END;
+$plpgsql$;
+COMMENT ON FUNCTION autoembed._has_plain_text IS
+    'Whether no setting of a session changes how the columns of the texts and prefixes of a pipeline are written.';
 
 CREATE OR REPLACE FUNCTION autoembed._key_expression(
     pipeline autoembed.pipeline,

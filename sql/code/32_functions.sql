@@ -604,6 +604,9 @@ BEGIN
             ELSE (SELECT string_agg(DISTINCT format('t.%I', c.name), ', ')
                   FROM unnest(_needed_columns) AS c(name))
         END,
+        'passage_settings', CASE
+            WHEN autoembed._has_plain_text(pipeline) THEN '' ELSE autoembed._output_settings()
+        END,
         'passage', autoembed._passage_expression(
             pipeline, 't', '_chunk_' || pipeline.id || '.chunk_start', '_chunk_' || pipeline.id || '.chunk_end',
             '_chunk_' || pipeline.id || '.digest'

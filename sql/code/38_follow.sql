@@ -15,6 +15,18 @@ DECLARE
     -- A tenant may drop thousands of tables at once, or a large one. The next second goes on.
     _until CONSTANT timestamptz := clock_timestamp() + interval '200 milliseconds';
 BEGIN
+    IF embeddings_table IS NOT NULL THEN
+        -- No lane calls this. One may be ending the pipeline.
+        PERFORM set_config('lock_timeout', '5s', true);
+        BEGIN
+            PERFORM FROM autoembed.pipeline AS o
+            WHERE o.embeddings_table = _drop_orphaned_pipelines.embeddings_table
+              AND (SELECT c.oid FROM pg_class AS c WHERE c.oid = o.table_id) IS NULL
+            FOR UPDATE;
+        EXCEPTION WHEN lock_not_available THEN
+            RETURN;
+        END;
+    END IF;
     FOR _id IN
         -- The subquery looks each table up by its OID. NOT EXISTS would read the whole catalog, every second.
         SELECT o.id

@@ -350,11 +350,12 @@ DECLARE
     _key_columns name[] := autoembed._key_columns(table_name);
     _keys text;
     _full_name text;
+    _existing regclass;
     _columns name[];
     _comment text;
     _void text;
 BEGIN
-    SELECT n.nspname, c.relname, c.relowner INTO STRICT _table
+    SELECT c.relnamespace, n.nspname, c.relname, c.relowner INTO STRICT _table
     FROM pg_class AS c
     JOIN pg_namespace AS n ON n.oid = c.relnamespace
     WHERE c.oid = table_name;
@@ -371,9 +372,8 @@ BEGIN
             DETAIL = format('The embeddings table is in schema %I, as its table is.', _table.nspname),
             HINT = format('Give the name alone, such as %L.', regexp_replace(name, '^.*[.]', ''));
     END IF;
-    _full_name := format(
-        '%I.%I', _table.nspname, coalesce(name, autoembed._beginning(_table.relname, 52) || '_embeddings')
-    );
+    name := coalesce(name, autoembed._beginning(_table.relname, 52) || '_embeddings');
+    _full_name := format('%I.%I', _table.nspname, name);
     IF _key_columns IS NULL THEN
         -- The check of the pipeline says so.
         RETURN NULL;
@@ -388,19 +388,21 @@ BEGIN
     END IF;
     -- A table that was dropped a moment ago may have left its own.
     PERFORM autoembed._drop_orphaned_pipelines(to_regclass(_full_name));
+    -- What a session has kept of the catalog may show a table that a lane has dropped meanwhile.
+    SELECT c.oid INTO _existing FROM pg_class AS c WHERE c.relnamespace = _table.relnamespace AND c.relname = name;
     _columns := ARRAY(
         SELECT a.attname FROM pg_attribute AS a
-        WHERE a.attrelid = to_regclass(_full_name) AND a.attnum > 0 AND NOT a.attisdropped
+        WHERE a.attrelid = _existing AND a.attnum > 0 AND NOT a.attisdropped
         ORDER BY a.attnum
     );
     IF _columns @> _key_columns AND _key_columns || '{chunk_number,chunk_start,chunk_end,digest,embedding}' @> _columns
        AND cardinality(_columns) = cardinality(_key_columns) + 5
-       AND NOT EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.embeddings_table = to_regclass(_full_name)) THEN
+       AND NOT EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.embeddings_table = _existing) THEN
         -- A table that was attached before left it, or a dump brought it. It gets a policy.
-        _void := autoembed._lock_table(to_regclass(_full_name), true);
-        RAISE NOTICE 'the embeddings in table % are used', to_regclass(_full_name);
-        RETURN to_regclass(_full_name);
-    ELSIF to_regclass(_full_name) IS NOT NULL THEN
+        _void := autoembed._lock_table(_existing, true);
+        RAISE NOTICE 'the embeddings in table % are used', _existing;
+        RETURN _existing;
+    ELSIF _existing IS NOT NULL THEN
         RAISE EXCEPTION USING
             ERRCODE = 'duplicate_table',
             MESSAGE = format('relation %s exists and is no embeddings table of %s', _full_name, table_name),
@@ -409,7 +411,7 @@ BEGIN
                 SELECT format('It holds the embeddings of partition %1$s. They are used after SELECT '
                               'autoembed.disable(%1$L);', p.table_id)
                 FROM autoembed.pipeline AS p
-                WHERE p.embeddings_table = to_regclass(_full_name)
+                WHERE p.embeddings_table = _existing
                   AND p.table_id IN (SELECT t.relid FROM autoembed._partition_tree(table_name) AS t)
             ), format(
                 'Give the embeddings table another name: embeddings_table => %L.',
@@ -545,6 +547,13 @@ BEGIN
                 ELSE format('a relation of kind "%s"', _table.relkind)
             END),
             HINT = 'Attach the table that holds the rows.';
+    ELSIF _table.relnamespace::regnamespace::text IN ('autoembed', 'pg_catalog', 'information_schema') THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'wrong_object_type',
+            MESSAGE = format('%s belongs to %s, and cannot be attached', table_id, CASE
+                WHEN _table.relnamespace = 'autoembed'::regnamespace THEN 'autoembed' ELSE 'PostgreSQL'
+            END),
+            HINT = 'Attach a table of your own.';
     ELSIF _table.relkind = 'p' AND builds_index THEN
         RAISE EXCEPTION USING
             ERRCODE = 'feature_not_supported',
@@ -560,7 +569,7 @@ BEGIN
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._check_attachable IS
-    'Refuses what is no permanent, whole table, and an index on the rows of a partitioned table.';
+    'Refuses what is no permanent, whole table of a user, and an index on the rows of a partitioned table.';
 
 CREATE OR REPLACE FUNCTION autoembed._lock_holder(
     table_id regclass,

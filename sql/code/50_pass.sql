@@ -613,6 +613,15 @@ BEGIN
     END IF;
     SELECT p.* INTO read, completed, retried, failed, requests, failed_jobs
     FROM autoembed._process(batch_size, max_requests, timeout_milliseconds) AS p;
+EXCEPTION WHEN invalid_transaction_state OR transaction_rollback THEN
+    -- Python puts words of its own around those of PostgreSQL.
+    RAISE EXCEPTION USING
+        ERRCODE = SQLSTATE,
+        MESSAGE = regexp_replace(SQLERRM, '^spiexceptions[.][[:alpha:]]+: ', ''),
+        HINT = CASE
+            WHEN SQLSTATE = '25006' THEN 'process() writes: call it on the primary server, in a READ WRITE transaction.'
+            ELSE 'Repeat the transaction.'
+        END;
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed.process IS
@@ -679,15 +688,21 @@ AS $python$
     if GD.get("autoembed") != "@BUILD@":
         plpy.execute("SELECT autoembed._load_python()")
     from autoembed import search_text
-    return search_text.embed(
-        content, model_name, definition, local_model, asker, lambda: plpy.execute("SELECT 1")
-    )
+    try:
+        return search_text.embed(
+            content, model_name, definition, local_model, asker, lambda: plpy.execute("SELECT 1")
+        )
+    except plpy.SPIError as error:
+        if error.sqlstate != "57014":
+            raise
+        # Python would put words of its own around those of PostgreSQL.
+        return search_text.cancelled(str(error))
 $python$;
 COMMENT ON FUNCTION autoembed._embed IS
-    'The embedding of a search text by a model, or why there is none. definition: the row of the model. A session '
-    'keeps vectors of the same text and definition. local_model: what a lane needs to know of the model to embed the '
-    'text; NULL: the session is to do it. asker: whose texts take turns with those of others there. tokens_used: those '
-    'that a lane has used, and nobody has noted.';
+    'The embedding of a search text by a model, or why there is none. definition: the row of the model and the '
+    'version of its function. A session keeps vectors of the same text and definition. local_model: what a lane needs '
+    'to know of the model to embed the text; NULL: the session is to do it. asker: whose texts take turns with those '
+    'of others there. tokens_used: those that a lane has used, and nobody has noted.';
 
 CREATE OR REPLACE FUNCTION autoembed.embed(content text, model text DEFAULT NULL)
     RETURNS @extschema:vector@.vector
@@ -721,7 +736,13 @@ BEGIN
         ];
     END IF;
     _answer := autoembed._embed(
-        content, _model.name, _model::text, _local_model, concat(session_user, ' ', current_setting('role'))
+        content,
+        _model.name,
+        concat(_model, CASE
+            WHEN _model.provider = 'function' THEN autoembed._embedder_version(_model, 'query')
+        END),
+        _local_model,
+        concat(session_user, ' ', current_setting('role'))
     );
     IF _answer.problem IS NOT NULL THEN
         RAISE EXCEPTION USING MESSAGE = _answer.problem, HINT = _answer.hint, ERRCODE = _answer.errcode;

@@ -254,7 +254,7 @@ BEGIN
         'row_key', autoembed._key_expression(pipeline, 't', 'autoembed._key_text(%s)'),
         'row_columns', string_agg(format('t.%I', a.attname), ', ' ORDER BY a.attnum),
         'nearest_passage', CASE
-            WHEN _is_beside THEN autoembed._passage_expression(pipeline, '(h.hit)', 'h.start', 'h.stop', 'h.digest')
+            WHEN _is_beside THEN autoembed._passage_of_hit(pipeline)
             ELSE 'NULL::pg_catalog.text'
         END
     )
@@ -583,7 +583,7 @@ BEGIN
             autoembed._bits('$1::' || vector_type, _bits)
         );
     END IF;
-    _passage := autoembed._passage_expression(_pipeline, '(h.hit)', 'h.start', 'h.stop', 'h.digest');
+    _passage := autoembed._passage_of_hit(_pipeline);
     rows_query := format(
         'SELECT h.rank, h.hit, h.key, h.score, %s, h.number, h.start, h.stop, h.similarity, h.text_score FROM ('
         'SELECT s.*, ROW(t.*)::%s AS hit, e.chunk_number AS number, e.chunk_start AS start, e.chunk_end AS stop, '

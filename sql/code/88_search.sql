@@ -166,8 +166,8 @@ AS $python$
     return doors.scores(query, passages, model_name, definition)
 $python$;
 COMMENT ON FUNCTION autoembed._scores IS
-    'How well passages answer a query, by a rerank model, or why that is not known. definition: the row of the model. '
-    'A session keeps the scores of the same query, passages and definition.';
+    'How well passages answer a query, by a rerank model, or why that is not known. definition: the row of the model '
+    'and the version of its function. A session keeps the scores of the same query, passages and definition.';
 
 CREATE OR REPLACE FUNCTION autoembed._rerank(
     model text,
@@ -203,9 +203,22 @@ BEGIN
         RETURN;
     END IF;
     -- An assignment runs no statement, and shows none in the context of an error.
-    _answer := autoembed._scores(query, passages, _model.name, _model::text);
+    _answer := autoembed._scores(
+        query,
+        passages,
+        _model.name,
+        concat(_model, CASE
+            WHEN _model.provider = 'function' THEN autoembed._embedder_version(_model, 'rerank')
+        END)
+    );
     scores := _answer.scores;
     trouble := _answer.trouble;
+EXCEPTION WHEN query_canceled THEN
+    -- Python puts words of its own around those of PostgreSQL.
+    RAISE EXCEPTION USING
+        ERRCODE = 'query_canceled',
+        MESSAGE = regexp_replace(SQLERRM, '^spiexceptions[.][[:alpha:]]+: ', ''),
+        HINT = 'The model had not answered yet.';
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._rerank IS
@@ -228,6 +241,7 @@ DECLARE
     _most_characters CONSTANT integer := 10000;
     _places integer[];
     _passages pg_catalog.text[];
+    _answer pg_catalog.record;
     _scores double precision[];
     _trouble pg_catalog.text;
 BEGIN
@@ -241,7 +255,10 @@ BEGIN
     USING page.ranks[:candidates], page.keys[:candidates], page.numbers[:candidates], page.scores[:candidates],
           page.scores[:candidates], page.scores[:candidates], _most_characters, E' \t\r\n'::pg_catalog.text;
     IF _passages IS NOT NULL THEN
-        SELECT r.scores, r.trouble INTO _scores, _trouble FROM autoembed._rerank(model, query, _passages) AS r;
+        -- An assignment runs no statement, and shows none in the CONTEXT of an error.
+        _answer := autoembed._rerank(model, query, _passages);
+        _scores := _answer.scores;
+        _trouble := _answer.trouble;
         -- Meanwhile the names in the query may have come to mean other tables.
         page.rows_query := (autoembed._search_target(page.pipeline_id)).rows_query;
         page.fell_back := _scores IS NULL;
@@ -542,7 +559,7 @@ CREATE OR REPLACE FUNCTION autoembed.search_rows(
     ROWS 10
 AS $plpgsql$
 DECLARE
-    _hit like_row%TYPE;
+    _found pg_catalog.record;
 BEGIN
     IF NOT EXISTS (
         SELECT FROM pg_catalog.pg_type AS t
@@ -556,15 +573,16 @@ BEGIN
             HINT = 'For example: SELECT * FROM autoembed.search_rows(NULL::documents, ''words''). search() takes the '
                 'name of a table.';
     END IF;
-    -- The loop keeps this statement out of the CONTEXT of a refusal.
-    FOR _hit IN
-        SELECT (s.hit).*
+    -- The loop keeps this statement out of the CONTEXT of a refusal. Its plan outlives a change of the table's columns,
+    -- so it must not name them.
+    FOR _found IN
+        SELECT s.hit
         FROM autoembed.search(
             like_row, query, max_rows, skip_rows, condition, embedding_column, mode, vector_weight, rerank_model
         ) AS s
         ORDER BY s.rank
     LOOP
-        RETURN NEXT _hit;
+        RETURN NEXT _found.hit;
     END LOOP;
 END;
 $plpgsql$;

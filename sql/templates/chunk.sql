@@ -9,6 +9,7 @@ CREATE OR REPLACE FUNCTION autoembed._chunk_{{id}}(
     RETURNS text
     LANGUAGE plpgsql
     STABLE
+    {{passage_settings}}
 AS $body$
 BEGIN
     IF {{is_renamed}} THEN

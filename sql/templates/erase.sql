@@ -22,6 +22,8 @@ BEGIN
         EXCEPTION WHEN OTHERS THEN
             -- To wait for a reader could be a deadlock. A foreign key or a trigger may refuse it.
             DELETE FROM {{embeddings_table}};
+            -- An older snapshot does not show what lanes have written since.
+            RETURN pg_catalog.current_setting('transaction_isolation') IN ('read committed', 'read uncommitted');
         END;
     ELSE
         DELETE FROM {{embeddings_table}} AS d

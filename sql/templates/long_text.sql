@@ -3,6 +3,7 @@ CREATE OR REPLACE FUNCTION autoembed._long_text_{{id}}({{key_types}})
     RETURNS text
     LANGUAGE plpgsql
     STABLE
+    {{passage_settings}}
 AS $body$
 BEGIN
     IF {{is_renamed}} THEN

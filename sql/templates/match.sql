@@ -48,30 +48,43 @@ BEGIN
     IF _by_index THEN
         _limit := greatest(_limit, {{candidates}});
     END IF;
-    LOOP
-        EXECUTE pg_catalog.concat(
-            -- The nearest chunk of a row counts.
-            'SELECT pg_catalog.array_agg(n.hit ORDER BY n.distance, n.key), '
-            'pg_catalog.array_agg(n.distance ORDER BY n.distance, n.key), '
-            'coalesce(pg_catalog.max(n.fetched), 0::pg_catalog.int8) FROM ('
-            'SELECT DISTINCT ON (h.key) h.hit, h.key, h.distance, pg_catalog.count(*) OVER () AS fetched FROM (',
-            {{start}},
-            CASE
-                WHEN filter OPERATOR(pg_catalog.<>) '{}'::pg_catalog.jsonb THEN {{condition}}
-                ELSE 'true'
-            END,
-            CASE WHEN _by_index THEN {{end}} ELSE {{exact_end}} END,
-            ' LIMIT ', _limit, ') AS h ORDER BY h.key, h.distance) AS n'
-        ) INTO _hits, _distances, _fetched USING query_embedding, filter;
-        EXIT WHEN pg_catalog.cardinality(_hits) OPERATOR(pg_catalog.>=) _wanted
-            OR _fetched OPERATOR(pg_catalog.<) _limit AND NOT _by_index;
-        IF _fetched OPERATOR(pg_catalog.<) _limit THEN
-            -- The index has given up before it had as many.
-            _by_index := false;
-        ELSE
-            _limit := 4::pg_catalog.int8 OPERATOR(pg_catalog.*) _limit;
+    BEGIN
+        LOOP
+            EXECUTE pg_catalog.concat(
+                -- The nearest chunk of a row counts.
+                'SELECT pg_catalog.array_agg(n.hit ORDER BY n.distance, n.key), '
+                'pg_catalog.array_agg(n.distance ORDER BY n.distance, n.key), '
+                'coalesce(pg_catalog.max(n.fetched), 0::pg_catalog.int8) FROM ('
+                'SELECT DISTINCT ON (h.key) h.hit, h.key, h.distance, pg_catalog.count(*) OVER () AS fetched FROM (',
+                {{start}},
+                CASE
+                    WHEN filter OPERATOR(pg_catalog.<>) '{}'::pg_catalog.jsonb THEN {{condition}}
+                    ELSE 'true'
+                END,
+                CASE WHEN _by_index THEN {{end}} ELSE {{exact_end}} END,
+                ' LIMIT ', _limit, ') AS h ORDER BY h.key, h.distance) AS n'
+            ) INTO _hits, _distances, _fetched USING query_embedding, filter;
+            EXIT WHEN pg_catalog.cardinality(_hits) OPERATOR(pg_catalog.>=) _wanted
+                OR _fetched OPERATOR(pg_catalog.<) _limit AND NOT _by_index;
+            IF _fetched OPERATOR(pg_catalog.<) _limit THEN
+                -- The index has given up before it had as many.
+                _by_index := false;
+            ELSE
+                _limit := 4::pg_catalog.int8 OPERATOR(pg_catalog.*) _limit;
+            END IF;
+        END LOOP;
+    EXCEPTION WHEN data_exception THEN
+        IF SQLSTATE OPERATOR(pg_catalog.<>) '22000' THEN
+            RAISE;
         END IF;
-    END LOOP;
+        RAISE EXCEPTION USING
+            ERRCODE = 'data_exception',
+            MESSAGE = pg_catalog.format(
+                'query_embedding has %s dimensions, and the embeddings of table %s have others',
+                pg_catalog.cardinality(query_embedding::pg_catalog.float4[]), {{table_literal}}
+            ),
+            HINT = 'Have the model of the table make it.';
+    END;
     PERFORM pg_catalog.set_config('hnsw.iterative_scan', _scan_before, true),
             pg_catalog.set_config('hnsw.ef_search', _ef_before, true);
     _found := least(_wanted, coalesce(pg_catalog.cardinality(_hits), 0));

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from fake_api import FakeApi, embedding_of
 from harness import Connection, waiting, warnings_of
+from waiting import wait_until
 
 COLUMNS = "chunk_number, chunk_start, chunk_end, embedding::text::halfvec::real[]"
 
@@ -413,6 +415,25 @@ def test_a_table_that_takes_the_place_of_a_dropped_one_is_attached(pages: Connec
     assert_beside(pages)
 
 
+def test_a_lane_that_ends_the_dropped_one_meanwhile_is_waited_for(
+    pages: Connection, connect: Callable[..., Connection]
+) -> None:
+    lane = connect()
+    pages.execute("DROP TABLE pages; CREATE TABLE pages (id int PRIMARY KEY, body text)")
+    lane.execute("BEGIN")
+    lane.execute("SELECT autoembed._drop_orphaned_pipelines()")
+
+    with ThreadPoolExecutor(1) as pool:
+        enabled = pool.submit(pages.execute, "SELECT autoembed.enable('pages', content_columns => '{body}')")
+        wait_until(lambda: enabled.done() or lane.execute("SELECT FROM pg_locks WHERE NOT granted").fetchall() != [])
+        lane.execute("COMMIT")
+        enabled.result()
+
+    pages.execute("INSERT INTO pages VALUES (2, 'two')")
+    process(pages)
+    assert_beside(pages)
+
+
 def test_disable_leaves_the_embeddings_and_enable_takes_them_again(pages: Connection, api: FakeApi) -> None:
     pages.execute("INSERT INTO pages VALUES (1, 'one'), (2, 'two')")
     process(pages)
@@ -714,6 +735,28 @@ def test_embeddings_that_others_refer_to_go_with_a_truncate_as_soon_as_they_can(
     assert kept == ([] if on_delete == "CASCADE" else [("[1]",)])
     pages.execute("DELETE FROM quotes")
     pages.execute("SELECT autoembed.retry_failed('pages')")
+    process(pages)
+    assert_beside(pages)
+
+
+@pytest.mark.parametrize("isolation", ["READ COMMITTED", "REPEATABLE READ"])
+def test_a_truncate_leaves_no_embeddings_that_its_snapshot_does_not_show(
+    pages: Connection, connect: Callable[..., Connection], isolation: str
+) -> None:
+    pages.execute("INSERT INTO pages VALUES (1, 'one')")
+    process(pages)
+    other, reader = connect(), connect()
+    other.execute(f"BEGIN ISOLATION LEVEL {isolation}")
+    other.execute("SELECT count(*) FROM pg_class")
+    pages.execute("INSERT INTO pages VALUES (2, 'two')")
+    process(pages)
+    # The embeddings table cannot be truncated meanwhile.
+    reader.execute("BEGIN; TABLE pages_embeddings")
+
+    other.execute("TRUNCATE pages; INSERT INTO pages VALUES (1, 'new'); COMMIT")
+    reader.execute("COMMIT")
+
+    process(pages)
     process(pages)
     assert_beside(pages)
 

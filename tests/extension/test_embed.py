@@ -144,6 +144,30 @@ def test_a_providers_error_is_the_sessions_error(db: Connection, api: FakeApi) -
     assert db.execute("SELECT autoembed.embed('a question') IS NOT NULL").fetchone() == (True,)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        "embed('a question', 'slow')",
+        "embed_query('notes', 'a question')",
+        "search('notes', 'a question')",
+        "search_rows(NULL::notes, 'a question')",
+    ],
+)
+def test_a_timeout_is_told_in_postgresqls_words(db: Connection, call: str) -> None:
+    db.execute("SELECT autoembed.create_model('slow', 'fake', 8, options => '{\"delay_seconds\": 60}')")
+    db.execute("CREATE TABLE notes (id int PRIMARY KEY, body text)")
+    db.execute("SELECT autoembed.enable('notes', content_columns => '{body}', model => 'slow')")
+    db.execute("SET statement_timeout = '500ms'")
+
+    with pytest.raises(psycopg.errors.QueryCanceled) as refusal:
+        db.execute(f"SELECT autoembed.{call}".encode())
+
+    diagnosis = refusal.value.diag
+    assert diagnosis.message_primary == "canceling statement due to statement timeout"
+    assert diagnosis.message_hint == "The model had not answered yet."
+    assert "Traceback" not in str(diagnosis.context)
+
+
 def test_a_role_needs_no_more_than_execute(
     db: Connection, api: FakeApi, connect: Callable[..., Connection], role: Callable[[str], str]
 ) -> None:

@@ -341,3 +341,19 @@ def test_a_negative_count_is_refused(api_db: Connection) -> None:
 
     with pytest.raises(psycopg.errors.InvalidParameterValue, match="match_count must be 0 or more, not -1"):
         api_db.execute("SELECT * FROM match_documents(NULL, -1)")
+
+
+def test_a_vector_of_another_model_is_refused(api_db: Connection) -> None:
+    api_db.execute("CREATE TABLE documents (id int PRIMARY KEY, content text)")
+    api_db.execute("SELECT autoembed.enable('documents', content_columns => '{content}')")
+    api_db.execute("INSERT INTO documents VALUES (1, 'one')")
+    api_db.execute("SELECT autoembed.process(), autoembed.create_match_function('documents')")
+
+    with pytest.raises(psycopg.errors.DataException) as refusal:
+        api_db.execute("SELECT * FROM match_documents('[1,2]')")
+
+    diagnosis = refusal.value.diag
+    assert diagnosis.message_primary == (
+        "query_embedding has 2 dimensions, and the embeddings of table public.documents have others"
+    )
+    assert "SELECT" not in (diagnosis.context or "")

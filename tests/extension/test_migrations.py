@@ -11,6 +11,7 @@ import psycopg
 import pytest
 
 from harness import Connection
+from lanes import running_lanes
 
 Connect = Callable[..., Connection]
 
@@ -731,6 +732,26 @@ def test_a_body_that_names_a_renamed_column_stops_a_pipeline_and_no_row_fails(
     assert (status(db).state, status(db).reason) == ("idle", None)
     assert one(db, "SELECT embedded FROM autoembed.status").embedded == 16
     assert db.execute("SELECT reason FROM autoembed.failed").fetchall() == []
+
+
+@pytest.mark.parametrize("storage", ["embedding", None])
+def test_a_function_that_a_session_has_called_takes_rows_with_columns_of_other_types(
+    db: Connection, connect: Callable[..., Connection], storage: str | None
+) -> None:
+    db.execute("SELECT autoembed.create_model('test', 'fake', 8)")
+    db.execute("CREATE TABLE t (id int PRIMARY KEY, a text, b text, c int)")
+    db.execute(BODY.format("RETURN r.a || r.c").encode())
+    db.execute("SELECT autoembed.enable('t', %s, content_function => 'f', model => 'test')", [storage])
+    db.execute("INSERT INTO t SELECT n, 'a' || n, 'b', n FROM generate_series(1, 10) AS n")
+    states = "SELECT DISTINCT p.state FROM t CROSS JOIN autoembed.preview('t', t.id::text) AS p"
+
+    with running_lanes(db, connect):
+        for number, new_type in enumerate(("int", "numeric(5, 1)", "text", "bigint USING length(c)")):
+            db.execute(f"ALTER TABLE t ALTER c TYPE {new_type}".encode())
+            db.execute("INSERT INTO t VALUES (%s, 'new', 'b', 1)", [11 + number])
+            db.execute("SELECT autoembed.wait_until_fresh('t', 20)")
+            assert (status(db).state, status(db).reason) == ("idle", None), new_type
+            assert connect().execute(states).fetchall() == [("fresh",)], new_type
 
 
 def test_a_body_that_is_broken_from_the_beginning_stops_a_pipeline(db: Connection) -> None:

@@ -428,6 +428,27 @@ def test_a_session_without_rights_on_the_queue_can_write_the_table(
     assert_fresh(documents)
 
 
+def test_a_transaction_in_which_it_cannot_work_is_told_in_a_sentence(db: Connection, connect: Any) -> None:
+    db.execute("CREATE TABLE notes (id int PRIMARY KEY, body text)")
+    db.execute("SELECT autoembed.enable('notes', content_columns => '{body}')")
+    db.execute("INSERT INTO notes VALUES (1, 'one')")
+    reader, late = connect(), connect()
+    reader.execute("SET default_transaction_read_only = on")
+    late.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; TABLE notes")
+    process(db)
+
+    for session, state, message in (
+        (reader, "25006", "cannot execute SELECT FOR UPDATE in a read-only transaction"),
+        (late, "40001", "could not serialize access due to concurrent"),
+    ):
+        with pytest.raises(psycopg.Error) as refusal:
+            process(session)
+        diagnosis = refusal.value.diag
+        assert (refusal.value.sqlstate, bool(diagnosis.message_hint)) == (state, True)
+        assert str(diagnosis.message_primary).startswith(message)
+        assert "Traceback" not in str(diagnosis.context)
+
+
 @pytest.mark.parametrize("name", ["batch_size", "max_requests", "timeout_milliseconds"])
 @pytest.mark.parametrize("value", ["0", "NULL"])
 def test_an_argument_below_one_is_an_error(db: Connection, name: str, value: str) -> None:

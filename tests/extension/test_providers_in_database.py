@@ -69,6 +69,15 @@ def rest(db: Connection) -> Any:
     return db.execute("SELECT needs_attention, reason FROM autoembed.model_rest").fetchone()
 
 
+def test_a_session_keeps_no_vector_of_a_function_that_was_replaced(mine: Connection) -> None:
+    before = one(mine, "SELECT autoembed.embed('a text', 'mine')")
+    assert one(mine, "SELECT autoembed.embed('a text', 'mine')") == before
+
+    define(mine, "RETURN array_fill('[0,0,1]'::vector, ARRAY[cardinality(texts)]);")
+
+    assert one(mine, "SELECT autoembed.embed('a text', 'mine')") == "[0,0,1]" != before
+
+
 def one(db: Connection, sql: str) -> Any:
     row = db.execute(sql.encode()).fetchone()
     assert row is not None

@@ -451,13 +451,24 @@ def test_a_function_reranks(pages: Connection, type: str) -> None:
 
     assert ids(rows)[:32] == sorted(before[:32], key=lambda key: -len(TEXTS[key]))
     assert rows[0].score == max(len(TEXTS[key]) for key in before[:32])
-    # The function is called again for the same query, if its model was altered.
+    # Another body is called again for the same query.
     define(pages, RIGHT.replace("length(p)", "-length(p)"), type)
-    assert found(pages) == rows
-    pages.execute("SELECT autoembed.alter_model('best', timeout_seconds => 5)")
     assert ids(found(pages)[:32]) == sorted(before[:32], key=lambda key: len(TEXTS[key]))
     pages.execute("SELECT autoembed.drop_model('best')")
     assert pages.execute("SELECT count(*) FROM pg_proc WHERE proname LIKE '\\_rerank\\_%%32'").fetchone() == (0,)
+
+
+def test_a_timeout_of_the_statement_is_told_in_postgresqls_words(pages: Connection) -> None:
+    attach(pages)
+    define(pages, "PERFORM pg_sleep(60); RETURN NULL;")
+    pages.execute("SELECT autoembed.create_rerank_model('best', 'function', 'app.relevance', timeout_seconds => 60)")
+    pages.execute("SET statement_timeout = '500ms'")
+
+    with pytest.raises(psycopg.errors.QueryCanceled) as refusal:
+        found(pages)
+
+    assert str(refusal.value.diag.message_primary).startswith("canceling statement due to")
+    assert "Traceback" not in str(refusal.value.diag.context)
 
 
 BODIES = {

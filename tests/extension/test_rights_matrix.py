@@ -123,6 +123,7 @@ _drop_stray_triggers - x - x
 _drop_texts - - - x
 _embed - - - x
 _embedder - - - x
+_embedder_version - - - x
 _end - - - x
 _ended - - - x
 _enter_lane - - - x
@@ -176,6 +177,7 @@ _grant - - - x
 _guide_triggers - x - x
 _has_foreign_types - - - x
 _has_key_expression - - - x
+_has_plain_text - - - x
 _hold_index_job - - - x
 _http_hosts - - - x
 _index_job - - - x
@@ -267,6 +269,7 @@ _part_of_long_text x x x x
 _partition_tree - x x x
 _partition_triggers - x - x
 _passage_expression - - - x
+_passage_of_hit - - - x
 _pay_chunks - - - x
 _pipeline_checks - x - x
 _pipeline_of_policy - - - x

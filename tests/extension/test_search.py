@@ -754,6 +754,27 @@ def test_what_a_session_knows_of_a_table_does_not_outlive_a_change(
         assert [sorted(other.execute(form.encode()).fetchall()) for form in forms] == [sorted(one) for one in before]
 
 
+def test_a_session_that_has_searched_shows_each_column_after_a_change_of_columns(
+    short: Connection, connect: Callable[..., Connection]
+) -> None:
+    short.execute("CREATE TABLE notes (id integer PRIMARY KEY, old text, a text, body text)")
+    short.execute("INSERT INTO notes VALUES (1, 'o', 'a', 'one'), (2, 'o', 'a', 'two')")
+    short.execute("SELECT autoembed.enable('notes', content_columns => '{body}'), autoembed.process()")
+    other = connect()
+    other.prepare_threshold = None
+    search = "SELECT * FROM autoembed.search_rows(NULL::notes, 'two')"
+
+    for change in (
+        "ALTER TABLE notes DROP COLUMN old",
+        "ALTER TABLE notes ADD COLUMN b text DEFAULT 'b'",
+        "ALTER TABLE notes ALTER COLUMN a TYPE varchar(9)",
+        "ALTER TABLE notes RENAME COLUMN a TO c; ALTER TABLE notes DROP COLUMN b",
+    ):
+        other.execute(search)
+        short.execute(change.encode())
+        assert sorted(other.execute(search).fetchall()) == short.execute("TABLE notes ORDER BY id").fetchall(), change
+
+
 @STORAGES
 def test_what_an_older_snapshot_shows_of_a_table_is_not_kept(
     short: Connection, connect: Callable[..., Connection], column: str
@@ -1032,6 +1053,31 @@ OUTPUT_SETTINGS = [
     "SET extra_float_digits = 3; SET DateStyle = 'Postgres, MDY'; SET TimeZone = 'Asia/Kolkata';"
     " SET IntervalStyle = 'postgres_verbose'",
 ]
+
+
+@pytest.mark.parametrize("options", ["", ", chunk_prefix => '{share}'"], ids=["", "prefix"])
+def test_no_setting_of_a_session_hides_a_passage(short: Connection, options: str) -> None:
+    short.execute("CREATE TABLE notes (id int PRIMARY KEY, body text, at timestamptz, share float8)")
+    short.execute(
+        "INSERT INTO notes SELECT n, 'text ' || n, now() + n * interval '1 day', n / 3.0 FROM generate_series(1, 9) n"
+    )
+    short.execute(f"SELECT autoembed.enable('notes', content_template => '{{body}}, {{at}}'{options})".encode())
+    short.execute("SELECT autoembed.process()")
+    short.execute("CREATE INDEX ON notes_embeddings USING hnsw (embedding halfvec_cosine_ops)")
+
+    def passages() -> list[Any]:
+        found = []
+        for arguments in ("", ", condition => 'id > 0'", ", mode => 'vector', skip_rows => 1"):
+            search = f"SELECT key, chunk FROM autoembed.search('notes', 'text 3'{arguments}) ORDER BY key"
+            found.append(short.execute(search.encode()).fetchall())
+        return [*found, short.execute("SELECT chunk FROM notes_chunks ORDER BY id").fetchall()]
+
+    expected = passages()
+    assert [len(found) for found in expected] == [9, 9, 8, 9]
+    assert all(found[-1] for found in sum(expected, []))
+    for settings in OUTPUT_SETTINGS:
+        short.execute(settings.encode())
+        assert passages() == expected, settings
 
 
 @STORAGES

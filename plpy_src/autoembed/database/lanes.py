@@ -19,6 +19,7 @@ from autoembed.binary import copy_rows, literals
 from autoembed.database.statements import message_body, row_errors, sqlstate_of
 from autoembed.database.texts import TextDatabase
 from autoembed.errors import (
+    DATATYPE_MISMATCH,
     INSUFFICIENT_PRIVILEGE,
     LOCK_NOT_AVAILABLE,
     OBJECT_IN_USE,
@@ -514,6 +515,9 @@ class Database(TextDatabase):
         except plpy.SPIError as error:
             if run.session_timed_out and sqlstate_of(error) == QUERY_CANCELED:
                 raise
+            if sqlstate_of(error) == DATATYPE_MISMATCH:
+                # PL/pgSQL keeps plans for rows whose columns have other types by now. The next try makes new ones.
+                self._run("DISCARD PLANS")
             raise row_error(sqlstate_of(error), str(error), timed_out=run.timed_out) from error
         finally:
             # No rollback undoes what the code does with locks of the session. A lane has none of its own.

@@ -50,6 +50,12 @@ REFUSALS = {
         "is a TOAST table, which",
         "holds the rows",
     ),
+    "a table of the extension": Refusal(
+        f"enable('autoembed.pipeline', {COLUMNS})", "42809", "autoembed.pipeline belongs to autoembed", "of your own"
+    ),
+    "a table of PostgreSQL": Refusal(
+        f"enable('pg_class', {COLUMNS})", "42809", "pg_class belongs to PostgreSQL", "of your own"
+    ),
     "a typed table without its column": Refusal(
         "enable('a_typed_table', 'embedding', content_columns => '{title}')",
         "42809",
