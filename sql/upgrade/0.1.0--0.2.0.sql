@@ -494,7 +494,7 @@ COMMENT ON COLUMN autoembed.restored.problem IS
 
 -- pg_dump puts the condition behind its own SELECT.
 SELECT pg_catalog.pg_extension_config_dump('autoembed.restored', $$
-    WHERE false
+    WHERE true
     UNION ALL SELECT 'model', to_jsonb(m), NULL FROM autoembed.model AS m WHERE NOT m.builtin
     UNION ALL SELECT 'pipeline', to_jsonb(p), NULL FROM autoembed.pipeline AS p
 $$);

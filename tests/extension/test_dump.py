@@ -771,6 +771,18 @@ def test_a_pipeline_that_a_restore_has_left_out_can_be_forgotten(lived_in: Conne
         assert copy.execute(f"SELECT FROM autoembed.{table} WHERE {column} = '1'".encode()).fetchall() == []
 
 
+@pytest.mark.parametrize("options", ["-Fc", "--inserts"])
+def test_what_a_restore_has_left_out_is_in_the_next_dump(lived_in: Connection, restored: Restore, options: str) -> None:
+    lived_in.execute("""INSERT INTO autoembed.restored VALUES ('pipeline', '{"id": 99}', 'a table is missing')""")
+
+    copy = restored(options)
+
+    assert definitions(copy) == definitions(lived_in)
+    assert copy.execute("SELECT r.* FROM autoembed.restored AS r").fetchall() == [
+        ("pipeline", {"id": 99}, "a table is missing")
+    ]
+
+
 def test_a_dump_without_the_embeddings_brings_back_the_tables_that_hold_their_own(
     lived_in: Connection, restored: Restore
 ) -> None:
