@@ -803,15 +803,19 @@ COMMENT ON FUNCTION autoembed._admit_readers IS
     'Lets those read the embeddings and the chunks of a row who may read the row.';
 
 CREATE OR REPLACE FUNCTION autoembed._unshared(pipeline_id integer DEFAULT NULL)
-    RETURNS TABLE (problem text, cure text)
+    RETURNS TABLE (problem text, cure text, owner oid)
     LANGUAGE sql
     STABLE
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    WITH shared AS (
+    WITH shared AS MATERIALIZED (
         SELECT p, t.oid AS table_id, t.relacl, t.relowner AS owner, e.oid AS embeddings_table, e.relacl AS given,
-               e.relrowsecurity AS has_policy
+               e.relrowsecurity AS has_policy,
+               -- A tenant may have a wide table with a long template. The columns are looked up once.
+               CASE WHEN EXISTS (SELECT FROM pg_attribute AS a WHERE a.attrelid = t.oid AND a.attacl IS NOT NULL) THEN
+                   autoembed._needed_columns(p)
+               END AS needed
         FROM autoembed.pipeline AS p
         JOIN pg_class AS t ON t.oid = p.table_id
         JOIN pg_class AS e ON e.oid = p.embeddings_table AND e.relowner = t.relowner AND e.relkind = 'r'
@@ -853,8 +857,8 @@ AS $sql$
         WHERE NOT EXISTS (
             SELECT FROM pg_attribute AS a
             WHERE a.attrelid = s.table_id AND a.attnum > 0 AND NOT a.attisdropped
-              AND ((s.p).content_function IS NOT NULL OR a.attname = ANY (autoembed._needed_columns(s.p)))
               AND NOT has_column_privilege(g.name, s.table_id, a.attnum, 'SELECT')
+              AND ((s.p).content_function IS NOT NULL OR a.attname = ANY (s.needed))
         )
     ),
     wanted AS (
@@ -877,13 +881,13 @@ AS $sql$
         WHERE w.id IS NULL AND g.by_owner OR g.id IS NULL
         GROUP BY id, table_id, w.id IS NOT NULL
     )
-    -- The event trigger that follows a GRANT fires for each of these statements, too.
     SELECT format(CASE WHEN c.is_reader THEN '%s may read %s, and not %s' ELSE '%s may not read %s, but %s' END,
                   c.roles, string_agg(DISTINCT c.table_id::regclass::text, ', '),
                   string_agg(c.id::regclass::text, ', ' ORDER BY c.id)),
            format(CASE WHEN c.is_reader THEN 'GRANT SELECT ON %1$s TO %2$s;'
                        ELSE 'REVOKE SELECT ON %1$s FROM %2$s CASCADE;' END,
-                  string_agg(c.id::regclass::text, ', ' ORDER BY c.id), c.roles)
+                  string_agg(c.id::regclass::text, ', ' ORDER BY c.id), c.roles),
+           t.relowner
     FROM changed AS c
     JOIN pg_class AS t ON t.oid = c.table_id
     -- A table that one owner has locked keeps no other table from it.
@@ -891,7 +895,7 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._unshared IS
     'Where the readers of a table and those of its embeddings and chunks are not the same roles, and the SQL that '
-    'mends it. pipeline_id: NULL: of all tables.';
+    'mends it. owner: that of these tables. pipeline_id: NULL: of all tables.';
 
 CREATE OR REPLACE FUNCTION autoembed._share_embeddings(pipeline_id integer DEFAULT NULL)
     RETURNS void

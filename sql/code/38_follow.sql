@@ -894,17 +894,34 @@ CREATE OR REPLACE FUNCTION autoembed._follow_grants()
     SET lock_timeout = '1s'
 AS $plpgsql$
 DECLARE
-    _cure text;
+    _unshared record;
+    _until CONSTANT timestamptz := clock_timestamp() + interval '1 second';
 BEGIN
-    -- It is not told whose rights have changed.
-    FOR _cure IN SELECT u.cure FROM autoembed._unshared() AS u LOOP
+    -- The statements below fire this trigger, too.
+    IF current_setting('autoembed.sharing', true) = 'on' OR NOT EXISTS (
+        SELECT FROM pg_event_trigger_ddl_commands() AS d
+        WHERE d.object_type = 'TABLE' AND d.command_tag IN ('GRANT', 'REVOKE')
+    ) THEN
+        RETURN;
+    END IF;
+    PERFORM set_config('autoembed.sharing', 'on', true);
+    FOR _unshared IN
+        -- It is not told whose rights have changed. These are most likely those of the role's own tables.
+        SELECT u.cure, pg_has_role(
+                   coalesce(nullif(current_setting('role'), 'none'), session_user), u.owner, 'USAGE'
+               ) AS is_own
+        FROM autoembed._unshared() AS u
+        ORDER BY is_own DESC
+    LOOP
+        EXIT WHEN NOT _unshared.is_own AND clock_timestamp() > _until;
         BEGIN
-            EXECUTE _cure;
+            EXECUTE _unshared.cure;
         EXCEPTION WHEN OTHERS THEN
             -- Another owner may hold its table. doctor() names what is left, and the next GRANT mends it.
             PERFORM set_config('lock_timeout', '10ms', true);
         END;
     END LOOP;
+    PERFORM set_config('autoembed.sharing', '', true);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._follow_grants IS
