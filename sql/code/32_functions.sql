@@ -428,6 +428,8 @@ DECLARE
         pipeline.table_id, ARRAY[pipeline.embedding_column]
     ) ELSE 'false' END;
     _runs_owners_code boolean := num_nonnulls(pipeline.content_function, pipeline.condition) > 0;
+    -- A function that a query calls for each column of a wide table would take seconds.
+    _columns CONSTANT name[] := autoembed._columns_of(pipeline);
     _prefix_columns CONSTANT name[] := autoembed._columns_of(autoembed._prefix_of(pipeline));
     _needed_columns CONSTANT name[] := autoembed._needed_columns(pipeline);
     -- The text of a version of a row stays the same: it is not the owner's code that gives it, and no type that anybody
@@ -491,7 +493,7 @@ BEGIN
         SELECT format('t.%I', a.attname) AS value,
                format('pg_catalog.pg_column_toast_chunk_id(t.%I)', a.attname) AS place
     ) AS v
-    WHERE _is_stable AND a.attrelid = pipeline.table_id AND a.attname = ANY (autoembed._columns_of(pipeline));
+    WHERE _is_stable AND a.attrelid = pipeline.table_id AND a.attname = ANY (_columns);
 
     IF _runs_owners_code THEN
         _text_changed := format(
@@ -500,7 +502,7 @@ BEGIN
         );
     ELSE
         _text_changed := autoembed._changed_expression(
-            pipeline.table_id, autoembed._columns_of(pipeline) || _prefix_columns
+            pipeline.table_id, _columns || _prefix_columns
         );
     END IF;
 
