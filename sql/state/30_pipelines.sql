@@ -134,6 +134,7 @@ ALTER TABLE autoembed.pipeline ADD CONSTRAINT pipeline_definition_is_short CHECK
     AND octet_length(condition) <= 100000
     AND octet_length(condition_columns::text) <= 100000
     AND octet_length(condition_objects::text) <= 100000
+    AND jsonb_array_length(jsonb_path_query_array(condition_objects, '$.keyvalue()')) <= 200
 ) NOT VALID;
 
 SELECT pg_catalog.pg_extension_config_dump('autoembed.pipeline', '');
@@ -158,7 +159,11 @@ CREATE TABLE autoembed.backfill (
     scanned_at timestamptz,
     index_problem text,
     rows_recorded bigint NOT NULL DEFAULT 0,
-    condition_objects jsonb NOT NULL DEFAULT '{}'
+    condition_objects jsonb NOT NULL DEFAULT '{}' CHECK (
+        jsonb_typeof(condition_objects) = 'object'
+        AND octet_length(condition_objects::text) <= 100000
+        AND jsonb_array_length(jsonb_path_query_array(condition_objects, '$.keyvalue()')) <= 200
+    )
 );
 COMMENT ON TABLE autoembed.backfill IS
     'The tables that lanes scan, in the order of their keys, for embeddings that are missing or stale.';

@@ -96,6 +96,7 @@ ALTER TABLE autoembed.pipeline ADD CONSTRAINT pipeline_definition_is_short CHECK
     AND octet_length(condition) <= 100000
     AND octet_length(condition_columns::text) <= 100000
     AND octet_length(condition_objects::text) <= 100000
+    AND jsonb_array_length(jsonb_path_query_array(condition_objects, '$.keyvalue()')) <= 200
 ) NOT VALID;
 COMMENT ON COLUMN autoembed.pipeline.plan_problem IS
     'The error for which no text of its rows can be read, which stops it; NULL: none is known.';
@@ -318,7 +319,11 @@ COMMENT ON COLUMN autoembed.backfill.index_problem IS
 ALTER TABLE autoembed.backfill ADD COLUMN rows_recorded bigint NOT NULL DEFAULT 0;
 COMMENT ON COLUMN autoembed.backfill.rows_recorded IS
     'The number of those rows that had an embedding when it was asked for. If there were more, rows have gone unseen.';
-ALTER TABLE autoembed.backfill ADD COLUMN condition_objects jsonb NOT NULL DEFAULT '{}';
+ALTER TABLE autoembed.backfill ADD COLUMN condition_objects jsonb NOT NULL DEFAULT '{}' CHECK (
+    jsonb_typeof(condition_objects) = 'object'
+    AND octet_length(condition_objects::text) <= 100000
+    AND jsonb_array_length(jsonb_path_query_array(condition_objects, '$.keyvalue()')) <= 200
+);
 COMMENT ON COLUMN autoembed.backfill.condition_objects IS
     'The functions, operators, types and collations that the condition uses, as in autoembed.pipeline.';
 COMMENT ON TABLE autoembed.embedded IS
