@@ -90,6 +90,8 @@ ALTER TABLE autoembed.pipeline ADD CHECK ((chunking = 'function') = (chunk_funct
 -- database from its update.
 ALTER TABLE autoembed.pipeline ADD CONSTRAINT pipeline_definition_is_short CHECK (
     octet_length(content_template) <= 5000
+    AND octet_length(chunk_function) <= 1000
+    AND octet_length(text_config) <= 1000
     AND octet_length(chunk_prefix) <= 5000
     AND octet_length(former_chunking::text) <= 100000
     AND cardinality(content_columns) <= 1600

@@ -137,6 +137,8 @@ OBJECTS = (
 LONG = {
     "template": "content_columns = NULL, content_template = repeat('{content}', 100000)",
     "prefix": "chunk_prefix = repeat('{content}', 100000)",
+    "function that cuts": "chunking = 'function', chunk_function = repeat('x', 10000)",
+    "text search configuration": "text_config = repeat('x', 10000)",
     "columns": "content_columns = array_fill('content'::name, ARRAY[20000])",
     "condition": "condition = repeat('id > 0 AND ', 100000) || 'true'",
     "columns of the condition": f"condition_columns = {MANY}",
