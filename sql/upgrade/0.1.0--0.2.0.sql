@@ -266,6 +266,11 @@ COMMENT ON COLUMN autoembed.setting.name IS
     'default_model: the model of pipelines and embed() calls that name none. http_hosts: the hosts that may be called '
     'without encryption, with blanks between.';
 COMMENT ON COLUMN autoembed.setting.value IS 'The value of the setting.';
+-- Only superusers say where texts and keys go. pg_write_all_data gives the right to write all tables without a policy.
+ALTER TABLE autoembed.model ENABLE ROW LEVEL SECURITY;
+ALTER TABLE autoembed.setting ENABLE ROW LEVEL SECURITY;
+CREATE POLICY readers ON autoembed.model FOR SELECT USING (true);
+CREATE POLICY readers ON autoembed.setting FOR SELECT USING (true);
 COMMENT ON TABLE autoembed.model_rest IS
     'Models whose provider is in trouble. No lane calls a model while it rests.';
 COMMENT ON COLUMN autoembed.model_rest.until IS 'When one request tries it again.';
