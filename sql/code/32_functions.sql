@@ -765,17 +765,21 @@ BEGIN
         SELECT coalesce(
             -- A dump has brought it, and it calls the function of another pipeline.
             autoembed._chunks_view(NULL, c.oid)::text,
-            CASE WHEN to_regclass(v.name) IS NULL THEN v.name
-                 ELSE format('%I.%I', n.nspname, concat('autoembed_', slots ->> 'id', '_chunks')) END
+            (SELECT f.name
+             FROM unnest(ARRAY[
+                 autoembed._beginning(regexp_replace(c.relname, '_embeddings$', ''), 56) || '_chunks',
+                 concat('autoembed_', slots ->> 'id', '_chunks'),
+                 -- Another role may have given its own view the names that it expects.
+                 concat('autoembed_', slots ->> 'id', '_chunks_', md5(random()::text))
+             ]) WITH ORDINALITY AS v(name, number)
+             CROSS JOIN LATERAL (SELECT format('%I.%I', n.nspname, v.name)) AS f(name)
+             WHERE to_regclass(f.name) IS NULL AND to_regtype(f.name) IS NULL
+             ORDER BY v.number
+             LIMIT 1)
         )
         INTO STRICT _view
         FROM pg_class AS c
         JOIN pg_namespace AS n ON n.oid = c.relnamespace
-        CROSS JOIN LATERAL (
-            SELECT format('%I.%I', n.nspname, autoembed._beginning(
-                regexp_replace(c.relname, '_embeddings$', ''), 56
-            ) || '_chunks')
-        ) AS v(name)
         WHERE c.oid = (slots ->> 'embeddings_table')::regclass;
         EXECUTE format(
             'CREATE OR REPLACE VIEW %1$s WITH (security_invoker = true) AS '
