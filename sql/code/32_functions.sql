@@ -587,7 +587,7 @@ BEGIN
         -- A write of a lane, and not one of a trigger that it fires. No lane writes a table with embeddings beside it.
         'is_lanes_write', CASE WHEN pipeline.embeddings_table IS NULL THEN format(
             $sql$(pg_catalog.pg_trigger_depth() OPERATOR(pg_catalog.=) 1 AND pg_catalog.current_setting(
-            'autoembed.writing', true) OPERATOR(pg_catalog.=) '%1$s' AND autoembed._may_write_vectors(%1$s)
+            'autoembed.writing', true) OPERATOR(pg_catalog.=) '%1$s' AND autoembed._may_write_vectors(%1$s, true)
             ) IS TRUE$sql$,
             pipeline.table_id::oid
         ) ELSE 'false' END,
