@@ -808,7 +808,7 @@ $plpgsql$;
 COMMENT ON FUNCTION autoembed._admit_readers IS
     'Lets those read the embeddings and the chunks of a row who may read the row.';
 
-CREATE OR REPLACE FUNCTION autoembed._unshared(pipeline_id integer DEFAULT NULL)
+CREATE OR REPLACE FUNCTION autoembed._unshared(pipeline_id integer DEFAULT NULL, grantor name DEFAULT NULL)
     RETURNS TABLE (problem text, cure text, owner oid)
     LANGUAGE sql
     STABLE
@@ -819,13 +819,18 @@ AS $sql$
         SELECT p, t.oid AS table_id, t.relacl, t.relowner AS owner, e.oid AS embeddings_table, e.relacl AS given,
                e.relrowsecurity AS has_policy,
                -- A tenant may have a wide table with a long template. The columns are looked up once.
-               CASE WHEN EXISTS (SELECT FROM pg_attribute AS a WHERE a.attrelid = t.oid AND a.attacl IS NOT NULL) THEN
-                   autoembed._needed_columns(p)
-               END AS needed
+               CASE WHEN c.have_rights THEN autoembed._needed_columns(p) END AS needed
         FROM autoembed.pipeline AS p
         JOIN pg_class AS t ON t.oid = p.table_id
         JOIN pg_class AS e ON e.oid = p.embeddings_table AND e.relowner = t.relowner AND e.relkind = 'r'
+        CROSS JOIN LATERAL (
+            SELECT EXISTS (SELECT FROM pg_attribute AS a WHERE a.attrelid = t.oid AND a.attacl IS NOT NULL)
+                AS have_rights
+        ) AS c
         WHERE p.id = coalesce(_unshared.pipeline_id, p.id)
+          -- Rights to each column of a wide table take long to compare.
+          AND (_unshared.grantor IS NULL OR NOT c.have_rights OR pg_has_role(_unshared.grantor, t.relowner, 'USAGE')
+               OR has_table_privilege(_unshared.grantor, t.oid, 'SELECT WITH GRANT OPTION'))
     ),
     readable AS (
         SELECT s.embeddings_table AS id, s.table_id, s.given, s.owner, s.has_policy FROM shared AS s
@@ -863,8 +868,10 @@ AS $sql$
         WHERE NOT EXISTS (
             SELECT FROM pg_attribute AS a
             WHERE a.attrelid = s.table_id AND a.attnum > 0 AND NOT a.attisdropped
-              AND NOT has_column_privilege(g.name, s.table_id, a.attnum, 'SELECT')
-              AND ((s.p).content_function IS NOT NULL OR a.attname = ANY (s.needed))
+              AND CASE
+                  WHEN NOT has_column_privilege(g.name, s.table_id, a.attnum, 'SELECT') THEN
+                      (s.p).content_function IS NOT NULL OR a.attname = ANY (s.needed)
+              END
         )
     ),
     wanted AS (
@@ -901,7 +908,8 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._unshared IS
     'Where the readers of a table and those of its embeddings and chunks are not the same roles, and the SQL that '
-    'mends it. owner: that of these tables. pipeline_id: NULL: of all tables.';
+    'mends it. owner: that of these tables. pipeline_id: NULL: of all tables. grantor: leaves out rights to columns that '
+    'this role cannot have given; NULL: leaves out none.';
 
 CREATE OR REPLACE FUNCTION autoembed._share_embeddings(pipeline_id integer DEFAULT NULL)
     RETURNS void

@@ -894,6 +894,7 @@ CREATE OR REPLACE FUNCTION autoembed._follow_grants()
     SET lock_timeout = '1s'
 AS $plpgsql$
 DECLARE
+    _role CONSTANT name := coalesce(nullif(current_setting('role'), 'none'), session_user);
     _unshared record;
     _until CONSTANT timestamptz := clock_timestamp() + interval '1 second';
 BEGIN
@@ -907,10 +908,8 @@ BEGIN
     PERFORM set_config('autoembed.sharing', 'on', true);
     FOR _unshared IN
         -- It is not told whose rights have changed. These are most likely those of the role's own tables.
-        SELECT u.cure, pg_has_role(
-                   coalesce(nullif(current_setting('role'), 'none'), session_user), u.owner, 'USAGE'
-               ) AS is_own
-        FROM autoembed._unshared() AS u
+        SELECT u.cure, pg_has_role(_role, u.owner, 'USAGE') AS is_own
+        FROM autoembed._unshared(NULL, _role) AS u
         ORDER BY is_own DESC
     LOOP
         EXIT WHEN NOT _unshared.is_own AND clock_timestamp() > _until;
