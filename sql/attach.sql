@@ -137,7 +137,7 @@ CREATE EVENT TRIGGER autoembed_follow_functions
 DROP EVENT TRIGGER IF EXISTS autoembed_follow_grants;
 CREATE EVENT TRIGGER autoembed_follow_grants
     ON ddl_command_end
-    WHEN TAG IN ('GRANT', 'REVOKE')
+    WHEN TAG IN ('GRANT', 'REVOKE', 'CREATE SCHEMA')
     EXECUTE FUNCTION autoembed._follow_grants();
 -- A restore may say that it is a replica.
 ALTER EVENT TRIGGER autoembed_follow_grants ENABLE ALWAYS;

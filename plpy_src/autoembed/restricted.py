@@ -20,6 +20,7 @@ SECURITY_RESTRICTED_OPERATION = 2
 STATEMENT_TIMEOUT = 3
 SUBXACT_EVENT_ABORT_SUB = 2
 PGC_SUSET = 5
+PGC_S_SESSION = 13
 # PostgreSQL counts microseconds from 2000-01-01.
 EPOCH_SECONDS = 946_684_800
 
@@ -28,6 +29,7 @@ SYMBOLS = (
     "SetUserIdAndSecContext",
     "NewGUCNestLevel",
     "AtEOXact_GUC",
+    "SetConfigOption",
     "find_option",
     "enable_timeout_at",
     "disable_timeout",
@@ -40,6 +42,8 @@ SYMBOLS = (
 )
 # These settings, which any role may change, end the whole session: at once, or with the next error.
 END_SESSION = (b"transaction_timeout", b"exit_on_error", b"idle_in_transaction_session_timeout")
+# Triggers take a write for that of a lane by this setting, which tells the pipeline.
+WRITTEN_PIPELINE = b"autoembed.written_pipeline"
 
 
 class _Setting(ctypes.Structure):
@@ -68,6 +72,7 @@ def _server() -> Any:
     library.RegisterSubXactCallback.argtypes = (_SubtransactionCallback, ctypes.c_void_p)
     library.UnregisterSubXactCallback.argtypes = (_SubtransactionCallback, ctypes.c_void_p)
     library.AtEOXact_GUC.argtypes = (ctypes.c_bool, ctypes.c_int)
+    library.SetConfigOption.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_int)
     library.SetUserIdAndSecContext.argtypes = (ctypes.c_uint, ctypes.c_int)
     return library
 
@@ -94,15 +99,20 @@ class Run:
 
 
 @contextmanager
-def restricted(seconds: float, user: int | None = None) -> Iterator[Run]:
-    """Runs the block's statements under the guards, for so many seconds at most. user: as this role.
+def restricted(seconds: float, user: int | None = None, written_pipeline: int | None = None) -> Iterator[Run]:
+    """Runs the block's statements under the guards, for so many seconds at most.
+
+    user: as this role. written_pipeline: the pipeline whose vectors they write.
 
     To be used inside a subtransaction: after an error, its rollback puts user, security context and settings back.
     """
     server = _server()
     run = Run()
     before = _Context.now()
-    contexts = [(setting, setting.context) for setting in _settings(END_SESSION)]
+    level = server.NewGUCNestLevel()
+    written = b"" if written_pipeline is None else b"%d" % written_pipeline
+    server.SetConfigOption(WRITTEN_PIPELINE, written, PGC_SUSET, PGC_S_SESSION)
+    contexts = [(setting, setting.context) for setting in _settings((*END_SESSION, WRITTEN_PIPELINE))]
     timer = _Timer(seconds)
     try:
         for setting, _ in contexts:
@@ -110,7 +120,6 @@ def restricted(seconds: float, user: int | None = None) -> Iterator[Run]:
             setting.context = PGC_SUSET
         flags = before.flags | SECURITY_LOCAL_USERID_CHANGE | SECURITY_RESTRICTED_OPERATION
         server.SetUserIdAndSecContext(before.user if user is None else user, flags)
-        level = server.NewGUCNestLevel()
         yield run
     finally:
         run.timed_out, run.session_timed_out = timer.stop()

@@ -357,6 +357,15 @@ CREATE OR REPLACE FUNCTION autoembed._condition_objects(table_id regclass, objec
     SET search_path = pg_catalog, pg_temp
     SET quote_all_identifiers = off
 AS $sql$
+    -- An owner may have thousands of objects of a name. Each is identified once.
+    WITH candidate AS MATERIALIZED (
+        SELECT n.name, c.*, i.identity
+        FROM (SELECT DISTINCT o.value ->> 'name' AS name FROM jsonb_each(objects) AS o) AS n
+        CROSS JOIN LATERAL autoembed._objects_named(n.name) AS c
+        CROSS JOIN LATERAL pg_identify_object(c.class, c.id, 0) AS i
+        -- PostgreSQL's own are not noted.
+        WHERE c.namespace <> 'pg_catalog'::regnamespace
+    )
     SELECT concat_ws(' ', o.value ->> 'type', o.key), f.class, f.id, f.namespace, o.value ->> 'name', f.rivals, CASE
                WHEN f.id IS NULL THEN 'is gone or has another name'
                WHEN NOT f.trusted THEN format('belongs to role %I now', pg_get_userbyid(f.owner))
@@ -367,13 +376,13 @@ AS $sql$
     JOIN pg_class AS t ON t.oid = table_id
     LEFT JOIN LATERAL (
         WITH named AS (
-            SELECT c.*, i.identity, c.id::text = o.value ->> 'oid' AS is_known,
+            SELECT c.*, c.id::text = o.value ->> 'oid' AS is_known,
                    -- Its owner may run code as the table's owner anyway, or could when the condition was given.
                    -- Version 0.1.0 noted no owner.
                    c.id::text = o.value ->> 'oid' OR pg_has_role(c.owner, t.relowner, 'SET')
                    OR pg_get_userbyid(c.owner) = coalesce(o.value ->> 'owner', pg_get_userbyid(c.owner)) AS trusted
-            FROM autoembed._objects_named(o.value ->> 'name') AS c
-            CROSS JOIN LATERAL pg_identify_object(c.class, c.id, 0) AS i
+            FROM candidate AS c
+            WHERE c.name = o.value ->> 'name'
         )
         SELECT c.*, r.ids AS rivals, r.owner AS rival
         FROM named AS c

@@ -15,7 +15,7 @@ BEGIN
     IF TG_OP = 'UPDATE' AND (
         NEW OPERATOR(pg_catalog.*=) OLD
         OR pg_trigger_depth() = 1 AND current_setting('autoembed.writing', true) = _root::text
-           AND autoembed._may_write_vectors(_root)
+           AND autoembed._may_write_vectors(_root, true)
     ) THEN
         RETURN NEW;
     END IF;

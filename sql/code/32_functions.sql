@@ -428,6 +428,8 @@ DECLARE
         pipeline.table_id, ARRAY[pipeline.embedding_column]
     ) ELSE 'false' END;
     _runs_owners_code boolean := num_nonnulls(pipeline.content_function, pipeline.condition) > 0;
+    -- A function that a query calls for each column of a wide table would take seconds.
+    _columns CONSTANT name[] := autoembed._columns_of(pipeline);
     _prefix_columns CONSTANT name[] := autoembed._columns_of(autoembed._prefix_of(pipeline));
     _needed_columns CONSTANT name[] := autoembed._needed_columns(pipeline);
     -- The text of a version of a row stays the same: it is not the owner's code that gives it, and no type that anybody
@@ -491,7 +493,7 @@ BEGIN
         SELECT format('t.%I', a.attname) AS value,
                format('pg_catalog.pg_column_toast_chunk_id(t.%I)', a.attname) AS place
     ) AS v
-    WHERE _is_stable AND a.attrelid = pipeline.table_id AND a.attname = ANY (autoembed._columns_of(pipeline));
+    WHERE _is_stable AND a.attrelid = pipeline.table_id AND a.attname = ANY (_columns);
 
     IF _runs_owners_code THEN
         _text_changed := format(
@@ -500,7 +502,7 @@ BEGIN
         );
     ELSE
         _text_changed := autoembed._changed_expression(
-            pipeline.table_id, autoembed._columns_of(pipeline) || _prefix_columns
+            pipeline.table_id, _columns || _prefix_columns
         );
     END IF;
 
@@ -585,7 +587,7 @@ BEGIN
         -- A write of a lane, and not one of a trigger that it fires. No lane writes a table with embeddings beside it.
         'is_lanes_write', CASE WHEN pipeline.embeddings_table IS NULL THEN format(
             $sql$(pg_catalog.pg_trigger_depth() OPERATOR(pg_catalog.=) 1 AND pg_catalog.current_setting(
-            'autoembed.writing', true) OPERATOR(pg_catalog.=) '%1$s' AND autoembed._may_write_vectors(%1$s)
+            'autoembed.writing', true) OPERATOR(pg_catalog.=) '%1$s' AND autoembed._may_write_vectors(%1$s, true)
             ) IS TRUE$sql$,
             pipeline.table_id::oid
         ) ELSE 'false' END,
@@ -766,17 +768,21 @@ BEGIN
         SELECT coalesce(
             -- A dump has brought it, and it calls the function of another pipeline.
             autoembed._chunks_view(NULL, c.oid)::text,
-            CASE WHEN to_regclass(v.name) IS NULL THEN v.name
-                 ELSE format('%I.%I', n.nspname, concat('autoembed_', slots ->> 'id', '_chunks')) END
+            (SELECT f.name
+             FROM unnest(ARRAY[
+                 autoembed._beginning(regexp_replace(c.relname, '_embeddings$', ''), 56) || '_chunks',
+                 concat('autoembed_', slots ->> 'id', '_chunks'),
+                 -- Another role may have given its own view the names that it expects.
+                 concat('autoembed_', slots ->> 'id', '_chunks_', md5(random()::text))
+             ]) WITH ORDINALITY AS v(name, number)
+             CROSS JOIN LATERAL (SELECT format('%I.%I', n.nspname, v.name)) AS f(name)
+             WHERE to_regclass(f.name) IS NULL AND to_regtype(f.name) IS NULL
+             ORDER BY v.number
+             LIMIT 1)
         )
         INTO STRICT _view
         FROM pg_class AS c
         JOIN pg_namespace AS n ON n.oid = c.relnamespace
-        CROSS JOIN LATERAL (
-            SELECT format('%I.%I', n.nspname, autoembed._beginning(
-                regexp_replace(c.relname, '_embeddings$', ''), 56
-            ) || '_chunks')
-        ) AS v(name)
         WHERE c.oid = (slots ->> 'embeddings_table')::regclass;
         EXECUTE format(
             'CREATE OR REPLACE VIEW %1$s WITH (security_invoker = true) AS '
@@ -806,7 +812,7 @@ COMMENT ON FUNCTION autoembed._admit_readers IS
     'Lets those read the embeddings and the chunks of a row who may read the row.';
 
 CREATE OR REPLACE FUNCTION autoembed._unshared(pipeline_ids integer[])
-    RETURNS TABLE (problem text, cure text)
+    RETURNS TABLE (problem text, cure text, owner oid)
     -- PL/pgSQL keeps the plan, which takes longer to make than the query.
     LANGUAGE plpgsql
     STABLE
@@ -815,12 +821,18 @@ CREATE OR REPLACE FUNCTION autoembed._unshared(pipeline_ids integer[])
 AS $plpgsql$
 BEGIN
     RETURN QUERY
-    WITH shared AS (
+    WITH shared AS MATERIALIZED (
         SELECT p, t.oid AS table_id, t.relacl, t.relowner AS owner, e.oid AS embeddings_table, e.relacl AS given,
-               e.relrowsecurity AS has_policy
+               e.relrowsecurity AS has_policy,
+               -- A tenant may have a wide table with a long template. The columns are looked up once.
+               CASE WHEN c.have_rights THEN autoembed._needed_columns(p) END AS needed
         FROM autoembed.pipeline AS p
         JOIN pg_class AS t ON t.oid = p.table_id
         JOIN pg_class AS e ON e.oid = p.embeddings_table AND e.relowner = t.relowner AND e.relkind = 'r'
+        CROSS JOIN LATERAL (
+            SELECT EXISTS (SELECT FROM pg_attribute AS a WHERE a.attrelid = t.oid AND a.attacl IS NOT NULL)
+                AS have_rights
+        ) AS c
         WHERE p.id = ANY (pipeline_ids)
     ),
     readable AS (
@@ -859,8 +871,10 @@ BEGIN
         WHERE NOT EXISTS (
             SELECT FROM pg_attribute AS a
             WHERE a.attrelid = s.table_id AND a.attnum > 0 AND NOT a.attisdropped
-              AND ((s.p).content_function IS NOT NULL OR a.attname = ANY (autoembed._needed_columns(s.p)))
-              AND NOT has_column_privilege(g.name, s.table_id, a.attnum, 'SELECT')
+              AND CASE
+                  WHEN NOT has_column_privilege(g.name, s.table_id, a.attnum, 'SELECT') THEN
+                      (s.p).content_function IS NOT NULL OR a.attname = ANY (s.needed)
+              END
         )
     ),
     wanted AS (
@@ -883,13 +897,13 @@ BEGIN
         WHERE w.id IS NULL AND g.by_owner OR g.id IS NULL
         GROUP BY id, table_id, w.id IS NOT NULL
     )
-    -- The event trigger that follows a GRANT fires for each of these statements, too.
     SELECT format(CASE WHEN c.is_reader THEN '%s may read %s, and not %s' ELSE '%s may not read %s, but %s' END,
                   c.roles, string_agg(DISTINCT c.table_id::regclass::text, ', '),
                   string_agg(c.id::regclass::text, ', ' ORDER BY c.id)),
            format(CASE WHEN c.is_reader THEN 'GRANT SELECT ON %1$s TO %2$s;'
                        ELSE 'REVOKE SELECT ON %1$s FROM %2$s CASCADE;' END,
-                  string_agg(c.id::regclass::text, ', ' ORDER BY c.id), c.roles)
+                  string_agg(c.id::regclass::text, ', ' ORDER BY c.id), c.roles),
+           t.relowner
     FROM changed AS c
     JOIN pg_class AS t ON t.oid = c.table_id
     -- A table that one owner has locked keeps no other table from it.
@@ -898,7 +912,7 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._unshared IS
     'Where the readers of the tables of these pipelines and those of their embeddings and chunks are not the same '
-    'roles, and the SQL that mends it.';
+    'roles, and the SQL that mends it. owner: that of the tables.';
 
 CREATE OR REPLACE FUNCTION autoembed._share_embeddings(pipeline_ids integer[])
     RETURNS void

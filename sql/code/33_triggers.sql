@@ -1,6 +1,6 @@
 -- The triggers of a pipeline, and the checks that they exist and are enabled.
 
-CREATE OR REPLACE FUNCTION autoembed._may_write_vectors(table_id oid)
+CREATE OR REPLACE FUNCTION autoembed._may_write_vectors(table_id oid, is_written boolean DEFAULT false)
     RETURNS boolean
     LANGUAGE sql
     STABLE
@@ -14,11 +14,13 @@ AS $sql$
         WHERE p.table_id = _may_write_vectors.table_id
           AND (has_function_privilege(session_user, w.oid, 'EXECUTE')
                OR has_function_privilege(nullif(current_setting('role'), 'none')::name, w.oid, 'EXECUTE'))
+          -- The code of another owner, which a lane runs too, cannot have this setting.
+          AND (NOT is_written OR p.id::text = current_setting('autoembed.written_pipeline', true))
     );
 $sql$;
 COMMENT ON FUNCTION autoembed._may_write_vectors IS
     'Whether the role of the session, or the one that it has taken, may write the vectors of a table, as lanes do. A '
-    'setting tells that a lane writes, and any session can have it.';
+    'setting tells that a lane writes, and any session can have it. is_written: whether it writes this table now.';
 
 CREATE OR REPLACE FUNCTION autoembed._trigger_name(pipeline_id integer, event text)
     RETURNS name

@@ -124,7 +124,8 @@ AS $sql$
            OR pipeline.content_function IS NOT NULL
               AND (c.value <> pipeline.embedding_column OR pipeline.embeddings_table IS NOT NULL)
     ), '{}'))
-    FROM (SELECT autoembed._needed_columns(pipeline)::text[] AS names) AS n;
+    -- Without OFFSET, PostgreSQL calls it for each column.
+    FROM (SELECT autoembed._needed_columns(pipeline)::text[] AS names OFFSET 0) AS n;
 $sql$;
 COMMENT ON FUNCTION autoembed._text_facts IS
     'The facts of table_shape that say which columns and functions the texts are made of. Another column may have the '

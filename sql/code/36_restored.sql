@@ -39,7 +39,7 @@ CREATE OR REPLACE FUNCTION autoembed._forget_restored()
     SET search_path = pg_catalog, pg_temp
 AS $plpgsql$
 DECLARE
-    _id integer := OLD.definition ->> 'id';
+    _id integer := (OLD.definition ->> 'id')::integer;
 BEGIN
     IF OLD.kind = 'pipeline' AND NOT EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.id = _id) THEN
         PERFORM autoembed._drop_functions(_id, true);

@@ -911,14 +911,20 @@ CREATE OR REPLACE FUNCTION autoembed._follow_grants()
     SET lock_timeout = '1s'
 AS $plpgsql$
 DECLARE
-    -- A row of a catalog that is older was written by a transaction that is over.
-    _age CONSTANT integer := age(pg_snapshot_xmin(pg_current_snapshot())::xid);
+    -- A row of a catalog that is older was written by another transaction.
+    _age CONSTANT integer := age(pg_current_xact_id()::xid);
+    _role CONSTANT name := coalesce(nullif(current_setting('role'), 'none'), session_user);
+    _until CONSTANT timestamptz := clock_timestamp() + interval '1 second';
     _ids integer[];
-    _cure text;
+    _unshared record;
 BEGIN
-    -- The restore of a dump, which switches check_function_bodies off, gives each of the rights itself.
-    IF NOT current_setting('check_function_bodies')::boolean
-       OR NOT EXISTS (SELECT FROM pg_event_trigger_ddl_commands() AS d WHERE d.object_type = 'TABLE') THEN
+    -- The restore of a dump, which switches check_function_bodies off, gives each of the rights itself. The statements
+    -- below fire this trigger, too.
+    IF NOT current_setting('check_function_bodies')::boolean OR current_setting('autoembed.sharing', true) = 'on'
+       OR NOT EXISTS (
+           SELECT FROM pg_event_trigger_ddl_commands() AS d
+           WHERE d.object_type = 'TABLE' AND d.command_tag IN ('GRANT', 'REVOKE')
+       ) THEN
         RETURN;
     END IF;
     -- It is not told whose rights have changed. To compare those of a table takes longer than to see whether it may be
@@ -929,14 +935,21 @@ BEGIN
         (SELECT min(age(c.xmin)) FROM pg_class AS c WHERE c.oid IN (p.table_id, p.embeddings_table)),
         (SELECT min(age(a.xmin)) FROM pg_attribute AS a WHERE a.attrelid = p.table_id)
     ) <= _age;
-    FOR _cure IN SELECT u.cure FROM autoembed._unshared(_ids) AS u LOOP
+    PERFORM set_config('autoembed.sharing', 'on', true);
+    FOR _unshared IN
+        SELECT u.cure, pg_has_role(_role, u.owner, 'USAGE') AS is_own
+        FROM autoembed._unshared(_ids) AS u
+        ORDER BY is_own DESC
+    LOOP
+        EXIT WHEN NOT _unshared.is_own AND clock_timestamp() > _until;
         BEGIN
-            EXECUTE _cure;
+            EXECUTE _unshared.cure;
         EXCEPTION WHEN OTHERS THEN
             -- Another owner may hold its table. A lane gives what is left.
             PERFORM set_config('lock_timeout', '10ms', true);
         END;
     END LOOP;
+    PERFORM set_config('autoembed.sharing', '', true);
 END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._follow_grants IS

@@ -321,6 +321,13 @@ BEGIN
     FROM pg_constraint AS k
     WHERE k.conrelid = 'pg_temp.autoembed_condition'::regclass AND k.conname = 'condition';
     DROP TABLE pg_temp.autoembed_condition;
+    IF (SELECT count(*) FROM jsonb_object_keys(objects)) > 200 THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'program_limit_exceeded',
+            MESSAGE = format('the condition for table %s uses %s functions, operators, types and collations, and may '
+                             'use 200', table_name, (SELECT count(*) FROM jsonb_object_keys(objects))),
+            HINT = 'Put what it says into a function or a column.';
+    END IF;
 EXCEPTION WHEN syntax_error_or_access_rule_violation OR feature_not_supported OR data_exception THEN
     IF NOT has_database_privilege(current_database(), 'TEMPORARY') THEN
         RAISE EXCEPTION USING

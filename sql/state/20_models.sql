@@ -76,6 +76,12 @@ COMMENT ON COLUMN autoembed.setting.value IS 'The value of the setting.';
 
 SELECT pg_catalog.pg_extension_config_dump('autoembed.setting', '');
 
+-- Only superusers say where texts and keys go. pg_write_all_data gives the right to write all tables without a policy.
+ALTER TABLE autoembed.model ENABLE ROW LEVEL SECURITY;
+ALTER TABLE autoembed.setting ENABLE ROW LEVEL SECURITY;
+CREATE POLICY readers ON autoembed.model FOR SELECT USING (true);
+CREATE POLICY readers ON autoembed.setting FOR SELECT USING (true);
+
 CREATE TABLE autoembed.model_rest (
     model text PRIMARY KEY REFERENCES autoembed.model (name) ON UPDATE CASCADE ON DELETE CASCADE,
     until timestamptz NOT NULL,

@@ -128,12 +128,15 @@ COMMENT ON COLUMN autoembed.pipeline.former_chunking IS
 -- database from its update.
 ALTER TABLE autoembed.pipeline ADD CONSTRAINT pipeline_definition_is_short CHECK (
     octet_length(content_template) <= 5000
+    AND octet_length(chunk_function) <= 1000
+    AND octet_length(text_config) <= 1000
     AND octet_length(chunk_prefix) <= 5000
     AND octet_length(former_chunking::text) <= 100000
     AND cardinality(content_columns) <= 1600
     AND octet_length(condition) <= 100000
     AND octet_length(condition_columns::text) <= 100000
     AND octet_length(condition_objects::text) <= 100000
+    AND jsonb_array_length(jsonb_path_query_array(condition_objects, '$.keyvalue()')) <= 200
 ) NOT VALID;
 
 SELECT pg_catalog.pg_extension_config_dump('autoembed.pipeline_id_seq', '');
@@ -157,7 +160,11 @@ CREATE TABLE autoembed.backfill (
     scanned_at timestamptz,
     index_problem text,
     rows_recorded bigint NOT NULL DEFAULT 0,
-    condition_objects jsonb NOT NULL DEFAULT '{}'
+    condition_objects jsonb NOT NULL DEFAULT '{}' CHECK (
+        jsonb_typeof(condition_objects) = 'object'
+        AND octet_length(condition_objects::text) <= 100000
+        AND jsonb_array_length(jsonb_path_query_array(condition_objects, '$.keyvalue()')) <= 200
+    )
 );
 COMMENT ON TABLE autoembed.backfill IS
     'The tables that lanes scan, in the order of their keys, for embeddings that are missing or stale.';

@@ -18,7 +18,7 @@ BEGIN
     -- Most statements of a lane insert.
     IF NOT EXISTS (SELECT FROM old_rows)
        OR pg_trigger_depth() = 1 AND current_setting('autoembed.writing', true) = '{{table_id}}'
-          AND autoembed._may_write_vectors({{table_id}})
+          AND autoembed._may_write_vectors({{table_id}}, true)
        -- The pipeline takes another key.
        OR NOT EXISTS (SELECT FROM autoembed.pipeline AS p WHERE p.id = {{id}} AND p.table_id = {{table_id}}) THEN
         RETURN NULL;

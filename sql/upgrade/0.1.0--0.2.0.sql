@@ -90,12 +90,15 @@ ALTER TABLE autoembed.pipeline ADD CHECK ((chunking = 'function') = (chunk_funct
 -- database from its update.
 ALTER TABLE autoembed.pipeline ADD CONSTRAINT pipeline_definition_is_short CHECK (
     octet_length(content_template) <= 5000
+    AND octet_length(chunk_function) <= 1000
+    AND octet_length(text_config) <= 1000
     AND octet_length(chunk_prefix) <= 5000
     AND octet_length(former_chunking::text) <= 100000
     AND cardinality(content_columns) <= 1600
     AND octet_length(condition) <= 100000
     AND octet_length(condition_columns::text) <= 100000
     AND octet_length(condition_objects::text) <= 100000
+    AND jsonb_array_length(jsonb_path_query_array(condition_objects, '$.keyvalue()')) <= 200
 ) NOT VALID;
 COMMENT ON COLUMN autoembed.pipeline.plan_problem IS
     'The error for which no text of its rows can be read, which stops it; NULL: none is known.';
@@ -263,6 +266,11 @@ COMMENT ON COLUMN autoembed.setting.name IS
     'default_model: the model of pipelines and embed() calls that name none. http_hosts: the hosts that may be called '
     'without encryption, with blanks between.';
 COMMENT ON COLUMN autoembed.setting.value IS 'The value of the setting.';
+-- Only superusers say where texts and keys go. pg_write_all_data gives the right to write all tables without a policy.
+ALTER TABLE autoembed.model ENABLE ROW LEVEL SECURITY;
+ALTER TABLE autoembed.setting ENABLE ROW LEVEL SECURITY;
+CREATE POLICY readers ON autoembed.model FOR SELECT USING (true);
+CREATE POLICY readers ON autoembed.setting FOR SELECT USING (true);
 COMMENT ON TABLE autoembed.model_rest IS
     'Models whose provider is in trouble. No lane calls a model while it rests.';
 COMMENT ON COLUMN autoembed.model_rest.until IS 'When one request tries it again.';
@@ -318,7 +326,11 @@ COMMENT ON COLUMN autoembed.backfill.index_problem IS
 ALTER TABLE autoembed.backfill ADD COLUMN rows_recorded bigint NOT NULL DEFAULT 0;
 COMMENT ON COLUMN autoembed.backfill.rows_recorded IS
     'The number of those rows that had an embedding when it was asked for. If there were more, rows have gone unseen.';
-ALTER TABLE autoembed.backfill ADD COLUMN condition_objects jsonb NOT NULL DEFAULT '{}';
+ALTER TABLE autoembed.backfill ADD COLUMN condition_objects jsonb NOT NULL DEFAULT '{}' CHECK (
+    jsonb_typeof(condition_objects) = 'object'
+    AND octet_length(condition_objects::text) <= 100000
+    AND jsonb_array_length(jsonb_path_query_array(condition_objects, '$.keyvalue()')) <= 200
+);
 COMMENT ON COLUMN autoembed.backfill.condition_objects IS
     'The functions, operators, types and collations that the condition uses, as in autoembed.pipeline.';
 COMMENT ON TABLE autoembed.embedded IS

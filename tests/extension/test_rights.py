@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import psycopg
 import pytest
@@ -678,3 +679,28 @@ def test_a_model_is_nobodys_to_define_but_a_superusers(documents: Connection, em
     ):
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             session.execute(statement)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE autoembed.model SET base_url = 'https://thief.example/v1'",
+        "UPDATE autoembed.setting SET value = 'thief.example'",
+        "DELETE FROM autoembed.model",
+        "INSERT INTO autoembed.model (name, provider, model_id, dimensions) VALUES ('thief', 'fake', 'thief', 8)",
+        "INSERT INTO autoembed.setting (name, value) VALUES ('http_hosts', 'thief.example')",
+    ],
+)
+def test_a_role_that_may_write_all_data_says_not_where_texts_and_keys_go(
+    documents: Connection, role: Role, connect: Connect, statement: str
+) -> None:
+    thief = role("thief")
+    documents.execute(f"GRANT pg_write_all_data TO {thief}")
+    before = documents.execute("SELECT m FROM autoembed.model AS m ORDER BY 1").fetchall()
+    settings = documents.execute("SELECT s FROM autoembed.setting AS s ORDER BY 1").fetchall()
+
+    with suppress(psycopg.errors.InsufficientPrivilege):
+        connect(user=thief).execute(statement.encode())
+
+    assert documents.execute("SELECT m FROM autoembed.model AS m ORDER BY 1").fetchall() == before
+    assert documents.execute("SELECT s FROM autoembed.setting AS s ORDER BY 1").fetchall() == settings

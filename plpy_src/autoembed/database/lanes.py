@@ -485,16 +485,21 @@ class Database(TextDatabase):
 
     @contextmanager
     def _owners_code(
-        self, *, undone: bool = False, writes: bool = False, user: int | None = None, seconds: float = OWNER_SECONDS
+        self,
+        *,
+        undone: bool = False,
+        written_pipeline: int | None = None,
+        user: int | None = None,
+        seconds: float = OWNER_SECONDS,
     ) -> Iterator[None]:
         """Runs statements with an owner's code, under PostgreSQL's guards. Their errors are RowErrors.
 
-        undone: what the code has done is rolled back. writes: although it is undone, it is a write. user: the
-        statements run as this role.
+        undone: what the code has done is rolled back. written_pipeline: the pipeline whose vectors are written, even
+        if that is undone. user: the statements run as this role.
         """
         if not available():
             raise RowError("this PostgreSQL lacks the functions under whose guard the code of a table's owner runs")
-        if (writes or not undone) and not self._has_written:
+        if (written_pipeline is not None or not undone) and not self._has_written:
             # Before anything is done: PostgreSQL refuses to defer what would run with other rights at the commit.
             self._run("SET CONSTRAINTS ALL IMMEDIATE")
         run = Run()
@@ -502,7 +507,7 @@ class Database(TextDatabase):
         temporary = None if undone else self._temporary_objects()
         try:
             with contextlib.suppress(_Undo), plpy.subtransaction():
-                with restricted(seconds, user) as run:
+                with restricted(seconds, user, written_pipeline) as run:
                     yield
                 if undone:
                     raise _Undo
@@ -921,7 +926,7 @@ class Database(TextDatabase):
         placeholders = ", ".join(f"${number}" for number in range(1, len(types) + 4))
 
         def write(seconds: float) -> Any:
-            with self._owners_code(seconds=seconds):
+            with self._owners_code(written_pipeline=pipeline.id, seconds=seconds):
                 return self._run_made(
                     f"SELECT w.* FROM autoembed._write_{pipeline.id}({placeholders}, {embeddings}) AS w",
                     [
@@ -997,7 +1002,7 @@ class Database(TextDatabase):
         """
         vector = f"[1{',0' * (pipeline.model.dimensions - 1)}]"
         rows: Any = []
-        with self._owners_code(undone=True, writes=True):
+        with self._owners_code(undone=True, written_pipeline=pipeline.id):
             rows = self._run_made(
                 f"SELECT w.key, w.outcome FROM autoembed._write_{pipeline.id}($1, $2, $3, $4, pg_catalog.array_fill("
                 f"$5::{pipeline.vector_type}, ARRAY[pg_catalog.cardinality($1)])) AS w",

@@ -130,13 +130,20 @@ def test_a_merge_of_text_indexes_is_small(db: Connection, mallory: Tenant) -> No
 
 # Definitions that lanes would look at for seconds in each pass: what an owner writes, and by enable().
 MANY = "(SELECT jsonb_object_agg(n, 'a column') FROM generate_series(1, 9999) AS n)"
+OBJECTS = (
+    '(SELECT jsonb_object_agg(\'x\' || n, \'{{"name": "=", "type": "operator"}}\'::jsonb)'
+    " FROM generate_series(1, {}) AS n)"
+)
 LONG = {
     "template": "content_columns = NULL, content_template = repeat('{content}', 100000)",
     "prefix": "chunk_prefix = repeat('{content}', 100000)",
+    "function that cuts": "chunking = 'function', chunk_function = repeat('x', 10000)",
+    "text search configuration": "text_config = repeat('x', 10000)",
     "columns": "content_columns = array_fill('content'::name, ARRAY[20000])",
     "condition": "condition = repeat('id > 0 AND ', 100000) || 'true'",
     "columns of the condition": f"condition_columns = {MANY}",
     "objects of the condition": f"condition_objects = {MANY}",
+    "number of objects of the condition": f"condition_objects = {OBJECTS.format(201)}",
 }
 LONG_ARGUMENTS = {
     "content_template": "repeat('{content}', 100000)",
@@ -151,6 +158,41 @@ def test_a_definition_that_is_too_long_is_refused(mallory: Tenant, part: str) ->
 
     with pytest.raises(psycopg.errors.CheckViolation):
         mallory.run("UPDATE autoembed.pipeline SET " + LONG[part])
+
+
+@pytest.mark.parametrize("objects", ["'5'", "'[]'", MANY, OBJECTS.format(201)])
+def test_odd_objects_of_the_condition_of_a_backfill_are_refused(mallory: Tenant, objects: str) -> None:
+    """One that a lane cannot read would end each lane, and the backfills of all tenants."""
+    mallory.run("CREATE TABLE notes (id int PRIMARY KEY, content text)", ENABLE)
+
+    with pytest.raises(psycopg.errors.IntegrityError):
+        mallory.run(
+            "INSERT INTO autoembed.backfill (pipeline_id, condition, condition_objects)"
+            f" SELECT id, 'true', {objects} FROM autoembed.pipeline"
+        )
+
+
+def test_objects_of_a_condition_that_have_one_name_are_looked_up_once(db: Connection, mallory: Tenant) -> None:
+    """A lane does so in each claim."""
+    mallory.run("CREATE TABLE notes (id int PRIMARY KEY, content text)", ENABLE)
+    mallory.run(f"UPDATE autoembed.pipeline SET condition_objects = {OBJECTS.format(200)}")
+
+    with db.transaction():
+        db.execute("SET LOCAL track_functions = 'all'")
+        db.execute("SELECT autoembed._condition_objects(p.table_id, p.condition_objects) FROM autoembed.pipeline AS p")
+        calls = db.execute("SELECT calls FROM pg_stat_xact_user_functions WHERE funcname = '_objects_named'").fetchall()
+
+    assert calls == [(1,)]
+
+
+def test_a_condition_of_too_many_functions_is_an_error_that_says_so(mallory: Tenant) -> None:
+    mallory.run("CREATE TABLE notes (id int PRIMARY KEY, content text)", ENABLE)
+    for n in range(201):
+        mallory.run(f"CREATE FUNCTION f{n}(id int) RETURNS boolean LANGUAGE sql AS 'SELECT true'")
+    condition = " AND ".join(f"f{n}(id)" for n in range(201))
+
+    with pytest.raises(psycopg.errors.ProgramLimitExceeded, match="uses 201 functions, .* may use 200"):
+        mallory.run(f"SELECT autoembed.alter_pipeline('notes', condition => '{condition}')")
 
 
 @pytest.mark.parametrize("argument", LONG_ARGUMENTS)

@@ -212,3 +212,57 @@ def test_an_owners_code_ends_no_session_of_a_caller(
     with connect() as caller, caller.transaction():
         assert len(caller.execute(call.encode()).fetchall()) == 1
         assert caller.execute("SELECT 1").fetchone() == (1,)
+
+
+# A change of bob's row, and the definition of his table.
+CHANGES = {
+    "the text, of a table with a condition": ("content = 'another letter'", ", condition => 'id > 0'"),
+    "the vector": ("embedding = '[9,9,9,9,9,9,9,9]'", ""),
+    "the vector, of a table with a condition": ("embedding = '[9,9,9,9,9,9,9,9]'", ", condition => 'id > 0'"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_owners_code_passes_for_no_lane_that_writes_another_table(
+    db: Connection, mallory: Tenant, bob: Tenant, change: str
+) -> None:
+    """No trigger fires the code of a constraint, so bob's triggers are the first ones there."""
+    changed, more = CHANGES[change]
+    bob.run(
+        "CREATE TABLE mail (id int PRIMARY KEY, content text)",
+        f"SELECT autoembed.enable('mail', 'embedding', content_columns => '{{content}}' {more})",
+        "INSERT INTO mail VALUES (1, 'a letter')",
+        f"GRANT USAGE ON SCHEMA {bob.name} TO {mallory.name}",
+        f"GRANT SELECT, UPDATE ON mail TO {mallory.name}",
+    )
+    db.execute("SELECT autoembed.process()")
+    mallory.run(
+        NOTES,
+        ENABLE_COLUMNS,
+        f"""CREATE FUNCTION act() RETURNS boolean LANGUAGE plpgsql AS $act$
+            BEGIN
+                IF session_user <> '{{me}}' THEN
+                    BEGIN
+                        PERFORM set_config('autoembed.writing', '{bob.name}.mail'::regclass::oid::text, true);
+                        PERFORM set_config('autoembed.written_pipeline', (
+                            SELECT substring(t.tgname FROM '[0-9]+') FROM pg_trigger AS t
+                            WHERE t.tgrelid = '{bob.name}.mail'::regclass LIMIT 1
+                        ), true);
+                    EXCEPTION WHEN insufficient_privilege THEN NULL;
+                    END;
+                    PERFORM set_config('autoembed.writing', '{bob.name}.mail'::regclass::oid::text, true);
+                    UPDATE {bob.name}.mail SET {changed} WHERE id = 1;
+                END IF;
+                RETURN true;
+            END $act$""",
+        "ALTER TABLE notes ADD CHECK (content IS NULL OR embedding IS NULL OR act())",
+        "INSERT INTO notes VALUES (1, 'a note')",
+    )
+
+    db.execute("SELECT autoembed.process()")
+    assert embedded(db, mallory)
+    [(text,)] = db.execute(f"SELECT content FROM {bob.name}.mail").fetchall()
+    assert ("another" in text) == changed.startswith("content")
+    db.execute("SELECT autoembed.process()")
+
+    assert has_vector_of(bob.session, "mail", 1, text)

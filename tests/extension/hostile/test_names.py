@@ -291,3 +291,34 @@ def test_a_request_in_flight_is_not_written_to_a_table_of_the_former_name(
     assert_nothing_gained(db, owner_of_schema)
     assert_fresh(db)
     assert_nothing_gained(db, owner_of_schema)
+
+
+# Each keeps the names of the view of chunks from it, in a schema where others create tables.
+SQUATTERS = {
+    "views of the same columns": "CREATE VIEW public.{name} AS SELECT 1 AS id",
+    "views of other columns": "CREATE VIEW public.{name} AS SELECT 1 AS other",
+    "types": "CREATE DOMAIN public.{name} AS int",
+}
+
+
+@pytest.mark.parametrize("squatter", SQUATTERS)
+def test_a_view_of_chunks_takes_no_name_and_no_view_of_another_role(
+    db: Connection, mallory: Tenant, bob: Tenant, squatter: str
+) -> None:
+    db.execute(f"GRANT CREATE ON SCHEMA public TO {mallory.name}, {bob.name}")
+    names = ["docs_chunks", *(f"autoembed_{id}_chunks" for id in range(1, 10))]
+    for name in names:
+        mallory.run(SQUATTERS[squatter].format(name=name))
+
+    bob.run(
+        "CREATE TABLE public.docs (id int PRIMARY KEY, body text)",
+        "SELECT autoembed.enable('public.docs', content_columns => '{body}')",
+        "INSERT INTO public.docs VALUES (1, 'one')",
+    )
+    db.execute("SELECT autoembed.process()")
+
+    [(view,)] = bob.session.execute(
+        "SELECT relname FROM pg_class WHERE relkind = 'v' AND relowner = current_user::regrole"
+    ).fetchall()
+    assert view not in names
+    assert bob.session.execute(f"SELECT chunk FROM public.{view}").fetchall() == [("one",)]
