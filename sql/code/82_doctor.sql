@@ -209,6 +209,8 @@ BEGIN
             WHEN ok THEN NULL
             WHEN _jobs.missing_role IS NOT NULL THEN
                 format('Role %I does not exist. SELECT autoembed.schedule(); makes the jobs again.', _jobs.missing_role)
+            WHEN _jobs.scheduled > 0 AND current_setting('cron.launch_active_jobs', true) = 'off' THEN
+                'ALTER SYSTEM SET cron.launch_active_jobs = on; SELECT pg_reload_conf();'
             WHEN _jobs.scheduled > 0 AND _full.name IS NOT NULL THEN
                 format('Raise %s and restart the server, or run fewer lanes with autoembed.schedule().', _full.name)
             WHEN _jobs.scheduled > 0 THEN

@@ -376,6 +376,23 @@ def test_a_job_of_a_dropped_role_that_keeps_lanes_from_starting_is_named(cron: C
     wait_until(lambda: lane_check(cron).ok, 60)
 
 
+def test_the_setting_that_keeps_all_jobs_from_starting_is_named(cron: Connection) -> None:
+    cron.execute("ALTER SYSTEM SET cron.launch_active_jobs = off")
+    try:
+        cron.execute("SELECT pg_reload_conf(), autoembed.schedule()")
+        wait_until(lambda: not lane_check(cron).ok, 60)
+
+        advice = lane_check(cron).advice
+        assert advice == "ALTER SYSTEM SET cron.launch_active_jobs = on; SELECT pg_reload_conf();"
+        for statement in advice.split("; "):
+            cron.execute(statement)
+
+        wait_until(lambda: lane_check(cron).ok, 60)
+    finally:
+        cron.execute("ALTER SYSTEM RESET cron.launch_active_jobs")
+        cron.execute("SELECT pg_reload_conf()")
+
+
 def test_the_reason_of_a_lane_that_fails_is_told_while_the_next_one_starts(cron: Connection) -> None:
     cron.execute("DELETE FROM cron.job_run_details")
     cron.execute("SELECT cron.schedule('autoembed-lane-1', '0 0 2 1 *', 'CALL autoembed.work()')")
