@@ -244,6 +244,7 @@ def open_jobs(
                     pipeline_id,
                     [key],
                     address.attempts,
+                    [message.id],
                     read_count=message.read_count - 1,
                     suspect=address.suspect,
                 )
@@ -341,7 +342,8 @@ def _rows_of(
                 ledger.release_messages([message])
                 continue
             if len(address.keys) > room:
-                database.requeue(pipeline_id, address.keys[room:], address.attempts, suspect=address.suspect)
+                left = address.keys[room:]
+                database.requeue(pipeline_id, left, address.attempts, [message.id], suspect=address.suspect)
             keys = address.keys[:room]
             room -= len(keys)
             for key in keys:
@@ -391,10 +393,11 @@ class Ledger:
         # Messages whose jobs are not known yet, and the jobs of the others.
         self._unread = {message.id for message in messages}
         self._messages: dict[int, list[Job]] = defaultdict(list)
-        # Decided, and written by flush(): messages, and rows by pipeline, attempts, delay and number of suspects.
+        # Decided, and written by flush(): messages; and rows, with the messages that named them, by pipeline, attempts,
+        # delay and number of suspects.
         self._released: list[int] = []
         self._settled: list[int] = []
-        self._again: dict[tuple[int, int, float, int], dict[str, None]] = defaultdict(dict)
+        self._again: dict[tuple[int, int, float, int], dict[str, list[int]]] = defaultdict(dict)
         self._suspects = 0
         # Rows that were given up, for the server's log, by pipeline and kind of reason.
         self._given_up: Counter[tuple[str, str]] = Counter()
@@ -500,11 +503,16 @@ class Ledger:
                     outcome = Outcome(0.0, job.attempts, suspects=-job.suspects)
                 if outcome is not None and outcome.again_in_seconds is not None:
                     group = (job.pipeline.id, outcome.attempts, outcome.again_in_seconds, outcome.suspects)
-                    self._again[group][job.key] = None
-        for group, keys in list(self._again.items()):
+                    self._again[group][job.key] = job.message_ids
+        for group, rows in list(self._again.items()):
             pipeline_id, attempts, delay_seconds, suspects = group
             self._database.requeue(
-                pipeline_id, list(keys), attempts, delay_seconds=delay_seconds, suspect=suspects != 0
+                pipeline_id,
+                list(rows),
+                attempts,
+                sorted({message_id for message_ids in rows.values() for message_id in message_ids}),
+                delay_seconds=delay_seconds,
+                suspect=suspects != 0,
             )
             del self._again[group]
         if self._released:
@@ -513,8 +521,8 @@ class Ledger:
         if self._settled:
             self._database.settle(self._settled)
             self._settled = []
-        for (name, kind), rows in self._given_up.items():
-            self._database.log(f"autoembed gave up {rows} {'row' if rows == 1 else 'rows'} of {name}: {kind}")
+        for (name, kind), count in self._given_up.items():
+            self._database.log(f"autoembed gave up {count} {'row' if count == 1 else 'rows'} of {name}: {kind}")
         self._given_up.clear()
 
     def _note(self, job: Job, error: str) -> None:

@@ -438,14 +438,14 @@ class Rows:
 
     def _take_own_keys(self, pipeline: Pipeline, jobs: list[Job]) -> None:
         """Settles jobs whose key is written in another way than that of their row, which is queued by its own key."""
-        keys: dict[int, list[str]] = defaultdict(list)
+        keys: dict[int, dict[str, list[int]]] = defaultdict(dict)
         for job in jobs:
             if job.row and job.row.own_key:
                 # A type that writes a key in another way each time it reads it ends here.
-                keys[job.attempts + 1].append(job.row.own_key)
+                keys[job.attempts + 1][job.row.own_key] = job.message_ids
         for attempts, own in keys.items():
             if attempts < MAX_ATTEMPTS:
-                self._database.requeue(pipeline.id, own, attempts)
+                self._database.requeue(pipeline.id, list(own), attempts, [ids[0] for ids in own.values()])
         self._forget(pipeline, jobs)
 
     def to_embed(self, pipeline: Pipeline, jobs: list[Job]) -> list[tuple[Job, str]]:

@@ -298,19 +298,23 @@ CREATE OR REPLACE FUNCTION autoembed._requeue(
     attempts integer,
     read_count integer,
     delay_seconds double precision,
-    suspect boolean
+    suspect boolean,
+    message_ids bigint[]
 )
     RETURNS void
     LANGUAGE sql
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
-    INSERT INTO autoembed._job (due_at, read_count, message)
+    INSERT INTO autoembed._job (due_at, read_count, enqueued_at, message)
     VALUES (clock_timestamp() + make_interval(secs => delay_seconds),
             read_count,
+            coalesce((SELECT min(q.enqueued_at) FROM autoembed._job AS q WHERE q.message_id = ANY (message_ids)),
+                     clock_timestamp()),
             jsonb_build_object('pipeline', pipeline_id, 'keys', keys, 'attempts', attempts)
                 || CASE WHEN suspect THEN '{"suspect": true}'::jsonb ELSE '{}'::jsonb END);
 $sql$;
 COMMENT ON FUNCTION autoembed._requeue IS
     'Queues rows again, due after the delay. read_count: the number of lanes that died while they held these rows. '
-    'suspect: a server may have fallen over one of them.';
+    'suspect: a server may have fallen over one of them. message_ids: the messages that they come from. The time that '
+    'rows have waited counts on.';

@@ -339,3 +339,21 @@ def test_an_event_trigger_that_refuses_ddl_fails_no_row(db: Connection, connect:
         states = "SELECT table_name, state, embedded, failed FROM autoembed.status ORDER BY 1"
         assert db.execute(states).fetchall() == [("notes", "idle", 2, 0), ("others", "idle", 2, 0)]
         db.execute("DROP EVENT TRIGGER refuse; UPDATE notes SET body = body || 2; UPDATE others SET body = body || 2")
+
+
+@pytest.mark.parametrize("lock", ["SELECT FROM notes FOR UPDATE", "LOCK TABLE notes"])
+def test_the_time_that_a_locked_row_has_waited_is_told(notes: Connection, connect: Connect, lock: str) -> None:
+    notes.execute("INSERT INTO notes VALUES (1, 'one'), (2, 'two')")
+    notes.execute("UPDATE pgmq.q_embedding_jobs SET enqueued_at = now() - interval '1 hour'")
+    with connect() as other, other.transaction():
+        other.execute(lock.encode())
+
+        for _ in range(3):
+            process(notes)
+
+        waits = "SELECT waiting, oldest_waiting > '1 hour' AS long FROM autoembed.status"
+        assert notes.execute(waits).fetchall() == [(2, True)]
+        [queue] = notes.execute("SELECT ok, finding FROM autoembed.doctor() WHERE subject = 'queue'").fetchall()
+        assert not queue.ok and "the oldest has waited 01:00:" in queue.finding
+    drain(notes)
+    assert notes.execute("SELECT count(embedding) FROM notes").fetchone() == (2,)

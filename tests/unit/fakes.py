@@ -294,12 +294,15 @@ class FakeDatabase(Database):
         pipeline_id: int,
         keys: Sequence[str],
         attempts: int,
+        message_ids: Sequence[int],
         *,
         read_count: int = 0,
         delay_seconds: float = 0.0,
         suspect: bool = False,
     ) -> None:
         self._note("requeue")
+        # How long the rows have waited is known from these.
+        assert set(message_ids) & self.queue.keys()
         body = {"pipeline": pipeline_id, "keys": [json.loads(key) for key in keys], "attempts": attempts}
         message_id = self.send(body | ({"suspect": True} if suspect else {}))
         self.queue[message_id] = replace(self.queue[message_id], read_count=read_count)

@@ -232,22 +232,27 @@ class Database(TextDatabase):
         pipeline_id: int,
         keys: Sequence[str],
         attempts: int,
+        message_ids: Sequence[int],
         *,
         read_count: int = 0,
         delay_seconds: float = 0.0,
         suspect: bool = False,
     ) -> None:
-        """Queues rows in one message. read_count: how often it counts as read before. suspect: see Address."""
+        """Queues rows in one message. message_ids: those that have named them, and are still there.
+
+        read_count: how often it counts as read before. suspect: see Address.
+        """
         self._run(
-            "SELECT autoembed._requeue($1, $2, $3, $4, $5, $6)",
+            "SELECT autoembed._requeue($1, $2, $3, $4, $5, $6, $7)",
             [
                 "pg_catalog.int4",
                 "pg_catalog.jsonb",
                 *["pg_catalog.int4"] * 2,
                 "pg_catalog.float8",
                 "pg_catalog.bool",
+                "pg_catalog.int8[]",
             ],
-            [pipeline_id, f"[{','.join(keys)}]", attempts, read_count, delay_seconds, suspect],
+            [pipeline_id, f"[{','.join(keys)}]", attempts, read_count, delay_seconds, suspect, list(message_ids)],
         )
 
     # Backfills -----------------------------------------------------------------------------------
