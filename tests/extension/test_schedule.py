@@ -378,15 +378,19 @@ def test_a_job_of_a_dropped_role_that_keeps_lanes_from_starting_is_named(cron: C
 
 def test_the_setting_that_keeps_all_jobs_from_starting_is_named(cron: Connection) -> None:
     cron.execute("ALTER SYSTEM SET cron.launch_active_jobs = off")
-    cron.execute("SELECT pg_reload_conf(), autoembed.schedule()")
-    wait_until(lambda: not lane_check(cron).ok, 60)
+    try:
+        cron.execute("SELECT pg_reload_conf(), autoembed.schedule()")
+        wait_until(lambda: not lane_check(cron).ok, 60)
 
-    for statement in lane_check(cron).advice.split("; "):
-        assert "cron.launch_active_jobs = on" in statement or "pg_reload_conf()" in statement
-        cron.execute(statement)
+        advice = lane_check(cron).advice
+        assert advice == "ALTER SYSTEM SET cron.launch_active_jobs = on; SELECT pg_reload_conf();"
+        for statement in advice.split("; "):
+            cron.execute(statement)
 
-    wait_until(lambda: lane_check(cron).ok, 60)
-    cron.execute("ALTER SYSTEM RESET cron.launch_active_jobs")
+        wait_until(lambda: lane_check(cron).ok, 60)
+    finally:
+        cron.execute("ALTER SYSTEM RESET cron.launch_active_jobs")
+        cron.execute("SELECT pg_reload_conf()")
 
 
 def test_the_reason_of_a_lane_that_fails_is_told_while_the_next_one_starts(cron: Connection) -> None:
