@@ -520,8 +520,8 @@ END;
 $plpgsql$;
 COMMENT ON FUNCTION autoembed._follow_unseen IS
     'Has pipelines follow what no event trigger has told: a change by a session that did not see the pipeline yet, or '
-    'where event triggers were off. Until then triggers that name an old column refuse writes. Gives readers rights that '
-    'they lack yet. Looks for a hundredth of a second, and longer while it finds something.';
+    'where event triggers were off. Until then triggers that name an old column refuse writes. Gives readers rights '
+    'that they lack yet. Looks for a hundredth of a second, and longer while it finds something.';
 
 CREATE OR REPLACE FUNCTION autoembed._follow_partitions(table_id oid)
     RETURNS void
