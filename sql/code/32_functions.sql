@@ -908,8 +908,8 @@ AS $sql$
 $sql$;
 COMMENT ON FUNCTION autoembed._unshared IS
     'Where the readers of a table and those of its embeddings and chunks are not the same roles, and the SQL that '
-    'mends it. owner: that of these tables. pipeline_id: NULL: of all tables. grantor: leaves out rights to columns that '
-    'this role cannot have given; NULL: leaves out none.';
+    'mends it. owner: that of these tables. pipeline_id: NULL: of all tables. grantor: leaves out rights to columns '
+    'that this role cannot have given; NULL: leaves out none.';
 
 CREATE OR REPLACE FUNCTION autoembed._share_embeddings(pipeline_id integer DEFAULT NULL)
     RETURNS void
