@@ -11,6 +11,8 @@ CREATE OR REPLACE FUNCTION autoembed._next_backfill(dedicated boolean, busy_mode
 AS $plpgsql$
 DECLARE
     _left_since timestamptz := 'infinity'::timestamptz;
+    _id integer;
+    _next integer;
 BEGIN
     -- This begins a lane's transaction, so it takes the lock of _gate().
     LOCK TABLE autoembed.lane IN ACCESS SHARE MODE;
@@ -23,31 +25,47 @@ BEGIN
     IF NOT dedicated AND autoembed._backfill_lane_is_scheduled() THEN
         _left_since := clock_timestamp() - interval '30 seconds';
     END IF;
-    -- Backfills take turns, so that none holds up another, whether its scan works or fails.
-    RETURN QUERY
-    WITH next AS (
-        SELECT b.pipeline_id, s.table_id, c.relowner::bigint AS owner, s.failures, m.name, m.provider
+    -- Backfills of an owner take turns, so that none holds up another, whether its scan works or fails. Which owner is
+    -- next is left to chance: one with many tables holds up no other. To look at the state of all pipelines takes a
+    -- millisecond for each.
+    FOR _id IN
+        SELECT b.pipeline_id
         FROM autoembed.backfill AS b
-        JOIN autoembed._pipeline_state AS s ON s.id = b.pipeline_id AND s.blocked IS NULL
-        JOIN pg_class AS c ON c.oid = s.table_id AND c.relowner <> ALL (busy_owners::oid[])
-        JOIN autoembed.model AS m ON m.name = s.model AND m.name <> ALL (busy_models)
-        WHERE b.scanned_at IS NULL AND coalesce(b.served_at, b.started_at) < _left_since
+        JOIN autoembed.pipeline AS p ON p.id = b.pipeline_id
+        JOIN pg_class AS c ON c.oid = p.table_id AND c.relowner <> ALL (busy_owners::oid[])
+        JOIN autoembed.model AS m
+            ON m.name = coalesce(p.model, autoembed._default_model()) AND m.name <> ALL (busy_models)
         -- In a dump of 0.1.0, a backfill that no lane has worked on yet has a NULL.
-        ORDER BY coalesce(b.served_at, b.started_at), b.pipeline_id
-        LIMIT 1
-        FOR UPDATE OF b SKIP LOCKED
-    )
+        WHERE b.scanned_at IS NULL AND coalesce(b.served_at, b.started_at) < _left_since
+        ORDER BY row_number() OVER (
+                     PARTITION BY c.relowner ORDER BY coalesce(b.served_at, b.started_at), b.pipeline_id
+                 ), random()
+    LOOP
+        CONTINUE WHEN NOT EXISTS (
+            SELECT FROM autoembed._pipeline_state AS s WHERE s.id = _id AND s.blocked IS NULL
+        );
+        PERFORM FROM autoembed.backfill AS b
+        WHERE b.pipeline_id = _id AND b.scanned_at IS NULL
+        FOR UPDATE SKIP LOCKED;
+        IF FOUND THEN
+            _next := _id;
+            EXIT;
+        END IF;
+    END LOOP;
+    RETURN QUERY
     UPDATE autoembed.backfill AS b
     SET served_at = clock_timestamp()
-    FROM next AS n
-    WHERE b.pipeline_id = n.pipeline_id
+    FROM autoembed._pipeline_state AS s
+    JOIN pg_class AS c ON c.oid = s.table_id
+    JOIN autoembed.model AS m ON m.name = s.model
+    WHERE b.pipeline_id = _next AND s.id = _next
     -- The owner may have written any number of bytes there. The scan fails then.
-    RETURNING b.pipeline_id, n.owner,
+    RETURNING b.pipeline_id, c.relowner::bigint,
               CASE WHEN octet_length(b.position) > 10000000 THEN 'the position is too long' ELSE b.position END,
               CASE WHEN octet_length(b.condition) > 1000000 THEN 'the condition is too long' ELSE b.condition END,
-              n.failures, n.name, n.provider,
+              s.failures, m.name, m.provider,
               CASE WHEN b.condition IS NOT NULL THEN
-                  autoembed._condition_problem(n.table_id, b.condition_objects)
+                  autoembed._condition_problem(s.table_id, b.condition_objects)
               END;
 END;
 $plpgsql$;

@@ -393,3 +393,30 @@ def test_builds_of_indexes_leave_workers_for_the_lanes(cron: Connection, server:
         cron.execute("UPDATE crowd.letters SET content = 'changed'")
 
         wait_until(lambda: has_vector_of(cron, "crowd.letters", 1, "changed"))
+
+
+def test_backfills_of_many_tables_of_a_tenant_hold_up_no_other_tenant(
+    db: Connection, mallory: Tenant, bob: Tenant
+) -> None:
+    """Chance decides between the owners, and a lane looks at no more tables than it takes."""
+    for n in range(20):
+        mallory.run(
+            f"CREATE TABLE notes_{n} (id int PRIMARY KEY, content text)",
+            f"SELECT autoembed.enable('notes_{n}', 'embedding', content_columns => '{{content}}')",
+        )
+    mallory.run("SELECT autoembed.resync(p.table_id) FROM autoembed.pipeline AS p")
+    bob.run("SELECT autoembed.resync('letters')")
+
+    with db.transaction():
+        db.execute("SET LOCAL track_functions = 'all'")
+        served = [
+            db.execute("SELECT owner::oid::regrole::text FROM autoembed._next_backfill(true, '{}', '{}')").fetchone()
+            for _ in range(40)
+        ]
+        looked = db.execute(
+            "SELECT calls FROM pg_stat_xact_user_functions WHERE funcname = '_check_pipeline'"
+        ).fetchone()
+
+    assert 5 <= served.count((bob.name,)) <= 35
+    assert looked is not None
+    assert looked.calls <= 120
