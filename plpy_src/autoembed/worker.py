@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from autoembed.database.lanes import Database
     from autoembed.network import Network
-    from autoembed.records import Chunk, Message, Pipeline
+    from autoembed.records import Backfill, Chunk, Message, Pipeline
 
 # The default of batch_size in process() and work(), in texts.
 DEFAULT_BATCH_SIZE = 100
@@ -53,6 +53,8 @@ BACKFILL_POLL_SECONDS = 1.0
 FULL_POLL_SECONDS = 0.3
 # A lane cleans up, and checks whether it is still wanted, this often, in seconds.
 LOOK_AROUND_SECONDS = 1.0
+# One look scans tables that have no rows to embed for so long at most, in seconds: an owner may have thousands of them.
+SCAN_SECONDS = 0.3
 # A lane for backfills merges so many times in each look, if there is as much to merge.
 BACKFILL_MERGES = 5
 # The threads of a lane, as a multiple of the requests that one model may have at a time.
@@ -247,9 +249,22 @@ def _claim_backfill(
     busy_owners: list[int],
 ) -> list[Message]:
     """The next rows of a table that is being scanned, as one message that is claimed already."""
-    backfill = database.next_backfill(dedicated=dedicated, busy_models=busy_models, busy_owners=busy_owners)
-    if backfill is None:
-        return []
+    ends_at = time.monotonic() + SCAN_SECONDS
+    messages: list[Message] | None = []
+    while not messages:
+        backfill = database.next_backfill(dedicated=dedicated, busy_models=busy_models, busy_owners=busy_owners)
+        if backfill is None:
+            break
+        messages = _scanned(database, options, speeds, backfill, max_rows, held)
+        if messages is None or time.monotonic() >= ends_at:
+            break
+    return messages or []
+
+
+def _scanned(
+    database: Database, options: Options, speeds: Speeds, backfill: Backfill, max_rows: int, held: list[int]
+) -> list[Message] | None:
+    """The next rows of this table. None: it has to be scanned again later."""
     if backfill.problem:
         database.fail_backfill(backfill, backfill.problem)
         return []
@@ -265,10 +280,12 @@ def _claim_backfill(
             )
         database.fail_backfill(backfill, "the scan with its condition returned something that is not a key")
     except RowError as error:
+        if error.locked:
+            return None
         if error.cancels or error.slow:
             database.rest_pipelines(backfill.owner, [backfill.pipeline_id], str(error))
-        elif not error.locked:
-            database.fail_backfill(backfill, str(error))
+            return None
+        database.fail_backfill(backfill, str(error))
     return []
 
 

@@ -321,6 +321,20 @@ def test_where_nothing_is_due_a_table_is_scanned(lane: Lane, database: FakeDatab
     assert database.backfill is None
 
 
+@pytest.mark.parametrize(("without_rows", "completed"), [(0, 3), (20, 3), (1000, 0)])
+def test_one_look_scans_tables_for_a_moment_until_one_has_rows(
+    lane: Lane, database: FakeDatabase, clock: Clock, monkeypatch: pytest.MonkeyPatch, without_rows: int, completed: int
+) -> None:
+    fill(database, 3)
+    scan, empty = database.scan, iter([([], True)] * without_rows)
+    monkeypatch.setattr(database, "next_backfill", lambda **_: SCAN)
+    monkeypatch.setattr(database, "scan", lambda backfill, max_rows: next(empty, None) or scan(backfill, max_rows))
+    began_at = clock.now
+
+    assert lane.run().completed == completed
+    assert clock.now - began_at < 1
+
+
 def test_a_backfill_of_a_model_that_has_failed_is_tried_with_one_row(lane: Lane, database: FakeDatabase) -> None:
     fill(database, 3)
     database.backfill = replace(SCAN, failures=1)
