@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count, pairwise
 from typing import Any
@@ -326,7 +327,8 @@ def test_one_look_scans_tables_for_a_moment_until_one_has_rows(
     lane: Lane, database: FakeDatabase, clock: Clock, monkeypatch: pytest.MonkeyPatch, without_rows: int, completed: int
 ) -> None:
     fill(database, 3)
-    scan, empty = database.scan, iter([([], True)] * without_rows)
+    scan = database.scan
+    empty: Iterator[tuple[list[str], bool]] = iter([([], True)] * without_rows)
     monkeypatch.setattr(database, "next_backfill", lambda **_: SCAN)
     monkeypatch.setattr(database, "scan", lambda backfill, max_rows: next(empty, None) or scan(backfill, max_rows))
     began_at = clock.now
