@@ -492,11 +492,13 @@ ALTER TABLE autoembed.paid_chunk ALTER COLUMN vector SET STORAGE EXTERNAL;
 -- A dump has them in a form that loads in every database, each as one jsonb: a table that the dump leaves out, or a
 -- model that CREATE EXTENSION has made already, would cost all rows of a COPY.
 CREATE TABLE autoembed.restored (
-    kind text NOT NULL,
+    kind text NOT NULL CHECK (kind IN ('model', 'pipeline')),
     definition jsonb NOT NULL,
     problem text
 );
 ALTER TABLE autoembed.restored REPLICA IDENTITY FULL;
+-- Its rows become models and pipelines. pg_write_all_data gives the right to write all tables without a policy.
+ALTER TABLE autoembed.restored ENABLE ROW LEVEL SECURITY;
 COMMENT ON TABLE autoembed.restored IS
     'The models and pipelines that a restore could not bring back. See doctor().';
 COMMENT ON COLUMN autoembed.restored.kind IS 'model or pipeline, the name of the table that it is for.';

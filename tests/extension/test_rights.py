@@ -689,6 +689,8 @@ def test_a_model_is_nobodys_to_define_but_a_superusers(documents: Connection, em
         "DELETE FROM autoembed.model",
         "INSERT INTO autoembed.model (name, provider, model_id, dimensions) VALUES ('thief', 'fake', 'thief', 8)",
         "INSERT INTO autoembed.setting (name, value) VALUES ('http_hosts', 'thief.example')",
+        """INSERT INTO autoembed.restored VALUES
+            ('model', '{"name": "thief", "provider": "fake", "model_id": "thief", "dimensions": 8}')""",
     ],
 )
 def test_a_role_that_may_write_all_data_says_not_where_texts_and_keys_go(
