@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -89,16 +88,19 @@ def test_a_kept_vector_of_a_table_takes_about_as_long_as_one_of_a_model(db: Conn
     db.execute("SELECT autoembed.create_model('fake', 'fake', 16)")
     db.execute("CREATE TABLE pages (id int PRIMARY KEY, body text)")
     db.execute("SELECT autoembed.enable('pages', content_columns => '{body}', model => 'fake')")
-    calls = "SELECT count(autoembed.{}) FROM generate_series(1, 1000)"
+    # The time of the session's own work: other processes take none of it.
+    db.execute("CREATE FUNCTION worked() RETURNS float8 LANGUAGE plpython3u AS 'import time; return time.process_time()'")
+    worked, calls = "SELECT worked() AS seconds", "SELECT count(autoembed.{}) FROM generate_series(1, 1000)"
 
     def seconds(call: str) -> float:
-        began = time.perf_counter()
+        before = db.execute(worked).fetchall()[0].seconds
         db.execute(calls.format(call).encode())
-        return time.perf_counter() - began
+        return float(db.execute(worked).fetchall()[0].seconds - before)
 
     both = [(seconds("embed_query('pages', 'x')"), seconds("embed('x', 'fake')")) for _ in range(7)]
 
-    assert min(query for query, _ in both) < 4 * min(embed for _, embed in both)
+    # A look at all facts of the table takes a hundred times as long.
+    assert min(query for query, _ in both) < 8 * min(embed for _, embed in both)
 
 
 def test_embed_returns_the_models_vector(db: Connection, api: FakeApi) -> None:
