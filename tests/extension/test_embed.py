@@ -89,7 +89,8 @@ def test_a_kept_vector_of_a_table_takes_about_as_long_as_one_of_a_model(db: Conn
     db.execute("CREATE TABLE pages (id int PRIMARY KEY, body text)")
     db.execute("SELECT autoembed.enable('pages', content_columns => '{body}', model => 'fake')")
     # The time of the session's own work: other processes take none of it.
-    db.execute("CREATE FUNCTION worked() RETURNS float8 LANGUAGE plpython3u AS 'import time; return time.process_time()'")
+    body = "'import time; return time.process_time()'"
+    db.execute(f"CREATE FUNCTION worked() RETURNS float8 LANGUAGE plpython3u AS {body}")
     worked, calls = "SELECT worked() AS seconds", "SELECT count(autoembed.{}) FROM generate_series(1, 1000)"
 
     def seconds(call: str) -> float:
