@@ -379,9 +379,12 @@ def test_functions_that_an_owner_took_away_are_made_anew(
     function = f"autoembed._content_{pipeline.id}(text[], int8, int8, int8)"
     session.execute(change.format(function=function, mallory=mallory))
 
-    documents.execute("SELECT autoembed.process()")
+    def is_embedded() -> bool:
+        documents.execute("SELECT autoembed.process()")
+        return documents.execute(f"SELECT embedding IS NOT NULL FROM {mallory}.notes").fetchone() == (True,)
 
-    assert documents.execute(f"SELECT embedding IS NOT NULL FROM {mallory}.notes").fetchone() == (True,)
+    # On a machine with much else to do, the code of an owner may need another try.
+    wait_until(is_embedded, 60)
 
 
 @pytest.mark.parametrize("statement", ["SELECT * FROM documents", "UPDATE documents SET title = 'mine'"])
