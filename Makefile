@@ -51,8 +51,11 @@ lint: .venv/stamp build ## check style, types, and the safety of the SQL
 	.venv/bin/mypy --strict $(PYTHON_SOURCES)
 	.venv/bin/shellcheck $(SHELL_SCRIPTS)
 	@# A test knows the functions without a search_path (PS005). The one unknown is a DO block in Python.
+	@# It fails for the one that is unknown, too.
 	.venv/bin/pgspot --no-plpgsql --ignore-lang plpython3u --ignore PS005 \
-		build/autoembed--$(VERSION).sql | tee /dev/stderr | grep --quiet "Errors: 0 Warnings: 0 Unknown: 1"
+		build/autoembed--$(VERSION).sql > build/pgspot.txt || true
+	@cat build/pgspot.txt
+	@grep --quiet "Errors: 0 Warnings: 0 Unknown: 1" build/pgspot.txt
 
 build: ## make the extension's SQL scripts out of sql/ and plpy_src/, into build/
 	$(PYTHON) build.py
