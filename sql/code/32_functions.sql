@@ -772,7 +772,7 @@ BEGIN
              FROM unnest(ARRAY[
                  autoembed._beginning(regexp_replace(c.relname, '_embeddings$', ''), 56) || '_chunks',
                  concat('autoembed_', slots ->> 'id', '_chunks'),
-                 -- Another role may have given its own view the names that it expects.
+                 -- Other roles may have views of both names.
                  concat('autoembed_', slots ->> 'id', '_chunks_', md5(random()::text))
              ]) WITH ORDINALITY AS v(name, number)
              CROSS JOIN LATERAL (SELECT format('%I.%I', n.nspname, v.name)) AS f(name)

@@ -927,8 +927,8 @@ BEGIN
        ) THEN
         RETURN;
     END IF;
-    -- It is not told whose rights have changed. To compare those of a table takes longer than to see whether it may be
-    -- that one, and so would a join.
+    -- PostgreSQL does not tell whose rights have changed. The age of a table's rows in the catalogs is known sooner
+    -- than its readers. A join would read the whole catalogs.
     SELECT array_agg(p.id) INTO _ids
     FROM autoembed.pipeline AS p
     WHERE least(

@@ -395,7 +395,7 @@ BEGIN
     END IF;
     -- A table that was dropped a moment ago may have left its own.
     PERFORM autoembed._drop_orphaned_pipelines(to_regclass(_full_name));
-    -- What a session has kept of the catalog may show a table that a lane has dropped meanwhile.
+    -- A lane may have dropped that table just now, and to_regclass() may still find it.
     SELECT c.oid INTO _existing FROM pg_class AS c WHERE c.relnamespace = _table.relnamespace AND c.relname = name;
     _columns := ARRAY(
         SELECT a.attname FROM pg_attribute AS a
