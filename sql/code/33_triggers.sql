@@ -297,6 +297,14 @@ CREATE OR REPLACE FUNCTION autoembed._stray_triggers(table_id oid DEFAULT NULL)
     SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
 AS $sql$
+    -- By these, an index finds the triggers of one table, too. A restore looks at each trigger that it creates.
+    WITH looked_at AS (
+        SELECT ARRAY(
+            SELECT _stray_triggers.table_id WHERE _stray_triggers.table_id IS NOT NULL
+            UNION
+            SELECT t.tgrelid FROM pg_trigger AS t WHERE _stray_triggers.table_id IS NULL
+        ) AS ids
+    )
     SELECT t.tgrelid, t.tgname, f.id
     FROM (
         SELECT p.oid, substring(p.proname FROM '[0-9]+$')::integer AS id, split_part(p.proname, '_', 2) AS kind
@@ -304,7 +312,7 @@ AS $sql$
         WHERE p.pronamespace = 'autoembed'::regnamespace AND p.proname ~ '^_(capture|clear|watch)_[0-9]{1,9}$'
     ) AS f
     JOIN pg_trigger AS t ON t.tgfoid = f.oid AND t.tgparentid = 0
-    WHERE (_stray_triggers.table_id IS NULL OR t.tgrelid = _stray_triggers.table_id)
+    WHERE t.tgrelid = ANY ((SELECT l.ids FROM looked_at AS l)::oid[])
       AND NOT EXISTS (
           SELECT FROM autoembed.pipeline AS p
           WHERE p.id = f.id AND t.tgrelid = CASE f.kind WHEN 'watch' THEN p.embeddings_table ELSE p.table_id END
@@ -313,7 +321,7 @@ AS $sql$
     SELECT t.tgrelid, t.tgname, NULL
     FROM pg_trigger AS t
     WHERE t.tgfoid = 'autoembed._follow_truncate()'::regprocedure
-      AND (_stray_triggers.table_id IS NULL OR t.tgrelid = _stray_triggers.table_id)
+      AND t.tgrelid = ANY ((SELECT l.ids FROM looked_at AS l)::oid[])
       AND NOT EXISTS (
           SELECT FROM pg_partition_ancestors(t.tgrelid) AS a(relid)
           JOIN autoembed.pipeline AS p ON p.table_id = a.relid AND p.managed
